@@ -1,0 +1,47 @@
+"""Linears through oneDNN where it serves, ``F.linear`` elsewhere.
+
+On AMD CPUs ``F.linear`` in fp32 goes to MKL, which runs there below what oneDNN reaches on the same live weight, and
+oneDNN applies bias, activation or residual to a tile while it is in cache.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..reference import linear as reference
+
+_ATTR = {None: ("none", ""), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
+
+
+@lru_cache(maxsize=None)
+def onednn_serves(dtype: torch.dtype) -> bool:
+    """Whether this torch build has oneDNN's fused linear for CPU tensors of this dtype on this CPU."""
+    ops = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")):
+        return False
+    if dtype is torch.bfloat16:
+        return bool(hasattr(ops, "_is_mkldnn_bf16_supported") and ops._is_mkldnn_bf16_supported())
+    return dtype is torch.float32
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """See ``reference.linear``; x is converted to the dtype of the weight, a residual keeps its own."""
+    x = x.to(weight.dtype)
+    if activation not in _ATTR:
+        return reference.linear(x, weight, bias, activation, residual)  # raises, naming what is accepted
+    if not (x.device.type == "cpu" and onednn_serves(weight.dtype)):
+        return reference.linear(x, weight, bias, activation, residual)
+    if residual is not None and activation is None and residual.dtype is weight.dtype:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    attr, algorithm = _ATTR[activation]
+    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, [], algorithm)
+    return y if residual is None else residual + y

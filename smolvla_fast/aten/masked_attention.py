@@ -1,0 +1,28 @@
+"""Grouped attention under a mask without copying a KV head for each of its query heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def prepare_mask(mask: Tensor) -> Tensor:
+    """[B, T, S] bool -> [B, 1, 1, T, S] fp32: 0 where visible, else the lowest finite value.
+
+    Finite, so that a row that sees nothing stays a number; scores are far too small to move it.
+    """
+    lowest = torch.finfo(torch.float32).min
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, lowest)[:, None, None]
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """See ``reference.masked_attention``; ``mask`` comes from ``prepare_mask``. Returns the dtype of q."""
+    batch, tokens, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    group = heads // kv_heads
+    rows = (q * head_dim**-0.5).view(batch, tokens, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4).float()
+    columns = k.permute(0, 2, 3, 1).float()[:, :, None]
+    scores = torch.matmul(rows, columns).add_(mask)
+    probs = torch.softmax(scores, dim=-1)
+    out = torch.matmul(probs, v.permute(0, 2, 1, 3).float()[:, :, None])
+    return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * head_dim)

@@ -1,0 +1,117 @@
+"""The compiled extensions: loaded when first asked for, and when one is missing, the reason.
+
+``_cpu`` holds the CPU kernels, ``_cuda`` the CUDA C++ kernels. Both are optional: without them every op runs
+in Triton or torch. What the installation compiled, and what not, stands in ``_build.json`` beside this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+KINDS = ("cpu", "cuda")
+
+_RECORD = Path(__file__).with_name("_build.json")
+_REBUILD = "install smolvla_fast again (`pip install .`, or `make venv` in a checkout)"
+
+
+class ExtensionUnavailable(RuntimeError):
+    """A compiled extension is missing; the message says why and what to do."""
+
+
+def load(kind: str) -> ModuleType:
+    """The extension module of a kind, "cpu" or "cuda". Raises ExtensionUnavailable with the reason."""
+    module, reason = _load(kind)
+    if module is None:
+        raise ExtensionUnavailable(reason)
+    return module
+
+
+def available(kind: str) -> bool:
+    """Whether ``load(kind)`` succeeds."""
+    return _load(kind)[0] is not None
+
+
+def why_missing(kind: str) -> str:
+    """The reason why an extension is missing, or an empty string where it is there."""
+    return _load(kind)[1]
+
+
+@cache
+def build_record() -> dict[str, dict[str, Any]]:
+    """What the installation recorded, by kind: {"built": False, "reason"} or {"built": True, "compiler"...}.
+
+    Empty where nothing was ever compiled, as in a bare checkout.
+    """
+    try:
+        return json.loads(_RECORD.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@cache
+def _load(kind: str) -> tuple[ModuleType | None, str]:
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is no extension; accepted are {', '.join(map(repr, KINDS))}")
+    name, record = f"smolvla_fast._{kind}", build_record().get(kind)
+    if record is None:
+        return None, f"{name} was never compiled here; {_REBUILD}"
+    # The record is asked before the file: after a failed rebuild an older binary may still lie there.
+    if not record["built"]:
+        return None, f"{name} was not compiled: {record['reason']}"
+    # torch first: the extension then binds to torch's OpenMP runtime, and there is a single thread pool.
+    importlib.import_module("torch")
+    try:
+        return importlib.import_module(f".._{kind}", __name__), ""
+    except ImportError as error:
+        return None, f"{name} was compiled but does not load: {error}; {_REBUILD} with this Python"
+
+
+# Names as Linux gives them, and as people write them.
+_FEATURES = {
+    "avx2": "AVX2",
+    "fma": "FMA",
+    "f16c": "F16C",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "AVX512-VNNI",
+    "avx512_bf16": "AVX512-BF16",
+    "avx512_fp16": "AVX512-FP16",
+    "amx_tile": "AMX",
+    "amx_bf16": "AMX-BF16",
+    "amx_int8": "AMX-INT8",
+    "asimd": "NEON",
+    "asimddp": "dot product",
+    "bf16": "BF16",
+    "i8mm": "I8MM",
+    "sve": "SVE",
+}
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    """The fields of the first processor in /proc/cpuinfo; empty where the system has no such file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    fields: dict[str, str] = {}
+    for key, _, value in (line.partition(":") for line in lines):
+        fields.setdefault(key.strip(), value.strip())
+    return fields
+
+
+def cpu_features() -> list[str]:
+    """The processor's vector features that matter to kernels, used by ours or not; [] where unknown."""
+    flags = set((_cpuinfo().get("flags") or _cpuinfo().get("Features", "")).split())
+    return [label for flag, label in _FEATURES.items() if flag in flags]
+
+
+def cpu_name() -> str:
+    """The processor's model name, as well as the system knows it."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()

@@ -1,0 +1,203 @@
+"""May the engine serve this model, this call? Each question answers None for yes, or the reason why stock runs instead.
+
+Asked before every chunk, because hooks, adapters, dtypes and configs change under a live policy. What a transformers
+version computes inside a layer is not guessed from its number: ``probe`` runs the live modules beside the references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .fingerprints import unknown_source
+from .reference.layer_norm import layer_norm
+from .reference.linear import linear
+from .reference.norm_swiglu import norm_swiglu
+from .reference.patch_embed import patch_embed
+from .reference.pixel_shuffle_linear import pixel_shuffle_linear
+from .reference.rms_norm import rms_norm
+from .stages.vision import patch_positions
+from .weights import Affine, read_patch_embedding
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def model_reason(model: Any) -> str | None:
+    """Why this model is outside the engine's range, or None. Reads structure only; cheap enough for every call."""
+    return _source_reason(model) or _structure_reason(model) or _hook_reason(model) or _dtype_reason(model)
+
+
+def _source_reason(model: Any) -> str | None:
+    pair = model.vlm_with_expert
+    for owner in (model, pair):
+        if "sample_actions" in owner.__dict__ or "forward" in owner.__dict__:
+            return f"{type(owner).__name__} has a method replaced on the instance (torch.compile does this)"
+    return unknown_source(model, getattr(model, "rtc_processor", None))
+
+
+def _structure_reason(model: Any) -> str | None:
+    pair, config = model.vlm_with_expert, model.config
+    text, expert = pair.get_vlm_model().text_model.layers, pair.lm_expert.layers
+    if not config.use_cache:
+        return "use_cache=False: stock has no such path either"
+    if len(text) != len(expert):
+        return f"{len(expert)} expert layers beside {len(text)} text layers: stock cannot run inference on these either"
+    if pair.num_attention_heads % pair.num_key_value_heads:
+        return f"{pair.num_attention_heads} query heads are no multiple of {pair.num_key_value_heads} KV heads"
+    for name, module in _parts(pair):
+        if type(module) not in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Embedding):
+            return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not the plain module (an adapter?)"
+    for name, module in _parts(pair, decoder_only=True):
+        if module.bias is not None:
+            return f"{name} has a bias, which the kernels do not add"
+    for stack in (text, expert):
+        kinds = {(type(x.input_layernorm), type(x.post_attention_layernorm), type(x.mlp)) for x in stack}
+        if len(kinds) > 1:
+            return "the layers of a stack are not all of one kind"
+    return None
+
+
+def _parts(pair: Any, decoder_only: bool = False) -> Iterable[tuple[str, Any]]:
+    """Every module whose weights the engine reads in place of calling it, with its path."""
+    vlm = pair.get_vlm_model()
+    for label, layers in (("text_model.layers", vlm.text_model.layers), ("lm_expert.layers", pair.lm_expert.layers)):
+        for i, layer in enumerate(layers):
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                yield f"{label}.{i}.self_attn.{name}", getattr(layer.self_attn, name)
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                yield f"{label}.{i}.mlp.{name}", getattr(layer.mlp, name)
+    if decoder_only:
+        return
+    for i, layer in enumerate(vlm.vision_model.encoder.layers):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield f"vision_model.encoder.layers.{i}.self_attn.{name}", getattr(layer.self_attn, name)
+        for name in ("fc1", "fc2"):
+            yield f"vision_model.encoder.layers.{i}.mlp.{name}", getattr(layer.mlp, name)
+        for name in ("layer_norm1", "layer_norm2"):
+            yield f"vision_model.encoder.layers.{i}.{name}", getattr(layer, name)
+    embeddings = vlm.vision_model.embeddings
+    yield "vision_model.embeddings.patch_embedding", embeddings.patch_embedding
+    yield "vision_model.embeddings.position_embedding", embeddings.position_embedding
+    yield "vision_model.post_layernorm", vlm.vision_model.post_layernorm
+    yield "connector.modality_projection.proj", vlm.connector.modality_projection.proj
+    yield "text_model.embed_tokens", vlm.text_model.get_input_embeddings()
+
+
+def _hook_reason(model: Any) -> str | None:
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "a global forward hook is registered; it would not see the fused path"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} has a forward hook; it would not see the fused path"
+        if "forward" in module.__dict__:
+            return f"{name or 'the model'} has its forward replaced on the instance"
+    return None
+
+
+def _dtype_reason(model: Any) -> str | None:
+    device = model.state_proj.weight.device
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in DTYPES:
+            return f"{name} is {parameter.dtype}; accepted are float32 and bfloat16"
+        if parameter.device != device:
+            return f"{name} is on {parameter.device} but state_proj on {device}"
+    for name in ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj"):
+        module = getattr(model, name)
+        if type(module) is not nn.Linear:
+            return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not the plain module (an adapter?)"
+        if module.weight.dtype is not torch.float32:
+            return f"{name} is {module.weight.dtype}; stock feeds it float32, and so do we"
+    return None
+
+
+def call_reason(
+    model: Any, images: Sequence[Tensor], tokens: Tensor, token_masks: Tensor, state: Tensor, noise: Tensor | None
+) -> str | None:
+    """Why this call is outside the engine's range, or None."""
+    if model.training:
+        return "the model is in train mode; call policy.eval()"
+    device = state.device
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on: its dtypes decide, not the tier"
+    if torch.is_grad_enabled():
+        inputs = (*images, state, *([] if noise is None else [noise]))
+        if any(x.requires_grad for x in inputs) or any(p.requires_grad for p in model.parameters()):
+            return "autograd is on: wrap the call in torch.no_grad() unless you want gradients"
+    shapes = {tuple(image.shape) for image in images}
+    embeddings = model.vlm_with_expert.get_vlm_model().vision_model.embeddings
+    if len(shapes) != 1:
+        return f"cameras of different shapes after preparation: {sorted(shapes)}"
+    shape = shapes.pop()
+    if len(shape) != 4 or shape[-2:] != (embeddings.image_size, embeddings.image_size):
+        return f"images of shape {shape}; the vision tower is for {embeddings.image_size} x {embeddings.image_size}"
+    if not all(image.is_floating_point() for image in images):
+        return f"images of dtype {images[0].dtype}; floating point is accepted"
+    batch = state.shape[0]
+    if state.ndim != 2 or tokens.ndim != 2 or tokens.shape != token_masks.shape:
+        return "state, tokens or masks of another rank than stock's usual ones"
+    if {shape[0], tokens.shape[0]} != {batch}:
+        return f"batch sizes differ: images {shape[0]}, tokens {tokens.shape[0]}, state {batch}"
+    wanted = (batch, model.config.chunk_size, model.action_in_proj.weight.shape[1])
+    if noise is not None and (tuple(noise.shape) != wanted or noise.dtype is not torch.float32):
+        return f"noise {tuple(noise.shape)} {noise.dtype}; accepted is {wanted} float32"
+    if state.dtype is not torch.float32 or state.shape[1] != model.state_proj.weight.shape[1]:
+        return f"state {tuple(state.shape)} {state.dtype}; accepted is [batch, {model.state_proj.weight.shape[1]}] float32"
+    return None
+
+
+def probe(model: Any, exact: bool) -> str | None:
+    """Run the live vision, text and expert modules beside the references on small inputs; None if they agree.
+
+    exact  the ``exact`` tier: bits must be equal. Else a relative difference up to 1e-2 passes: a transformers release
+           that reorders roundings stays far below (bf16 rounds at 4e-3), one that computes something else far above.
+    """
+    pair = model.vlm_with_expert
+    vlm = pair.get_vlm_model()
+    with torch.no_grad():
+        for name, live, ours in (*_probe_vision(vlm), *_probe_decoder(vlm.text_model), *_probe_decoder(pair.lm_expert)):
+            if exact and not torch.equal(live, ours) and not (live.isnan().any() and ours.isnan().any()):
+                return f"{name} of this transformers version rounds otherwise than the reference"
+            difference = (live.double() - ours.double()).norm()
+            if difference > 1e-2 * live.double().norm():
+                return f"{name} of this transformers version computes something else than the reference"
+    return None
+
+
+def _ramp(*shape: int, like: Tensor) -> Tensor:
+    """Deterministic values in [-1, 1] that move no random state."""
+    return torch.arange(torch.Size(shape).numel(), device=like.device).mul(0.7).sin().view(shape).to(like.dtype)
+
+
+def _probe_vision(vlm: Any) -> Iterable[tuple[str, Tensor, Tensor]]:
+    tower, connector = vlm.vision_model, vlm.connector
+    patch, position = read_patch_embedding(vlm, lambda x: x)
+    side = tower.embeddings.image_size
+    pixels = _ramp(1, 3, side, side, like=patch.weight)
+    patches = torch.ones(1, *(2 * [side // tower.embeddings.patch_size]), dtype=torch.bool, device=pixels.device)
+    live = tower.embeddings(pixel_values=pixels, patch_attention_mask=patches)
+    yield "the patch embedding", live, patch_embed(pixels, *patch, position, patch_positions(vlm, pixels))
+
+    layer = tower.encoder.layers[0]
+    x = _ramp(1, 9, position.shape[1], like=patch.weight)
+    up, down = Affine(layer.mlp.fc1.weight, layer.mlp.fc1.bias), Affine(layer.mlp.fc2.weight, layer.mlp.fc2.bias)
+    yield "the vision MLP", layer.mlp(x), linear(linear(x, *up, activation="gelu_tanh"), *down)
+    norm = layer.layer_norm1
+    yield "the vision norm", norm(x), layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+    factor = connector.scale_factor
+    projection = connector.modality_projection.proj.weight
+    x = _ramp(1, (2 * factor) ** 2, position.shape[1], like=projection)
+    yield "the connector", connector(x), pixel_shuffle_linear(x, projection, factor)
+
+
+def _probe_decoder(stack: Any) -> Iterable[tuple[str, Tensor, Tensor]]:
+    layer = stack.layers[0]
+    norm, mlp = layer.post_attention_layernorm, layer.mlp
+    x = _ramp(1, 3, norm.weight.shape[0], like=mlp.gate_proj.weight)
+    yield "the decoder norm", norm(x), rms_norm(x, norm.weight, norm.variance_epsilon)
+    h = norm_swiglu(x, norm.weight, norm.variance_epsilon, mlp.gate_proj.weight, mlp.up_proj.weight)
+    yield "the decoder MLP", mlp(norm(x)), linear(h, mlp.down_proj.weight)

@@ -1,0 +1,51 @@
+"""The menu: every op of a chunk under one name and one signature, whoever computes it.
+
+The maths, shapes, dtypes and what each op replaces stand in its reference, ``smolvla_fast/reference/<op>.py``; every
+backend has the same function under the same name. Which backend serves which op is decided in ``backends.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One function for each op. The stages call these and nothing else for their heavy work."""
+
+    backend: str
+    patch_embed: Callable[..., Tensor]
+    """vision: images -> patch tokens"""
+    layer_norm: Callable[..., Tensor]
+    """vision"""
+    linear: Callable[..., Tensor]
+    """vision: GEMM + bias + activation or residual"""
+    attention: Callable[..., Tensor]
+    """vision: every patch to every patch of its image"""
+    pixel_shuffle_linear: Callable[..., Tensor]
+    """vision: the connector"""
+    prepare_mask: Callable[[Tensor], Any]
+    """prefix, denoise: a bool mask in the form in which this backend's masked_attention reads it; once a chunk"""
+    norm_qkv_rope: Callable[..., Any]
+    """prefix, denoise: RMSNorm + Q, K, V + rotation + write of K, V into the cache"""
+    masked_attention: Callable[..., Tensor]
+    """prefix, denoise: grouped heads under a mask; self, suffix and cross attention"""
+    cross_kv: Callable[..., tuple[Tensor, Tensor]]
+    """prefix: the expert's projections of the prefix KV"""
+    linear_residual: Callable[..., Tensor]
+    """prefix, denoise: o_proj or down_proj + residual"""
+    norm_swiglu: Callable[..., Tensor]
+    """prefix, denoise: RMSNorm + gate, up + silu·mul"""
+    suffix_fold: Callable[..., Any]
+    """denoise: what of the suffix embedding does not depend on the actions; once a chunk"""
+    suffix_embed: Callable[..., Tensor]
+    """denoise: noisy actions and time -> suffix"""
+    euler_step: Callable[..., tuple[Tensor, Tensor]]
+    """denoise: final norm + velocity + guidance + Euler"""
+
+
+NAMES = tuple(name for name in Ops.__dataclass_fields__ if name != "backend")

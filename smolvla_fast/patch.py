@@ -1,0 +1,316 @@
+"""``patch(policy)``: the only file that knows LeRobot.
+
+The seam is ``policy.model.sample_actions``, the one call whose meaning is the same from lerobot 0.3.3 to main. What lies
+above it (queues, padding, Aloha) stays stock; what lies below is computed by the engine. The policy object is not
+touched: its ``model`` is given a subclass of its own class, made on demand and rebuilt by name when it is unpickled, and
+one small attribute with the settings. Engines and counters live outside, so copies, pickles and threads are safe.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .backends import select
+from .guard import call_reason, model_reason, probe
+from .inference import Engine
+from .precision import resolve_tier
+from .rtc import fits, plan_guidance
+from .timing import STAGES
+
+logger = logging.getLogger("smolvla_fast")
+
+DISABLE = "SMOLVLA_FAST_DISABLE"
+_SETTINGS = "_smolvla_fast"
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``patch`` was asked for; travels with copies and pickles of the model."""
+
+    precision: str
+    backend: str
+
+
+@dataclass
+class Status:
+    """What a patched policy is doing.
+
+    active         chunks are served by the engine (False: stock runs, see last_fallback)
+    precision      the tier: "exact", "fp32" or "bf16"        backend  who computes        stages  stage -> backend
+    calls_fast     chunks served by the engine                calls_stock  chunks served by stock
+    last_fallback  why stock ran the last time it did, or None
+    graphs         captured CUDA graphs                       extra_bytes  bytes held beyond the policy's own
+    """
+
+    active: bool = False
+    precision: str = "stock"
+    backend: str = "stock"
+    stages: dict[str, str] = field(default_factory=lambda: dict.fromkeys(STAGES, "stock"))
+    calls_fast: int = 0
+    calls_stock: int = 0
+    last_fallback: str | None = None
+    graphs: int = 0
+    extra_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Runtime:
+    """Engine, counters and messages of one patched model; never copied, never pickled."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.engine: Engine | None = None
+        self.built_for: tuple[Any, ...] = ()
+        self.probed: str | None = None
+        self.calls_fast = 0
+        self.calls_stock = 0
+        self.last_fallback: str | None = None
+        self.told: set[str] = set()
+
+    def prepare(self, model: Any) -> Engine:
+        """The engine for the dtypes and device the model has now."""
+        settings: Settings = model.__dict__[_SETTINGS]
+        weight = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj.weight
+        key = (settings, weight.dtype, weight.device)
+        with self.lock:
+            if self.engine is None or self.built_for != key:
+                tier = resolve_tier(settings.precision, weight.dtype)
+                self.engine = Engine(tier, settings.backend, weight.device)
+                self.probed = probe(model, exact=tier.stock_order)
+                self.built_for = key
+            return self.engine
+
+    def reason(self, model: Any) -> str | None:
+        """Why this model runs stock whatever the call, or None."""
+        if os.environ.get(DISABLE, "0") not in ("", "0"):
+            return f"{DISABLE} is set"
+        reason = model_reason(model)
+        if reason is None:
+            self.prepare(model)
+            reason = self.probed
+        return reason
+
+    def fell_back(self, reason: str) -> None:
+        with self.lock:
+            self.calls_stock += 1
+            self.last_fallback = reason
+            told = reason in self.told
+            self.told.add(reason)
+        if not told:
+            logger.warning("smolvla_fast: this chunk runs stock: %s", reason)
+
+
+_runtimes: WeakKeyDictionary[Any, _Runtime] = WeakKeyDictionary()
+_runtimes_lock = threading.Lock()
+
+
+def _runtime(model: Any) -> _Runtime:
+    with _runtimes_lock:
+        if model not in _runtimes:
+            _runtimes[model] = _Runtime()
+        return _runtimes[model]
+
+
+class _Accelerated:
+    """Put before a model's own class by ``patch``; overrides ``sample_actions`` and nothing else."""
+
+    stock_class: type
+
+    @torch.compiler.disable
+    def sample_actions(
+        self: Any,
+        images: Any,
+        img_masks: Any,
+        lang_tokens: Tensor,
+        lang_masks: Tensor,
+        state: Tensor,
+        noise: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the stock method, computed by the engine where ``guard`` allows it."""
+        runtime = _runtime(self)
+        reason = runtime.reason(self) or call_reason(self, images, lang_tokens, lang_masks, state, noise)
+        reason = reason or _guidance_reason(self, kwargs)
+        if reason is not None:
+            runtime.fell_back(reason)
+            return super().sample_actions(images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs)
+        if noise is None:
+            shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
+            noise = self.sample_noise(shape, state.device)
+        engine = runtime.prepare(self)
+        guidance = _guidance(self, kwargs, noise)
+        chunk = engine.act(self, images, img_masks, lang_tokens, lang_masks, state, noise, guidance)
+        with runtime.lock:
+            runtime.calls_fast += 1
+        return chunk
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return _restore, (self.stock_class,), self.__dict__
+
+
+@cache
+def _accelerated(stock: type) -> type:
+    return type(stock.__name__, (_Accelerated, stock), {"stock_class": stock, "__module__": stock.__module__})
+
+
+def _restore(stock: type) -> Any:
+    cls = _accelerated(stock)
+    return cls.__new__(cls)
+
+
+def _guided(model: Any, kwargs: dict[str, Any]) -> bool:
+    return bool(model._rtc_enabled() and kwargs.get("prev_chunk_left_over") is not None)
+
+
+def _guidance_reason(model: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why real-time chunking sends this call to stock, or None."""
+    processor = getattr(model, "rtc_processor", None)
+    if processor is not None and processor.is_debug_enabled():
+        return "the RTC debug tracker records every step of stock"
+    if not _guided(model, kwargs):
+        return None
+    if processor is None or kwargs.get("inference_delay") is None:
+        return "RTC without a processor or an inference_delay: stock raises its own error"
+    previous = kwargs["prev_chunk_left_over"]
+    if not fits(previous, model.config.chunk_size, model.config.max_action_dim):
+        return f"prev_chunk_left_over {tuple(previous.shape)} does not fit into a chunk: stock raises its own error"
+    return None
+
+
+def _guidance(model: Any, kwargs: dict[str, Any], noise: Tensor) -> Any:
+    if not _guided(model, kwargs):
+        return None
+    return plan_guidance(
+        model.rtc_processor.rtc_config,
+        kwargs["prev_chunk_left_over"],
+        kwargs["inference_delay"],
+        kwargs.get("execution_horizon"),
+        noise.shape,
+        noise.device,
+        model.config.num_steps,
+    )
+
+
+def find_policy(policy: Any) -> Any:
+    """The SmolVLA policy inside a policy, a PeftModel or a wrapper with ``.module``. Raises TypeError naming what it got."""
+    seen = policy
+    for _ in range(4):
+        if hasattr(getattr(seen, "model", None), "vlm_with_expert") and hasattr(seen.model, "sample_actions"):
+            return seen
+        inner = seen.get_base_model() if hasattr(seen, "get_base_model") else getattr(seen, "module", None)
+        if inner is None:
+            break
+        seen = inner
+    raise TypeError(
+        f"smolvla_fast.patch takes a SmolVLAPolicy (lerobot's or smolvla_fast's) or a PeftModel around one; "
+        f"got {type(policy).__module__}.{type(policy).__qualname__}"
+    )
+
+
+def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: Any = None) -> P:
+    """Accelerate this one policy, in place, and return it.
+
+    policy     a SmolVLAPolicy of lerobot or of smolvla_fast, or a PeftModel around one
+    precision  "auto" (fp32 weights -> "fp32", bf16 weights -> "bf16"), "exact" (bit-identical to stock), "fp32", "bf16"
+    backend    "auto" (the best that serves each op), "torch", "cpu"
+    warmup     an example batch as ``predict_action_chunk`` takes it, or True: run a chunk now, so that the first real one
+               is not slow. No random state moves.
+    raises     TypeError for another kind of object, ValueError for an unknown name, RuntimeError for an explicit wish
+               that cannot be met, each naming what is accepted
+    Patching again only changes the settings. ``unpatch`` undoes all of it.
+    """
+    found = find_policy(policy)
+    model = found.model
+    weight = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj.weight
+    tier = resolve_tier(precision, weight.dtype)
+    select(backend, weight.device, tier.stock_order)
+    if os.environ.get(DISABLE, "0") not in ("", "0"):
+        logger.warning("smolvla_fast: off: %s is set", DISABLE)
+        return policy
+    model.__dict__[_SETTINGS] = Settings(precision, backend)
+    if not isinstance(model, _Accelerated):
+        model.__class__ = _accelerated(type(model))
+    runtime = _runtime(model)
+    reason = runtime.reason(model)
+    if reason is not None:
+        runtime.last_fallback = reason
+        logger.warning("smolvla_fast: stock runs: %s", reason)
+    else:
+        now = status(policy)
+        logger.info("smolvla_fast: on: %s on %s, backend %s for all stages", now.precision, weight.device, now.backend)
+    if warmup is not None and warmup is not False:
+        _warm_up(found, runtime, warmup)
+    return policy
+
+
+def _warm_up(policy: Any, runtime: _Runtime, example: Any) -> None:
+    model = policy.model
+    device, config = model.state_proj.weight.device, model.config
+    if example is True:
+        side = model.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
+        images = [torch.zeros(1, 3, side, side, device=device) for _ in config.image_features]
+        masks = [torch.ones(1, dtype=torch.bool, device=device) for _ in images]
+        tokens = torch.zeros(1, config.tokenizer_max_length, dtype=torch.long, device=device)
+        state = torch.zeros(1, config.max_state_dim, device=device)
+        noise = torch.zeros(1, config.chunk_size, config.max_action_dim, device=device)
+        with torch.no_grad():
+            model.sample_actions(images, masks, tokens, torch.ones_like(tokens, dtype=torch.bool), state, noise=noise)
+    else:
+        batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in example.items()}
+        shape = (batch["observation.state"].shape[0], config.chunk_size, config.max_action_dim)
+        policy.predict_action_chunk(batch, noise=torch.zeros(shape, device=device))
+    with runtime.lock:
+        runtime.calls_fast = runtime.calls_stock = 0
+
+
+def unpatch(policy: P) -> P:
+    """Undo ``patch``: the model's class and attributes are what they were. A policy that is not patched stays as it is."""
+    model = find_policy(policy).model
+    if isinstance(model, _Accelerated):
+        model.__class__ = model.stock_class
+        del model.__dict__[_SETTINGS]
+    with _runtimes_lock:
+        _runtimes.pop(model, None)
+    return policy
+
+
+def refresh(policy: Any) -> None:
+    """Read the weights again. The present tiers read them at every chunk and hold no copies, so nothing is stale."""
+    model = find_policy(policy).model
+    runtime = _runtimes.get(model)
+    if runtime is not None:
+        with runtime.lock:
+            runtime.engine = None
+
+
+def status(policy: Any) -> Status:
+    """What is on, what is not and why; see ``Status``."""
+    model = find_policy(policy).model
+    if not isinstance(model, _Accelerated):
+        off = f"{DISABLE} is set" if os.environ.get(DISABLE, "0") not in ("", "0") else "the policy is not patched"
+        return Status(last_fallback=off)
+    runtime = _runtime(model)
+    reason = runtime.reason(model)
+    counters = dict(
+        calls_fast=runtime.calls_fast,
+        calls_stock=runtime.calls_stock,
+        last_fallback=reason or runtime.last_fallback,
+    )
+    if reason is not None:
+        return Status(**counters)
+    engine = runtime.prepare(model)
+    name = engine.ops.backend
+    return Status(True, engine.tier.name, name, dict.fromkeys(STAGES, name), **counters)

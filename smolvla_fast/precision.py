@@ -1,0 +1,48 @@
+"""The tiers: in which dtype the large matrix products of a chunk run, and what that may cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One named precision.
+
+    gemm_dtype   dtype of the weights of vision, text and expert layers in their matrix products; None means each as it
+                 is stored. A parameter stored in another dtype is copied, and the copy checked before every chunk.
+    stock_order  run stock's ATen calls in stock's order, batch by batch and camera by camera: equal bits
+
+    In every tier but ``exact`` the residual stream, norm statistics, softmax and accumulation are fp32. The projections
+    of state, action and time and the expert's cross K/V keep the dtype they are stored in.
+    """
+
+    name: str
+    gemm_dtype: torch.dtype | None
+    stock_order: bool = False
+
+
+TIERS = {
+    tier.name: tier
+    for tier in (
+        Tier("exact", gemm_dtype=None, stock_order=True),
+        Tier("fp32", gemm_dtype=torch.float32),
+        Tier("bf16", gemm_dtype=torch.bfloat16),
+    )
+}
+
+
+def resolve_tier(precision: str, stored: torch.dtype) -> Tier:
+    """The tier for a wish; ``auto`` never computes in less precision than the weights are stored in.
+
+    stored   dtype of the text layers' weights
+    raises   ValueError naming the accepted values
+    """
+    if precision == "auto":
+        return TIERS["bf16" if stored is torch.bfloat16 else "fp32"]
+    if precision not in TIERS:
+        accepted = ", ".join(repr(name) for name in ("auto", *TIERS))
+        raise ValueError(f"precision={precision!r} is not a tier; accepted are {accepted}")
+    return TIERS[precision]

@@ -1,0 +1,45 @@
+"""Output projection added onto the residual stream of a text or expert layer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from . import Cost, randn
+
+CASES = (
+    dict(rows=177, inputs=960, outputs=960),
+    dict(rows=177, inputs=2560, outputs=960),
+    dict(rows=50, inputs=960, outputs=720),
+    dict(rows=50, inputs=2048, outputs=720),
+    dict(rows=5, inputs=33, outputs=47),
+)
+
+
+def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """``y = residual + x · weightᵀ``.
+
+    x        [..., I]      weight  [O, I]      residual  [..., O]
+    returns  [..., O]  dtype of weight: stock adds in place onto the projection's output, so a wider residual stream is
+             rounded to the weight's dtype at the first layer
+    replaces ``o_proj`` / ``down_proj`` and the in-place add behind them
+    """
+    y = F.linear(x.to(weight.dtype), weight)
+    y += residual
+    return y
+
+
+def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+    rows, inputs, outputs = case["rows"], case["inputs"], case["outputs"]
+    return {
+        "x": randn(rows, inputs, dtype=dtype, generator=generator),
+        "weight": randn(outputs, inputs, dtype=dtype, generator=generator, scale=inputs**-0.5),
+        "residual": randn(rows, outputs, dtype=dtype, generator=generator, scale=3.0),
+    }
+
+
+def cost(case: dict[str, int], itemsize: int) -> Cost:
+    rows, inputs, outputs = case["rows"], case["inputs"], case["outputs"]
+    numel = rows * inputs + inputs * outputs + 2 * rows * outputs
+    return Cost(2.0 * rows * inputs * outputs, float(itemsize) * numel)

@@ -1,0 +1,45 @@
+"""Real-time chunking as data: one ``Guidance`` a denoise step, from what the caller passes and the live config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference.euler_step import Guidance
+from .reference.guidance import guidance_weight, prefix_weights
+
+
+def fits(previous: Tensor, chunk: int, width: int) -> bool:
+    """Whether what is left of the previous chunk can be padded to [B, chunk, width]; stock asserts it."""
+    rows, columns = previous.shape[-2:]
+    return previous.ndim in (2, 3) and rows <= chunk and columns <= width
+
+
+def plan_guidance(
+    config: Any, previous: Tensor, delay: int, horizon: int | None, shape: torch.Size, device: torch.device, steps: int
+) -> list[Guidance]:
+    """Guidance for every step of one chunk.
+
+    config    the live ``RTCConfig``: schedule, execution_horizon, max_guidance_weight
+    previous  [T, a] or [B, T, a]  unexecuted actions of the previous chunk, T <= S and a <= A; padded with zeros
+    delay     actions that will have run before this chunk arrives        horizon  overrides the config's where given
+    shape     [B, S, A] of the chunk
+    replaces  the first half of ``RTCProcessor.denoise_step`` of LeRobot
+    """
+    batch, chunk, width = shape
+    previous = previous if previous.ndim == 3 else previous[None]
+    horizon = min(config.execution_horizon if horizon is None else horizon, previous.shape[1])
+    if previous.shape[1] < chunk or previous.shape[2] < width:
+        padded = torch.zeros(batch, chunk, width, device=device)
+        padded[:, : previous.shape[1], : previous.shape[2]] = previous
+        previous = padded
+    schedule = config.prefix_attention_schedule
+    weights = prefix_weights(getattr(schedule, "name", schedule), delay, horizon, chunk).to(device)[None, :, None]
+    dt = -1.0 / steps
+    plan = []
+    for step in range(steps):
+        time = 1.0 + step * dt
+        plan.append(Guidance(previous, weights, time, guidance_weight(time, config.max_guidance_weight)))
+    return plan

@@ -1,0 +1,1 @@
+"""The four stages of a chunk, in order: observation, vision, prefix, denoise."""

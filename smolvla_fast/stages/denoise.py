@@ -1,0 +1,76 @@
+"""Stage 4: noise -> action chunk, N Euler steps of the expert over the prefix KV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops import Ops
+from ..dims import Dims
+from ..memory import PrefixKV
+from ..reference.euler_step import Guidance
+from ..reference.masks import block_mask
+from ..reference.rope import rope_tables
+from ..weights import DecoderLayer, Heads
+
+
+def denoise(
+    ops: Ops,
+    dims: Dims,
+    expert: list[DecoderLayer],
+    heads: Heads,
+    kv: PrefixKV,
+    noise: Tensor,
+    times: Tensor,
+    guidance: Sequence[Guidance] | None = None,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Integrate the velocity field from t = 1 (noise) to t = 0 (actions).
+
+    noise     [B, S, A]  fp32, not written to
+    times     [N, B, E]  time embedding of every step
+    guidance  one ``Guidance`` a step, or None
+    watch     called with (x, v) after every step; for ``verify``
+    returns   [B, S, A]  fp32, a fresh tensor
+    replaces  ``euler_integrate`` over ``denoise_step`` of LeRobot
+
+    Self-attention layers look at [prefix KV | suffix so far], positions counted on from the prefix's valid tokens.
+    Cross-attention layers look at the cross KV alone, positions from 0.
+    """
+    batch, prefix = kv.pad_masks.shape
+    steps, suffix = times.shape[0], dims.chunk
+    device = noise.device
+
+    ones = torch.ones(batch, suffix, dtype=torch.bool, device=device)
+    seen = kv.pad_masks[:, None, :].expand(batch, suffix, prefix)
+    cross_mask = ops.prepare_mask(seen)
+    self_mask = ops.prepare_mask(torch.cat([seen, block_mask(ones, ones)], dim=2))
+    place = torch.cumsum(ones, dim=1) - 1
+    cross_rope = rope_tables(place, dims.head_dim)
+    self_rope = rope_tables(torch.sum(kv.pad_masks, dim=-1)[:, None] + place, dims.head_dim)
+
+    folded = ops.suffix_fold(times, *heads.action_in, *heads.time_in)
+    dt = -1.0 / steps
+    x = noise
+    for step in range(steps):
+        h = ops.suffix_embed(x, step, folded, *heads.time_out)
+        for layer, cache in zip(expert, kv.layers, strict=True):
+            if layer.cross:
+                q = ops.norm_qkv_rope(h, *layer.norm1, layer.q, None, None, cross_rope, None, None, dims.head_dim)
+                a = ops.masked_attention(q, cache.k, cache.v, cross_mask)
+            else:
+                slots = cache.suffix(prefix)
+                q = ops.norm_qkv_rope(
+                    h, *layer.norm1, layer.q, layer.k, layer.v, self_rope, *slots, dims.head_dim
+                )
+                a = ops.masked_attention(q, cache.k, cache.v, self_mask)
+            h = ops.linear_residual(a, layer.o, h)
+            a = ops.norm_swiglu(h, *layer.norm2, layer.gate, layer.up)
+            h = ops.linear_residual(a, layer.down, h)
+        guide = None if guidance is None else guidance[step]
+        x, v = ops.euler_step(h, *heads.expert_norm, *heads.action_out, x, dt, guide)
+        if watch is not None:
+            watch(x, v)
+    return x

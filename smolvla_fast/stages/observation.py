@@ -1,0 +1,73 @@
+"""Stage 1: what the policy hands over -> tensors of the shapes the later stages want.
+
+``exact`` leaves everything as stock has it. The other tiers put all cameras into one batch and give the language one of
+a few widths: up to the configured maximum (so that a CUDA graph serves every prompt), or, on a CPU, where reading a mask
+costs nothing, down to the longest prompt and the cameras that are really there. Masked tokens take no part in any
+result, so neither changes the action chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+LANGUAGE_MULTIPLE = 16
+"""Language widths are multiples of this, so prompts of similar length share shapes."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """image_groups   images [n·B, 3, side, side] in [-1, 1]; one group a camera in ``exact``, else all in one
+    image_masks   one [B] bool a camera            cameras  C
+    tokens        [B, T]  token ids                token_masks  [B, T]  bool
+    state         [B, R]
+    """
+
+    image_groups: list[Tensor]
+    image_masks: list[Tensor]
+    tokens: Tensor
+    token_masks: Tensor
+    state: Tensor
+
+
+def prepare_observation(
+    images: Sequence[Tensor],
+    image_masks: Sequence[Tensor],
+    tokens: Tensor,
+    token_masks: Tensor,
+    state: Tensor,
+    *,
+    stock_order: bool,
+    max_language: int,
+) -> Observation:
+    """Group cameras and fit the language; see the head of this file.
+
+    images  C of [B, 3, side, side]     image_masks  C of [B] bool      tokens, token_masks  [B, T]      state  [B, R]
+    """
+    images, image_masks = list(images), list(image_masks)
+    if stock_order:
+        return Observation(images, image_masks, tokens, token_masks, state)
+    token_masks = token_masks.to(torch.bool)
+    if state.device.type == "cpu":
+        present = [i for i, mask in enumerate(image_masks) if bool(mask.any())]
+        images, image_masks = [images[i] for i in present], [image_masks[i] for i in present]
+        used = int((token_masks.any(0).nonzero().amax() + 1) if bool(token_masks.any()) else 0)
+        width = min(_round_up(used), tokens.shape[1])
+    else:
+        width = _round_up(max(tokens.shape[1], max_language))
+    groups = [torch.cat(images)] if images else []
+    return Observation(groups, image_masks, _fit(tokens, width), _fit(token_masks, width), state)
+
+
+def _round_up(width: int) -> int:
+    return -(-width // LANGUAGE_MULTIPLE) * LANGUAGE_MULTIPLE
+
+
+def _fit(x: Tensor, width: int) -> Tensor:
+    """Cut or zero-pad the second dimension."""
+    have = x.shape[1]
+    return x[:, :width] if have >= width else F.pad(x, (0, width - have))

@@ -1,0 +1,122 @@
+"""Stage 3: image tokens, language and state -> the prefix KV, and the expert's cross KV; once a chunk."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from ..ops import Ops
+from ..dims import Dims
+from ..memory import LayerKV, PrefixKV
+from ..reference.masks import block_mask
+from ..reference.rope import rope_tables
+from ..weights import Affine, Cast, DecoderLayer, read_text_layers
+from .observation import Observation
+
+
+def embed_prefix(
+    observation: Observation,
+    image_tokens: list[Tensor],
+    vlm: Any,
+    state: Affine,
+    image_ends: tuple[Tensor, Tensor] | None,
+    length: int,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Join [image tokens of each camera | language | state], images and language scaled by sqrt(M).
+
+    image_tokens  C of [B, tokens, M]
+    state         the state projection
+    image_ends    token ids before and after each camera, where the checkpoint asks for them
+    length        pad the prefix to at least this many tokens
+    dtype         of the residual stream; None lets stock's own promotions decide
+    returns       embeddings [B, P, M], pad_masks [B, P] bool, att_masks [B, P] bool (1 starts a new block: the state,
+                  which images and language do not see)
+    replaces      ``embed_prefix`` of LeRobot's ``VLAFlowMatching``
+    """
+    table = vlm.text_model.get_input_embeddings().weight
+    batch, device = observation.state.shape[0], observation.state.device
+    parts: list[Tensor] = []
+    masks: list[Tensor] = []
+
+    def widen(x: Tensor) -> Tensor:
+        return x if dtype is None else x.to(dtype)
+
+    def special(ids: Tensor) -> None:
+        parts.append(widen(F.embedding(ids.to(table.device), table))[None].expand(batch, -1, -1))
+        masks.append(torch.ones(batch, len(ids), dtype=torch.bool, device=device))
+
+    for tokens, mask in zip(image_tokens, observation.image_masks, strict=True):
+        if image_ends is not None:
+            special(image_ends[0])
+        tokens = widen(tokens)
+        parts.append(tokens * torch.full((), tokens.shape[-1] ** 0.5, dtype=tokens.dtype, device=device))
+        masks.append(mask[:, None].expand(batch, tokens.shape[1]))
+        if image_ends is not None:
+            special(image_ends[1])
+    parts.append(widen(F.embedding(observation.tokens, table)) * math.sqrt(table.shape[1]))
+    masks.append(observation.token_masks)
+    state_token = F.linear(observation.state, *state)
+    parts.append(state_token[:, None, :] if state_token.ndim == 2 else state_token)
+    masks.append(torch.ones(parts[-1].shape[:2], dtype=torch.bool, device=device))
+
+    embeddings, pad_masks = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
+    att_masks = torch.zeros_like(pad_masks)
+    att_masks[:, -parts[-1].shape[1] :] = True
+    missing = length - embeddings.shape[1]
+    if missing > 0:
+        embeddings = F.pad(embeddings, (0, 0, 0, missing))
+        pad_masks, att_masks = F.pad(pad_masks, (0, missing)), F.pad(att_masks, (0, missing))
+    return embeddings, pad_masks, att_masks
+
+
+def fill_prefix(
+    ops: Ops,
+    vlm: Any,
+    cast: Cast,
+    dims: Dims,
+    embeddings: Tensor,
+    pad_masks: Tensor,
+    att_masks: Tensor,
+    expert: list[DecoderLayer],
+) -> PrefixKV:
+    """Run the text layers for the keys and values they leave behind.
+
+    embeddings  [B, P, M]      pad_masks, att_masks  [B, P]
+    returns     for each layer, prefix KV with free slots behind it (self) or the expert's projections of it (cross)
+    replaces    the prefill call of ``SmolVLMWithExpertModel.forward``
+
+    Of the last layer only keys and values are ever read, so its queries, attention and feed-forward are not computed.
+    """
+    batch, prefix = pad_masks.shape
+    mask = ops.prepare_mask(block_mask(pad_masks, att_masks))
+    rope = rope_tables(torch.cumsum(pad_masks, dim=1) - 1, dims.head_dim)
+    layers: list[LayerKV] = []
+    x = embeddings
+    for i, (layer, partner) in enumerate(zip(read_text_layers(vlm, cast), expert, strict=True)):
+        last = i == dims.layers - 1
+        slots = prefix if partner.cross else prefix + dims.chunk
+        shape = (batch, slots, dims.kv_heads, dims.head_dim)
+        k, v = (torch.empty(shape, dtype=layer.k.dtype, device=x.device) for _ in range(2))
+        q = ops.norm_qkv_rope(
+            x,
+            *layer.norm1,
+            None if last else layer.q,
+            layer.k,
+            layer.v,
+            rope,
+            k[:, :prefix],
+            v[:, :prefix],
+            dims.head_dim,
+        )
+        if q is not None:
+            h = ops.masked_attention(q, k[:, :prefix], v[:, :prefix], mask)
+            x = ops.linear_residual(h, layer.o, x)
+            h = ops.norm_swiglu(x, *layer.norm2, layer.gate, layer.up)
+            x = ops.linear_residual(h, layer.down, x)
+        layers.append(LayerKV(*ops.cross_kv(k, v, partner.k, partner.v)) if partner.cross else LayerKV(k, v))
+    return PrefixKV(layers, pad_masks)

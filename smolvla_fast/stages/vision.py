@@ -1,0 +1,62 @@
+"""Stage 2: images -> image tokens, through the SigLIP tower and the connector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..ops import Ops
+from ..dims import Dims
+from ..weights import Cast, read_patch_embedding, read_vision_end, read_vision_layers
+
+
+def encode_images(ops: Ops, vlm: Any, cast: Cast, dims: Dims, images: Tensor, position_ids: Tensor) -> Tensor:
+    """Image tokens of every image.
+
+    images        [n, 3, side, side] in [-1, 1]
+    position_ids  [1, patches]  which row of the position table each patch takes
+    returns       [n, tokens, M]
+    replaces      ``embed_image`` of LeRobot's ``SmolVLMWithExpertModel``
+    """
+    patch, position = read_patch_embedding(vlm, cast)
+    x = ops.patch_embed(images, *patch, position, position_ids)
+    for layer in read_vision_layers(vlm, cast):
+        h = ops.layer_norm(x, *layer.norm1)
+        q, k, v = (ops.linear(h, *affine) for affine in (layer.q, layer.k, layer.v))
+        h = ops.attention(q, k, v, dims.vision_heads)
+        x = ops.linear(h, *layer.out, residual=x)
+        h = ops.layer_norm(x, *layer.norm2)
+        h = ops.linear(h, *layer.up, activation="gelu_tanh")
+        x = ops.linear(h, *layer.down, residual=x)
+    norm, connector = read_vision_end(vlm, cast)
+    return ops.pixel_shuffle_linear(ops.layer_norm(x, *norm), connector, dims.shuffle)
+
+
+class _IndicesOfEmbedding(TorchDispatchMode):
+    """Notes the indices of every embedding look-up made inside it, in this thread alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.indices: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.embedding.default:
+            self.indices.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def patch_positions(vlm: Any, images: Tensor) -> Tensor:
+    """Which row of the position table each patch takes: [1, patches], observed in a run of the live module.
+
+    Never a constant: transformers 4.57 with fp32 weights gives other ids than with bf16 weights or in 5.x.
+    """
+    embeddings = vlm.vision_model.embeddings
+    height, width = images.shape[-2:]
+    pixels = torch.zeros(1, 3, height, width, dtype=embeddings.patch_embedding.weight.dtype, device=images.device)
+    patches = (1, height // embeddings.patch_size, width // embeddings.patch_size)
+    with torch.no_grad(), _IndicesOfEmbedding() as seen:
+        embeddings(pixel_values=pixels, patch_attention_mask=torch.ones(patches, dtype=torch.bool, device=images.device))
+    return seen.indices[-1]

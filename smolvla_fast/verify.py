@@ -1,0 +1,133 @@
+"""``verify(policy, batch)``: the fast path beside the reference, on the user's own weights and observation."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inference import Engine
+from .patch import find_policy, status
+from .precision import TIERS
+from .weights import is_cross
+
+FP32_BOUND = 1e-5
+"""Relative L2 allowed to fp32 against fp32: sums in another order, carried through 32 layers and 10 steps. Measured
+2e-7 on random full-size weights; a missing scale or mask shows at 1e-2 and above."""
+
+
+@dataclass
+class Report:
+    """Errors on one observation, same noise, against the fp32 reference.
+
+    rel_l2, max_abs, cosine   of the fast chunk (max_abs in normalised action units)
+    stock_*                   of stock computing in the tier's own dtype
+    velocity_rel_l2           of the fast path's velocity, one a denoise step
+    passed                    exact: equal bits to stock. Else rel_l2 at most ``bound``: what stock itself loses in the
+                              tier's dtype, and no less than FP32_BOUND
+    """
+
+    precision: str
+    backend: str
+    rel_l2: float
+    max_abs: float
+    cosine: float
+    stock_rel_l2: float
+    stock_max_abs: float
+    stock_cosine: float
+    velocity_rel_l2: list[float]
+    bound: float
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def rel_l2(x: Tensor, reference: Tensor) -> float:
+    """``|x - reference| / |reference|``, in fp64."""
+    x, reference = x.double(), reference.double()
+    return float((x - reference).norm() / reference.norm())
+
+
+def cosine(x: Tensor, reference: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(x.double().flatten(), reference.double().flatten(), dim=0))
+
+
+def _stock_chunk(
+    model: Any, dtype: torch.dtype | None, inputs: tuple[Any, ...], noise: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The stock method's own chunk and velocities, with the backbone in ``dtype``: on a copy where it is not stored so."""
+    pair = model.vlm_with_expert
+    stored = {p.dtype for name, p in pair.named_parameters()}
+    if dtype is not None and (torch.bfloat16 in stored) != (dtype is torch.bfloat16):
+        model = copy.deepcopy(model)
+        pair = model.vlm_with_expert.to(dtype)
+        for i, layer in enumerate(pair.lm_expert.layers):
+            if is_cross(pair, i):  # fp32 in LeRobot's bf16 layout
+                layer.self_attn.k_proj.float(), layer.self_attn.v_proj.float()
+    stock = model.stock_class
+    velocities: list[Tensor] = []
+
+    def denoise_step(*args: Any, **kwargs: Any) -> Tensor:
+        velocities.append(stock.denoise_step(model, *args, **kwargs))
+        return velocities[-1]
+
+    model.__dict__["denoise_step"] = denoise_step
+    try:
+        with torch.no_grad():
+            return stock.sample_actions(model, *inputs, noise=noise.clone()), velocities
+    finally:
+        del model.__dict__["denoise_step"]
+
+
+def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -> Report:
+    """Compare the patched policy's chunk for this observation with the reference in fp32.
+
+    batch    as ``predict_action_chunk`` takes it (preprocessed); not changed
+    noise    [B, S, A] fp32; fixed noise of its own where not given, so that no random state moves
+    raises   RuntimeError where the policy is not patched or runs stock, with the reason
+    """
+    found = find_policy(policy)
+    now = status(policy)
+    if not now.active:
+        raise RuntimeError(f"nothing to verify: {now.last_fallback}; call smolvla_fast.patch(policy) first")
+    model = found.model
+    tier = TIERS[now.precision]
+    batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+    batch = found._prepare_batch(batch)
+    images, image_masks = found.prepare_images(batch)
+    inputs = (
+        images,
+        image_masks,
+        batch["observation.language.tokens"],
+        batch["observation.language.attention_mask"],
+        found.prepare_state(batch),
+    )
+    state = inputs[-1]
+    if noise is None:
+        shape = (state.shape[0], model.config.chunk_size, model.config.max_action_dim)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(state.device)
+
+    truth, true_velocities = _stock_chunk(model, torch.float32, inputs, noise)
+    stock = _stock_chunk(model, tier.gemm_dtype, inputs, noise)[0]
+    velocities: list[Tensor] = []
+    engine = Engine(tier, "auto" if tier.stock_order else now.backend, state.device)
+    fast = engine.act(model, *inputs, noise, watch=lambda _, v: velocities.append(v))
+
+    bound = max(rel_l2(stock, truth), FP32_BOUND)
+    return Report(
+        precision=tier.name,
+        backend=now.backend,
+        rel_l2=rel_l2(fast, truth),
+        max_abs=float((fast - truth).abs().max()),
+        cosine=cosine(fast, truth),
+        stock_rel_l2=rel_l2(stock, truth),
+        stock_max_abs=float((stock - truth).abs().max()),
+        stock_cosine=cosine(stock, truth),
+        velocity_rel_l2=[rel_l2(v, t) for v, t in zip(velocities, true_velocities, strict=True)],
+        bound=bound,
+        passed=torch.equal(fast, stock) if tier.stock_order else rel_l2(fast, truth) <= bound,
+    )

@@ -1,0 +1,159 @@
+"""A policy's parameters, gathered under the names the stages use.
+
+Nothing is packed and nothing is kept: every field is the live parameter, in the ``[out, in]`` layout of ``nn.Linear``,
+gathered anew for every chunk. So a loaded checkpoint, an optimizer step, an EMA swap (which moves no version counter) or
+a replaced parameter is what the next chunk uses. A tier that wants another dtype than a matrix is stored in converts it
+when its layer is reached: the vision and text layers one at a time, the expert once a chunk. Converting costs as much
+memory traffic as proving that an old copy still holds would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Affine(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+
+
+class Norm(NamedTuple):
+    weight: Tensor
+    eps: float
+
+
+class LayerNorm(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+Cast = Callable[[Tensor], Tensor]
+"""Gives a matrix in the dtype that a tier wants for its products: the matrix itself where it has it already."""
+
+
+@dataclass(frozen=True)
+class VisionLayer:
+    norm1: LayerNorm
+    q: Affine
+    k: Affine
+    v: Affine
+    out: Affine
+    norm2: LayerNorm
+    up: Affine
+    down: Affine
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """A text or an expert layer. ``cross``: its keys and values are projections of the prefix KV."""
+
+    norm1: Norm
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    norm2: Norm
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    cross: bool
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The small projections around the layers, in the dtype they are stored in."""
+
+    state: Affine
+    action_in: Affine
+    time_in: Affine
+    time_out: Affine
+    expert_norm: Norm
+    action_out: Affine
+
+
+def _affine(module: Any, cast: Cast) -> Affine:
+    return Affine(cast(module.weight), cast(module.bias))
+
+
+def _layer_norm(module: Any) -> LayerNorm:
+    return LayerNorm(module.weight, module.bias, module.eps)
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight, module.variance_epsilon)
+
+
+def read_patch_embedding(vlm: Any, cast: Cast) -> tuple[Affine, Tensor]:
+    """The patch convolution and the position table of the vision tower."""
+    embeddings = vlm.vision_model.embeddings
+    return _affine(embeddings.patch_embedding, cast), embeddings.position_embedding.weight
+
+
+def read_vision_layers(vlm: Any, cast: Cast) -> Iterator[VisionLayer]:
+    for layer in vlm.vision_model.encoder.layers:
+        yield VisionLayer(
+            norm1=_layer_norm(layer.layer_norm1),
+            q=_affine(layer.self_attn.q_proj, cast),
+            k=_affine(layer.self_attn.k_proj, cast),
+            v=_affine(layer.self_attn.v_proj, cast),
+            out=_affine(layer.self_attn.out_proj, cast),
+            norm2=_layer_norm(layer.layer_norm2),
+            up=_affine(layer.mlp.fc1, cast),
+            down=_affine(layer.mlp.fc2, cast),
+        )
+
+
+def read_vision_end(vlm: Any, cast: Cast) -> tuple[LayerNorm, Tensor]:
+    """The tower's last norm and the connector's projection."""
+    return _layer_norm(vlm.vision_model.post_layernorm), cast(vlm.connector.modality_projection.proj.weight)
+
+
+def _decoder(layer: Any, cross: bool, cast: Cast) -> DecoderLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return DecoderLayer(
+        norm1=_norm(layer.input_layernorm),
+        q=cast(attention.q_proj.weight),
+        k=attention.k_proj.weight if cross else cast(attention.k_proj.weight),
+        v=attention.v_proj.weight if cross else cast(attention.v_proj.weight),
+        o=cast(attention.o_proj.weight),
+        norm2=_norm(layer.post_attention_layernorm),
+        gate=cast(mlp.gate_proj.weight),
+        up=cast(mlp.up_proj.weight),
+        down=cast(mlp.down_proj.weight),
+        cross=cross,
+    )
+
+
+def read_text_layers(vlm: Any, cast: Cast) -> Iterator[DecoderLayer]:
+    for layer in vlm.text_model.layers:
+        yield _decoder(layer, False, cast)
+
+
+def is_cross(pair: Any, layer: int) -> bool:
+    """Whether this layer of the expert attends to the prefix KV alone (LeRobot's rule, on the live ``pair``)."""
+    every = pair.self_attn_every_n_layers
+    return "cross" in pair.attention_mode and not (every > 0 and layer % every == 0)
+
+
+def read_expert_layers(pair: Any, cast: Cast) -> list[DecoderLayer]:
+    """All layers of the expert: every denoise step goes through them again."""
+    return [_decoder(layer, is_cross(pair, i), cast) for i, layer in enumerate(pair.lm_expert.layers)]
+
+
+def read_heads(model: Any) -> Heads:
+    def live(module: Any) -> Affine:
+        return Affine(module.weight, module.bias)
+
+    return Heads(
+        state=live(model.state_proj),
+        action_in=live(model.action_in_proj),
+        time_in=live(model.action_time_mlp_in),
+        time_out=live(model.action_time_mlp_out),
+        expert_norm=_norm(model.vlm_with_expert.lm_expert.norm),
+        action_out=live(model.action_out_proj),
+    )
