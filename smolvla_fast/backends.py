@@ -23,7 +23,7 @@ class Row:
 
 
 @cache
-def _reference() -> Ops:
+def reference_ops() -> Ops:
     from .reference import (
         attention,
         cross_kv,
@@ -94,10 +94,10 @@ def select(backend: str, device: torch.device, stock_order: bool) -> Ops:
     if stock_order:
         if backend not in ("auto", "torch", "reference"):
             raise RuntimeError(f"precision='exact' runs stock's own ATen calls; backend={backend!r} has other kernels")
-        return _reference()
+        return reference_ops()
     if backend in ("triton", "cuda"):
         raise RuntimeError(f"backend={backend!r} has no kernels for a whole chunk yet; accepted are 'auto', 'torch'")
-    return _reference() if backend == "reference" else _torch()
+    return reference_ops() if backend == "reference" else _torch()
 
 
 def table() -> list[Row]:

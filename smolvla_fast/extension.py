@@ -42,6 +42,11 @@ def why_missing(kind: str) -> str:
     return _load(kind)[1]
 
 
+def summary() -> str:
+    """One line an extension: whether it is ready, or why not."""
+    return "\n".join(why_missing(kind) or f"smolvla_fast._{kind} is ready" for kind in KINDS)
+
+
 @cache
 def build_record() -> dict[str, dict[str, Any]]:
     """What the installation recorded, by kind: {"built": False, "reason"} or {"built": True, "compiler"...}.
@@ -58,17 +63,17 @@ def build_record() -> dict[str, dict[str, Any]]:
 def _load(kind: str) -> tuple[ModuleType | None, str]:
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is no extension; accepted are {', '.join(map(repr, KINDS))}")
-    name, record = f"smolvla_fast._{kind}", build_record().get(kind)
-    if record is None:
-        return None, f"{name} was never compiled here; {_REBUILD}"
+    name, record = f"smolvla_fast._{kind}", build_record().get(kind, {})
     # The record is asked before the file: after a failed rebuild an older binary may still lie there.
-    if not record["built"]:
+    if record.get("built") is False:
         return None, f"{name} was not compiled: {record['reason']}"
     # torch first: the extension then binds to torch's OpenMP runtime, and there is a single thread pool.
     importlib.import_module("torch")
     try:
-        return importlib.import_module(f".._{kind}", __name__), ""
+        return importlib.import_module(name), ""
     except ImportError as error:
+        if not record:
+            return None, f"{name} was never compiled here; {_REBUILD}"
         return None, f"{name} was compiled but does not load: {error}; {_REBUILD} with this Python"
 
 

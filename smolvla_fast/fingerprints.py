@@ -47,6 +47,31 @@ FUNCTIONS = (
 _LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
 
 KNOWN: dict[str, dict[str, str]] = {
+    "0.4.4": {
+        "RTCProcessor._add_leading_ones": "5619d89cd659",
+        "RTCProcessor._add_trailing_zeros": "e7ce01f827a4",
+        "RTCProcessor._linweights": "2d2a1c55926e",
+        "RTCProcessor.denoise_step": "a9cd6317fdef",
+        "RTCProcessor.get_prefix_weights": "f1b46736e57e",
+        "SmolVLMWithExpertModel.eager_attention_forward": "7fddedc99721",
+        "SmolVLMWithExpertModel.embed_image": "135638df1260",
+        "SmolVLMWithExpertModel.embed_language_tokens": "b4e3334ea714",
+        "SmolVLMWithExpertModel.forward": "49ca3d941ecf",
+        "SmolVLMWithExpertModel.forward_attn_layer": "4359f8148fd2",
+        "SmolVLMWithExpertModel.forward_cross_attn_layer": "b20c09b231fb",
+        "SmolVLMWithExpertModel.get_attention_interface": "2f02728799fe",
+        "SmolVLMWithExpertModel.get_model_layers": "42d5fc98970c",
+        "SmolVLMWithExpertModel.get_vlm_model": "210012569b60",
+        "VLAFlowMatching._rtc_enabled": "d83e24688bde",
+        "VLAFlowMatching.denoise_step": "4a2b507a4003",
+        "VLAFlowMatching.embed_prefix": "488b16ee9bc0",
+        "VLAFlowMatching.embed_suffix": "8459142fe124",
+        "VLAFlowMatching.sample_actions": "3671145bae24",
+        "apply_rope": "9deaa642c2e6",
+        "create_sinusoidal_pos_embedding": "55da88f020a7",
+        "make_att_2d_masks": "48addca29b91",
+        "pad_tensor": "12e2a2c60647",
+    },
     "0.6.1": {
         "RTCProcessor._add_leading_ones": "5619d89cd659",
         "RTCProcessor._add_trailing_zeros": "e7ce01f827a4",
@@ -99,12 +124,17 @@ def digest(function: Callable[..., Any]) -> str:
 
 def _functions(model: Any, rtc: Any | None) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {}
-    for owner, names in ((model, MODEL_METHODS), (model.vlm_with_expert, PAIR_METHODS), (rtc, RTC_METHODS)):
+    owners = (
+        ("VLAFlowMatching", model, MODEL_METHODS),
+        ("SmolVLMWithExpertModel", model.vlm_with_expert, PAIR_METHODS),
+        ("RTCProcessor", rtc, RTC_METHODS),
+    )
+    for label, owner, names in owners:
         for name in names if owner is not None else ():
             method = owner.__dict__.get(name) or _stock_attribute(type(owner), name)
             if method is not None:
                 method = inspect.unwrap(getattr(method, "__func__", method))
-                found[f"{_stock_class(type(owner)).__name__}.{name}"] = method
+                found[f"{label}.{name}"] = method
                 for helper in FUNCTIONS:
                     if helper in getattr(method, "__globals__", {}):
                         found[helper] = inspect.unwrap(method.__globals__[helper])
@@ -134,7 +164,8 @@ def unknown_source(model: Any, rtc: Any | None = None) -> str | None:
         versions = fits if versions is None else versions & fits
         if not versions:
             accepted = ", ".join(KNOWN)
-            return f"{name} of {function.__module__} is not the source this release knows (lerobot {accepted})"
+            found = f"{function.__module__}.{getattr(function, '__qualname__', name)}"
+            return f"{name} is {found}, not the source this release knows (lerobot {accepted})"
     return None
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from .backends import reference_ops
 from .fingerprints import unknown_source
 from .reference.layer_norm import layer_norm
 from .reference.linear import linear
@@ -20,8 +21,8 @@ from .reference.norm_swiglu import norm_swiglu
 from .reference.patch_embed import patch_embed
 from .reference.pixel_shuffle_linear import pixel_shuffle_linear
 from .reference.rms_norm import rms_norm
-from .stages.vision import patch_positions
-from .weights import Affine, read_patch_embedding
+from .stages.vision import patch_positions, vision_layer
+from .weights import read_patch_embedding, read_vision_layers
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -167,6 +168,16 @@ def probe(model: Any, exact: bool) -> str | None:
     return None
 
 
+def probed_code(model: Any) -> tuple[Any, ...]:
+    """What ``probe`` has run: a replaced class or a patched ``forward`` gives another value, and asks for another run."""
+    vlm = model.vlm_with_expert.get_vlm_model()
+    layer = vlm.vision_model.encoder.layers[0]
+    modules = [vlm.vision_model.embeddings, layer.mlp, layer.self_attn, layer, vlm.vision_model, vlm.connector]
+    for stack in (vlm.text_model, model.vlm_with_expert.lm_expert):
+        modules += [stack.layers[0].input_layernorm, stack.layers[0].mlp]
+    return tuple(type(module).forward for module in modules)
+
+
 def _ramp(*shape: int, like: Tensor) -> Tensor:
     """Deterministic values in [-1, 1] that move no random state."""
     return torch.arange(torch.Size(shape).numel(), device=like.device).mul(0.7).sin().view(shape).to(like.dtype)
@@ -181,11 +192,12 @@ def _probe_vision(vlm: Any) -> Iterable[tuple[str, Tensor, Tensor]]:
     live = tower.embeddings(pixel_values=pixels, patch_attention_mask=patches)
     yield "the patch embedding", live, patch_embed(pixels, *patch, position, patch_positions(vlm, pixels))
 
-    layer = tower.encoder.layers[0]
+    module, layer = tower.encoder.layers[0], next(iter(read_vision_layers(vlm, lambda x: x)))
     x = _ramp(1, 9, position.shape[1], like=patch.weight)
-    up, down = Affine(layer.mlp.fc1.weight, layer.mlp.fc1.bias), Affine(layer.mlp.fc2.weight, layer.mlp.fc2.bias)
-    yield "the vision MLP", layer.mlp(x), linear(linear(x, *up, activation="gelu_tanh"), *down)
-    norm = layer.layer_norm1
+    live = module(x, None)
+    ours = vision_layer(reference_ops(), layer, x, module.self_attn.num_heads)
+    yield "the vision layer", live[0] if isinstance(live, tuple) else live, ours
+    norm = tower.post_layernorm
     yield "the vision norm", norm(x), layer_norm(x, norm.weight, norm.bias, norm.eps)
 
     factor = connector.scale_factor

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .backends import select
-from .guard import call_reason, model_reason, probe
+from .guard import call_reason, model_reason, probe, probed_code
 from .inference import Engine
 from .precision import resolve_tier
 from .rtc import fits, plan_guidance
@@ -84,7 +84,7 @@ class _Runtime:
         """The engine for the dtypes and device the model has now."""
         settings: Settings = model.__dict__[_SETTINGS]
         weight = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj.weight
-        key = (settings, weight.dtype, weight.device)
+        key = (settings, weight.dtype, weight.device, probed_code(model))
         with self.lock:
             if self.engine is None or self.built_for != key:
                 tier = resolve_tier(settings.precision, weight.dtype)
@@ -247,6 +247,7 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
     reason = runtime.reason(model)
     if reason is not None:
         runtime.last_fallback = reason
+        runtime.told.add(reason)
         logger.warning("smolvla_fast: stock runs: %s", reason)
     else:
         now = status(policy)
@@ -285,6 +286,11 @@ def unpatch(policy: P) -> P:
     with _runtimes_lock:
         _runtimes.pop(model, None)
     return policy
+
+
+def engine_of(model: Any) -> Engine:
+    """The engine that serves a patched model."""
+    return _runtime(model).prepare(model)
 
 
 def refresh(policy: Any) -> None:

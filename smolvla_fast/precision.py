@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,13 +35,13 @@ TIERS = {
 
 
 def resolve_tier(precision: str, stored: torch.dtype) -> Tier:
-    """The tier for a wish; ``auto`` never computes in less precision than the weights are stored in.
+    """The tier for a wish. ``auto`` runs every product in the dtype its weight is stored in, hence never in less.
 
-    stored   dtype of the text layers' weights
+    stored   dtype of the text layers' weights, after which ``auto`` is named
     raises   ValueError naming the accepted values
     """
     if precision == "auto":
-        return TIERS["bf16" if stored is torch.bfloat16 else "fp32"]
+        return replace(TIERS["bf16" if stored is torch.bfloat16 else "fp32"], gemm_dtype=None)
     if precision not in TIERS:
         accepted = ", ".join(repr(name) for name in ("auto", *TIERS))
         raise ValueError(f"precision={precision!r} is not a tier; accepted are {accepted}")

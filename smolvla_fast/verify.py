@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 
 from .inference import Engine
-from .patch import find_policy, status
-from .precision import TIERS
+from .patch import engine_of, find_policy, status
+from .reference.patch_embed import patch_embed
+from .stages.vision import patch_positions
 from .weights import is_cross
 
 FP32_BOUND = 1e-5
 """Relative L2 allowed to fp32 against fp32: sums in another order, carried through 32 layers and 10 steps. Measured
 2e-7 on random full-size weights; a missing scale or mask shows at 1e-2 and above."""
+
+SCATTER = 1.5
+"""How far one observation may exceed stock's own loss in the same dtype. Rounding errors of two orders of computation
+scatter against each other: over 36 random policies the ratio was 0.51 to 1.22, 0.78 in the mean. The tests hold the mean
+to 1; a single observation is only held to this."""
 
 
 @dataclass
@@ -26,8 +32,8 @@ class Report:
     rel_l2, max_abs, cosine   of the fast chunk (max_abs in normalised action units)
     stock_*                   of stock computing in the tier's own dtype
     velocity_rel_l2           of the fast path's velocity, one a denoise step
-    passed                    exact: equal bits to stock. Else rel_l2 at most ``bound``: what stock itself loses in the
-                              tier's dtype, and no less than FP32_BOUND
+    passed                    exact: equal bits to stock. Else rel_l2 at most ``bound``: SCATTER times what stock itself
+                              loses in the tier's dtype, and no less than FP32_BOUND
     """
 
     precision: str
@@ -56,15 +62,33 @@ def cosine(x: Tensor, reference: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(x.double().flatten(), reference.double().flatten(), dim=0))
 
 
+def _keep_patch_positions(vlm: Any, positions: Tensor) -> None:
+    """Transformers 4.57 gives patches other position ids in another dtype; a copy is to differ in rounding alone."""
+    embeddings = vlm.vision_model.embeddings
+
+    def forward(pixel_values: Tensor, patch_attention_mask: Tensor) -> Tensor:
+        patch = embeddings.patch_embedding
+        table = embeddings.position_embedding.weight
+        return patch_embed(pixel_values, patch.weight, patch.bias, table, positions)
+
+    embeddings.__dict__["forward"] = forward
+
+
 def _stock_chunk(
     model: Any, dtype: torch.dtype | None, inputs: tuple[Any, ...], noise: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """The stock method's own chunk and velocities, with the backbone in ``dtype``: on a copy where it is not stored so."""
     pair = model.vlm_with_expert
-    stored = {p.dtype for name, p in pair.named_parameters()}
-    if dtype is not None and (torch.bfloat16 in stored) != (dtype is torch.bfloat16):
+    live = pair.get_vlm_model()
+    stored = {
+        live.vision_model.post_layernorm.weight.dtype,
+        live.text_model.layers[0].self_attn.q_proj.weight.dtype,
+        pair.lm_expert.norm.weight.dtype,
+    }
+    if dtype is not None and stored != {dtype}:
         model = copy.deepcopy(model)
         pair = model.vlm_with_expert.to(dtype)
+        _keep_patch_positions(pair.get_vlm_model(), patch_positions(live, inputs[0][0]))
         for i, layer in enumerate(pair.lm_expert.layers):
             if is_cross(pair, i):  # fp32 in LeRobot's bf16 layout
                 layer.self_attn.k_proj.float(), layer.self_attn.v_proj.float()
@@ -95,7 +119,7 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
     if not now.active:
         raise RuntimeError(f"nothing to verify: {now.last_fallback}; call smolvla_fast.patch(policy) first")
     model = found.model
-    tier = TIERS[now.precision]
+    tier = engine_of(model).tier
     batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
     batch = found._prepare_batch(batch)
     images, image_masks = found.prepare_images(batch)
@@ -117,7 +141,7 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
     engine = Engine(tier, "auto" if tier.stock_order else now.backend, state.device)
     fast = engine.act(model, *inputs, noise, watch=lambda _, v: velocities.append(v))
 
-    bound = max(rel_l2(stock, truth), FP32_BOUND)
+    bound = max(SCATTER * rel_l2(stock, truth), FP32_BOUND)
     return Report(
         precision=tier.name,
         backend=now.backend,

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops import Ops
 from ..dims import Dims
-from ..weights import Cast, read_patch_embedding, read_vision_end, read_vision_layers
+from ..weights import Cast, VisionLayer, read_patch_embedding, read_vision_end, read_vision_layers
 
 
 def encode_images(ops: Ops, vlm: Any, cast: Cast, dims: Dims, images: Tensor, position_ids: Tensor) -> Tensor:
@@ -24,15 +24,18 @@ def encode_images(ops: Ops, vlm: Any, cast: Cast, dims: Dims, images: Tensor, po
     patch, position = read_patch_embedding(vlm, cast)
     x = ops.patch_embed(images, *patch, position, position_ids)
     for layer in read_vision_layers(vlm, cast):
-        h = ops.layer_norm(x, *layer.norm1)
-        q, k, v = (ops.linear(h, *affine) for affine in (layer.q, layer.k, layer.v))
-        h = ops.attention(q, k, v, dims.vision_heads)
-        x = ops.linear(h, *layer.out, residual=x)
-        h = ops.layer_norm(x, *layer.norm2)
-        h = ops.linear(h, *layer.up, activation="gelu_tanh")
-        x = ops.linear(h, *layer.down, residual=x)
+        x = vision_layer(ops, layer, x, dims.vision_heads)
     norm, connector = read_vision_end(vlm, cast)
     return ops.pixel_shuffle_linear(ops.layer_norm(x, *norm), connector, dims.shuffle)
+
+
+def vision_layer(ops: Ops, layer: VisionLayer, x: Tensor, heads: int) -> Tensor:
+    """One SigLIP layer: x [n, T, W] -> [n, T, W]; attention and MLP, each behind a norm and added to x."""
+    h = ops.layer_norm(x, *layer.norm1)
+    q, k, v = (ops.linear(h, *affine) for affine in (layer.q, layer.k, layer.v))
+    x = ops.linear(ops.attention(q, k, v, heads), *layer.out, residual=x)
+    h = ops.linear(ops.layer_norm(x, *layer.norm2), *layer.up, activation="gelu_tanh")
+    return ops.linear(h, *layer.down, residual=x)
 
 
 class _IndicesOfEmbedding(TorchDispatchMode):

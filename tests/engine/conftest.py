@@ -1,0 +1,47 @@
+"""Tiny SmolVLA policies of the installed LeRobot, and what they are fed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="parity is against LeRobot's own classes")
+
+from smolvla_fast.testing import make_noise, make_observation, make_policy  # noqa: E402
+
+
+def rel_l2(x: Tensor, reference: Tensor) -> float:
+    return float((x.double() - reference.double()).norm() / reference.double().norm())
+
+
+def chunk(policy: Any, observation: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """One chunk from copies of the inputs, since Aloha policies flip the state they are given in place."""
+    copies = {key: value.clone() for key, value in observation.items()}
+    return policy.predict_action_chunk(copies, noise=noise, **kwargs)
+
+
+@pytest.fixture
+def policy() -> Any:
+    return make_policy("tiny")
+
+
+@pytest.fixture
+def observation(policy: Any) -> dict[str, Tensor]:
+    return make_observation(policy)
+
+
+@pytest.fixture
+def noise(policy: Any) -> Tensor:
+    return make_noise(policy)
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> Any:
+    """Tiny matrices on one thread: the tests are then an order of magnitude faster on a shared machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

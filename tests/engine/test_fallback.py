@@ -1,0 +1,308 @@
+"""Whatever lies outside the engine's range runs stock: same bits, one message, counted, and the reason is named."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import smolvla_fast
+from smolvla_fast.testing import make_noise, make_observation, make_policy
+
+from .conftest import chunk
+
+
+def _hook(policy: Any) -> None:
+    policy.model.vlm_with_expert.lm_expert.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def _vision_hook(policy: Any) -> None:
+    policy.model.vlm_with_expert.get_vlm_model().vision_model.register_forward_pre_hook(lambda *_: None)
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _replaced_linear(policy: Any) -> None:
+    attention = policy.model.vlm_with_expert.lm_expert.layers[0].self_attn
+    old = attention.o_proj
+    attention.o_proj = _Doubled(old.in_features, old.out_features, bias=False)
+    attention.o_proj.load_state_dict(old.state_dict())
+
+
+def _replaced_head(policy: Any) -> None:
+    old = policy.model.action_out_proj
+    policy.model.action_out_proj = _Doubled(old.in_features, old.out_features)
+    policy.model.action_out_proj.load_state_dict(old.state_dict())
+
+
+def _replaced_norm(policy: Any) -> None:
+    class Shifted(type(policy.model.vlm_with_expert.lm_expert.layers[0].input_layernorm)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 0.1
+
+    for layer in policy.model.vlm_with_expert.lm_expert.layers:
+        layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = Shifted
+
+
+def _replaced_one_mlp(policy: Any) -> None:
+    class Scaled(type(policy.model.vlm_with_expert.lm_expert.layers[2].mlp)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return 1.5 * super().forward(x)
+
+    policy.model.vlm_with_expert.lm_expert.layers[2].mlp.__class__ = Scaled
+
+
+def _instance_forward(policy: Any) -> None:
+    layer = policy.model.vlm_with_expert.get_vlm_model().connector
+    stock = layer.forward
+    layer.forward = lambda x: 1.5 * stock(x)
+
+
+def _instance_method(policy: Any) -> None:
+    pair = policy.model.vlm_with_expert
+    stock = pair.embed_image
+    pair.embed_image = lambda image: 1.5 * stock(image)
+
+
+def _subclass_of_the_model(policy: Any) -> None:
+    class Forked(type(policy.model)):  # type: ignore[misc]
+        def embed_prefix(self, *args: Any, **kwargs: Any) -> Any:
+            embeddings, pad, att = super().embed_prefix(*args, **kwargs)
+            return embeddings * 1.1, pad, att
+
+    policy.model.__class__ = Forked
+
+
+def _subclass_with_its_own_sampling(policy: Any) -> None:
+    class Forked(type(policy.model)):  # type: ignore[misc]
+        def sample_actions(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super().sample_actions(*args, **kwargs) + 1
+
+    policy.model.__class__ = Forked
+
+
+def _subclass_of_the_pair(policy: Any) -> None:
+    class Forked(type(policy.model.vlm_with_expert)):  # type: ignore[misc]
+        def eager_attention_forward(self, *args: Any) -> Tensor:
+            return 1.1 * super().eager_attention_forward(*args)
+
+    policy.model.vlm_with_expert.__class__ = Forked
+
+
+# name -> (change to the policy, part of the reason)
+MODELS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "hook in the expert": (_hook, "lm_expert.layers.1.mlp has a forward hook"),
+    "hook in the vision tower": (_vision_hook, "vision_model has a forward hook"),
+    "replaced linear": (_replaced_linear, "lm_expert.layers.0.self_attn.o_proj"),
+    "replaced head": (_replaced_head, "action_out_proj"),
+    "norm that computes something else": (_replaced_norm, "decoder norm"),
+    "one MLP of another kind": (_replaced_one_mlp, "not all of one kind"),
+    "forward replaced on an instance": (_instance_forward, "connector has its forward replaced"),
+    "method replaced on an instance": (_instance_method, "embed_image"),
+    "subclass of the model": (_subclass_of_the_model, "embed_prefix"),
+    "subclass with its own sampling": (_subclass_with_its_own_sampling, "sample_actions"),
+    "subclass of the VLM with expert": (_subclass_of_the_pair, "eager_attention_forward"),
+}
+
+UNDO = ("_subclass_of_the_model", "_subclass_with_its_own_sampling")
+
+
+def _check(policy: Any, stock: Tensor, fast: Tensor, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert torch.equal(fast, stock)
+    now = smolvla_fast.status(policy)
+    assert now.calls_fast == 0 and now.calls_stock >= 1
+    assert reason in now.last_fallback
+    assert len(caplog.records) == 1, "one reason, one message"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_changed_before_patch(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    change, reason = MODELS[name]
+    policy = make_policy("tiny")
+    observation, noise = make_observation(policy), make_noise(policy)
+    change(policy)
+    stock = chunk(policy, observation, noise)
+    smolvla_fast.patch(policy)
+    chunk(policy, observation, noise)
+    _check(policy, stock, chunk(policy, observation, noise), reason, caplog)
+    assert not smolvla_fast.status(policy).active
+
+
+# Replacing the class of a patched model undoes the patch: what is left then is not ours to answer for.
+@pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name][0].__name__ not in UNDO])
+def test_model_changed_after_patch(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    change, reason = MODELS[name]
+    policy = make_policy("tiny")
+    observation, noise = make_observation(policy), make_noise(policy)
+    smolvla_fast.patch(policy)
+    change(policy)
+    chunk(policy, observation, noise)
+    with torch.no_grad():
+        model = policy.model
+        stock = type(model).stock_class.sample_actions(model, *_inputs(policy, observation), noise=noise)
+    _check(policy, stock[:, :, :6], chunk(policy, observation, noise), reason, caplog)
+    assert not smolvla_fast.status(policy).active
+
+
+def _inputs(policy: Any, observation: dict[str, Tensor]) -> tuple[Any, ...]:
+    images, masks = policy.prepare_images(observation)
+    tokens, token_masks = (observation[f"observation.language.{name}"] for name in ("tokens", "attention_mask"))
+    return images, masks, tokens, token_masks, policy.prepare_state(observation)
+
+
+CALLS: dict[str, tuple[AbstractContextManager[Any], str]] = {
+    "autocast": (torch.autocast("cpu", dtype=torch.bfloat16), "autocast is on"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_changed_call(
+    name: str, policy: Any, observation: dict[str, Tensor], noise: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    context, reason = CALLS[name]
+    with context:
+        stock = chunk(policy, observation, noise)
+    smolvla_fast.patch(policy)
+    with context:
+        fast = chunk(policy, observation, noise)
+    _check(policy, stock, fast, reason, caplog)
+    assert smolvla_fast.status(policy).active
+    chunk(policy, observation, noise)
+    assert smolvla_fast.status(policy).calls_fast == 1
+
+
+def test_autograd_through_sample_actions(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+    smolvla_fast.patch(policy)
+    inputs = _inputs(policy, observation)
+    out = policy.model.sample_actions(*inputs, noise=noise.requires_grad_())
+    out.sum().backward()
+    assert noise.grad is not None and "autograd is on" in smolvla_fast.status(policy).last_fallback
+
+
+def test_train_mode_is_stock_with_stock_gradients(policy: Any, observation: dict[str, Tensor]) -> None:
+    twin = copy.deepcopy(policy)
+    smolvla_fast.patch(policy)
+    batch = {**observation, "action": torch.linspace(-1, 1, 60).view(1, 10, 6)}
+    time = torch.tensor([0.4])
+    noise = make_noise(policy)
+    losses = []
+    for each in (policy, twin):
+        each.train()
+        loss, _ = each.forward(dict(batch), noise=noise, time=time)
+        loss.backward()
+        losses.append(loss.detach())
+    assert torch.equal(*losses)
+    for mine, theirs in zip(policy.parameters(), twin.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        assert mine.grad is None or torch.equal(mine.grad, theirs.grad)
+    with torch.no_grad():
+        policy.train()
+        policy.model.sample_actions(*_inputs(policy, observation), noise=noise)
+    assert "train mode" in smolvla_fast.status(policy).last_fallback
+    chunk(policy, observation, noise)  # predict_action_chunk goes to eval by itself
+    assert smolvla_fast.status(policy).calls_fast == 1
+
+
+def test_disabled_by_environment(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = chunk(policy, observation, noise)
+    cls = type(policy.model)
+    monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
+    smolvla_fast.patch(policy, precision="bf16")
+    assert type(policy.model) is cls and torch.equal(chunk(policy, observation, noise), stock)
+    assert smolvla_fast.status(policy).last_fallback == "SMOLVLA_FAST_DISABLE is set"
+    monkeypatch.delenv("SMOLVLA_FAST_DISABLE")
+    smolvla_fast.patch(policy, precision="bf16")
+    assert not torch.equal(chunk(policy, observation, noise), stock)
+    monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
+    assert torch.equal(chunk(policy, observation, noise), stock)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(num_expert_layers=2), dict(use_cache=False)], ids=["fewer expert layers", "use_cache=False"]
+)
+def test_what_stock_cannot_run_fails_as_in_stock(settings: dict[str, Any]) -> None:
+    policy = make_policy("tiny", **settings)
+    observation, noise = make_observation(policy), make_noise(policy)
+    with pytest.raises(Exception) as stock:
+        chunk(policy, observation, noise)
+    smolvla_fast.patch(policy)
+    with pytest.raises(type(stock.value)) as fast:
+        chunk(policy, observation, noise)
+    assert str(fast.value) == str(stock.value)
+    assert smolvla_fast.status(policy).calls_stock == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_dtypes_outside_the_range(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, dtype: torch.dtype
+) -> None:
+    """Stock refuses a policy cast whole to another dtype; so it does when patched, with stock's own error."""
+    smolvla_fast.patch(policy)
+    policy.to(dtype)
+    with pytest.raises(RuntimeError, match="dtype"):
+        chunk(policy, observation, noise)
+    assert str(dtype) in smolvla_fast.status(policy).last_fallback
+
+
+def test_bad_input_raises_as_stock_and_the_next_call_is_right(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor
+) -> None:
+    twin = copy.deepcopy(policy)
+    smolvla_fast.patch(policy, precision="exact")
+    broken: list[dict[str, Any]] = [
+        {k: v for k, v in observation.items() if "images" not in k},
+        {k: v for k, v in observation.items() if "state" not in k},
+        {**observation, "observation.state": torch.zeros(1, 40)},
+        {**observation, "observation.state": torch.zeros(2, 6)},
+        {**observation, "observation.language.tokens": observation["observation.language.tokens"][:, :5]},
+        {**observation, "observation.images.camera1": observation["observation.images.camera1"][0]},
+    ]
+    for batch in broken:
+        with pytest.raises(Exception) as stock:
+            chunk(twin, batch, noise)
+        with pytest.raises(type(stock.value)):
+            chunk(policy, batch, noise)
+        assert torch.equal(chunk(policy, observation, noise), chunk(twin, observation, noise))
+
+
+@pytest.mark.parametrize("precision", ["exact", "fp32", "bf16"])
+@pytest.mark.parametrize("key", ["observation.state", "observation.images.camera2"])
+def test_nan_in_nan_out_and_the_next_call_is_clean(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, key: str, precision: str
+) -> None:
+    smolvla_fast.patch(policy, precision=precision)
+    clean = chunk(policy, observation, noise)
+    poisoned = {**observation, key: torch.full_like(observation[key], torch.nan)}
+    assert chunk(policy, poisoned, noise).isnan().all()
+    assert torch.equal(chunk(policy, observation, noise), clean)
+
+
+def test_nothing_is_said_twice(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    smolvla_fast.patch(policy)
+    _hook(policy)
+    with caplog.at_level(logging.INFO, logger="smolvla_fast"):
+        for _ in range(5):
+            chunk(policy, observation, noise)
+    assert len(caplog.records) == 1 and smolvla_fast.status(policy).calls_stock == 5
+
+
+def test_null_context_is_fast(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+    """The contexts that LeRobot's loops run under are served."""
+    smolvla_fast.patch(policy)
+    for context in (nullcontext(), torch.no_grad(), torch.inference_mode()):
+        with context:
+            chunk(policy, observation, noise)
+    assert smolvla_fast.status(policy).calls_fast == 3

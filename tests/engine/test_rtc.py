@@ -1,0 +1,130 @@
+"""Real-time chunking: guidance as elementwise data against LeRobot's own processor, autograd and all."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import smolvla_fast
+from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.verify import FP32_BOUND
+
+from .conftest import chunk, rel_l2
+
+rtc = pytest.importorskip("lerobot.policies.rtc.configuration_rtc")
+SCHEDULES = ["ZEROS", "ONES", "LINEAR", "EXP"]
+CHUNK, WIDTH = 10, 32
+
+
+def _config(schedule: str = "LINEAR", **fields: Any) -> Any:
+    from lerobot.configs.types import RTCAttentionSchedule
+
+    return rtc.RTCConfig(prefix_attention_schedule=RTCAttentionSchedule[schedule], **fields)
+
+
+def _policies(config: Any, precision: str) -> tuple[Any, Any]:
+    policy = make_policy("tiny")
+    policy.config.rtc_config = config
+    policy.init_rtc_processor()
+    return policy, smolvla_fast.patch(copy.deepcopy(policy), precision=precision)
+
+
+def _previous(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("delay", [0, 1, 4, 8, 12])
+@pytest.mark.parametrize("max_weight", [1.0, 10.0])
+def test_chunk_has_stock_bits(schedule: str, delay: int, max_weight: float) -> None:
+    config = _config(schedule, execution_horizon=6, max_guidance_weight=max_weight)
+    stock, fast = _policies(config, "exact")
+    observation, noise = make_observation(stock), make_noise(stock)
+    kwargs: dict[str, Any] = dict(inference_delay=delay, prev_chunk_left_over=_previous(8, 6))
+    assert torch.equal(chunk(stock, observation, noise, **kwargs), chunk(fast, observation, noise, **kwargs))
+    assert smolvla_fast.status(fast).calls_fast == 1
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (8, 6), (10, 32), (1, 8, 6), (1, 10, 32), (1, 3, 32)], ids=lambda shape: "x".join(map(str, shape))
+)
+@pytest.mark.parametrize("horizon", [None, 3, 10, 40])
+@pytest.mark.parametrize("precision", ["exact", "fp32"])
+def test_shapes_of_what_is_left(shape: tuple[int, ...], horizon: int | None, precision: str) -> None:
+    stock, fast = _policies(_config(), precision)
+    observation, noise = make_observation(stock), make_noise(stock)
+    kwargs: dict[str, Any] = dict(
+        inference_delay=2, prev_chunk_left_over=_previous(*shape), execution_horizon=horizon
+    )
+    guided = chunk(stock, observation, noise, **kwargs)
+    ours = chunk(fast, observation, noise, **kwargs)
+    assert torch.equal(guided, ours) if precision == "exact" else rel_l2(ours, guided) <= FP32_BOUND
+
+
+def test_guidance_changes_the_chunk_and_leaves_its_input() -> None:
+    """Without this the tests above could compare two unguided chunks."""
+    _, fast = _policies(_config("ONES"), "fp32")
+    observation, noise, previous = make_observation(fast), make_noise(fast), _previous(8, 6)
+    kept = previous.clone()
+    guided = chunk(fast, observation, noise, inference_delay=2, prev_chunk_left_over=previous)
+    assert rel_l2(guided, chunk(fast, observation, noise)) > 1e-2
+    assert torch.equal(previous, kept)
+
+
+def test_first_chunk_and_switch_at_run_time() -> None:
+    stock, fast = _policies(_config(), "exact")
+    observation, noise = make_observation(stock), make_noise(stock)
+    kwargs: dict[str, Any] = dict(inference_delay=3, prev_chunk_left_over=_previous(8, 6))
+    first: dict[str, Any] = dict(inference_delay=0, prev_chunk_left_over=None)
+    for enabled in (True, False, True):
+        stock.config.rtc_config.enabled = fast.config.rtc_config.enabled = enabled
+        for each in (first, kwargs):
+            assert torch.equal(chunk(stock, observation, noise, **each), chunk(fast, observation, noise, **each))
+    for policy in (stock, fast):
+        policy.config.rtc_config = _config("EXP")
+        policy.init_rtc_processor()
+    assert torch.equal(chunk(stock, observation, noise, **kwargs), chunk(fast, observation, noise, **kwargs))
+    assert smolvla_fast.status(fast).calls_stock == 0
+
+
+def test_runs_under_inference_mode() -> None:
+    """Stock's autograd raises there; the closed form does not need it."""
+    stock, fast = _policies(_config(), "exact")
+    observation, noise = make_observation(stock), make_noise(stock)
+    kwargs: dict[str, Any] = dict(inference_delay=3, prev_chunk_left_over=_previous(8, 6))
+    wanted = chunk(stock, observation, noise, **kwargs)
+    with torch.inference_mode():
+        assert torch.equal(chunk(fast, observation, noise, **kwargs), wanted)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error"),
+    [
+        (dict(prev_chunk_left_over=_previous(8, 6)), TypeError),
+        (dict(inference_delay=2, prev_chunk_left_over=_previous(12, 32)), AssertionError),
+        (dict(inference_delay=2, prev_chunk_left_over=_previous(2, 8, 6)), RuntimeError),
+    ],
+    ids=["no delay", "longer than a chunk", "another batch size"],
+)
+def test_bad_calls_raise_as_in_stock(kwargs: dict[str, Any], error: type[Exception]) -> None:
+    stock, fast = _policies(_config(), "fp32")
+    observation, noise = make_observation(stock), make_noise(stock)
+    for policy in (stock, fast):
+        with pytest.raises(error):
+            chunk(policy, observation, noise, **kwargs)
+    chunk(fast, observation, noise)
+    assert smolvla_fast.status(fast).calls_fast == 1
+
+
+def test_debug_tracker_runs_stock_with_full_records() -> None:
+    stock, fast = _policies(_config(debug=True), "exact")
+    observation, noise = make_observation(stock), make_noise(stock)
+    kwargs: dict[str, Any] = dict(inference_delay=3, prev_chunk_left_over=_previous(8, 6))
+    assert torch.equal(chunk(stock, observation, noise, **kwargs), chunk(fast, observation, noise, **kwargs))
+    records = [len(p.model.rtc_processor.get_all_debug_steps()) for p in (stock, fast)]
+    assert records[0] == records[1] > 0
+    assert "debug tracker" in smolvla_fast.status(fast).last_fallback

@@ -1,0 +1,115 @@
+"""Every op of the torch backend under the contract, and what is true of single ops only."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from contract import OPS, check, inputs_in, room, run  # noqa: E402
+
+from smolvla_fast.aten import linear as aten_linear  # noqa: E402
+from smolvla_fast.backends import reference_ops, select  # noqa: E402
+from smolvla_fast.ops import NAMES  # noqa: E402
+
+CPU = torch.device("cpu")
+# The references' largest cases take seconds in fp64 on one core; their shapes are covered by the whole-chunk tests.
+CASES = [
+    (op, case) for op in OPS for case in room(op).CASES if room(op).cost(case, 4).flops < 1.5e9
+]  # fmt: skip
+
+
+def test_every_op_has_a_reference() -> None:
+    helpers = {"prepare_mask", "suffix_fold"}
+    assert set(OPS) | helpers == set(NAMES)
+    for op in OPS:
+        module = room(op)
+        assert callable(getattr(module, op)) and module.CASES and module.cost(module.CASES[0], 2).flops > 0
+        doc = getattr(module, op).__doc__
+        assert "returns" in doc and "replaces" in doc and "[" in doc, f"{op}: shapes and what it replaces, please"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("op", "case"), CASES, ids=lambda value: value if isinstance(value, str) else str(value))
+def test_contract(op: str, case: dict[str, int], dtype: torch.dtype) -> None:
+    check(reference_ops(), select("torch", CPU, stock_order=False), op, case, dtype)
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_residual", "norm_swiglu", "norm_qkv_rope", "masked_attention"])
+def test_contract_with_outliers(op: str) -> None:
+    """A few input channels fifty times larger, as in trained transformers."""
+    reference, ops = reference_ops(), select("torch", CPU, stock_order=False)
+    case = room(op).CASES[-1]
+    narrow, wide = inputs_in(op, case, torch.bfloat16, seed=4)
+    for inputs in (narrow, wide):
+        name = "q" if op == "masked_attention" else "x"
+        inputs[name] = inputs[name].clone()
+        inputs[name][..., ::7] *= 50
+    truth, eager, ours = run(reference, op, wide), run(reference, op, narrow), run(ops, op, narrow)
+    for name, want in truth.items():
+        error, eager_error = ((x[name].double() - want).abs().max().item() for x in (ours, eager))
+        assert error <= 2 * eager_error + torch.finfo(torch.bfloat16).eps * want.abs().max().item()
+
+
+def test_a_row_that_sees_nothing_averages_all_values() -> None:
+    ops = select("torch", CPU, stock_order=False)
+    inputs, _ = inputs_in("masked_attention", room("masked_attention").CASES[3], torch.float32, seed=0)
+    inputs["mask"][0, 2] = False
+    out = run(ops, "masked_attention", inputs)["y"]
+    heads = inputs["v"][0].repeat_interleave(3, dim=1).mean(0).flatten()
+    torch.testing.assert_close(out[0, 2], heads)
+
+
+def test_masked_keys_have_no_influence() -> None:
+    ops = select("torch", CPU, stock_order=False)
+    inputs, _ = inputs_in("masked_attention", room("masked_attention").CASES[3], torch.float32, seed=0)
+    before = run(ops, "masked_attention", inputs)["y"]
+    hidden = ~inputs["mask"].any(1)
+    assert hidden.any()
+    for name in ("k", "v"):
+        inputs[name][hidden] = 1e6
+    assert torch.equal(run(ops, "masked_attention", inputs)["y"], before)
+
+
+def test_rope_depends_on_distance_only() -> None:
+    from smolvla_fast.reference.rope import apply_rope, rope_tables
+
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 9, 2, 16, generator=generator) for _ in range(2))
+    place = torch.arange(9)[None]
+
+    def scores(shift: int) -> torch.Tensor:
+        tables = rope_tables(place + shift, 16)
+        return torch.einsum("bthd,bshd->bhts", apply_rope(q, *tables), apply_rope(k, *tables))
+
+    # fp32 angles of position 100 are good to 1e-5; a wrong half or sign changes the scores themselves.
+    torch.testing.assert_close(scores(0), scores(100), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(scores(0), torch.einsum("bthd,bshd->bhts", q, k), atol=1e-2)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu_tanh", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_without_onednn(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, activation: Any) -> None:
+    """The fallback to ``F.linear`` serves the same op, and is taken where oneDNN does not answer."""
+    inputs, _ = inputs_in("linear", room("linear").CASES[-1], dtype, seed=0)
+    inputs = {**inputs, "activation": activation}
+    wanted = room("linear").linear(**inputs)
+    fused = aten_linear.linear(**inputs)
+    monkeypatch.setattr(aten_linear, "onednn_serves", lambda dtype: False)
+    calls: list[None] = []
+    stock = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: (calls.append(None), stock(*a))[1])
+    assert torch.equal(aten_linear.linear(**inputs), wanted) and calls
+    # oneDNN rounds the sum once where eager rounds after the product and again after the activation.
+    torch.testing.assert_close(fused, wanted, atol=torch.finfo(dtype).eps * 8, rtol=torch.finfo(dtype).eps * 4)
+
+
+def test_unknown_activation_is_named() -> None:
+    inputs, _ = inputs_in("linear", room("linear").CASES[-1], torch.float32, seed=0)
+    with pytest.raises(ValueError, match="'relu'.*accepted are None, 'gelu_tanh' and 'silu'"):
+        aten_linear.linear(**{**inputs, "activation": "relu"})
