@@ -1,0 +1,178 @@
+"""verify, stage times, fingerprints and the table of backends tell the truth."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import smolvla_fast
+from smolvla_fast import backends, fingerprints, timing
+from smolvla_fast.precision import TIERS, resolve_tier
+from smolvla_fast.reference import rope
+from smolvla_fast.testing import make_noise, make_policy
+
+from .conftest import chunk, rel_l2
+
+
+def test_verify_measures_what_the_user_would(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+    stock = chunk(policy, observation, noise)
+    smolvla_fast.patch(policy, precision="bf16")
+    report = smolvla_fast.verify(policy, observation, noise=noise)
+    with torch.no_grad():
+        fast = policy.model.sample_actions(*_inputs(policy, observation), noise=noise)
+    assert report.rel_l2 == pytest.approx(rel_l2(fast, _full_width(policy, observation, noise)), rel=1e-9)
+    assert report.max_abs >= float((chunk(policy, observation, noise) - stock).abs().max())
+    assert 0.99 < report.cosine <= 1 + 1e-12
+    assert len(report.velocity_rel_l2) == policy.config.num_steps and min(report.velocity_rel_l2) > 0
+    assert report.stock_rel_l2 > 0 and report.passed
+    assert set(report.to_dict()) >= {"rel_l2", "max_abs", "cosine", "stock_rel_l2", "velocity_rel_l2", "passed"}
+
+
+@torch.no_grad()
+def _full_width(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> Tensor:
+    model = policy.model
+    return type(model).stock_class.sample_actions(model, *_inputs(policy, observation), noise=noise)
+
+
+def _inputs(policy: Any, observation: dict[str, Tensor]) -> tuple[Any, ...]:
+    images, masks = policy.prepare_images(observation)
+    tokens, token_masks = (observation[f"observation.language.{name}"] for name in ("tokens", "attention_mask"))
+    return images, masks, tokens, token_masks, policy.prepare_state(observation)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fp32", "bf16"])
+def test_verify_fails_on_wrong_maths(
+    policy: Any, observation: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """A rotation by the wrong wavelength: fast, plausible and wrong. ``verify`` must say so in every tier."""
+    smolvla_fast.patch(policy, precision=precision)
+    assert smolvla_fast.verify(policy, observation).passed
+    monkeypatch.setattr(rope.rope_tables, "__defaults__", (9_000,))
+    assert not smolvla_fast.verify(policy, observation).passed
+
+
+def test_verify_leaves_the_policy_alone(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+    smolvla_fast.patch(policy, precision="bf16")
+    before, attributes = chunk(policy, observation, noise), set(policy.model.__dict__)
+    random_state = torch.get_rng_state()
+    smolvla_fast.verify(policy, observation)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert set(policy.model.__dict__) == attributes
+    assert torch.equal(chunk(policy, observation, noise), before)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_stage_times_cover_the_chunk(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, patched: bool
+) -> None:
+    if patched:
+        smolvla_fast.patch(policy)
+    attributes = set(policy.model.__dict__), set(policy.model.vlm_with_expert.__dict__)
+    times = timing.stage_times(policy, observation, noise)
+    assert set(times) == {"vision", "prefix", "denoise", "other", "total"}
+    assert all(value > 0 for value in times.values())
+    assert sum(times[name] for name in ("vision", "prefix", "denoise", "other")) == pytest.approx(times["total"])
+    assert times["denoise"] > times["prefix"]  # ten steps against one pass
+    assert (set(policy.model.__dict__), set(policy.model.vlm_with_expert.__dict__)) == attributes
+
+
+def test_fingerprints_ignore_layout_and_see_maths(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    def digest_of(source: str, name: str) -> str:
+        (tmp_path / f"{name}.py").write_text(source)
+        importlib.invalidate_caches()
+        return fingerprints.digest(importlib.import_module(name).f)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    plain = digest_of("def f(x):\n    return x * 2\n", "fp_plain")
+    assert plain == digest_of('def f(x):\n    """Twice x."""\n\n    # why\n    return x  *  2\n', "fp_layout")
+    assert plain != digest_of("def f(x):\n    return x * 3\n", "fp_maths")
+    assert plain != digest_of("def f(x):\n    return x * 2, 'a string is no docstring'\n", "fp_string")
+
+
+def test_installed_lerobot_is_known(policy: Any) -> None:
+    assert fingerprints.unknown_source(policy.model) is None
+
+
+def test_another_source_is_named(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {version: dict(table) for version, table in fingerprints.KNOWN.items()}
+    for table in known.values():
+        table["apply_rope"] = "0" * 12
+    monkeypatch.setattr(fingerprints, "KNOWN", known)
+    reason = fingerprints.unknown_source(policy.model)
+    assert reason is not None and "apply_rope" in reason and "0.6.1" in reason
+
+
+def test_functions_of_two_versions_do_not_mix(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = next(t for t in fingerprints.KNOWN.values() if fingerprints.digest(_rope(policy)) == t["apply_rope"])
+    halves = [dict(list(table.items())[:12]), dict(list(table.items())[12:])]
+    monkeypatch.setattr(fingerprints, "KNOWN", {"first": halves[0], "second": halves[1]})
+    assert fingerprints.unknown_source(policy.model) is not None
+
+
+def _rope(policy: Any) -> Any:
+    return type(policy.model.vlm_with_expert).forward_attn_layer.__globals__["apply_rope"]
+
+
+def test_table_names_every_op_and_a_reason_for_every_empty_cell() -> None:
+    rows = backends.table()
+    assert {row.op for row in rows} >= set(backends.NAMES)
+    for row in rows:
+        assert row.available or row.reason, row
+        assert row.backend in backends.BACKENDS
+
+
+def test_auto_follows_the_stored_dtype() -> None:
+    assert resolve_tier("auto", torch.float32).name == "fp32"
+    assert resolve_tier("auto", torch.bfloat16).name == "bf16"
+    assert resolve_tier("auto", torch.bfloat16).gemm_dtype is None  # each matrix in its own, vision may be fp32
+    assert resolve_tier("bf16", torch.float32) is TIERS["bf16"]
+
+
+def test_bf16_text_layout_computes_vision_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy("tiny", layout="bf16_text")
+    from smolvla_fast.testing import make_observation
+
+    smolvla_fast.patch(policy)
+    seen: set[torch.dtype] = set()
+    engine = smolvla_fast.patch.__globals__["engine_of"](policy.model)
+    attention = engine.ops.attention
+    object.__setattr__(engine.ops, "attention", lambda q, *rest: (seen.add(q.dtype), attention(q, *rest))[1])
+    try:
+        chunk(policy, make_observation(policy), make_noise(policy))
+    finally:
+        object.__setattr__(engine.ops, "attention", attention)
+    assert seen == {torch.float32}
+
+
+def test_language_and_cameras_are_masked_not_reshaped(policy: Any, noise: Tensor) -> None:
+    """Padding, trailing or absent, changes nothing beyond fp32 reassociation; real tokens all count."""
+    from smolvla_fast.testing import make_observation
+
+    smolvla_fast.patch(policy)
+    short = make_observation(policy, task="go", language_length=3)
+    wanted = chunk(policy, short, noise)
+    for length in (17, 48, 77):
+        padded = make_observation(policy, task="go", language_length=length)
+        assert rel_l2(chunk(policy, padded, noise), wanted) < 1e-5
+        last = copy.deepcopy(padded)
+        last["observation.language.attention_mask"][:, -1] = True
+        assert rel_l2(chunk(policy, last, noise), wanted) > 1e-4
+
+
+def test_position_ids_come_from_the_live_module(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+    from smolvla_fast.stages.vision import patch_positions
+
+    vlm = policy.model.vlm_with_expert.get_vlm_model()
+    ids = patch_positions(vlm, torch.zeros(1, 3, 32, 32))
+    embeddings = vlm.vision_model.embeddings
+    pixels, mask = torch.zeros(1, 3, 32, 32), torch.ones(1, 8, 8, dtype=torch.bool)
+    with torch.no_grad():
+        bias = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        live = embeddings(pixel_values=pixels, patch_attention_mask=mask)
+        torch.testing.assert_close(live, bias + embeddings.position_embedding.weight[ids])
