@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 
+from . import extension
 from .ops import NAMES, Ops
 
-BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
+BACKENDS = ("torch", "cpu", "triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -82,23 +83,68 @@ def _torch() -> Ops:
     )
 
 
+@cache
+def _cpu() -> Ops:
+    from . import compiled
+    from .aten import decoder, suffix
+
+    return replace(
+        _torch(),
+        backend="cpu",
+        attention=compiled.attention,
+        prepare_mask=compiled.prepare_mask,
+        norm_qkv_rope=partial(decoder.norm_qkv_rope, rms_norm=compiled.rms_norm),
+        masked_attention=compiled.masked_attention,
+        norm_swiglu=partial(decoder.norm_swiglu, rms_norm=compiled.rms_norm),
+        euler_step=partial(suffix.euler_step, rms_norm=compiled.rms_norm),
+    )
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot serve a whole chunk on this device, or None."""
+    if backend == "cpu":
+        if device.type != "cpu":
+            return f"its kernels run on the CPU, the policy is on {device}"
+        return extension.why_missing("cpu") or None
+    if backend in ("triton", "cuda"):
+        return "it has no kernels for a whole chunk in this release"
+    return None
+
+
 def select(backend: str, device: torch.device, stock_order: bool) -> Ops:
     """The ops for a wish.
 
-    backend      "auto" | "torch" | "cpu"        stock_order  the ``exact`` tier: references, whatever the device
-    raises       ValueError for an unknown name, RuntimeError naming the reason where the wish cannot be met
+    backend      "auto": "cpu" where its kernels are compiled and the policy is on a CPU, else "torch"; or a name
+    stock_order  the ``exact`` tier: the references, which are stock's own ATen calls, on any device
+    raises       ValueError for an unknown name, RuntimeError naming the reason where an explicit wish cannot be met
     """
     if backend not in ("auto", *BACKENDS):
-        accepted = ", ".join(repr(name) for name in ("auto", *BACKENDS[1:]))
+        accepted = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend={backend!r} is not a backend; accepted are {accepted}")
     if stock_order:
-        if backend not in ("auto", "torch", "reference"):
-            raise RuntimeError(f"precision='exact' runs stock's own ATen calls; backend={backend!r} has other kernels")
+        if backend not in ("auto", "torch"):
+            raise RuntimeError(
+                f"precision='exact' runs stock's own ATen calls, backend={backend!r} has other kernels; "
+                "accepted are 'auto' and 'torch'"
+            )
         return reference_ops()
-    if backend in ("triton", "cuda"):
-        raise RuntimeError(f"backend={backend!r} has no kernels for a whole chunk yet; accepted are 'auto', 'torch'")
-    return reference_ops() if backend == "reference" else _torch()
+    if backend == "auto":
+        return _torch() if why_not("cpu", device) else _cpu()
+    reason = why_not(backend, device)
+    if reason:
+        raise RuntimeError(f"backend={backend!r} cannot serve this policy: {reason}; 'auto' takes what can")
+    return _cpu() if backend == "cpu" else _torch()
 
 
-def table() -> list[Row]:
-    return [Row(op, "torch", True, "") for op in NAMES]
+def table(device: torch.device | None = None) -> list[Row]:
+    """Op by op and backend by backend: who can serve it here, and why not. For ``device``, the CPU where not given."""
+    device = device or torch.device("cpu")
+    torch_ops = _torch()
+    rows = []
+    for name in NAMES:
+        for backend in BACKENDS:
+            reason = why_not(backend, device)
+            if backend == "cpu" and not reason and getattr(_cpu(), name) is getattr(torch_ops, name):
+                reason = "torch's own call, which serves it, measured no slower"
+            rows.append(Row(name, backend, not reason, reason or ""))
+    return rows

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from ..reference.rope import apply_rope
 from .linear import linear
+from .rms_norm import RMSNorm
 from .rms_norm import rms_norm as plain_rms_norm
-
-RMSNorm = Callable[[Tensor, Tensor, float, torch.dtype], Tensor]
 
 
 def norm_qkv_rope(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+RMSNorm = Callable[[Tensor, Tensor, float, torch.dtype], Tensor]
+"""x, weight, eps, dtype of the result -> normalised x"""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

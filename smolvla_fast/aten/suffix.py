@@ -10,7 +10,8 @@ from torch import Tensor
 from ..reference.euler_step import Guidance
 from ..reference.guidance import guide
 from .linear import linear
-from .rms_norm import rms_norm
+from .rms_norm import RMSNorm
+from .rms_norm import rms_norm as plain_rms_norm
 
 
 class Folded(NamedTuple):
@@ -45,6 +46,8 @@ def euler_step(
     x: Tensor,
     dt: float,
     guidance: Guidance | None = None,
+    *,
+    rms_norm: RMSNorm = plain_rms_norm,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.euler_step``."""
     v = linear(rms_norm(h, norm_weight, eps, out_weight.dtype), out_weight, out_bias).float()
