@@ -68,29 +68,29 @@ def attention(
 ) -> Tensor:
     """``softmax(q·kᵀ / sqrt(D), where mask) · v``, each KV head serving ``H / K`` query heads in turn.
 
-    q         [B, T, H, D]      k, v  [B, S, K, D]      fp32 | bf16, any strides but a last one of 1, as in views of a cache
+    q         [B, T, H, D]      k, v  [B, S, K, D]      fp32 | bf16, any strides but the last, which is 1
     mask      None, or [B, T, S] bool of any strides; a row with no True looks at every key alike
     out       where to write, contiguous, overlapping no input
     returns   [B, T, H, D]  dtype of q
-    numerics  scores, softmax and sums in fp32; exp within 2 ulp, or 3e-6 where probabilities are rounded to bf16, which the
-              level "avx512_bf16" does (it also takes subnormals for zero); other levels widen bf16 to fp32. The bits do
-              not depend on the number of threads
-    errors    TypeError, ValueError, RuntimeError naming the tensor; ExtensionUnavailable where nothing was compiled
-    replaces  ``F.scaled_dot_product_attention`` of the vision tower, ``eager_attention_forward`` of text and expert layers
+    numerics  scores, softmax, sums in fp32. With bf16, the level "avx512_bf16" rounds probabilities to bf16
+              and takes subnormals for zero; other levels widen. Bits independent of the number of threads
+    errors    as ``add_rms_norm``
+    replaces  ``F.scaled_dot_product_attention`` of the vision tower, ``eager_attention_forward`` elsewhere
     """
     dtype = q.dtype
     if dtype not in _KERNELS:
         raise TypeError(f"attention: q has dtype {dtype}; accepted are {', '.join(map(str, _KERNELS))}")
+    shapes = f"q, k have shapes {list(q.shape)}, {list(k.shape)}"
     if q.dim() != 4 or k.dim() != 4:
-        raise ValueError(
-            f"attention: q, k have shapes {list(q.shape)}, {list(k.shape)}; accepted are [B, T, H, D], [B, S, K, D]"
-        )
+        raise ValueError(f"attention: {shapes}; accepted are [B, T, H, D], [B, S, K, D]")
     (batch, queries, heads, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
     if not keys or not head_dim or not kv_heads or heads % kv_heads:
-        raise ValueError(
-            f"attention: q, k have shapes {list(q.shape)}, {list(k.shape)}; there must be a key, and H a multiple of K"
-        )
-    for name, tensor, shape in (("q", q, q.shape), ("k", k, (batch, keys, kv_heads, head_dim)), ("v", v, k.shape)):
+        raise ValueError(f"attention: {shapes}; S and D must be at least 1 and H a multiple of K")
+    for name, tensor, shape in (
+        ("q", q, q.shape),
+        ("k", k, (batch, keys, kv_heads, head_dim)),
+        ("v", v, k.shape),
+    ):
         _check_one("attention", name, tensor, dtype, "q", shape)
         if tensor.stride(3) != 1:
             raise ValueError(f"attention: {name} has strides {tensor.stride()}; the last must be 1")
@@ -114,6 +114,125 @@ def attention(
     return out
 
 
+_ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``y = residual + act(h·weightᵀ + bias)``, made for the 50 rows of an action chunk.
+
+    x          [..., I]  dtype of weight, or fp32 with a bf16 weight: a residual stream, rounded on the way in
+    weight     [O, I]  fp32 | bf16, as ``nn.Linear`` holds it, read where it lies      bias  [O], same dtype
+    norm       (weight [I], eps): ``h = rms_norm(x)``, rounded once to the dtype of weight; else ``h = x``
+    activation None | "silu" | "gelu_tanh"
+    residual   [..., O]  dtype of y, added in fp32
+    out_dtype  fp32, or the dtype of weight; where None, that of residual, else that of weight
+    out        where to write; may be ``residual`` itself, else overlapping no input
+    returns    [..., O]  out_dtype
+    numerics   sums and epilogue in fp32, one rounding; bits independent of the number of threads and of rows
+    errors     as ``add_rms_norm``; ValueError for another activation
+    replaces   q/k/v, ``o_proj``, ``down_proj`` of an expert layer, with the norm before or the addition after
+    """
+    return _linear("linear", x, weight, None, bias, activation, residual, out_dtype, norm, out)
+
+
+def swiglu(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``y = silu(h·gate_weightᵀ) · (h·up_weightᵀ)`` (arXiv 2002.05202); the rest as in ``linear``.
+
+    x  [..., I]      gate_weight, up_weight  [O, I]      returns  [..., O]  out_dtype
+    replaces  ``post_attention_layernorm`` and ``mlp`` up to its ``down_proj``
+    """
+    return _linear("swiglu", x, gate_weight, up_weight, None, "silu", None, out_dtype, norm, out)
+
+
+def _linear(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    up_weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype | None,
+    norm: tuple[Tensor, float] | None,
+    out: Tensor | None,
+) -> Tensor:
+    dtype = weight.dtype
+    if dtype not in _KERNELS:
+        raise TypeError(f"{op}: weight has dtype {dtype}; accepted are {', '.join(map(str, _KERNELS))}")
+    if weight.dim() != 2 or not weight.shape[1]:
+        raise ValueError(f"{op}: weight has shape {list(weight.shape)}; accepted is [O, I], I at least 1")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{op}: unknown activation {activation!r}; accepted are None, 'silu', 'gelu_tanh'")
+    outputs, inputs = weight.shape
+    if out_dtype is None:
+        out_dtype = residual.dtype if residual is not None else out.dtype if out is not None else dtype
+    if out_dtype not in (dtype, torch.float32):
+        raise TypeError(
+            f"{op}: weight has dtype {dtype}; the result can be that or torch.float32, not {out_dtype}"
+        )
+    norm_weight, eps = (None, 0.0) if norm is None else norm
+    shape = (*x.shape[:-1], outputs)
+    x_dtype = torch.float32 if x.dtype == torch.float32 else dtype
+    _check_one(op, "x", x, x_dtype, "weight", (*x.shape[:-1], inputs))
+    _check_contiguous(op, "x", x)
+    for name, tensor, wanted in (
+        ("weight", weight, (outputs, inputs)),
+        ("up_weight", up_weight, (outputs, inputs)),
+        ("bias", bias, (outputs,)),
+        ("norm weight", norm_weight, (inputs,)),
+    ):
+        if tensor is not None:
+            _check_one(op, name, tensor, dtype, "weight", wanted)
+            _check_contiguous(op, name, tensor)
+    if residual is not None:
+        _check_one(op, "residual", residual, out_dtype, "the result", shape)
+        _check_contiguous(op, "residual", residual)
+    if out is None:
+        out = x.new_empty(shape, dtype=out_dtype)
+    else:
+        _check_one(op, "out", out, out_dtype, "the result", shape)
+        _check_contiguous(op, "out", out)
+        in_place = residual is not None and out.data_ptr() == residual.data_ptr()
+        _check_apart(op, [out], [x, weight, up_weight, bias, norm_weight, None if in_place else residual])
+    if out.numel():
+        dtypes = (_KERNELS[x_dtype], _KERNELS[dtype], _KERNELS[out_dtype])
+        kernel = getattr(extension.load("cpu"), "linear_" + "_".join(dtypes))
+        kernel(
+            x.data_ptr(),
+            0 if norm_weight is None else norm_weight.data_ptr(),
+            weight.data_ptr(),
+            0 if up_weight is None else up_weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            out.numel() // outputs,
+            inputs,
+            outputs,
+            _ACTIVATIONS[activation],
+            eps,
+            torch.get_num_threads(),
+        )
+    return out
+
+
 @contextmanager
 def instruction_level(name: str) -> Iterator[None]:
     """For tests: run the CPU kernels at one of ``instruction_levels()``, in the whole process."""
@@ -131,8 +250,13 @@ def instruction_level(name: str) -> Iterator[None]:
 
 
 def instruction_levels() -> list[str]:
-    """What this processor runs, lowest first: "baseline", "avx2", "avx512". The kernels use the last."""
+    """What this processor runs, of "baseline", "avx2", "avx512", "avx512_bf16". The kernels use the last."""
     return extension.load("cpu").levels()
+
+
+def supported(level: str = "baseline") -> bool:
+    """Whether the kernels were compiled and this processor runs them at ``level``."""
+    return extension.available("cpu") and level in instruction_levels()
 
 
 def _check(op: str, dtype: torch.dtype, tensors: dict[str, tuple[Tensor | None, torch.Size]]) -> None:
@@ -140,8 +264,12 @@ def _check(op: str, dtype: torch.dtype, tensors: dict[str, tuple[Tensor | None, 
     for name, (tensor, shape) in tensors.items():
         if tensor is not None:
             _check_one(op, name, tensor, dtype, "x", shape)
-            if not tensor.is_contiguous():
-                raise ValueError(f"{op}: {name} is not contiguous; call .contiguous() first")
+            _check_contiguous(op, name, tensor)
+
+
+def _check_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} is not contiguous; call .contiguous() first")
 
 
 def _check_one(

@@ -1,0 +1,55 @@
+# make demo | test | lint | bench | gpu-report | venv | clean
+#
+# Everything happens in .venv, made on first use with the best Python found (or PYTHON=...). ARGS is passed on:
+#   make demo ARGS="--precision bf16"     make test ARGS="-k patch"
+
+VENV    := .venv
+STAMP   := $(VENV)/.smolvla_fast
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -path '*/__pycache__/*')
+PIP     := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
+# A bare GPU machine may have torch, Triton and nvcc but no network: there the system's Python is used as it is.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
+ARGS    ?=
+
+.PHONY: demo test lint bench gpu-report venv clean
+.DELETE_ON_ERROR:
+
+demo: venv
+	$(VENV)/bin/smolvla-fast demo $(ARGS)
+
+test: venv
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+lint: venv
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+bench: venv
+	$(VENV)/bin/smolvla-fast bench $(ARGS)
+
+gpu-report:
+	@$(GPU_PYTHON) scripts/gpu_report.py $(ARGS)
+
+venv: $(STAMP)
+
+# Built without isolation, so that a change in csrc/ recompiles what it touches and downloads nothing.
+$(STAMP): $(SOURCES)
+	@if ! $(VENV)/bin/python -c '' 2>/dev/null; then \
+	    python=$${PYTHON:-$$(scripts/find_python.sh)} && [ -n "$$python" ] || exit 1; \
+	    echo "Creating $(VENV) with $$python ($$($$python -V))."; \
+	    "$$python" -m venv --clear $(VENV) || exit 1; \
+	fi
+	@$(VENV)/bin/python -c 'import torch, lerobot' 2>/dev/null || echo \
+	    "Installing torch, LeRobot and tools into $(VENV). The first time downloads several GB (torch brings its CUDA" \
+	    "libraries, with or without a GPU) and takes some minutes, silently."
+	@$(PIP) "setuptools>=77" wheel "pybind11>=2.13" ninja
+	@echo "Installing smolvla_fast and compiling its extensions."
+	@$(PIP) --no-build-isolation -e ".[lerobot,dev]"
+	@$(VENV)/bin/python -c "from smolvla_fast import extension; print(extension.summary())"
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis demo.json demo.png
+	rm -f $(STAMP) smolvla_fast/*.so smolvla_fast/_build.json
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

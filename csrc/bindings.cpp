@@ -1,0 +1,122 @@
+// smolvla_fast._cpu: addresses and sizes in, nothing checked. smolvla_fast/cpu.py checks, and is the only caller.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "cpu/add_rms_norm.h"
+#include "cpu/attention.h"
+#include "cpu/bfloat16.h"
+#include "cpu/dispatch.h"
+#include "cpu/linear.h"
+
+namespace py = pybind11;
+using namespace smolvla::cpu;
+
+namespace {
+
+constexpr const char* kLevelNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+py::list levels() {
+    py::list names;
+    for (int i = 0; i <= static_cast<int>(best_level()); ++i) names.append(kLevelNames[i]);
+    return names;
+}
+
+void set_level(const std::string& name) {
+    for (int i = 0; i <= static_cast<int>(best_level()); ++i)
+        if (name == kLevelNames[i]) return level().store(static_cast<Level>(i));
+    throw std::invalid_argument("no instruction level " + name + " on this processor");
+}
+
+// Two OpenMP runtimes in one process fight over the cores; this names ours, so that a test can see it is torch's.
+std::string openmp_library() {
+#if defined(_OPENMP) && (defined(__unix__) || defined(__APPLE__))
+    Dl_info info;
+    if (dladdr(reinterpret_cast<void*>(&omp_get_max_threads), &info) && info.dli_fname) return info.dli_fname;
+#endif
+    return "";
+}
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+void bind_add_rms_norm(py::module_& m, const char* name) {
+    m.def(
+        name,
+        [](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t y, uintptr_t r, int64_t rows, int64_t width,
+           float eps, int num_threads) {
+            add_rms_norm(at<const T>(x), at<const T>(residual), at<const T>(weight), at<T>(y), at<T>(r), rows, width,
+                         eps, num_threads);
+        },
+        py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("y"), py::arg("r"), py::arg("rows"),
+        py::arg("width"), py::arg("eps"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+}
+
+template <class T>
+void bind_attention(py::module_& m, const char* name) {
+    m.def(
+        name,
+        [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t mask, uintptr_t out, const std::array<int64_t, 6>& sizes,
+           const std::array<int64_t, 12>& strides, float scale, int num_threads) {
+            Attention a{at<void>(q), at<void>(k), at<void>(v), at<uint8_t>(mask), at<void>(out),
+                        sizes[0],    sizes[1],    sizes[2],    sizes[3],          sizes[4],
+                        sizes[5],    {},          {},          {},                {},
+                        scale};
+            int64_t* const to[] = {a.q_strides, a.k_strides, a.v_strides, a.mask_strides};
+            for (int i = 0; i < 4; ++i) std::copy_n(strides.begin() + 3 * i, 3, to[i]);
+            attention<T>(a, num_threads);
+        },
+        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("out"), py::arg("sizes"),
+        py::arg("strides"), py::arg("scale"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+}
+
+template <class X, class T, class Out>
+void bind_linear(py::module_& m, const char* name) {
+    m.def(
+        name,
+        [](uintptr_t x, uintptr_t norm_weight, uintptr_t weight, uintptr_t up_weight, uintptr_t bias,
+           uintptr_t residual, uintptr_t y, int64_t rows, int64_t inputs, int64_t outputs, int activation, float eps,
+           int num_threads) {
+            const Linear a{at<void>(x),    at<void>(norm_weight), at<void>(weight), at<void>(up_weight),
+                           at<void>(bias), at<void>(residual),    at<void>(y),      rows,
+                           inputs,         outputs,               static_cast<Activation>(activation), eps};
+            linear<X, T, Out>(a, num_threads);
+        },
+        py::arg("x"), py::arg("norm_weight"), py::arg("weight"), py::arg("up_weight"), py::arg("bias"),
+        py::arg("residual"), py::arg("y"), py::arg("rows"), py::arg("inputs"), py::arg("outputs"),
+        py::arg("activation"), py::arg("eps"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "smolvla_fast's kernels for CPUs, on raw addresses";
+    m.def("levels", &levels, "instruction levels this processor runs, lowest first");
+    m.def("level", [] { return kLevelNames[static_cast<int>(level().load())]; }, "the level in use");
+    m.def("set_level", &set_level, py::arg("name"), "for tests: use this level from now on, in the whole process");
+    m.def("openmp_library", &openmp_library, "path of the OpenMP runtime in use, or an empty string");
+    bind_add_rms_norm<float>(m, "add_rms_norm_float32");
+    bind_add_rms_norm<bfloat16>(m, "add_rms_norm_bfloat16");
+    bind_attention<float>(m, "attention_float32");
+    bind_attention<bfloat16>(m, "attention_bfloat16");
+    // linear, dtypes of x, weight and y
+    bind_linear<float, float, float>(m, "linear_float32_float32_float32");
+    bind_linear<float, bfloat16, float>(m, "linear_float32_bfloat16_float32");
+    bind_linear<float, bfloat16, bfloat16>(m, "linear_float32_bfloat16_bfloat16");
+    bind_linear<bfloat16, bfloat16, float>(m, "linear_bfloat16_bfloat16_float32");
+    bind_linear<bfloat16, bfloat16, bfloat16>(m, "linear_bfloat16_bfloat16_bfloat16");
+}

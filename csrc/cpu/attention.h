@@ -1,0 +1,27 @@
+#pragma once
+
+#include <cstdint>
+
+namespace smolvla::cpu {
+
+// out = softmax(q·kᵀ·scale, where mask) · v; query head h uses kv head h / (heads / kv_heads).
+//   q     [batch, queries, heads, head_dim]      k, v  [batch, keys, kv_heads, head_dim]
+//         strides in elements over the first three dimensions, the last one contiguous
+//   mask  null, or [batch, queries, keys] bytes with any strides; a row that sees nothing averages all keys alike
+//   out   [batch, queries, heads, head_dim] contiguous
+// T is float or bfloat16. Scores, softmax and sums are fp32. With bf16, the level avx512_bf16 rounds the probabilities to
+// bf16 and treats subnormal inputs as zero; the other levels widen to fp32. Threads never share a row, so their number
+// does not change a bit. Scratch is kept per thread: 2·keys·head_dim words for one head and a block of score rows.
+struct Attention {
+    const void *q, *k, *v;
+    const uint8_t* mask;
+    void* out;
+    int64_t batch, queries, keys, heads, kv_heads, head_dim;
+    int64_t q_strides[3], k_strides[3], v_strides[3], mask_strides[3];
+    float scale;
+};
+
+template <class T>
+void attention(const Attention& a, int num_threads);
+
+}  // namespace smolvla::cpu

@@ -1,0 +1,297 @@
+// The attention kernel for one instruction level. No include guard: attention.cpp includes this once per level, with
+// SMOLVLA_LEVEL (the struct of simd.h, also the namespace) and SMOLVLA_TARGET (the attribute of its functions).
+//
+// One kv head is packed at a time: K transposed into panels, so that a register tile of scores is an outer product, and V
+// in consecutive rows. Both products then run in the same tile. A block of score rows stays whole in L2, so the softmax
+// knows its maximum before it starts and nothing is rescaled.
+
+namespace SMOLVLA_LEVEL_NAMESPACE {
+
+using S = SMOLVLA_LEVEL;
+using V = S::V;
+constexpr int kWidth = S::kWidth;
+constexpr int kPanel = S::kTileVectors * kWidth;
+
+template <bool kPairs>
+SMOLVLA_TARGET SMOLVLA_INLINE V dot(V a, V b, V c) {
+    if constexpr (kPairs) return S::dot_pairs(a, b, c);
+    else return S::fma(a, b, c);
+}
+
+// c[row, :] (+)= a[row, 0:words] · b[0:words, :] for six rows and kVectors vectors of columns.
+template <bool kPairs, int kVectors, bool kAccumulate>
+SMOLVLA_TARGET __attribute__((noinline)) void tile(const float* a, int64_t lda, int last_row, const float* b,
+                                                   int64_t ldb, int64_t words, float* c, int64_t ldc) {
+    // Rows beyond the last repeat it; their results land in scratch that nobody reads.
+    const float* rows[kTileRows];
+#pragma GCC unroll 6
+    for (int r = 0; r < kTileRows; ++r) rows[r] = a + (r < last_row ? r : last_row) * lda;
+    V sums[kTileRows][kVectors];
+#pragma GCC unroll 6
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = S::broadcast(0);
+    for (int64_t w = 0; w < words; ++w) {
+        V columns[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) columns[v] = S::load(b + v * kWidth);
+        b += ldb;
+#pragma GCC unroll 6
+        for (int r = 0; r < kTileRows; ++r) {
+            const V row = S::broadcast(rows[r][w]);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) sums[r][v] = dot<kPairs>(row, columns[v], sums[r][v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            // Added at the end, not the start: partial sums of a long row keep their rounding errors small.
+            float* const to = c + r * ldc + v * kWidth;
+            S::store(to, kAccumulate ? S::load(to) + sums[r][v] : sums[r][v]);
+        }
+}
+
+// The same for any number of rows and of vectors up to a panel.
+template <bool kPairs, bool kAccumulate>
+SMOLVLA_TARGET void tiles(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t words,
+                          float* c, int64_t ldc, int vectors) {
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+        const int last = static_cast<int>(std::min<int64_t>(rows - row, kTileRows)) - 1;
+        const float* a_rows = a + row * lda;
+        float* c_rows = c + row * ldc;
+        switch (vectors) {
+            case 1: tile<kPairs, 1, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc); break;
+            case 2: tile<kPairs, 2, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc); break;
+#if SMOLVLA_LEVEL_IS_512
+            case 3: tile<kPairs, 3, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc); break;
+            default: tile<kPairs, 4, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc);
+#endif
+        }
+    }
+}
+
+// c = a · b, summed up in registers over chunks of words whose sums are then added: a long chain of additions would lose
+// bits that a blocked matrix product keeps.
+template <bool kPairs>
+SMOLVLA_TARGET void product(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t words,
+                            int64_t chunk, float* c, int64_t ldc, int64_t vectors) {
+    const int count = static_cast<int>(std::min<int64_t>(vectors, S::kTileVectors));
+    tiles<kPairs, false>(a, lda, rows, b, ldb, std::min(words, chunk), c, ldc, count);
+    for (int64_t w = chunk; w < words; w += chunk)
+        tiles<kPairs, true>(a + w, lda, rows, b + w * ldb, ldb, std::min(words - w, chunk), c, ldc, count);
+}
+
+#if SMOLVLA_LEVEL_IS_512
+SMOLVLA_TARGET SMOLVLA_INLINE void transpose(V (&rows)[16]) {
+    V t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            const __m512d low = _mm512_castps_pd(t[i + j]), high = _mm512_castps_pd(t[i + j + 2]);
+            rows[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            rows[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        rows[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+        rows[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+        rows[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+        rows[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+#endif
+
+// [words, kPanel] of one panel: column s is key s, a word one element or a pair of it; missing keys and halves are zero.
+template <bool kPairs, class T>
+SMOLVLA_TARGET void pack_keys(const T* k, int64_t stride, int64_t keys, int64_t head_dim, float* panel) {
+    constexpr int64_t per_word = kPairs ? 2 : 1;
+    const int64_t words = (head_dim + per_word - 1) / per_word;
+#if SMOLVLA_LEVEL_IS_512
+    for (int64_t key = 0; key < keys; key += 16)
+        for (int64_t word = 0; word < words; word += 16) {
+            const int64_t elements = std::min<int64_t>(head_dim - word * per_word, 16 * per_word);
+            V rows[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) {
+                const T* from = k + (key + i) * stride + word * per_word;
+                if (key + i >= keys) rows[i] = S::broadcast(0);
+                else if constexpr (kPairs) rows[i] = S::load_pairs_first(from, elements);
+                else rows[i] = S::load_first(from, elements);
+            }
+            transpose(rows);
+            const int64_t count = std::min<int64_t>(words - word, 16);
+            float* to = panel + word * kPanel + key;
+            if (count == 16) {
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; ++i) S::store(to + i * kPanel, rows[i]);
+            } else {
+                for (int64_t i = 0; i < count; ++i) S::store(to + i * kPanel, rows[i]);
+            }
+        }
+#else
+    for (int64_t key = 0; key < kPanel; ++key)
+        for (int64_t word = 0; word < words; ++word)
+            panel[word * kPanel + key] = key < keys ? load(k + key * stride + word) : 0.0f;
+#endif
+}
+
+// [words of keys, columns], columns = head_dim rounded up to whole vectors with zeros.
+template <bool kPairs, class T>
+SMOLVLA_TARGET void pack_values(const T* v, int64_t stride, int64_t keys, int64_t head_dim, int64_t columns, float* to) {
+    if constexpr (kPairs) {
+#if SMOLVLA_LEVEL_IS_512
+        for (int64_t key = 0; key < keys; key += 2, to += columns)
+            for (int64_t d = 0; d < columns; d += 16) {
+                const int64_t count = std::min<int64_t>(head_dim - d, 16);
+                const auto low = _mm512_castps_si512(S::load_first(v + key * stride + d, count));
+                const auto high = key + 1 < keys ? _mm512_castps_si512(S::load_first(v + (key + 1) * stride + d, count))
+                                                 : _mm512_setzero_si512();
+                const __m512i pairs = _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
+                S::store(to + d, _mm512_castsi512_ps(pairs));
+            }
+#endif
+    } else {
+        for (int64_t key = 0; key < keys; ++key, to += columns) {
+            for (int64_t d = 0; d < head_dim; ++d) to[d] = load(v + key * stride + d);
+            for (int64_t d = head_dim; d < columns; ++d) to[d] = 0.0f;
+        }
+    }
+}
+
+template <bool kPairs, class T>
+SMOLVLA_TARGET void pack_query(const T* q, int64_t head_dim, float* to) {
+    if constexpr (kPairs) {
+        to[(head_dim - 1) / 2] = 0.0f;
+        std::memcpy(to, q, head_dim * sizeof(T));
+    } else {
+        for (int64_t d = 0; d < head_dim; ++d) to[d] = load(q + d);
+    }
+}
+
+// exp(scale·(score - largest)) over a row padded to whole pairs of vectors; returns the sum. As pairs, in place.
+template <bool kPairs>
+SMOLVLA_TARGET float softmax_row(float* scores, int64_t padded, float scale) {
+    const V lowest = S::broadcast(-std::numeric_limits<float>::infinity());
+    V largest[4] = {lowest, lowest, lowest, lowest};
+    int64_t i = 0;
+    for (; i + 4 * kWidth <= padded; i += 4 * kWidth)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) largest[j] = S::max(S::load(scores + i + j * kWidth), largest[j]);
+    for (; i < padded; i += kWidth) largest[0] = S::max(S::load(scores + i), largest[0]);
+    float lanes[kWidth];
+    S::store(lanes, S::max(S::max(largest[0], largest[1]), S::max(largest[2], largest[3])));
+    float top = lanes[0];
+    for (int lane = 1; lane < kWidth; ++lane) top = std::max(top, lanes[lane]);
+
+    // The difference first: equal scores must give exactly 1, however large they are.
+    const V subtrahend = S::broadcast(top), factor = S::broadcast(scale * 1.44269504f);
+    V sums[2] = {S::broadcast(0), S::broadcast(0)};
+    for (i = 0; i < padded; i += 2 * kWidth) {
+        V p[2];
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            const V t = (S::load(scores + i + j * kWidth) - subtrahend) * factor;
+            if constexpr (kPairs) p[j] = S::template exp2<4>(t, kExp2Degree4);
+            else p[j] = S::template exp2<6>(t, kExp2Degree6);
+            sums[j] = sums[j] + p[j];
+            if constexpr (!kPairs) S::store(scores + i + j * kWidth, p[j]);
+        }
+        if constexpr (kPairs) S::store(scores + i / 2, S::to_pairs(p[0], p[1]));
+    }
+    S::store(lanes, sums[0] + sums[1]);
+    for (int half = kWidth / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
+SMOLVLA_TARGET SMOLVLA_INLINE void apply_mask(float* scores, const uint8_t* mask, int64_t stride, int64_t keys) {
+    constexpr float kLowest = std::numeric_limits<float>::lowest();
+    if (stride == 1) {
+        for (int64_t s = 0; s < keys; ++s) scores[s] = mask[s] ? scores[s] : kLowest;
+    } else {
+        for (int64_t s = 0; s < keys; ++s) scores[s] = mask[s * stride] ? scores[s] : kLowest;
+    }
+}
+
+// Tiles [begin, end) of the flat list (batch, kv head, tile of six rows), a row being (query, head of the group).
+template <bool kPairs, class T>
+SMOLVLA_TARGET void run(const Attention& a, int64_t begin, int64_t end) {
+    constexpr int64_t per_word = kPairs ? 2 : 1;
+    const int64_t group = a.heads / a.kv_heads, rows = a.queries * group, row_tiles = ceil_div(rows, kTileRows);
+    const int64_t q_words = ceil_div(a.head_dim, per_word), p_words = ceil_div(a.keys, per_word);
+    const int64_t columns = ceil_div(a.head_dim, kWidth) * kWidth, panels = ceil_div(a.keys, kPanel);
+    const int64_t padded = ceil_div(a.keys, 2 * kWidth) * 2 * kWidth;
+    // Off a power of two: rows a multiple of 4 KiB apart would share a few sets of the L1 cache.
+    const int64_t score_stride = std::max(padded, panels * kPanel) + kWidth;
+
+    const int64_t key_words = panels * q_words * kPanel, value_words = p_words * columns;
+    float* base = Scratch::reserve(key_words + value_words + kBlockRows * (q_words + score_stride + columns) + 64);
+    float* const packed_k = base;
+    float* const packed_v = packed_k + key_words;
+    float* const scores = packed_v + value_words;
+    float* const sums = scores + kBlockRows * score_stride;
+    float* const packed_q = sums + kBlockRows * columns;
+
+    int64_t packed_head = -1;
+    while (begin < end) {
+        const int64_t head = begin / row_tiles, first_tile = begin % row_tiles;
+        const int64_t tiles_here = std::min({row_tiles - first_tile, end - begin, int64_t{kBlockRows / kTileRows}});
+        const int64_t first = first_tile * kTileRows, count = std::min(rows - first, tiles_here * kTileRows);
+        const int64_t b = head / a.kv_heads, kv_head = head % a.kv_heads;
+        begin += tiles_here;
+        if (head != packed_head) {
+            const T* k = static_cast<const T*>(a.k) + b * a.k_strides[0] + kv_head * a.k_strides[2];
+            for (int64_t p = 0; p < panels; ++p)
+                pack_keys<kPairs>(k + p * kPanel * a.k_strides[1], a.k_strides[1],
+                                  std::min<int64_t>(a.keys - p * kPanel, kPanel), a.head_dim,
+                                  packed_k + p * q_words * kPanel);
+            const T* v = static_cast<const T*>(a.v) + b * a.v_strides[0] + kv_head * a.v_strides[2];
+            pack_values<kPairs>(v, a.v_strides[1], a.keys, a.head_dim, columns, packed_v);
+            packed_head = head;
+        }
+        for (int64_t row = 0; row < count; ++row) {
+            const int64_t t = (first + row) / group, h = kv_head * group + (first + row) % group;
+            const T* q = static_cast<const T*>(a.q) + b * a.q_strides[0] + t * a.q_strides[1] + h * a.q_strides[2];
+            pack_query<kPairs>(q, a.head_dim, packed_q + row * q_words);
+        }
+        for (int64_t p = 0; p < panels; ++p)
+            product<kPairs>(packed_q, q_words, count, packed_k + p * q_words * kPanel, kPanel, q_words, kScoreWords,
+                            scores + p * kPanel, score_stride, ceil_div(a.keys - p * kPanel, kWidth));
+        float inverse[kBlockRows];
+        for (int64_t row = 0; row < count; ++row) {
+            float* const row_scores = scores + row * score_stride;
+            if (a.mask) {
+                const uint8_t* mask = a.mask + b * a.mask_strides[0] + (first + row) / group * a.mask_strides[1];
+                apply_mask(row_scores, mask, a.mask_strides[2], a.keys);
+            }
+            // Minus infinity, not the lowest number: padding must not count in a row that sees nothing.
+            std::fill(row_scores + a.keys, row_scores + padded, -std::numeric_limits<float>::infinity());
+            inverse[row] = 1.0f / softmax_row<kPairs>(row_scores, padded, a.scale);
+        }
+        for (int64_t d = 0; d < columns; d += kPanel)
+            product<kPairs>(scores, score_stride, count, packed_v + d, columns, p_words, kValueWords, sums + d, columns,
+                            (columns - d) / kWidth);
+        for (int64_t row = 0; row < count; ++row) {
+            const int64_t t = (first + row) / group, h = kv_head * group + (first + row) % group;
+            T* out = static_cast<T*>(a.out) + ((b * a.queries + t) * a.heads + h) * a.head_dim;
+            for (int64_t d = 0; d < a.head_dim; ++d) store(out + d, sums[row * columns + d] * inverse[row]);
+        }
+    }
+}
+
+}  // namespace SMOLVLA_LEVEL_NAMESPACE

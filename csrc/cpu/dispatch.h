@@ -1,0 +1,78 @@
+// Which instruction set an op runs with: chosen once from CPUID, or forced by a test.
+//
+// The whole library is compiled for the baseline. An op writes its body once as SMOLVLA_INLINE and wraps it in one
+// function per level; inlining the body into a wrapper compiles it for that wrapper's instructions. An op that needs
+// intrinsics writes them in the wrapper instead.
+#pragma once
+
+#include <atomic>
+
+#define SMOLVLA_INLINE inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+// 512-bit vectors must be asked for: compilers keep to 256 bits by default, for older cores that clock down.
+#if defined(__clang__)
+#define SMOLVLA_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"), min_vector_width(512)))
+#else
+#define SMOLVLA_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#endif
+#define SMOLVLA_AVX2 __attribute__((target("avx2,fma")))
+#if defined(__clang__)
+#define SMOLVLA_AVX512_BF16 \
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"), min_vector_width(512)))
+#else
+#define SMOLVLA_AVX512_BF16 \
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#endif
+#else
+// Other processors have the baseline alone (on aarch64 that includes NEON).
+#define SMOLVLA_AVX512
+#define SMOLVLA_AVX512_BF16
+#define SMOLVLA_AVX2
+#endif
+
+namespace smolvla::cpu {
+
+enum class Level : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+
+// The highest level that both the processor and the operating system support.
+inline Level best_level() {
+#if defined(__x86_64__)
+    static const Level best = [] {
+        __builtin_cpu_init();
+        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        const bool bf16 = __builtin_cpu_supports("avx512bf16");
+        if (!avx2) return Level::baseline;
+        return !avx512 ? Level::avx2 : bf16 ? Level::avx512_bf16 : Level::avx512;
+    }();
+    return best;
+#else
+    return Level::baseline;
+#endif
+}
+
+// The level in use: the best one unless a test has lowered it. Atomic, as ops run without Python's lock.
+inline std::atomic<Level>& level() {
+    static std::atomic<Level> current{best_level()};
+    return current;
+}
+
+// An op with nothing of its own for a level runs the one below.
+template <class Function>
+Function* pick(Function* baseline, Function* avx2, Function* avx512, Function* avx512_bf16) {
+    switch (level().load(std::memory_order_relaxed)) {
+        case Level::avx512_bf16: return avx512_bf16;
+        case Level::avx512: return avx512;
+        case Level::avx2: return avx2;
+        default: return baseline;
+    }
+}
+
+template <class Function>
+Function* pick(Function* baseline, Function* avx2, Function* avx512) {
+    return pick(baseline, avx2, avx512, avx512);
+}
+
+}  // namespace smolvla::cpu

@@ -1,0 +1,88 @@
+#include "cpu/linear.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/bfloat16.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
+
+namespace smolvla::cpu {
+namespace {
+
+// Register tiles of outputs between two epilogues.
+constexpr int kUnits = 16;
+// Rows of x that stay in L2 while the weights pass by: as many as fit, and the 50 of an action chunk in any case.
+constexpr int64_t kBlockBytes = 256 * 1024, kLeastRows = 65;
+// Outputs are dealt to threads in whole register tiles of the largest level.
+constexpr int64_t kSplit = 5;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#define SMOLVLA_LEVEL Baseline
+#define SMOLVLA_LEVEL_NAMESPACE baseline
+#define SMOLVLA_LEVEL_IS_512 0
+#define SMOLVLA_TARGET
+#include "cpu/linear_kernel.h"
+#undef SMOLVLA_LEVEL
+#undef SMOLVLA_LEVEL_NAMESPACE
+#undef SMOLVLA_TARGET
+
+#if defined(__x86_64__)
+#define SMOLVLA_LEVEL Avx2
+#define SMOLVLA_LEVEL_NAMESPACE avx2
+#define SMOLVLA_TARGET SMOLVLA_AVX2
+#include "cpu/linear_kernel.h"
+#undef SMOLVLA_LEVEL
+#undef SMOLVLA_LEVEL_NAMESPACE
+#undef SMOLVLA_LEVEL_IS_512
+#undef SMOLVLA_TARGET
+
+#define SMOLVLA_LEVEL Avx512
+#define SMOLVLA_LEVEL_NAMESPACE avx512
+#define SMOLVLA_LEVEL_IS_512 1
+#define SMOLVLA_TARGET SMOLVLA_AVX512
+#include "cpu/linear_kernel.h"
+#undef SMOLVLA_LEVEL
+#undef SMOLVLA_LEVEL_NAMESPACE
+#undef SMOLVLA_TARGET
+
+#define SMOLVLA_LEVEL Avx512Bf16
+#define SMOLVLA_LEVEL_NAMESPACE avx512_bf16
+#define SMOLVLA_TARGET SMOLVLA_AVX512_BF16
+#include "cpu/linear_kernel.h"
+#undef SMOLVLA_LEVEL
+#undef SMOLVLA_LEVEL_NAMESPACE
+#undef SMOLVLA_TARGET
+#endif
+#undef SMOLVLA_LEVEL_IS_512
+
+template <class X, class T, class Out>
+auto kernel() {
+#if defined(__x86_64__)
+    constexpr bool pairs = sizeof(T) == 2;
+    return pick(baseline::run<false, X, T, Out>, avx2::run<false, X, T, Out>, avx512::run<false, X, T, Out>,
+                avx512_bf16::run<pairs, X, T, Out>);
+#else
+    return baseline::run<false, X, T, Out>;
+#endif
+}
+
+}  // namespace
+
+template <class X, class T, class Out>
+void linear(const Linear& a, int num_threads) {
+    const auto run = kernel<X, T, Out>();
+    parallel_rows(ceil_div(a.outputs, kSplit), kSplit * a.rows * a.inputs / 16, num_threads,
+                  [&](int64_t begin, int64_t end) { run(a, begin * kSplit, std::min(end * kSplit, a.outputs)); });
+}
+
+template void linear<float, float, float>(const Linear&, int);
+template void linear<float, bfloat16, float>(const Linear&, int);
+template void linear<float, bfloat16, bfloat16>(const Linear&, int);
+template void linear<bfloat16, bfloat16, float>(const Linear&, int);
+template void linear<bfloat16, bfloat16, bfloat16>(const Linear&, int);
+
+}  // namespace smolvla::cpu

@@ -1,0 +1,224 @@
+// The linear kernel for one instruction level. No include guard: linear.cpp includes this once per level, with
+// SMOLVLA_LEVEL (the struct of simd.h), SMOLVLA_LEVEL_NAMESPACE and SMOLVLA_TARGET (the attribute of its functions).
+//
+// For few rows. x and nn.Linear's weight are both contiguous along the inputs, so a tile of outputs is summed with the
+// inputs in the vector's lanes, and the lanes are added up once at the end: no operand is packed or transposed.
+
+namespace SMOLVLA_LEVEL_NAMESPACE {
+
+using S = SMOLVLA_LEVEL;
+using V = S::V;
+constexpr int kWidth = S::kWidth;
+// Accumulators plus one column of operands fit the 32 or 16 vector registers.
+constexpr int kRows = SMOLVLA_LEVEL_IS_512 ? 5 : 4, kOuts = SMOLVLA_LEVEL_IS_512 ? 5 : 3;
+constexpr int kChunk = kOuts * kUnits;
+constexpr int kChunkStride = (kChunk + kWidth - 1) / kWidth * kWidth;
+
+template <bool kPairs>
+SMOLVLA_TARGET SMOLVLA_INLINE V dot(V a, V b, V c) {
+    if constexpr (kPairs) return S::dot_pairs(a, b, c);
+    else return S::fma(a, b, c);
+}
+
+template <bool kPairs, class T>
+SMOLVLA_TARGET SMOLVLA_INLINE V load_words(const T* p) {
+    if constexpr (kPairs) return S::load(reinterpret_cast<const float*>(p));
+    else return S::load(p);
+}
+
+// The first `count` elements as words, zeros beyond.
+template <bool kPairs, class T>
+SMOLVLA_TARGET SMOLVLA_INLINE V load_last_words(const T* p, int64_t count) {
+#if SMOLVLA_LEVEL_IS_512
+    if constexpr (kPairs) return S::load_pairs_first(p, count);
+    else return S::load_first(p, count);
+#else
+    float lanes[kWidth] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = load(p + i);
+    return S::load(lanes);
+#endif
+}
+
+#if SMOLVLA_LEVEL_IS_512
+// Lane i of the result is the sum of the lanes of v[i]: each step adds halves and joins two vectors in one.
+SMOLVLA_TARGET SMOLVLA_INLINE V sum_lanes(const V* v) {
+    V t[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+        t[i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512d low = _mm512_castps_pd(t[2 * i]), high = _mm512_castps_pd(t[2 * i + 1]);
+        t[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high)) + _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+        t[i] = _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0x88) + _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0xdd);
+    return _mm512_shuffle_f32x4(t[0], t[1], 0x88) + _mm512_shuffle_f32x4(t[0], t[1], 0xdd);
+}
+#endif
+
+// c[row, out] = x[row, :] · w[out, :]. Rows and outputs beyond the last repeat it; their results are not wanted.
+template <bool kPairs, class T>
+SMOLVLA_TARGET __attribute__((noinline)) void tile(const T* x, int last_row, const T* w, int last_out, int64_t inputs,
+                                                   const T* ahead, float* c) {
+    const T *xs[kRows], *ws[kOuts];
+#pragma GCC unroll 5
+    for (int r = 0; r < kRows; ++r) xs[r] = x + (r < last_row ? r : last_row) * inputs;
+#pragma GCC unroll 5
+    for (int o = 0; o < kOuts; ++o) ws[o] = w + (o < last_out ? o : last_out) * inputs;
+
+    V sums[kRows * kOuts];
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows * kOuts; ++i) sums[i] = S::broadcast(0);
+    constexpr int64_t step = kPairs ? 2 * kWidth : kWidth;
+    int64_t i = 0;
+    for (; i + step <= inputs; i += step) {
+        __builtin_prefetch(ahead + i, 0, 2);
+        V columns[kOuts];
+#pragma GCC unroll 5
+        for (int o = 0; o < kOuts; ++o) columns[o] = load_words<kPairs>(ws[o] + i);
+#pragma GCC unroll 5
+        for (int r = 0; r < kRows; ++r) {
+            const V row = load_words<kPairs>(xs[r] + i);
+#pragma GCC unroll 5
+            for (int o = 0; o < kOuts; ++o) sums[r * kOuts + o] = dot<kPairs>(row, columns[o], sums[r * kOuts + o]);
+        }
+    }
+    if (i < inputs) {
+        V columns[kOuts];
+#pragma GCC unroll 5
+        for (int o = 0; o < kOuts; ++o) columns[o] = load_last_words<kPairs>(ws[o] + i, inputs - i);
+#pragma GCC unroll 5
+        for (int r = 0; r < kRows; ++r) {
+            const V row = load_last_words<kPairs>(xs[r] + i, inputs - i);
+#pragma GCC unroll 5
+            for (int o = 0; o < kOuts; ++o) sums[r * kOuts + o] = dot<kPairs>(row, columns[o], sums[r * kOuts + o]);
+        }
+    }
+#if SMOLVLA_LEVEL_IS_512
+    V rest[16];
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) rest[j] = 16 + j < kRows * kOuts ? sums[16 + j] : S::broadcast(0);
+    alignas(64) float flat[32];
+    S::store(flat, sum_lanes(sums));
+    S::store(flat + 16, sum_lanes(rest));
+#pragma GCC unroll 5
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 5
+        for (int o = 0; o < kOuts; ++o) c[r * kChunkStride + o] = flat[r * kOuts + o];
+#else
+    for (int r = 0; r < kRows; ++r)
+        for (int o = 0; o < kOuts; ++o) {
+            float lanes[kWidth];
+            S::store(lanes, sums[r * kOuts + o]);
+            for (int half = kWidth / 2; half > 0; half /= 2)
+                for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+            c[r * kChunkStride + o] = lanes[0];
+        }
+#endif
+}
+
+// c[row, 0:outs] = x · wᵀ for a chunk of outputs; `after` are the weights that will be wanted next.
+template <bool kPairs, class T>
+SMOLVLA_TARGET void products(const T* x, int64_t rows, const T* w, int64_t outs, int64_t inputs, const T* after,
+                             float* c) {
+    for (int64_t out = 0; out < outs; out += kOuts) {
+        const T* const unit = w + out * inputs;
+        const T* const next = out + kOuts < outs ? unit + kOuts * inputs : after;
+        const int last_out = static_cast<int>(std::min<int64_t>(outs - out, kOuts)) - 1;
+        for (int64_t row = 0; row < rows; row += kRows) {
+            // While this unit is in cache, each tile fetches one row of the next.
+            const T* const ahead = next + std::min<int64_t>(row / kRows, last_out) * inputs;
+            const int last_row = static_cast<int>(std::min<int64_t>(rows - row, kRows)) - 1;
+            tile<kPairs>(x + row * inputs, last_row, unit, last_out, inputs, ahead, c + row * kChunkStride + out);
+        }
+    }
+}
+
+// x / (1 + exp(-z)), the form of both: z = x for silu, and gelu's tanh is a logistic function of twice its argument.
+template <Activation kActivation>
+SMOLVLA_TARGET SMOLVLA_INLINE V activate(V x) {
+    V z = x;
+    if constexpr (kActivation == Activation::gelu_tanh) {
+        const V slope = S::fma(x * x, S::broadcast(0.07135481627f), S::broadcast(1.59576912161f));
+        z = x * slope;
+    }
+    const V power = S::min(S::broadcast(126.0f), z * S::broadcast(-1.44269504f));
+    return x / (S::broadcast(1) + S::template exp2<6>(power, kExp2Degree6));
+}
+
+template <Activation kActivation>
+SMOLVLA_TARGET void activate_row(float* c) {
+    for (int i = 0; i < kChunkStride; i += kWidth) S::store(c + i, activate<kActivation>(S::load(c + i)));
+}
+
+// Rows of x as T, normalised where there is a weight for that.
+template <class X, class T>
+SMOLVLA_TARGET void prepare_rows(const X* x, const T* norm_weight, float eps, int64_t rows, int64_t inputs, T* h) {
+    constexpr int kLanes = 16;
+    for (int64_t row = 0; row < rows; ++row, x += inputs, h += inputs) {
+        if (!norm_weight) {
+            for (int64_t i = 0; i < inputs; ++i) store(h + i, load(x + i));
+            continue;
+        }
+        float squares[kLanes] = {};
+        int64_t i = 0;
+        for (; i + kLanes <= inputs; i += kLanes)
+            for (int lane = 0; lane < kLanes; ++lane) squares[lane] += load(x + i + lane) * load(x + i + lane);
+        for (; i < inputs; ++i) squares[0] += load(x + i) * load(x + i);
+        for (int half = kLanes / 2; half > 0; half /= 2)
+            for (int lane = 0; lane < half; ++lane) squares[lane] += squares[lane + half];
+        const float scale = 1.0f / std::sqrt(squares[0] / static_cast<float>(inputs) + eps);
+        for (i = 0; i < inputs; ++i) store(h + i, load(x + i) * scale * load(norm_weight + i));
+    }
+}
+
+// Outputs [begin, end) of all rows.
+template <bool kPairs, class X, class T, class Out>
+SMOLVLA_TARGET void run(const Linear& a, int64_t begin, int64_t end) {
+    const T *weight = static_cast<const T*>(a.weight), *up_weight = static_cast<const T*>(a.up_weight);
+    const T* bias = static_cast<const T*>(a.bias);
+    const int64_t fitting = std::max<int64_t>(kBlockBytes / (a.inputs * static_cast<int64_t>(sizeof(T))), kLeastRows);
+    const int64_t block = std::min(fitting / kRows, ceil_div(a.rows, kRows)) * kRows;
+    const bool prepared = a.norm_weight || sizeof(X) != sizeof(T);
+    float* const c = Scratch::reserve(2 * block * kChunkStride + (prepared ? block * a.inputs : 0));
+    float* const up = c + block * kChunkStride;
+    T* const h = reinterpret_cast<T*>(up + block * kChunkStride);
+    // The last tiles may leave columns unwritten that the activation then reads.
+    std::fill(c, up, 0.0f);
+    for (int64_t row = 0; row < a.rows; row += block) {
+        const int64_t rows = std::min(a.rows - row, block);
+        const X* const from = static_cast<const X*>(a.x) + row * a.inputs;
+        const T* x = h;
+        // Every thread prepares all rows for itself: microseconds, where a barrier would cost as much.
+        if (prepared) prepare_rows(from, static_cast<const T*>(a.norm_weight), a.eps, rows, a.inputs, h);
+        else x = reinterpret_cast<const T*>(from);
+        for (int64_t out = begin; out < end; out += kChunk) {
+            const int64_t outs = std::min<int64_t>(end - out, kChunk);
+            const T* const w = weight + out * a.inputs;
+            const T* const next_w = out + outs < end ? w + outs * a.inputs : w;
+            const T* const up_w = up_weight ? up_weight + out * a.inputs : nullptr;
+            products<kPairs>(x, rows, w, outs, a.inputs, up_w ? up_w : next_w, c);
+            if (up_w) products<kPairs>(x, rows, up_w, outs, a.inputs, next_w, up);
+            for (int64_t r = 0; r < rows; ++r) {
+                float* const sums = c + r * kChunkStride;
+                Out* const y = static_cast<Out*>(a.y) + (row + r) * a.outputs + out;
+                if (bias)
+                    for (int64_t i = 0; i < outs; ++i) sums[i] += load(bias + out + i);
+                if (a.activation == Activation::silu) activate_row<Activation::silu>(sums);
+                if (a.activation == Activation::gelu_tanh) activate_row<Activation::gelu_tanh>(sums);
+                if (up_weight)
+                    for (int64_t i = 0; i < outs; ++i) sums[i] *= up[r * kChunkStride + i];
+                if (a.residual) {
+                    const Out* const residual = static_cast<const Out*>(a.residual) + (row + r) * a.outputs + out;
+                    for (int64_t i = 0; i < outs; ++i) store(y + i, sums[i] + load(residual + i));
+                } else {
+                    for (int64_t i = 0; i < outs; ++i) store(y + i, sums[i]);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace SMOLVLA_LEVEL_NAMESPACE

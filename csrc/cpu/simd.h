@@ -1,0 +1,162 @@
+// Vectors for the compute-bound kernels: one struct per instruction level, the same names in each.
+//
+// A *word* is the 32 bits that one multiply-add lane consumes: an fp32, or a pair of adjacent bf16. Words travel as
+// float; moving them never changes their bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/bfloat16.h"
+#include "cpu/dispatch.h"
+
+#if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns about the "undefined" operands inside its own AVX-512 header (GCC bug 105593), wherever it is inlined.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
+namespace smolvla::cpu {
+
+// 2^f on [0, 1) as 1 + f·(c0 + c1·f + ...): minimax in relative error, exact at 0 so that the largest weight is 1.
+// Degree 6 stays within 1.1 units of 2^-24; degree 4 (2.9e-6) is for results that are rounded to bf16 (2e-3).
+constexpr float kExp2Degree6[] = {0.6931470632553101f,   0.2402293086051941f,    0.055485282093286514f,
+                                  0.009675451554358006f, 0.0012467846972867846f, 0.00021612914861179888f};
+constexpr float kExp2Degree4[] = {0.6930448412895203f, 0.241280198097229f, 0.052242472767829895f,
+                                  0.013426683843135834f};
+
+// Named, never called, at levels that cannot multiply pairs, so that the kernels are the same text for all.
+struct NoPairs {
+    template <class V>
+    static V dot_pairs(V a, V b, V c);
+    template <class V>
+    static V to_pairs(V low, V high);
+    static float load_pairs_first(const void* p, int64_t count);
+};
+
+struct Baseline : NoPairs {
+    static constexpr int kWidth = 4;
+    // Vectors in a row of a register tile: six rows of these, one column of operands and a broadcast fit the registers.
+    static constexpr int kTileVectors = 2;
+    using V = float __attribute__((vector_size(16)));
+    using I = int32_t __attribute__((vector_size(16)));
+
+    static SMOLVLA_INLINE V broadcast(float x) { return V{x, x, x, x}; }
+    static SMOLVLA_INLINE V load(const float* p) {
+        V v;
+        std::memcpy(&v, p, sizeof v);
+        return v;
+    }
+    static SMOLVLA_INLINE V load(const bfloat16* p) {
+        return V{cpu::load(p), cpu::load(p + 1), cpu::load(p + 2), cpu::load(p + 3)};
+    }
+    static SMOLVLA_INLINE void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+    static SMOLVLA_INLINE V fma(V a, V b, V c) { return a * b + c; }
+    // Of a number and a NaN, the second argument.
+    static SMOLVLA_INLINE V max(V a, V b) { return a > b ? a : b; }
+    static SMOLVLA_INLINE V min(V a, V b) { return a < b ? a : b; }
+    template <int kDegree>
+    static SMOLVLA_INLINE V exp2(V t, const float* c) {
+        const V floor_limit = broadcast(-126.0f);
+        const V clamped = t > floor_limit ? t : floor_limit;
+        I whole = __builtin_convertvector(clamped, I);
+        V rounded = __builtin_convertvector(whole, V);
+        whole += clamped < rounded;  // a true lane is -1: truncation becomes floor
+        rounded = __builtin_convertvector(whole, V);
+        const V f = t - rounded;  // from t, so that a NaN stays one
+        V p = broadcast(c[kDegree - 1]);
+        for (int i = kDegree - 2; i >= 0; --i) p = fma(p, f, broadcast(c[i]));
+        p = fma(p, f, broadcast(1.0f));
+        const I scale = (whole + 127) << 23;
+        V power;
+        std::memcpy(&power, &scale, sizeof power);
+        return t < floor_limit ? V{} : p * power;
+    }
+};
+
+#if defined(__x86_64__)
+#define SMOLVLA_AVX2_INLINE SMOLVLA_AVX2 SMOLVLA_INLINE
+struct Avx2 : NoPairs {
+    static constexpr int kWidth = 8;
+    static constexpr int kTileVectors = 2;
+    using V = __m256;
+
+    static SMOLVLA_AVX2_INLINE V broadcast(float x) { return _mm256_set1_ps(x); }
+    static SMOLVLA_AVX2_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
+    static SMOLVLA_AVX2_INLINE V load(const bfloat16* p) {
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+    static SMOLVLA_AVX2_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+    static SMOLVLA_AVX2_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+    static SMOLVLA_AVX2_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
+    static SMOLVLA_AVX2_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
+    template <int kDegree>
+    static SMOLVLA_AVX2_INLINE V exp2(V t, const float* c) {
+        const V floor_limit = broadcast(-126.0f);
+        const V whole = _mm256_floor_ps(_mm256_max_ps(t, floor_limit));
+        const V f = _mm256_sub_ps(t, whole);  // from t, so that a NaN stays one
+        V p = broadcast(c[kDegree - 1]);
+        for (int i = kDegree - 2; i >= 0; --i) p = fma(p, f, broadcast(c[i]));
+        p = fma(p, f, broadcast(1.0f));
+        const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
+        const V scaled = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+        return _mm256_andnot_ps(_mm256_cmp_ps(t, floor_limit, _CMP_LT_OQ), scaled);
+    }
+};
+
+#define SMOLVLA_AVX512_INLINE SMOLVLA_AVX512 SMOLVLA_INLINE
+struct Avx512 : NoPairs {
+    static constexpr int kWidth = 16;
+    static constexpr int kTileVectors = 4;
+    using V = __m512;
+
+    static SMOLVLA_AVX512_INLINE V broadcast(float x) { return _mm512_set1_ps(x); }
+    static SMOLVLA_AVX512_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
+    static SMOLVLA_AVX512_INLINE V load(const bfloat16* p) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    // The first `count` (0 to 16) elements, zero beyond; memory beyond is not touched.
+    static SMOLVLA_AVX512_INLINE V load_first(const float* p, int64_t count) {
+        return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
+    }
+    static SMOLVLA_AVX512_INLINE V load_first(const bfloat16* p, int64_t count) {
+        const __m256i halves = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1u), p);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    static SMOLVLA_AVX512_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+    static SMOLVLA_AVX512_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+    static SMOLVLA_AVX512_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
+    static SMOLVLA_AVX512_INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }
+    template <int kDegree>
+    static SMOLVLA_AVX512_INLINE V exp2(V t, const float* c) {
+        const V f = _mm512_reduce_ps(t, 0x09);  // t - floor(t)
+        V p = broadcast(c[kDegree - 1]);
+        for (int i = kDegree - 2; i >= 0; --i) p = fma(p, f, broadcast(c[i]));
+        p = fma(p, f, broadcast(1.0f));
+        return _mm512_scalef_ps(p, t);  // p·2^floor(t), down to zero
+    }
+};
+
+// Pairs of bf16 as words. The dot product instruction treats subnormals as zero.
+#define SMOLVLA_AVX512_BF16_INLINE SMOLVLA_AVX512_BF16 SMOLVLA_INLINE
+struct Avx512Bf16 : Avx512 {
+    static SMOLVLA_AVX512_BF16_INLINE V dot_pairs(V a, V b, V c) {
+        return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+    }
+    // 2·kWidth values as kWidth words, in order.
+    static SMOLVLA_AVX512_BF16_INLINE V to_pairs(V low, V high) {
+        return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    static SMOLVLA_AVX512_BF16_INLINE V load_pairs_first(const bfloat16* p, int64_t count) {
+        const auto mask = static_cast<__mmask32>((uint64_t{1} << count) - 1u);
+        return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
+    }
+};
+#endif
+
+}  // namespace smolvla::cpu

@@ -1,0 +1,82 @@
+"""What the whole suite shares: Triton's interpreter where there is no GPU, and packages built once a run."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Must be said before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_GPU = pytest.mark.skip(reason="no CUDA GPU here")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(NO_GPU)
+
+
+def _run(*command, cwd, **environment):
+    env = {**os.environ, **environment}
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def source_tree(tmp_path_factory):
+    """The sdist of this checkout, made from a copy and unpacked: what an installation has to work with."""
+    pytest.importorskip("setuptools")
+    folder = tmp_path_factory.mktemp("source")
+    generated = shutil.ignore_patterns(
+        ".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_build.json"
+    )
+    shutil.copytree(ROOT, folder / "checkout", ignore=generated)
+    hook = "from setuptools import build_meta; build_meta.build_sdist('..')"
+    _run(sys.executable, "-c", hook, cwd=folder / "checkout")
+    shutil.unpack_archive(next(folder.glob("*.tar.gz")), folder, filter="data")
+    return next(path for path in folder.glob("smolvla_fast-*") if path.is_dir())
+
+
+@pytest.fixture(scope="session")
+def installed(source_tree, tmp_path_factory):
+    """A folder with the package as pip installs it: all that can be compiled here, CUDA for one target."""
+    return _install(source_tree, tmp_path_factory.mktemp("installed"), SMOLVLA_CUDA_ARCHS="90a")
+
+
+@pytest.fixture(scope="session")
+def install_again(source_tree, installed, tmp_path_factory):
+    """install_again(**environment) -> the same under another environment; compiles only what that changes."""
+
+    def into(**environment):
+        work = tmp_path_factory.mktemp("again")
+        shutil.copytree(source_tree, work / "source")
+        return _install(work / "source", work / "site", **environment)
+
+    return into
+
+
+def _install(source, target, **environment):
+    pip = (sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation")
+    _run(*pip, "--target", target, source, cwd=source.parent, **environment)
+    return target
+
+
+@pytest.fixture(scope="session")
+def python():
+    """python(code, path=[...]) -> what a fresh interpreter prints, run outside the checkout."""
+
+    def run(code, path=(), cwd=ROOT.parent):
+        return _run(sys.executable, "-c", code, cwd=cwd, PYTHONPATH=os.pathsep.join(map(str, path))).strip()
+
+    return run
