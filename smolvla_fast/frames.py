@@ -1,4 +1,4 @@
-"""Camera frames made by code, with the structure that noise and zeros lack: edges, flat areas, shading, sensor noise."""
+"""Camera frames made by code, with what noise and zeros lack: edges, flat areas, shading, sensor noise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def draw_frame(height: int, width: int, generator: torch.Generator) -> Tensor:
-    """One frame, [3, height, width] fp32 in [0, 1]: a table with coloured blocks, a wall and a gripper, under a lamp.
+    """One frame, [3, height, width] fp32 in [0, 1]: a table with coloured blocks, a wall and a gripper.
 
     generator  places and colours everything, so each camera and each seed sees another scene
     """

@@ -1,7 +1,7 @@
 """SmolVLA policies and observations made offline, for tests, benchmarks and ``smolvla-fast demo``.
 
-Nothing here is trained. The weights are random but scaled so that the model behaves like one: attention is far from
-uniform, and the action chunk visibly depends on the images, the language, the state and the noise. A test on weights
+Nothing here is trained. The weights are random but scaled so that the model behaves like one: attention is
+far from uniform, and the action chunk visibly depends on images, language, state and noise. A test on weights
 without that property passes whatever the kernels compute.
 """
 
@@ -26,23 +26,38 @@ LAYOUTS = ("fp32", "mixed", "bf16_text", "bf16")
 IMAGES = "observation.images"
 
 # SmolVLM2-500M, of which SmolVLA keeps the first 16 text layers.
-FULL_TEXT = dict(
-    hidden_size=960, intermediate_size=2560, num_hidden_layers=32,
-    num_attention_heads=15, num_key_value_heads=5, head_dim=64,
-)  # fmt: skip
-FULL_VISION = dict(
-    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=512, patch_size=16
-)
+FULL_TEXT = {
+    "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
+    "num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64,
+}  # fmt: skip
+FULL_VISION = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 512,
+    "patch_size": 16,
+}
 FULL_VOCAB = 49280
 # A chunk in milliseconds. Odd head counts and widths that are no powers of two, like the real model's.
-TINY_TEXT = dict(
-    hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1, head_dim=16
-)
-TINY_VISION = dict(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4
-)
+TINY_TEXT = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+TINY_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 4,
+}
 TINY_VOCAB = 320
-TINY_CONFIG = dict(chunk_size=10, n_action_steps=10, num_vlm_layers=4)
+TINY_CONFIG = {"chunk_size": 10, "n_action_steps": 10, "num_vlm_layers": 4}
 TINY_FRAME = (24, 32)
 FULL_FRAME = (480, 640)
 
@@ -55,7 +70,7 @@ def make_vlm_folder(
     vocab_size: int = FULL_VOCAB,
     scale_factor: int = 4,
 ) -> Path:
-    """Writes the configuration and processor of a SmolVLM, which ``SmolVLAConfig.vlm_model_name`` can name offline.
+    """Writes configuration and processor of a SmolVLM, for ``SmolVLAConfig.vlm_model_name`` to name offline.
 
     text, vision  fields that differ from SmolVLM2-500M      vocab_size  rows of the embedding, at least 270
     scale_factor  pixel-shuffle factor of the connector
@@ -84,8 +99,11 @@ def make_vlm_folder(
         },
     )
     if len(tokenizer) > vocab_size:
-        raise ValueError(f"vocab_size={vocab_size} is too small: the byte tokenizer has {len(tokenizer)} tokens")
-    config = transformers.SmolVLMConfig(
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: the byte tokenizer has {len(tokenizer)} tokens"
+        )
+    make_config: Any = transformers.SmolVLMConfig  # stubs know none of its fields
+    config = make_config(
         text_config={
             "model_type": "llama",
             **FULL_TEXT,
@@ -106,7 +124,9 @@ def make_vlm_folder(
     if hasattr(transformers, "SmolVLMVideoProcessor"):
         extra["video_processor"] = transformers.SmolVLMVideoProcessor()
     images = transformers.SmolVLMImageProcessor()
-    transformers.SmolVLMProcessor(image_processor=images, tokenizer=tokenizer, **extra).save_pretrained(folder)
+    transformers.SmolVLMProcessor(image_processor=images, tokenizer=tokenizer, **extra).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -129,13 +149,13 @@ def make_policy(
     size    "full": the 450 046 176 parameters of lerobot/smolvla_base; "tiny": a chunk takes milliseconds
     layout  dtypes of the parameters
             "fp32"       all fp32 (``policy.float()``)
-            "mixed"      what LeRobot makes of smolvla_base: vision, text and expert bf16; the projections of state,
-                         action and time and the expert's cross K/V fp32
-            "bf16_text"  ``load_vlm_weights=False`` with a bf16 text config: as "mixed", but vision, connector and
-                         lm_head fp32
-            "bf16"       all bf16 (``policy.to(torch.bfloat16)``), which stock refuses to run: its noise is fp32
+            "mixed"      what LeRobot makes of smolvla_base: vision, text and expert bf16; the projections of
+                         state, action and time and the expert's cross K/V fp32
+            "bf16_text"  ``load_vlm_weights=False`` with a bf16 text config: as "mixed", but vision, connector
+                         and lm_head fp32
+            "bf16"       all bf16 (``policy.to(torch.bfloat16)``); stock fails on it, for its noise is fp32
     text, vision  sizes that differ from those of ``size``, by the names of the transformers configurations
-    folder  where the VLM's configuration is written and kept; None: a temporary folder, gone when this returns
+    folder  where the VLM's configuration is written and kept; None: a temporary folder, gone on return
     config  fields of ``SmolVLAConfig``, such as ``num_steps=4``
     raises  ValueError for an unknown size or layout, ImportError without LeRobot
     The caller's random state does not move.
@@ -151,7 +171,10 @@ def make_policy(
     tiny = size == "tiny"
     text = {**(TINY_TEXT if tiny else FULL_TEXT), **(text or {})}
     vision = {**(TINY_VISION if tiny else FULL_VISION), **(vision or {})}
-    fields: dict[str, Any] = {**(TINY_CONFIG if tiny else {}), "resize_imgs_with_padding": (vision["image_size"],) * 2}
+    fields: dict[str, Any] = {
+        **(TINY_CONFIG if tiny else {}),
+        "resize_imgs_with_padding": (vision["image_size"],) * 2,
+    }
     fields = {**fields, **config}
     fields["n_action_steps"] = min(fields.get("n_action_steps", 50), fields.get("chunk_size", 50))
     frame = (3, *(TINY_FRAME if tiny else FULL_FRAME))
@@ -179,7 +202,7 @@ def make_policy(
 
 
 class _SkipRandomFill(TorchFunctionMode):
-    """Leaves out the constructors' random initialisation: `fill_weights` overwrites it, and it takes most of a minute."""
+    """Leaves out the constructors' random initialisation: slow, and overwritten by ``fill_weights``."""
 
     fills = frozenset(
         [Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_]
@@ -192,8 +215,8 @@ class _SkipRandomFill(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# Standard deviation of a matrix's entries, times sqrt(inputs). These queries and keys make a query look at about a third
-# of its keys; an average over so many loses size, which the output projections give back.
+# Standard deviation of a matrix's entries, times sqrt(inputs). With these, a query looks at about a
+# third of its keys; an average over so many loses size, which the output projections give back.
 GAINS = {
     "q_proj": 1.6, "k_proj": 1.6, "v_proj": 1.2, "o_proj": 2.0, "out_proj": 2.0, "gate_proj": 1.3,
     "action_time_mlp_in": 1.5, "action_time_mlp_out": 2.0, "state_proj": 6.0,
@@ -201,10 +224,10 @@ GAINS = {
 
 
 @torch.no_grad()
-def fill_weights(model: nn.Module, seed: int) -> None:
+def fill_weights(model: Any, seed: int) -> None:
     """Overwrites every parameter of a ``VLAFlowMatching`` (LeRobot's or ours) with seeded random values."""
     generator = torch.Generator().manual_seed(seed)
-    width = model.vlm_with_expert.get_vlm_model().text_model.norm.weight.shape[0]  # type: ignore[operator]
+    width = model.vlm_with_expert.get_vlm_model().text_model.norm.weight.shape[0]
     for name, parameter in model.named_parameters():
         owner = name.split(".")[-2]
         values = torch.empty(parameter.shape, dtype=torch.float32).normal_(generator=generator)
@@ -213,8 +236,8 @@ def fill_weights(model: nn.Module, seed: int) -> None:
         elif values.ndim == 1:
             values = 1 + 0.2 * values
         elif owner in ("embed_tokens", "proj"):
-            # The prefix is multiplied by sqrt(width); a residual stream much larger than what the layers add to it
-            # would hide their errors.
+            # The prefix is multiplied by sqrt(width); a residual stream much larger than what the layers
+            # add to it would hide their errors.
             inputs = 1 if owner == "embed_tokens" else values.shape[1]
             values *= 2.0 / math.sqrt(width * inputs)
         elif owner == "position_embedding":
@@ -225,7 +248,7 @@ def fill_weights(model: nn.Module, seed: int) -> None:
 
 
 def _cast(policy: Any, layout: str) -> None:
-    """Sets the dtypes of a layout. Parameters only: rotary frequencies and position ids keep theirs, as in LeRobot."""
+    """Sets the dtypes of a layout: of parameters only. Buffers keep theirs, as in LeRobot."""
     pair = policy.model.vlm_with_expert
     if layout == "fp32":
         return
@@ -263,11 +286,11 @@ def make_observation(
     batch            B      seed  of frames and state
     cameras          how many of the policy's cameras are present, or their keys; None: all but the empty ones
     task             one text for all samples, or one for each
-    language_length  tokens to which the language is padded; None: the policy's ``tokenizer_max_length``, or the
-                     longest text if that is longer. Nothing is ever cut off.
+    language_length  tokens to which the language is padded; None: the policy's ``tokenizer_max_length``, or
+                     the longest text if that is longer. Nothing is ever cut off.
     image_size       height, width of the frames; None: as the policy's configuration declares them
     returns          frames [B, 3, height, width] fp32 in [0, 1], ``observation.state`` [B, state size] fp32,
-                     ``observation.language.tokens`` [B, T] int64, ``observation.language.attention_mask`` [B, T] bool
+                     ``observation.language.tokens`` [B, T] int64 and ``.attention_mask`` [B, T] bool
     raises           ValueError for a task count other than B, a length below the text's, or an unknown camera
     """
     config = policy.config
@@ -298,7 +321,7 @@ def make_noise(policy: Any, *, batch: int = 1, seed: int = 0) -> Tensor:
 
 
 def tokenize(policy: Any, task: str | Sequence[str], batch: int, length: int | None) -> tuple[Tensor, Tensor]:
-    """Token ids and their mask, [B, T] each, as LeRobot's processor makes them: newline at the end, padded on the right.
+    """Token ids and mask, [B, T] each, as LeRobot's processor makes them: newline at the end, padding right.
 
     Uses the policy's own tokenizer; a policy that has none gets its text's bytes.
     """
@@ -316,7 +339,9 @@ def tokenize(policy: Any, task: str | Sequence[str], batch: int, length: int | N
     if length is None:
         length = max(longest, policy.config.tokenizer_max_length)
     if length < longest:
-        raise ValueError(f"language_length={length} would cut a task of {longest} tokens; it must be at least that")
+        raise ValueError(
+            f"language_length={length} would cut a task of {longest} tokens; it must be at least that"
+        )
     tokens = torch.tensor([row + [pad] * (length - len(row)) for row in ids])
     mask = torch.arange(length)[None, :] < torch.tensor([len(row) for row in ids])[:, None]
     return tokens, mask

@@ -1,0 +1,57 @@
+"""Where a chunk's time goes: vision, prefix and denoise, each beside the least time it could take here."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.account import stage_costs
+from benchmarks.conftest import rounds
+from benchmarks.gate import check_chunk, timed
+from smolvla_fast.cli.measure import percentile
+from smolvla_fast.precision import TIERS
+from smolvla_fast.timing import stage_times
+
+CAMERAS = 2
+
+
+@pytest.mark.parametrize("variant", ["stock", *TIERS])
+def test_stages(benchmark, subject, patched, ceilings, pytestconfig, variant):
+    benchmark.group = f"stages: {subject.group}, {CAMERAS} cameras"
+    batch = subject.observation(CAMERAS)
+    found: list[dict[str, float]] = []
+
+    def check():
+        if variant == "stock":
+            return check_chunk(subject.stock_chunk(CAMERAS), subject.stock_chunk(CAMERAS), 0.0)
+        return subject.check(variant, CAMERAS)
+
+    if variant in TIERS:
+        patched(variant)
+    timed(
+        benchmark,
+        check,
+        lambda: found.append(stage_times(subject.policy, batch, subject.noise)),
+        rounds(pytestconfig),
+    )
+    measured = found[1:]  # without the warm-up
+    dtype = subject.compute_dtype(variant)
+    language = batch["observation.language.tokens"].shape[1]
+    stages = {
+        stage: {
+            f"p{share}_ms": percentile([times[stage] for times in measured], share / 100)
+            for share in (50, 95, 99)
+        }
+        for stage in measured[0]
+    }
+    for stage, cost in stage_costs(subject.policy.model, CAMERAS, language, dtype.itemsize).items():
+        floor_ms = ceilings.floor_ms(cost.flops, cost.bytes, dtype)
+        stages[stage].update(
+            flops=cost.flops,
+            bytes=cost.bytes,
+            floor_ms=floor_ms,
+            share_of_floor=floor_ms / stages[stage]["p50_ms"],
+        )
+    benchmark.extra_info.update(
+        suite="stages", variant=variant, cameras=CAMERAS, steps=subject.policy.config.num_steps,
+        layout=subject.layout, stages=stages,
+    )  # fmt: skip

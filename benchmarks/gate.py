@@ -1,0 +1,55 @@
+"""No speed without green: a check stands before every timing, and a red one leaves no number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from smolvla_fast.cli.measure import error, summary
+
+
+class Red(AssertionError):
+    """The thing to be timed computes something wrong."""
+
+
+def timed(benchmark: Any, check: Callable[[], dict[str, Any]], run: Callable[[], Any], rounds: int) -> None:
+    """Runs the check, then the timing, and puts the check's findings and the percentiles into ``extra_info``.
+
+    check   returns facts for ``extra_info``; raises AssertionError where the result is wrong
+    run     one round, until the device is done; called once more beforehand, to warm up
+    Fails the test before anything is timed where the check is red.
+    """
+    try:
+        facts = check()
+    except AssertionError as reason:
+        pytest.fail(f"red, so it is not timed: {reason}", pytrace=False)
+    benchmark.extra_info.update(facts)
+    benchmark.pedantic(run, rounds=rounds, warmup_rounds=1, iterations=1)
+    benchmark.extra_info.update(summary([1e3 * seconds for seconds in benchmark.stats.stats.data]))
+
+
+def check_chunk(chunk: Tensor, stock: Tensor, bound: float) -> dict[str, Any]:
+    """A chunk's errors against stock's; raises Red where relative L2 exceeds the bound or is not finite.
+
+    bound   0 asks for equal bits
+    """
+    if not torch.isfinite(chunk).all():
+        raise Red("the chunk holds values that are not finite")
+    found = error(chunk, stock)
+    if bound == 0 and not torch.equal(chunk, stock):
+        raise Red(f"bits differ from stock's: max abs {found['max_abs']:.3g}")
+    if found["rel_l2"] > bound:
+        raise Red(f"relative L2 to stock is {found['rel_l2']:.3g}, allowed {bound:.3g}")
+    return {**found, "bound": bound}
+
+
+def check_report(report: dict[str, Any]) -> dict[str, Any]:
+    """The errors of a ``verify`` report; raises Red where it did not pass."""
+    kept = {key: report[key] for key in ("rel_l2", "max_abs", "bound", "stock_rel_l2", "stock_max_abs")}
+    if not report["passed"]:
+        raise Red(f"verify: relative L2 to fp32 is {report['rel_l2']:.3g}, allowed {report['bound']:.3g}")
+    return kept

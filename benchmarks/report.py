@@ -1,0 +1,212 @@
+"""pytest-benchmark's JSON to Markdown and a chart; ``python -m benchmarks.report FILE`` does it again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from smolvla_fast.cli import system
+from smolvla_fast.cli.console import milliseconds
+
+# Below this many rounds the highest percentiles are the slowest round; a table would claim too much.
+TAIL_ROUNDS = 20
+
+
+def write(data: dict[str, Any], stem: Path) -> list[Path]:
+    """Writes ``stem``.md and, where matplotlib is installed and there is something to draw, ``stem``.png."""
+    written = [stem.with_suffix(".md")]
+    chart = stem.with_suffix(".png")
+    drawn = draw(data, chart)
+    written[0].write_text(markdown(data, chart.name if drawn else None))
+    return [*written, chart] if drawn else written
+
+
+def markdown(data: dict[str, Any], chart: str | None = None) -> str:
+    """The whole report: header, then a section for each suite in the data."""
+    facts = data["machine_info"]["smolvla_fast"]
+    parts = ["# smolvla_fast benchmarks", header(facts)]
+    if system.busy(facts):
+        parts.append(str(system.busy(facts)))
+    if chart:
+        parts.append(f"![chunk latency]({chart})")
+    for title, section in (("Chunk", chunks), ("Stages", stages), ("Ops", ops)):
+        text = section(data)
+        if text:
+            parts += [f"## {title}", text]
+    return "\n\n".join(parts) + "\n"
+
+
+def header(facts: dict[str, Any]) -> str:
+    rows = [
+        ("machine", facts["machine"]),
+        ("processor", f"{facts['cpu']} ({', '.join(facts['cpu_features'])}), {facts['threads']} threads"),
+        ("versions", ", ".join(f"{name} {facts.get(f'{name}_version') or 'none'}" for name in
+                               ("smolvla_fast", "lerobot", "torch", "transformers", "triton", "python"))),
+        ("commit", facts["commit"] or "not a checkout"),
+        ("date", facts["date"]),
+    ]  # fmt: skip
+    if facts.get("driver"):
+        rows.append(("driver", facts["driver"]))
+    if "ceilings" in facts:
+        gemm = ", ".join(
+            f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in facts["ceilings"]["gemm_flops"].items()
+        )
+        rows.append(("roof, measured", f"{gemm}, copy {facts['ceilings']['copy_bytes'] / 1e9:,.1f} GB/s"))
+    return table(["", ""], rows)
+
+
+def suite(data: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [
+        {**bench, **bench["extra_info"]}
+        for bench in data["benchmarks"]
+        if bench["extra_info"].get("suite") == name
+    ]
+
+
+def groups(benches: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for bench in benches:
+        found.setdefault(bench["group"], []).append(bench)
+    return found
+
+
+def chunks(data: dict[str, Any]) -> str:
+    parts = []
+    for group, benches in groups(suite(data, "chunk")).items():
+        stock = next((bench["p50_ms"] for bench in benches if bench["variant"] == "stock"), None)
+        rows = [
+            [
+                bench["variant"],
+                milliseconds(bench["p50_ms"]),
+                milliseconds(bench["min_ms"]),
+                *(
+                    milliseconds(bench[f"p{p}_ms"]) if bench["rounds"] >= TAIL_ROUNDS else "–"
+                    for p in (95, 99)
+                ),
+                f"{1000 / bench['p50_ms']:.2f}",
+                f"{stock / bench['p50_ms']:.2f}x" if stock else "–",
+                f"{bench['share_of_floor']:.0%}",
+                f"{bench['rel_l2']:.1e}",
+                f"{bench['max_abs']:.1e}",
+                bench["rounds"],
+            ]
+            for bench in benches
+        ]
+        columns = [
+            "",
+            "p50 ms",
+            "best ms",
+            "p95 ms",
+            "p99 ms",
+            "chunks/s",
+            "ratio",
+            "of the roof",
+            "rel L2",
+            "max abs",
+            "rounds",
+        ]
+        parts.append(f"{group.removeprefix('chunk: ')}\n\n{table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def stages(data: dict[str, Any]) -> str:
+    parts = []
+    for group, benches in groups(suite(data, "stages")).items():
+        stock = next((bench["stages"] for bench in benches if bench["variant"] == "stock"), None)
+        rows = []
+        for bench in benches:
+            for stage, figures in bench["stages"].items():
+                p50, total = figures["p50_ms"], bench["stages"]["total"]["p50_ms"]
+                rows.append([
+                    bench["variant"], stage, milliseconds(p50), f"{p50 / total:.0%}",
+                    f"{stock[stage]['p50_ms'] / p50:.2f}x" if stock else "–",
+                    *(("–", "–", "–") if "floor_ms" not in figures else (
+                        f"{figures['flops'] / 1e9:,.1f}", milliseconds(figures["floor_ms"]),
+                        f"{figures['share_of_floor']:.0%}",
+                    )),
+                ])  # fmt: skip
+        columns = ["", "stage", "p50 ms", "share", "ratio", "GFLOP", "floor ms", "of the roof"]
+        parts.append(f"{group.removeprefix('stages: ')}\n\n{table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def ops(data: dict[str, Any]) -> str:
+    benches = suite(data, "ops")
+    if not benches:
+        return ""
+    eager = {bench["group"]: bench["p50_ms"] for bench in benches if bench["backend"] == "reference"}
+    rows = [
+        [
+            bench["op"],
+            " ".join(f"{name}={value}" for name, value in bench["case"].items()),
+            bench["dtype"],
+            bench["backend"],
+            f"{bench['p50_ms'] * 1e3:,.0f}",
+            f"{bench['min_ms'] * 1e3:,.0f}",
+            f"{eager[bench['group']] / bench['p50_ms']:.2f}x" if bench["group"] in eager else "–",
+            f"{bench['gflops_per_s']:,.0f}",
+            f"{bench['gbytes_per_s']:,.1f}",
+            f"{bench['share_of_floor']:.0%}",
+        ]
+        for bench in benches
+    ]
+    columns = [
+        "op",
+        "case",
+        "dtype",
+        "backend",
+        "p50 µs",
+        "best µs",
+        "ratio",
+        "GFLOP/s",
+        "GB/s",
+        "of the roof",
+    ]
+    return table(columns, rows)
+
+
+def table(columns: list[str], rows: list[Any]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def draw(data: dict[str, Any], path: Path) -> bool:
+    """The chart of the chunk suite, or of the stages where only they ran. False: nothing to draw, or no
+    matplotlib.
+    """
+    try:
+        from smolvla_fast.cli import plot
+    except ImportError:
+        return False
+    subtitle = "{machine}, {threads} threads, torch {torch_version}, lerobot {lerobot_version}".format(
+        **data["machine_info"]["smolvla_fast"]
+    )
+    if suite(data, "chunk"):
+        bars: dict[str, dict[str, float]] = {}
+        for bench in suite(data, "chunk"):
+            bars.setdefault(f"{bench['cameras']} cameras", {})[bench["variant"]] = bench["p50_ms"]
+        plot.grouped_bars(bars, "SmolVLA action chunk, p50 ms", subtitle, path)
+        return True
+    if suite(data, "stages"):
+        bars = {
+            bench["variant"]: {
+                stage: figures["p50_ms"] for stage, figures in bench["stages"].items() if stage != "total"
+            }
+            for bench in suite(data, "stages")
+        }
+        plot.grouped_bars(bars, "SmolVLA action chunk by stage, p50 ms", subtitle, path)
+        return True
+    return False
+
+
+def main(arguments: list[str]) -> int:
+    for argument in arguments:
+        for path in write(json.loads(Path(argument).read_text()), Path(argument)):
+            print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,47 @@
+"""The command line: ``smolvla-fast doctor | demo | bench | verify``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .console import CommandError, Console
+
+COMMANDS = {
+    "doctor": "what is installed, what this machine can do, and which backend serves which op",
+    "demo": "run LeRobot's SmolVLA stock and patched on one observation; times, error, chart",
+    "verify": "check the patched policy against stock; exit status 1 if it fails",
+    "bench": "run the benchmark suites; JSON, Markdown and chart",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit status: 0 good, 1 a check failed, 2 the command could not run."""
+    parser = argparse.ArgumentParser(
+        prog="smolvla-fast", description="Make LeRobot's SmolVLA fast, and prove it right."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, summary in COMMANDS.items():
+        # A command's module is imported only when asked for: `doctor` must work where LeRobot is missing.
+        commands.add_parser(name, help=summary, add_help=False)
+    chosen, rest = parser.parse_known_args(argv)
+    module = import_module(f".{chosen.command}", __name__)
+    command = argparse.ArgumentParser(
+        prog=f"smolvla-fast {chosen.command}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(command)
+    args = command.parse_args(rest)
+    console = Console()
+    try:
+        return module.run(args, console)
+    except CommandError as error:
+        print(f"smolvla-fast {chosen.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nsmolvla-fast {chosen.command}: stopped", file=sys.stderr)
+        return 130

@@ -1,0 +1,105 @@
+"""Runs the benchmark suites of a checkout by pytest-benchmark; writes JSON, a Markdown report and a chart.
+
+chunk: whole action chunks, stock and every tier, by cameras. stages: where their time goes. ops: single ops.
+Each is checked before it is timed, and a red check leaves no number. The defaults take minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import smolvla_fast
+
+from . import system
+from .console import CommandError, Console
+from .subject import positive
+
+SUITES = ("chunk", "stages", "ops")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suites", nargs="*", metavar="suite", help="chunk, stages, ops (default: all)")
+    parser.add_argument("--full", action="store_true", help="many rounds: meaningful p95 and p99")
+    parser.add_argument("--rounds", type=positive, help="rounds a chunk")
+    parser.add_argument(
+        "--with-compile", action="store_true", help="also time stock under torch.compile (minutes)"
+    )
+    parser.add_argument("--cameras", metavar="N,N", help="camera counts of the chunk suite (default: 1,2,3)")
+    parser.add_argument("--steps", type=positive, help="denoise steps")
+    parser.add_argument("--size", choices=("full", "tiny"), help="policy size (default: full)")
+    parser.add_argument(
+        "--layout", choices=("fp32", "mixed"), help="dtypes of the weights (CPU: fp32, GPU: mixed)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--threads", type=positive, help="CPU threads")
+    parser.add_argument(
+        "-k", metavar="EXPRESSION", help="only the benchmarks whose names match, as in pytest"
+    )
+    parser.add_argument(
+        "--json", metavar="PATH",
+        help="the figures; .md and .png lie beside them (default: benchmarks/results/<machine>-<date>.json)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    unknown = [name for name in args.suites if name not in SUITES]
+    if unknown:
+        raise CommandError(f"no suite {', '.join(map(repr, unknown))}; accepted are {', '.join(SUITES)}")
+    folder = _folder()
+    for package, module in (
+        ("pytest", "pytest"),
+        ("pytest-benchmark", "pytest_benchmark"),
+        ("lerobot", "lerobot"),
+    ):
+        if find_spec(module) is None:
+            raise CommandError(f'{package} is not installed; run `pip install "smolvla_fast[bench,lerobot]"`')
+    path = Path(args.json).absolute() if args.json else _default_path(folder / "results")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable, "-m", "pytest", *(str(folder / f"bench_{name}.py") for name in args.suites or SUITES),
+        "-q", "-p", "no:cacheprovider", f"--rootdir={folder.parent}", f"--benchmark-json={path}",
+        "--benchmark-columns=median,min,max,rounds", "--benchmark-sort=fullname", *_options(args),
+    ]  # fmt: skip
+    status = subprocess.run(command, cwd=folder.parent).returncode
+    if not path.is_file() or not path.read_text().strip():
+        raise CommandError("nothing was timed; the reason stands above")
+    data = json.loads(path.read_text())
+    sys.path.insert(0, str(folder.parent))
+    from benchmarks import report
+
+    console.line(f"wrote {path}")
+    for written in report.write(data, path):
+        console.line(f"wrote {written}")
+    if status:
+        console.line("Not everything was timed: see the failures above.")
+    return 1 if status else 0
+
+
+def _folder() -> Path:
+    """The suites, which lie beside the package in a checkout and are not installed."""
+    for root in (Path(smolvla_fast.__file__).resolve().parent.parent, Path.cwd()):
+        if (root / "benchmarks" / "bench_chunk.py").is_file():
+            return root / "benchmarks"
+    raise CommandError(
+        "the suites are in the source checkout, not in the installed package; run this in a checkout"
+    )
+
+
+def _default_path(results: Path) -> Path:
+    facts = system.facts()
+    name = re.sub(r"[^a-z0-9]+", "-", facts["machine"].lower()).strip("-")
+    return results / f"{name}-{facts['date'][:10]}.json"
+
+
+def _options(args: argparse.Namespace) -> list[str]:
+    found = [f"--{flag.replace('_', '-')}" for flag in ("full", "with_compile") if getattr(args, flag)]
+    for name in ("rounds", "cameras", "steps", "size", "layout", "device", "threads"):
+        if getattr(args, name) is not None:
+            found.append(f"--{name}={getattr(args, name)}")
+    return [*found, *(["-k", args.k] if args.k else [])]

@@ -1,0 +1,120 @@
+"""Tables and progress on a terminal: by rich where it is installed, in plain text elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class CommandError(Exception):
+    """A command cannot run. The message says what was wrong, what is accepted and what to do."""
+
+
+class Console:
+    """Prints to standard output; progress goes to standard error, so that output can be piped."""
+
+    def __init__(self, rich: bool | None = None) -> None:
+        """rich: False forces plain text; None uses rich where it is installed."""
+        try:
+            import rich as _  # noqa: F401
+        except ImportError:
+            rich = False
+        self.rich = rich is not False
+        if self.rich:
+            from rich.console import Console as Rich
+
+            # Piped output gets a width that holds every table; rich would assume 80 columns and cut cells.
+            self._out = Rich(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+    def line(self, text: str = "") -> None:
+        print(text, flush=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> None:
+        """One table. The first ``left`` columns hold text, the others figures, aligned to the right."""
+        cells = [[_cell(value) for value in row] for row in rows]
+        if not self.rich:
+            self.line(plain_table(title, columns, cells, left))
+            return
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        # Not rich's own title: it would be folded to the width of a narrow table.
+        self._out.print(Text(title, style="bold"))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index < left else "right", overflow="fold")
+        for row in cells:
+            table.add_row(*map(Text, row))
+        self._out.print(table)
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[[str], None]]:
+        """Yields ``step(label)``, to be called when the work named by ``label`` begins."""
+        if not (self.rich and sys.stderr.isatty()):
+            done = 0
+
+            def step(label: str) -> None:
+                nonlocal done
+                done += 1
+                print(f"[{min(done, total)}/{total}] {label}", file=sys.stderr, flush=True)
+
+            yield step
+            return
+        from rich.console import Console as Rich
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Rich(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=total)
+            begun = 0
+
+            def advance(label: str) -> None:
+                nonlocal begun
+                bar.update(task, completed=min(begun, total), description=label)
+                begun += 1
+
+            yield advance
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """The table as text: a title, a header, a rule and the rows."""
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([title, line(columns), "  ".join("-" * width for width in widths), *map(line, rows), ""])
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Writes data as indented JSON. Raises CommandError where the file cannot be written."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=2) + "\n")
+    except OSError as error:
+        raise CommandError(
+            f"cannot write {path}: {error.strerror or error}; give another --json PATH"
+        ) from error
+
+
+def milliseconds(value: float) -> str:
+    """Three figures that matter, in ms."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def mebibytes(value: float | None) -> str:
+    return "not measured" if value is None else f"{value / 2**20:,.0f} MiB"

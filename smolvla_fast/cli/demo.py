@@ -1,0 +1,195 @@
+"""Runs LeRobot's SmolVLA stock, then patched, on the same observation and noise: times, error, chart.
+
+Stock and patched rounds alternate, so that whatever else the machine does hits both; medians are compared.
+Without --policy.path the full-size policy is made offline with random weights; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+from torch import Tensor
+
+from . import subject, system
+from .console import CommandError, Console, mebibytes, milliseconds, write_json
+from .measure import PeakMemory, as_stock, error, median_stages, summary, threads, timed_ms
+
+STAGES = ("vision", "prefix", "denoise", "other")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    subject.add_arguments(parser)
+    parser.set_defaults(json="demo.json")
+    parser.add_argument(
+        "--rounds", type=subject.positive, default=5, help="timed chunks of each (default: 5)"
+    )
+    parser.add_argument("--plot", metavar="PATH", default="demo.png", help="the chart (default: demo.png)")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    device = subject.check(args)
+    with threads(args.threads):
+        found, chunks, fast_ran = measure(args, device, console)
+    found.update(error(chunks["fast"], chunks["stock"]))
+    show(found, console)
+    write_json(args.json, found)
+    console.line(f"wrote {args.json}")
+    draw(found, args.plot, console)
+    if not fast_ran:
+        console.line(
+            f"The patched policy ran stock, so nothing was compared: {found['status']['last_fallback']}"
+        )
+        return 1
+    return 0
+
+
+def measure(
+    args: argparse.Namespace, device: Any, console: Console
+) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
+    """Times stock and patched rounds in turn. Returns figures, a chunk of each, whether the engine served."""
+    import smolvla_fast
+    from smolvla_fast.timing import stage_times
+
+    facts = system.facts()
+    stage_rounds = min(2, args.rounds)
+    total = 3 + 2 * (args.rounds + stage_rounds)
+    with console.progress("demo", total) as step:
+        step("making the policy" if args.policy_path is None else "loading the policy")
+        policy = subject.make_policy(args, device)
+        batch, noise = subject.make_observation(policy, args, args.seed)
+
+        def chunk() -> Tensor:
+            return policy.predict_action_chunk(dict(batch), noise=noise.clone())
+
+        peaks: dict[str, int | None] = {}
+        warm: dict[str, float] = {}
+        chunks: dict[str, Tensor] = {}
+        step("stock: first chunk")
+        memory = PeakMemory(device)
+        warm["stock_ms"], chunks["stock"] = timed_ms(chunk, device)
+        peaks["stock"] = memory.bytes
+        step("patch, and first chunk")
+        memory.reset()
+        try:
+            warm["patch_ms"], _ = timed_ms(
+                lambda: smolvla_fast.patch(
+                    policy, precision=args.precision, backend=args.backend, warmup=batch
+                ),
+                device,
+            )
+        except (ValueError, RuntimeError) as reason:
+            raise CommandError(f"cannot patch: {reason}") from reason
+        warm["fast_ms"], chunks["fast"] = timed_ms(chunk, device)
+        peaks["fast"] = memory.bytes
+
+        raw: dict[str, list[float]] = {"stock_ms": [], "fast_ms": []}
+        stages: dict[str, list[dict[str, float]]] = {"stock": [], "fast": []}
+        for index in range(args.rounds):
+            step(f"stock: round {index + 1} of {args.rounds}")
+            with as_stock(policy):
+                raw["stock_ms"].append(timed_ms(chunk, device)[0])
+            step(f"patched: round {index + 1} of {args.rounds}")
+            raw["fast_ms"].append(timed_ms(chunk, device)[0])
+        for _ in range(stage_rounds):
+            step("stock by stage")
+            with as_stock(policy):
+                stages["stock"].append(stage_times(policy, batch, noise))
+            step("patched by stage")
+            stages["fast"].append(stage_times(policy, batch, noise))
+        status = smolvla_fast.status(policy)
+
+    stock_ms, fast_ms = statistics.median(raw["stock_ms"]), statistics.median(raw["fast_ms"])
+    found = {
+        **facts,
+        "device": str(device),
+        "policy": subject.describe(policy, args),
+        "cameras": sum(key in batch for key in policy.config.image_features),
+        "steps": policy.config.num_steps,
+        "precision": status.precision,
+        "backend": status.backend,
+        "stock_ms": stock_ms,
+        "fast_ms": fast_ms,
+        "ratio": stock_ms / fast_ms,
+        "stages": compare_stages(median_stages(stages["stock"]), median_stages(stages["fast"])),
+        "stock": summary(raw["stock_ms"]),
+        "fast": summary(raw["fast_ms"]),
+        "rounds": args.rounds,
+        "raw": raw,
+        "warmup": warm,
+        "peak_bytes": peaks,
+        "status": status.to_dict(),
+    }
+    return found, chunks, status.active and status.calls_stock == 0
+
+
+def compare_stages(stock: dict[str, float], fast: dict[str, float]) -> dict[str, dict[str, float]]:
+    """By stage: ms of each, the patched stage's share of its chunk, and the ratio."""
+    return {
+        stage: {
+            "stock_ms": stock[stage],
+            "fast_ms": fast[stage],
+            "share": fast[stage] / fast["total"],
+            "ratio": stock[stage] / max(fast[stage], 1e-6),
+        }
+        for stage in STAGES
+    }
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """Prints the tables."""
+    console.line(system.headline(found))
+    policy = found["policy"]
+    dtypes = ", ".join(f"{count / 1e6:,.1f} M {name}" for name, count in policy["dtypes"].items())
+    console.line(
+        f"SmolVLA, {policy['source']} ({dtypes}), {found['cameras']} cameras, {found['steps']} steps, "
+        f"chunk of {policy['chunk_size']}, on {found['device']}"
+    )
+    if system.busy(found):
+        console.line(system.busy(found))
+    console.line()
+    rows = [
+        [
+            stage,
+            milliseconds(figures["stock_ms"]),
+            milliseconds(figures["fast_ms"]),
+            f"{figures['share']:.0%}",
+            f"{figures['ratio']:.2f}x",
+        ]
+        for stage, figures in found["stages"].items()
+    ]
+    whole = [milliseconds(found["stock_ms"]), milliseconds(found["fast_ms"]), "", f"{found['ratio']:.2f}x"]
+    title = f"One action chunk, precision {found['precision']}, backend {found['backend']}"
+    console.table(
+        title, ["stage", "stock ms", "fast ms", "fast share", "ratio"], [*rows, ["whole chunk (p50)", *whole]]
+    )
+    rows = [
+        [
+            name,
+            *(milliseconds(found[name][f"{p}_ms"]) for p in ("p50", "p95", "p99")),
+            f"{1000 / found[name]['p50_ms']:.2f}",
+            mebibytes(found["peak_bytes"][name]),
+        ]
+        for name in ("stock", "fast")
+    ]
+    title = f"{found['rounds']} rounds each, in turn"
+    console.table(title, ["", "p50 ms", "p95 ms", "p99 ms", "chunks/s", "peak memory"], rows)
+    same = ", every bit the same" if found["max_abs"] == 0 else ""
+    console.line(
+        f"Error against stock: relative L2 {found['rel_l2']:.2e}, max abs {found['max_abs']:.2e}{same}"
+    )
+
+
+def draw(found: dict[str, Any], path: str, console: Console) -> None:
+    """Saves the chart, or says why there is none."""
+    try:
+        from .plot import stage_bars
+    except ImportError:
+        console.line('no chart: matplotlib is not installed; run `pip install "smolvla_fast[cli]"`')
+        return
+    try:
+        stage_bars(found, path)
+    except (OSError, ValueError) as reason:
+        raise CommandError(f"cannot write {path}: {reason}; give another --plot PATH") from reason
+    console.line(f"wrote {path}")

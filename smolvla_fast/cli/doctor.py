@@ -1,0 +1,105 @@
+"""Says what is installed, what this machine can do, and which backend serves which op. Works without LeRobot,
+without a GPU and without a compiler; what is missing is named, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from .. import backends, extension
+from . import system
+from .console import Console, write_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="PATH", help="write the findings to this file")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    found = examine()
+    show(found, console)
+    if args.json:
+        write_json(args.json, found)
+        console.line(f"wrote {args.json}")
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """All findings, ready for JSON."""
+    facts = system.facts()
+    device = torch.device("cuda" if facts["gpus"] else "cpu")
+    return {
+        **facts,
+        "versions": system.versions(),
+        "compiler": system.compiler(),
+        "nvcc": system.nvcc(),
+        "extensions": {
+            kind: {"available": extension.available(kind), "reason": extension.why_missing(kind)}
+            for kind in extension.KINDS
+        },
+        "serves": serves(device),
+        "backends": [
+            {"op": row.op, "backend": row.backend, "available": row.available, "reason": row.reason}
+            for row in backends.table(device)
+        ],
+    }
+
+
+def serves(device: torch.device) -> str:
+    """The backend that ``backend="auto"`` takes on this device."""
+    return backends.select("auto", device, False).backend
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    rows = [[name, version or "not installed"] for name, version in found["versions"].items()]
+    console.table("Versions", ["package", "version"], rows, left=2)
+
+    cards = [
+        f"{card['name']}, compute capability {card['compute_capability']}, {card['bytes'] / 2**30:.0f} GiB"
+        for card in found["gpus"]
+    ]
+    rows = [
+        ["processor", f"{found['cpu']}, {found['cores']} cores, torch uses {found['threads']} threads"],
+        ["features", ", ".join(found["cpu_features"]) or "unknown"],
+        ["GPU", "; ".join(cards) or "none that torch can use"],
+        ["driver", found["driver"] or "none"],
+        ["C++ compiler", found["compiler"] or "none found"],
+        ["nvcc", found["nvcc"] or "none found"],
+        *(
+            [f"{kind} extension", "loaded" if state["available"] else state["reason"]]
+            for kind, state in found["extensions"].items()
+        ),
+        ["commit", found["commit"] or "not a checkout"],
+    ]
+    console.table("Machine", ["what", "found"], rows, left=2)
+
+    cells = found["backends"]
+    names = list(dict.fromkeys(cell["backend"] for cell in cells))
+    by_op: dict[str, dict[str, dict[str, Any]]] = {}
+    for cell in cells:
+        by_op.setdefault(cell["op"], {})[cell["backend"]] = cell
+    reasons: list[str] = []
+    rows = []
+    for op, row in by_op.items():
+        marks = []
+        for name in names:
+            cell = row.get(name)
+            if cell is not None and cell["available"]:
+                marks.append("yes")
+                continue
+            reason = (cell or {}).get("reason") or "no such kernel"
+            if reason not in reasons:
+                reasons.append(reason)
+            marks.append(f"({reasons.index(reason) + 1})")
+        rows.append([op, *marks])
+    title = f"Ops by backend; backend='auto' takes {found['serves']} here"
+    console.table(title, ["op", *names], rows, left=1 + len(names))
+    for number, reason in enumerate(reasons, 1):
+        console.line(f"({number}) {reason}")
+    if found["versions"]["lerobot"] is None:
+        console.line(
+            'lerobot is missing: demo, verify and bench need it; `pip install "smolvla_fast[lerobot]"`'
+        )

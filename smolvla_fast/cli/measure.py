@@ -1,0 +1,137 @@
+"""The one timer and the one way to sum up rounds, for the demo and for the benchmarks."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which ``share`` of the rounds lie, linearly interpolated between neighbours.
+
+    share   in [0, 1]      raises  ValueError without values
+    """
+    if not values:
+        raise ValueError("no rounds were measured")
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def summary(rounds_ms: Sequence[float]) -> dict[str, float]:
+    """p50, p95, p99, lowest and highest of the raw rounds, in ms, and their count."""
+    return {
+        "p50_ms": percentile(rounds_ms, 0.50),
+        "p95_ms": percentile(rounds_ms, 0.95),
+        "p99_ms": percentile(rounds_ms, 0.99),
+        "min_ms": min(rounds_ms),
+        "max_ms": max(rounds_ms),
+        "rounds": len(rounds_ms),
+    }
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Waits for the device's queue; a CPU has none."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed_ms(function: Callable[[], Any], device: torch.device | str) -> tuple[float, Any]:
+    """Wall time of one call in ms, until the device is done, and what the call returned."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = function()
+    synchronize(device)
+    return (time.perf_counter() - start) * 1e3, result
+
+
+def median_stages(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The median of each stage over several ``stage_times``."""
+    return {stage: statistics.median(round_[stage] for round_ in rounds) for stage in rounds[0]}
+
+
+def error(value: Tensor, reference: Tensor) -> dict[str, float]:
+    """``rel_l2 = |value - reference| / |reference|`` and ``max_abs``, computed in fp64."""
+    value, reference = value.double(), reference.double()
+    difference = value - reference
+    return {
+        "rel_l2": (difference.norm() / reference.norm()).item(),
+        "max_abs": difference.abs().max().item(),
+    }
+
+
+class PeakMemory:
+    """The highest memory use of this process since ``reset``: resident bytes, or device bytes on CUDA.
+
+    Linux can forget a process's peak; where the system cannot, only a peak above the earlier ones is known,
+    and else ``bytes`` is None.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self._resets = False
+        self.reset()
+
+    def reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        self._before = _peak_resident()
+        try:
+            # 5 is the kernel's code for "set the peak to what is resident now".
+            Path("/proc/self/clear_refs").write_text("5")
+            self._resets = True
+        except OSError:
+            self._resets = False
+
+    @property
+    def bytes(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = _peak_resident()
+        return peak if self._resets or peak > self._before else None
+
+
+def _peak_resident() -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource  # not on every system
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def as_stock(policy: Any) -> Iterator[None]:
+    """Inside, a patched policy is stock: same object, same weights; unlike unpatched, it keeps its engine."""
+    model = policy.model
+    patched = type(model)
+    model.__class__ = getattr(patched, "stock_class", patched)
+    try:
+        yield
+    finally:
+        model.__class__ = patched
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Runs with this many torch threads, and sets the former count again; None changes nothing."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,86 @@
+"""Charts. Needs matplotlib; draws without a display and leaves matplotlib's global state alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Told apart in grey and by colour-blind eyes.
+COLOURS = {"vision": "#4477aa", "prefix": "#66ccee", "denoise": "#ccbb44", "other": "#bbbbbb"}
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=150)
+
+
+def stage_bars(found: dict[str, Any], path: str | Path) -> None:
+    """Two stacked bars, stock above patched, cut by stage. ``found`` is what the demo writes as JSON."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots()
+    rows = {"stock": found["stock_ms"], "smolvla_fast": found["fast_ms"]}
+    whole = max(rows.values())
+    left = {"stock": 0.0, "smolvla_fast": 0.0}
+    for stage, figures in found["stages"].items():
+        widths = {"stock": figures["stock_ms"], "smolvla_fast": figures["fast_ms"]}
+        bars = axes.barh(
+            list(rows),
+            list(widths.values()),
+            left=list(left.values()),
+            color=COLOURS.get(stage, "#aa3377"),
+            label=stage,
+        )
+        # A label in a sliver would lie over its neighbours'.
+        labels = [f"{width:.0f}" if width > 0.05 * whole else "" for width in widths.values()]
+        axes.bar_label(bars, labels, label_type="center")
+        left = {name: left[name] + widths[name] for name in rows}
+    for place, (name, end) in enumerate(left.items()):
+        figure_ms = f"{rows[name]:,.0f} ms" if rows[name] >= 10 else f"{rows[name]:.2f} ms"
+        axes.text(end + 0.01 * whole, place, figure_ms, va="center")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.16 * max(left.values()))
+    axes.set_xlabel(
+        f"ms; at the bars' ends the median of {found['rounds']} rounds that are not timed by stage\n"
+        f"{found['machine']}, {found['threads']} threads, {found['cameras']} cameras, "
+        f"{found['steps']} steps, torch {found['torch_version']}, lerobot {found['lerobot_version']}",
+        fontsize=8,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside upper right", frameon=False)
+    axes.set_title(
+        f"SmolVLA action chunk: {found['ratio']:.2f}x at precision {found['precision']}, "
+        f"relative L2 {found['rel_l2']:.1e} to stock",
+        loc="left", fontsize=11,
+    )  # fmt: skip
+    save(figure, path)
+
+
+def grouped_bars(bars: dict[str, dict[str, float]], title: str, subtitle: str, path: str | Path) -> None:
+    """One cluster for each outer key, one bar for each inner key, the height its value."""
+    series = list(dict.fromkeys(name for cluster in bars.values() for name in cluster))
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(series)
+    palette = ["#bbbbbb", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377"]
+    for index, name in enumerate(series):
+        places = [
+            i + (index - (len(series) - 1) / 2) * width
+            for i, cluster in enumerate(bars.values())
+            if name in cluster
+        ]
+        values = [cluster[name] for cluster in bars.values() if name in cluster]
+        drawn = axes.bar(places, values, 0.95 * width, label=name, color=palette[index % len(palette)])
+        axes.bar_label(
+            drawn, [f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in values], fontsize=8
+        )
+    axes.set_xticks(range(len(bars)), list(bars))
+    axes.set_ylabel("ms")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    axes.set_title(title, loc="left")
+    axes.set_xlabel(subtitle, fontsize=8)
+    save(figure, path)

@@ -1,0 +1,81 @@
+"""Checks a patched policy against the reference on several observations and prints the report.
+
+Exit status 0 if every observation passes, 1 if one does not. The reference is stock computed in fp32; the
+bound is what stock itself loses in the tier's own dtype. `--precision exact` asks for equal bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from . import subject, system
+from .console import CommandError, Console, write_json
+from .measure import threads
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    subject.add_arguments(parser)
+    parser.add_argument(
+        "--observations", type=subject.positive, default=2, help="how many to check (default: 2)"
+    )
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    import smolvla_fast
+
+    device = subject.check(args)
+    reports: list[dict[str, Any]] = []
+    with threads(args.threads), console.progress("verify", 1 + args.observations) as step:
+        step("making the policy" if args.policy_path is None else "loading the policy")
+        policy = subject.make_policy(args, device)
+        try:
+            smolvla_fast.patch(policy, precision=args.precision, backend=args.backend)
+            for index in range(args.observations):
+                step(f"observation {index + 1} of {args.observations}")
+                batch, noise = subject.make_observation(policy, args, args.seed + index)
+                reports.append(smolvla_fast.verify(policy, batch, noise=noise).to_dict())
+        except (ValueError, RuntimeError) as reason:
+            raise CommandError(str(reason)) from reason
+        facts = system.facts()
+    passed = all(report["passed"] for report in reports)
+    found = {**facts, "device": str(device), "policy": subject.describe(policy, args), "passed": passed}
+    show({**found, "reports": reports}, console)
+    if args.json:
+        write_json(args.json, {**found, "reports": reports})
+        console.line(f"wrote {args.json}")
+    return 0 if passed else 1
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    reports = found["reports"]
+    console.line(system.headline(found))
+    columns = [
+        "observation",
+        "fast rel L2",
+        "bound",
+        "stock rel L2",
+        "fast max abs",
+        "stock max abs",
+        "cosine",
+        "worst step",
+        "",
+    ]
+    rows = [
+        [
+            index + 1,
+            f"{report['rel_l2']:.2e}",
+            "equal bits" if report["precision"] == "exact" else f"{report['bound']:.2e}",
+            f"{report['stock_rel_l2']:.2e}",
+            f"{report['max_abs']:.2e}",
+            f"{report['stock_max_abs']:.2e}",
+            f"{report['cosine']:.7f}",
+            f"{max(report['velocity_rel_l2']):.2e}",
+            "passed" if report["passed"] else "FAILED",
+        ]
+        for index, report in enumerate(reports)
+    ]
+    title = f"precision {reports[0]['precision']}, backend {reports[0]['backend']}, against stock in fp32"
+    console.table(title, columns, rows)
+    good = sum(report["passed"] for report in reports)
+    console.line(f"{good} of {len(reports)} observations passed")

@@ -1,0 +1,290 @@
+"""The commands on a tiny policy, through ``main``: what they print, write and return, and how they refuse."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smolvla_fast.cli import main
+from smolvla_fast.cli.console import Console, plain_table
+from smolvla_fast.cli.measure import PeakMemory, as_stock, percentile
+
+TINY = ["--size", "tiny", "--threads", "1"]
+
+
+@pytest.fixture
+def lerobot() -> None:
+    pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the policy is LeRobot's")
+
+
+@pytest.fixture
+def hide(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """hide(*names): importing these fails, as where they are not installed."""
+
+    def hidden(*names: str) -> None:
+        real, find = builtins.__import__, sys.modules["importlib.util"].find_spec
+
+        def fail(name: str, *args: Any, **kwargs: Any) -> Any:
+            if name.split(".")[0] in names:
+                raise ImportError(f"No module named {name!r}")
+            return real(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", fail)
+        monkeypatch.setattr(
+            "smolvla_fast.cli.subject.find_spec", lambda name: None if name in names else find(name)
+        )
+        for module in [m for m in sys.modules if m.split(".")[0] in names or m == "smolvla_fast.cli.plot"]:
+            monkeypatch.delitem(sys.modules, module)
+
+    return hidden
+
+
+def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json", str(tmp_path / "doctor.json")]) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    for word in (
+        "torch",
+        "lerobot",
+        "C++ compiler",
+        "nvcc",
+        "cpu extension",
+        "masked_attention",
+        found["serves"],
+    ):
+        assert word in out
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"op", "backend", "available", "reason"} == set(found["backends"][0])
+    for cell in found["backends"]:
+        assert cell["available"] or cell["reason"], (
+            f"{cell['op']} on {cell['backend']}: empty without a reason"
+        )
+
+
+def test_doctor_without_lerobot_compiler_and_extension(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from importlib import metadata
+
+    from smolvla_fast import extension
+
+    version = metadata.version
+
+    def missing(name: str) -> str:
+        if name == "lerobot":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    monkeypatch.setattr("smolvla_fast.cli.system.first_line", lambda *args: None)
+    monkeypatch.setattr(extension, "available", lambda kind: False)
+    monkeypatch.setattr(extension, "why_missing", lambda kind: f"no {kind} compiler on this path")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "not installed" in out and "none found" in out
+    assert "no cpu compiler on this path" in out
+    assert "smolvla_fast[lerobot]" in out
+
+
+KEYS = {
+    "lerobot_version", "torch_version", "precision", "backend", "stock_ms", "fast_ms", "ratio", "rel_l2", "max_abs",
+    "stages", "machine", "cpu", "threads", "cameras", "steps", "raw", "peak_bytes", "date", "commit", "status",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("auto", 1e-5), ("exact", 0.0), ("bf16", 0.1)])
+def test_demo(
+    lerobot: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str, bound: float
+) -> None:
+    path, plot = tmp_path / "out" / "demo.json", tmp_path / "out" / "demo.png"
+    before = torch.get_num_threads()
+    options = ["--precision", precision, "--rounds", "2", "--steps", "3", "--cameras", "1"]
+    assert main(["demo", *TINY, *options, "--json", str(path), "--plot", str(plot)]) == 0
+    assert torch.get_num_threads() == before
+    found = json.loads(path.read_text())
+    assert KEYS <= set(found)
+    assert found["precision"] == {"auto": "fp32"}.get(precision, precision)
+    assert (found["cameras"], found["steps"], found["threads"]) == (1, 3, 1)
+    assert len(found["raw"]["stock_ms"]) == len(found["raw"]["fast_ms"]) == 2
+    assert found["ratio"] == pytest.approx(found["stock_ms"] / found["fast_ms"])
+    # bf16 rounds at 4e-3 and a tiny policy amplifies it over three steps; fp32 sums in another order.
+    assert found["rel_l2"] <= bound and (found["rel_l2"] > 0 or precision == "exact")
+    assert set(found["stages"]) == {"vision", "prefix", "denoise", "other"}
+    assert all(figures["stock_ms"] >= 0 and figures["fast_ms"] >= 0 for figures in found["stages"].values())
+    assert found["status"]["active"] and found["status"]["calls_stock"] == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr()
+    assert "whole chunk" in out.out and "Error against stock" in out.out
+    assert "round 2 of 2" in out.err
+    assert ("every bit the same" in out.out) == (precision == "exact")
+
+
+def test_demo_says_when_the_fast_path_did_not_run(
+    lerobot: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
+    files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    assert main(["demo", *TINY, "--rounds", "1", *files]) == 1
+    assert "SMOLVLA_FAST_DISABLE" in capsys.readouterr().out
+
+
+def test_demo_without_rich_and_matplotlib(
+    lerobot: None, tmp_path: Path, hide: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hide("rich", "matplotlib")
+    files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    assert main(["demo", *TINY, "--rounds", "1", *files]) == 0
+    out = capsys.readouterr().out
+    assert "matplotlib is not installed" in out and "smolvla_fast[cli]" in out
+    assert "----" in out, "the plain table's rule"
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_verify(lerobot: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "verify.json"
+    assert main(["verify", *TINY, "--observations", "2", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["passed"] and len(found["reports"]) == 2
+    first, second = (report["rel_l2"] for report in found["reports"])
+    assert first != second, "two observations, not one twice"
+    assert "2 of 2 observations passed" in capsys.readouterr().out
+
+
+def test_verify_fails_with_status_1(
+    lerobot: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong operation of the engine, here a value off by a thousandth, must show in the exit status."""
+    from smolvla_fast.inference import Engine
+
+    act = Engine.act
+    monkeypatch.setattr(Engine, "act", lambda *args, **kwargs: 1.001 * act(*args, **kwargs))
+    assert main(["verify", *TINY, "--observations", "1"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["auto", "fp32"])
+def test_a_saved_policy(lerobot: None, tmp_path: Path, layout: str) -> None:
+    from smolvla_fast.testing import make_policy
+
+    make_policy("tiny", folder=tmp_path / "vlm", cameras=3).save_pretrained(tmp_path / "policy")
+    path, options = tmp_path / "verify.json", ["--observations", "1", "--cameras", "2", "--layout", layout]
+    command = ["verify", "--policy.path", str(tmp_path / "policy"), "--threads", "1", "--json", str(path)]
+    assert main([*command, *options]) == 0
+    assert json.loads(path.read_text())["policy"]["source"] == str(tmp_path / "policy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--precision", "fp4"], "'exact', 'fp32', 'bf16'"),
+        (["demo", "--policy.path", "./nowhere"], "no such folder"),
+        (["demo", "--policy.path", "a/b/c"], "no such folder"),
+        (["demo", "--policy.path", "EMPTY"], "no config.json"),
+        (["demo", "--device", "tpu9000"], "not a device"),
+        (["demo", *TINY, "--backend", "abacus", "--rounds", "1"], "'torch'"),
+        (["verify", *TINY, "--backend", "abacus"], "'torch'"),
+        (["verify", *TINY, "--cameras", "2", "--policy.path", "TINY", "--layout", "mixed"], "made policies"),
+        (["verify", "--cameras", "5", "--policy.path", "TINY"], "the policy has"),
+        (["bench", "speed"], "chunk, stages, ops"),
+    ],
+)
+def test_refusals(
+    lerobot: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    if "TINY" in arguments:
+        from smolvla_fast.testing import make_policy
+
+        make_policy("tiny", folder=tmp_path / "vlm").save_pretrained(tmp_path / "policy")
+    folders = {"EMPTY": str(tmp_path), "TINY": str(tmp_path / "policy")}
+    assert main([folders.get(argument, argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert f"smolvla-fast {arguments[0]}: " in error and message in error
+    assert "Traceback" not in error
+
+
+def test_refuses_without_lerobot(hide: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    hide("lerobot")
+    assert main(["demo", *TINY]) == 2
+    assert "smolvla_fast[lerobot,cli]" in capsys.readouterr().err
+
+
+def test_refuses_a_file_it_cannot_write(
+    lerobot: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    path = str(tmp_path / "file" / "verify.json")
+    assert main(["verify", *TINY, "--observations", "1", "--json", path]) == 2
+    assert f"cannot write {path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["dance"], [], ["demo", "--rounds", "0"], ["demo", "--rounds", "many"]]
+)
+def test_usage_errors_have_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["doctor", "demo", "verify", "bench"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_plain_table() -> None:
+    text = plain_table("Title", ["name", "ms"], [["a", "1.5"], ["longer", "12"]])
+    assert text.splitlines() == ["Title", "name     ms", "------  ---", "a       1.5", "longer   12"]
+
+
+def test_tables_are_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    for rich in (None, False):
+        Console(rich).table("T", ["a", "b"], [["x" * 60, 1], ["y", None]])
+        assert "x" * 60 in capsys.readouterr().out
+
+
+def test_percentile() -> None:
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
+    assert percentile(list(map(float, range(101))), 0.99) == 99.0
+    assert percentile([7.0], 0.95) == 7.0
+    with pytest.raises(ValueError, match="no rounds"):
+        percentile([], 0.5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak")
+def test_peak_memory_forgets_what_was_before() -> None:
+    large = torch.ones(2**25)
+    del large
+    memory = PeakMemory("cpu")
+    before = memory.bytes
+    block = torch.ones(2**24)
+    assert before is not None and memory.bytes is not None
+    # 64 MiB were touched; the rest of the process may shrink meanwhile, hence half.
+    assert memory.bytes - before > block.nbytes / 2
+    del block
+    memory.reset()
+    assert memory.bytes is not None and memory.bytes < before + 2**25
+
+
+def test_as_stock_runs_stock_and_comes_back(lerobot: None) -> None:
+    import smolvla_fast
+    from smolvla_fast.testing import make_noise, make_observation, make_policy
+
+    policy = make_policy("tiny")
+    batch, noise = make_observation(policy), make_noise(policy)
+    stock = policy.predict_action_chunk(dict(batch), noise=noise)
+    smolvla_fast.patch(policy, precision="bf16")
+    with as_stock(policy):
+        assert torch.equal(policy.predict_action_chunk(dict(batch), noise=noise), stock)
+    assert not torch.equal(policy.predict_action_chunk(dict(batch), noise=noise), stock)
+    status = smolvla_fast.status(policy)
+    assert (status.calls_fast, status.calls_stock) == (1, 0)
