@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 
 import torch
 
@@ -86,17 +86,18 @@ def _torch() -> Ops:
 @cache
 def _cpu() -> Ops:
     from . import compiled
-    from .aten import decoder, suffix
 
     return replace(
         _torch(),
         backend="cpu",
         attention=compiled.attention,
         prepare_mask=compiled.prepare_mask,
-        norm_qkv_rope=partial(decoder.norm_qkv_rope, rms_norm=compiled.rms_norm),
+        norm_qkv_rope=compiled.norm_qkv_rope,
         masked_attention=compiled.masked_attention,
-        norm_swiglu=partial(decoder.norm_swiglu, rms_norm=compiled.rms_norm),
-        euler_step=partial(suffix.euler_step, rms_norm=compiled.rms_norm),
+        linear_residual=compiled.linear_residual,
+        norm_swiglu=compiled.norm_swiglu,
+        suffix_embed=compiled.suffix_embed,
+        euler_step=compiled.euler_step,
     )
 
 

@@ -1,6 +1,7 @@
 """Backend ``cpu``: the compiled CPU kernels under the signatures of the ops, where they measure faster than torch's own.
 
-Everything not named here is served by the ``torch`` backend.
+Everything not named here is served by the ``torch`` backend. Matrix products of many rows are too: there oneDNN is near
+the processor's peak. At the 50 rows of an action chunk it is not, for it first rearranges each weight it reads.
 """
 
 from __future__ import annotations
@@ -9,6 +10,19 @@ import torch
 from torch import Tensor
 
 from . import cpu
+from .aten import decoder
+from .aten.linear import linear as aten_linear
+from .aten.suffix import Folded
+from .aten.suffix import euler_step as aten_euler_step
+from .reference.euler_step import Guidance
+from .reference.rope import apply_rope
+
+FEW_ROWS = 64
+"""Up to this many rows a product goes to the compiled kernel, above it to oneDNN."""
+
+
+def _few_rows(x: Tensor) -> bool:
+    return x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -30,3 +44,66 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """See ``aten.rms_norm``: from the fp32 residual stream, rounded once to ``dtype``."""
     return cpu.add_rms_norm(x.contiguous(), None, weight.to(x.dtype), eps)[0].to(dtype)
+
+
+def norm_qkv_rope(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    v_weight: Tensor | None,
+    rope: tuple[Tensor, Tensor],
+    k_out: Tensor | None,
+    v_out: Tensor | None,
+    head_dim: int,
+) -> Tensor | None:
+    """See ``reference.norm_qkv_rope``."""
+    if not _few_rows(x):
+        weights = (q_weight, k_weight, v_weight)
+        return decoder.norm_qkv_rope(
+            x, norm_weight, eps, *weights, rope, k_out, v_out, head_dim, rms_norm=rms_norm
+        )
+
+    def project(weight: Tensor) -> Tensor:
+        return cpu.linear(x, weight, norm=(norm_weight, eps)).view(*x.shape[:-1], -1, head_dim)
+
+    if k_weight is not None and v_weight is not None and k_out is not None and v_out is not None:
+        k_out.copy_(apply_rope(project(k_weight), *rope))
+        v_out.copy_(project(v_weight))
+    return None if q_weight is None else apply_rope(project(q_weight), *rope)
+
+
+def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """See ``reference.linear_residual``; returns the dtype of the residual."""
+    if not _few_rows(x):
+        return decoder.linear_residual(x, weight, residual)
+    return cpu.linear(x.to(weight.dtype), weight, residual=residual)
+
+
+def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+    """See ``reference.norm_swiglu``."""
+    if not _few_rows(x):
+        return decoder.norm_swiglu(x, norm_weight, eps, gate_weight, up_weight, rms_norm=rms_norm)
+    return cpu.swiglu(x, gate_weight, up_weight, norm=(norm_weight, eps))
+
+
+def suffix_embed(x: Tensor, step: int, folded: Folded, mlp_out_weight: Tensor, mlp_out_bias: Tensor) -> Tensor:
+    """See ``reference.suffix_embed``; returns fp32."""
+    product = cpu.linear if _few_rows(x) else aten_linear
+    hidden = torch.nn.functional.silu(product(x.to(folded.weight.dtype), folded.weight) + folded.bias[step])
+    return product(hidden.to(mlp_out_weight.dtype), mlp_out_weight, mlp_out_bias).float()
+
+
+def euler_step(
+    h: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    x: Tensor,
+    dt: float,
+    guidance: Guidance | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See ``reference.euler_step``."""
+    return aten_euler_step(h, norm_weight, eps, out_weight, out_bias, x, dt, guidance, rms_norm=rms_norm)

@@ -132,7 +132,8 @@ def linear(
 
     x          [..., I]  dtype of weight, or fp32 with a bf16 weight: a residual stream, rounded on the way in
     weight     [O, I]  fp32 | bf16, as ``nn.Linear`` holds it, read where it lies      bias  [O], same dtype
-    norm       (weight [I], eps): ``h = rms_norm(x)``, rounded once to the dtype of weight; else ``h = x``
+    norm       (weight [I] fp32 | bf16, eps): ``h = rms_norm(x)``, rounded once to the dtype of weight;
+               else ``h = x``
     activation None | "silu" | "gelu_tanh"
     residual   [..., O]  dtype of y, added in fp32
     out_dtype  fp32, or the dtype of weight; where None, that of residual, else that of weight
@@ -197,11 +198,14 @@ def _linear(
         ("weight", weight, (outputs, inputs)),
         ("up_weight", up_weight, (outputs, inputs)),
         ("bias", bias, (outputs,)),
-        ("norm weight", norm_weight, (inputs,)),
     ):
         if tensor is not None:
             _check_one(op, name, tensor, dtype, "weight", wanted)
             _check_contiguous(op, name, tensor)
+    if norm_weight is not None:
+        norm_dtype = torch.bfloat16 if norm_weight.dtype == torch.bfloat16 else torch.float32
+        _check_one(op, "norm weight", norm_weight, norm_dtype, "a norm", (inputs,))
+        norm_weight = norm_weight.float().contiguous()
     if residual is not None:
         _check_one(op, "residual", residual, out_dtype, "the result", shape)
         _check_contiguous(op, "residual", residual)

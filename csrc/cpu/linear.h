@@ -8,8 +8,9 @@ enum class Activation : int { none = 0, silu = 1, gelu_tanh = 2 };
 
 // y = activation(h·weightᵀ + bias) + residual, or with a second weight  y = activation(h·weightᵀ + bias) · (h·up_weightᵀ);
 // h = x, or with a norm weight  h = norm_weight · x / sqrt(mean(x²) + eps)
-//   x  [rows, inputs]                       X           norm_weight  [inputs]   bias  [outputs]   T
-//   weight, up_weight  [outputs, inputs]    T           residual, y  [rows, outputs]              Out
+//   x  [rows, inputs]                       X           norm_weight  [inputs]         float
+//   weight, up_weight  [outputs, inputs]    T           bias  [outputs]               T
+//   residual, y  [rows, outputs]            Out
 // All contiguous; up_weight, norm_weight, bias and residual may be null; y may be the residual itself and nothing else.
 // Weights are read as they lie, once per block of rows. h is rounded to T where x is not T already or is normalised; sums
 // and epilogue are fp32 and y is rounded once. At the level avx512_bf16 subnormal bf16 operands count as zero. The additions

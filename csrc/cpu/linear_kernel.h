@@ -155,7 +155,7 @@ SMOLVLA_TARGET void activate_row(float* c) {
 
 // Rows of x as T, normalised where there is a weight for that.
 template <class X, class T>
-SMOLVLA_TARGET void prepare_rows(const X* x, const T* norm_weight, float eps, int64_t rows, int64_t inputs, T* h) {
+SMOLVLA_TARGET void prepare_rows(const X* x, const float* norm_weight, float eps, int64_t rows, int64_t inputs, T* h) {
     constexpr int kLanes = 16;
     for (int64_t row = 0; row < rows; ++row, x += inputs, h += inputs) {
         if (!norm_weight) {
@@ -170,7 +170,7 @@ SMOLVLA_TARGET void prepare_rows(const X* x, const T* norm_weight, float eps, in
         for (int half = kLanes / 2; half > 0; half /= 2)
             for (int lane = 0; lane < half; ++lane) squares[lane] += squares[lane + half];
         const float scale = 1.0f / std::sqrt(squares[0] / static_cast<float>(inputs) + eps);
-        for (i = 0; i < inputs; ++i) store(h + i, load(x + i) * scale * load(norm_weight + i));
+        for (i = 0; i < inputs; ++i) store(h + i, load(x + i) * scale * norm_weight[i]);
     }
 }
 
@@ -192,7 +192,7 @@ SMOLVLA_TARGET void run(const Linear& a, int64_t begin, int64_t end) {
         const X* const from = static_cast<const X*>(a.x) + row * a.inputs;
         const T* x = h;
         // Every thread prepares all rows for itself: microseconds, where a barrier would cost as much.
-        if (prepared) prepare_rows(from, static_cast<const T*>(a.norm_weight), a.eps, rows, a.inputs, h);
+        if (prepared) prepare_rows(from, static_cast<const float*>(a.norm_weight), a.eps, rows, a.inputs, h);
         else x = reinterpret_cast<const T*>(from);
         for (int64_t out = begin; out < end; out += kChunk) {
             const int64_t outs = std::min<int64_t>(end - out, kChunk);

@@ -1,4 +1,4 @@
-"""Every op of the torch backend under the contract, and what is true of single ops only."""
+"""Every op of the backends ``torch`` and ``cpu`` under the contract, and what is true of single ops only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from contract import OPS, check, inputs_in, room, run  # noqa: E402
 
 from smolvla_fast.aten import linear as aten_linear  # noqa: E402
-from smolvla_fast.backends import reference_ops, select  # noqa: E402
+from smolvla_fast.backends import reference_ops, select, why_not  # noqa: E402
 from smolvla_fast.ops import NAMES  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -22,6 +22,14 @@ CPU = torch.device("cpu")
 CASES = [
     (op, case) for op in OPS for case in room(op).CASES if room(op).cost(case, 4).flops < 1.5e9
 ]  # fmt: skip
+
+
+@pytest.fixture(params=["torch", pytest.param("cpu", marks=pytest.mark.cpu_kernels)])
+def backend(request: pytest.FixtureRequest) -> str:
+    reason = why_not(request.param, CPU)
+    if reason:
+        pytest.skip(reason)
+    return request.param
 
 
 def test_every_op_has_a_reference() -> None:
@@ -36,14 +44,14 @@ def test_every_op_has_a_reference() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("op", "case"), CASES, ids=lambda value: value if isinstance(value, str) else str(value))
-def test_contract(op: str, case: dict[str, int], dtype: torch.dtype) -> None:
-    check(reference_ops(), select("torch", CPU, stock_order=False), op, case, dtype)
+def test_contract(op: str, case: dict[str, int], dtype: torch.dtype, backend: str) -> None:
+    check(reference_ops(), select(backend, CPU, stock_order=False), op, case, dtype)
 
 
 @pytest.mark.parametrize("op", ["linear", "linear_residual", "norm_swiglu", "norm_qkv_rope", "masked_attention"])
-def test_contract_with_outliers(op: str) -> None:
+def test_contract_with_outliers(op: str, backend: str) -> None:
     """A few input channels fifty times larger, as in trained transformers."""
-    reference, ops = reference_ops(), select("torch", CPU, stock_order=False)
+    reference, ops = reference_ops(), select(backend, CPU, stock_order=False)
     case = room(op).CASES[-1]
     narrow, wide = inputs_in(op, case, torch.bfloat16, seed=4)
     for inputs in (narrow, wide):
@@ -56,8 +64,8 @@ def test_contract_with_outliers(op: str) -> None:
         assert error <= 2 * eager_error + torch.finfo(torch.bfloat16).eps * want.abs().max().item()
 
 
-def test_a_row_that_sees_nothing_averages_all_values() -> None:
-    ops = select("torch", CPU, stock_order=False)
+def test_a_row_that_sees_nothing_averages_all_values(backend: str) -> None:
+    ops = select(backend, CPU, stock_order=False)
     inputs, _ = inputs_in("masked_attention", room("masked_attention").CASES[3], torch.float32, seed=0)
     inputs["mask"][0, 2] = False
     out = run(ops, "masked_attention", inputs)["y"]
@@ -65,8 +73,8 @@ def test_a_row_that_sees_nothing_averages_all_values() -> None:
     torch.testing.assert_close(out[0, 2], heads)
 
 
-def test_masked_keys_have_no_influence() -> None:
-    ops = select("torch", CPU, stock_order=False)
+def test_masked_keys_have_no_influence(backend: str) -> None:
+    ops = select(backend, CPU, stock_order=False)
     inputs, _ = inputs_in("masked_attention", room("masked_attention").CASES[3], torch.float32, seed=0)
     before = run(ops, "masked_attention", inputs)["y"]
     hidden = ~inputs["mask"].any(1)

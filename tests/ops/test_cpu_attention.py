@@ -97,12 +97,15 @@ def test_a_row_that_sees_nothing_averages_all_keys(dtype, level):
 def test_views_of_a_cache_and_of_a_fused_projection(dtype, level):
     generator = torch.Generator().manual_seed(1)
     fused = torch.randn(2, 11, 6 + 5, 16, generator=generator).to(dtype)
-    cache = torch.full((2, 2, 40, 7, 24), float("nan"), dtype=dtype)
-    cache[:, :, 3:36, 2:4, :16] = torch.randn(2, 2, 33, 2, 16, generator=generator).to(dtype)
+    # No two strides of k and v are alike, and NaN lies all around them.
+    keys, values = (torch.full(size, float("nan"), dtype=dtype) for size in ((2, 40, 7, 24), (2, 35, 3, 17)))
+    k, v = keys[:, 3:36, 2:4, :16], values[:, 1:34, 1:, :16]
+    for view in (k, v):
+        view.copy_(torch.randn(view.shape, generator=generator))
     key_mask = (torch.rand(2, 33, generator=generator) < 0.7)[:, None].expand(2, 11, 33)
     spread = torch.zeros(2, 11, 66, dtype=torch.bool)
     spread[:, :, ::2] = key_mask
-    args = {"q": fused[:, :, 2:8], "k": cache[0, :, 3:36, 2:4, :16], "v": cache[1, :, 3:36, 2:4, :16]}
+    args = {"q": fused[:, :, 2:8], "k": k, "v": v}
     with cpu.instruction_level(level):
         assert_as_exact_as_eager(run(**args, mask=key_mask), **args, mask=key_mask, dtype=dtype)
         assert torch.equal(run(**args, mask=spread[:, :, ::2]), run(**args, mask=key_mask))
