@@ -18,6 +18,7 @@
 #include "cpu/attention.h"
 #include "cpu/bfloat16.h"
 #include "cpu/dispatch.h"
+#include "cpu/layer_norm.h"
 #include "cpu/linear.h"
 
 namespace py = pybind11;
@@ -66,6 +67,19 @@ void bind_add_rms_norm(py::module_& m, const char* name) {
         py::arg("width"), py::arg("eps"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 }
 
+template <class X, class Y>
+void bind_layer_norm(py::module_& m, const char* name) {
+    m.def(
+        name,
+        [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y, int64_t rows, int64_t width, float eps,
+           int num_threads) {
+            layer_norm(at<const X>(x), at<const float>(weight), at<const float>(bias), at<Y>(y), rows, width, eps,
+                       num_threads);
+        },
+        py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("rows"), py::arg("width"),
+        py::arg("eps"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+}
+
 template <class T>
 void bind_attention(py::module_& m, const char* name) {
     m.def(
@@ -111,6 +125,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("openmp_library", &openmp_library, "path of the OpenMP runtime in use, or an empty string");
     bind_add_rms_norm<float>(m, "add_rms_norm_float32");
     bind_add_rms_norm<bfloat16>(m, "add_rms_norm_bfloat16");
+    bind_layer_norm<float, float>(m, "layer_norm_float32_float32");
+    bind_layer_norm<float, bfloat16>(m, "layer_norm_float32_bfloat16");
+    bind_layer_norm<bfloat16, bfloat16>(m, "layer_norm_bfloat16_bfloat16");
     bind_attention<float>(m, "attention_float32");
     bind_attention<bfloat16>(m, "attention_bfloat16");
     // linear, dtypes of x, weight and y

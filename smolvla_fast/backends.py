@@ -90,6 +90,8 @@ def _cpu() -> Ops:
     return replace(
         _torch(),
         backend="cpu",
+        layer_norm=compiled.layer_norm,
+        linear=compiled.linear,
         attention=compiled.attention,
         prepare_mask=compiled.prepare_mask,
         norm_qkv_rope=compiled.norm_qkv_rope,

@@ -25,6 +25,32 @@ def _few_rows(x: Tensor) -> bool:
     return x.numel() <= FEW_ROWS * x.shape[-1]
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """See ``reference.linear``.
+
+    oneDNN is ahead on plain products. With an activation, or a residual wider than the weight, its epilogue or the
+    separate addition costs more than the difference.
+    """
+    wider = residual is not None and residual.dtype is not weight.dtype
+    if (activation is None and not wider) or (residual is not None and not wider):
+        return aten_linear(x, weight, bias, activation, residual)
+    residual = None if residual is None else residual.contiguous()
+    return cpu.linear(x.to(weight.dtype).contiguous(), weight, bias, activation, residual)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """See ``reference.layer_norm``; from the fp32 residual stream straight to the dtype of the next product."""
+    return cpu.layer_norm(x.contiguous(), weight, bias, eps, dtype)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """See ``reference.attention``."""
     q, k, v = (x.view(*x.shape[:2], heads, -1) for x in (q, k, v))

@@ -15,6 +15,7 @@ from . import extension
 
 # dtype -> how the kernels for it end
 _KERNELS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_LAYER_NORMS = ((torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2)
 
 
 def add_rms_norm(
@@ -63,6 +64,37 @@ def add_rms_norm(
     return y, r
 
 
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """``y = (x - mean(x)) / sqrt(var(x) + eps) · weight + bias`` on CPU tensors.
+
+    x             [..., W]  fp32 | bf16, contiguous      weight, bias  [W]  fp32 | bf16
+    out_dtype     fp32 or bf16 for fp32 x; bf16 for bf16 x; the dtype of x where None
+    returns       [..., W]  out_dtype
+    numerics      all in fp32, one rounding; equal bits at every instruction level
+    errors        as ``add_rms_norm``
+    replaces      ``layer_norm1`` / ``layer_norm2`` / ``post_layernorm`` of SigLIP
+    """
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if (x.dtype, out_dtype) not in _LAYER_NORMS:
+        accepted = ", ".join(f"{a} -> {b}" for a, b in _LAYER_NORMS)
+        raise TypeError(f"layer_norm: x has dtype {x.dtype}, the result {out_dtype}; accepted are {accepted}")
+    if not x.shape:
+        raise ValueError("layer_norm: x has no dimensions; accepted is [..., W]")
+    _check("layer_norm", x.dtype, {"x": (x, x.shape)})
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
+        _check_one("layer_norm", name, tensor, dtype, "a norm", x.shape[-1:])
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    y = torch.empty_like(x, dtype=out_dtype)
+    if x.numel():
+        kernel = getattr(extension.load("cpu"), f"layer_norm_{_KERNELS[x.dtype]}_{_KERNELS[out_dtype]}")
+        addresses = (x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr())
+        kernel(*addresses, x.numel() // x.shape[-1], x.shape[-1], eps, torch.get_num_threads())
+    return y
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, out: Tensor | None = None
 ) -> Tensor:
@@ -80,12 +112,15 @@ def attention(
     dtype = q.dtype
     if dtype not in _KERNELS:
         raise TypeError(f"attention: q has dtype {dtype}; accepted are {', '.join(map(str, _KERNELS))}")
-    shapes = f"q, k have shapes {list(q.shape)}, {list(k.shape)}"
     if q.dim() != 4 or k.dim() != 4:
-        raise ValueError(f"attention: {shapes}; accepted are [B, T, H, D], [B, S, K, D]")
+        raise ValueError(
+            f"attention: q has shape {list(q.shape)}, k {list(k.shape)}; accepted are [B, T, H, D], [B, S, K, D]"
+        )
     (batch, queries, heads, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
     if not keys or not head_dim or not kv_heads or heads % kv_heads:
-        raise ValueError(f"attention: {shapes}; S and D must be at least 1 and H a multiple of K")
+        raise ValueError(
+            f"attention: q has shape {list(q.shape)}, k {list(k.shape)}; S and D must be at least 1, H a multiple of K"
+        )
     for name, tensor, shape in (
         ("q", q, q.shape),
         ("k", k, (batch, keys, kv_heads, head_dim)),

@@ -104,6 +104,8 @@ def _dtype_reason(model: Any) -> str | None:
     for name, parameter in model.named_parameters():
         if parameter.dtype not in DTYPES:
             return f"{name} is {parameter.dtype}; accepted are float32 and bfloat16"
+        if not parameter.is_contiguous():
+            return f"{name} is not contiguous; call .contiguous() on it"
         if parameter.device != device:
             return f"{name} is on {parameter.device} but state_proj on {device}"
     for name in ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj"):

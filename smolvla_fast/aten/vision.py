@@ -12,12 +12,15 @@ from .linear import linear
 def patch_embed(pixels: Tensor, weight: Tensor, bias: Tensor, position: Tensor, position_ids: Tensor) -> Tensor:
     """See ``reference.patch_embed``; returns fp32, the dtype of the residual stream."""
     patches = F.conv2d(pixels.to(weight.dtype), weight, bias, stride=weight.shape[2:])
-    return patches.flatten(2).transpose(1, 2).float() + F.embedding(position_ids, position).float()
+    # Contiguous, for every layer norm and residual addition to come reads it row by row.
+    patches = patches.flatten(2).transpose(1, 2).contiguous()
+    return patches.float() + F.embedding(position_ids, position).float()
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """See ``reference.layer_norm``; statistics over the fp32 residual stream."""
-    return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+    y = F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+    return y if dtype is None else y.to(dtype)
 
 
 def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:

@@ -16,14 +16,19 @@ CASES = (
 )
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
     """``y = (x - mean(x)) / sqrt(var(x) + eps) · weight + bias`` over the last dimension (arXiv 1607.06450).
 
-    x        [..., W]  fp32 | bf16      weight, bias  [W]      returns  [..., W]
+    x        [..., W]  fp32 | bf16      weight, bias  [W]
+    dtype    of the result, the dtype of the product that reads it; that of x where None, as in stock
+    returns  [..., W]
     numerics statistics in fp32
     replaces ``layer_norm1`` / ``layer_norm2`` / ``post_layernorm`` of SigLIP
     """
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    y = F.layer_norm(x, weight.shape, weight, bias, eps)
+    return y if dtype is None else y.to(dtype)
 
 
 def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor | float]:

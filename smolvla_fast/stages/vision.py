@@ -26,15 +26,15 @@ def encode_images(ops: Ops, vlm: Any, cast: Cast, dims: Dims, images: Tensor, po
     for layer in read_vision_layers(vlm, cast):
         x = vision_layer(ops, layer, x, dims.vision_heads)
     norm, connector = read_vision_end(vlm, cast)
-    return ops.pixel_shuffle_linear(ops.layer_norm(x, *norm), connector, dims.shuffle)
+    return ops.pixel_shuffle_linear(ops.layer_norm(x, *norm, connector.dtype), connector, dims.shuffle)
 
 
 def vision_layer(ops: Ops, layer: VisionLayer, x: Tensor, heads: int) -> Tensor:
     """One SigLIP layer: x [n, T, W] -> [n, T, W]; attention and MLP, each behind a norm and added to x."""
-    h = ops.layer_norm(x, *layer.norm1)
+    h = ops.layer_norm(x, *layer.norm1, layer.q.weight.dtype)
     q, k, v = (ops.linear(h, *affine) for affine in (layer.q, layer.k, layer.v))
     x = ops.linear(ops.attention(q, k, v, heads), *layer.out, residual=x)
-    h = ops.linear(ops.layer_norm(x, *layer.norm2), *layer.up, activation="gelu_tanh")
+    h = ops.linear(ops.layer_norm(x, *layer.norm2, layer.up.weight.dtype), *layer.up, activation="gelu_tanh")
     return ops.linear(h, *layer.down, residual=x)
 
 
