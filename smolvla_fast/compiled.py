@@ -114,7 +114,9 @@ def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor,
     return cpu.swiglu(x, gate_weight, up_weight, norm=(norm_weight, eps))
 
 
-def suffix_embed(x: Tensor, step: int, folded: Folded, mlp_out_weight: Tensor, mlp_out_bias: Tensor) -> Tensor:
+def suffix_embed(
+    x: Tensor, step: int, folded: Folded, mlp_out_weight: Tensor, mlp_out_bias: Tensor
+) -> Tensor:
     """See ``reference.suffix_embed``; returns fp32."""
     product = cpu.linear if _few_rows(x) else aten_linear
     hidden = torch.nn.functional.silu(product(x.to(folded.weight.dtype), folded.weight) + folded.bias[step])

@@ -179,7 +179,7 @@ def _print_table() -> None:
         """Stands for an object of a class without building the model."""
 
     def stand_in(cls: type, **attributes: Any) -> Any:
-        made = object.__new__(type(cls.__name__, (_Instance,), {"stock_class": cls}))
+        made: Any = object.__new__(type(cls.__name__, (_Instance,), {"stock_class": cls}))
         made.__dict__.update(attributes)
         return made
 

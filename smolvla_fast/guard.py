@@ -48,7 +48,9 @@ def _structure_reason(model: Any) -> str | None:
     if len(text) != len(expert):
         return f"{len(expert)} expert layers beside {len(text)} text layers: stock cannot run inference on these either"
     if pair.num_attention_heads % pair.num_key_value_heads:
-        return f"{pair.num_attention_heads} query heads are no multiple of {pair.num_key_value_heads} KV heads"
+        return (
+            f"{pair.num_attention_heads} query heads are no multiple of {pair.num_key_value_heads} KV heads"
+        )
     for name, module in _parts(pair):
         if type(module) not in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Embedding):
             return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not the plain module (an adapter?)"
@@ -65,7 +67,10 @@ def _structure_reason(model: Any) -> str | None:
 def _parts(pair: Any, decoder_only: bool = False) -> Iterable[tuple[str, Any]]:
     """Every module whose weights the engine reads in place of calling it, with its path."""
     vlm = pair.get_vlm_model()
-    for label, layers in (("text_model.layers", vlm.text_model.layers), ("lm_expert.layers", pair.lm_expert.layers)):
+    for label, layers in (
+        ("text_model.layers", vlm.text_model.layers),
+        ("lm_expert.layers", pair.lm_expert.layers),
+    ):
         for i, layer in enumerate(layers):
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 yield f"{label}.{i}.self_attn.{name}", getattr(layer.self_attn, name)
@@ -108,7 +113,13 @@ def _dtype_reason(model: Any) -> str | None:
             return f"{name} is not contiguous; call .contiguous() on it"
         if parameter.device != device:
             return f"{name} is on {parameter.device} but state_proj on {device}"
-    for name in ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj"):
+    for name in (
+        "state_proj",
+        "action_in_proj",
+        "action_time_mlp_in",
+        "action_time_mlp_out",
+        "action_out_proj",
+    ):
         module = getattr(model, name)
         if type(module) is not nn.Linear:
             return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not the plain module (an adapter?)"
@@ -118,7 +129,12 @@ def _dtype_reason(model: Any) -> str | None:
 
 
 def call_reason(
-    model: Any, images: Sequence[Tensor], tokens: Tensor, token_masks: Tensor, state: Tensor, noise: Tensor | None
+    model: Any,
+    images: Sequence[Tensor],
+    tokens: Tensor,
+    token_masks: Tensor,
+    state: Tensor,
+    noise: Tensor | None,
 ) -> str | None:
     """Why this call is outside the engine's range, or None."""
     if model.training:
@@ -161,7 +177,11 @@ def probe(model: Any, exact: bool) -> str | None:
     pair = model.vlm_with_expert
     vlm = pair.get_vlm_model()
     with torch.no_grad():
-        for name, live, ours in (*_probe_vision(vlm), *_probe_decoder(vlm.text_model), *_probe_decoder(pair.lm_expert)):
+        for name, live, ours in (
+            *_probe_vision(vlm),
+            *_probe_decoder(vlm.text_model),
+            *_probe_decoder(pair.lm_expert),
+        ):
             if exact and not torch.equal(live, ours) and not (live.isnan().any() and ours.isnan().any()):
                 return f"{name} of this transformers version rounds otherwise than the reference"
             difference = (live.double() - ours.double()).norm()
@@ -174,7 +194,14 @@ def probed_code(model: Any) -> tuple[Any, ...]:
     """What ``probe`` has run: a replaced class or a patched ``forward`` gives another value, and asks for another run."""
     vlm = model.vlm_with_expert.get_vlm_model()
     layer = vlm.vision_model.encoder.layers[0]
-    modules = [vlm.vision_model.embeddings, layer.mlp, layer.self_attn, layer, vlm.vision_model, vlm.connector]
+    modules = [
+        vlm.vision_model.embeddings,
+        layer.mlp,
+        layer.self_attn,
+        layer,
+        vlm.vision_model,
+        vlm.connector,
+    ]
     for stack in (vlm.text_model, model.vlm_with_expert.lm_expert):
         modules += [stack.layers[0].input_layernorm, stack.layers[0].mlp]
     return tuple(type(module).forward for module in modules)
@@ -182,7 +209,9 @@ def probed_code(model: Any) -> tuple[Any, ...]:
 
 def _ramp(*shape: int, like: Tensor) -> Tensor:
     """Deterministic values in [-1, 1] that move no random state."""
-    return torch.arange(torch.Size(shape).numel(), device=like.device).mul(0.7).sin().view(shape).to(like.dtype)
+    return (
+        torch.arange(torch.Size(shape).numel(), device=like.device).mul(0.7).sin().view(shape).to(like.dtype)
+    )
 
 
 def _probe_vision(vlm: Any) -> Iterable[tuple[str, Tensor, Tensor]]:
@@ -190,7 +219,9 @@ def _probe_vision(vlm: Any) -> Iterable[tuple[str, Tensor, Tensor]]:
     patch, position = read_patch_embedding(vlm, lambda x: x)
     side = tower.embeddings.image_size
     pixels = _ramp(1, 3, side, side, like=patch.weight)
-    patches = torch.ones(1, *(2 * [side // tower.embeddings.patch_size]), dtype=torch.bool, device=pixels.device)
+    patches = torch.ones(
+        1, *(2 * [side // tower.embeddings.patch_size]), dtype=torch.bool, device=pixels.device
+    )
     live = tower.embeddings(pixel_values=pixels, patch_attention_mask=patches)
     yield "the patch embedding", live, patch_embed(pixels, *patch, position, patch_positions(vlm, pixels))
 

@@ -97,5 +97,7 @@ def _time_embeddings(config: Any, width: int, batch: int, device: torch.device) 
     """[N, B, E] fp64: the embedding of t = 1, 1 - 1/N, ... for every sample."""
     steps = config.num_steps
     dt = -1.0 / steps
-    times = (torch.full((batch,), 1.0 + step * dt, dtype=torch.float32, device=device) for step in range(steps))
+    times = (
+        torch.full((batch,), 1.0 + step * dt, dtype=torch.float32, device=device) for step in range(steps)
+    )
     return torch.stack([time_embedding(t, width, config.min_period, config.max_period) for t in times])

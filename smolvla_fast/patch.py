@@ -146,7 +146,9 @@ class _Accelerated:
         reason = reason or _guidance_reason(self, kwargs)
         if reason is not None:
             runtime.fell_back(reason)
-            return super().sample_actions(images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs)
+            return self.stock_class.sample_actions(
+                self, images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs
+            )
         if noise is None:
             shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
             noise = self.sample_noise(shape, state.device)
@@ -167,7 +169,7 @@ def _accelerated(stock: type) -> type:
 
 
 def _restore(stock: type) -> Any:
-    cls = _accelerated(stock)
+    cls: Any = _accelerated(stock)
     return cls.__new__(cls)
 
 
@@ -242,7 +244,8 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
         return policy
     model.__dict__[_SETTINGS] = Settings(precision, backend)
     if not isinstance(model, _Accelerated):
-        model.__class__ = _accelerated(type(model))
+        stock: Any = type(model)
+        model.__class__ = _accelerated(stock)
     runtime = _runtime(model)
     reason = runtime.reason(model)
     if reason is not None:
@@ -251,7 +254,9 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
         logger.warning("smolvla_fast: stock runs: %s", reason)
     else:
         now = status(policy)
-        logger.info("smolvla_fast: on: %s on %s, backend %s for all stages", now.precision, weight.device, now.backend)
+        logger.info(
+            "smolvla_fast: on: %s on %s, backend %s for all stages", now.precision, weight.device, now.backend
+        )
     if warmup is not None and warmup is not False:
         _warm_up(found, runtime, warmup)
     return policy
@@ -268,7 +273,9 @@ def _warm_up(policy: Any, runtime: _Runtime, example: Any) -> None:
         state = torch.zeros(1, config.max_state_dim, device=device)
         noise = torch.zeros(1, config.chunk_size, config.max_action_dim, device=device)
         with torch.no_grad():
-            model.sample_actions(images, masks, tokens, torch.ones_like(tokens, dtype=torch.bool), state, noise=noise)
+            model.sample_actions(
+                images, masks, tokens, torch.ones_like(tokens, dtype=torch.bool), state, noise=noise
+            )
     else:
         batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in example.items()}
         shape = (batch["observation.state"].shape[0], config.chunk_size, config.max_action_dim)
@@ -306,11 +313,15 @@ def status(policy: Any) -> Status:
     """What is on, what is not and why; see ``Status``."""
     model = find_policy(policy).model
     if not isinstance(model, _Accelerated):
-        off = f"{DISABLE} is set" if os.environ.get(DISABLE, "0") not in ("", "0") else "the policy is not patched"
+        off = (
+            f"{DISABLE} is set"
+            if os.environ.get(DISABLE, "0") not in ("", "0")
+            else "the policy is not patched"
+        )
         return Status(last_fallback=off)
     runtime = _runtime(model)
     reason = runtime.reason(model)
-    counters = dict(
+    counters: dict[str, Any] = dict(
         calls_fast=runtime.calls_fast,
         calls_stock=runtime.calls_stock,
         last_fallback=reason or runtime.last_fallback,

@@ -18,7 +18,13 @@ def fits(previous: Tensor, chunk: int, width: int) -> bool:
 
 
 def plan_guidance(
-    config: Any, previous: Tensor, delay: int, horizon: int | None, shape: torch.Size, device: torch.device, steps: int
+    config: Any,
+    previous: Tensor,
+    delay: int,
+    horizon: int | None,
+    shape: torch.Size,
+    device: torch.device,
+    steps: int,
 ) -> list[Guidance]:
     """Guidance for every step of one chunk.
 
@@ -36,7 +42,9 @@ def plan_guidance(
         padded[:, : previous.shape[1], : previous.shape[2]] = previous
         previous = padded
     schedule = config.prefix_attention_schedule
-    weights = prefix_weights(getattr(schedule, "name", schedule), delay, horizon, chunk).to(device)[None, :, None]
+    weights = prefix_weights(getattr(schedule, "name", schedule), delay, horizon, chunk).to(device)[
+        None, :, None
+    ]
     dt = -1.0 / steps
     plan = []
     for step in range(steps):

@@ -59,7 +59,9 @@ def rel_l2(x: Tensor, reference: Tensor) -> float:
 
 
 def cosine(x: Tensor, reference: Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(x.double().flatten(), reference.double().flatten(), dim=0))
+    return float(
+        torch.nn.functional.cosine_similarity(x.double().flatten(), reference.double().flatten(), dim=0)
+    )
 
 
 def _keep_patch_positions(vlm: Any, positions: Tensor) -> None:

@@ -53,7 +53,9 @@ def run(ops: Any, op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {f"y{i}": y for i, y in enumerate(out)} if isinstance(out, tuple) else {"y": out}
 
 
-def inputs_in(op: str, case: dict[str, int], dtype: torch.dtype, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def inputs_in(
+    op: str, case: dict[str, int], dtype: torch.dtype, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same numbers in ``dtype`` and widened to fp64."""
     module = room(op)
     narrow = module.make_inputs(case, dtype, torch.Generator().manual_seed(seed))
@@ -71,7 +73,9 @@ def _widen(value: Any) -> Any:
 
 
 def _chain(inputs: dict[str, Any]) -> float:
-    terms = max((w.shape[-1] for name, w in inputs.items() if name.endswith("weight") and w is not None), default=1)
+    terms = max(
+        (w.shape[-1] for name, w in inputs.items() if name.endswith("weight") and w is not None), default=1
+    )
     return max(1.0, terms**0.5 / 8)
 
 
@@ -86,6 +90,12 @@ def check(reference: Any, ops: Any, op: str, case: dict[str, int], dtype: torch.
         assert not ours[name].isnan().any(), f"{op}.{name} left memory unwritten"
         assert torch.equal(ours[name], again[name]), f"{op}.{name} gives other bits the second time"
         error, eager_error = ((x[name].double() - want).abs().max().item() for x in (ours, eager))
-        ulp = torch.finfo(dtype).eps * want.abs().max().item() * (_chain(narrow) if dtype is torch.float32 else 1)
+        ulp = (
+            torch.finfo(dtype).eps
+            * want.abs().max().item()
+            * (_chain(narrow) if dtype is torch.float32 else 1)
+        )
         print(f"{op} {case} {dtype} {name}: error {error:.3g}, eager {eager_error:.3g}")
-        assert error <= 2 * eager_error + ulp, f"{op}.{name} {case}: {error:.3g} against eager's {eager_error:.3g}"
+        assert error <= 2 * eager_error + ulp, (
+            f"{op}.{name} {case}: {error:.3g} against eager's {eager_error:.3g}"
+        )

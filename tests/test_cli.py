@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_demo(
     assert main(["demo", *TINY, *options, "--json", str(path), "--plot", str(plot)]) == 0
     assert torch.get_num_threads() == before
     found = json.loads(path.read_text())
-    assert KEYS <= set(found)
+    assert set(found) >= KEYS
     assert found["precision"] == {"auto": "fp32"}.get(precision, precision)
     assert (found["cameras"], found["steps"], found["threads"]) == (1, 3, 1)
     assert len(found["raw"]["stock_ms"]) == len(found["raw"]["fast_ms"]) == 2
@@ -118,7 +119,8 @@ def test_demo(
     assert set(found["stages"]) == {"vision", "prefix", "denoise", "other"}
     assert all(figures["stock_ms"] >= 0 and figures["fast_ms"] >= 0 for figures in found["stages"].values())
     assert found["status"]["active"] and found["status"]["calls_stock"] == 0
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    if find_spec("matplotlib"):
+        assert plot.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr()
     assert "whole chunk" in out.out and "Error against stock" in out.out
     assert "round 2 of 2" in out.err

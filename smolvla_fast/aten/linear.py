@@ -6,7 +6,7 @@ oneDNN applies bias, activation or residual to a tile while it is in cache.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..reference import linear as reference
 _ATTR = {None: ("none", ""), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
 
 
-@lru_cache(maxsize=None)
+@cache
 def onednn_serves(dtype: torch.dtype) -> bool:
     """Whether this torch build has oneDNN's fused linear for CPU tensors of this dtype on this CPU."""
     ops = torch.ops.mkldnn

@@ -18,7 +18,7 @@ def prepare_mask(mask: Tensor) -> Tensor:
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """See ``reference.masked_attention``; ``mask`` comes from ``prepare_mask``. Returns the dtype of q."""
     batch, tokens, heads, head_dim = q.shape
-    keys, kv_heads = k.shape[1:3]
+    kv_heads = k.shape[2]
     group = heads // kv_heads
     rows = (q * head_dim**-0.5).view(batch, tokens, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4).float()
     columns = k.permute(0, 2, 3, 1).float()[:, :, None]

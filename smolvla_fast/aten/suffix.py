@@ -31,7 +31,9 @@ def suffix_fold(
     return Folded(on_actions @ in_weight.float(), (times.float() @ on_time.t() + constant)[:, :, None])
 
 
-def suffix_embed(x: Tensor, step: int, folded: Folded, mlp_out_weight: Tensor, mlp_out_bias: Tensor) -> Tensor:
+def suffix_embed(
+    x: Tensor, step: int, folded: Folded, mlp_out_weight: Tensor, mlp_out_bias: Tensor
+) -> Tensor:
     """See ``reference.suffix_embed``; returns fp32."""
     hidden = torch.nn.functional.silu(linear(x, folded.weight) + folded.bias[step])
     return linear(hidden, mlp_out_weight, mlp_out_bias).float()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from .linear import linear
 
 
-def patch_embed(pixels: Tensor, weight: Tensor, bias: Tensor, position: Tensor, position_ids: Tensor) -> Tensor:
+def patch_embed(
+    pixels: Tensor, weight: Tensor, bias: Tensor, position: Tensor, position_ids: Tensor
+) -> Tensor:
     """See ``reference.patch_embed``; returns fp32, the dtype of the residual stream."""
     patches = F.conv2d(pixels.to(weight.dtype), weight, bias, stride=weight.shape[2:])
     # Contiguous, for every layer norm and residual addition to come reads it row by row.
@@ -17,7 +19,9 @@ def patch_embed(pixels: Tensor, weight: Tensor, bias: Tensor, position: Tensor, 
     return patches.float() + F.embedding(position_ids, position).float()
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
     """See ``reference.layer_norm``; statistics over the fp32 residual stream."""
     y = F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
     return y if dtype is None else y.to(dtype)

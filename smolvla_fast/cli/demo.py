@@ -146,8 +146,9 @@ def show(found: dict[str, Any], console: Console) -> None:
         f"SmolVLA, {policy['source']} ({dtypes}), {found['cameras']} cameras, {found['steps']} steps, "
         f"chunk of {policy['chunk_size']}, on {found['device']}"
     )
-    if system.busy(found):
-        console.line(system.busy(found))
+    warning = system.busy(found)
+    if warning:
+        console.line(warning)
     console.line()
     rows = [
         [

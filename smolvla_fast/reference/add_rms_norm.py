@@ -29,7 +29,9 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return rms_norm(r, weight, eps), r
 
 
-def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor | float]:
+def make_inputs(
+    case: dict[str, int], dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Tensor | float]:
     rows, width = case["rows"], case["width"]
     return {
         "x": randn(rows, width, dtype=dtype, generator=generator),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import Cost, randn
@@ -27,7 +27,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return out.transpose(1, 2).contiguous().flatten(2)
 
 
-def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor | int]:
+def make_inputs(
+    case: dict[str, int], dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Tensor | int]:
     n, t, h, d = (case[name] for name in "NTHD")
     q, k, v = (randn(n, t, h * d, dtype=dtype, generator=generator, scale=s) for s in (2.0, 1.0, 1.0))
     return {"q": q, "k": k, "v": v, "heads": h}

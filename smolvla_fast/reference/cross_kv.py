@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import Cost, randn
@@ -25,7 +25,9 @@ def cross_kv(k: Tensor, v: Tensor, k_weight: Tensor, v_weight: Tensor) -> tuple[
     """
 
     def project(x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x.to(weight.dtype).reshape(*x.shape[:2], -1), weight).view(*x.shape[:2], -1, x.shape[-1])
+        return F.linear(x.to(weight.dtype).reshape(*x.shape[:2], -1), weight).view(
+            *x.shape[:2], -1, x.shape[-1]
+        )
 
     return project(k, k_weight), project(v, v_weight)
 

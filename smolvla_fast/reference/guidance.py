@@ -30,7 +30,9 @@ def prefix_weights(schedule: str, start: int, end: int, total: int) -> Tensor:
         weights[end:] = 0.0
         return weights
     if schedule not in ("LINEAR", "EXP"):
-        raise ValueError(f"unknown RTC schedule {schedule!r}; accepted are 'ZEROS', 'ONES', 'LINEAR' and 'EXP'")
+        raise ValueError(
+            f"unknown RTC schedule {schedule!r}; accepted are 'ZEROS', 'ONES', 'LINEAR' and 'EXP'"
+        )
     steps = total - max(total - end, 0) - start
     ramp = torch.tensor([]) if end <= start or steps <= 0 else torch.linspace(1, 0, steps + 2)[1:-1]
     if schedule == "EXP":

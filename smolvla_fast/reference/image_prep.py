@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -13,11 +13,15 @@ def resize_with_pad(image: Tensor, height: int, width: int, pad_value: float) ->
     replaces ``resize_with_pad`` of LeRobot 0.6.1
     """
     if image.ndim != 4:
-        raise ValueError(f"an image batch [batch, channels, height, width] is expected, got shape {tuple(image.shape)}")
+        raise ValueError(
+            f"an image batch [batch, channels, height, width] is expected, got shape {tuple(image.shape)}"
+        )
     h, w = image.shape[2:]
     if (h, w) == (height, width):
         return image
     ratio = max(w / width, h / height)
-    resized = F.interpolate(image, size=(int(h / ratio), int(w / ratio)), mode="bilinear", align_corners=False)
+    resized = F.interpolate(
+        image, size=(int(h / ratio), int(w / ratio)), mode="bilinear", align_corners=False
+    )
     left, top = max(0, width - resized.shape[3]), max(0, height - resized.shape[2])
     return F.pad(resized, (left, 0, top, 0), value=pad_value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import Cost, randn
@@ -31,7 +31,9 @@ def layer_norm(
     return y if dtype is None else y.to(dtype)
 
 
-def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor | float]:
+def make_inputs(
+    case: dict[str, int], dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Tensor | float]:
     rows, width = case["rows"], case["width"]
     return {
         "x": randn(rows, width, dtype=dtype, generator=generator, scale=4.0),

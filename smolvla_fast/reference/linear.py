@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import Cost, randn
@@ -42,7 +42,9 @@ def linear(
     return y if residual is None else residual + y
 
 
-def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor | str | None]:
+def make_inputs(
+    case: dict[str, int], dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Tensor | str | None]:
     rows, inputs, outputs = case["rows"], case["inputs"], case["outputs"]
     return {
         "x": randn(rows, inputs, dtype=dtype, generator=generator),

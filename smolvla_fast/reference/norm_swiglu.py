@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import Cost, randn
@@ -28,7 +28,9 @@ def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor,
     return F.silu(F.linear(h, gate_weight)) * F.linear(h, up_weight)
 
 
-def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor | float]:
+def make_inputs(
+    case: dict[str, int], dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Tensor | float]:
     rows, inputs, outputs = case["rows"], case["inputs"], case["outputs"]
     return {
         "x": randn(rows, inputs, dtype=dtype, generator=generator, scale=3.0),

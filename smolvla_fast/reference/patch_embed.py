@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import Cost, randn
@@ -15,7 +15,9 @@ CASES = (
 )
 
 
-def patch_embed(pixels: Tensor, weight: Tensor, bias: Tensor, position: Tensor, position_ids: Tensor) -> Tensor:
+def patch_embed(
+    pixels: Tensor, weight: Tensor, bias: Tensor, position: Tensor, position_ids: Tensor
+) -> Tensor:
     """``y = conv(pixels) + position[ids]``, one token a patch.
 
     pixels    [N, 3, side, side]        weight  [W, 3, p, p]  stride p        bias  [W]
@@ -34,7 +36,9 @@ def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Gener
     count = (side // patch) ** 2
     return {
         "pixels": randn(n, 3, side, side, dtype=dtype, generator=generator),
-        "weight": randn(width, 3, patch, patch, dtype=dtype, generator=generator, scale=(3 * patch * patch) ** -0.5),
+        "weight": randn(
+            width, 3, patch, patch, dtype=dtype, generator=generator, scale=(3 * patch * patch) ** -0.5
+        ),
         "bias": randn(width, dtype=dtype, generator=generator, scale=0.1),
         "position": randn(count, width, dtype=dtype, generator=generator),
         "position_ids": torch.randperm(count, generator=generator)[None],

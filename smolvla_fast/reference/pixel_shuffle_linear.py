@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import Cost, randn
@@ -29,7 +29,9 @@ def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
     return F.linear(x.reshape(n, small * small, factor * factor * width), weight)
 
 
-def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor | int]:
+def make_inputs(
+    case: dict[str, int], dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Tensor | int]:
     n, side, width, factor, outputs = (case[name] for name in ("N", "side", "width", "factor", "outputs"))
     inputs = width * factor * factor
     return {
@@ -42,4 +44,6 @@ def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Gener
 def cost(case: dict[str, int], itemsize: int) -> Cost:
     n, side, width, factor, outputs = (case[name] for name in ("N", "side", "width", "factor", "outputs"))
     rows, inputs = n * (side // factor) ** 2, width * factor * factor
-    return Cost(2.0 * rows * inputs * outputs, float(itemsize) * (rows * inputs + inputs * outputs + rows * outputs))
+    return Cost(
+        2.0 * rows * inputs * outputs, float(itemsize) * (rows * inputs + inputs * outputs + rows * outputs)
+    )

@@ -11,7 +11,9 @@ MAX_WAVELENGTH = 10_000
 """LeRobot rotates with this wavelength whatever the text config's ``rope_theta`` says."""
 
 
-def rope_tables(positions: Tensor, head_dim: int, max_wavelength: float = MAX_WAVELENGTH) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    positions: Tensor, head_dim: int, max_wavelength: float = MAX_WAVELENGTH
+) -> tuple[Tensor, Tensor]:
     """``sin(p / w^(2i/D)), cos(p / w^(2i/D))`` for every position ``p`` and ``i < D/2``.
 
     positions  [B, T]  integer, the position of each token (padded tokens take none, so ``cumsum(mask) - 1``)

@@ -17,7 +17,9 @@ def time_embedding(time: Tensor, width: int, min_period: float, max_period: floa
     replaces ``create_sinusoidal_pos_embedding`` of LeRobot
     """
     if width % 2:
-        raise ValueError(f"the time embedding needs an even width, got {width}; the expert's hidden size sets it")
+        raise ValueError(
+            f"the time embedding needs an even width, got {width}; the expert's hidden size sets it"
+        )
     if time.ndim != 1:
         raise ValueError(f"time must have one dimension [batch], got shape {tuple(time.shape)}")
     dtype = torch.float32 if time.device.type == "mps" else torch.float64

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..ops import Ops
 from ..dims import Dims
 from ..memory import PrefixKV
+from ..ops import Ops
 from ..reference.euler_step import Guidance
 from ..reference.masks import block_mask
 from ..reference.rope import rope_tables
@@ -58,7 +58,9 @@ def denoise(
         h = ops.suffix_embed(x, step, folded, *heads.time_out)
         for layer, cache in zip(expert, kv.layers, strict=True):
             if layer.cross:
-                q = ops.norm_qkv_rope(h, *layer.norm1, layer.q, None, None, cross_rope, None, None, dims.head_dim)
+                q = ops.norm_qkv_rope(
+                    h, *layer.norm1, layer.q, None, None, cross_rope, None, None, dims.head_dim
+                )
                 a = ops.masked_attention(q, cache.k, cache.v, cross_mask)
             else:
                 slots = cache.suffix(prefix)

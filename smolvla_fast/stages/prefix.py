@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import Ops
 from ..dims import Dims
 from ..memory import LayerKV, PrefixKV
+from ..ops import Ops
 from ..reference.masks import block_mask
 from ..reference.rope import rope_tables
 from ..weights import Affine, Cast, DecoderLayer, read_text_layers

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..ops import Ops
 from ..dims import Dims
+from ..ops import Ops
 from ..weights import Cast, VisionLayer, read_patch_embedding, read_vision_end, read_vision_layers
 
 
@@ -58,8 +58,13 @@ def patch_positions(vlm: Any, images: Tensor) -> Tensor:
     """
     embeddings = vlm.vision_model.embeddings
     height, width = images.shape[-2:]
-    pixels = torch.zeros(1, 3, height, width, dtype=embeddings.patch_embedding.weight.dtype, device=images.device)
+    pixels = torch.zeros(
+        1, 3, height, width, dtype=embeddings.patch_embedding.weight.dtype, device=images.device
+    )
     patches = (1, height // embeddings.patch_size, width // embeddings.patch_size)
     with torch.no_grad(), _IndicesOfEmbedding() as seen:
-        embeddings(pixel_values=pixels, patch_attention_mask=torch.ones(patches, dtype=torch.bool, device=images.device))
+        embeddings(
+            pixel_values=pixels,
+            patch_attention_mask=torch.ones(patches, dtype=torch.bool, device=images.device),
+        )
     return seen.indices[-1]

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="parity is against LeRobot's own classes")
+pytest.importorskip(
+    "lerobot.policies.smolvla.modeling_smolvla", reason="parity is against LeRobot's own classes"
+)
 
-from smolvla_fast.testing import make_noise, make_observation, make_policy  # noqa: E402
+from smolvla_fast.testing import make_noise, make_observation, make_policy
 
 
 def rel_l2(x: Tensor, reference: Tensor) -> float:

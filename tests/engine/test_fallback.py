@@ -155,7 +155,9 @@ def test_model_changed_after_patch(name: str, caplog: pytest.LogCaptureFixture) 
 
 def _inputs(policy: Any, observation: dict[str, Tensor]) -> tuple[Any, ...]:
     images, masks = policy.prepare_images(observation)
-    tokens, token_masks = (observation[f"observation.language.{name}"] for name in ("tokens", "attention_mask"))
+    tokens, token_masks = (
+        observation[f"observation.language.{name}"] for name in ("tokens", "attention_mask")
+    )
     return images, masks, tokens, token_masks, policy.prepare_state(observation)
 
 
@@ -229,7 +231,9 @@ def test_disabled_by_environment(
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(num_expert_layers=2), dict(use_cache=False)], ids=["fewer expert layers", "use_cache=False"]
+    "settings",
+    [dict(num_expert_layers=2), dict(use_cache=False)],
+    ids=["fewer expert layers", "use_cache=False"],
 )
 def test_what_stock_cannot_run_fails_as_in_stock(settings: dict[str, Any]) -> None:
     policy = make_policy("tiny", **settings)

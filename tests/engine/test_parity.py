@@ -16,7 +16,9 @@ from smolvla_fast.verify import FP32_BOUND
 
 from .conftest import chunk, rel_l2
 
-HEADS_15_5 = dict(hidden_size=120, intermediate_size=256, num_attention_heads=15, num_key_value_heads=5, head_dim=8)
+HEADS_15_5 = dict(
+    hidden_size=120, intermediate_size=256, num_attention_heads=15, num_key_value_heads=5, head_dim=8
+)
 HEADS_4_4 = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=16)
 HEADS_4_2 = dict(hidden_size=40, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 
@@ -94,7 +96,9 @@ def test_fp32_within_bound(name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["mixed", "bf16_text"])
-@pytest.mark.parametrize("name", ["default", "batch=2", "heads 15/5", "self_attn_every_n_layers=3", "prefix_length=0"])
+@pytest.mark.parametrize(
+    "name", ["default", "batch=2", "heads 15/5", "self_attn_every_n_layers=3", "prefix_length=0"]
+)
 def test_exact_has_stock_bits_in_bf16_layouts(name: str, layout: str) -> None:
     settings, inputs = GRID[name]
     policy = make_policy("tiny", layout=layout, **settings)

@@ -53,7 +53,9 @@ def test_identity_and_interface_are_unchanged(policy: Any) -> None:
     assert isinstance(policy.model, VLAFlowMatching)
 
 
-def test_unpatch_restores_class_attributes_and_bits(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+def test_unpatch_restores_class_attributes_and_bits(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor
+) -> None:
     stock = chunk(policy, observation, noise)
     cls, attributes = type(policy.model), list(policy.model.__dict__)
     smolvla_fast.unpatch(policy)  # of an unpatched policy: nothing
@@ -155,7 +157,9 @@ def test_every_parameter_that_stock_uses_is_read_live() -> None:
     assert used > 100
 
 
-def test_dtype_change_under_a_patched_policy(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+def test_dtype_change_under_a_patched_policy(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor
+) -> None:
     smolvla_fast.patch(policy)
     chunk(policy, observation, noise)
     policy.model.vlm_with_expert.to(torch.bfloat16)
@@ -181,7 +185,9 @@ def _saved(policy: Any) -> Any:
 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, _pickled, _saved])
-def test_copies_run_fast_and_apart(policy: Any, observation: dict[str, Tensor], noise: Tensor, make: Any) -> None:
+def test_copies_run_fast_and_apart(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, make: Any
+) -> None:
     smolvla_fast.patch(policy)
     wanted = chunk(policy, observation, noise)
     twin = make(policy)
@@ -249,18 +255,23 @@ def test_output_contract(policy: Any, observation: dict[str, Tensor], noise: Ten
     first.mul_(2)  # Aloha's encoding writes in place
 
 
-def test_queue_runs_the_model_once_a_chunk(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+def test_queue_runs_the_model_once_a_chunk(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor
+) -> None:
     twin = copy.deepcopy(policy)
     smolvla_fast.patch(policy, precision="exact")
     for _ in range(policy.config.n_action_steps):
         assert torch.equal(
-            policy.select_action(dict(observation), noise=noise), twin.select_action(dict(observation), noise=noise)
+            policy.select_action(dict(observation), noise=noise),
+            twin.select_action(dict(observation), noise=noise),
         )
     assert smolvla_fast.status(policy).calls_fast == 1
 
 
 @pytest.mark.parametrize("precision", TIERS)
-def test_noise_is_drawn_as_stock_draws_it(policy: Any, observation: dict[str, Tensor], precision: str) -> None:
+def test_noise_is_drawn_as_stock_draws_it(
+    policy: Any, observation: dict[str, Tensor], precision: str
+) -> None:
     torch.manual_seed(3)
     stock = chunk(policy, observation)
     state = torch.get_rng_state()
@@ -354,7 +365,9 @@ def test_peft(observation: dict[str, Tensor], noise: Tensor) -> None:
     now = smolvla_fast.status(wrapped)
     assert not now.active and now.calls_stock == 1 and "lora" in now.last_fallback
     merged = wrapped.merge_and_unload()
-    assert rel_l2(chunk(merged, observation, noise), adapted) < 1e-5  # merging reassociates W·x + B·A·x in fp32
+    assert (
+        rel_l2(chunk(merged, observation, noise), adapted) < 1e-5
+    )  # merging reassociates W·x + B·A·x in fp32
     assert smolvla_fast.status(merged).active and smolvla_fast.status(merged).calls_fast == 1
 
 
@@ -372,7 +385,11 @@ def test_peak_memory_full_size() -> None:
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     peak = {
-        name: int(subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout)
+        name: int(
+            subprocess.run(
+                [sys.executable, "-c", code, name], capture_output=True, text=True, check=True
+            ).stdout
+        )
         for name in ("stock", "fp32")
     }
     assert peak["fp32"] <= 1.10 * peak["stock"], peak

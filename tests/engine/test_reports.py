@@ -18,7 +18,9 @@ from smolvla_fast.testing import make_noise, make_policy
 from .conftest import chunk, rel_l2
 
 
-def test_verify_measures_what_the_user_would(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+def test_verify_measures_what_the_user_would(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor
+) -> None:
     stock = chunk(policy, observation, noise)
     smolvla_fast.patch(policy, precision="bf16")
     report = smolvla_fast.verify(policy, observation, noise=noise)
@@ -29,7 +31,14 @@ def test_verify_measures_what_the_user_would(policy: Any, observation: dict[str,
     assert 0.99 < report.cosine <= 1 + 1e-12
     assert len(report.velocity_rel_l2) == policy.config.num_steps and min(report.velocity_rel_l2) > 0
     assert report.stock_rel_l2 > 0 and report.passed
-    assert set(report.to_dict()) >= {"rel_l2", "max_abs", "cosine", "stock_rel_l2", "velocity_rel_l2", "passed"}
+    assert set(report.to_dict()) >= {
+        "rel_l2",
+        "max_abs",
+        "cosine",
+        "stock_rel_l2",
+        "velocity_rel_l2",
+        "passed",
+    }
 
 
 @torch.no_grad()
@@ -40,7 +49,9 @@ def _full_width(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> T
 
 def _inputs(policy: Any, observation: dict[str, Tensor]) -> tuple[Any, ...]:
     images, masks = policy.prepare_images(observation)
-    tokens, token_masks = (observation[f"observation.language.{name}"] for name in ("tokens", "attention_mask"))
+    tokens, token_masks = (
+        observation[f"observation.language.{name}"] for name in ("tokens", "attention_mask")
+    )
     return images, masks, tokens, token_masks, policy.prepare_state(observation)
 
 
@@ -75,7 +86,9 @@ def test_stage_times_cover_the_chunk(
     times = timing.stage_times(policy, observation, noise)
     assert set(times) == {"vision", "prefix", "denoise", "other", "total"}
     assert all(value > 0 for value in times.values())
-    assert sum(times[name] for name in ("vision", "prefix", "denoise", "other")) == pytest.approx(times["total"])
+    assert sum(times[name] for name in ("vision", "prefix", "denoise", "other")) == pytest.approx(
+        times["total"]
+    )
     assert times["denoise"] > times["prefix"]  # ten steps against one pass
     assert (set(policy.model.__dict__), set(policy.model.vlm_with_expert.__dict__)) == attributes
 
@@ -109,7 +122,9 @@ def test_another_source_is_named(policy: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_functions_of_two_versions_do_not_mix(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = next(t for t in fingerprints.KNOWN.values() if fingerprints.digest(_rope(policy)) == t["apply_rope"])
+    table = next(
+        t for t in fingerprints.KNOWN.values() if fingerprints.digest(_rope(policy)) == t["apply_rope"]
+    )
     halves = [dict(list(table.items())[:12]), dict(list(table.items())[12:])]
     monkeypatch.setattr(fingerprints, "KNOWN", {"first": halves[0], "second": halves[1]})
     assert fingerprints.unknown_source(policy.model) is not None
@@ -130,7 +145,9 @@ def test_table_names_every_op_and_a_reason_for_every_empty_cell() -> None:
 def test_auto_follows_the_stored_dtype() -> None:
     assert resolve_tier("auto", torch.float32).name == "fp32"
     assert resolve_tier("auto", torch.bfloat16).name == "bf16"
-    assert resolve_tier("auto", torch.bfloat16).gemm_dtype is None  # each matrix in its own, vision may be fp32
+    assert (
+        resolve_tier("auto", torch.bfloat16).gemm_dtype is None
+    )  # each matrix in its own, vision may be fp32
     assert resolve_tier("bf16", torch.float32) is TIERS["bf16"]
 
 
@@ -165,7 +182,9 @@ def test_language_and_cameras_are_masked_not_reshaped(policy: Any, noise: Tensor
         assert rel_l2(chunk(policy, last, noise), wanted) > 1e-4
 
 
-def test_position_ids_come_from_the_live_module(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+def test_position_ids_come_from_the_live_module(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor
+) -> None:
     from smolvla_fast.stages.vision import patch_positions
 
     vlm = policy.model.vlm_with_expert.get_vlm_model()

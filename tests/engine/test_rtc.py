@@ -50,7 +50,9 @@ def test_chunk_has_stock_bits(schedule: str, delay: int, max_weight: float) -> N
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (8, 6), (10, 32), (1, 8, 6), (1, 10, 32), (1, 3, 32)], ids=lambda shape: "x".join(map(str, shape))
+    "shape",
+    [(1, 1), (8, 6), (10, 32), (1, 8, 6), (1, 10, 32), (1, 3, 32)],
+    ids=lambda shape: "x".join(map(str, shape)),
 )
 @pytest.mark.parametrize("horizon", [None, 3, 10, 40])
 @pytest.mark.parametrize("precision", ["exact", "fp32"])
@@ -83,7 +85,9 @@ def test_first_chunk_and_switch_at_run_time() -> None:
     for enabled in (True, False, True):
         stock.config.rtc_config.enabled = fast.config.rtc_config.enabled = enabled
         for each in (first, kwargs):
-            assert torch.equal(chunk(stock, observation, noise, **each), chunk(fast, observation, noise, **each))
+            assert torch.equal(
+                chunk(stock, observation, noise, **each), chunk(fast, observation, noise, **each)
+            )
     for policy in (stock, fast):
         policy.config.rtc_config = _config("EXP")
         policy.init_rtc_processor()

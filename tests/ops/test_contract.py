@@ -11,11 +11,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from contract import OPS, check, inputs_in, room, run  # noqa: E402
+from contract import OPS, check, inputs_in, room, run
 
-from smolvla_fast.aten import linear as aten_linear  # noqa: E402
-from smolvla_fast.backends import reference_ops, select, why_not  # noqa: E402
-from smolvla_fast.ops import NAMES  # noqa: E402
+from smolvla_fast.aten import linear as aten_linear
+from smolvla_fast.backends import reference_ops, select, why_not
+from smolvla_fast.ops import NAMES
 
 CPU = torch.device("cpu")
 # The references' largest cases take seconds in fp64 on one core; their shapes are covered by the whole-chunk tests.
@@ -39,16 +39,22 @@ def test_every_op_has_a_reference() -> None:
         module = room(op)
         assert callable(getattr(module, op)) and module.CASES and module.cost(module.CASES[0], 2).flops > 0
         doc = getattr(module, op).__doc__
-        assert "returns" in doc and "replaces" in doc and "[" in doc, f"{op}: shapes and what it replaces, please"
+        assert "returns" in doc and "replaces" in doc and "[" in doc, (
+            f"{op}: shapes and what it replaces, please"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("op", "case"), CASES, ids=lambda value: value if isinstance(value, str) else str(value))
+@pytest.mark.parametrize(
+    ("op", "case"), CASES, ids=lambda value: value if isinstance(value, str) else str(value)
+)
 def test_contract(op: str, case: dict[str, int], dtype: torch.dtype, backend: str) -> None:
     check(reference_ops(), select(backend, CPU, stock_order=False), op, case, dtype)
 
 
-@pytest.mark.parametrize("op", ["linear", "linear_residual", "norm_swiglu", "norm_qkv_rope", "masked_attention"])
+@pytest.mark.parametrize(
+    "op", ["linear", "linear_residual", "norm_swiglu", "norm_qkv_rope", "masked_attention"]
+)
 def test_contract_with_outliers(op: str, backend: str) -> None:
     """A few input channels fifty times larger, as in trained transformers."""
     reference, ops = reference_ops(), select(backend, CPU, stock_order=False)
@@ -114,7 +120,9 @@ def test_linear_without_onednn(monkeypatch: pytest.MonkeyPatch, dtype: torch.dty
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: (calls.append(None), stock(*a))[1])
     assert torch.equal(aten_linear.linear(**inputs), wanted) and calls
     # oneDNN rounds the sum once where eager rounds after the product and again after the activation.
-    torch.testing.assert_close(fused, wanted, atol=torch.finfo(dtype).eps * 8, rtol=torch.finfo(dtype).eps * 4)
+    torch.testing.assert_close(
+        fused, wanted, atol=torch.finfo(dtype).eps * 8, rtol=torch.finfo(dtype).eps * 4
+    )
 
 
 def test_unknown_activation_is_named() -> None:

@@ -17,7 +17,9 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 def _inputs(rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(rows + width)
-    x = torch.randn(rows, width, generator=generator) * 3 + 20  # a mean that would drown a naive sum of squares
+    x = (
+        torch.randn(rows, width, generator=generator) * 3 + 20
+    )  # a mean that would drown a naive sum of squares
     weight, bias = (torch.randn(width, generator=generator) for _ in range(2))
     return x.to(dtype), weight, bias
 
