@@ -33,17 +33,19 @@ gpu-report:
 
 venv: $(STAMP)
 
-# Built without isolation, so that a change in csrc/ recompiles what it touches and downloads nothing.
+# Built without isolation, so that a change in csrc/ recompiles what it touches and downloads nothing. The pip of
+# an older Python is replaced first: its resolver goes through LeRobot's dependencies for many minutes.
 $(STAMP): $(SOURCES)
 	@if ! $(VENV)/bin/python -c '' 2>/dev/null; then \
 	    python=$${PYTHON:-$$(scripts/find_python.sh)} && [ -n "$$python" ] || exit 1; \
-	    echo "Creating $(VENV) with $$python ($$($$python -V))."; \
+	    "$$python" -c '' || { echo "$$python does not run; name another: make venv PYTHON=..."; exit 1; }; \
+	    echo "Creating $(VENV) with $$python ($$("$$python" -V))."; \
 	    "$$python" -m venv --clear $(VENV) || exit 1; \
 	fi
 	@$(VENV)/bin/python -c 'import torch, lerobot' 2>/dev/null || echo \
 	    "Installing torch, LeRobot and tools into $(VENV). The first time downloads several GB (torch brings its CUDA" \
 	    "libraries, with or without a GPU) and takes some minutes, silently."
-	@$(PIP) "setuptools>=77" wheel "pybind11>=2.13" ninja
+	@$(PIP) "pip>=25" "setuptools>=77" wheel "pybind11>=2.13" ninja
 	@echo "Installing smolvla_fast and compiling its extensions."
 	@$(PIP) --no-build-isolation -e ".[lerobot,dev]"
 	@$(VENV)/bin/python -c "from smolvla_fast import extension; print(extension.summary())"

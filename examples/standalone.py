@@ -1,0 +1,17 @@
+"""SmolVLA without LeRobot: a checkpoint folder in, one action in the robot's units out."""
+
+import sys
+
+import numpy as np
+
+from smolvla_fast.smolvla import SmolVLAPolicy, make_pre_post_processors, prepare_observation_for_inference
+
+policy = SmolVLAPolicy.from_pretrained(sys.argv[1])
+preprocess, postprocess = make_pre_post_processors(policy.config, sys.argv[1])
+rng = np.random.default_rng(0)  # stands in for cameras and encoders
+cameras = [key for key in policy.config.image_features if "empty_camera" not in key]
+observation = {key: rng.integers(0, 256, (480, 640, 3), dtype=np.uint8) for key in cameras}
+observation["observation.state"] = rng.standard_normal(policy.config.robot_state_feature.shape, np.float32)
+batch = preprocess(prepare_observation_for_inference(observation, policy.config.device, "pick up the cube"))
+action = postprocess(policy.select_action(batch))
+print(action)

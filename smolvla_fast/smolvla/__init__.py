@@ -1,0 +1,29 @@
+"""SmolVLA in plain PyTorch: configuration, processors, model, training loss. Needs neither LeRobot nor
+transformers' model code; it reads and writes LeRobot's checkpoints. Everything faster is checked against it."""
+
+from .configuration_smolvla import SmolVLAConfig
+from .features import FeatureType, NormalizationMode, PolicyFeature
+from .modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
+from .processor_smolvla import (
+    make_pre_post_processors,
+    make_smolvla_pre_post_processors,
+    prepare_observation_for_inference,
+)
+from .rtc import RTCAttentionSchedule, RTCConfig, RTCProcessor
+from .smolvlm_with_expert import SmolVLMWithExpertModel
+
+__all__ = [
+    "FeatureType",
+    "NormalizationMode",
+    "PolicyFeature",
+    "RTCAttentionSchedule",
+    "RTCConfig",
+    "RTCProcessor",
+    "SmolVLAConfig",
+    "SmolVLAPolicy",
+    "SmolVLMWithExpertModel",
+    "VLAFlowMatching",
+    "make_pre_post_processors",
+    "make_smolvla_pre_post_processors",
+    "prepare_observation_for_inference",
+]

@@ -1,0 +1,46 @@
+"""Files of a checkpoint, found in a local folder or on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+
+HUB_OPTIONS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
+"""Keyword arguments that are handed on to ``huggingface_hub.hf_hub_download``."""
+
+
+def split_hub_options(kwargs: dict[str, Any], where: str) -> dict[str, Any]:
+    """The Hub options among ``kwargs``; options of older huggingface_hub are dropped, anything else is a
+    TypeError."""
+    options = {name: value for name, value in kwargs.items() if name not in ("resume_download", "proxies")}
+    unknown = sorted(set(options) - set(HUB_OPTIONS))
+    if unknown:
+        raise TypeError(f"{where} got unexpected arguments {unknown}; accepted are {list(HUB_OPTIONS)}")
+    return options
+
+
+def find_file(source: str | Path, name: str, **options: Any) -> Path:
+    """The local path of file ``name`` of a folder or Hub repository, downloaded if need be.
+
+    Raises FileNotFoundError saying what was looked for, where, and what would be accepted.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            present = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+            raise FileNotFoundError(f"{name} not found in {folder.resolve()}, which holds {present}")
+        return folder / name
+    # Imported here so that local folders work without huggingface_hub being able to reach its cache.
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id=str(source), filename=name, **options))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{name} of {str(source)!r} not found: there is no such folder, and the Hugging Face Hub says "
+            f"{type(error).__name__}: {error}. Give an existing folder or a Hub repository id 'owner/name'."
+        ) from error

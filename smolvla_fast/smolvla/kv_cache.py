@@ -1,0 +1,46 @@
+"""The keys and values of the prefix, kept from the prefill for the denoising steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class CachedLayer:
+    """keys, values  [B, K, tokens, D]"""
+
+    keys: Tensor
+    values: Tensor
+
+
+class KVCache:
+    """One ``CachedLayer`` per VLM layer; the part of transformers' ``DynamicCache`` that SmolVLA uses."""
+
+    def __init__(self) -> None:
+        self.layers: list[CachedLayer] = []
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.layers[layer_idx].keys.shape[-2] if layer_idx < len(self.layers) else 0
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Append [B, K, new tokens, D] to a layer, or start the next one; returns all the layer's keys and values."""
+        if layer_idx == len(self.layers):
+            self.layers.append(CachedLayer(keys.contiguous(), values.contiguous()))
+        else:
+            layer = self.layers[layer_idx]
+            layer.keys = torch.cat([layer.keys, keys], dim=-2)
+            layer.values = torch.cat([layer.values, values], dim=-2)
+        layer = self.layers[layer_idx]
+        return layer.keys, layer.values
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens of every layer: what a denoising step appended is dropped."""
+        for layer in self.layers:
+            if layer.keys.shape[-2] > length:
+                layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]

@@ -1,0 +1,173 @@
+"""Normalisation of states and actions by the statistics of the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .features import ACTION, FeatureType, NormalizationMode, PolicyFeature, parse_enum, parse_features
+from .processor_steps import ProcessorStep
+from .transition import Transition, TransitionKey
+
+REQUIRED_STATS = {
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+}
+
+
+def scale(x: Tensor, mode: NormalizationMode, low: Tensor, high: Tensor, eps: float, inverse: bool) -> Tensor:
+    """``(x - mean) / (std + eps)``, or ``[low, high]`` to ``[-1, 1]``; inverse undoes it.
+
+    low, high  mean and std for MEAN_STD, else the two ends of the range; broadcast against x
+    eps        added to std; stands in for a range of zero. The inverse of MEAN_STD multiplies by std alone, as
+               LeRobot does
+    """
+    if mode is NormalizationMode.MEAN_STD:
+        return x * high + low if inverse else (x - low) / (high + eps)
+    span = high - low
+    span = torch.where(span == 0, torch.tensor(eps, device=x.device, dtype=x.dtype), span)
+    if not inverse:
+        return 2 * (x - low) / span - 1
+    # Two orders of the same operations, as the checkpoints' own library has them: they differ in the last
+    # bit.
+    if mode is NormalizationMode.MIN_MAX:
+        return (x + 1) / 2 * span + low
+    return (x + 1) * span / 2 + low
+
+
+def _to_tensors(stats: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Nested numbers, lists, arrays or tensors to tensors of full precision; entries of None are left out."""
+    tensors = {}
+    for key, entries in stats.items():
+        if entries is None:
+            continue
+        if not isinstance(entries, Mapping):
+            raise ValueError(
+                f"the statistics of {key!r} must map names like 'mean' to values, got {entries!r}"
+            )
+        tensors[key] = {name: _to_tensor(value) for name, value in entries.items() if value is not None}
+    return tensors
+
+
+def _to_tensor(value: Any) -> Tensor:
+    # Python numbers are doubles, torch would make them fp32.
+    exact = isinstance(value, (Tensor, np.ndarray, np.generic))
+    return torch.as_tensor(value) if exact else torch.tensor(value, dtype=torch.float64)
+
+
+@dataclass
+class NormalizerProcessorStep(ProcessorStep):
+    """Observations and actions scaled by the mode of their kind; kinds and features without statistics pass through.
+
+    features  name -> ``PolicyFeature`` (or its JSON)        norm_map  kind of feature -> mode
+    stats     name -> {"mean": ..., "std": ..., "min": ..., ...}; given here they outlast ``load_state_dict``
+    dtypes    statistics are kept as given, rounded once to the dtype of what they scale, and saved in fp32
+    """
+
+    registry_name: ClassVar[str] = "normalizer_processor"
+    inverse: ClassVar[bool] = False
+
+    features: dict[str, PolicyFeature] | None
+    norm_map: dict[FeatureType, NormalizationMode]
+    stats: dict[str, dict[str, Any]] | None = None
+    device: torch.device | str | None = None
+    eps: float = 1e-8
+    normalize_observation_keys: set[str] | None = None
+    _given: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.features = parse_features(self.features, f"{self.registry_name}.features") or {}
+        self.norm_map = {
+            parse_enum(FeatureType, kind, "norm_map"): parse_enum(
+                NormalizationMode, mode, f"norm_map[{kind!r}]"
+            )
+            for kind, mode in self.norm_map.items()
+        }
+        if self.normalize_observation_keys is not None:
+            self.normalize_observation_keys = set(self.normalize_observation_keys)
+        self._given = bool(self.stats)
+        self._set_stats(_to_tensors(self.stats or {}))
+
+    def _set_stats(self, stats: dict[str, dict[str, Tensor]]) -> None:
+        for key, feature in (self.features or {}).items():
+            if feature.type is FeatureType.VISUAL:
+                # One number per channel broadcasts over height and width.
+                for name, value in stats.get(key, {}).items():
+                    stats[key][name] = value.reshape(-1, 1, 1) if value.ndim == 1 else value
+        self.stats = stats
+
+    def __call__(self, transition: Transition) -> Transition:
+        transition = dict(transition)
+        observation = transition.get(TransitionKey.OBSERVATION)
+        if observation is not None:
+            observation = dict(observation)
+            for key, feature in (self.features or {}).items():
+                chosen = self.normalize_observation_keys is None or key in self.normalize_observation_keys
+                if chosen and feature.type is not FeatureType.ACTION and key in observation:
+                    observation[key] = self._scale(torch.as_tensor(observation[key]), key, feature.type)
+            transition[TransitionKey.OBSERVATION] = observation
+        action = transition.get(TransitionKey.ACTION)
+        if action is not None:
+            transition[TransitionKey.ACTION] = self._scale(action, ACTION, FeatureType.ACTION)
+        return transition
+
+    def _scale(self, x: Tensor, key: str, kind: FeatureType) -> Tensor:
+        mode = self.norm_map.get(kind, NormalizationMode.IDENTITY)
+        stats = (self.stats or {}).get(key)
+        if mode is NormalizationMode.IDENTITY or stats is None:
+            return x
+        absent = [name for name in REQUIRED_STATS[mode] if name not in stats]
+        if absent:
+            raise ValueError(
+                f"normalisation {mode.value} of {key!r} needs the statistics {list(REQUIRED_STATS[mode])}, "
+                f"missing are {absent}, given are {sorted(stats)}"
+            )
+        low, high = (stats[name].to(device=x.device, dtype=x.dtype) for name in REQUIRED_STATS[mode])
+        width = low.shape[-1] if kind is not FeatureType.VISUAL and low.ndim else 1
+        if width not in (1, x.shape[-1]):
+            raise ValueError(f"{key!r} has {x.shape[-1]} values, its statistics are for {width}")
+        return scale(x, mode, low, high, self.eps, self.inverse)
+
+    def get_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "eps": self.eps,
+            "features": {
+                key: {"type": f.type.value, "shape": list(f.shape)}
+                for key, f in (self.features or {}).items()
+            },
+            "norm_map": {kind.value: mode.value for kind, mode in self.norm_map.items()},
+        }
+        if self.normalize_observation_keys is not None:
+            config["normalize_observation_keys"] = sorted(self.normalize_observation_keys)
+        return config
+
+    def state_dict(self) -> dict[str, Tensor]:
+        named = (
+            (f"{key}.{name}", v) for key, entry in (self.stats or {}).items() for name, v in entry.items()
+        )
+        return {name: value.to("cpu", torch.float32) for name, value in named}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Statistics from a file, unless the constructor got some: those of another dataset replace the file's."""
+        if self._given:
+            return
+        stats: dict[str, dict[str, Tensor]] = {}
+        for flat, value in state.items():
+            key, name = flat.rsplit(".", 1)
+            stats.setdefault(key, {})[name] = value.to(device=self.device, dtype=torch.float32)
+        self._set_stats(stats)
+
+
+@dataclass
+class UnnormalizerProcessorStep(NormalizerProcessorStep):
+    """The inverse of ``NormalizerProcessorStep``: the model's actions in the robot's units."""
+
+    registry_name: ClassVar[str] = "unnormalizer_processor"
+    inverse: ClassVar[bool] = True

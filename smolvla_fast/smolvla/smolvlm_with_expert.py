@@ -1,0 +1,423 @@
+"""The VLM and the action expert, run layer by layer side by side (SmolVLA, arXiv 2506.01844, section 3).
+
+Two kinds of expert layers alternate. In a *self-attention* layer the expert's tokens attend to the VLM's keys and
+values and to their own; in a *cross-attention* layer they attend to the VLM's keys and values alone, passed through
+the expert's own ``k_proj`` and ``v_proj``. Every ``self_attn_every_n_layers``-th layer is of the first kind.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reference.masked_attention import masked_attention
+from ..reference.rope import apply_rope, rope_tables
+from .hub import CONFIG_NAME, find_file
+from .kv_cache import KVCache
+from .smolvlm import (
+    LlamaDecoderLayer,
+    LlamaModel,
+    SmolVLMForConditionalGeneration,
+    SmolVLMModel,
+    initialise_weights,
+)
+from .vlm_config import LlamaConfig, SmolVLMConfig
+from .weights_io import load_weights, read_backbone
+
+ATTENTION_MODES = ("cross_attn", "self_attn")
+
+# Per stream (VLM, expert) its ``LlamaDecoderLayer`` at each depth, None where the expert has none.
+_Layers = list[list[Any]]
+
+
+def get_intermediate_size(hidden_dim: int, ffn_dim_multiplier: int = 4, multiple_of: int = 256) -> int:
+    """Width of the expert's gated MLP: 8/3 of the hidden size, rounded up to a multiple of ``multiple_of``."""
+    width = int(ffn_dim_multiplier * int(2 * hidden_dim / 3))
+    return multiple_of * ((width + multiple_of - 1) // multiple_of)
+
+
+class SmolVLMWithExpertModel(nn.Module):
+    """The backbone cut to its first layers, and an expert of the same depth or a divisor of it.
+
+    model_id                  folder or Hub id of the SmolVLM backbone
+    load_vlm_weights          True: start from the backbone's weights, held in bf16. False: random, in the dtype that
+                              the backbone's config names for each part (fp32 if none); a policy checkpoint fills them
+    num_vlm_layers            layers kept, all if <= 0
+    num_expert_layers         layers of the expert, as many as the VLM's if <= 0; must divide that number
+    self_attn_every_n_layers  <= 0: every expert layer is a cross-attention layer
+    expert_width_multiplier   hidden size of the expert relative to the VLM's
+    attention_mode            "cross_attn" | "self_attn" (no cross-attention layers at all)
+
+    Class, methods and state_dict keys are LeRobot's. Dtypes may be mixed: each projection casts its input to its own.
+    """
+
+    def __init__(
+        self,
+        model_id: str = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+        load_vlm_weights: bool = True,
+        train_expert_only: bool = True,
+        freeze_vision_encoder: bool = False,
+        attention_mode: str = "self_attn",
+        num_expert_layers: int = -1,
+        num_vlm_layers: int = -1,
+        self_attn_every_n_layers: int = -1,
+        expert_width_multiplier: float = 0.5,
+        device: str = "auto",
+    ):
+        super().__init__()
+        if attention_mode not in ATTENTION_MODES:
+            raise ValueError(f"attention_mode {attention_mode!r} is not one of {ATTENTION_MODES}")
+        self.model_id = model_id
+        self.config = SmolVLMConfig.from_file(find_file(model_id, CONFIG_NAME))
+        text = self.config.text_config
+        # Only the layers that are kept get built; the config keeps saying how many the backbone has.
+        kept = min(num_vlm_layers, text.num_hidden_layers) if num_vlm_layers > 0 else text.num_hidden_layers
+        self.vlm = self._build_vlm(kept, load_vlm_weights)
+        self.num_vlm_layers = kept
+
+        self.attention_mode = attention_mode
+        self.self_attn_every_n_layers = self_attn_every_n_layers
+        self.num_expert_layers = num_expert_layers if num_expert_layers > 0 else kept
+        if kept % self.num_expert_layers:
+            raise ValueError(
+                f"num_expert_layers ({num_expert_layers}) must divide the number of VLM layers ({kept})"
+            )
+        self.lm_expert = self._build_expert(expert_width_multiplier)
+        self.expert_hidden_size = self.lm_expert.config.hidden_size
+        self._check_interleaving()
+
+        self.num_attention_heads = text.num_attention_heads
+        self.num_key_value_heads = text.num_key_value_heads
+        self.freeze_vision_encoder = freeze_vision_encoder
+        self.train_expert_only = train_expert_only
+        self._processor: Any = None
+        self.set_requires_grad()
+
+    def _build_vlm(self, layers: int, load_weights_too: bool) -> SmolVLMForConditionalGeneration:
+        config = self.config
+        if load_weights_too:
+            for part in (config, config.text_config, config.vision_config):
+                part.dtype = torch.bfloat16
+        total, config.text_config.num_hidden_layers = config.text_config.num_hidden_layers, layers
+        vlm = SmolVLMForConditionalGeneration(config)
+        config.text_config.num_hidden_layers = total
+        if load_weights_too:
+            dropped = tuple(f"model.text_model.layers.{i}." for i in range(layers, total))
+            tensors = {k: v for k, v in read_backbone(self.model_id).items() if not k.startswith(dropped)}
+            # The head of a backbone saved with tied embeddings is its embedding.
+            if "lm_head.weight" not in tensors and config.tie_word_embeddings:
+                tensors["lm_head.weight"] = tensors["model.text_model.embed_tokens.weight"]
+            vlm.to(torch.bfloat16)
+            load_weights(vlm, tensors, strict=True, source=f"the backbone {self.model_id!r}")
+            vlm.eval()
+        return vlm
+
+    def _build_expert(self, width_multiplier: float) -> LlamaModel:
+        text = self.config.text_config
+        config = copy.deepcopy(text)
+        config.hidden_size = int(text.hidden_size * width_multiplier)
+        config.intermediate_size = get_intermediate_size(config.hidden_size)
+        config.num_hidden_layers = self.num_expert_layers
+        expert = LlamaModel(config, embed=False)
+        initialise_weights(expert, config.initializer_range)
+        if config.dtype is not None:
+            expert.to(config.dtype)
+        if "cross" in self.attention_mode:
+            width = text.num_key_value_heads * text.head_dim
+            layers: list[Any] = list(expert.layers)
+            for index, attention in enumerate(layer.self_attn for layer in layers):
+                if not self._is_self_attention(index):
+                    # These read the VLM's keys and values, hence another input width; they keep the default dtype.
+                    attention.k_proj = nn.Linear(width, width, bias=config.attention_bias)
+                    attention.v_proj = nn.Linear(width, width, bias=config.attention_bias)
+        return expert
+
+    def _is_self_attention(self, layer_idx: int) -> bool:
+        every = self.self_attn_every_n_layers
+        return "cross" not in self.attention_mode or (every > 0 and layer_idx % every == 0)
+
+    def _check_interleaving(self) -> None:
+        """An expert with fewer layers is spread over the VLM's; the kind of each layer must match where it lands."""
+        experts = self.get_model_layers([self.get_vlm_model().text_model, self.lm_expert])[1]
+        text = self.config.text_config
+        for index, layer in enumerate(experts):
+            if layer is None:
+                continue
+            own = self._is_self_attention(index)
+            width = self.expert_hidden_size if own else text.num_key_value_heads * text.head_dim
+            if layer.self_attn.k_proj.in_features != width:
+                kind = "self" if own else "cross"
+                raise ValueError(
+                    f"num_expert_layers={self.num_expert_layers} and "
+                    f"self_attn_every_n_layers={self.self_attn_every_n_layers} do not go together: an expert layer "
+                    f"built for the other kind of attention would serve as {kind}-attention layer {index} of "
+                    f"{self.num_vlm_layers}. Use as many expert as VLM layers, or self_attn_every_n_layers=0"
+                )
+
+    @property
+    def processor(self) -> Any:
+        """transformers' processor of the backbone (tokenizer, image processor), loaded on first use."""
+        if self._processor is None:
+            from transformers import AutoProcessor
+
+            self._processor = AutoProcessor.from_pretrained(self.model_id)
+        return self._processor
+
+    def get_vlm_model(self) -> SmolVLMModel:
+        return self.vlm.model
+
+    def set_requires_grad(self) -> None:
+        """Freeze what the settings say; parameters that get no gradient anyway are frozen too (DDP demands it)."""
+        if self.freeze_vision_encoder:
+            self.get_vlm_model().vision_model.eval().requires_grad_(False)
+        if self.train_expert_only:
+            self.vlm.eval().requires_grad_(False)
+            return
+        # The prefix leaves only keys and values behind: what the last layers compute after them is never
+        # used.
+        last = [self.num_vlm_layers - 1]
+        if (
+            self.num_vlm_layers != self.num_expert_layers
+            and self.num_vlm_layers % self.num_expert_layers == 0
+        ):
+            last.append(self.num_vlm_layers - 2)
+        frozen = ("lm_head", "text_model.norm.weight", *(f"text_model.layers.{index}." for index in last))
+        for name, parameter in self.vlm.named_parameters():
+            if any(part in name for part in frozen):
+                parameter.requires_grad = False
+
+    def train(self, mode: bool = True) -> SmolVLMWithExpertModel:
+        """As ``nn.Module.train``, but frozen parts stay in evaluation mode."""
+        super().train(mode)
+        if self.freeze_vision_encoder:
+            self.get_vlm_model().vision_model.eval()
+        if self.train_expert_only:
+            self.vlm.eval()
+        return self
+
+    def embed_image(self, image: Tensor) -> Tensor:
+        """[B, 3, h, w] in [-1, 1] to [B, image tokens, M] in the vision tower's dtype."""
+        model = self.get_vlm_model()
+        hidden = model.vision_model(pixel_values=image.to(dtype=model.vision_model.dtype)).last_hidden_state
+        return model.connector(hidden)
+
+    def embed_language_tokens(self, tokens: Tensor) -> Tensor:
+        """[B, T] token ids to [B, T, M]."""
+        embed = self.get_vlm_model().text_model.get_input_embeddings()
+        assert embed is not None
+        return embed(tokens)
+
+    def forward_attn_layer(
+        self,
+        model_layers: _Layers,
+        inputs_embeds: list[Tensor | None],
+        layer_idx: int,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        batch_size: int,
+        head_dim: int,
+        use_cache: bool = True,
+        past_key_values: KVCache | None = None,
+    ) -> tuple[list[Tensor], KVCache | None]:
+        """Joint attention of all streams present (VLM, expert), each with its own projections.
+
+        Returns one tensor [B, all tokens, H·D] in a list, and the cache with this layer's keys and values appended.
+        """
+        projected = []
+        for layers, hidden in zip(model_layers, inputs_embeds, strict=True):
+            layer = layers[layer_idx]
+            if hidden is not None and layer is not None:
+                projected.append(_project_qkv(layer, hidden))
+        if not projected:
+            raise ValueError(
+                f"self-attention layer {layer_idx} has no expert layer: "
+                f"num_expert_layers={self.num_expert_layers} of "
+                f"{self.num_vlm_layers} can be trained with attention_mode={self.attention_mode!r} and "
+                f"self_attn_every_n_layers={self.self_attn_every_n_layers}, but not sampled from"
+            )
+        q, k, v = (torch.cat(parts, dim=1) for parts in zip(*projected, strict=True))
+        tokens = q.shape[1]
+        if tokens < position_ids.shape[1]:
+            # A stream without a layer here: what remains are the first tokens.
+            position_ids = position_ids[:, :tokens]
+            attention_mask = attention_mask[:, :tokens, :tokens]
+        sin, cos = rope_tables(position_ids, head_dim)
+        q, k = apply_rope(q, sin, cos), apply_rope(k, sin, cos)
+        if use_cache:
+            assert past_key_values is not None
+            k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        return [self.eager_attention_forward(attention_mask, batch_size, head_dim, q, k, v)], past_key_values
+
+    def forward_cross_attn_layer(
+        self,
+        model_layers: _Layers,
+        inputs_embeds: list[Tensor | None],
+        layer_idx: int,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        batch_size: int,
+        head_dim: int,
+        use_cache: bool = True,
+        past_key_values: KVCache | None = None,
+    ) -> tuple[list[Tensor | None], KVCache | None]:
+        """The VLM attends to itself (training) or is read from the cache; the expert attends to its keys and values.
+
+        Returns [VLM output] if it was computed here, then the expert's [B, S, H·D] or None where it has no layer.
+        """
+        outputs: list[Tensor | None] = []
+        prefix, suffix = inputs_embeds
+        if past_key_values is None:
+            if prefix is None or suffix is None:
+                raise ValueError(
+                    "a cross-attention layer without a cache needs both the VLM's and the expert's input"
+                )
+            layer = model_layers[0][layer_idx]
+            assert layer is not None
+            tokens = prefix.shape[1]
+            positions, expert_positions = position_ids[:, :tokens], position_ids[:, tokens:]
+            q, k, v = _project_qkv(layer, prefix)
+            sin, cos = rope_tables(positions, head_dim)
+            q, k = apply_rope(q, sin, cos), apply_rope(k, sin, cos)
+            mask = attention_mask[:, :tokens, :tokens]
+            outputs.append(self.eager_attention_forward(mask, batch_size, head_dim, q, k, v))
+        else:
+            # Filled by the prefill, in which every layer is a self-attention layer.
+            cached = past_key_values.layers[layer_idx]
+            k, v = cached.keys.transpose(1, 2), cached.values.transpose(1, 2)
+            expert_positions = position_ids
+
+        expert = model_layers[1][layer_idx]
+        if expert is None:
+            outputs.append(None)
+            return outputs, past_key_values
+        assert suffix is not None
+        attention = expert.self_attn
+        hidden = expert.input_layernorm(suffix).to(attention.q_proj.weight.dtype)
+        q = attention.q_proj(hidden).view(*hidden.shape[:-1], -1, attention.head_dim)
+        k = _project_cached(attention.k_proj, k, attention.head_dim)
+        v = _project_cached(attention.v_proj, v, attention.head_dim)
+        # In these layers the expert's positions count from 0.
+        sin, cos = rope_tables(expert_positions - expert_positions.amin(dim=1, keepdim=True), head_dim)
+        mask = attention_mask[:, -suffix.shape[1] :, : k.shape[1]]
+        outputs.append(
+            self.eager_attention_forward(mask, batch_size, head_dim, apply_rope(q, sin, cos), k, v)
+        )
+        return outputs, past_key_values
+
+    def get_model_layers(self, models: list[LlamaModel]) -> _Layers:
+        """[VLM layers, expert layers], both as long as the VLM; None where the expert sits out."""
+        vlm, expert = models
+        spread = self.num_vlm_layers // self.num_expert_layers
+        experts = [
+            None if index % spread else expert.layers[index // spread] for index in range(self.num_vlm_layers)
+        ]
+        return [list(vlm.layers), experts]
+
+    def forward(
+        self,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: list[Tensor | None] | None = None,
+        use_cache: bool | None = None,
+    ) -> tuple[list[Tensor | None], KVCache | None]:
+        """Run all layers over [prefix, suffix], either of which may be None.
+
+        inputs_embeds    [[B, P, M] or None, [B, S, E] or None]
+        attention_mask   [B, queries, keys]  bool           position_ids  [B, queries]
+        use_cache        True without past_key_values: prefill, fills a new cache; with it: denoising, reads it
+        returns          final hidden states, None for absent streams, and the cache
+        """
+        assert inputs_embeds is not None and attention_mask is not None and position_ids is not None
+        models = [self.get_vlm_model().text_model, self.lm_expert]
+        model_layers = self.get_model_layers(models)
+        batch_size = next(hidden.shape[0] for hidden in inputs_embeds if hidden is not None)
+        head_dim = self.config.text_config.head_dim
+        prefill = bool(use_cache) and past_key_values is None
+        if prefill:
+            past_key_values = KVCache()
+
+        for layer_idx in range(self.num_vlm_layers):
+            own = prefill or self._is_self_attention(layer_idx)
+            attend = self.forward_attn_layer if own else self.forward_cross_attn_layer
+            attended, past_key_values = attend(
+                model_layers,
+                inputs_embeds,
+                layer_idx,
+                position_ids,
+                attention_mask,
+                batch_size,
+                head_dim,
+                use_cache=bool(use_cache),
+                past_key_values=past_key_values,
+            )
+            inputs_embeds = _finish_layer(model_layers, inputs_embeds, layer_idx, attended)
+
+        normed = [
+            None if hidden is None else model.norm(hidden)
+            for model, hidden in zip(models, inputs_embeds, strict=True)
+        ]
+        return normed, past_key_values
+
+    def get_attention_interface(self) -> Any:
+        return self.eager_attention_forward
+
+    def eager_attention_forward(
+        self,
+        attention_mask: Tensor,
+        batch_size: int,
+        head_dim: int,
+        query_states: Tensor,
+        key_states: Tensor,
+        value_states: Tensor,
+    ) -> Tensor:
+        """``reference.masked_attention`` under LeRobot's signature."""
+        return masked_attention(query_states, key_states, value_states, attention_mask)
+
+
+def _project_qkv(layer: LlamaDecoderLayer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm and projections: [B, T, width] to q [B, T, H, D] and k, v [B, T, K, D]."""
+    attention = layer.self_attn
+    hidden = layer.input_layernorm(hidden).to(attention.q_proj.weight.dtype)
+    shape = (*hidden.shape[:-1], -1, attention.head_dim)
+    q = attention.q_proj(hidden).view(shape)
+    k = attention.k_proj(hidden).view(shape)
+    return q, k, attention.v_proj(hidden).view(shape)
+
+
+def _project_cached(projection: nn.Linear, states: Tensor, head_dim: int) -> Tensor:
+    """The VLM's keys or values [B, P, K, D] through a projection of the expert, in that projection's dtype."""
+    flat = states.to(projection.weight.dtype).reshape(*states.shape[:2], -1)
+    return projection(flat).view(*flat.shape[:-1], -1, head_dim)
+
+
+def _finish_layer(
+    model_layers: _Layers, inputs_embeds: list[Tensor | None], layer_idx: int, attended: list[Any]
+) -> list[Tensor | None]:
+    """Output projection, residual and MLP of each stream, from attention that is joint (one tensor) or per stream."""
+    outputs: list[Tensor | None] = []
+    start = 0
+    for stream, hidden in enumerate(inputs_embeds):
+        layer = model_layers[stream][layer_idx]
+        if hidden is None or layer is None:
+            outputs.append(hidden)
+            continue
+        out = attended[stream] if stream < len(attended) else attended[0]
+        end = start + hidden.shape[1]
+        projection = layer.self_attn.o_proj
+        out = projection(out.to(projection.weight.dtype)[:, start:end])
+        # In place: where dtypes are mixed the residual keeps the dtype of the projection.
+        out += hidden
+        residual = out.clone()
+        out = layer.mlp(layer.post_attention_layernorm(out))
+        out += residual
+        outputs.append(out)
+        start = end if len(attended) == 1 else 0
+    return outputs
+
+
+__all__ = ["KVCache", "LlamaConfig", "SmolVLMConfig", "SmolVLMWithExpertModel", "get_intermediate_size"]

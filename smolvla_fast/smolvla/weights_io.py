@@ -1,0 +1,110 @@
+"""Reading and writing ``model.safetensors``: every tensor accounted for, none silently left at random values."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .hub import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, find_file
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 8
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def read_safetensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """All tensors of one file; ValueError when it is truncated or not a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(path), device=str(device))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}); copy or download it again, "
+            f"its size here is {Path(path).stat().st_size} bytes"
+        ) from error
+
+
+def read_backbone(source: str | Path, **options: Any) -> dict[str, Tensor]:
+    """The weights of a backbone folder or repository, in one file or in shards listed by an index."""
+    try:
+        return read_safetensors(find_file(source, WEIGHTS_NAME, **options))
+    except FileNotFoundError:
+        try:
+            index = json.loads(find_file(source, WEIGHTS_INDEX_NAME, **options).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"no {WEIGHTS_NAME} for the backbone {str(source)!r}; set load_vlm_weights=False to build it "
+                "without weights (those of a policy checkpoint are then loaded over it)"
+            ) from None
+    shards = sorted(set(index["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        tensors.update(read_safetensors(find_file(source, shard, **options)))
+    return tensors
+
+
+def _shared_names(module: nn.Module) -> dict[str, str]:
+    """For parameters that several names share (tied embeddings): each name -> the first one."""
+    first: dict[int, str] = {}
+    shared = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        shared[name] = first.setdefault(id(parameter), name)
+    return shared
+
+
+def load_weights(module: nn.Module, tensors: dict[str, Tensor], *, strict: bool, source: str) -> None:
+    """Copy ``tensors`` into ``module``, each rounded to the dtype its parameter has.
+
+    strict  True: a missing, unexpected or misshapen tensor is a RuntimeError that names it, and nothing is copied.
+            False: missing and unexpected ones are logged, as LeRobot does; a wrong shape stays an error.
+    """
+    state = module.state_dict()
+    shared = _shared_names(module)
+    present = {shared.get(name, name) for name in tensors}
+    missing = sorted(name for name in state if name not in tensors and shared.get(name, name) not in present)
+    unexpected = sorted(name for name in tensors if name not in state)
+    misshapen = [
+        f"{name} (file {tuple(tensors[name].shape)}, model {tuple(state[name].shape)})"
+        for name in sorted(set(tensors) & set(state))
+        if tensors[name].shape != state[name].shape
+    ]
+    problems = [f"misshapen: {_listed(misshapen)}"] if misshapen else []
+    absences = [f"missing: {_listed(missing)}"] if missing else []
+    absences += [f"unexpected: {_listed(unexpected)}"] if unexpected else []
+    if problems or (strict and absences):
+        hint = "the checkpoint was made with another configuration (see config.json)"
+        if any(name.startswith(("normalize_", "unnormalize_")) for name in unexpected):
+            hint = "it dates from before LeRobot 0.4: migrate it with lerobot's migrate_policy_normalization"
+        elif any("._orig_mod." in name for name in unexpected):
+            hint = "it was saved from a compiled module, which puts '_orig_mod.' into the names"
+        lenient = "" if problems else "; strict=False loads what fits and leaves the rest as initialised"
+        raise RuntimeError(
+            f"{source} does not fit the model, {'; '.join(problems + absences)}. Probably {hint}{lenient}."
+        )
+    if absences:
+        logger.warning("%s does not fit the model exactly, %s", source, "; ".join(absences))
+    module.load_state_dict(tensors, strict=False)
+
+
+def write_weights(module: nn.Module, path: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write the parameters (or a state dict gathered elsewhere); tied parameters are written once."""
+    from safetensors.torch import save_file, save_model
+
+    if state_dict is None:
+        save_model(module, str(path))
+    else:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in state_dict.items()}, str(path), {"format": "pt"}
+        )

@@ -1,0 +1,34 @@
+"""Offline, one thread: the comparisons are of bits, and the models are tiny."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory):
+    """kind -> folder of a tiny backbone, made on first use."""
+    from smolvla_pairs import make_backbone
+
+    root = tmp_path_factory.mktemp("backbones")
+    return lambda kind="plain": make_backbone(root, kind)
+
+
+@pytest.fixture(scope="session")
+def tally():
+    from smolvla_pairs import Tally
+
+    return Tally()
