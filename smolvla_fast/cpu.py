@@ -329,11 +329,20 @@ def _check_one(
 
 def _check_apart(op: str, outputs: list[Tensor], inputs: list[Tensor | None]) -> None:
     """Inputs are read again after outputs are written, so an output may overlap no other tensor."""
-    spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in inputs if t is not None]
+    spans = [_span(t) for t in inputs if t is not None]
     for index, tensor in enumerate(outputs):
-        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        begin, end = _span(tensor)
         if any(begin < other_end and other_begin < end for other_begin, other_end in spans):
             raise ValueError(
                 f"{op}: out[{index}] overlaps another tensor of the call; give it memory of its own"
             )
         spans.append((begin, end))
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First and last address + 1; by strides, as a view reaches further than its elements and an expanded one less."""
+    begin, size = tensor.data_ptr(), tensor.element_size()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.numel() * size
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return begin, begin + size * (1 + sum((count - 1) * stride for count, stride in steps))

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .backends import select
 from .guard import call_reason, model_reason, probe, probed_code
@@ -129,7 +130,8 @@ class _Accelerated:
 
     stock_class: type
 
-    @torch.compiler.disable
+    # Not torch.compiler.disable: that imports dynamo, and with it Triton, as soon as it decorates.
+    @_disable_dynamo
     def sample_actions(
         self: Any,
         images: Any,

@@ -133,6 +133,7 @@ def make_vlm_folder(
 def make_policy(
     size: str = "full",
     *,
+    origin: str = "lerobot",
     seed: int = 0,
     cameras: int = 2,
     layout: str = "fp32",
@@ -144,8 +145,9 @@ def make_policy(
     folder: str | Path | None = None,
     **config: Any,
 ) -> Any:
-    """A ``SmolVLAPolicy`` of the installed LeRobot with random, well-scaled weights, in eval mode.
+    """A ``SmolVLAPolicy`` with random, well-scaled weights, in eval mode.
 
+    origin  "lerobot": the class of the installed LeRobot; "ours": ``smolvla_fast.SmolVLAPolicy``, with equal weights
     size    "full": the 450 046 176 parameters of lerobot/smolvla_base; "tiny": a chunk takes milliseconds
     layout  dtypes of the parameters
             "fp32"       all fp32 (``policy.float()``)
@@ -164,10 +166,7 @@ def make_policy(
         raise ValueError(f"size={size!r} is not a size; accepted are 'full' and 'tiny'")
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is not a layout; accepted are {', '.join(map(repr, LAYOUTS))}")
-    from lerobot.configs.types import FeatureType, PolicyFeature
-    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-
+    FeatureType, PolicyFeature, SmolVLAConfig, SmolVLAPolicy = _classes(origin)
     tiny = size == "tiny"
     text = {**(TINY_TEXT if tiny else FULL_TEXT), **(text or {})}
     vision = {**(TINY_VISION if tiny else FULL_VISION), **(vision or {})}
@@ -195,10 +194,32 @@ def make_policy(
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(_SkipRandomFill())
         policy = SmolVLAPolicy(settings)
+        # Our own class reads tokenizer and special tokens when first asked, from a folder that is about to go.
+        _ = policy.model.vlm_with_expert.processor, policy.model.global_image_start_token
     fill_weights(policy.model, seed)
     _cast(policy, layout)
     settings.device = str(device)
     return policy.to(device).eval()
+
+
+def _classes(origin: str) -> tuple[Any, Any, Any, Any]:
+    """FeatureType, PolicyFeature, SmolVLAConfig, SmolVLAPolicy."""
+    if origin == "ours":
+        from .smolvla import SmolVLAConfig, SmolVLAPolicy
+        from .smolvla.features import FeatureType, PolicyFeature
+
+        return FeatureType, PolicyFeature, SmolVLAConfig, SmolVLAPolicy
+    if origin != "lerobot":
+        raise ValueError(f"origin={origin!r} is no origin; accepted are 'lerobot' and 'ours'")
+    from lerobot.configs import types
+    from lerobot.policies.smolvla import configuration_smolvla, modeling_smolvla
+
+    return (
+        types.FeatureType,
+        types.PolicyFeature,
+        configuration_smolvla.SmolVLAConfig,
+        modeling_smolvla.SmolVLAPolicy,
+    )
 
 
 class _SkipRandomFill(TorchFunctionMode):

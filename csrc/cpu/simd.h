@@ -12,7 +12,7 @@
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 warns about the "undefined" operands inside its own AVX-512 header (GCC bug 105593), wherever it is inlined.
+// GCC 12 warns about the "undefined" operands inside its own AVX-512 header, wherever it is inlined.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif

@@ -133,7 +133,7 @@ class SmolVLMVisionMLP(nn.Module):
 
 
 class SmolVLMEncoderLayer(nn.Module):
-    """Pre-norm transformer layer."""
+    """Pre-norm transformer layer; ``attention_mask`` stands where transformers has it and must be None."""
 
     def __init__(self, config: SmolVLMVisionConfig):
         super().__init__()
@@ -143,7 +143,7 @@ class SmolVLMEncoderLayer(nn.Module):
         self.mlp = SmolVLMVisionMLP(config)
         self.layer_norm2 = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_mask: None = None) -> Tensor:
         hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 

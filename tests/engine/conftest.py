@@ -1,4 +1,4 @@
-"""Tiny SmolVLA policies of the installed LeRobot, and what they are fed."""
+"""Tiny SmolVLA policies, LeRobot's and ours, and what they are fed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,29 @@ pytest.importorskip(
     "lerobot.policies.smolvla.modeling_smolvla", reason="parity is against LeRobot's own classes"
 )
 
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast import testing
+from smolvla_fast.testing import make_noise, make_observation
+
+_origin = "lerobot"
+
+
+@pytest.fixture(params=["lerobot", "ours"], autouse=True)
+def origin(request: pytest.FixtureRequest) -> Any:
+    """Every test of this folder runs on LeRobot's own class and on ours."""
+    global _origin
+    _origin = request.param
+    yield _origin
+    _origin = "lerobot"
+
+
+LEROBOT_ONLY = pytest.mark.parametrize("origin", ["lerobot"], indirect=True)
+"""For what is true of LeRobot's classes alone: their base class, their source, their looser checks. Our own model also
+shares its maths with the references, so a change to those cannot be told apart from it."""
+
+
+def make_policy(size: str, **settings: Any) -> Any:
+    """``smolvla_fast.testing.make_policy`` of the class under test."""
+    return testing.make_policy(size, origin=_origin, **settings)
 
 
 def rel_l2(x: Tensor, reference: Tensor) -> float:
@@ -26,7 +48,7 @@ def chunk(policy: Any, observation: dict[str, Tensor], noise: Tensor | None = No
 
 
 @pytest.fixture
-def policy() -> Any:
+def policy(origin: str) -> Any:
     return make_policy("tiny")
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import smolvla_fast
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.testing import make_noise, make_observation
 
-from .conftest import chunk
+from .conftest import LEROBOT_ONLY, chunk, make_policy
 
 
 def _hook(policy: Any) -> None:
@@ -230,6 +230,7 @@ def test_disabled_by_environment(
     assert torch.equal(chunk(policy, observation, noise), stock)
 
 
+@LEROBOT_ONLY
 @pytest.mark.parametrize(
     "settings",
     [dict(num_expert_layers=2), dict(use_cache=False)],

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import smolvla_fast
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.testing import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
-from .conftest import chunk, rel_l2
+from .conftest import LEROBOT_ONLY, chunk, make_policy, rel_l2
 
 HEADS_15_5 = dict(
     hidden_size=120, intermediate_size=256, num_attention_heads=15, num_key_value_heads=5, head_dim=8
@@ -130,6 +130,7 @@ def test_fp32_on_a_bf16_policy_is_fp32() -> None:
     assert report.rel_l2 <= FP32_BOUND
 
 
+@LEROBOT_ONLY
 @pytest.mark.slow
 def test_full_size() -> None:
     """The 450M model: exact has stock's bits in fp32, fp32 is within its bound, bf16 loses no more than stock in bf16."""

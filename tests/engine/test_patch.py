@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import smolvla_fast
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.testing import make_noise, make_observation
 
-from .conftest import chunk, rel_l2
+from .conftest import LEROBOT_ONLY, chunk, make_policy, rel_l2
 
 TIERS = ["exact", "fp32", "bf16"]
 
@@ -30,6 +30,7 @@ def test_returns_the_same_object_and_says_one_line(policy: Any, caplog: pytest.L
     assert "fp32 on cpu" in caplog.text
 
 
+@LEROBOT_ONLY
 def test_identity_and_interface_are_unchanged(policy: Any) -> None:
     from lerobot.policies.pretrained import PreTrainedPolicy
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
@@ -371,6 +372,7 @@ def test_peft(observation: dict[str, Tensor], noise: Tensor) -> None:
     assert smolvla_fast.status(merged).active and smolvla_fast.status(merged).calls_fast == 1
 
 
+@LEROBOT_ONLY
 @pytest.mark.slow
 def test_peak_memory_full_size() -> None:
     """Matching dtypes: the peak of a patched chunk is at most stock's + 10 %; measured in fresh processes."""

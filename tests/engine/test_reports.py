@@ -13,9 +13,9 @@ import smolvla_fast
 from smolvla_fast import backends, fingerprints, timing
 from smolvla_fast.precision import TIERS, resolve_tier
 from smolvla_fast.reference import rope
-from smolvla_fast.testing import make_noise, make_policy
+from smolvla_fast.testing import make_noise
 
-from .conftest import chunk, rel_l2
+from .conftest import LEROBOT_ONLY, chunk, make_policy, rel_l2
 
 
 def test_verify_measures_what_the_user_would(
@@ -55,6 +55,7 @@ def _inputs(policy: Any, observation: dict[str, Tensor]) -> tuple[Any, ...]:
     return images, masks, tokens, token_masks, policy.prepare_state(observation)
 
 
+@LEROBOT_ONLY
 @pytest.mark.parametrize("precision", ["exact", "fp32", "bf16"])
 def test_verify_fails_on_wrong_maths(
     policy: Any, observation: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, precision: str
@@ -108,10 +109,12 @@ def test_fingerprints_ignore_layout_and_see_maths(tmp_path: Any, monkeypatch: py
     assert plain != digest_of("def f(x):\n    return x * 2, 'a string is no docstring'\n", "fp_string")
 
 
+@LEROBOT_ONLY
 def test_installed_lerobot_is_known(policy: Any) -> None:
     assert fingerprints.unknown_source(policy.model) is None
 
 
+@LEROBOT_ONLY
 def test_another_source_is_named(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {version: dict(table) for version, table in fingerprints.KNOWN.items()}
     for table in known.values():
@@ -121,6 +124,7 @@ def test_another_source_is_named(policy: Any, monkeypatch: pytest.MonkeyPatch) -
     assert reason is not None and "apply_rope" in reason and "0.6.1" in reason
 
 
+@LEROBOT_ONLY
 def test_functions_of_two_versions_do_not_mix(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table = next(
         t for t in fingerprints.KNOWN.values() if fingerprints.digest(_rope(policy)) == t["apply_rope"]

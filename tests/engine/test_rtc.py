@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.testing import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
-from .conftest import chunk, rel_l2
+from .conftest import LEROBOT_ONLY, chunk, make_policy, rel_l2
 
 rtc = pytest.importorskip("lerobot.policies.rtc.configuration_rtc")
 SCHEDULES = ["ZEROS", "ONES", "LINEAR", "EXP"]
@@ -105,6 +105,7 @@ def test_runs_under_inference_mode() -> None:
         assert torch.equal(chunk(fast, observation, noise, **kwargs), wanted)
 
 
+@LEROBOT_ONLY
 @pytest.mark.parametrize(
     ("kwargs", "error"),
     [

@@ -161,6 +161,20 @@ def test_empty_batches_and_queries_give_empty_results():
         assert cpu.attention(torch.randn(shape), keys, keys).shape == shape
 
 
+def test_overlap_is_judged_by_the_memory_that_views_reach():
+    q, k = torch.randn(1, 7, 2, 8), torch.randn(1, 19, 2, 8)
+    memory = torch.ones(4096, dtype=torch.uint8)
+    # Expanded over seven queries, the mask still owns 19 bytes; the output right behind it is free.
+    mask = memory[:19].view(torch.bool)[None, None].expand(1, 7, 19)
+    out = memory[64 : 64 + q.nbytes].view(torch.float32).view(q.shape)
+    assert torch.equal(cpu.attention(q, k, k, mask, out=out), cpu.attention(q, k, k))
+    # A view of every fourth key reaches four times as far as it has elements.
+    cache = torch.zeros(1, 4 * 19, 2, 8)
+    inside = cache.flatten()[2 * k.numel() : 2 * k.numel() + q.numel()].view(q.shape)
+    with pytest.raises(ValueError, match=r"out\[0\] overlaps another tensor"):
+        cpu.attention(q, cache[:, ::4], k, out=inside)
+
+
 def test_wrong_arguments_are_named():
     args = inputs(sizes(2, 7, 19, 6, 2, 24), torch.float32)
     q, k = args["q"], args["k"]
