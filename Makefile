@@ -4,6 +4,7 @@
 #   make demo ARGS="--precision bf16"     make test ARGS="-k patch"
 
 VENV    := .venv
+ALONE   := .venv-standalone
 STAMP   := $(VENV)/.smolvla_fast
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -path '*/__pycache__/*')
 PIP     := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
@@ -11,14 +12,25 @@ PIP     := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --n
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 ARGS    ?=
 
-.PHONY: demo test lint bench gpu-report venv clean
+.PHONY: demo test lint bench gpu-report venv venv-standalone clean
 .DELETE_ON_ERROR:
 
 demo: venv
 	$(VENV)/bin/smolvla-fast demo $(ARGS)
 
 test: venv
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 SMOLVLA_FAST_PYTHONS=$(wildcard $(ALONE)/bin/python) $(VENV)/bin/python -m pytest $(ARGS)
+
+# A Python 3.10 or 3.11 with torch and transformers and no LeRobot: where our own SmolVLA has to stand alone.
+venv-standalone: $(ALONE)/.ready
+
+$(ALONE)/.ready:
+	@python=$$(scripts/find_python.sh 11 10) || exit 1; \
+	echo "Creating $(ALONE) with $$python: torch and transformers, no LeRobot."; \
+	"$$python" -m venv --clear $(ALONE)
+	@$(ALONE)/bin/python -m pip install -qq --disable-pip-version-check --upgrade pip
+	@$(ALONE)/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0 transformers safetensors numpy pillow
+	@touch $@
 
 lint: venv
 	$(VENV)/bin/ruff check

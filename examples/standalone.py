@@ -4,9 +4,10 @@ import sys
 
 import numpy as np
 
+import smolvla_fast
 from smolvla_fast.smolvla import SmolVLAPolicy, make_pre_post_processors, prepare_observation_for_inference
 
-policy = SmolVLAPolicy.from_pretrained(sys.argv[1])
+policy = smolvla_fast.patch(SmolVLAPolicy.from_pretrained(sys.argv[1]))
 preprocess, postprocess = make_pre_post_processors(policy.config, sys.argv[1])
 rng = np.random.default_rng(0)  # stands in for cameras and encoders
 cameras = [key for key in policy.config.image_features if "empty_camera" not in key]

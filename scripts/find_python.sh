@@ -1,8 +1,8 @@
 #!/bin/sh
 # Prints the best Python here for this project: 3.12 first, as LeRobot 0.6 needs it, then its neighbours.
-# A candidate must run: the shim of a version manager may exist and still refuse.
+# Arguments, if any, are the minor versions to try instead, best first. A candidate must run: the shim of a version manager may exist and still refuse.
 usable='import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, int(sys.argv[1])))'
-for minor in 12 13 11 10 14; do
+for minor in ${*:-12 13 11 10 14}; do
     for candidate in "python3.$minor" "$HOME"/.pyenv/versions/3.$minor*/bin/python "/usr/bin/python3.$minor" \
         "/usr/local/bin/python3.$minor" "/opt/homebrew/bin/python3.$minor" python3 python; do
         if "$candidate" -c "$usable" "$minor" >/dev/null 2>&1; then

@@ -173,10 +173,17 @@ def _run_example(python: str, folder: Path, out: Path, extra: dict[str, str] | N
 
 
 def test_standalone_example_where_lerobot_cannot_be_imported(lerobot_checkpoint, tmp_path):
-    """Raw frames, state and task to an action in the robot's units, the very one that LeRobot takes."""
+    """Raw frames, state and task to an action in the robot's units: unpatched, the very one that LeRobot takes.
+
+    Patched, the engine adds up in another order; 1e-5 as in the test below.
+    """
     folder, wanted = lerobot_checkpoint
-    action = _run_example(sys.executable, folder, tmp_path / "action.pt")
+    out = tmp_path / "action.pt"
+    action = _run_example(sys.executable, folder, out, {"SMOLVLA_FAST_DISABLE": "1"})
     assert action.shape == (1, 6) and torch.equal(action, wanted)
+    patched = _run_example(sys.executable, folder, out)
+    torch.testing.assert_close(patched, wanted, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(patched, wanted), "the engine did not serve it"
 
 
 def test_standalone_example_is_ten_lines():
