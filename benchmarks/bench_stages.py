@@ -7,7 +7,7 @@ import pytest
 from benchmarks.account import stage_costs
 from benchmarks.conftest import rounds
 from benchmarks.gate import check_chunk, timed
-from smolvla_fast.cli.measure import percentile
+from smolvla_fast.cli.measure import summary
 from smolvla_fast.precision import TIERS
 from smolvla_fast.timing import stage_times
 
@@ -36,13 +36,7 @@ def test_stages(benchmark, subject, patched, ceilings, pytestconfig, variant):
     measured = found[1:]  # without the warm-up
     dtype = subject.compute_dtype(variant)
     language = batch["observation.language.tokens"].shape[1]
-    stages = {
-        stage: {
-            f"p{share}_ms": percentile([times[stage] for times in measured], share / 100)
-            for share in (50, 95, 99)
-        }
-        for stage in measured[0]
-    }
+    stages = {stage: summary([times[stage] for times in measured]) for stage in measured[0]}
     for stage, cost in stage_costs(subject.policy.model, CAMERAS, language, dtype.itemsize).items():
         floor_ms = ceilings.floor_ms(cost.flops, cost.bytes, dtype)
         stages[stage].update(

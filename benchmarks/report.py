@@ -12,6 +12,10 @@ from smolvla_fast.cli.console import milliseconds
 
 # Below this many rounds the highest percentiles are the slowest round; a table would claim too much.
 TAIL_ROUNDS = 20
+# An idle machine keeps the median of a chunk within a few per cent of the best round. Beyond this something else ran
+# meanwhile, and a ratio would say more about that than about the policy.
+UNSTEADY = 1.25
+UNSTEADY_MARK = "†"
 
 
 def write(data: dict[str, Any], stem: Path) -> list[Path]:
@@ -72,21 +76,41 @@ def groups(benches: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def unsteady(bench: dict[str, Any]) -> bool:
+    return bench["p50_ms"] > UNSTEADY * bench["min_ms"]
+
+
+def ratio(baseline: dict[str, Any] | None, bench: dict[str, Any]) -> str:
+    """How many times faster than the baseline; a dash where there is none or other work disturbed one of the two."""
+    if baseline is None or unsteady(baseline) or unsteady(bench):
+        return "–"
+    return f"{baseline['p50_ms'] / bench['p50_ms']:.2f}x"
+
+
+def footnote(benches: list[dict[str, Any]]) -> str:
+    if not any(map(unsteady, benches)):
+        return ""
+    return (
+        f"\n\n{UNSTEADY_MARK} unsteady: the median is more than {UNSTEADY:g} times the best round, so other work "
+        "disturbed it; no ratio is given."
+    )
+
+
 def chunks(data: dict[str, Any]) -> str:
     parts = []
     for group, benches in groups(suite(data, "chunk")).items():
-        stock = next((bench["p50_ms"] for bench in benches if bench["variant"] == "stock"), None)
+        stock = next((bench for bench in benches if bench["variant"] == "stock"), None)
         rows = [
             [
                 bench["variant"],
-                milliseconds(bench["p50_ms"]),
+                milliseconds(bench["p50_ms"]) + UNSTEADY_MARK * unsteady(bench),
                 milliseconds(bench["min_ms"]),
                 *(
                     milliseconds(bench[f"p{p}_ms"]) if bench["rounds"] >= TAIL_ROUNDS else "–"
                     for p in (95, 99)
                 ),
                 f"{1000 / bench['p50_ms']:.2f}",
-                f"{stock / bench['p50_ms']:.2f}x" if stock else "–",
+                ratio(stock, bench),
                 f"{bench['share_of_floor']:.0%}",
                 f"{bench['rel_l2']:.1e}",
                 f"{bench['max_abs']:.1e}",
@@ -107,7 +131,7 @@ def chunks(data: dict[str, Any]) -> str:
             "max abs",
             "rounds",
         ]
-        parts.append(f"{group.removeprefix('chunk: ')}\n\n{table(columns, rows)}")
+        parts.append(f"{group.removeprefix('chunk: ')}\n\n{table(columns, rows)}{footnote(benches)}")
     return "\n\n".join(parts)
 
 
@@ -121,7 +145,7 @@ def stages(data: dict[str, Any]) -> str:
                 p50, total = figures["p50_ms"], bench["stages"]["total"]["p50_ms"]
                 rows.append([
                     bench["variant"], stage, milliseconds(p50), f"{p50 / total:.0%}",
-                    f"{stock[stage]['p50_ms'] / p50:.2f}x" if stock else "–",
+                    ratio(stock and stock[stage], figures),
                     *(("–", "–", "–") if "floor_ms" not in figures else (
                         f"{figures['flops'] / 1e9:,.1f}", milliseconds(figures["floor_ms"]),
                         f"{figures['share_of_floor']:.0%}",
@@ -136,16 +160,16 @@ def ops(data: dict[str, Any]) -> str:
     benches = suite(data, "ops")
     if not benches:
         return ""
-    eager = {bench["group"]: bench["p50_ms"] for bench in benches if bench["backend"] == "reference"}
+    eager = {bench["group"]: bench for bench in benches if bench["backend"] == "reference"}
     rows = [
         [
             bench["op"],
             " ".join(f"{name}={value}" for name, value in bench["case"].items()),
             bench["dtype"],
             bench["backend"],
-            f"{bench['p50_ms'] * 1e3:,.0f}",
+            f"{bench['p50_ms'] * 1e3:,.0f}" + UNSTEADY_MARK * unsteady(bench),
             f"{bench['min_ms'] * 1e3:,.0f}",
-            f"{eager[bench['group']] / bench['p50_ms']:.2f}x" if bench["group"] in eager else "–",
+            ratio(eager.get(bench["group"]), bench),
             f"{bench['gflops_per_s']:,.0f}",
             f"{bench['gbytes_per_s']:,.1f}",
             f"{bench['share_of_floor']:.0%}",

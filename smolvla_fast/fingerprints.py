@@ -104,6 +104,8 @@ KNOWN: dict[str, dict[str, str]] = {
 @cache
 def digest(function: Callable[..., Any]) -> str:
     """First 12 hex digits of the SHA-256 of a function's source, without docstrings, comments and white space."""
+    if hasattr(function, "__wrapped__"):
+        return "wrapped"  # its source is the inner function's, what it does is not
     try:
         source = textwrap.dedent(inspect.getsource(function))
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
@@ -133,11 +135,11 @@ def _functions(model: Any, rtc: Any | None) -> dict[str, Callable[..., Any]]:
         for name in names if owner is not None else ():
             method = owner.__dict__.get(name) or _stock_attribute(type(owner), name)
             if method is not None:
-                method = inspect.unwrap(getattr(method, "__func__", method))
+                method = getattr(method, "__func__", method)
                 found[f"{label}.{name}"] = method
                 for helper in FUNCTIONS:
                     if helper in getattr(method, "__globals__", {}):
-                        found[helper] = inspect.unwrap(method.__globals__[helper])
+                        found[helper] = method.__globals__[helper]
     return found
 
 

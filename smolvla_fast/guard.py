@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .backends import reference_ops
-from .fingerprints import unknown_source
+from .fingerprints import MODEL_METHODS, PAIR_METHODS, unknown_source
 from .reference.layer_norm import layer_norm
 from .reference.linear import linear
 from .reference.norm_swiglu import norm_swiglu
@@ -29,14 +29,22 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def model_reason(model: Any) -> str | None:
     """Why this model is outside the engine's range, or None. Reads structure only; cheap enough for every call."""
-    return _source_reason(model) or _structure_reason(model) or _hook_reason(model) or _dtype_reason(model)
+    try:
+        return (
+            _source_reason(model) or _structure_reason(model) or _hook_reason(model) or _dtype_reason(model)
+        )
+    except Exception as error:  # whatever a foreign structure raises here, stock may well run it
+        return f"the structure is not SmolVLA's: {error!r}"
 
 
 def _source_reason(model: Any) -> str | None:
     pair = model.vlm_with_expert
-    for owner in (model, pair):
-        if "sample_actions" in owner.__dict__ or "forward" in owner.__dict__:
-            return f"{type(owner).__name__} has a method replaced on the instance (torch.compile does this)"
+    for owner, names in ((model, MODEL_METHODS), (pair, PAIR_METHODS)):
+        replaced = [name for name in (*names, "forward") if name in owner.__dict__]
+        if replaced:
+            return (
+                f"{type(owner).__name__}.{replaced[0]} is replaced on the instance (torch.compile does this)"
+            )
     return unknown_source(model, getattr(model, "rtc_processor", None))
 
 
@@ -52,16 +60,53 @@ def _structure_reason(model: Any) -> str | None:
             f"{pair.num_attention_heads} query heads are no multiple of {pair.num_key_value_heads} KV heads"
         )
     for name, module in _parts(pair):
-        if type(module) not in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Embedding):
-            return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not the plain module (an adapter?)"
+        plain = type(module) in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Embedding)
+        if not plain or type(module.weight) not in (nn.Parameter, Tensor):
+            kind = type(module) if not plain else type(module.weight)
+            return f"{name} is a {kind.__module__}.{kind.__qualname__}, not the plain module (an adapter?)"
+        if not module.weight.is_contiguous():
+            return f"{name}.weight is not contiguous; call .contiguous() on it"
     for name, module in _parts(pair, decoder_only=True):
         if module.bias is not None:
             return f"{name} has a bias, which the kernels do not add"
-    for stack in (text, expert):
-        kinds = {(type(x.input_layernorm), type(x.post_attention_layernorm), type(x.mlp)) for x in stack}
-        if len(kinds) > 1:
-            return "the layers of a stack are not all of one kind"
+    vision = pair.get_vlm_model().vision_model
+    for label, stack in (("vision", vision.encoder.layers), ("text", text), ("expert", expert)):
+        first = _code(stack[0])
+        for i, layer in enumerate(stack):
+            if _code(layer) != first:
+                return f"{label} layer {i} is not like layer 0: they are not all of one kind"
+    if type(pair.lm_expert.norm) is not type(expert[0].input_layernorm):
+        return f"the expert's final norm is a {type(pair.lm_expert.norm).__qualname__}, not the norm of its layers"
+    for name, module in (("vision_model", vision), ("vision_model.encoder", vision.encoder)):
+        if not _from_library(type(module).forward):
+            return f"{name} is a {type(module).__qualname__} with a forward of its own"
     return None
+
+
+_OWN = {"training", "layer_idx", "in_features", "out_features"}
+"""What may differ from layer to layer: the expert's cross layers have other widths, and each knows its number."""
+
+
+def _code(module: Any) -> tuple[Any, ...]:
+    """What a module and its submodules would compute: classes, their ``forward``, and plain settings such as a scale."""
+    found: list[Any] = []
+    for name, each in module.named_modules():
+        settings = tuple(
+            # Bound methods differ from object to object; what they are does not.
+            (key, getattr(value, "__qualname__", repr(type(value))) if callable(value) else value)
+            for key, value in vars(each).items()
+            if key not in _OWN
+            and key[0] != "_"
+            and (isinstance(value, bool | int | float | str) or callable(value))
+        )
+        found.append((name, type(each), type(each).forward, settings, getattr(each, "bias", None) is None))
+    return tuple(found)
+
+
+def _from_library(function: Any) -> bool:
+    """Whether a function is transformers' or ours, wrappers by others not excepted."""
+    source = function.__code__.co_filename.replace("\\", "/")
+    return "/transformers/" in source or "/smolvla_fast/" in source or "/torch/" in source
 
 
 def _parts(pair: Any, decoder_only: bool = False) -> Iterable[tuple[str, Any]]:
@@ -121,7 +166,7 @@ def _dtype_reason(model: Any) -> str | None:
         "action_out_proj",
     ):
         module = getattr(model, name)
-        if type(module) is not nn.Linear:
+        if type(module) is not nn.Linear or module.bias is None:
             return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not the plain module (an adapter?)"
         if module.weight.dtype is not torch.float32:
             return f"{name} is {module.weight.dtype}; stock feeds it float32, and so do we"
@@ -131,6 +176,7 @@ def _dtype_reason(model: Any) -> str | None:
 def call_reason(
     model: Any,
     images: Sequence[Tensor],
+    image_masks: Sequence[Tensor],
     tokens: Tensor,
     token_masks: Tensor,
     state: Tensor,
@@ -148,6 +194,8 @@ def call_reason(
             return "autograd is on: wrap the call in torch.no_grad() unless you want gradients"
     shapes = {tuple(image.shape) for image in images}
     embeddings = model.vlm_with_expert.get_vlm_model().vision_model.embeddings
+    if not images or len(images) != len(image_masks):
+        return f"{len(images)} images with {len(image_masks)} masks"
     if len(shapes) != 1:
         return f"cameras of different shapes after preparation: {sorted(shapes)}"
     shape = shapes.pop()
@@ -160,6 +208,12 @@ def call_reason(
         return "state, tokens or masks of another rank than stock's usual ones"
     if {shape[0], tokens.shape[0]} != {batch}:
         return f"batch sizes differ: images {shape[0]}, tokens {tokens.shape[0]}, state {batch}"
+    if any(mask.dtype is not torch.bool or tuple(mask.shape) != (batch,) for mask in image_masks):
+        return "image masks of another shape than [batch] or another dtype than bool"
+    if token_masks.dtype is not torch.bool:
+        return f"language masks of dtype {token_masks.dtype}; accepted is bool"
+    if model.config.num_steps < 1:
+        return f"num_steps={model.config.num_steps}; accepted is 1 or more"
     wanted = (batch, model.config.chunk_size, model.action_in_proj.weight.shape[1])
     if noise is not None and (tuple(noise.shape) != wanted or noise.dtype is not torch.float32):
         return f"noise {tuple(noise.shape)} {noise.dtype}; accepted is {wanted} float32"
@@ -174,6 +228,13 @@ def probe(model: Any, exact: bool) -> str | None:
     exact  the ``exact`` tier: bits must be equal. Else a relative difference up to 1e-2 passes: a transformers release
            that reorders roundings stays far below (bf16 rounds at 4e-3), one that computes something else far above.
     """
+    try:
+        return _probe(model, exact)
+    except Exception as error:  # whatever a foreign module raises on a plain input, stock may well run it
+        return f"the modules are not SmolVLA's: {error!r}"
+
+
+def _probe(model: Any, exact: bool) -> str | None:
     pair = model.vlm_with_expert
     vlm = pair.get_vlm_model()
     with torch.no_grad():
@@ -191,20 +252,15 @@ def probe(model: Any, exact: bool) -> str | None:
 
 
 def probed_code(model: Any) -> tuple[Any, ...]:
-    """What ``probe`` has run: a replaced class or a patched ``forward`` gives another value, and asks for another run."""
-    vlm = model.vlm_with_expert.get_vlm_model()
-    layer = vlm.vision_model.encoder.layers[0]
-    modules = [
-        vlm.vision_model.embeddings,
-        layer.mlp,
-        layer.self_attn,
-        layer,
-        vlm.vision_model,
-        vlm.connector,
-    ]
-    for stack in (vlm.text_model, model.vlm_with_expert.lm_expert):
-        modules += [stack.layers[0].input_layernorm, stack.layers[0].mlp]
-    return tuple(type(module).forward for module in modules)
+    """What ``probe`` has run: a replaced class, a patched ``forward`` or another setting asks for another run."""
+    pair = model.vlm_with_expert
+    vlm = pair.get_vlm_model()
+    stacks = (vlm.vision_model.encoder, vlm.text_model, pair.lm_expert)
+    return (
+        *(_code(stack.layers[0]) for stack in stacks),
+        _code(vlm.vision_model.embeddings),
+        _code(vlm.connector),
+    )
 
 
 def _ramp(*shape: int, like: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Engine:
         with torch.no_grad():
             observation = prepare_observation(
                 images, image_masks, tokens, token_masks, state,
-                stock_order=exact, max_language=config.tokenizer_max_length,
+                stock_order=exact, keep_cameras=model.add_image_special_tokens, max_language=config.tokenizer_max_length,
             )  # fmt: skip
             with section("vision"):
                 image_tokens: list[Tensor] = []
@@ -72,7 +72,7 @@ class Engine:
                     image_ends=_image_ends(model), length=model.prefix_length if exact else 0,
                     dtype=None if exact else torch.float32,
                 )  # fmt: skip
-                expert = read_expert_layers(pair, self._cast)
+                expert = read_expert_layers(pair, self._cast, self._widen)
                 kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert)
             with section("denoise"):
                 times = _time_embeddings(config, dims.expert_width, state.shape[0], noise.device)
@@ -81,6 +81,15 @@ class Engine:
     def _cast(self, matrix: Tensor) -> Tensor:
         dtype = self.tier.gemm_dtype
         return matrix if dtype is None or matrix.dtype is dtype else matrix.to(dtype)
+
+    def _widen(self, matrix: Tensor) -> Tensor:
+        """For matrices that no tier narrows: the expert's cross K/V, fp32 in LeRobot's bf16 layout."""
+        return self._cast(matrix) if self.tier.gemm_dtype is torch.float32 else matrix
+
+    @property
+    def bytes(self) -> int:
+        """What the engine holds between chunks: position ids of the patches, and no weights."""
+        return sum(ids.nbytes for ids in self._positions.values())
 
     def _patch_positions(self, vlm: Any, images: Tensor) -> Tensor:
         key = (images.shape[-1], vlm.vision_model.embeddings.patch_embedding.weight.dtype)

@@ -51,7 +51,8 @@ class Status:
     precision      the tier: "exact", "fp32" or "bf16"        backend  who computes        stages  stage -> backend
     calls_fast     chunks served by the engine                calls_stock  chunks served by stock
     last_fallback  why stock ran the last time it did, or None
-    graphs         captured CUDA graphs                       extra_bytes  bytes held beyond the policy's own
+    graphs         captured CUDA graphs
+    extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, and no weights
     """
 
     active: bool = False
@@ -144,7 +145,10 @@ class _Accelerated:
     ) -> Tensor:
         """As the stock method, computed by the engine where ``guard`` allows it."""
         runtime = _runtime(self)
-        reason = runtime.reason(self) or call_reason(self, images, lang_tokens, lang_masks, state, noise)
+        images, img_masks = list(images), list(img_masks)
+        reason = runtime.reason(self) or call_reason(
+            self, images, img_masks, lang_tokens, lang_masks, state, noise
+        )
         reason = reason or _guidance_reason(self, kwargs)
         if reason is not None:
             runtime.fell_back(reason)
@@ -155,6 +159,7 @@ class _Accelerated:
             shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
             noise = self.sample_noise(shape, state.device)
         engine = runtime.prepare(self)
+        noise = noise.contiguous()
         guidance = _guidance(self, kwargs, noise)
         chunk = engine.act(self, images, img_masks, lang_tokens, lang_masks, state, noise, guidance)
         with runtime.lock:
@@ -189,6 +194,8 @@ def _guidance_reason(model: Any, kwargs: dict[str, Any]) -> str | None:
     if processor is None or kwargs.get("inference_delay") is None:
         return "RTC without a processor or an inference_delay: stock raises its own error"
     previous = kwargs["prev_chunk_left_over"]
+    if previous.dtype is not torch.float32:
+        return f"prev_chunk_left_over is {previous.dtype}; float32 is accepted"
     if not fits(previous, model.config.chunk_size, model.config.max_action_dim):
         return f"prev_chunk_left_over {tuple(previous.shape)} does not fit into a chunk: stock raises its own error"
     return None
@@ -260,7 +267,17 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
             "smolvla_fast: on: %s on %s, backend %s for all stages", now.precision, weight.device, now.backend
         )
     if warmup is not None and warmup is not False:
-        _warm_up(found, runtime, warmup)
+        was_training = found.training
+        try:
+            if was_training:
+                found.eval()
+            _warm_up(found, runtime, warmup)
+        except Exception:
+            unpatch(policy)
+            raise
+        finally:
+            if was_training:
+                found.train()
     return policy
 
 
@@ -332,4 +349,6 @@ def status(policy: Any) -> Status:
         return Status(**counters)
     engine = runtime.prepare(model)
     name = engine.ops.backend
-    return Status(True, engine.tier.name, name, dict.fromkeys(STAGES, name), **counters)
+    return Status(
+        True, engine.tier.name, name, dict.fromkeys(STAGES, name), extra_bytes=engine.bytes, **counters
+    )

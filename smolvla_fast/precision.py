@@ -12,7 +12,7 @@ class Tier:
     """One named precision.
 
     gemm_dtype   dtype of the weights of vision, text and expert layers in their matrix products; None means each as it
-                 is stored. A parameter stored in another dtype is copied, and the copy checked before every chunk.
+                 is stored. A matrix stored in another dtype is converted in every chunk; no copy is kept.
     stock_order  run stock's ATen calls in stock's order, batch by batch and camera by camera: equal bits
 
     In every tier but ``exact`` the residual stream, norm statistics, softmax and accumulation are fp32. The projections
@@ -42,7 +42,7 @@ def resolve_tier(precision: str, stored: torch.dtype) -> Tier:
     """
     if precision == "auto":
         return replace(TIERS["bf16" if stored is torch.bfloat16 else "fp32"], gemm_dtype=None)
-    if precision not in TIERS:
+    if not isinstance(precision, str) or precision not in TIERS:
         accepted = ", ".join(repr(name) for name in ("auto", *TIERS))
         raise ValueError(f"precision={precision!r} is not a tier; accepted are {accepted}")
     return TIERS[precision]

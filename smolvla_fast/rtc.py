@@ -13,8 +13,10 @@ from .reference.guidance import guidance_weight, prefix_weights
 
 def fits(previous: Tensor, chunk: int, width: int) -> bool:
     """Whether what is left of the previous chunk can be padded to [B, chunk, width]; stock asserts it."""
+    if previous.ndim not in (2, 3):
+        return False
     rows, columns = previous.shape[-2:]
-    return previous.ndim in (2, 3) and rows <= chunk and columns <= width
+    return rows <= chunk and columns <= width
 
 
 def plan_guidance(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -42,30 +43,35 @@ def stage_times(policy: Any, batch: dict[str, Any], noise: Tensor) -> dict[str, 
     policy  a SmolVLA policy, patched or not        batch  as ``predict_action_chunk`` takes it; not changed
     noise   [B, S, A] fp32, so that no random state moves
 
-    A stock policy is timed by replacing three methods on the instance for the length of the call.
+    A stock policy is timed on a shallow copy that shares its weights, with three methods replaced.
     """
     clock: defaultdict[str, float] = defaultdict(float)
-    model = policy.model
+    batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+    if not hasattr(type(policy.model), "stock_class"):
+        policy = _with_stock_sections(policy)
     token = _clock.set(clock)
     try:
-        with _stock_sections(model):
-            _synchronize()
-            start = time.perf_counter()
-            policy.predict_action_chunk(dict(batch), noise=noise)
-            _synchronize()
-            total = (time.perf_counter() - start) * 1e3
+        _synchronize()
+        start = time.perf_counter()
+        policy.predict_action_chunk(batch, noise=noise)
+        _synchronize()
+        total = (time.perf_counter() - start) * 1e3
     finally:
         _clock.reset(token)
     times = {stage: clock[stage] for stage in STAGES}
     return {**times, "other": total - sum(times.values()), "total": total}
 
 
-@contextmanager
-def _stock_sections(model: Any) -> Iterator[None]:
-    if hasattr(type(model), "stock_class"):
-        yield
-        return
-    pair = model.vlm_with_expert
+def _apart(module: Any, **children: Any) -> Any:
+    """A shallow copy of a module with other children: weights are shared, namespaces are not."""
+    twin = copy.copy(module)
+    twin._modules = {**module._modules, **children}
+    return twin
+
+
+def _with_stock_sections(policy: Any) -> Any:
+    pair = _apart(policy.model.vlm_with_expert)
+    model = _apart(policy.model, vlm_with_expert=pair)
     inside_step = False
 
     def denoise_step(*args: Any, **kwargs: Any) -> Any:
@@ -84,15 +90,6 @@ def _stock_sections(model: Any) -> Iterator[None]:
         with section("vision"):
             return type(pair).embed_image(pair, *args, **kwargs)
 
-    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
-        (model, "denoise_step", denoise_step),
-        (pair, "forward", prefill),
-        (pair, "embed_image", embed_image),
-    ]
-    for owner, name, function in replaced:
-        owner.__dict__[name] = function
-    try:
-        yield
-    finally:
-        for owner, name, _ in replaced:
-            del owner.__dict__[name]
+    model.__dict__["denoise_step"] = denoise_step
+    pair.__dict__.update(forward=prefill, embed_image=embed_image)
+    return _apart(policy, model=model)

@@ -95,6 +95,9 @@ def _stock_chunk(
             if is_cross(pair, i):  # fp32 in LeRobot's bf16 layout
                 layer.self_attn.k_proj.float(), layer.self_attn.v_proj.float()
     stock = model.stock_class
+    # A shallow copy shares every weight and has a namespace of its own: the live model is not touched, so threads may
+    # go on using it.
+    model = copy.copy(model)
     velocities: list[Tensor] = []
 
     def denoise_step(*args: Any, **kwargs: Any) -> Tensor:
@@ -102,11 +105,8 @@ def _stock_chunk(
         return velocities[-1]
 
     model.__dict__["denoise_step"] = denoise_step
-    try:
-        with torch.no_grad():
-            return stock.sample_actions(model, *inputs, noise=noise.clone()), velocities
-    finally:
-        del model.__dict__["denoise_step"]
+    with torch.no_grad():
+        return stock.sample_actions(model, *inputs, noise=noise.clone()), velocities
 
 
 def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -> Report:

@@ -113,13 +113,13 @@ def read_vision_end(vlm: Any, cast: Cast) -> tuple[LayerNorm, Tensor]:
     return _layer_norm(vlm.vision_model.post_layernorm), cast(vlm.connector.modality_projection.proj.weight)
 
 
-def _decoder(layer: Any, cross: bool, cast: Cast) -> DecoderLayer:
+def _decoder(layer: Any, cross: bool, cast: Cast, cast_kv: Cast) -> DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
     return DecoderLayer(
         norm1=_norm(layer.input_layernorm),
         q=cast(attention.q_proj.weight),
-        k=attention.k_proj.weight if cross else cast(attention.k_proj.weight),
-        v=attention.v_proj.weight if cross else cast(attention.v_proj.weight),
+        k=cast_kv(attention.k_proj.weight),
+        v=cast_kv(attention.v_proj.weight),
         o=cast(attention.o_proj.weight),
         norm2=_norm(layer.post_attention_layernorm),
         gate=cast(mlp.gate_proj.weight),
@@ -131,7 +131,7 @@ def _decoder(layer: Any, cross: bool, cast: Cast) -> DecoderLayer:
 
 def read_text_layers(vlm: Any, cast: Cast) -> Iterator[DecoderLayer]:
     for layer in vlm.text_model.layers:
-        yield _decoder(layer, False, cast)
+        yield _decoder(layer, False, cast, cast)
 
 
 def is_cross(pair: Any, layer: int) -> bool:
@@ -140,9 +140,13 @@ def is_cross(pair: Any, layer: int) -> bool:
     return "cross" in pair.attention_mode and not (every > 0 and layer % every == 0)
 
 
-def read_expert_layers(pair: Any, cast: Cast) -> list[DecoderLayer]:
-    """All layers of the expert: every denoise step goes through them again."""
-    return [_decoder(layer, is_cross(pair, i), cast) for i, layer in enumerate(pair.lm_expert.layers)]
+def read_expert_layers(pair: Any, cast: Cast, cast_cross: Cast) -> list[DecoderLayer]:
+    """All layers of the expert: every denoise step goes through them again. ``cast_cross`` is for the cross K/V."""
+    crosses = [is_cross(pair, i) for i in range(len(pair.lm_expert.layers))]
+    return [
+        _decoder(layer, cross, cast, cast_cross if cross else cast)
+        for layer, cross in zip(pair.lm_expert.layers, crosses, strict=True)
+    ]
 
 
 def read_heads(model: Any) -> Heads:

@@ -153,8 +153,8 @@ def sample(rounds: int) -> dict[str, Any]:
         )  # fmt: skip
 
     stages = {
-        "vision": {"p50_ms": 30.0, "flops": 1e9, "floor_ms": 15.0, "share_of_floor": 0.5},
-        "total": {"p50_ms": 60.0},
+        "vision": {"p50_ms": 30.0, "min_ms": 29.0, "flops": 1e9, "floor_ms": 15.0, "share_of_floor": 0.5},
+        "total": {"p50_ms": 60.0, "min_ms": 59.0},
     }
     benches = [
         chunk("stock", 4000.0),
@@ -180,6 +180,15 @@ def test_report(tmp_path: Path) -> None:
 
 def test_report_claims_no_tail_from_few_rounds() -> None:
     assert "| fp32 | 1,600 | 1,599 | – | – | 0.62 |" in report.markdown(sample(rounds=3))
+
+
+def test_report_gives_no_ratio_to_a_disturbed_baseline() -> None:
+    data = sample(rounds=3)
+    assert "†" not in report.markdown(data)
+    data["benchmarks"][0]["extra_info"]["min_ms"] = 1000.0
+    text = report.markdown(data)
+    assert "| stock | 4,000† | 1,000 |" in text and "other work disturbed it" in text
+    assert "| fp32 | 1,600 | 1,599 | – | – | 0.62 | – |" in text
 
 
 def test_report_says_when_the_machine_was_busy() -> None:

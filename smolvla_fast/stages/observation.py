@@ -42,6 +42,7 @@ def prepare_observation(
     state: Tensor,
     *,
     stock_order: bool,
+    keep_cameras: bool,
     max_language: int,
 ) -> Observation:
     """Group cameras and fit the language; see the head of this file.
@@ -53,7 +54,8 @@ def prepare_observation(
         return Observation(images, image_masks, tokens, token_masks, state)
     token_masks = token_masks.to(torch.bool)
     if state.device.type == "cpu":
-        present = [i for i, mask in enumerate(image_masks) if bool(mask.any())]
+        # The special tokens around a camera are never masked, so with them even an absent camera has a say.
+        present = [i for i, mask in enumerate(image_masks) if keep_cameras or bool(mask.any())]
         images, image_masks = [images[i] for i in present], [image_masks[i] for i in present]
         used = int((token_masks.any(0).nonzero().amax() + 1) if bool(token_masks.any()) else 0)
         width = min(_round_up(used), tokens.shape[1])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -51,6 +52,7 @@ def _replaced_norm(policy: Any) -> None:
 
     for layer in policy.model.vlm_with_expert.lm_expert.layers:
         layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = Shifted
+    policy.model.vlm_with_expert.lm_expert.norm.__class__ = Shifted
 
 
 def _replaced_one_mlp(policy: Any) -> None:
@@ -71,6 +73,114 @@ def _instance_method(policy: Any) -> None:
     pair = policy.model.vlm_with_expert
     stock = pair.embed_image
     pair.embed_image = lambda image: 1.5 * stock(image)
+
+
+def _wrapped_method(policy: Any) -> None:
+    pair = policy.model.vlm_with_expert
+    stock = pair.embed_image
+    pair.embed_image = functools.wraps(stock)(lambda image: 1.5 * stock(image))
+
+
+def _wrapped_step(policy: Any) -> None:
+    stock = policy.model.denoise_step
+    policy.model.denoise_step = functools.wraps(stock)(lambda **kwargs: 1.1 * stock(**kwargs))
+
+
+def _pair(policy: Any) -> Any:
+    return policy.model.vlm_with_expert
+
+
+def _subclassed(module: Any) -> None:
+    class Scaled(type(module)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            if isinstance(out, Tensor):
+                return 1.5 * out
+            if hasattr(out, "_replace"):
+                return out._replace(last_hidden_state=1.5 * out.last_hidden_state)
+            out.last_hidden_state = 1.5 * out.last_hidden_state
+            return out
+
+    module.__class__ = Scaled
+
+
+def _final_norm(policy: Any) -> None:
+    _subclassed(_pair(policy).lm_expert.norm)
+
+
+def _vision_model(policy: Any) -> None:
+    _subclassed(_pair(policy).get_vlm_model().vision_model)
+
+
+def _vision_encoder(policy: Any) -> None:
+    _subclassed(_pair(policy).get_vlm_model().vision_model.encoder)
+
+
+def _one_vision_mlp(policy: Any) -> None:
+    _subclassed(_pair(policy).get_vlm_model().vision_model.encoder.layers[1].mlp)
+
+
+def _one_activation(policy: Any) -> None:
+    _pair(policy).lm_expert.layers[1].mlp.act_fn = nn.ReLU()
+
+
+def _every_activation(policy: Any) -> None:
+    for layer in _pair(policy).lm_expert.layers:
+        layer.mlp.act_fn = nn.ReLU()
+
+
+def _vision_scale(policy: Any) -> None:
+    for layer in _pair(policy).get_vlm_model().vision_model.encoder.layers:
+        layer.self_attn.scale *= 3
+
+
+def _connector_bias(policy: Any) -> None:
+    projection = _pair(policy).get_vlm_model().connector.modality_projection.proj
+    projection.bias = nn.Parameter(torch.ones(projection.out_features))
+
+
+def _decoder_bias(policy: Any) -> None:
+    projection = _pair(policy).lm_expert.layers[0].self_attn.o_proj
+    projection.bias = nn.Parameter(torch.ones(projection.out_features))
+
+
+def _wrapped_connector(policy: Any) -> None:
+    class Outer(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 1.5 * self.inner(x)
+
+    vlm = _pair(policy).get_vlm_model()
+    vlm.connector = Outer(vlm.connector)
+
+
+def _torch_norms(policy: Any) -> None:
+    for layer in _pair(policy).lm_expert.layers:
+        layer.input_layernorm = nn.RMSNorm(layer.input_layernorm.weight.shape[0])
+
+
+class _Subclass(Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return 1.5 * out.as_subclass(Tensor) if func is nn.functional.linear else out
+
+
+def _tensor_subclass(policy: Any) -> None:
+    projection = _pair(policy).lm_expert.layers[0].self_attn.o_proj
+    projection.weight = nn.Parameter(projection.weight.detach().as_subclass(_Subclass))
+
+
+def _head_without_bias(policy: Any) -> None:
+    policy.model.action_in_proj.bias = None
+
+
+def _strided_weight(policy: Any) -> None:
+    projection = _pair(policy).lm_expert.layers[0].self_attn.o_proj
+    projection.weight = nn.Parameter(projection.weight.detach().t().contiguous().t())
 
 
 def _subclass_of_the_model(policy: Any) -> None:
@@ -105,9 +215,25 @@ MODELS: dict[str, tuple[Callable[[Any], None], str]] = {
     "replaced linear": (_replaced_linear, "lm_expert.layers.0.self_attn.o_proj"),
     "replaced head": (_replaced_head, "action_out_proj"),
     "norm that computes something else": (_replaced_norm, "decoder norm"),
-    "one MLP of another kind": (_replaced_one_mlp, "not all of one kind"),
+    "one MLP of another kind": (_replaced_one_mlp, "expert layer 2"),
     "forward replaced on an instance": (_instance_forward, "connector has its forward replaced"),
     "method replaced on an instance": (_instance_method, "embed_image"),
+    "method replaced with functools.wraps": (_wrapped_method, "embed_image is replaced"),
+    "step replaced with functools.wraps": (_wrapped_step, "denoise_step is replaced"),
+    "final norm": (_final_norm, "final norm"),
+    "vision model": (_vision_model, "vision_model"),
+    "vision encoder": (_vision_encoder, "vision_model.encoder"),
+    "one vision MLP": (_one_vision_mlp, "vision layer 1"),
+    "one activation": (_one_activation, "expert layer 1"),
+    "every activation": (_every_activation, "decoder MLP"),
+    "vision scale": (_vision_scale, "vision layer"),
+    "connector with a bias": (_connector_bias, "the connector"),
+    "decoder linear with a bias": (_decoder_bias, "has a bias"),
+    "wrapped connector": (_wrapped_connector, "AttributeError"),
+    "torch's RMSNorm": (_torch_norms, ""),
+    "tensor subclass": (_tensor_subclass, "_Subclass"),
+    "head without a bias": (_head_without_bias, "action_in_proj"),
+    "strided weight": (_strided_weight, "not contiguous"),
     "subclass of the model": (_subclass_of_the_model, "embed_prefix"),
     "subclass with its own sampling": (_subclass_with_its_own_sampling, "sample_actions"),
     "subclass of the VLM with expert": (_subclass_of_the_pair, "eager_attention_forward"),
@@ -161,25 +287,106 @@ def _inputs(policy: Any, observation: dict[str, Tensor]) -> tuple[Any, ...]:
     return images, masks, tokens, token_masks, policy.prepare_state(observation)
 
 
-CALLS: dict[str, tuple[AbstractContextManager[Any], str]] = {
-    "autocast": (torch.autocast("cpu", dtype=torch.bfloat16), "autocast is on"),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_changed_call(
-    name: str, policy: Any, observation: dict[str, Tensor], noise: Tensor, caplog: pytest.LogCaptureFixture
+def test_autocast(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    context, reason = CALLS[name]
-    with context:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         stock = chunk(policy, observation, noise)
     smolvla_fast.patch(policy)
-    with context:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         fast = chunk(policy, observation, noise)
-    _check(policy, stock, fast, reason, caplog)
+    _check(policy, stock, fast, "autocast is on", caplog)
     assert smolvla_fast.status(policy).active
     chunk(policy, observation, noise)
     assert smolvla_fast.status(policy).calls_fast == 1
+
+
+def test_global_hook(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+    stock = chunk(policy, observation, noise)
+    smolvla_fast.patch(policy)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert torch.equal(chunk(policy, observation, noise), stock)
+    finally:
+        handle.remove()
+    assert smolvla_fast.status(policy).calls_stock == 1
+    assert "global forward hook" in smolvla_fast.status(policy).last_fallback
+
+
+def _fewer_masks(inputs: list[Any]) -> None:
+    inputs[1] = [*inputs[1], torch.ones(1, dtype=torch.bool)]
+
+
+def _integer_masks(inputs: list[Any]) -> None:
+    inputs[3] = inputs[3].long()
+
+
+def _double_noise(inputs: list[Any]) -> None:
+    inputs[5] = inputs[5].double()
+
+
+def _double_state(inputs: list[Any]) -> None:
+    inputs[4] = inputs[4].double()
+
+
+def _another_size(inputs: list[Any]) -> None:
+    inputs[0] = [nn.functional.pad(image, (0, 32, 0, 32)) for image in inputs[0]]
+
+
+def _integer_images(inputs: list[Any]) -> None:
+    inputs[0] = [image.to(torch.uint8) for image in inputs[0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_fewer_masks, "2 images with 3 masks"),
+        (_integer_masks, "language masks"),
+        (_double_noise, "noise"),
+        (_double_state, "state"),
+        (_another_size, "the vision tower is for"),
+        (_integer_images, "floating point is accepted"),
+    ],
+)
+@torch.no_grad()
+def test_unusual_arguments_do_what_stock_does(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, change: Any, reason: str
+) -> None:
+    """Same bits, or the same exception."""
+
+    def outcome() -> Any:
+        inputs = [*_inputs(policy, observation), noise]
+        change(inputs)
+        try:
+            return policy.model.sample_actions(*inputs[:5], noise=inputs[5])
+        except Exception as error:
+            return type(error)
+
+    stock = outcome()
+    smolvla_fast.patch(policy)
+    fast = outcome()
+    assert torch.equal(fast, stock) if isinstance(stock, Tensor) else fast is stock
+    assert reason in smolvla_fast.status(policy).last_fallback and smolvla_fast.status(policy).calls_fast == 0
+
+
+@torch.no_grad()
+def test_strided_noise_and_iterators_are_served(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor
+) -> None:
+    smolvla_fast.patch(policy)
+    images, masks, *rest = _inputs(policy, observation)
+    wanted = policy.model.sample_actions(images, masks, *rest, noise=noise)
+    strided = noise.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not strided.is_contiguous()
+    assert torch.equal(policy.model.sample_actions(iter(images), iter(masks), *rest, noise=strided), wanted)
+    assert smolvla_fast.status(policy).calls_fast == 2
+
+
+def test_a_failed_patch_leaves_the_policy_as_it_was(policy: Any) -> None:
+    cls = type(policy.model)
+    with pytest.raises(AttributeError):
+        smolvla_fast.patch(policy, warmup=5)
+    assert type(policy.model) is cls
 
 
 def test_autograd_through_sample_actions(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:

@@ -56,6 +56,14 @@ GRID: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "self_attn_every_n_layers=3": (dict(self_attn_every_n_layers=3), {}),
     "attention_mode=self_attn": (dict(attention_mode="self_attn"), {}),
     "add_image_special_tokens": (dict(add_image_special_tokens=True), {}),
+    "add_image_special_tokens, a camera absent": (
+        dict(add_image_special_tokens=True, cameras=3),
+        dict(cameras=1),
+    ),
+    "add_image_special_tokens, empty_cameras=1": (
+        dict(add_image_special_tokens=True, empty_cameras=1),
+        {},
+    ),
     "prefix_length=0": (dict(prefix_length=0), {}),
     "prefix_length longer than the prefix": (dict(prefix_length=90), {}),
     "max_state_dim, max_action_dim": (dict(max_state_dim=11, max_action_dim=7), {}),
@@ -122,9 +130,12 @@ def test_bf16_loses_no_more_than_stock_does(layout: str, precision: str) -> None
     assert 1e-4 < fast <= stock < 0.5  # bf16 rounds at 4e-3: neither free of error nor drowned in it
 
 
-def test_fp32_on_a_bf16_policy_is_fp32() -> None:
+@pytest.mark.parametrize("cross", [torch.float32, torch.bfloat16])
+def test_fp32_on_a_bf16_policy_is_fp32(cross: torch.dtype) -> None:
     """An explicit ``fp32`` computes bf16 weights in fp32: as close to the fp32 reference as an fp32 policy is."""
     policy = make_policy("tiny", layout="mixed")
+    if cross is torch.bfloat16:
+        policy.model.vlm_with_expert.to(cross)
     smolvla_fast.patch(policy, precision="fp32")
     report = smolvla_fast.verify(policy, make_observation(policy))
     assert report.rel_l2 <= FP32_BOUND
