@@ -1,4 +1,4 @@
-"""``patch(policy)``: the only file that knows LeRobot.
+"""``patch(policy)``: where LeRobot's policy and the engine meet.
 
 The seam is ``policy.model.sample_actions``, the one call whose meaning is the same from lerobot 0.3.3 to main. What lies
 above it (queues, padding, Aloha) stays stock; what lies below is computed by the engine. The policy object is not

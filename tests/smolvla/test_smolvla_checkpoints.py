@@ -367,3 +367,8 @@ def test_live_settings(backbones):
         served.append([policy.select_action(dict(batch)) for _ in range(3)])
     assert all(torch.equal(a, b) for a, b in zip(*served, strict=True))
     assert isinstance(pair.ours.config, SmolVLAConfig)
+
+
+def test_readme_shows_the_standalone_example():
+    code = (ROOT / "examples/standalone.py").read_text().split('"""\n', 2)[-1].strip()
+    assert code in (ROOT / "README.md").read_text()
