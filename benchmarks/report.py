@@ -45,7 +45,8 @@ def markdown(data: dict[str, Any], chart: str | None = None) -> str:
 def header(facts: dict[str, Any]) -> str:
     rows = [
         ("machine", facts["machine"]),
-        ("processor", f"{facts['cpu']} ({', '.join(facts['cpu_features'])}), {facts['threads']} threads"),
+        ("processor", ", ".join(filter(None, [facts["cpu"], facts.get("cpu_model"), *facts["cpu_features"]]))),
+        ("threads", facts["threads"]),
         ("versions", ", ".join(f"{name} {facts.get(f'{name}_version') or 'none'}" for name in
                                ("smolvla_fast", "lerobot", "torch", "transformers", "triton", "python"))),
         ("commit", facts["commit"] or "not a checkout"),
@@ -77,7 +78,7 @@ def groups(benches: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def unsteady(bench: dict[str, Any]) -> bool:
-    return bench["p50_ms"] > UNSTEADY * bench["min_ms"]
+    return bench["p50_ms"] > UNSTEADY * bench.get("min_ms", bench["p50_ms"])
 
 
 def ratio(baseline: dict[str, Any] | None, bench: dict[str, Any]) -> str:

@@ -57,12 +57,13 @@ def show(found: dict[str, Any], console: Console) -> None:
     rows = [[name, version or "not installed"] for name, version in found["versions"].items()]
     console.table("Versions", ["package", "version"], rows, left=2)
 
+    processor = found["cpu"] + (f" ({found['cpu_model']})" if found["cpu_model"] else "")
     cards = [
         f"{card['name']}, compute capability {card['compute_capability']}, {card['bytes'] / 2**30:.0f} GiB"
         for card in found["gpus"]
     ]
     rows = [
-        ["processor", f"{found['cpu']}, {found['cores']} cores, torch uses {found['threads']} threads"],
+        ["processor", f"{processor}, {found['cores']} cores, torch uses {found['threads']} threads"],
         ["features", ", ".join(found["cpu_features"]) or "unknown"],
         ["GPU", "; ".join(cards) or "none that torch can use"],
         ["driver", found["driver"] or "none"],

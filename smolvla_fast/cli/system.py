@@ -104,6 +104,18 @@ def machine() -> str:
     return cards[0]["name"] if cards else f"{extension.cpu_name()}, {os.cpu_count()} cores"
 
 
+def cpu_model() -> str | None:
+    """The processor's family and model numbers: virtual machines often give one name to several generations."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.replace("\t", "").split(":", 1) for line in reversed(lines) if ":" in line)
+    if "cpu family" not in fields:
+        return None
+    return f"family {fields['cpu family'].strip()}, model {fields['model'].strip()}"
+
+
 def load() -> float | None:
     """Processes that wanted a core in the last minute, on average; None where the system does not count them."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -126,6 +138,7 @@ def facts() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
         "cpu": extension.cpu_name(),
+        "cpu_model": cpu_model(),
         "cpu_features": extension.cpu_features(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
