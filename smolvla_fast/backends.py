@@ -42,6 +42,7 @@ def reference_ops() -> Ops:
 
     return Ops(
         backend="reference",
+        single_launch=False,
         patch_embed=patch_embed.patch_embed,
         layer_norm=layer_norm.layer_norm,
         linear=linear.linear,
@@ -66,6 +67,7 @@ def _torch() -> Ops:
 
     return Ops(
         backend="torch",
+        single_launch=False,
         patch_embed=vision.patch_embed,
         layer_norm=vision.layer_norm,
         linear=linear.linear,

@@ -30,14 +30,13 @@ DTYPES = (torch.float32, torch.bfloat16)
 def model_reason(model: Any) -> str | None:
     """Why this model is outside the engine's range, or None. Reads structure only; cheap enough for every call."""
     try:
-        return (
-            _source_reason(model) or _structure_reason(model) or _hook_reason(model) or _dtype_reason(model)
-        )
+        return source_reason(model) or _structure_reason(model) or _hook_reason(model) or _dtype_reason(model)
     except Exception as error:  # whatever a foreign structure raises here, stock may well run it
         return f"the structure is not SmolVLA's: {error!r}"
 
 
-def _source_reason(model: Any) -> str | None:
+def source_reason(model: Any) -> str | None:
+    """Why the code around this model is not what the engine stands in for, or None."""
     pair = model.vlm_with_expert
     for owner, names in ((model, MODEL_METHODS), (pair, PAIR_METHODS)):
         replaced = [name for name in (*names, "forward") if name in owner.__dict__]

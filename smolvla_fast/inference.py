@@ -3,31 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backends import select
 from .dims import read_dims
+from .graphs import GraphCache, driver_for
+from .nested import flatten
 from .precision import Tier
-from .reference.euler_step import Guidance
 from .reference.time_embedding import time_embedding
+from .rtc import Guidances
 from .stages.denoise import denoise
-from .stages.observation import prepare_observation
+from .stages.observation import Observation, prepare_observation
 from .stages.prefix import embed_prefix, fill_prefix
 from .stages.vision import encode_images, patch_positions
-from .timing import section
+from .timing import is_timed, section
 from .weights import read_expert_layers, read_heads
 
 
-class Engine:
-    """Computes action chunks for one model in one tier. Holds no weights: they are read from the model at each call."""
+class Inputs(NamedTuple):
+    """All that one chunk is computed from besides the weights: tensors on the model's device, ready for device work.
 
-    def __init__(self, tier: Tier, backend: str, device: torch.device) -> None:
+    noise       [B, S, A] fp32
+    guidance    where real-time chunking is on
+    image_ends  token ids before and after each camera, where the checkpoint asks for them
+    """
+
+    observation: Observation
+    noise: Tensor
+    guidance: Guidances | None
+    image_ends: tuple[Tensor, Tensor] | None
+
+
+class Engine:
+    """Computes action chunks for one model in one tier. Holds no weights: they are read from the model at each call.
+
+    graphs   the captured chunks, or None where nothing is captured (a CPU, or graphs switched off)
+    """
+
+    def __init__(self, tier: Tier, backend: str, device: torch.device, capture: bool = True) -> None:
         self.tier = tier
         self.ops = select(backend, device, tier.stock_order)
+        driver = driver_for(device) if capture else None
+        self.graphs = None if driver is None else GraphCache(driver)
         self._positions: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._layers = 0
 
     def act(
         self,
@@ -38,7 +60,7 @@ class Engine:
         token_masks: Tensor,
         state: Tensor,
         noise: Tensor,
-        guidance: Sequence[Guidance] | None = None,
+        guidance: Guidances | None = None,
         *,
         watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
@@ -47,36 +69,59 @@ class Engine:
         model        a ``VLAFlowMatching``, LeRobot's or ours
         images       C of [B, 3, side, side] in [-1, 1]      image_masks  C of [B] bool
         tokens       [B, T] token ids      token_masks  [B, T] bool      state  [B, R]      noise  [B, S, A] fp32
-        guidance     one a step where real-time chunking is on
+        guidance     where real-time chunking is on
         watch        called with (x, v) after every step
         returns      [B, S, A] fp32, a fresh tensor
+        raises       ``graphs.CaptureFailed`` where this shape of call cannot be captured
         replaces     ``sample_actions`` of LeRobot's ``VLAFlowMatching``
+
+        On a GPU the whole chunk is one captured graph; a watched or timed chunk runs the same ops one by one.
         """
+        inputs = Inputs(
+            prepare_observation(
+                images, image_masks, tokens, token_masks, state,
+                stock_order=self.tier.stock_order,
+                keep_cameras=model.add_image_special_tokens,
+                max_language=model.config.tokenizer_max_length,
+            ),
+            noise,
+            guidance,
+            _image_ends(model, state.device),
+        )  # fmt: skip
+        if self.graphs is None or watch is not None or is_timed():
+            return self._chunk(model, inputs, watch)
+        tensors, rebuild = flatten(inputs)
+        # The rest of what the captured work depends on; shapes and dtypes of the inputs are the cache's affair.
+        config = model.config
+        key = (config.num_steps, config.min_period, config.max_period, model.prefix_length, rebuild.key)
+        return self.graphs.run(key, tensors, lambda statics: self._chunk(model, rebuild(statics)))
+
+    def _chunk(
+        self, model: Any, inputs: Inputs, watch: Callable[[Tensor, Tensor], None] | None = None
+    ) -> Tensor:
+        """The score itself: device work alone, so that it can be captured."""
         pair, config = model.vlm_with_expert, model.config
         vlm, dims, ops, exact = pair.get_vlm_model(), read_dims(model), self.ops, self.tier.stock_order
-        heads = read_heads(model)
+        heads, observation, noise = read_heads(model), inputs.observation, inputs.noise
+        batch, self._layers = observation.state.shape[0], dims.layers
         with torch.no_grad():
-            observation = prepare_observation(
-                images, image_masks, tokens, token_masks, state,
-                stock_order=exact, keep_cameras=model.add_image_special_tokens, max_language=config.tokenizer_max_length,
-            )  # fmt: skip
             with section("vision"):
                 image_tokens: list[Tensor] = []
                 for group in observation.image_groups:
                     positions = self._patch_positions(vlm, group)
                     out = encode_images(ops, vlm, self._cast, dims, group, positions)
-                    image_tokens += out.split(state.shape[0])
+                    image_tokens += out.split(batch)
             with section("prefix"):
                 embedded = embed_prefix(
                     observation, image_tokens, vlm, heads.state,
-                    image_ends=_image_ends(model), length=model.prefix_length if exact else 0,
+                    image_ends=inputs.image_ends, length=model.prefix_length if exact else 0,
                     dtype=None if exact else torch.float32,
                 )  # fmt: skip
                 expert = read_expert_layers(pair, self._cast, self._widen)
                 kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert)
             with section("denoise"):
-                times = _time_embeddings(config, dims.expert_width, state.shape[0], noise.device)
-                return denoise(ops, dims, expert, heads, kv, noise, times, guidance, watch)
+                times = _time_embeddings(config, dims.expert_width, batch, noise.device)
+                return denoise(ops, dims, expert, heads, kv, noise, times, inputs.guidance, watch)
 
     def _cast(self, matrix: Tensor) -> Tensor:
         dtype = self.tier.gemm_dtype
@@ -85,6 +130,11 @@ class Engine:
     def _widen(self, matrix: Tensor) -> Tensor:
         """For matrices that no tier narrows: the expert's cross K/V, fp32 in LeRobot's bf16 layout."""
         return self._cast(matrix) if self.tier.gemm_dtype is torch.float32 else matrix
+
+    @property
+    def step_launches(self) -> int | None:
+        """Kernel launches of one denoise step: two at its ends, five a layer; None where ops are not one launch each."""
+        return 2 + 5 * self._layers if self.ops.single_launch and self._layers else None
 
     @property
     def bytes(self) -> int:
@@ -98,8 +148,10 @@ class Engine:
         return self._positions[key]
 
 
-def _image_ends(model: Any) -> tuple[Tensor, Tensor] | None:
-    return (model.global_image_start_token, model.image_end_token) if model.add_image_special_tokens else None
+def _image_ends(model: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    if not model.add_image_special_tokens:
+        return None
+    return model.global_image_start_token.to(device), model.image_end_token.to(device)
 
 
 def _time_embeddings(config: Any, width: int, batch: int, device: torch.device) -> Tensor:

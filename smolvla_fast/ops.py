@@ -18,6 +18,8 @@ class Ops:
     """One function for each op. The stages call these and nothing else for their heavy work."""
 
     backend: str
+    single_launch: bool
+    """whether every op of a denoise step is one kernel launch"""
     patch_embed: Callable[..., Tensor]
     """vision: images -> patch tokens"""
     layer_norm: Callable[..., Tensor]
@@ -48,4 +50,4 @@ class Ops:
     """denoise: final norm + velocity + guidance + Euler"""
 
 
-NAMES = tuple(name for name in Ops.__dataclass_fields__ if name != "backend")
+NAMES = tuple(name for name in Ops.__dataclass_fields__ if name not in ("backend", "single_launch"))

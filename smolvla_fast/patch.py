@@ -9,121 +9,25 @@ one small attribute with the settings. Engines and counters live outside, so cop
 from __future__ import annotations
 
 import logging
-import os
-import threading
-from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .backends import select
-from .guard import call_reason, model_reason, probe, probed_code
+from .graphs import CaptureFailed
+from .guard import call_reason
 from .inference import Engine
 from .precision import resolve_tier
 from .rtc import fits, plan_guidance
-from .timing import STAGES
+from .runtime import DISABLE, SETTINGS, Runtime, Settings, Status, disabled, drop_runtime, runtime_of
+from .watch import Watch
 
 logger = logging.getLogger("smolvla_fast")
 
-DISABLE = "SMOLVLA_FAST_DISABLE"
-_SETTINGS = "_smolvla_fast"
-
 P = TypeVar("P")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What ``patch`` was asked for; travels with copies and pickles of the model."""
-
-    precision: str
-    backend: str
-
-
-@dataclass
-class Status:
-    """What a patched policy is doing.
-
-    active         chunks are served by the engine (False: stock runs, see last_fallback)
-    precision      the tier: "exact", "fp32" or "bf16"        backend  who computes        stages  stage -> backend
-    calls_fast     chunks served by the engine                calls_stock  chunks served by stock
-    last_fallback  why stock ran the last time it did, or None
-    graphs         captured CUDA graphs
-    extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, and no weights
-    """
-
-    active: bool = False
-    precision: str = "stock"
-    backend: str = "stock"
-    stages: dict[str, str] = field(default_factory=lambda: dict.fromkeys(STAGES, "stock"))
-    calls_fast: int = 0
-    calls_stock: int = 0
-    last_fallback: str | None = None
-    graphs: int = 0
-    extra_bytes: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-class _Runtime:
-    """Engine, counters and messages of one patched model; never copied, never pickled."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.engine: Engine | None = None
-        self.built_for: tuple[Any, ...] = ()
-        self.probed: str | None = None
-        self.calls_fast = 0
-        self.calls_stock = 0
-        self.last_fallback: str | None = None
-        self.told: set[str] = set()
-
-    def prepare(self, model: Any) -> Engine:
-        """The engine for the dtypes and device the model has now."""
-        settings: Settings = model.__dict__[_SETTINGS]
-        weight = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj.weight
-        key = (settings, weight.dtype, weight.device, probed_code(model))
-        with self.lock:
-            if self.engine is None or self.built_for != key:
-                tier = resolve_tier(settings.precision, weight.dtype)
-                self.engine = Engine(tier, settings.backend, weight.device)
-                self.probed = probe(model, exact=tier.stock_order)
-                self.built_for = key
-            return self.engine
-
-    def reason(self, model: Any) -> str | None:
-        """Why this model runs stock whatever the call, or None."""
-        if os.environ.get(DISABLE, "0") not in ("", "0"):
-            return f"{DISABLE} is set"
-        reason = model_reason(model)
-        if reason is None:
-            self.prepare(model)
-            reason = self.probed
-        return reason
-
-    def fell_back(self, reason: str) -> None:
-        with self.lock:
-            self.calls_stock += 1
-            self.last_fallback = reason
-            told = reason in self.told
-            self.told.add(reason)
-        if not told:
-            logger.warning("smolvla_fast: this chunk runs stock: %s", reason)
-
-
-_runtimes: WeakKeyDictionary[Any, _Runtime] = WeakKeyDictionary()
-_runtimes_lock = threading.Lock()
-
-
-def _runtime(model: Any) -> _Runtime:
-    with _runtimes_lock:
-        if model not in _runtimes:
-            _runtimes[model] = _Runtime()
-        return _runtimes[model]
 
 
 class _Accelerated:
@@ -144,30 +48,55 @@ class _Accelerated:
         **kwargs: Any,
     ) -> Tensor:
         """As the stock method, computed by the engine where ``guard`` allows it."""
-        runtime = _runtime(self)
+        runtime = runtime_of(self)
         images, img_masks = list(images), list(img_masks)
-        reason = runtime.reason(self) or call_reason(
-            self, images, img_masks, lang_tokens, lang_masks, state, noise
-        )
+        # On a GPU the chunk is queued first, and the model is looked through while the GPU works.
+        early = runtime.unmoved() if state.is_cuda or _CHECK_LATE else None  # a Watch, or None
+        reason = None if early is not None else runtime.reason(self)
+        reason = reason or call_reason(self, images, img_masks, lang_tokens, lang_masks, state, noise)
         reason = reason or _guidance_reason(self, kwargs)
-        if reason is not None:
-            runtime.fell_back(reason)
-            return self.stock_class.sample_actions(
-                self, images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs
-            )
-        if noise is None:
-            shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
-            noise = self.sample_noise(shape, state.device)
-        engine = runtime.prepare(self)
-        noise = noise.contiguous()
-        guidance = _guidance(self, kwargs, noise)
-        chunk = engine.act(self, images, img_masks, lang_tokens, lang_masks, state, noise, guidance)
-        with runtime.lock:
-            runtime.calls_fast += 1
-        return chunk
+        if reason is None:
+            if noise is None:
+                shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
+                noise = self.sample_noise(shape, state.device)
+            guidance = _guidance(self, kwargs, noise)
+            inputs = (images, img_masks, lang_tokens, lang_masks, state, noise.contiguous(), guidance)
+            chunk, reason = _run(runtime, self, inputs, early)
+            if chunk is not None:
+                return chunk
+        runtime.fell_back(str(reason))
+        return self.stock_class.sample_actions(
+            self, images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs
+        )
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         return _restore, (self.stock_class,), self.__dict__
+
+
+_CHECK_LATE = False
+"""For tests without a GPU: check behind the chunk on a CPU too."""
+
+
+def _run(
+    runtime: Runtime, model: Any, inputs: tuple[Any, ...], early: Watch | None
+) -> tuple[Tensor | None, str | None]:
+    """The chunk, or None and why stock has to run.
+
+    inputs  of ``Engine.act`` behind the model
+    early   what was noted of the model when it was last looked through, if that is to be done again behind the chunk
+    """
+    try:
+        chunk = runtime.prepare(model).act(model, *inputs)
+        if early is not None:
+            reason = runtime.reason(model)
+            if reason is not None:
+                return None, reason
+            if runtime.watch is not early:  # something moved: that chunk may be of before
+                chunk = runtime.prepare(model).act(model, *inputs)
+    except CaptureFailed as failure:
+        return None, str(failure)
+    runtime.served()
+    return chunk, None
 
 
 @cache
@@ -248,14 +177,14 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
     weight = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj.weight
     tier = resolve_tier(precision, weight.dtype)
     select(backend, weight.device, tier.stock_order)
-    if os.environ.get(DISABLE, "0") not in ("", "0"):
+    if disabled():
         logger.warning("smolvla_fast: off: %s is set", DISABLE)
         return policy
-    model.__dict__[_SETTINGS] = Settings(precision, backend)
+    model.__dict__[SETTINGS] = Settings(precision, backend)
     if not isinstance(model, _Accelerated):
         stock: Any = type(model)
         model.__class__ = _accelerated(stock)
-    runtime = _runtime(model)
+    runtime = runtime_of(model)
     reason = runtime.reason(model)
     if reason is not None:
         runtime.last_fallback = reason
@@ -281,7 +210,7 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
     return policy
 
 
-def _warm_up(policy: Any, runtime: _Runtime, example: Any) -> None:
+def _warm_up(policy: Any, runtime: Runtime, example: Any) -> None:
     model = policy.model
     device, config = model.state_proj.weight.device, model.config
     if example is True:
@@ -308,47 +237,28 @@ def unpatch(policy: P) -> P:
     model = find_policy(policy).model
     if isinstance(model, _Accelerated):
         model.__class__ = model.stock_class
-        del model.__dict__[_SETTINGS]
-    with _runtimes_lock:
-        _runtimes.pop(model, None)
+        del model.__dict__[SETTINGS]
+    drop_runtime(model)
     return policy
 
 
 def engine_of(model: Any) -> Engine:
     """The engine that serves a patched model."""
-    return _runtime(model).prepare(model)
+    return runtime_of(model).prepare(model)
 
 
 def refresh(policy: Any) -> None:
-    """Read the weights again. The present tiers read them at every chunk and hold no copies, so nothing is stale."""
+    """Read the weights again and forget what was captured. The present tiers read weights at every chunk and hold no
+    copies, so nothing is ever stale; a graph whose capture failed, for want of memory say, is tried again."""
     model = find_policy(policy).model
-    runtime = _runtimes.get(model)
-    if runtime is not None:
-        with runtime.lock:
-            runtime.engine = None
+    if isinstance(model, _Accelerated):
+        runtime_of(model).forget()
 
 
 def status(policy: Any) -> Status:
     """What is on, what is not and why; see ``Status``."""
     model = find_policy(policy).model
     if not isinstance(model, _Accelerated):
-        off = (
-            f"{DISABLE} is set"
-            if os.environ.get(DISABLE, "0") not in ("", "0")
-            else "the policy is not patched"
-        )
-        return Status(last_fallback=off)
-    runtime = _runtime(model)
-    reason = runtime.reason(model)
-    counters: dict[str, Any] = dict(
-        calls_fast=runtime.calls_fast,
-        calls_stock=runtime.calls_stock,
-        last_fallback=reason or runtime.last_fallback,
-    )
-    if reason is not None:
-        return Status(**counters)
-    engine = runtime.prepare(model)
-    name = engine.ops.backend
-    return Status(
-        True, engine.tier.name, name, dict.fromkeys(STAGES, name), extra_bytes=engine.bytes, **counters
-    )
+        return Status(last_fallback=f"{DISABLE} is set" if disabled() else "the policy is not patched")
+    runtime = runtime_of(model)
+    return runtime.status(runtime.reason(model))

@@ -1,14 +1,30 @@
-"""Real-time chunking as data: one ``Guidance`` a denoise step, from what the caller passes and the live config."""
+"""Real-time chunking as data, from what the caller passes and the live config."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .reference.euler_step import Guidance
 from .reference.guidance import guidance_weight, prefix_weights
+
+
+class Guidances(NamedTuple):
+    """``Guidance`` for all steps of a chunk as data: nothing in it changes a captured graph.
+
+    previous   [B, S, A]  fp32      weights  [1, S, 1]  fp32      strengths  [N]  fp32, ``guidance_weight`` of each step
+    """
+
+    previous: Tensor
+    weights: Tensor
+    strengths: Tensor
+
+    def at(self, step: int) -> Guidance:
+        """What one denoise step needs."""
+        time = 1.0 + step * (-1.0 / len(self.strengths))
+        return Guidance(self.previous, self.weights, time, self.strengths[step])
 
 
 def fits(previous: Tensor, chunk: int, width: int) -> bool:
@@ -27,7 +43,7 @@ def plan_guidance(
     shape: torch.Size,
     device: torch.device,
     steps: int,
-) -> list[Guidance]:
+) -> Guidances:
     """Guidance for every step of one chunk.
 
     config    the live ``RTCConfig``: schedule, execution_horizon, max_guidance_weight
@@ -44,12 +60,8 @@ def plan_guidance(
         padded[:, : previous.shape[1], : previous.shape[2]] = previous
         previous = padded
     schedule = config.prefix_attention_schedule
-    weights = prefix_weights(getattr(schedule, "name", schedule), delay, horizon, chunk).to(device)[
-        None, :, None
-    ]
-    dt = -1.0 / steps
-    plan = []
-    for step in range(steps):
-        time = 1.0 + step * dt
-        plan.append(Guidance(previous, weights, time, guidance_weight(time, config.max_guidance_weight)))
-    return plan
+    weights = prefix_weights(getattr(schedule, "name", schedule), delay, horizon, chunk)[None, :, None]
+    weights = weights.to(device, non_blocking=True)
+    times = (1.0 + step * (-1.0 / steps) for step in range(steps))
+    strengths = torch.stack([guidance_weight(time, config.max_guidance_weight) for time in times])
+    return Guidances(previous, weights, strengths.to(device, non_blocking=True))

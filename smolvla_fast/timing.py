@@ -18,6 +18,11 @@ STAGES = ("vision", "prefix", "denoise")
 _clock: ContextVar[defaultdict[str, float] | None] = ContextVar("smolvla_fast_clock", default=None)
 
 
+def is_timed() -> bool:
+    """Whether ``stage_times`` is running in this context: then stages run one by one, not as one graph."""
+    return _clock.get() is not None
+
+
 def _synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

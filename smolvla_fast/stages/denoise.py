@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from torch import Tensor
 from ..dims import Dims
 from ..memory import PrefixKV
 from ..ops import Ops
-from ..reference.euler_step import Guidance
 from ..reference.masks import block_mask
 from ..reference.rope import rope_tables
+from ..rtc import Guidances
 from ..weights import DecoderLayer, Heads
 
 
@@ -24,14 +24,14 @@ def denoise(
     kv: PrefixKV,
     noise: Tensor,
     times: Tensor,
-    guidance: Sequence[Guidance] | None = None,
+    guidance: Guidances | None = None,
     watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Integrate the velocity field from t = 1 (noise) to t = 0 (actions).
 
     noise     [B, S, A]  fp32, not written to
     times     [N, B, E]  time embedding of every step
-    guidance  one ``Guidance`` a step, or None
+    guidance  where real-time chunking is on
     watch     called with (x, v) after every step; for ``verify``
     returns   [B, S, A]  fp32, a fresh tensor
     replaces  ``euler_integrate`` over ``denoise_step`` of LeRobot
@@ -71,7 +71,7 @@ def denoise(
             h = ops.linear_residual(a, layer.o, h)
             a = ops.norm_swiglu(h, *layer.norm2, layer.gate, layer.up)
             h = ops.linear_residual(a, layer.down, h)
-        guide = None if guidance is None else guidance[step]
+        guide = None if guidance is None else guidance.at(step)
         x, v = ops.euler_step(h, *heads.expert_norm, *heads.action_out, x, dt, guide)
         if watch is not None:
             watch(x, v)

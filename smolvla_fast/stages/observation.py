@@ -9,7 +9,7 @@ result, so neither changes the action chunk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,7 @@ LANGUAGE_MULTIPLE = 16
 """Language widths are multiples of this, so prompts of similar length share shapes."""
 
 
-@dataclass(frozen=True)
-class Observation:
+class Observation(NamedTuple):
     """image_groups   images [n·B, 3, side, side] in [-1, 1]; one group a camera in ``exact``, else all in one
     image_masks   one [B] bool a camera            cameras  C
     tokens        [B, T]  token ids                token_masks  [B, T]  bool
@@ -53,7 +52,7 @@ def prepare_observation(
     if stock_order:
         return Observation(images, image_masks, tokens, token_masks, state)
     token_masks = token_masks.to(torch.bool)
-    if state.device.type == "cpu":
+    if _trims(state.device):
         # The special tokens around a camera are never masked, so with them even an absent camera has a say.
         present = [i for i, mask in enumerate(image_masks) if keep_cameras or bool(mask.any())]
         images, image_masks = [images[i] for i in present], [image_masks[i] for i in present]
@@ -63,6 +62,10 @@ def prepare_observation(
         width = _round_up(max(tokens.shape[1], max_language))
     groups = [torch.cat(images)] if images else []
     return Observation(groups, image_masks, _fit(tokens, width), _fit(token_masks, width), state)
+
+
+def _trims(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _round_up(width: int) -> int:

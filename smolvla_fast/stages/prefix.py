@@ -66,7 +66,7 @@ def embed_prefix(
 
     embeddings, pad_masks = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
     att_masks = torch.zeros_like(pad_masks)
-    att_masks[:, -parts[-1].shape[1] :] = True
+    att_masks[:, -parts[-1].shape[1] :].fill_(True)
     missing = length - embeddings.shape[1]
     if missing > 0:
         embeddings = F.pad(embeddings, (0, 0, 0, missing))

@@ -1,0 +1,164 @@
+"""CUDA graphs of whole chunks: captured once for each shape of call, replayed for every call of that shape.
+
+A graph reads its inputs from fixed buffers and the weights where they lie, so a replay is right as long as no parameter
+has moved (``watch.py`` asks that before, and what else has changed while the GPU works). What talks to CUDA is a
+``Driver`` of six calls; tests put one in its place that records and replays on the CPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+CAPACITY = 6
+"""Graphs kept for one policy; the one unused for longest goes first. LeRobot's callers need one or two at a time, an
+evaluation whose last batch is ragged three."""
+
+Compute = Callable[[list[Tensor]], Tensor]
+"""From the static inputs to the chunk, in device work alone: no host constants, no waiting."""
+
+
+class CaptureFailed(RuntimeError):
+    """This shape of call cannot be captured; the message says why. All memory of the attempt has been given back."""
+
+
+class Driver(Protocol):
+    """What a capture needs of a device."""
+
+    def busy(self) -> bool:
+        """Whether the caller is itself capturing: then nothing is captured or replayed inside."""
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+        """Run once to warm up, once to record. Returns the recording and its output; raises what ``run`` raises."""
+
+    def replay(self, recording: Any) -> None:
+        """Queue the recorded work behind the caller's."""
+
+    def wait(self, mark: Any) -> None:
+        """Let the caller's later work wait for a mark that another stream may have set."""
+
+    def mark(self) -> Any:
+        """A point in the caller's queue."""
+
+    def release(self) -> None:
+        """Give memory of dropped recordings back, after a failure included, and clear the device's error state."""
+
+
+@dataclass
+class Graph:
+    """One recording. bytes: its memory pool and static inputs; nodes: launches and copies in it, None where unknown."""
+
+    recording: Any
+    inputs: list[Tensor]
+    output: Tensor
+    bytes: int
+    nodes: int | None
+    done: Any = None
+
+
+_capturing = threading.Lock()
+
+
+class GraphCache:
+    """The graphs of one engine. Threads may share it: what one call queues is queued as a whole."""
+
+    def __init__(self, driver: Driver, capacity: int = CAPACITY) -> None:
+        self._driver = driver
+        self._capacity = capacity
+        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._failed: dict[Hashable, str] = {}
+        self._lock = threading.RLock()
+
+    def run(self, key: Hashable, inputs: Sequence[Tensor], compute: Compute) -> Tensor:
+        """The chunk for these inputs: a fresh tensor, ordered behind the caller's stream.
+
+        key      all that the work depends on besides the values of ``inputs``; their shapes and dtypes are added here
+        raises   CaptureFailed where this shape cannot be captured, at once after the first time
+        """
+        if self._driver.busy():
+            return compute(list(inputs))
+        key = (key, tuple((each.shape, each.dtype) for each in inputs))
+        with self._lock:
+            if key in self._failed:
+                raise CaptureFailed(self._failed[key])
+            graph = self._graphs.get(key)
+            if graph is None:
+                graph = self._capture(key, inputs, compute)
+            self._graphs.move_to_end(key)
+            if graph.done is not None:
+                self._driver.wait(graph.done)
+            with torch.no_grad():
+                for static, value in zip(graph.inputs, inputs, strict=True):
+                    static.copy_(value, non_blocking=True)
+                self._driver.replay(graph.recording)
+                chunk = graph.output.clone()
+            graph.done = self._driver.mark()
+            return chunk
+
+    def _capture(self, key: Hashable, inputs: Sequence[Tensor], compute: Compute) -> Graph:
+        # Buffers of an inference_mode caller could not be written by a later one outside it.
+        with torch.inference_mode(False), torch.no_grad(), _capturing:
+            try:
+                statics = [value.clone() for value in inputs]
+                recording, output = self._driver.capture(lambda: compute(statics))
+            except Exception as error:
+                statics = []
+                reason = f"CUDA graph capture failed: {type(error).__name__}: {_first_line(error)}"
+                self._failed[key] = reason
+                failure = CaptureFailed(reason)
+            else:
+                held = sum(each.nbytes for each in statics)
+                pool, nodes = getattr(recording, "bytes", 0), getattr(recording, "nodes", None)
+                graph = Graph(recording, statics, output, held + pool, nodes)
+                self._graphs[key] = graph
+                while len(self._graphs) > self._capacity:
+                    oldest = self._graphs.popitem(last=False)
+                    self._driver.release()  # waits: nothing of it is under way any more when it goes
+                    del oldest
+                return graph
+        # Outside the handler: the traceback that holds the attempt's tensors is gone by now.
+        self._driver.release()
+        raise failure
+
+    def clear(self) -> None:
+        """Drop every graph and every memory of a failure."""
+        with self._lock:
+            self._failed.clear()
+            if self._graphs:
+                self._driver.release()  # waits: nothing of them is under way any more when they go
+                self._graphs.clear()
+                self._driver.release()
+
+    @property
+    def count(self) -> int:
+        return len(self._graphs)
+
+    @property
+    def bytes(self) -> int:
+        with self._lock:
+            return sum(graph.bytes for graph in self._graphs.values())
+
+    @property
+    def nodes(self) -> int | None:
+        """Nodes of the graph used last."""
+        with self._lock:
+            return next(reversed(self._graphs.values())).nodes if self._graphs else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+def driver_for(device: torch.device) -> Driver | None:
+    """What captures on this device, or None where nothing does."""
+    if device.type != "cuda":
+        return None
+    from .cuda_driver import CudaDriver
+
+    return CudaDriver(device)

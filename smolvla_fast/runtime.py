@@ -1,0 +1,181 @@
+"""What lives beside a patched model: its engine, its counters, what was said about it; never copied, never pickled."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from .guard import model_reason, probe, probed_code, source_reason
+from .inference import Engine
+from .precision import resolve_tier
+from .timing import STAGES
+from .watch import Watch
+
+logger = logging.getLogger("smolvla_fast")
+
+DISABLE = "SMOLVLA_FAST_DISABLE"
+SETTINGS = "_smolvla_fast"
+"""The attribute of a patched model that holds its ``Settings``."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``patch`` was asked for; travels with copies and pickles of the model."""
+
+    precision: str
+    backend: str
+
+
+@dataclass
+class Status:
+    """What a patched policy is doing.
+
+    active         chunks are served by the engine (False: stock runs, see last_fallback)
+    precision      the tier: "exact", "fp32" or "bf16"        backend  who computes        stages  stage -> backend
+    calls_fast     chunks served by the engine                calls_stock  chunks served by stock
+    last_fallback  why stock ran the last time it did, or None
+    graphs         captured CUDA graphs      graph_bytes  what they hold      graph_nodes  nodes of the one used last
+    step_launches  kernel launches of one denoise step, where the backend's ops are one launch each, else None
+    extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids and the graphs' memory,
+                   and no weights
+    """
+
+    active: bool = False
+    precision: str = "stock"
+    backend: str = "stock"
+    stages: dict[str, str] = field(default_factory=lambda: dict.fromkeys(STAGES, "stock"))
+    calls_fast: int = 0
+    calls_stock: int = 0
+    last_fallback: str | None = None
+    graphs: int = 0
+    graph_bytes: int = 0
+    graph_nodes: int | None = None
+    step_launches: int | None = None
+    extra_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def disabled() -> bool:
+    return os.environ.get(DISABLE, "0") not in ("", "0")
+
+
+class Runtime:
+    """Engine, counters and messages of one patched model."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.engine: Engine | None = None
+        self.built_for: tuple[Any, ...] = ()
+        self.probed: str | None = None
+        self.watch: Watch | None = None
+        self.calls_fast = 0
+        self.calls_stock = 0
+        self.last_fallback: str | None = None
+        self.told: set[str] = set()
+
+    def prepare(self, model: Any) -> Engine:
+        """The engine for the dtypes and device the model has now."""
+        settings: Settings = model.__dict__[SETTINGS]
+        weight = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj.weight
+        key = (settings, weight.dtype, weight.device, probed_code(model))
+        with self.lock:
+            if self.engine is None or self.built_for != key:
+                tier = resolve_tier(settings.precision, weight.dtype)
+                self.engine = Engine(tier, settings.backend, weight.device)
+                self.probed = probe(model, exact=tier.stock_order)
+                self.built_for = key
+            return self.engine
+
+    def unmoved(self) -> Watch | None:
+        """What was noted at the last full check, if every parameter still lies where it lay: graphs may be replayed."""
+        with self.lock:
+            watch = self.watch
+            return watch if watch is not None and watch.same_memory() else None
+
+    def reason(self, model: Any) -> str | None:
+        """Why this model runs stock whatever the call, or None. Cheap while nothing in it has changed."""
+        if disabled():
+            return f"{DISABLE} is set"
+        with self.lock:
+            watch = self.watch
+            if watch is not None and watch.same_structure(model) and watch.same_memory():
+                return source_reason(model)
+            self.watch = None
+            reason = model_reason(model)
+            if reason is None:
+                self.prepare(model)
+                reason = self.probed
+            if reason is None:
+                if self.engine is not None and self.engine.graphs is not None:
+                    self.engine.graphs.clear()  # they hold addresses and settings of before
+                self.watch = Watch(model)
+            return reason
+
+    def served(self) -> None:
+        with self.lock:
+            self.calls_fast += 1
+
+    def fell_back(self, reason: str) -> None:
+        with self.lock:
+            self.calls_stock += 1
+            self.last_fallback = reason
+            told = reason in self.told
+            self.told.add(reason)
+        if not told:
+            logger.warning("smolvla_fast: this chunk runs stock: %s", reason)
+
+    def forget(self) -> None:
+        """Drop the engine with its graphs; the next call builds another."""
+        with self.lock:
+            if self.engine is not None and self.engine.graphs is not None:
+                self.engine.graphs.clear()
+            self.engine, self.watch = None, None
+
+    def status(self, reason: str | None) -> Status:
+        counters: dict[str, Any] = dict(
+            calls_fast=self.calls_fast,
+            calls_stock=self.calls_stock,
+            last_fallback=reason or self.last_fallback,
+        )
+        engine = self.engine
+        if reason is not None or engine is None:
+            return Status(**counters)
+        name, graphs = engine.ops.backend, engine.graphs
+        held = 0 if graphs is None else graphs.bytes
+        return Status(
+            active=True,
+            precision=engine.tier.name,
+            backend=name,
+            stages=dict.fromkeys(STAGES, name),
+            graphs=0 if graphs is None else graphs.count,
+            graph_bytes=held,
+            graph_nodes=None if graphs is None else graphs.nodes,
+            step_launches=engine.step_launches,
+            extra_bytes=engine.bytes + held,
+            **counters,
+        )
+
+
+_runtimes: WeakKeyDictionary[Any, Runtime] = WeakKeyDictionary()
+_runtimes_lock = threading.Lock()
+
+
+def runtime_of(model: Any) -> Runtime:
+    with _runtimes_lock:
+        if model not in _runtimes:
+            _runtimes[model] = Runtime()
+        return _runtimes[model]
+
+
+def drop_runtime(model: Any) -> None:
+    """Forget a model: counters, engine, graphs and their memory."""
+    with _runtimes_lock:
+        runtime = _runtimes.pop(model, None)
+    if runtime is not None:
+        runtime.forget()

@@ -1,0 +1,66 @@
+"""What the engine relies on in a live model, noted once, so that asking whether all of it still holds is cheap.
+
+``guard`` reads a whole model and takes milliseconds, a chunk on a GPU not many more. So it is asked once, and then only
+when something here has moved: an attribute of any module, a submodule, a parameter, a hook, a class's ``forward``.
+Values inside a parameter are not looked at, for the engine reads them live.
+"""
+
+from __future__ import annotations
+
+import weakref
+from operator import is_
+from typing import Any
+
+from torch.nn.modules import module as torch_module
+
+_CHILDREN = ("_modules", "_parameters")
+
+
+def _settings(model: Any) -> dict[str, int]:
+    """The root's own attributes, but for the RTC processor, which is read and checked at every call."""
+    return {name: id(value) for name, value in vars(model).items() if name != "rtc_processor"}
+
+
+class Watch:
+    """Compares by identity and holds a reference to all it compares, so that no address can be taken twice."""
+
+    def __init__(self, model: Any) -> None:
+        modules = list(model.modules())
+        self._notes = [(vars(each), list(vars(each).values()), type(each)) for each in modules[1:]]
+        self._top = _settings(model)
+        self._classes = [(cls, cls.forward) for cls in {type(each) for each in modules}]
+        self._children = [
+            (table, list(table.values())) for each in modules for table in (vars(each)[k] for k in _CHILDREN)
+        ]
+        # The root weakly: whoever keeps this keeps it by model, and must not keep the model alive.
+        self._kept = list(vars(model).values())
+        self._root = weakref.ref(modules[0])
+        self._below = modules[1:]
+        self._parameters = list(model.parameters())
+        self._pointers = [each.data_ptr() for each in self._parameters]
+        self._use_cache = model.config.use_cache
+
+    def same_memory(self) -> bool:
+        """Whether every parameter lies where it lay: a captured graph may then be replayed."""
+        return [each.data_ptr() for each in self._parameters] == self._pointers
+
+    def same_structure(self, model: Any) -> bool:
+        """Whether modules, parameters, settings, classes and hooks are those that were noted, and none is hooked."""
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return False
+        root = self._root()
+        if root is None or root is not model or model.config.use_cache is not self._use_cache:
+            return False
+        if model._forward_hooks or model._forward_pre_hooks or _settings(model) != self._top:
+            return False
+        for each, (attributes, values, cls) in zip(self._below, self._notes, strict=True):
+            if each.__class__ is not cls or len(attributes) != len(values):
+                return False
+            if not all(map(is_, attributes.values(), values)):
+                return False
+            if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+                return False
+        return all(cls.forward is forward for cls, forward in self._classes) and all(
+            len(table) == len(values) and all(map(is_, table.values(), values))
+            for table, values in self._children
+        )

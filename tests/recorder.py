@@ -1,0 +1,101 @@
+"""A graph driver without a GPU: records the ATen calls of a chunk and runs them again on the very same tensors.
+
+Like a CUDA graph it knows addresses, not names: a replay reads inputs and weights where they lay when it was recorded,
+sees what is written into them, and does not see a parameter that was put in their place. And like a capture it refuses
+what waits for the device or brings in a host constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+FORBIDDEN = {
+    aten._local_scalar_dense.default: "waits for the device (.item(), bool(), int())",
+    aten.lift_fresh.default: "brings in a host constant (torch.tensor(...))",
+    aten.nonzero.default: "makes a tensor whose shape depends on data",
+}
+
+
+class Illegal(RuntimeError):
+    """What a CUDA capture would refuse."""
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, fail_at: int | None) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self._fail_at = fail_at
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in FORBIDDEN:
+            raise Illegal(f"{func} {FORBIDDEN[func]}")
+        if len(self.calls) == self._fail_at:
+            raise torch.OutOfMemoryError("out of memory while recording")
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+
+@dataclass
+class Recording:
+    calls: list[tuple[Any, Any, Any, Any]]
+    bytes: int = 1000
+    nodes: int = 0
+
+
+class RecorderDriver:
+    """``graphs.Driver`` on the CPU. Counts what it is asked; fails where it is told to.
+
+    fail_at  "warmup", or the number of the recorded call at which memory runs out
+    """
+
+    def __init__(self, fail_at: str | int | None = None) -> None:
+        self.fail_at = fail_at
+        self.captures = self.replays = self.releases = 0
+        self.capturing = False
+
+    def busy(self) -> bool:
+        return self.capturing
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
+        if self.fail_at == "warmup":
+            raise torch.OutOfMemoryError("out of memory while warming up")
+        run()
+        self.captures += 1
+        with _Recorder(self.fail_at if isinstance(self.fail_at, int) else None) as recorder:
+            output = run()
+        # What recording computed must not be mistaken for what a replay computes.
+        output.fill_(torch.nan)
+        return Recording(recorder.calls, nodes=len(recorder.calls)), output
+
+    def replay(self, recording: Recording) -> None:
+        self.replays += 1
+        for func, args, kwargs, recorded in recording.calls:
+            out = func(*args, **kwargs)
+            if any(each.alias_info is not None for each in func._schema.returns):
+                continue  # a view or an in-place call: the recorded result is the same memory
+            pairs = zip(_tensors(recorded), _tensors(out), strict=True)
+            for old, new in pairs:
+                old.copy_(new)
+
+    def wait(self, mark: Any) -> None:
+        assert mark == "done"
+
+    def mark(self) -> Any:
+        return "done"
+
+    def release(self) -> None:
+        self.releases += 1
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [each for item in value for each in _tensors(item)] if isinstance(value, list | tuple) else []
