@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -105,21 +107,91 @@ def _cpu() -> Ops:
     )
 
 
+@cache
+def _triton() -> Ops:
+    from . import fused
+    from .kernels import (
+        attention,
+        cross_kv,
+        euler_step,
+        layer_norm,
+        masked_attention,
+        patch_embed,
+        suffix_embed,
+    )
+
+    return replace(
+        _torch(),
+        backend="triton",
+        single_launch=True,
+        patch_embed=patch_embed.patch_embed,
+        layer_norm=layer_norm.layer_norm,
+        linear=fused.linear,
+        attention=attention.attention,
+        pixel_shuffle_linear=fused.pixel_shuffle_linear,
+        prepare_mask=lambda mask: mask,
+        norm_qkv_rope=fused.norm_qkv_rope,
+        masked_attention=masked_attention.masked_attention,
+        cross_kv=cross_kv.cross_kv,
+        linear_residual=fused.linear_residual,
+        norm_swiglu=fused.norm_swiglu,
+        suffix_embed=suffix_embed.suffix_embed,
+        euler_step=euler_step.euler_step,
+    )
+
+
+_TABLES = {"torch": _torch, "cpu": _cpu, "triton": _triton}
+_ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
+"""What ``auto`` prefers on a device; anything else than these two is served by torch."""
+
+OLDEST = (8, 0)
+"""The first compute capability whose tensor cores multiply bf16."""
+
+
 def why_not(backend: str, device: torch.device) -> str | None:
     """Why a backend cannot serve a whole chunk on this device, or None."""
     if backend == "cpu":
         if device.type != "cpu":
             return f"its kernels run on the CPU, the policy is on {device}"
         return extension.why_missing("cpu") or None
-    if backend in ("triton", "cuda"):
+    if backend == "triton":
+        return _why_not_triton(device)
+    if backend == "cuda":
         return "it has no kernels for a whole chunk in this release"
     return None
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    # Asked first: off a GPU nothing has to import Triton to know the answer.
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"its kernels run on an NVIDIA GPU, the policy is on {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; `pip install triton` (Linux, Windows: triton-windows)"
+    if device.type == "cuda":
+        have = torch.cuda.get_device_capability(device)
+        if have < OLDEST:
+            return (
+                f"compute capability {have[0]}.{have[1]} has no bf16 tensor cores; accepted is 8.0 and later"
+            )
+    return None
+
+
+def passed_over(device: torch.device) -> dict[str, str]:
+    """The backends that ``auto`` would rather have taken on this device, each with the reason why it could not."""
+    found: dict[str, str] = {}
+    for name in _ORDER.get(device.type, ()):
+        reason = why_not(name, device)
+        if reason is None:
+            return found
+        found[name] = reason
+    return found
 
 
 def select(backend: str, device: torch.device, stock_order: bool) -> Ops:
     """The ops for a wish.
 
-    backend      "auto": "cpu" where its kernels are compiled and the policy is on a CPU, else "torch"; or a name
+    backend      "auto": on a CPU "cpu", on an NVIDIA GPU "triton", and "torch" where these cannot serve; or a name
     stock_order  the ``exact`` tier: the references, which are stock's own ATen calls, on any device
     raises       ValueError for an unknown name, RuntimeError naming the reason where an explicit wish cannot be met
     """
@@ -134,11 +206,12 @@ def select(backend: str, device: torch.device, stock_order: bool) -> Ops:
             )
         return reference_ops()
     if backend == "auto":
-        return _torch() if why_not("cpu", device) else _cpu()
+        ready = (name for name in _ORDER.get(device.type, ()) if why_not(name, device) is None)
+        return _TABLES[next(ready, "torch")]()
     reason = why_not(backend, device)
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot serve this policy: {reason}; 'auto' takes what can")
-    return _cpu() if backend == "cpu" else _torch()
+    return _TABLES[backend]()
 
 
 def table(device: torch.device | None = None) -> list[Row]:
@@ -149,7 +222,8 @@ def table(device: torch.device | None = None) -> list[Row]:
     for name in NAMES:
         for backend in BACKENDS:
             reason = why_not(backend, device)
-            if backend == "cpu" and not reason and getattr(_cpu(), name) is getattr(torch_ops, name):
-                reason = "torch's own call, which serves it, measured no slower"
+            same = backend != "torch" and not reason
+            if same and getattr(_TABLES[backend](), name) is getattr(torch_ops, name):
+                reason = "torch's own call serves it"
             rows.append(Row(name, backend, not reason, reason or ""))
     return rows

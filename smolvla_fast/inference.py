@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import select
+from .backends import passed_over, select
 from .dims import read_dims
 from .graphs import GraphCache, driver_for
 from .nested import flatten
@@ -40,12 +40,15 @@ class Inputs(NamedTuple):
 class Engine:
     """Computes action chunks for one model in one tier. Holds no weights: they are read from the model at each call.
 
-    graphs   the captured chunks, or None where nothing is captured (a CPU, or graphs switched off)
+    graphs       the captured chunks, or None where nothing is captured (a CPU, or graphs switched off)
+    passed_over  backends that "auto" would rather have taken, with the reasons
     """
 
     def __init__(self, tier: Tier, backend: str, device: torch.device, capture: bool = True) -> None:
         self.tier = tier
         self.ops = select(backend, device, tier.stock_order)
+        wished = backend != "auto" or tier.stock_order
+        self.passed_over = {} if wished else passed_over(device)
         driver = driver_for(device) if capture else None
         self.graphs = None if driver is None else GraphCache(driver)
         self._positions: dict[tuple[int, torch.dtype], Tensor] = {}

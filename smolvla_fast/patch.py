@@ -192,9 +192,11 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
         logger.warning("smolvla_fast: stock runs: %s", reason)
     else:
         now = status(policy)
+        instead = "".join(f"; not {name}: {why}" for name, why in now.passed_over.items())
         logger.info(
-            "smolvla_fast: on: %s on %s, backend %s for all stages", now.precision, weight.device, now.backend
-        )
+            "smolvla_fast: on: %s on %s, backend %s for all stages%s",
+            now.precision, weight.device, now.backend, instead,
+        )  # fmt: skip
     if warmup is not None and warmup is not False:
         was_training = found.training
         try:

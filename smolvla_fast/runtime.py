@@ -36,6 +36,7 @@ class Status:
 
     active         chunks are served by the engine (False: stock runs, see last_fallback)
     precision      the tier: "exact", "fp32" or "bf16"        backend  who computes        stages  stage -> backend
+    passed_over    backends that "auto" would rather have taken, each with the reason why it could not
     calls_fast     chunks served by the engine                calls_stock  chunks served by stock
     last_fallback  why stock ran the last time it did, or None
     graphs         captured CUDA graphs      graph_bytes  what they hold      graph_nodes  nodes of the one used last
@@ -48,6 +49,7 @@ class Status:
     precision: str = "stock"
     backend: str = "stock"
     stages: dict[str, str] = field(default_factory=lambda: dict.fromkeys(STAGES, "stock"))
+    passed_over: dict[str, str] = field(default_factory=dict)
     calls_fast: int = 0
     calls_stock: int = 0
     last_fallback: str | None = None
@@ -153,6 +155,7 @@ class Runtime:
             precision=engine.tier.name,
             backend=name,
             stages=dict.fromkeys(STAGES, name),
+            passed_over=engine.passed_over,
             graphs=0 if graphs is None else graphs.count,
             graph_bytes=held,
             graph_nodes=None if graphs is None else graphs.nodes,

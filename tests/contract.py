@@ -79,11 +79,46 @@ def _chain(inputs: dict[str, Any]) -> float:
     return max(1.0, terms**0.5 / 8)
 
 
-def check(reference: Any, ops: Any, op: str, case: dict[str, int], dtype: torch.dtype, seed: int = 0) -> None:
-    """Assert the contract for one op, backend, case and dtype; ``reference`` is the room-1 backend."""
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """Prepared inputs, or anything in them, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        moved = [to_device(item, device) for item in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    if isinstance(value, dict):
+        return {name: to_device(item, device) for name, item in value.items()}
+    return value
+
+
+def poison(device: torch.device | str) -> None:
+    """Leave NaN in the memory that the next allocations on a GPU get: what a kernel does not write then shows."""
+    if torch.device(device).type == "cuda":
+        for size in (2**12, 2**16, 2**20, 2**24):
+            held = [torch.full((size,), torch.nan, device=device) for _ in range(8)]
+            del held
+
+
+def check(
+    reference: Any,
+    ops: Any,
+    op: str,
+    case: dict[str, int],
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Assert the contract for one op, backend, case, dtype and device; ``reference`` is the room-1 backend.
+
+    Ours and eager run on the device, the truth in fp64 on the CPU.
+    """
     narrow, wide = inputs_in(op, case, dtype, seed)
-    truth, eager, ours = run(reference, op, wide), run(reference, op, narrow), run(ops, op, narrow)
-    again = run(ops, op, narrow)
+    truth, there = run(reference, op, wide), to_device(narrow, device)
+    eager = {name: value.cpu() for name, value in run(reference, op, there).items()}
+    poison(device)
+    ours = {name: value.cpu() for name, value in run(ops, op, there).items()}
+    poison(device)
+    again = {name: value.cpu() for name, value in run(ops, op, there).items()}
     assert truth.keys() == ours.keys()
     for name, want in truth.items():
         assert ours[name].shape == want.shape

@@ -79,7 +79,7 @@ def test_a_replay_has_the_bits_of_a_plain_run(precision: str, layout: str) -> No
 
 def test_each_shape_of_call_has_a_graph() -> None:
     pair = Captured(cameras=3)
-    for repeat in range(2):
+    for _ in range(2):
         for observation in (dict(cameras=1), dict(cameras=3), dict(batch=2), dict(batch=5, cameras=2)):
             assert pair.same(**observation), observation
     assert pair.driver.captures == 4, "the second round captured again"

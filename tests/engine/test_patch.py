@@ -98,8 +98,8 @@ def test_status_counts(policy: Any, observation: dict[str, Tensor], noise: Tenso
     assert now.active and (now.calls_fast, now.calls_stock) == (3, 0)
     assert now.graphs == 0 and now.last_fallback is None
     assert set(now.to_dict()) == {
-        "active", "precision", "backend", "stages", "calls_fast", "calls_stock", "last_fallback", "graphs", "graph_bytes",
-            "graph_nodes", "step_launches", "extra_bytes",
+        "active", "precision", "backend", "stages", "passed_over", "calls_fast", "calls_stock", "last_fallback",
+        "graphs", "graph_bytes", "graph_nodes", "step_launches", "extra_bytes",
     }  # fmt: skip
 
 

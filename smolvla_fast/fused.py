@@ -1,0 +1,65 @@
+"""Backend ``triton``: the kernels of ``kernels/`` under the signatures of the ops, and torch's call where it is ahead.
+
+Every op is one launch, but for matrix products of many rows in fp32: without TF32 these run outside the tensor cores,
+where a kernel of ours has nothing to win over the vendor's library.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .aten import decoder, vision
+from .aten import linear as aten
+from .kernels import linear as linear_kernel
+from .kernels import linear_residual as linear_residual_kernel
+from .kernels import norm_qkv_rope as norm_qkv_rope_kernel
+from .kernels import norm_swiglu as norm_swiglu_kernel
+from .kernels import pixel_shuffle_linear as pixel_shuffle_linear_kernel
+
+MANY_ROWS = 64
+"""Above this many rows an fp32 product goes to torch. The 50 rows of an action chunk stay below."""
+
+
+def _torch_serves(x: Tensor, weight: Tensor | None) -> bool:
+    return weight is not None and weight.dtype is torch.float32 and x.numel() > MANY_ROWS * x.shape[-1]
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """See ``reference.linear``."""
+    serve = aten.linear if _torch_serves(x, weight) else linear_kernel.linear
+    return serve(x, weight, bias, activation, residual)
+
+
+def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """See ``reference.linear_residual``."""
+    serve = decoder.linear_residual if _torch_serves(x, weight) else linear_residual_kernel.linear_residual
+    return serve(x, weight, residual)
+
+
+def norm_qkv_rope(x: Tensor, norm_weight: Tensor, eps: float, *rest: Any) -> Tensor | None:
+    """See ``reference.norm_qkv_rope``."""
+    weight = rest[0] if rest[0] is not None else rest[1]
+    serve = decoder.norm_qkv_rope if _torch_serves(x, weight) else norm_qkv_rope_kernel.norm_qkv_rope
+    return serve(x, norm_weight, eps, *rest)
+
+
+def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+    """See ``reference.norm_swiglu``."""
+    serve = decoder.norm_swiglu if _torch_serves(x, gate_weight) else norm_swiglu_kernel.norm_swiglu
+    return serve(x, norm_weight, eps, gate_weight, up_weight)
+
+
+def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
+    """See ``reference.pixel_shuffle_linear``."""
+    torch_serves = weight.dtype is torch.float32 and x.shape[0] * x.shape[1] > MANY_ROWS * factor**2
+    kernel = pixel_shuffle_linear_kernel.pixel_shuffle_linear
+    return (vision.pixel_shuffle_linear if torch_serves else kernel)(x, weight, factor)

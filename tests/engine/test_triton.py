@@ -1,0 +1,103 @@
+"""A whole chunk through the Triton backend: under the interpreter where there is no GPU, in fp32 as it cannot do bf16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import smolvla_fast
+from smolvla_fast import fused
+from smolvla_fast.backends import OLDEST, passed_over, select, why_not
+from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.verify import FP32_BOUND
+
+from .conftest import LEROBOT_ONLY, chunk, make_policy, rel_l2
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.triton
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=[True, False], ids=["kernels alone", "as served"])
+def kernels_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Products of many rows in fp32 by our kernels too, or by torch as they are served."""
+    if request.param:
+        monkeypatch.setattr(fused, "MANY_ROWS", 10**9)
+    return request.param
+
+
+@LEROBOT_ONLY
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(cameras=3, num_steps=2, chunk_size=7),
+        dict(attention_mode="self_attn", num_steps=2),
+        dict(self_attn_every_n_layers=0, expert_width_multiplier=0.5, num_steps=2),
+    ],
+    ids=lambda settings: ",".join(map(str, settings.values())) or "default",
+)
+def test_chunk(settings: dict[str, Any], kernels_alone: bool) -> None:
+    policy = make_policy("tiny", device=DEVICE, **settings)
+    given, noise = make_observation(policy, batch=2), make_noise(policy, batch=2)
+    given["observation.language.attention_mask"][1, 3:] = False
+    stock = chunk(policy, given, noise)
+    smolvla_fast.patch(policy, precision="fp32", backend="triton")
+    fast = chunk(policy, given, noise)
+    assert rel_l2(fast, stock) <= FP32_BOUND
+    now = smolvla_fast.status(policy)
+    assert (now.backend, now.calls_fast, now.calls_stock) == ("triton", 1, 0)
+    assert now.step_launches == 2 + 5 * policy.model.vlm_with_expert.num_vlm_layers
+    assert torch.equal(chunk(policy, given, noise), fast), "other bits the second time"
+
+
+@LEROBOT_ONLY
+def test_guided_chunk() -> None:
+    configuration = pytest.importorskip("lerobot.policies.rtc.configuration_rtc")
+    policy = make_policy(
+        "tiny", device=DEVICE, num_steps=3, rtc_config=configuration.RTCConfig(execution_horizon=6)
+    )
+    policy.init_rtc_processor()
+    given, noise = make_observation(policy), make_noise(policy)
+    kwargs: dict[str, Any] = dict(
+        inference_delay=2, prev_chunk_left_over=torch.ones(8, 6, device=DEVICE), execution_horizon=5
+    )
+    stock, unguided = chunk(policy, given, noise, **kwargs), chunk(policy, given, noise)
+    smolvla_fast.patch(policy, precision="fp32", backend="triton")
+    assert rel_l2(chunk(policy, given, noise, **kwargs), stock) <= FP32_BOUND
+    assert rel_l2(unguided, stock) > 1e-2, "guidance has no effect here: no test"
+
+
+@LEROBOT_ONLY
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_nan_in_nan_out_and_the_next_chunk_is_clean(poison: float) -> None:
+    policy = make_policy("tiny", device=DEVICE, num_steps=2)
+    smolvla_fast.patch(policy, precision="fp32", backend="triton")
+    given, noise = make_observation(policy), make_noise(policy)
+    clean = chunk(policy, given, noise)
+    bad = {name: value.clone() for name, value in given.items()}
+    bad["observation.state"][0, 0] = poison
+    assert chunk(policy, bad, noise).isnan().any()
+    assert torch.equal(chunk(policy, given, noise), clean)
+
+
+@LEROBOT_ONLY
+def test_the_table_says_who_serves_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "run on an NVIDIA GPU, the policy is on cpu" in str(why_not("triton", cpu))
+    with pytest.raises(RuntimeError, match="cannot serve this policy: its kernels run on an NVIDIA GPU"):
+        select("triton", cpu, stock_order=False)
+    capability = [OLDEST]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[0])
+    assert select("auto", cuda, False).backend == "triton" and passed_over(cuda) == {}
+    capability[0] = (7, 5)
+    assert select("auto", cuda, False).backend == "torch"
+    assert passed_over(cuda) == {
+        "triton": "compute capability 7.5 has no bf16 tensor cores; accepted is 8.0 and later"
+    }
+    capability[0] = OLDEST
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "Triton is not installed" in passed_over(cuda)["triton"]

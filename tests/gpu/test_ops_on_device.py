@@ -1,0 +1,51 @@
+"""The contract of every op on the GPU, at SmolVLA's own sizes, in the dtypes that only a device can do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from contract import OPS, check, inputs_in, room, run, to_device
+
+from smolvla_fast.backends import reference_ops, select, why_not
+
+pytestmark = pytest.mark.gpu
+CASES = [(op, case) for op in OPS for case in room(op).CASES]
+
+
+def ops_of(backend: str) -> Any:
+    device = torch.device("cuda")
+    reason = why_not(backend, device)
+    if reason:
+        pytest.skip(reason)
+    return select(backend, device, stock_order=False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("op", "case"), CASES, ids=lambda v: v if isinstance(v, str) else str(v))
+def test_contract_on_device(op: str, case: dict[str, int], backend: str, dtype: torch.dtype, seed: int) -> None:
+    check(reference_ops(), ops_of(backend), op, case, dtype, seed, device="cuda")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_captured_op_has_the_bits_of_a_plain_call(op: str, backend: str) -> None:
+    ops = ops_of(backend)
+    inputs = to_device(inputs_in(op, room(op).CASES[0], torch.bfloat16, 0)[0], "cuda")
+    plain = run(ops, op, inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(ops, op, inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = run(ops, op, inputs)
+    for _ in range(20):
+        graph.replay()
+    torch.cuda.synchronize()
+    for name, value in plain.items():
+        assert torch.equal(captured[name], value), f"{op}.{name} differs when replayed"
