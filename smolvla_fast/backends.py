@@ -31,6 +31,7 @@ def reference_ops() -> Ops:
         attention,
         cross_kv,
         euler_step,
+        image_prep,
         layer_norm,
         linear,
         linear_residual,
@@ -45,6 +46,7 @@ def reference_ops() -> Ops:
     return Ops(
         backend="reference",
         single_launch=False,
+        image_prep=image_prep.image_prep,
         patch_embed=patch_embed.patch_embed,
         layer_norm=layer_norm.layer_norm,
         linear=linear.linear,
@@ -65,11 +67,12 @@ def reference_ops() -> Ops:
 @cache
 def _torch() -> Ops:
     from .aten import decoder, linear, masked_attention, suffix, vision
-    from .reference import attention
+    from .reference import attention, image_prep
 
     return Ops(
         backend="torch",
         single_launch=False,
+        image_prep=image_prep.image_prep,
         patch_embed=vision.patch_embed,
         layer_norm=vision.layer_norm,
         linear=linear.linear,
@@ -110,33 +113,33 @@ def _cpu() -> Ops:
 @cache
 def _triton() -> Ops:
     from . import fused
-    from .kernels import (
-        attention,
-        cross_kv,
-        euler_step,
-        layer_norm,
-        masked_attention,
-        patch_embed,
-        suffix_embed,
-    )
+    from .kernels.attention import attention
+    from .kernels.cross_kv import cross_kv
+    from .kernels.euler_step import euler_step
+    from .kernels.image_prep import image_prep
+    from .kernels.layer_norm import layer_norm
+    from .kernels.masked_attention import masked_attention
+    from .kernels.patch_embed import patch_embed
+    from .kernels.suffix_embed import suffix_embed
 
     return replace(
         _torch(),
         backend="triton",
         single_launch=True,
-        patch_embed=patch_embed.patch_embed,
-        layer_norm=layer_norm.layer_norm,
+        image_prep=image_prep,
+        patch_embed=patch_embed,
+        layer_norm=layer_norm,
         linear=fused.linear,
-        attention=attention.attention,
+        attention=attention,
         pixel_shuffle_linear=fused.pixel_shuffle_linear,
         prepare_mask=lambda mask: mask,
         norm_qkv_rope=fused.norm_qkv_rope,
-        masked_attention=masked_attention.masked_attention,
-        cross_kv=cross_kv.cross_kv,
+        masked_attention=masked_attention,
+        cross_kv=cross_kv,
         linear_residual=fused.linear_residual,
         norm_swiglu=fused.norm_swiglu,
-        suffix_embed=suffix_embed.suffix_embed,
-        euler_step=euler_step.euler_step,
+        suffix_embed=suffix_embed,
+        euler_step=euler_step,
     )
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from .aten import decoder, vision
 from .aten import linear as aten
-from .kernels import linear as linear_kernel
-from .kernels import linear_residual as linear_residual_kernel
-from .kernels import norm_qkv_rope as norm_qkv_rope_kernel
-from .kernels import norm_swiglu as norm_swiglu_kernel
-from .kernels import pixel_shuffle_linear as pixel_shuffle_linear_kernel
+from .kernels.linear import linear as linear_kernel
+from .kernels.linear_residual import linear_residual as linear_residual_kernel
+from .kernels.norm_qkv_rope import norm_qkv_rope as norm_qkv_rope_kernel
+from .kernels.norm_swiglu import norm_swiglu as norm_swiglu_kernel
+from .kernels.pixel_shuffle_linear import pixel_shuffle_linear as pixel_shuffle_linear_kernel
 
 MANY_ROWS = 64
 """Above this many rows an fp32 product goes to torch. The 50 rows of an action chunk stay below."""
@@ -35,31 +35,31 @@ def linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """See ``reference.linear``."""
-    serve = aten.linear if _torch_serves(x, weight) else linear_kernel.linear
+    serve = aten.linear if _torch_serves(x, weight) else linear_kernel
     return serve(x, weight, bias, activation, residual)
 
 
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """See ``reference.linear_residual``."""
-    serve = decoder.linear_residual if _torch_serves(x, weight) else linear_residual_kernel.linear_residual
+    serve = decoder.linear_residual if _torch_serves(x, weight) else linear_residual_kernel
     return serve(x, weight, residual)
 
 
 def norm_qkv_rope(x: Tensor, norm_weight: Tensor, eps: float, *rest: Any) -> Tensor | None:
     """See ``reference.norm_qkv_rope``."""
     weight = rest[0] if rest[0] is not None else rest[1]
-    serve = decoder.norm_qkv_rope if _torch_serves(x, weight) else norm_qkv_rope_kernel.norm_qkv_rope
+    serve = decoder.norm_qkv_rope if _torch_serves(x, weight) else norm_qkv_rope_kernel
     return serve(x, norm_weight, eps, *rest)
 
 
 def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     """See ``reference.norm_swiglu``."""
-    serve = decoder.norm_swiglu if _torch_serves(x, gate_weight) else norm_swiglu_kernel.norm_swiglu
+    serve = decoder.norm_swiglu if _torch_serves(x, gate_weight) else norm_swiglu_kernel
     return serve(x, norm_weight, eps, gate_weight, up_weight)
 
 
 def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
     """See ``reference.pixel_shuffle_linear``."""
     torch_serves = weight.dtype is torch.float32 and x.shape[0] * x.shape[1] > MANY_ROWS * factor**2
-    kernel = pixel_shuffle_linear_kernel.pixel_shuffle_linear
-    return (vision.pixel_shuffle_linear if torch_serves else kernel)(x, weight, factor)
+    serve = vision.pixel_shuffle_linear if torch_serves else pixel_shuffle_linear_kernel
+    return serve(x, weight, factor)

@@ -191,22 +191,25 @@ def call_reason(
         inputs = (*images, state, *([] if noise is None else [noise]))
         if any(x.requires_grad for x in inputs) or any(p.requires_grad for p in model.parameters()):
             return "autograd is on: wrap the call in torch.no_grad() unless you want gradients"
-    shapes = {tuple(image.shape) for image in images}
+    shapes = {tuple(image.shape) for image in images if image.dtype is not torch.uint8}
     embeddings = model.vlm_with_expert.get_vlm_model().vision_model.embeddings
     if not images or len(images) != len(image_masks):
         return f"{len(images)} images with {len(image_masks)} masks"
-    if len(shapes) != 1:
+    if len(shapes) > 1:
         return f"cameras of different shapes after preparation: {sorted(shapes)}"
-    shape = shapes.pop()
+    for image in images:
+        if image.dtype is torch.uint8 and (image.ndim != 4 or 3 not in (image.shape[1], image.shape[-1])):
+            return f"frames of shape {tuple(image.shape)}; accepted are [B, 3, h, w] and [B, h, w, 3]"
+    shape = tuple(shapes.pop() if shapes else (state.shape[0], 3, *2 * [embeddings.image_size]))
     if len(shape) != 4 or shape[-2:] != (embeddings.image_size, embeddings.image_size):
         return f"images of shape {shape}; the vision tower is for {embeddings.image_size} x {embeddings.image_size}"
-    if not all(image.is_floating_point() for image in images):
-        return f"images of dtype {images[0].dtype}; floating point is accepted"
+    if not all(image.is_floating_point() or image.dtype is torch.uint8 for image in images):
+        return f"images of dtype {images[0].dtype}; floating point and uint8 are accepted"
     batch = state.shape[0]
     if state.ndim != 2 or tokens.ndim != 2 or tokens.shape != token_masks.shape:
         return "state, tokens or masks of another rank than stock's usual ones"
-    if {shape[0], tokens.shape[0]} != {batch}:
-        return f"batch sizes differ: images {shape[0]}, tokens {tokens.shape[0]}, state {batch}"
+    if {*(image.shape[0] for image in images), tokens.shape[0]} != {batch}:
+        return f"batch sizes differ: images {images[0].shape[0]}, tokens {tokens.shape[0]}, state {batch}"
     if any(mask.dtype is not torch.bool or tuple(mask.shape) != (batch,) for mask in image_masks):
         return "image masks of another shape than [batch] or another dtype than bool"
     if token_masks.dtype is not torch.bool:

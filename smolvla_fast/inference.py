@@ -16,7 +16,7 @@ from .precision import Tier
 from .reference.time_embedding import time_embedding
 from .rtc import Guidances
 from .stages.denoise import denoise
-from .stages.observation import Observation, prepare_observation
+from .stages.observation import Observation, prepare_images, prepare_observation
 from .stages.prefix import embed_prefix, fill_prefix
 from .stages.vision import encode_images, patch_positions
 from .timing import is_timed, section
@@ -70,7 +70,7 @@ class Engine:
         """One action chunk.
 
         model        a ``VLAFlowMatching``, LeRobot's or ours
-        images       C of [B, 3, side, side] in [-1, 1]      image_masks  C of [B] bool
+        images       C of [B, 3, side, side] in [-1, 1], or uint8 frames of any size      image_masks  C of [B] bool
         tokens       [B, T] token ids      token_masks  [B, T] bool      state  [B, R]      noise  [B, S, A] fp32
         guidance     where real-time chunking is on
         watch        called with (x, v) after every step
@@ -110,7 +110,7 @@ class Engine:
         with torch.no_grad():
             with section("vision"):
                 image_tokens: list[Tensor] = []
-                for group in observation.image_groups:
+                for group in prepare_images(ops, observation.frames, dims.image_side, not exact):
                     positions = self._patch_positions(vlm, group)
                     out = encode_images(ops, vlm, self._cast, dims, group, positions)
                     image_tokens += out.split(batch)

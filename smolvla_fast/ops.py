@@ -20,6 +20,8 @@ class Ops:
     backend: str
     single_launch: bool
     """whether every op of a denoise step is one kernel launch"""
+    image_prep: Callable[..., Tensor]
+    """observation: camera frames of any size, bytes or floats -> images of the vision tower's size"""
     patch_embed: Callable[..., Tensor]
     """vision: images -> patch tokens"""
     layer_norm: Callable[..., Tensor]

@@ -21,6 +21,7 @@ from .graphs import CaptureFailed
 from .guard import call_reason
 from .inference import Engine
 from .precision import resolve_tier
+from .reference.image_prep import image_prep
 from .rtc import fits, plan_guidance
 from .runtime import DISABLE, SETTINGS, Runtime, Settings, Status, disabled, drop_runtime, runtime_of
 from .watch import Watch
@@ -34,6 +35,8 @@ class _Accelerated:
     """Put before a model's own class by ``patch``; overrides ``sample_actions`` and nothing else."""
 
     stock_class: type
+    takes_bytes = True
+    """``images`` may be uint8 frames of any size"""
 
     # Not torch.compiler.disable: that imports dynamo, and with it Triton, as soon as it decorates.
     @_disable_dynamo
@@ -65,6 +68,11 @@ class _Accelerated:
             if chunk is not None:
                 return chunk
         runtime.fell_back(str(reason))
+        side = self.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
+        images = [
+            image_prep(each, side, side, torch.float32) if each.dtype is torch.uint8 else each
+            for each in images
+        ]
         return self.stock_class.sample_actions(
             self, images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs
         )

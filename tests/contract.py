@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 OPS = (
+    "image_prep",
     "patch_embed",
     "layer_norm",
     "linear",

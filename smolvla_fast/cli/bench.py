@@ -13,6 +13,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import smolvla_fast
 
@@ -92,9 +93,13 @@ def _folder() -> Path:
 
 
 def _default_path(results: Path) -> Path:
-    facts = system.facts()
-    name = re.sub(r"[^a-z0-9]+", "-", facts["machine"].lower()).strip("-")
-    return results / f"{name}-{facts['date'][:10]}.json"
+    return results / result_name(system.facts())
+
+
+def result_name(facts: dict[str, Any], label: str = "") -> str:
+    """``<machine>-<label>-<date>.json`` for these ``system.facts``."""
+    parts = re.sub(r"[^a-z0-9]+", "-", f"{facts['machine']}-{label}".lower()).strip("-")
+    return f"{parts}-{facts['date'][:10]}.json"
 
 
 def _options(args: argparse.Namespace) -> list[str]:

@@ -59,8 +59,14 @@ def stage_bars(found: dict[str, Any], path: str | Path) -> None:
     save(figure, path)
 
 
-def grouped_bars(bars: dict[str, dict[str, float]], title: str, subtitle: str, path: str | Path) -> None:
-    """One cluster for each outer key, one bar for each inner key, the height its value."""
+def grouped_bars(
+    bars: dict[str, dict[str, float]],
+    title: str,
+    subtitle: str,
+    path: str | Path,
+    floors: dict[str, dict[str, float]] | None = None,
+) -> None:
+    """One cluster for each outer key, one bar for each inner key, the height its value; a line across it at its floor."""
     series = list(dict.fromkeys(name for cluster in bars.values() for name in cluster))
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
@@ -77,6 +83,10 @@ def grouped_bars(bars: dict[str, dict[str, float]], title: str, subtitle: str, p
         axes.bar_label(
             drawn, [f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in values], fontsize=8
         )
+        lines = [cluster[name] for cluster in (floors or {}).values() if name in cluster]
+        if lines:
+            ends = [(place - 0.475 * width, place + 0.475 * width) for place in places]
+            axes.hlines(lines, *zip(*ends, strict=True), color="black", linewidth=2)
     axes.set_xticks(range(len(bars)), list(bars))
     axes.set_ylabel("ms")
     axes.spines[["top", "right"]].set_visible(False)

@@ -40,6 +40,14 @@ def resize_with_pad(image: Tensor, height: int, width: int, pad_value: float) ->
     return F.pad(resized, (left, 0, top, 0), value=pad_value)
 
 
+def as_floats(frames: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x / 255`` of bytes [B, 3, h, w] or [B, h, w, 3], as [B, 3, h, w]; 3 rows are taken as 3 channels."""
+    if frames.ndim == 4 and frames.shape[1] != 3:
+        frames = frames.permute(0, 3, 1, 2)
+    # By a tensor: a GPU multiplies by the reciprocal of a number, which rounds otherwise.
+    return frames.to(dtype) / torch.full((), 255.0, dtype=dtype, device=frames.device)
+
+
 def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
     """``y = 2·pad(resize(x)) - 1``: bilinear, the aspect ratio kept, zeros on the left and on the top before ``2x - 1``.
 
@@ -50,9 +58,7 @@ def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> T
     replaces ``resize_with_pad`` and the normalisation in LeRobot's ``prepare_images``, and the scaling of bytes before it
     """
     if frames.dtype is torch.uint8:
-        if frames.ndim == 4 and frames.shape[1] != 3:
-            frames = frames.permute(0, 3, 1, 2)
-        frames = frames.to(torch.promote_types(dtype, torch.float32)) / 255
+        frames = as_floats(frames, torch.promote_types(dtype, torch.float32))
     if frames.ndim != 4 or frames.shape[1] != 3:
         raise ValueError(
             f"image_prep: frames have shape {list(frames.shape)}; accepted is [B, 3, h, w], for uint8 also [B, h, w, 3]"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..reference.image_prep import resize_with_pad
+from ..reference.image_prep import as_floats, resize_with_pad
 from . import aloha
 from .configuration_smolvla import SmolVLAConfig
 from .features import ACTION, OBS_IMAGES, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
@@ -228,6 +228,8 @@ class SmolVLAPolicy(nn.Module):
     def prepare_images(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Frames fitted into the model's size and scaled to [-1, 1], and per camera whether it is there, [B] bool.
 
+        Bytes, [B, 3, h, w] or [B, h, w, 3] uint8, are accepted beside floats in [0, 1]; LeRobot takes floats alone.
+        A patched model is given them as they are, and fits and scales them on its device.
         Cameras come in the order of ``config.input_features``. ``<camera>_padding_mask`` in the batch marks missing
         frames. Up to ``empty_cameras`` absent cameras are replaced by masked blank frames; further absent ones are
         left out, which shortens the prefix. ValueError when every camera is absent.
@@ -250,17 +252,27 @@ class SmolVLAPolicy(nn.Module):
                     "got shape "
                     f"{tuple(batch[key].shape)}; the preprocessor adds the batch dimension"
                 )
-            if self.config.resize_imgs_with_padding is not None:
-                width, height = self.config.resize_imgs_with_padding
-                image = resize_with_pad(image, height, width, pad_value=0)
-            images.append(image * 2.0 - 1.0)
+            images.append(self._prepare_frames(image))
             mask = batch.get(f"{key}_padding_mask")
             there = torch.ones(image.shape[0], dtype=torch.bool, device=image.device)
             masks.append(there if mask is None else mask.bool())
         for _ in missing[: self.config.empty_cameras]:
-            images.append(torch.full_like(images[-1], -1.0))
+            blank = torch.full_like(images[-1], 0.0 if images[-1].dtype is torch.uint8 else -1.0)
+            images.append(blank)
             masks.append(torch.zeros_like(masks[-1]))
         return images, masks
+
+    def _prepare_frames(self, frames: Tensor) -> Tensor:
+        size = self.config.resize_imgs_with_padding
+        if frames.dtype is torch.uint8:
+            side = self.model.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
+            if getattr(self.model, "takes_bytes", False) and size == (side, side):
+                return frames
+            frames = as_floats(frames, torch.float32)
+        if size is not None:
+            width, height = size
+            frames = resize_with_pad(frames, height, width, pad_value=0)
+        return frames * 2.0 - 1.0
 
     def _warn_about_cameras(self, batch: dict[str, Tensor], missing: list[str]) -> None:
         left_out = missing[self.config.empty_cameras :]

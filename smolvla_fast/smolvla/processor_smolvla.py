@@ -105,12 +105,16 @@ def prepare_observation_for_inference(
     device: torch.device | str = "cpu",
     task: str | None = None,
     robot_type: str | None = None,
+    *,
+    keep_bytes: bool = False,
 ) -> dict[str, Any]:
     """What cameras and encoders deliver, as a batch of one for the preprocessor. LeRobot's function, copying its
     input.
 
     observation  name -> array; names with "image" in them are frames [h, w, 3], uint8 in [0, 255] or float in [0, 1]
     task         the instruction in words
+    keep_bytes   uint8 frames stay bytes, [1, h, w, 3], a quarter of what goes to a GPU; LeRobot's policy cannot read them,
+                 ours can, and a patched one fits and scales them on its device
     """
     batch: dict[str, Any] = {}
     for name, array in observation.items():
@@ -120,7 +124,10 @@ def prepare_observation_for_inference(
                 raise ValueError(
                     f"{name} must be a frame [height, width, channels], got shape {tuple(value.shape)}"
                 )
-            value = value.to(torch.float32) / 255 if value.dtype == torch.uint8 else value
-            value = value.permute(2, 0, 1).contiguous()
-        batch[name] = value.unsqueeze(0).to(device)
+            if not keep_bytes or value.dtype is not torch.uint8:
+                value = value.to(torch.float32) / 255 if value.dtype is torch.uint8 else value
+                value = value.permute(2, 0, 1).contiguous()
+        if torch.device(device).type == "cuda":
+            value = value.pin_memory()  # so that the copy does not hold up this thread
+        batch[name] = value.unsqueeze(0).to(device, non_blocking=True)
     return {**batch, "task": task or "", "robot_type": robot_type or ""}

@@ -1,9 +1,10 @@
 """Stage 1: what the policy hands over -> tensors of the shapes the later stages want.
 
-``exact`` leaves everything as stock has it. The other tiers put all cameras into one batch and give the language one of
-a few widths: up to the configured maximum (so that a CUDA graph serves every prompt), or, on a CPU, where reading a mask
-costs nothing, down to the longest prompt and the cameras that are really there. Masked tokens take no part in any
-result, so neither changes the action chunk.
+``exact`` leaves everything as stock has it. The other tiers give the language one of a few widths: up to the configured
+maximum (so that a CUDA graph serves every prompt), or, on a CPU, where reading a mask costs nothing, down to the longest
+prompt and the cameras that are really there. Masked tokens take no part in any result, so neither changes the action
+chunk. Frames may be the images that stock's ``prepare_images`` makes, or bytes as a camera gives them: then they go up as
+bytes, and resizing and scaling are the first launch of the chunk.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import Ops
+
 LANGUAGE_MULTIPLE = 16
 """Language widths are multiples of this, so prompts of similar length share shapes."""
 
 
 class Observation(NamedTuple):
-    """image_groups   images [n·B, 3, side, side] in [-1, 1]; one group a camera in ``exact``, else all in one
+    """frames        one [B, 3, side, side] in [-1, 1] a camera, or raw bytes of any size
     image_masks   one [B] bool a camera            cameras  C
     tokens        [B, T]  token ids                token_masks  [B, T]  bool
     state         [B, R]
     """
 
-    image_groups: list[Tensor]
+    frames: list[Tensor]
     image_masks: list[Tensor]
     tokens: Tensor
     token_masks: Tensor
@@ -44,9 +47,10 @@ def prepare_observation(
     keep_cameras: bool,
     max_language: int,
 ) -> Observation:
-    """Group cameras and fit the language; see the head of this file.
+    """Choose cameras and fit the language; see the head of this file.
 
-    images  C of [B, 3, side, side]     image_masks  C of [B] bool      tokens, token_masks  [B, T]      state  [B, R]
+    images  C of [B, 3, side, side], or bytes      image_masks  C of [B] bool
+    tokens, token_masks  [B, T]      state  [B, R]
     """
     images, image_masks = list(images), list(image_masks)
     if stock_order:
@@ -60,8 +64,20 @@ def prepare_observation(
         width = min(_round_up(used), tokens.shape[1])
     else:
         width = _round_up(max(tokens.shape[1], max_language))
-    groups = [torch.cat(images)] if images else []
-    return Observation(groups, image_masks, _fit(tokens, width), _fit(token_masks, width), state)
+    return Observation(images, image_masks, _fit(tokens, width), _fit(token_masks, width), state)
+
+
+def prepare_images(ops: Ops, frames: Sequence[Tensor], side: int, together: bool) -> list[Tensor]:
+    """Images of the vision tower's size in groups of equal cameras: one group each, or all in one.
+
+    frames   one a camera, as in ``Observation``
+    returns  groups of [n·B, 3, side, side] in [-1, 1]
+    """
+    images = [
+        ops.image_prep(each, side, side, torch.float32) if each.dtype is torch.uint8 else each
+        for each in frames
+    ]
+    return [torch.cat(images)] if together and images else images
 
 
 def _trims(device: torch.device) -> bool:

@@ -1,0 +1,72 @@
+"""Camera frames as bytes: read by our own policy, resized and scaled by the engine of a patched one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import smolvla_fast
+from smolvla_fast.smolvla import prepare_observation_for_inference
+from smolvla_fast.testing import make_noise, make_observation, make_policy
+
+CAMERAS = ("observation.images.camera1", "observation.images.camera2")
+
+
+def _batches(policy: Any, *size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same frames as floats and as bytes."""
+    rng = np.random.default_rng(0)
+    frames = {key: rng.integers(0, 256, (*size, 3), dtype=np.uint8) for key in CAMERAS}
+    rest = {k: v for k, v in make_observation(policy).items() if "image" not in k}
+    made = []
+    for keep_bytes in (False, True):
+        prepared = prepare_observation_for_inference(frames, keep_bytes=keep_bytes)
+        made.append({**rest, **{key: prepared[key] for key in CAMERAS}})
+    assert made[1][CAMERAS[0]].dtype is torch.uint8 and made[1][CAMERAS[0]].shape == (1, *size, 3)
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("size", [(24, 32), (32, 32), (57, 31)], ids=str)
+@pytest.mark.parametrize("precision", [None, "exact", "fp32"])
+def test_bytes_give_what_floats_give(size: tuple[int, int], precision: str | None) -> None:
+    policy = make_policy("tiny", origin="ours")
+    floats, frames = _batches(policy, *size)
+    noise = make_noise(policy)
+    wanted = policy.predict_action_chunk(dict(floats), noise=noise)
+    if precision is not None:
+        smolvla_fast.patch(policy, precision=precision)
+    got = policy.predict_action_chunk(dict(frames), noise=noise)
+    if precision == "fp32":
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm()  # the bound of the tier
+    else:
+        assert torch.equal(got, wanted)
+    if precision is not None:
+        assert smolvla_fast.status(policy).calls_fast == 1
+
+
+def test_bytes_reach_stock_as_floats() -> None:
+    """A call that falls back is given what it can read."""
+    policy = make_policy("tiny", origin="ours")
+    floats, frames = _batches(policy, 24, 32)
+    noise = make_noise(policy)
+    wanted = policy.predict_action_chunk(dict(floats), noise=noise)
+    smolvla_fast.patch(policy)
+    policy.model.vlm_with_expert.lm_expert.norm.register_forward_hook(lambda *_: None)
+    assert torch.equal(policy.predict_action_chunk(dict(frames), noise=noise), wanted)
+    assert smolvla_fast.status(policy).calls_stock == 1
+
+
+def test_absent_cameras_beside_bytes() -> None:
+    policy = make_policy("tiny", origin="ours", cameras=3, empty_cameras=1)
+    floats, frames = _batches(policy, 24, 32)
+    noise = make_noise(policy)
+    wanted = policy.predict_action_chunk(dict(floats), noise=noise)
+    for precision in ("exact", "fp32"):
+        smolvla_fast.patch(policy, precision=precision)
+        got = policy.predict_action_chunk(dict(frames), noise=noise)
+        assert torch.equal(got, wanted) or (
+            precision == "fp32" and (got - wanted).norm() < 1e-5 * wanted.norm()
+        )
