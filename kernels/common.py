@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from threading import Lock
 
 import torch
 import triton
@@ -44,7 +45,7 @@ def assume_capability(cc: int) -> Iterator[None]:
 
 
 def check(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor | None = None) -> None:
-    """Raise ValueError unless the tensor has this shape, a dtype of DTYPES, a contiguous last dimension and like's device."""
+    """Raise ValueError unless the tensor has this shape, one of DTYPES, a contiguous last dimension, the device of like."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; accepted is {list(shape)}")
     if tensor.dtype not in DTYPES:
@@ -54,6 +55,81 @@ def check(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tens
         raise ValueError(f"{op}: the last dimension of {name} is strided; call .contiguous() on it")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, the other tensors on {like.device}")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., I] -> [rows, I]: a view wherever the leading dimensions have one stride, else a copy."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def normalise_first(dtype: torch.dtype) -> bool:
+    """Whether rows are scaled by 1/rms before a product with weights of this dtype, not after it.
+
+    After it costs nothing, and errs no more wherever x·norm_weight keeps the range of fp32: in fp32 and bf16. fp16 overflows
+    at 65 504, which outlier channels of a residual stream reach, and loses bits below 6e-5; it pays a pass over x instead.
+    """
+    return dtype is torch.float16
+
+
+class _Counters:
+    """Counters of a device, all zero whenever no launch uses them."""
+
+    NUMBER = 1 << 20
+
+    def __init__(self, index: int) -> None:
+        self.zeros = torch.zeros(self.NUMBER, dtype=torch.int32, device=torch.device("cuda", index))
+        torch.cuda.current_stream(index).synchronize()  # once: launches of other streams will not wait for it
+        self.used = 0
+        self.of_stream: dict[int, Tensor] = {}
+
+    def take(self, number: int) -> Tensor | None:
+        if self.used + number > self.NUMBER:
+            return None
+        self.used += number
+        return self.zeros[self.used - number : self.used]
+
+
+_counters: dict[int, _Counters] = {}
+_counters_lock = Lock()
+
+
+def split_workspace(tiles: int, split: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Partial sums, unwritten, and arrival counters, zero, of one split-K launch, which leaves the counters at zero.
+
+    tiles, split, size  tiles of the output, programs a tile, elements of a tile
+    returns             partials [tiles·split·size] fp32, arrivals [tiles] int32
+
+    Zeroing counters here would be one more launch before every product. So they are zeroed once a process, each launch
+    restores them, and no two launches that can run at the same time share one: the eager launches of a stream wait for
+    each other and have one set; a launch captured into a CUDA graph, which may be replayed beside any other, takes a set
+    that is never given away again (some 100 bytes). Where none are left, or a capture comes before the first eager
+    launch, the launch gets fresh ones. Partial sums come from the caching allocator, which keeps streams and graphs apart.
+    """
+    partials = torch.empty(tiles * split * size, dtype=torch.float32, device=device)
+    arrivals = _arrivals(tiles, device) if device.type == "cuda" else None
+    if arrivals is None:
+        arrivals = torch.zeros(tiles, dtype=torch.int32, device=device)
+    return partials, arrivals
+
+
+def _arrivals(tiles: int, device: torch.device) -> Tensor | None:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    capturing = torch.cuda.is_current_stream_capturing()
+    with _counters_lock:
+        if index not in _counters:
+            if capturing:
+                return None
+            _counters[index] = _Counters(index)
+        counters = _counters[index]
+        if capturing:
+            return counters.take(tiles)
+        stream = torch.cuda.current_stream(index).cuda_stream
+        mine = counters.of_stream.get(stream)
+        if mine is None or mine.numel() < tiles:
+            mine = counters.take(triton.next_power_of_2(max(tiles, 1024)))
+            if mine is not None:
+                counters.of_stream[stream] = mine
+        return mine
 
 
 @triton.jit
@@ -72,3 +148,133 @@ def gelu_tanh(x):
     """The tanh form of GELU, with tanh(u) = 2·sigmoid(2u) - 1: there is no tanh that every target has."""
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     return x * sigmoid(2.0 * u)
+
+
+@triton.jit
+def tile_of(program, row_tiles, col_tiles, GROUP_M: tl.constexpr):
+    """(row tile, column tile) of a program: GROUP_M row tiles share each weight tile while it is in L2."""
+    group_size = GROUP_M * col_tiles
+    first = program // group_size * GROUP_M
+    members = min(row_tiles - first, GROUP_M)
+    within = program % group_size
+    return first + within % members, within // members
+
+
+@triton.jit
+def product(
+    x_rows,
+    weight_cols,
+    row_mask,
+    col_mask,
+    start,
+    stop,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x·weightᵀ over start <= k < stop, in fp32. Pointers to k = 0: x_rows [BLOCK_M, 1], weight_cols [1, BLOCK_N]."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(start, stop, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & (k < stop)[None, :], other=0.0)
+        w = tl.load(weight_cols + k[:, None], mask=(k < stop)[:, None] & col_mask[None, :], other=0.0)
+        acc = tl.dot(x.to(w.dtype), w, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def norm_products(
+    x_rows,
+    norm_weight_ptr,
+    a_cols,
+    b_cols,
+    row_mask,
+    col_mask,
+    inputs,
+    eps,
+    NORMALISE_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """h·aᵀ and h·bᵀ with h = rms_norm(x), in fp32, while x is read once; pointers as in ``product``.
+
+    1/rms is a factor of the whole row, so the sum of squares is taken along the way and applied to the products; see
+    ``normalise_first`` for when it is not.
+    """
+    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    if NORMALISE_FIRST:
+        for first in range(0, inputs, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)
+            x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & (k < inputs)[None, :], other=0.0)
+            squares += x.to(tl.float32) * x.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(squares, axis=1) / inputs + eps)
+    a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, inputs, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        k_mask = k < inputs
+        x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0).to(tl.float32)
+        norm_weight = tl.load(norm_weight_ptr + k, mask=k_mask, other=0.0).to(tl.float32)
+        w_mask = k_mask[:, None] & col_mask[None, :]
+        a_tile = tl.load(a_cols + k[:, None], mask=w_mask, other=0.0)
+        b_tile = tl.load(b_cols + k[:, None], mask=w_mask, other=0.0)
+        if NORMALISE_FIRST:
+            h = x * scale[:, None] * norm_weight[None, :]
+        else:
+            squares += x * x
+            h = x * norm_weight[None, :]
+        h = h.to(a_tile.dtype)
+        a = tl.dot(h, a_tile, a, input_precision="ieee")
+        b = tl.dot(h, b_tile, b, input_precision="ieee")
+    if not NORMALISE_FIRST:
+        scale = tl.rsqrt(tl.sum(squares, axis=1) / inputs + eps)
+        a *= scale[:, None]
+        b *= scale[:, None]
+    return a, b
+
+
+@triton.jit
+def split_of(split, inputs, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(start, stop) of a program's share of K: whole blocks, as even as they come."""
+    blocks = tl.cdiv(inputs, BLOCK_K)
+    start = split * blocks // SPLIT_K * BLOCK_K
+    return start, min((split + 1) * blocks // SPLIT_K * BLOCK_K, inputs)
+
+
+@triton.jit
+def sum_of_splits(
+    acc,
+    partials_ptr,
+    arrivals_ptr,
+    tile,
+    split,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(the whole sum, True) for the program of this tile that arrives last, (anything, False) for the others.
+
+    Who is last depends on the day; what it adds up does not: all partial sums, in the order of K.
+    """
+    last = True
+    if SPLIT_K > 1:
+        size: tl.constexpr = BLOCK_M * BLOCK_N
+        within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        partials = partials_ptr + tile.to(tl.int64) * (SPLIT_K * size) + within
+        tl.store(partials + split * size, acc)
+        # One thread counts for all: the barrier puts the others' stores before its release.
+        tl.debug_barrier()
+        last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
+        if last:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for i in range(SPLIT_K):
+                # From L2, where the other programs' stores are; this multiprocessor's L1 does not know of them.
+                acc += tl.load(partials + i * size, cache_modifier=".cg")
+            tl.store(arrivals_ptr + tile, 0)
+    return acc, last
+
+
+def on_tensor_cores(cc: int, *dtypes: torch.dtype) -> bool:
+    """Whether Triton computes products of these dtypes in one pass on tensor cores: 16 bits, from 8.0 on."""
+    return cc >= 80 and all(dtype.itemsize == 2 for dtype in dtypes)

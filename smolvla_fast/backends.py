@@ -191,10 +191,21 @@ def passed_over(device: torch.device) -> dict[str, str]:
     return found
 
 
-def select(backend: str, device: torch.device, stock_order: bool) -> Ops:
+def why_not_fp8(device: torch.device) -> str | None:
+    """Why 8-bit floats cannot be multiplied on this device, or None."""
+    reason = why_not("triton", device)
+    if reason is None and device.type == "cuda":
+        have = torch.cuda.get_device_capability(device)
+        if have < (8, 9):
+            return f"compute capability {have[0]}.{have[1]} does not multiply e4m3; accepted is 8.9 and later"
+    return reason
+
+
+def select(backend: str, device: torch.device, stock_order: bool, quantized: bool = False) -> Ops:
     """The ops for a wish.
 
     backend      "auto": on a CPU "cpu", on an NVIDIA GPU "triton", and "torch" where these cannot serve; or a name
+    quantized    the ``fp8`` tier: Triton's kernels alone read 8-bit weights
     stock_order  the ``exact`` tier: the references, which are stock's own ATen calls, on any device
     raises       ValueError for an unknown name, RuntimeError naming the reason where an explicit wish cannot be met
     """
@@ -208,6 +219,13 @@ def select(backend: str, device: torch.device, stock_order: bool) -> Ops:
                 "accepted are 'auto' and 'torch'"
             )
         return reference_ops()
+    if quantized:
+        reason = why_not_fp8(device) or (
+            None if backend in ("auto", "triton") else f"backend={backend!r} has no kernels for it"
+        )
+        if reason:
+            raise RuntimeError(f"precision='fp8' cannot serve this policy: {reason}; 'auto' takes what can")
+        return _triton()
     if backend == "auto":
         ready = (name for name in _ORDER.get(device.type, ()) if why_not(name, device) is None)
         return _TABLES[next(ready, "torch")]()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import passed_over, select
+from .copies import Copies
 from .dims import read_dims
 from .graphs import GraphCache, driver_for
 from .nested import flatten
@@ -38,21 +39,23 @@ class Inputs(NamedTuple):
 
 
 class Engine:
-    """Computes action chunks for one model in one tier. Holds no weights: they are read from the model at each call.
+    """Computes action chunks for one model in one tier. Weights are read from the model at each call.
 
+    copies       quantised weights, in the tiers that have them
     graphs       the captured chunks, or None where nothing is captured (a CPU, or graphs switched off)
     passed_over  backends that "auto" would rather have taken, with the reasons
     """
 
     def __init__(self, tier: Tier, backend: str, device: torch.device, capture: bool = True) -> None:
         self.tier = tier
-        self.ops = select(backend, device, tier.stock_order)
+        self.ops = select(backend, device, tier.stock_order, tier.quantized)
         wished = backend != "auto" or tier.stock_order
         self.passed_over = {} if wished else passed_over(device)
         driver = driver_for(device) if capture else None
         self.graphs = None if driver is None else GraphCache(driver)
         self._positions: dict[tuple[int, torch.dtype], Tensor] = {}
         self._layers = 0
+        self.copies = Copies() if tier.quantized else None
 
     def act(
         self,
@@ -91,6 +94,12 @@ class Engine:
             guidance,
             _image_ends(model, state.device),
         )  # fmt: skip
+        chunk = self._run(model, inputs, watch)
+        if self.copies is not None and self.copies.refreshed():
+            chunk = self._run(model, inputs, watch)
+        return chunk
+
+    def _run(self, model: Any, inputs: Inputs, watch: Callable[[Tensor, Tensor], None] | None) -> Tensor:
         if self.graphs is None or watch is not None or is_timed():
             return self._chunk(model, inputs, watch)
         tensors, rebuild = flatten(inputs)
@@ -126,7 +135,9 @@ class Engine:
                 times = _time_embeddings(config, dims.expert_width, batch, noise.device)
                 return denoise(ops, dims, expert, heads, kv, noise, times, inputs.guidance, watch)
 
-    def _cast(self, matrix: Tensor) -> Tensor:
+    def _cast(self, matrix: Tensor) -> Any:
+        if self.copies is not None and matrix.ndim == 2:
+            return self.copies.of(matrix)
         dtype = self.tier.gemm_dtype
         return matrix if dtype is None or matrix.dtype is dtype else matrix.to(dtype)
 
@@ -141,8 +152,9 @@ class Engine:
 
     @property
     def bytes(self) -> int:
-        """What the engine holds between chunks: position ids of the patches, and no weights."""
-        return sum(ids.nbytes for ids in self._positions.values())
+        """What the engine holds between chunks: position ids of the patches, and quantised weights where there are any."""
+        copies = 0 if self.copies is None else self.copies.bytes
+        return copies + sum(ids.nbytes for ids in self._positions.values())
 
     def _patch_positions(self, vlm: Any, images: Tensor) -> Tensor:
         key = (images.shape[-1], vlm.vision_model.embeddings.patch_embedding.weight.dtype)

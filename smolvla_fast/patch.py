@@ -172,8 +172,9 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
     """Accelerate this one policy, in place, and return it.
 
     policy     a SmolVLAPolicy of lerobot or of smolvla_fast, or a PeftModel around one
-    precision  "auto" (fp32 weights -> "fp32", bf16 weights -> "bf16"), "exact" (bit-identical to stock), "fp32", "bf16"
-    backend    "auto" (the best that serves each op), "torch", "cpu"
+    precision  "auto" (fp32 weights -> "fp32", bf16 weights -> "bf16"), "exact" (bit-identical to stock), "fp32", "bf16",
+               "fp8" (8-bit floats, NVIDIA GPUs from compute capability 8.9 on; what it costs: ``verify``)
+    backend    "auto" (the best that serves this device), "torch", "cpu", "triton"
     warmup     an example batch as ``predict_action_chunk`` takes it, or True: run a chunk now, so that the first real one
                is not slow. No random state moves.
     raises     TypeError for another kind of object, ValueError for an unknown name, RuntimeError for an explicit wish
@@ -184,7 +185,7 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
     model = found.model
     weight = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj.weight
     tier = resolve_tier(precision, weight.dtype)
-    select(backend, weight.device, tier.stock_order)
+    select(backend, weight.device, tier.stock_order, tier.quantized)
     if disabled():
         logger.warning("smolvla_fast: off: %s is set", DISABLE)
         return policy
@@ -258,8 +259,8 @@ def engine_of(model: Any) -> Engine:
 
 
 def refresh(policy: Any) -> None:
-    """Read the weights again and forget what was captured. The present tiers read weights at every chunk and hold no
-    copies, so nothing is ever stale; a graph whose capture failed, for want of memory say, is tried again."""
+    """Read the weights again and forget what was captured. ``fp8`` makes its copies anew; the other tiers read weights at
+    every chunk and have nothing to refresh. A graph whose capture failed, for want of memory say, is tried again."""
     model = find_policy(policy).model
     if isinstance(model, _Accelerated):
         runtime_of(model).forget()

@@ -35,14 +35,14 @@ class Status:
     """What a patched policy is doing.
 
     active         chunks are served by the engine (False: stock runs, see last_fallback)
-    precision      the tier: "exact", "fp32" or "bf16"        backend  who computes        stages  stage -> backend
+    precision      the tier: "exact", "fp32", "bf16" or "fp8"    backend  who computes        stages  stage -> backend
     passed_over    backends that "auto" would rather have taken, each with the reason why it could not
     calls_fast     chunks served by the engine                calls_stock  chunks served by stock
     last_fallback  why stock ran the last time it did, or None
     graphs         captured CUDA graphs      graph_bytes  what they hold      graph_nodes  nodes of the one used last
     step_launches  kernel launches of one denoise step, where the backend's ops are one launch each, else None
-    extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids and the graphs' memory,
-                   and no weights
+    extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, the graphs' memory and, in
+                   fp8 alone, copies of weights
     """
 
     active: bool = False

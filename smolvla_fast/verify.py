@@ -33,7 +33,7 @@ class Report:
     stock_*                   of stock computing in the tier's own dtype
     velocity_rel_l2           of the fast path's velocity, one a denoise step
     passed                    exact: equal bits to stock. Else rel_l2 at most ``bound``: SCATTER times what stock itself
-                              loses in the tier's dtype, and no less than FP32_BOUND
+                              loses in the tier's dtype, and no less than FP32_BOUND; fp8: the cosine at least the tier's
     """
 
     precision: str
@@ -147,6 +147,12 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
         fast = served.act(model, *inputs, noise)
 
     bound = max(SCATTER * rel_l2(stock, truth), FP32_BOUND)
+    if tier.stock_order:
+        passed = torch.equal(fast, stock)
+    elif tier.cosine is not None:
+        passed = cosine(fast, truth) >= tier.cosine
+    else:
+        passed = rel_l2(fast, truth) <= bound
     return Report(
         precision=tier.name,
         backend=now.backend,
@@ -158,5 +164,5 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
         stock_cosine=cosine(stock, truth),
         velocity_rel_l2=[rel_l2(v, t) for v, t in zip(velocities, true_velocities, strict=True)],
         bound=bound,
-        passed=torch.equal(fast, stock) if tier.stock_order else rel_l2(fast, truth) <= bound,
+        passed=passed,
     )

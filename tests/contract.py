@@ -66,6 +66,8 @@ def inputs_in(
 def _widen(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
+    if isinstance(value, torch.dtype):
+        return torch.float64
     if isinstance(value, tuple):
         kind = type(value)
         items = [_widen(item) for item in value]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import Cost, randn
+from .quantize import product
 
 CASES = (
     dict(rows=2048, inputs=768, outputs=768),
@@ -26,13 +27,13 @@ def linear(
 ) -> Tensor:
     """``y = residual + act(x · weightᵀ + bias)``.
 
-    x           [..., I]        weight  [O, I], the layout of ``nn.Linear``        bias  [O]
+    x           [..., I]        weight  [O, I], the layout of ``nn.Linear``, or ``Quantized``        bias  [O]
     activation  None | "gelu_tanh" | "silu"        residual  [..., O]
     returns     [..., O]  dtype of weight
     raises      ValueError for another activation
     replaces    the linears of SigLIP with what follows them, the connector's projection, ``state_proj``
     """
-    y = F.linear(x, weight, bias)
+    y = product(x, weight, bias)
     if activation == "gelu_tanh":
         y = F.gelu(y, approximate="tanh")
     elif activation == "silu":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import Cost, randn
+from .quantize import matched, product
 
 CASES = (
     dict(rows=177, inputs=960, outputs=960),
@@ -25,7 +25,7 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
              rounded to the weight's dtype at the first layer
     replaces ``o_proj`` / ``down_proj`` and the in-place add behind them
     """
-    y = F.linear(x.to(weight.dtype), weight)
+    y = product(matched(x, weight), weight)
     y += residual
     return y
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import Cost, randn
+from .quantize import matched, product
 from .rms_norm import rms_norm
 from .rope import apply_rope, rope_tables
 
@@ -43,7 +43,7 @@ def norm_qkv_rope(
     h = rms_norm(x, norm_weight, eps)
 
     def project(weight: Tensor) -> Tensor:
-        return F.linear(h.to(weight.dtype), weight).view(*x.shape[:-1], -1, head_dim)
+        return product(matched(h, weight), weight).view(*x.shape[:-1], -1, head_dim)
 
     if k_weight is not None and v_weight is not None and k_out is not None and v_out is not None:
         k_out.copy_(apply_rope(project(k_weight), *rope))

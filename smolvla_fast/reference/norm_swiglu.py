@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import Cost, randn
+from .quantize import product
 from .rms_norm import rms_norm
 
 CASES = (
@@ -25,7 +26,7 @@ def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor,
     replaces ``post_attention_layernorm`` and ``mlp`` up to its ``down_proj``
     """
     h = rms_norm(x, norm_weight, eps)
-    return F.silu(F.linear(h, gate_weight)) * F.linear(h, up_weight)
+    return F.silu(product(h, gate_weight)) * product(h, up_weight)
 
 
 def make_inputs(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import Cost, randn
+from .quantize import product
 
 CASES = (
     dict(N=2, side=32, width=768, factor=4, outputs=960),
@@ -26,7 +26,7 @@ def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
     small = side // factor
     # Row-major blocks: (block row, row in block, block column, column in block) -> (block row, block column, ...).
     x = x.view(n, small, factor, small, factor * width).permute(0, 1, 3, 2, 4)
-    return F.linear(x.reshape(n, small * small, factor * factor * width), weight)
+    return product(x.reshape(n, small * small, factor * factor * width), weight)
 
 
 def make_inputs(

@@ -1,0 +1,98 @@
+"""Output projection and residual add: few rows, a long K, so that K is what there is to share out.
+
+A tile of the output has ``SPLIT_K`` programs, each with its part of K; otherwise half of the multiprocessors would have
+no work and the others too few bytes in flight. Partial sums meet in fp32 in L2, and the program that arrives last adds
+them up in the order of K, so bits never depend on arrival. It adds the residual to the fp32 sum and rounds once.
+What bounds it is the weight, read once from memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import as_rows, capability, check, product, split_of, split_workspace, sum_of_splits
+from .tuning import gemm_tile
+
+
+@triton.jit
+def _linear_residual_fwd(
+    x_ptr,
+    weight_ptr,
+    residual_ptr,
+    y_ptr,
+    partials_ptr,
+    arrivals_ptr,
+    rows,
+    inputs,
+    outputs,
+    x_row_stride,
+    weight_row_stride,
+    residual_row_stride,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tile, split = tl.program_id(0), tl.program_id(1)
+    # Row tiles of one weight tile are neighbours: it comes from memory once and then from L2.
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    row = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tile // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, col_mask = row < rows, col < outputs
+    row64 = row.to(tl.int64)[:, None]
+    x_rows = x_ptr + row64 * x_row_stride
+    weight_cols = weight_ptr + col.to(tl.int64)[None, :] * weight_row_stride
+    start, stop = split_of(split, inputs, SPLIT_K, BLOCK_K)
+    y = product(x_rows, weight_cols, row_mask, col_mask, start, stop, BLOCK_M, BLOCK_N, BLOCK_K)
+    y, last = sum_of_splits(y, partials_ptr, arrivals_ptr, tile, split, SPLIT_K, BLOCK_M, BLOCK_N)
+    if last:
+        mask = row_mask[:, None] & col_mask[None, :]
+        residual = tl.load(residual_ptr + row64 * residual_row_stride + col[None, :], mask=mask, other=0.0)
+        y += residual.to(tl.float32)
+        tl.store(y_ptr + row64 * outputs + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """``y = residual + x · weightᵀ``.
+
+    x        [..., I]      weight  [O, I]      residual  [..., O]      any of fp32 | bf16 | fp16, each its own
+    returns  [..., O]  what weight and residual promote to: the dtype of an fp32 residual stream
+    errors   ValueError for other shapes or dtypes, a strided last dimension; leading dimensions of x and residual are
+             copied where they have no common stride
+    replaces ``o_proj`` / ``down_proj`` and the in-place add behind them
+    """
+    outputs, inputs = weight.shape
+    lead = x.shape[:-1]
+    check("linear_residual", "weight", weight, (outputs, inputs))
+    check("linear_residual", "x", x, (*lead, inputs), like=weight)
+    check("linear_residual", "residual", residual, (*lead, outputs), like=weight)
+    dtype = torch.promote_types(weight.dtype, residual.dtype)
+    y = torch.empty((*lead, outputs), dtype=dtype, device=x.device)
+    if y.numel():
+        x, residual = as_rows(x), as_rows(residual)
+        rows, cc = x.shape[0], capability(x.device)
+        tile = gemm_tile(rows, inputs, outputs, cc, x.itemsize, weight.itemsize, split=True, residual=True)
+        tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.cols)
+        partials = arrivals = y
+        if tile.split > 1:
+            partials, arrivals = split_workspace(tiles, tile.split, tile.rows * tile.cols, x.device)
+        _linear_residual_fwd[(tiles, tile.split)](
+            x,
+            weight,
+            residual,
+            y,
+            partials,
+            arrivals,
+            rows,
+            inputs,
+            outputs,
+            x.stride(0),
+            weight.stride(0),
+            residual.stride(0),
+            SPLIT_K=tile.split,
+            **tile.launch,
+        )
+    return y

@@ -1,0 +1,201 @@
+"""RMSNorm, query, key and value projections, rotation and the write into the cache, one program a piece of one head.
+
+A program computes columns i and i + D/2 of a head as two sums, for these are what rotation mixes; queries, keys and values
+are heads of one grid with three weight pointers. The norm is as in ``norm_swiglu``: x is read once, 1/rms applied to the
+sums. Rotation is in fp32 with the positions' sin and cos; keys and values are rounded once, straight into their slots.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import as_rows, capability, check, norm_products, normalise_first
+from .tuning import gemm_tile
+
+
+@triton.jit
+def _norm_qkv_rope_fwd(
+    x_ptr,
+    norm_weight_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    v_weight_ptr,
+    sin_ptr,
+    cos_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    rows,
+    tokens,
+    inputs,
+    q_heads,
+    kv_heads,
+    eps,
+    x_row_stride,
+    weight_row_stride,
+    rope_batch_stride,
+    slot_batch_stride,
+    slot_stride,
+    HALF: tl.constexpr,
+    NORMALISE_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    half_tiles: tl.constexpr = (HALF + BLOCK_N - 1) // BLOCK_N
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    piece = tl.program_id(0) // row_tiles
+    head, i = piece // half_tiles, piece % half_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    if head < q_heads:
+        weight_ptr, own = q_weight_ptr, head
+    elif head < q_heads + kv_heads:
+        weight_ptr, own = k_weight_ptr, head - q_heads
+    else:
+        weight_ptr, own = v_weight_ptr, head - q_heads - kv_heads
+    row_mask, col_mask = row < rows, i < HALF
+    row64 = row.to(tl.int64)[:, None]
+    first_cols = weight_ptr + (own * (2 * HALF) + i).to(tl.int64)[None, :] * weight_row_stride
+    first, second = norm_products(
+        x_ptr + row64 * x_row_stride,
+        norm_weight_ptr,
+        first_cols,
+        first_cols + tl.cast(HALF, tl.int64) * weight_row_stride,
+        row_mask,
+        col_mask,
+        inputs,
+        eps,
+        NORMALISE_FIRST,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    mask = row_mask[:, None] & col_mask[None, :]
+    batch, token = row64 // tokens, row64 % tokens
+    within = own * (2 * HALF) + i[None, :]
+    slots = batch * slot_batch_stride + token * slot_stride + within
+    if head >= q_heads + kv_heads:
+        tl.store(v_ptr + slots, first.to(v_ptr.dtype.element_ty), mask=mask)
+        tl.store(v_ptr + slots + HALF, second.to(v_ptr.dtype.element_ty), mask=mask)
+    else:
+        angle = batch * rope_batch_stride + token * HALF + i[None, :]
+        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
+        cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
+        turned = first * cos - second * sin
+        second = second * cos + first * sin
+        if head < q_heads:
+            q_rows = q_ptr + row64 * (q_heads * 2 * HALF) + within
+            tl.store(q_rows, turned.to(q_ptr.dtype.element_ty), mask=mask)
+            tl.store(q_rows + HALF, second.to(q_ptr.dtype.element_ty), mask=mask)
+        else:
+            tl.store(k_ptr + slots, turned.to(k_ptr.dtype.element_ty), mask=mask)
+            tl.store(k_ptr + slots + HALF, second.to(k_ptr.dtype.element_ty), mask=mask)
+
+
+def norm_qkv_rope(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    v_weight: Tensor | None,
+    rope: tuple[Tensor, Tensor],
+    k_out: Tensor | None,
+    v_out: Tensor | None,
+    head_dim: int,
+) -> Tensor | None:
+    """``h = rms_norm(x);  q = rope(h·Wqᵀ);  k_out ← rope(h·Wkᵀ);  v_out ← h·Wvᵀ``.
+
+    x            [B, T, M]  norm_weight  [M]  any of fp32 | bf16 | fp16
+    q_weight     [H·D, M] or None      k_weight, v_weight  [K·D, M] or None      all of one dtype, any of these
+    rope         (sin, cos), each [B or 1, T, 1, D/2] fp32, contiguous
+    k_out, v_out [B, T, K, D]  views of the cache, written; one dtype and the same strides, heads side by side
+    returns      q [B, T, H, D] in the dtype of q_weight, or None
+    numerics     the norm in fp32, x·norm_weight rounded once to the weights' dtype; rotation of the unrounded sums
+    errors       ValueError for other shapes, dtypes or strides, an odd D, or neither queries nor keys and values; leading
+                 dimensions of x are copied where they have no common stride
+    replaces     the first half of ``forward_attn_layer`` / ``forward_cross_attn_layer``
+    """
+    op = "norm_qkv_rope"
+    batch, tokens, inputs = x.shape
+    has_kv = not (k_weight is None or v_weight is None or k_out is None or v_out is None)
+    weights = [w for w in ((q_weight, k_weight, v_weight) if has_kv else (q_weight,)) if w is not None]
+    if not weights:
+        raise ValueError(
+            f"{op} needs q_weight, or k_weight, v_weight, k_out and v_out, or all five; got neither"
+        )
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(
+            f"{op}: head_dim is {head_dim}; accepted are even sizes, for halves of a head are rotated"
+        )
+    weight = weights[0]
+    check(op, "x", x, (batch, tokens, inputs))
+    check(op, "norm_weight", norm_weight, (inputs,), like=x)
+    for w in weights:
+        check(op, "a weight", w, (w.shape[0] // head_dim * head_dim, inputs), like=x)
+        if w.dtype is not weight.dtype:
+            raise ValueError(f"{op}: weights are {weight.dtype} and {w.dtype}; accepted is one dtype for all")
+    sin, cos = rope
+    for table in rope:
+        shape = (table.shape[0] if table.shape[0] == 1 else batch, tokens, 1, head_dim // 2)
+        check(op, "a table of rope", table, shape, like=x)
+        if table.dtype is not torch.float32 or not table.is_contiguous() or table.shape != sin.shape:
+            raise ValueError(
+                f"{op}: a table of rope is {table.dtype}; accepted are two alike, contiguous, fp32"
+            )
+    q_heads = 0 if q_weight is None else q_weight.shape[0] // head_dim
+    kv_heads = k_weight.shape[0] // head_dim if has_kv and k_weight is not None else 0
+    if has_kv and k_out is not None and v_out is not None:
+        check(op, "v_weight", weights[-1], (kv_heads * head_dim, inputs))
+        check(op, "k_out", k_out, (batch, tokens, kv_heads, head_dim), like=x)
+        check(op, "v_out", v_out, (batch, tokens, kv_heads, head_dim), like=x)
+        if k_out.stride() != v_out.stride() or (kv_heads > 1 and k_out.stride(2) != head_dim):
+            raise ValueError(
+                f"{op}: k_out has strides {k_out.stride()}, v_out {v_out.stride()}; accepted are the same for both, "
+                f"with {head_dim} between heads"
+            )
+        if k_out.dtype is not v_out.dtype:
+            raise ValueError(
+                f"{op}: k_out is {k_out.dtype}, v_out {v_out.dtype}; accepted is one dtype for both"
+            )
+    q = None
+    if q_weight is not None:
+        q = torch.empty((batch, tokens, q_heads, head_dim), dtype=weight.dtype, device=x.device)
+    if x.shape[0] and tokens and inputs:
+        x = as_rows(x)
+        if any(w.stride(0) != weight.stride(0) for w in weights):
+            weights = [w.contiguous() for w in weights]
+        rows, half, heads = x.shape[0], head_dim // 2, q_heads + 2 * kv_heads
+        tile = gemm_tile(
+            rows, inputs, half, capability(x.device), x.itemsize, weight.itemsize, products=2, segments=heads
+        )
+        _norm_qkv_rope_fwd[(triton.cdiv(rows, tile.rows) * heads * triton.cdiv(half, tile.cols),)](
+            x,
+            norm_weight,
+            weights[0],
+            weights[-2 if has_kv else 0],
+            weights[-1],
+            sin,
+            cos,
+            k_out if q is None else q,
+            k_out if has_kv else q,
+            v_out if has_kv else q,
+            rows,
+            tokens,
+            inputs,
+            q_heads,
+            kv_heads,
+            eps,
+            x.stride(0),
+            weights[0].stride(0),
+            0 if sin.shape[0] == 1 else sin.stride(0),
+            k_out.stride(0) if has_kv and k_out is not None else 0,
+            k_out.stride(1) if has_kv and k_out is not None else 0,
+            HALF=half,
+            NORMALISE_FIRST=normalise_first(weight.dtype),
+            **tile.launch,
+        )
+    return q

@@ -1,0 +1,102 @@
+"""RMSNorm and the gated half of a feed-forward block: gate and up are two sums of one program.
+
+x is read once for both products, and never written back normalised: the norm's weight is applied to each tile as it is
+loaded, 1/rms to the fp32 sums at the end, since it is a factor of the whole row (``common.normalise_first`` says when it is
+applied before). silu(gate) · up stays in fp32 and is rounded once. With the 50 rows of a chunk the weights are the bound.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import as_rows, capability, check, norm_products, normalise_first, silu
+from .tuning import gemm_tile
+
+
+@triton.jit
+def _norm_swiglu_fwd(
+    x_ptr,
+    norm_weight_ptr,
+    gate_weight_ptr,
+    up_weight_ptr,
+    y_ptr,
+    rows,
+    inputs,
+    outputs,
+    eps,
+    x_row_stride,
+    gate_row_stride,
+    up_row_stride,
+    NORMALISE_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(0) // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, col_mask = row < rows, col < outputs
+    row64, col64 = row.to(tl.int64)[:, None], col.to(tl.int64)[None, :]
+    gate, up = norm_products(
+        x_ptr + row64 * x_row_stride,
+        norm_weight_ptr,
+        gate_weight_ptr + col64 * gate_row_stride,
+        up_weight_ptr + col64 * up_row_stride,
+        row_mask,
+        col_mask,
+        inputs,
+        eps,
+        NORMALISE_FIRST,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    y = (silu(gate) * up).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row64 * outputs + col[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
+
+
+def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+    """``h = rms_norm(x);  y = silu(h·Wgᵀ) · (h·Wuᵀ)``.
+
+    x        [..., M]  norm_weight  [M]  any of fp32 | bf16 | fp16      gate_weight, up_weight  [F, M], both of one dtype
+    returns  [..., F]  dtype of the weights
+    numerics the norm in fp32, x·norm_weight rounded once to the weights' dtype
+    errors   ValueError for other shapes or dtypes, a strided last dimension; leading dimensions of x are copied where they
+             have no common stride
+    replaces ``post_attention_layernorm`` and ``mlp`` up to its ``down_proj``
+    """
+    outputs, inputs = gate_weight.shape
+    lead = x.shape[:-1]
+    check("norm_swiglu", "gate_weight", gate_weight, (outputs, inputs))
+    check("norm_swiglu", "up_weight", up_weight, (outputs, inputs), like=gate_weight)
+    check("norm_swiglu", "norm_weight", norm_weight, (inputs,), like=gate_weight)
+    check("norm_swiglu", "x", x, (*lead, inputs), like=gate_weight)
+    if up_weight.dtype is not gate_weight.dtype:
+        raise ValueError(
+            f"norm_swiglu: up_weight is {up_weight.dtype}, gate_weight {gate_weight.dtype}; accepted is one dtype for both"
+        )
+    y = torch.empty((*lead, outputs), dtype=gate_weight.dtype, device=x.device)
+    if y.numel():
+        x = as_rows(x)
+        rows, cc = x.shape[0], capability(x.device)
+        tile = gemm_tile(rows, inputs, outputs, cc, x.itemsize, gate_weight.itemsize, products=2)
+        _norm_swiglu_fwd[(triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.cols),)](
+            x,
+            norm_weight,
+            gate_weight,
+            up_weight,
+            y,
+            rows,
+            inputs,
+            outputs,
+            eps,
+            x.stride(0),
+            gate_weight.stride(0),
+            up_weight.stride(0),
+            NORMALISE_FIRST=normalise_first(gate_weight.dtype),
+            **tile.launch,
+        )
+    return y

@@ -1,0 +1,107 @@
+"""The connector: a product whose rows are blocks of patches, gathered while they are loaded.
+
+No shuffled copy of x exists: a row of the product is ``factor`` runs of ``factor · W`` neighbouring numbers, one from each
+row of patches, and k picks the run. The rows are few (64 an image) and K is long (12 288), so programs share K as in
+``linear_residual``: fp32 partial sums, added up in the order of K by the program that arrives last, rounded once.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import capability, check, split_of, split_workspace, sum_of_splits
+from .tuning import gemm_tile
+
+
+@triton.jit
+def _pixel_shuffle_linear_fwd(
+    x_ptr,
+    weight_ptr,
+    y_ptr,
+    partials_ptr,
+    arrivals_ptr,
+    rows,
+    inputs,
+    outputs,
+    weight_row_stride,
+    FACTOR: tl.constexpr,
+    SMALL: tl.constexpr,
+    RUN: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    row = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tile // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, col_mask = row < rows, col < outputs
+    # A row of patches is SMALL runs, a row of blocks FACTOR of these: the first run of block (row // SMALL, row % SMALL).
+    row64 = row.to(tl.int64)[:, None]
+    x_rows = x_ptr + (row64 // SMALL * (FACTOR * SMALL) + row64 % SMALL) * RUN
+    weight_cols = weight_ptr + col.to(tl.int64)[None, :] * weight_row_stride
+    start, stop = split_of(split, inputs, SPLIT_K, BLOCK_K)
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(start, stop, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        k_mask = k < stop
+        within = k // RUN * (SMALL * RUN) + k % RUN
+        x = tl.load(x_rows + within[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+        w = tl.load(weight_cols + k[:, None], mask=k_mask[:, None] & col_mask[None, :], other=0.0)
+        y = tl.dot(x.to(w.dtype), w, y, input_precision="ieee")
+    y, last = sum_of_splits(y, partials_ptr, arrivals_ptr, tile, split, SPLIT_K, BLOCK_M, BLOCK_N)
+    if last:
+        mask = row_mask[:, None] & col_mask[None, :]
+        tl.store(y_ptr + row64 * outputs + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
+    """Gather each ``factor × factor`` block of patches into one row, then ``rows · weightᵀ``.
+
+    x        [N, side², W]        weight  [M, W·factor²]        any of fp32 | bf16 | fp16, each its own
+    returns  [N, (side/factor)², M]  dtype of weight
+    errors   ValueError where the patches are no square of whole blocks, for other shapes or dtypes, a strided last
+             dimension; an x that is not contiguous is copied
+    replaces ``SmolVLMConnector`` (pixel shuffle of Idefics3, then ``modality_projection``)
+    """
+    images, tokens, width = x.shape
+    side = isqrt(tokens)
+    if factor < 1 or side * side != tokens or side % factor:
+        raise ValueError(
+            f"pixel_shuffle_linear: {tokens} patches an image; accepted are squares of multiples of factor = {factor}"
+        )
+    small, outputs, inputs = side // factor, weight.shape[0], width * factor * factor
+    check("pixel_shuffle_linear", "weight", weight, (outputs, inputs))
+    check("pixel_shuffle_linear", "x", x, (images, tokens, width), like=weight)
+    y = torch.empty((images, small * small, outputs), dtype=weight.dtype, device=x.device)
+    if y.numel():
+        x = x.contiguous()
+        rows, cc = images * small * small, capability(x.device)
+        tile = gemm_tile(rows, inputs, outputs, cc, x.itemsize, weight.itemsize, split=True)
+        tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.cols)
+        partials = arrivals = y
+        if tile.split > 1:
+            partials, arrivals = split_workspace(tiles, tile.split, tile.rows * tile.cols, x.device)
+        _pixel_shuffle_linear_fwd[(tiles, tile.split)](
+            x,
+            weight,
+            y,
+            partials,
+            arrivals,
+            rows,
+            inputs,
+            outputs,
+            weight.stride(0),
+            FACTOR=factor,
+            SMALL=small,
+            RUN=factor * width,
+            SPLIT_K=tile.split,
+            **tile.launch,
+        )
+    return y

@@ -1,0 +1,256 @@
+"""layer_norm, suffix_embed and euler_step as Triton kernels."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from contract import check, inputs_in
+from guarded import DEVICE, guarded
+
+from smolvla_fast.aten.suffix import Folded, suffix_fold
+from smolvla_fast.backends import reference_ops
+from smolvla_fast.kernels import euler_step as euler_module
+from smolvla_fast.kernels import layer_norm as norm_module
+from smolvla_fast.kernels import suffix_embed as suffix_module
+from smolvla_fast.reference.euler_step import euler_step as euler_reference
+from smolvla_fast.reference.guidance import guide
+from smolvla_fast.reference.layer_norm import layer_norm as norm_reference
+
+pytestmark = pytest.mark.triton
+
+INTERPRETED = DEVICE == "cpu"
+layer_norm, suffix_embed = guarded(norm_module.layer_norm), guarded(suffix_module.suffix_embed)
+euler_step = guarded(euler_module.euler_step)
+OPS = SimpleNamespace(
+    layer_norm=layer_norm, suffix_fold=suffix_fold, suffix_embed=suffix_embed, euler_step=euler_step
+)
+# The interpreter truncates to bf16 where a GPU rounds, so bf16 is a device's to judge.
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+EPS = torch.finfo(torch.float32).eps
+
+
+def sizes(case: dict[str, int]) -> str:
+    return "-".join(f"{name}{value}" for name, value in case.items())
+
+
+# layer_norm
+
+NORMS = tuple(
+    dict(rows=rows, width=width) for rows, width in ((64, 768), (5, 48), (3, 31), (2, 1), (3, 1000))
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", NORMS, ids=sizes)
+def test_layer_norm(case: dict[str, int], dtype: torch.dtype) -> None:
+    check(reference_ops(), OPS, "layer_norm", case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_layer_norm_from_fp32_to_the_dtype_of_the_product(dtype: torch.dtype) -> None:
+    values, wide = inputs_in("layer_norm", dict(rows=6, width=48), torch.float32, seed=0)
+    values["weight"], values["bias"] = values["weight"].to(dtype), values["bias"].to(dtype)
+    got = layer_norm(**values, dtype=dtype)
+    wide.update(weight=values["weight"].double(), bias=values["bias"].double())
+    truth = norm_reference(**wide)
+    assert got.dtype is dtype
+    # One rounding: half a unit of the value, and room for fp32's own error where that decides a tie.
+    assert (
+        (got.double() - truth).abs() <= 0.501 * torch.finfo(dtype).eps * truth.abs().clamp(min=2**-4)
+    ).all()
+
+
+def test_layer_norm_far_from_zero() -> None:
+    """The variance is taken of centred values: mean(x²) - mean(x)² would have lost every digit here."""
+    values, wide = inputs_in("layer_norm", dict(rows=4, width=100), torch.float32, seed=1)
+    values["x"] += 4096.0
+    truth = norm_reference(**{**wide, "x": values["x"].double()})
+    # x is given to 4096·2⁻²⁴ = 2⁻¹², and the mean is found to a few of these; its spread is 4, the weights about 1.
+    torch.testing.assert_close(layer_norm(**values).double(), truth, atol=4 * 2**-12 / 4, rtol=0)
+
+
+def test_layer_norm_refuses_what_it_cannot_do() -> None:
+    x, w = torch.zeros(3, 8, device=DEVICE), torch.zeros(8, device=DEVICE)
+    refused = norm_module.layer_norm
+    with pytest.raises(ValueError, match=r"x, of shape \[3, 4\], must be contiguous; call .contiguous"):
+        refused(x[:, :4], w[:4], w[:4], 1e-6)
+    with pytest.raises(ValueError, match=r"bias has shape \[7\]; accepted is \[8\]"):
+        refused(x, w, w[:7], 1e-6)
+    with pytest.raises(
+        ValueError, match="the result is torch.float64; accepted are float32, bfloat16, float16"
+    ):
+        refused(x, w, w, 1e-6, torch.float64)
+    with pytest.raises(ValueError, match="accepted are at most 16384"):
+        refused(torch.zeros(1, 20_000, device=DEVICE), *torch.zeros(2, 20_000, device=DEVICE), 1e-6)
+    assert refused(x[:0], w, w, 1e-6).shape == (0, 8)
+
+
+# suffix_embed
+
+SUFFIXES = (
+    dict(B=1, S=50, A=32, E=96, N=10),
+    dict(B=2, S=7, A=5, E=48, N=3),
+    dict(B=3, S=9, A=33, E=70, N=3),
+    dict(B=1, S=1, A=1, E=1, N=3),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SUFFIXES, ids=sizes)
+def test_suffix_embed(case: dict[str, int], dtype: torch.dtype) -> None:
+    """Three steps of each case; every item of a batch and every step has a time of its own."""
+    check(reference_ops(), OPS, "suffix_embed", case, dtype)
+
+
+def test_suffix_embed_at_full_width() -> None:
+    """The 720 columns of SmolVLA's expert, of a few tokens: their tiles do not differ."""
+    check(reference_ops(), OPS, "suffix_embed", dict(B=1, S=5, A=32, E=720, N=3), torch.float32)
+
+
+def test_actions_in_any_layout() -> None:
+    """A caller's noise may be a view; from the first step on x is what euler_step made."""
+    x = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE).transpose(1, 2)
+    w = torch.linspace(-1, 1, 48 * 48, device=DEVICE).view(48, 48)
+    folded = Folded(w[:, :5].contiguous(), w[:6].view(3, 2, 1, 48))
+    want = suffix_embed(x.contiguous(), 1, folded, w, w[0])
+    assert not x.is_contiguous() and torch.equal(suffix_embed(x, 1, folded, w, w[0]), want)
+    assert torch.equal(euler_step(**steps(x=x))[0], euler_step(**steps(x=x.contiguous()))[0])
+
+
+def test_suffix_embed_refuses_what_it_cannot_do() -> None:
+    x, w = torch.zeros(2, 7, 5, device=DEVICE), torch.zeros(48, 48, device=DEVICE)
+    folded = Folded(w[:, :5].contiguous(), torch.zeros(3, 2, 1, 48, device=DEVICE))
+    refused = suffix_module.suffix_embed
+    with pytest.raises(ValueError, match="step is 3; accepted are 0 to 2, the steps that were folded"):
+        refused(x, 3, folded, w, w[0])
+    with pytest.raises(ValueError, match=r"folded.weight has shape \[48, 5\]; accepted is \[48, 4\]"):
+        refused(x[..., :4].contiguous(), 0, folded, w, w[0])
+    with pytest.raises(
+        ValueError, match=r"folded.bias has shape \[3, 2, 1, 48\]; accepted is \[3, 1, 1, 48\]"
+    ):
+        refused(x[:1], 0, folded, w, w[0])
+    with pytest.raises(ValueError, match="mlp_out_weight must be contiguous"):
+        refused(x, 0, folded, torch.zeros(48, 96, device=DEVICE)[:, :48], w[0])
+    with pytest.raises(ValueError, match=r"x has shape \[7, 5\]; accepted is \[B, S, A\]"):
+        refused(x[0], 0, folded, w, w[0])
+
+
+# euler_step
+
+EULERS = (
+    dict(B=1, S=11, E=720, A=32),
+    dict(B=2, S=7, E=48, A=5),
+    dict(B=3, S=2, E=300, A=33),
+    dict(B=1, S=1, E=1, A=1),
+)
+SMALL = dict(B=2, S=7, E=48, A=5)
+
+
+def steps(**values: Any) -> dict[str, Any]:
+    return {**inputs_in("euler_step", SMALL, torch.float32, seed=0)[0], **values}
+
+
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", EULERS, ids=sizes)
+def test_euler_step(case: dict[str, int], dtype: torch.dtype, guided: bool) -> None:
+    def without(function: Any) -> Any:
+        return lambda **inputs: function(**{**inputs, "guidance": None})
+
+    reference, ops = reference_ops(), OPS
+    if not guided:
+        reference = SimpleNamespace(euler_step=without(reference.euler_step))
+        ops = SimpleNamespace(euler_step=without(euler_step))
+    check(reference, ops, "euler_step", case, dtype)
+
+
+def test_guidance_and_euler_are_stocks_expression() -> None:
+    values = steps()
+    x, before = values["x"], values["x"].clone()
+    plain_x, plain_v = euler_step(**{**values, "guidance": None})
+    new_x, v = euler_step(**values)
+    want_v = guide(plain_v, x, *values["guidance"])
+    pairs = ((v, want_v), (plain_x, x + values["dt"] * plain_v), (new_x, x + values["dt"] * want_v))
+    for got, want in pairs:
+        if INTERPRETED:
+            assert torch.equal(got, want), "the same operations in the same order have the same bits"
+        else:  # a fused multiply-add skips a rounding of values up to 16
+            torch.testing.assert_close(got, want, atol=16 * EPS, rtol=0)
+    assert torch.equal(x, before) and not torch.equal(v, plain_v)
+
+
+def test_guidance_is_data() -> None:
+    """Its weight may lie on the host or on the device, and is read in every launch."""
+    values = {name: v.to(DEVICE) if isinstance(v, Tensor) else v for name, v in steps().items()}
+    guidance = values["guidance"]._replace(
+        **{name: getattr(values["guidance"], name).to(DEVICE) for name in ("previous", "weights")}
+    )
+    strength = torch.tensor(2.5, device=DEVICE)
+    host = euler_module.euler_step(**{**values, "guidance": guidance})[1]
+    changed = {**values, "guidance": guidance._replace(weight=strength)}
+    assert torch.equal(euler_module.euler_step(**changed)[1], host)
+    strength.zero_()
+    unguided = euler_module.euler_step(**{**values, "guidance": None})[1]
+    assert torch.equal(euler_module.euler_step(**changed)[1], unguided) and not torch.equal(unguided, host)
+
+
+@pytest.mark.parametrize("layout", ["one for the batch", "strided"])
+def test_previous_chunk_in_any_layout(layout: str) -> None:
+    guidance = steps()["guidance"]
+    previous = guidance.previous[:1] if layout == "one for the batch" else guidance.previous
+    want = euler_step(**steps(guidance=guidance._replace(previous=previous.expand(2, 7, 5).contiguous())))
+    if layout == "strided":
+        previous = previous.transpose(1, 2).contiguous().to(DEVICE).transpose(1, 2)
+    for got, wanted in zip(
+        euler_step(**steps(guidance=guidance._replace(previous=previous))), want, strict=True
+    ):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+def test_eps_decides_for_small_rows(eps: float) -> None:
+    values = steps(guidance=None, eps=eps)
+    values["h"] *= 1e-3
+    want = euler_reference(**{k: v.double() if isinstance(v, Tensor) else v for k, v in values.items()})
+    for got, wanted in zip(euler_step(**values), want, strict=True):
+        # fp32 sums of 48 products around 1: sqrt(48) roundings at the worst likely.
+        torch.testing.assert_close(got.double(), wanted, atol=8 * EPS * 3, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy under the interpreter
+def test_nan_stays_in_its_token() -> None:
+    values = steps()
+    want = euler_step(**values)
+    values["h"][1, 4, 47] = torch.nan
+    for got, wanted in zip(euler_step(**values), want, strict=True):
+        assert got[1, 4].isnan().all()
+        got[1, 4] = wanted[1, 4]
+        assert torch.equal(got, wanted)
+
+
+def test_euler_step_refuses_what_it_cannot_do() -> None:
+    def refused(**changed: Any) -> None:
+        euler_step(**steps(**changed))
+
+    values = steps()
+    guidance = values["guidance"]
+    with pytest.raises(ValueError, match=r"out_weight has shape \[5, 47\]; accepted is \[5, 48\]"):
+        refused(out_weight=values["out_weight"][:, :47].contiguous())
+    with pytest.raises(ValueError, match="x is torch.float16; accepted is torch.float32"):
+        refused(x=values["x"].half())
+    with pytest.raises(ValueError, match="h must be contiguous"):
+        refused(h=torch.zeros(2, 7, 96, device=DEVICE)[..., :48])
+    with pytest.raises(ValueError, match=r"h and x have shapes \[7, 48\].*accepted are \[B, S, E\] and"):
+        refused(h=values["h"][0])
+    with pytest.raises(
+        ValueError, match=r"guidance.previous is torch.float32, \[2, 6, 5\].*accepted is .*\[2, 7, 5\]"
+    ):
+        refused(guidance=guidance._replace(previous=guidance.previous[:, 1:]))
+    with pytest.raises(ValueError, match=r"guidance.weight is torch.float64, \[\]"):
+        refused(guidance=guidance._replace(weight=guidance.weight.double()))
