@@ -11,6 +11,7 @@ from torch import Tensor
 from .backends import passed_over, select
 from .copies import Copies
 from .dims import read_dims
+from .extension import why_bf16_is_slow
 from .graphs import GraphCache, driver_for
 from .nested import flatten
 from .precision import Tier
@@ -49,8 +50,13 @@ class Engine:
     def __init__(self, tier: Tier, backend: str, device: torch.device, capture: bool = True) -> None:
         self.tier = tier
         self.ops = select(backend, device, tier.stock_order, tier.quantized)
+        self._gemm_dtype = tier.gemm_dtype
         wished = backend != "auto" or tier.stock_order
         self.passed_over = {} if wished else passed_over(device)
+        slow = None if device.type != "cpu" or tier.stock_order or tier.name == "fp32" else why_bf16_is_slow()
+        if slow is not None:  # wider products err less and are faster, so they serve the narrower tier
+            self._gemm_dtype = torch.float32
+            self.passed_over["bf16 products"] = f"{slow}; products run in fp32"
         driver = driver_for(device) if capture else None
         self.graphs = None if driver is None else GraphCache(driver)
         self._positions: dict[tuple[int, torch.dtype], Tensor] = {}
@@ -138,12 +144,12 @@ class Engine:
     def _cast(self, matrix: Tensor) -> Any:
         if self.copies is not None and matrix.ndim == 2:
             return self.copies.of(matrix)
-        dtype = self.tier.gemm_dtype
+        dtype = self._gemm_dtype
         return matrix if dtype is None or matrix.dtype is dtype else matrix.to(dtype)
 
     def _widen(self, matrix: Tensor) -> Tensor:
         """For matrices that no tier narrows: the expert's cross K/V, fp32 in LeRobot's bf16 layout."""
-        return self._cast(matrix) if self.tier.gemm_dtype is torch.float32 else matrix
+        return self._cast(matrix) if self._gemm_dtype is torch.float32 else matrix
 
     @property
     def step_launches(self) -> int | None:

@@ -163,7 +163,7 @@ def find_policy(policy: Any) -> Any:
             break
         seen = inner
     raise TypeError(
-        f"smolvla_fast.patch takes a SmolVLAPolicy (lerobot's or smolvla_fast's) or a PeftModel around one; "
+        f"smolvla_fast takes a SmolVLAPolicy (lerobot's or smolvla_fast's) or a PeftModel around one; "
         f"got {type(policy).__module__}.{type(policy).__qualname__}"
     )
 
@@ -185,10 +185,15 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
     model = found.model
     weight = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj.weight
     tier = resolve_tier(precision, weight.dtype)
+    if not (warmup is None or isinstance(warmup, bool | dict)):
+        raise TypeError(
+            f"warmup={warmup!r}; accepted are True, False, None and a batch as predict_action_chunk takes it"
+        )
     select(backend, weight.device, tier.stock_order, tier.quantized)
     if disabled():
-        logger.warning("smolvla_fast: off: %s is set", DISABLE)
+        logger.warning("smolvla_fast: off: %s is set; call patch again after unsetting it", DISABLE)
         return policy
+    before = model.__dict__.get(SETTINGS)
     model.__dict__[SETTINGS] = Settings(precision, backend)
     if not isinstance(model, _Accelerated):
         stock: Any = type(model)
@@ -213,7 +218,10 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
                 found.eval()
             _warm_up(found, runtime, warmup)
         except Exception:
-            unpatch(policy)
+            if before is None:
+                unpatch(policy)
+            else:
+                model.__dict__[SETTINGS] = before
             raise
         finally:
             if was_training:
@@ -222,7 +230,7 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
 
 
 def _warm_up(policy: Any, runtime: Runtime, example: Any) -> None:
-    model = policy.model
+    model, counted = policy.model, (runtime.calls_fast, runtime.calls_stock)
     device, config = model.state_proj.weight.device, model.config
     if example is True:
         side = model.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
@@ -240,7 +248,7 @@ def _warm_up(policy: Any, runtime: Runtime, example: Any) -> None:
         shape = (batch["observation.state"].shape[0], config.chunk_size, config.max_action_dim)
         policy.predict_action_chunk(batch, noise=torch.zeros(shape, device=device))
     with runtime.lock:
-        runtime.calls_fast = runtime.calls_stock = 0
+        runtime.calls_fast, runtime.calls_stock = counted
 
 
 def unpatch(policy: P) -> P:

@@ -64,7 +64,7 @@ class Status:
 
 
 def disabled() -> bool:
-    return os.environ.get(DISABLE, "0") not in ("", "0")
+    return os.environ.get(DISABLE, "").lower() not in ("", "0", "false", "no", "off")
 
 
 class Runtime:
@@ -72,6 +72,8 @@ class Runtime:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        # Of the last chunk: another thread may unpatch while one is computed.
+        self.settings: Settings | None = None
         self.engine: Engine | None = None
         self.built_for: tuple[Any, ...] = ()
         self.probed: str | None = None
@@ -83,7 +85,9 @@ class Runtime:
 
     def prepare(self, model: Any) -> Engine:
         """The engine for the dtypes and device the model has now."""
-        settings: Settings = model.__dict__[SETTINGS]
+        settings = model.__dict__.get(SETTINGS) or self.settings
+        assert settings is not None, "a runtime is of a patched model"
+        self.settings = settings
         weight = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj.weight
         key = (settings, weight.dtype, weight.device, probed_code(model))
         with self.lock:

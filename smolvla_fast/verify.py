@@ -114,7 +114,8 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
 
     batch    as ``predict_action_chunk`` takes it (preprocessed); not changed
     noise    [B, S, A] fp32; fixed noise of its own where not given, so that no random state moves
-    raises   RuntimeError where the policy is not patched or runs stock, with the reason
+    raises   RuntimeError where the policy is not patched or runs stock, with the reason; TypeError, ValueError for another
+             batch or noise
     """
     found = find_policy(policy)
     now = status(policy)
@@ -123,6 +124,15 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
     model = found.model
     served = engine_of(model)
     tier = served.tier
+    shape = (model.config.chunk_size, model.config.max_action_dim)
+    if not isinstance(batch, dict):
+        raise TypeError(
+            f"batch is a {type(batch).__qualname__}; accepted is a dict as predict_action_chunk takes it"
+        )
+    if noise is not None and (tuple(noise.shape[1:]) != shape or noise.dtype is not torch.float32):
+        raise ValueError(
+            f"noise is {tuple(noise.shape)} {noise.dtype}; accepted is (batch, {shape[0]}, {shape[1]}) float32"
+        )
     batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
     batch = found._prepare_batch(batch)
     images, image_masks = found.prepare_images(batch)
@@ -135,8 +145,9 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
     )
     state = inputs[-1]
     if noise is None:
-        shape = (state.shape[0], model.config.chunk_size, model.config.max_action_dim)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(state.device)
+        noise = torch.randn((state.shape[0], *shape), generator=torch.Generator().manual_seed(0)).to(
+            state.device
+        )
 
     truth, true_velocities = _stock_chunk(model, torch.float32, inputs, noise)
     stock = _stock_chunk(model, tier.gemm_dtype, inputs, noise)[0]

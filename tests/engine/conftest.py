@@ -12,7 +12,7 @@ pytest.importorskip(
     "lerobot.policies.smolvla.modeling_smolvla", reason="parity is against LeRobot's own classes"
 )
 
-from smolvla_fast import testing
+from smolvla_fast import inference, testing
 from smolvla_fast.testing import make_noise, make_observation
 
 _origin = "lerobot"
@@ -60,6 +60,12 @@ def observation(policy: Any) -> dict[str, Tensor]:
 @pytest.fixture
 def noise(policy: Any) -> Tensor:
     return make_noise(policy)
+
+
+@pytest.fixture(autouse=True)
+def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of the bf16 tier in bf16 on every processor, so that its numerics are tested everywhere."""
+    monkeypatch.setattr(inference, "why_bf16_is_slow", lambda: None)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import smolvla_fast
+from smolvla_fast import inference
 from smolvla_fast.testing import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
@@ -155,3 +156,29 @@ def test_full_size() -> None:
         report = smolvla_fast.verify(policy, observation)
         assert report.passed, report
         assert report.bound < 0.1, "a bound this wide would let anything pass"
+
+
+UNTRIMMED = [
+    "one of two cameras present", "tokenizer_max_length=20", "language unpadded", "language longer than the maximum",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNTRIMMED)
+def test_fp32_within_bound_as_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off the CPU nothing is trimmed and language is padded; the chunk must not notice."""
+    monkeypatch.setitem(inference.prepare_observation.__globals__, "_trims", lambda device: False)
+    settings, inputs = GRID[name]
+    policy = make_policy("tiny", **settings)
+    stock, fast = _stock_and_fast(policy, make_observation(policy, **inputs), "fp32")
+    assert rel_l2(fast, stock) <= FP32_BOUND
+
+
+@LEROBOT_ONLY
+def test_block_mask_is_stocks() -> None:
+    from lerobot.policies.smolvla.modeling_smolvla import make_att_2d_masks
+
+    from smolvla_fast.reference.masks import block_mask
+
+    generator = torch.Generator().manual_seed(0)
+    pad, att = (torch.rand(3, 9, generator=generator) < share for share in (0.7, 0.3))
+    assert torch.equal(block_mask(pad, att), make_att_2d_masks(pad, att))

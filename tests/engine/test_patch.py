@@ -8,8 +8,10 @@ import inspect
 import io
 import logging
 import pickle
+import re
 import threading
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -349,7 +351,10 @@ def test_warmup_counts_nothing_and_leaves_the_batch(policy: Any, observation: di
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
-def test_bad_arguments(policy: Any) -> None:
+def test_bad_arguments(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="precision='fp8' cannot serve.*run on an NVIDIA GPU"):
+        smolvla_fast.patch(policy, precision="fp8")
     with pytest.raises(TypeError, match="SmolVLAPolicy"):
         smolvla_fast.patch(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="got builtins.NoneType"):
@@ -425,3 +430,73 @@ def test_observation_of_another_camera_count(policy: Any, noise: Tensor) -> None
     for cameras in (2, 1, 2):
         observation = make_observation(policy, cameras=cameras)
         assert torch.equal(chunk(policy, observation, noise), chunk(twin, observation, noise))
+
+
+def test_bf16_leaves_the_cross_kv_as_they_are_stored(policy: Any, observation: Any, noise: Tensor) -> None:
+    smolvla_fast.patch(policy, precision="bf16")
+    engine, seen = smolvla_fast.patch.__globals__["engine_of"](policy.model), []
+    spied = engine.ops.cross_kv
+    engine.ops = replace(engine.ops, cross_kv=lambda k, v, *w: (seen.extend(w), spied(k, v, *w))[1])
+    chunk(policy, observation, noise)
+    live = {p.data_ptr() for p in policy.parameters()}
+    assert seen and all(w.dtype is torch.float32 and w.data_ptr() in live for w in seen)
+
+
+@pytest.mark.parametrize("warmup", [5, 0, "x", [1]], ids=str)
+def test_another_warmup_is_named_and_changes_nothing(policy: Any, warmup: Any) -> None:
+    for precision in (None, "exact"):
+        if precision is not None:
+            smolvla_fast.patch(policy, precision=precision)
+        before = smolvla_fast.status(policy).to_dict()
+        with pytest.raises(TypeError, match=f"warmup={re.escape(repr(warmup))}; accepted are True"):
+            smolvla_fast.patch(policy, precision="fp32", warmup=warmup)
+        assert smolvla_fast.status(policy).to_dict() == before
+
+
+def test_a_failing_warmup_leaves_an_earlier_patch(policy: Any, observation: Any, noise: Tensor) -> None:
+    smolvla_fast.patch(policy, precision="exact")
+    chunk(policy, observation, noise)
+    with pytest.raises(KeyError):
+        smolvla_fast.patch(policy, precision="fp32", warmup={})
+    now = smolvla_fast.status(policy)
+    assert (now.active, now.precision, now.calls_fast) == (True, "exact", 1)
+
+
+def test_warming_up_again_keeps_the_counters(policy: Any, observation: Any, noise: Tensor) -> None:
+    smolvla_fast.patch(policy)
+    chunk(policy, observation, noise)
+    smolvla_fast.patch(policy, warmup=True)
+    assert smolvla_fast.status(policy).calls_fast == 1
+
+
+def test_unpatching_while_a_chunk_is_computed(policy: Any, observation: Any) -> None:
+    """As another thread may: the chunk under way comes to its end."""
+    smolvla_fast.patch(policy)
+    stock = policy.model.stock_class.sample_noise
+
+    def sample_noise(*args: Any, **kwargs: Any) -> Any:
+        smolvla_fast.unpatch(policy)
+        return stock(policy.model, *args, **kwargs)
+
+    policy.model.__dict__["sample_noise"] = sample_noise
+    try:
+        assert torch.isfinite(chunk(policy, observation)).all()
+    finally:
+        del policy.model.__dict__["sample_noise"]
+    assert not smolvla_fast.status(policy).active
+
+
+@pytest.mark.parametrize("value", ["false", "No", "off", "0", ""])
+def test_disable_knows_its_negations(policy: Any, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("SMOLVLA_FAST_DISABLE", value)
+    assert smolvla_fast.status(smolvla_fast.patch(policy)).active
+
+
+def test_verify_names_what_it_accepts(policy: Any, observation: Any) -> None:
+    smolvla_fast.patch(policy)
+    with pytest.raises(TypeError, match="batch is a list; accepted is a dict"):
+        smolvla_fast.verify(policy, [observation])
+    with pytest.raises(
+        ValueError, match=r"noise is \(1, 3, 2\) torch.float32; accepted is \(batch, 10, 32\)"
+    ):
+        smolvla_fast.verify(policy, observation, noise=torch.zeros(1, 3, 2))

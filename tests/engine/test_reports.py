@@ -155,6 +155,47 @@ def test_auto_follows_the_stored_dtype() -> None:
     assert resolve_tier("bf16", torch.float32) is TIERS["bf16"]
 
 
+@pytest.mark.parametrize(("layout", "precision"), [("fp32", "bf16"), ("mixed", "auto")])
+def test_where_bf16_is_slow_products_are_fp32(
+    monkeypatch: pytest.MonkeyPatch, layout: str, precision: str
+) -> None:
+    """Said in ``status``, nearer to fp32 than bf16 products are, and never for ``exact``."""
+    from smolvla_fast import inference
+    from smolvla_fast.testing import make_observation
+
+    policy = make_policy("tiny", layout=layout)
+    given, noise = make_observation(policy), make_noise(policy)
+    smolvla_fast.patch(policy, precision=precision)
+    in_bf16 = smolvla_fast.verify(policy, given)
+    assert smolvla_fast.status(policy).passed_over == {}
+    monkeypatch.setattr(inference, "why_bf16_is_slow", lambda: "it has no such instruction")
+    smolvla_fast.refresh(policy)
+    in_fp32 = smolvla_fast.verify(policy, given)
+    now = smolvla_fast.status(policy)
+    assert now.precision == "bf16"
+    assert now.passed_over == {"bf16 products": "it has no such instruction; products run in fp32"}
+    assert in_fp32.passed and in_fp32.rel_l2 < in_bf16.rel_l2 / 10
+    smolvla_fast.patch(policy, precision="exact")
+    stock = smolvla_fast.unpatch(copy.deepcopy(policy))
+    assert torch.equal(chunk(policy, given, noise), chunk(stock, given, noise))
+
+
+def test_which_processors_multiply_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smolvla_fast import extension
+
+    def reason(vendor: str, *features: str) -> str | None:
+        monkeypatch.setattr(extension, "_cpuinfo", lambda: {"vendor_id": vendor})
+        monkeypatch.setattr(extension, "cpu_features", lambda: list(features))
+        return extension.why_bf16_is_slow()
+
+    assert reason("AuthenticAMD", "AVX2", "AVX-512", "AVX512-BF16") is None
+    assert reason("GenuineIntel", "AVX-512", "AVX512-BF16", "AMX-BF16") is None
+    assert reason("", "NEON", "BF16") is None
+    assert "no AMX" in str(reason("GenuineIntel", "AVX-512", "AVX512-BF16"))
+    assert "no instruction" in str(reason("GenuineIntel", "AVX2", "FMA"))
+    assert reason("", *[]) is None  # nothing is known of it
+
+
 def test_bf16_text_layout_computes_vision_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy("tiny", layout="bf16_text")
     from smolvla_fast.testing import make_observation

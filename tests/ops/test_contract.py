@@ -70,6 +70,25 @@ def test_contract_with_outliers(op: str, backend: str) -> None:
         assert error <= 2 * eager_error + torch.finfo(torch.bfloat16).eps * want.abs().max().item()
 
 
+WITH_EPS = [
+    (op, case) for op, case in CASES if "eps" in room(op).make_inputs(case, torch.float32, torch.Generator())
+]
+
+
+@pytest.mark.parametrize(("op", "case"), WITH_EPS, ids=str)
+def test_contract_where_eps_counts(op: str, case: dict[str, int], backend: str) -> None:
+    """On rows of 1e-4 the result without eps is at least twice as large; few rows and many take other paths."""
+    reference, ops = reference_ops(), select(backend, CPU, stock_order=False)
+    narrow, wide = inputs_in(op, case, torch.float32, seed=5)
+    name = "h" if op == "euler_step" else "x"
+    narrow[name] = narrow[name] * 1e-4
+    wide[name] = narrow[name].double()
+    truth, ours = run(reference, op, wide), run(ops, op, narrow)
+    for key, want in truth.items():
+        # fp32 rounding and sums of up to 3072 terms: 1e-4 is far above both, far below a factor of two.
+        assert (ours[key].double() - want).abs().max() <= 1e-4 * want.abs().max(), key
+
+
 def test_a_row_that_sees_nothing_averages_all_values(backend: str) -> None:
     ops = select(backend, CPU, stock_order=False)
     inputs, _ = inputs_in("masked_attention", room("masked_attention").CASES[3], torch.float32, seed=0)
