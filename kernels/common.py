@@ -7,13 +7,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from threading import Lock
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .eight_bits import row_scale, scale_of, to_e4m3
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+E4M3 = torch.float8_e4m3fn
 
 _assumed: ContextVar[int | None] = ContextVar("assumed_capability", default=None)
 
@@ -55,6 +59,26 @@ def check(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tens
         raise ValueError(f"{op}: the last dimension of {name} is strided; call .contiguous() on it")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, the other tensors on {like.device}")
+
+
+def parts(
+    op: str, name: str, weight: Any, shape: tuple[int, ...], like: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(what the kernel multiplies by, the scales of its rows) of a plain or a quantised weight, checked.
+
+    A quantised weight is (data, scale, dtype): [O, I] e4m3, [O] fp32, and the dtype of its products; a plain one has no
+    scales, and is given twice.
+    """
+    if isinstance(weight, Tensor):
+        check(op, name, weight, shape, like)
+        return weight, weight
+    data, scale, _ = weight
+    if tuple(data.shape) != tuple(shape) or data.dtype is not E4M3 or not data.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} is {data.dtype}, {list(data.shape)}; accepted is float8_e4m3fn, {list(shape)}, contiguous"
+        )
+    check(op, f"the scale of {name}", scale, shape[:1], like)
+    return data, scale
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -168,17 +192,28 @@ def product(
     col_mask,
     start,
     stop,
+    inputs,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """x·weightᵀ over start <= k < stop, in fp32. Pointers to k = 0: x_rows [BLOCK_M, 1], weight_cols [1, BLOCK_N]."""
+    """x·weightᵀ over start <= k < stop of ``inputs``, in fp32. Pointers to k = 0: x_rows [BLOCK_M, 1], weight_cols
+    [1, BLOCK_N]. Beside an 8-bit weight x is quantised by row; the scales of the weight are the caller's to apply."""
+    EIGHT_BITS: tl.constexpr = weight_cols.dtype.element_ty == tl.float8e4nv
+    if EIGHT_BITS:
+        scale = row_scale(x_rows, row_mask, inputs, BLOCK_M, BLOCK_K)
+        inverse = 1.0 / scale
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(start, stop, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & (k < stop)[None, :], other=0.0)
         w = tl.load(weight_cols + k[:, None], mask=(k < stop)[:, None] & col_mask[None, :], other=0.0)
-        acc = tl.dot(x.to(w.dtype), w, acc, input_precision="ieee")
+        if EIGHT_BITS:
+            acc = tl.dot(to_e4m3(x.to(tl.float32) * inverse[:, None]), w, acc)
+        else:
+            acc = tl.dot(x.to(w.dtype), w, acc, input_precision="ieee")
+    if EIGHT_BITS:
+        acc *= scale[:, None]
     return acc
 
 
@@ -202,13 +237,21 @@ def norm_products(
     1/rms is a factor of the whole row, so the sum of squares is taken along the way and applied to the products; see
     ``normalise_first`` for when it is not.
     """
+    EIGHT_BITS: tl.constexpr = a_cols.dtype.element_ty == tl.float8e4nv
     squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    if NORMALISE_FIRST:
+    largest = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    if NORMALISE_FIRST or EIGHT_BITS:
         for first in range(0, inputs, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
             x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & (k < inputs)[None, :], other=0.0)
             squares += x.to(tl.float32) * x.to(tl.float32)
+            if EIGHT_BITS:
+                norm_weight = tl.load(norm_weight_ptr + k, mask=k < inputs, other=0.0).to(tl.float32)
+                largest = tl.maximum(largest, tl.abs(x.to(tl.float32) * norm_weight[None, :]))
         scale = tl.rsqrt(tl.sum(squares, axis=1) / inputs + eps)
+        if EIGHT_BITS:
+            eighth = scale_of(tl.max(largest, axis=1) * scale, tl.sum(squares, axis=1) * 0.0)
+            scale = scale / eighth
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, inputs, BLOCK_K):
@@ -219,15 +262,23 @@ def norm_products(
         w_mask = k_mask[:, None] & col_mask[None, :]
         a_tile = tl.load(a_cols + k[:, None], mask=w_mask, other=0.0)
         b_tile = tl.load(b_cols + k[:, None], mask=w_mask, other=0.0)
-        if NORMALISE_FIRST:
+        if NORMALISE_FIRST or EIGHT_BITS:
             h = x * scale[:, None] * norm_weight[None, :]
         else:
             squares += x * x
             h = x * norm_weight[None, :]
-        h = h.to(a_tile.dtype)
-        a = tl.dot(h, a_tile, a, input_precision="ieee")
-        b = tl.dot(h, b_tile, b, input_precision="ieee")
-    if not NORMALISE_FIRST:
+        if EIGHT_BITS:
+            narrow = to_e4m3(h)
+            a = tl.dot(narrow, a_tile, a)
+            b = tl.dot(narrow, b_tile, b)
+        else:
+            h = h.to(a_tile.dtype)
+            a = tl.dot(h, a_tile, a, input_precision="ieee")
+            b = tl.dot(h, b_tile, b, input_precision="ieee")
+    if EIGHT_BITS:
+        a *= eighth[:, None]
+        b *= eighth[:, None]
+    elif not NORMALISE_FIRST:
         scale = tl.rsqrt(tl.sum(squares, axis=1) / inputs + eps)
         a *= scale[:, None]
         b *= scale[:, None]

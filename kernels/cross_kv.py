@@ -45,7 +45,7 @@ def _cross_kv_fwd(
     row64 = row.to(tl.int64)[:, None]
     x_rows = x_ptr + row64 // tokens * batch_stride + row64 % tokens * token_stride
     weight_cols = weight_ptr + col.to(tl.int64)[None, :] * weight_row_stride
-    y = product(x_rows, weight_cols, row_mask, col_mask, 0, width, BLOCK_M, BLOCK_N, BLOCK_K)
+    y = product(x_rows, weight_cols, row_mask, col_mask, 0, width, width, BLOCK_M, BLOCK_N, BLOCK_K)
     y = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row64 * width + col[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
 

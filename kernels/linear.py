@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import as_rows, capability, check, gelu_tanh, product, silu, tile_of
+from .common import as_rows, capability, check, gelu_tanh, parts, product, silu, tile_of
 from .tuning import gemm_tile
 
 ACTIVATIONS = (None, "gelu_tanh", "silu")
@@ -22,6 +22,7 @@ ACTIVATIONS = (None, "gelu_tanh", "silu")
 def _linear_fwd(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     bias_ptr,
     residual_ptr,
     y_ptr,
@@ -47,7 +48,9 @@ def _linear_fwd(
     row64 = row.to(tl.int64)[:, None]
     x_rows = x_ptr + row64 * x_row_stride
     weight_cols = weight_ptr + col.to(tl.int64)[None, :] * weight_row_stride
-    y = product(x_rows, weight_cols, row_mask, col_mask, 0, inputs, BLOCK_M, BLOCK_N, BLOCK_K)
+    y = product(x_rows, weight_cols, row_mask, col_mask, 0, inputs, inputs, BLOCK_M, BLOCK_N, BLOCK_K)
+    if weight_ptr.dtype.element_ty == tl.float8e4nv:
+        y *= tl.load(scale_ptr + col, mask=col_mask, other=0.0)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + col, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION == "gelu_tanh":
@@ -70,7 +73,8 @@ def linear(
 ) -> Tensor:
     """``y = residual + act(x · weightᵀ + bias)``.
 
-    x           [..., I]        weight  [O, I]        bias  [O]        any of fp32 | bf16 | fp16, each its own
+    x           [..., I]        weight  [O, I]        bias  [O]        any of fp32 | bf16 | fp16, each its own;
+                the weight may be quantised: (e4m3, scales of its rows, dtype of its products); x then is, by row
     activation  None | "gelu_tanh" | "silu"        residual  [..., O]
     returns     [..., O]  dtype of weight; with a residual what weight and residual promote to
     errors      ValueError for another activation, other shapes or dtypes, a strided last dimension; leading dimensions of x
@@ -81,13 +85,13 @@ def linear(
         raise ValueError(f"unknown activation {activation!r}; accepted are None, 'gelu_tanh' and 'silu'")
     outputs, inputs = weight.shape
     lead = x.shape[:-1]
-    check("linear", "weight", weight, (outputs, inputs))
-    check("linear", "x", x, (*lead, inputs), like=weight)
     dtype = weight.dtype
+    weight, scale = parts("linear", "weight", weight, (outputs, inputs), like=x)
+    check("linear", "x", x, (*lead, inputs))
     if bias is not None:
-        check("linear", "bias", bias, (outputs,), like=weight)
+        check("linear", "bias", bias, (outputs,), like=x)
     if residual is not None:
-        check("linear", "residual", residual, (*lead, outputs), like=weight)
+        check("linear", "residual", residual, (*lead, outputs), like=x)
         dtype = torch.promote_types(dtype, residual.dtype)
     y = torch.empty((*lead, outputs), dtype=dtype, device=x.device)
     if y.numel():
@@ -106,6 +110,7 @@ def linear(
         _linear_fwd[(triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.cols),)](
             x,
             weight,
+            scale,
             weight if bias is None else bias,
             added,
             y,

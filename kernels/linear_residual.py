@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import as_rows, capability, check, product, split_of, split_workspace, sum_of_splits
+from .common import as_rows, capability, check, parts, product, split_of, split_workspace, sum_of_splits
 from .tuning import gemm_tile
 
 
@@ -21,6 +21,7 @@ from .tuning import gemm_tile
 def _linear_residual_fwd(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     residual_ptr,
     y_ptr,
     partials_ptr,
@@ -46,7 +47,9 @@ def _linear_residual_fwd(
     x_rows = x_ptr + row64 * x_row_stride
     weight_cols = weight_ptr + col.to(tl.int64)[None, :] * weight_row_stride
     start, stop = split_of(split, inputs, SPLIT_K, BLOCK_K)
-    y = product(x_rows, weight_cols, row_mask, col_mask, start, stop, BLOCK_M, BLOCK_N, BLOCK_K)
+    y = product(x_rows, weight_cols, row_mask, col_mask, start, stop, inputs, BLOCK_M, BLOCK_N, BLOCK_K)
+    if weight_ptr.dtype.element_ty == tl.float8e4nv:
+        y *= tl.load(scale_ptr + col, mask=col_mask, other=0.0)[None, :]
     y, last = sum_of_splits(y, partials_ptr, arrivals_ptr, tile, split, SPLIT_K, BLOCK_M, BLOCK_N)
     if last:
         mask = row_mask[:, None] & col_mask[None, :]
@@ -58,7 +61,8 @@ def _linear_residual_fwd(
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """``y = residual + x · weightᵀ``.
 
-    x        [..., I]      weight  [O, I]      residual  [..., O]      any of fp32 | bf16 | fp16, each its own
+    x        [..., I]      weight  [O, I]      residual  [..., O]      any of fp32 | bf16 | fp16, each its own;
+             the weight may be quantised, as in ``linear``
     returns  [..., O]  what weight and residual promote to: the dtype of an fp32 residual stream
     errors   ValueError for other shapes or dtypes, a strided last dimension; leading dimensions of x and residual are
              copied where they have no common stride
@@ -66,10 +70,10 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """
     outputs, inputs = weight.shape
     lead = x.shape[:-1]
-    check("linear_residual", "weight", weight, (outputs, inputs))
-    check("linear_residual", "x", x, (*lead, inputs), like=weight)
-    check("linear_residual", "residual", residual, (*lead, outputs), like=weight)
     dtype = torch.promote_types(weight.dtype, residual.dtype)
+    weight, scale = parts("linear_residual", "weight", weight, (outputs, inputs), like=x)
+    check("linear_residual", "x", x, (*lead, inputs))
+    check("linear_residual", "residual", residual, (*lead, outputs), like=x)
     y = torch.empty((*lead, outputs), dtype=dtype, device=x.device)
     if y.numel():
         x, residual = as_rows(x), as_rows(residual)
@@ -82,6 +86,7 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
         _linear_residual_fwd[(tiles, tile.split)](
             x,
             weight,
+            scale,
             residual,
             y,
             partials,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import as_rows, capability, check, norm_products, normalise_first
+from .common import as_rows, capability, check, norm_products, normalise_first, parts
 from .tuning import gemm_tile
 
 
@@ -23,6 +23,9 @@ def _norm_qkv_rope_fwd(
     q_weight_ptr,
     k_weight_ptr,
     v_weight_ptr,
+    q_scale_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     sin_ptr,
     cos_ptr,
     q_ptr,
@@ -51,11 +54,11 @@ def _norm_qkv_rope_fwd(
     piece = tl.program_id(0) // row_tiles
     head, i = piece // half_tiles, piece % half_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     if head < q_heads:
-        weight_ptr, own = q_weight_ptr, head
+        weight_ptr, scale_ptr, own = q_weight_ptr, q_scale_ptr, head
     elif head < q_heads + kv_heads:
-        weight_ptr, own = k_weight_ptr, head - q_heads
+        weight_ptr, scale_ptr, own = k_weight_ptr, k_scale_ptr, head - q_heads
     else:
-        weight_ptr, own = v_weight_ptr, head - q_heads - kv_heads
+        weight_ptr, scale_ptr, own = v_weight_ptr, v_scale_ptr, head - q_heads - kv_heads
     row_mask, col_mask = row < rows, i < HALF
     row64 = row.to(tl.int64)[:, None]
     first_cols = weight_ptr + (own * (2 * HALF) + i).to(tl.int64)[None, :] * weight_row_stride
@@ -73,6 +76,10 @@ def _norm_qkv_rope_fwd(
         BLOCK_N,
         BLOCK_K,
     )
+    if weight_ptr.dtype.element_ty == tl.float8e4nv:
+        scales = scale_ptr + own * (2 * HALF) + i
+        first *= tl.load(scales, mask=col_mask, other=0.0)[None, :]
+        second *= tl.load(scales + HALF, mask=col_mask, other=0.0)[None, :]
     mask = row_mask[:, None] & col_mask[None, :]
     batch, token = row64 // tokens, row64 % tokens
     within = own * (2 * HALF) + i[None, :]
@@ -110,7 +117,8 @@ def norm_qkv_rope(
     """``h = rms_norm(x);  q = rope(h·Wqᵀ);  k_out ← rope(h·Wkᵀ);  v_out ← h·Wvᵀ``.
 
     x            [B, T, M]  norm_weight  [M]  any of fp32 | bf16 | fp16
-    q_weight     [H·D, M] or None      k_weight, v_weight  [K·D, M] or None      all of one dtype, any of these
+    q_weight     [H·D, M] or None      k_weight, v_weight  [K·D, M] or None      all of one dtype, any of these; they
+                 may be quantised, as in ``linear``
     rope         (sin, cos), each [B or 1, T, 1, D/2] fp32, contiguous
     k_out, v_out [B, T, K, D]  views of the cache, written; one dtype and the same strides, heads side by side
     returns      q [B, T, H, D] in the dtype of q_weight, or None
@@ -131,11 +139,13 @@ def norm_qkv_rope(
         raise ValueError(
             f"{op}: head_dim is {head_dim}; accepted are even sizes, for halves of a head are rotated"
         )
-    weight = weights[0]
+    dtype = weights[0].dtype
     check(op, "x", x, (batch, tokens, inputs))
     check(op, "norm_weight", norm_weight, (inputs,), like=x)
+    pairs = [parts(op, "a weight", w, (w.shape[0] // head_dim * head_dim, inputs), like=x) for w in weights]
+    weights, scales = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    weight = weights[0]
     for w in weights:
-        check(op, "a weight", w, (w.shape[0] // head_dim * head_dim, inputs), like=x)
         if w.dtype is not weight.dtype:
             raise ValueError(f"{op}: weights are {weight.dtype} and {w.dtype}; accepted is one dtype for all")
     sin, cos = rope
@@ -149,7 +159,10 @@ def norm_qkv_rope(
     q_heads = 0 if q_weight is None else q_weight.shape[0] // head_dim
     kv_heads = k_weight.shape[0] // head_dim if has_kv and k_weight is not None else 0
     if has_kv and k_out is not None and v_out is not None:
-        check(op, "v_weight", weights[-1], (kv_heads * head_dim, inputs))
+        if weights[-1].shape[0] != kv_heads * head_dim:
+            raise ValueError(
+                f"{op}: v_weight has {weights[-1].shape[0]} rows, k_weight {kv_heads * head_dim}"
+            )
         check(op, "k_out", k_out, (batch, tokens, kv_heads, head_dim), like=x)
         check(op, "v_out", v_out, (batch, tokens, kv_heads, head_dim), like=x)
         if k_out.stride() != v_out.stride() or (kv_heads > 1 and k_out.stride(2) != head_dim):
@@ -163,7 +176,7 @@ def norm_qkv_rope(
             )
     q = None
     if q_weight is not None:
-        q = torch.empty((batch, tokens, q_heads, head_dim), dtype=weight.dtype, device=x.device)
+        q = torch.empty((batch, tokens, q_heads, head_dim), dtype=dtype, device=x.device)
     if x.shape[0] and tokens and inputs:
         x = as_rows(x)
         if any(w.stride(0) != weight.stride(0) for w in weights):
@@ -178,6 +191,9 @@ def norm_qkv_rope(
             weights[0],
             weights[-2 if has_kv else 0],
             weights[-1],
+            scales[0],
+            scales[-2 if has_kv else 0],
+            scales[-1],
             sin,
             cos,
             k_out if q is None else q,

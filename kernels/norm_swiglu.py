@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import as_rows, capability, check, norm_products, normalise_first, silu
+from .common import as_rows, capability, check, norm_products, normalise_first, parts, silu
 from .tuning import gemm_tile
 
 
@@ -22,6 +22,8 @@ def _norm_swiglu_fwd(
     norm_weight_ptr,
     gate_weight_ptr,
     up_weight_ptr,
+    gate_scale_ptr,
+    up_scale_ptr,
     y_ptr,
     rows,
     inputs,
@@ -54,6 +56,9 @@ def _norm_swiglu_fwd(
         BLOCK_N,
         BLOCK_K,
     )
+    if gate_weight_ptr.dtype.element_ty == tl.float8e4nv:
+        gate *= tl.load(gate_scale_ptr + col, mask=col_mask, other=0.0)[None, :]
+        up *= tl.load(up_scale_ptr + col, mask=col_mask, other=0.0)[None, :]
     y = (silu(gate) * up).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row64 * outputs + col[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
 
@@ -61,7 +66,8 @@ def _norm_swiglu_fwd(
 def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     """``h = rms_norm(x);  y = silu(h·Wgᵀ) · (h·Wuᵀ)``.
 
-    x        [..., M]  norm_weight  [M]  any of fp32 | bf16 | fp16      gate_weight, up_weight  [F, M], both of one dtype
+    x        [..., M]  norm_weight  [M]  any of fp32 | bf16 | fp16      gate_weight, up_weight  [F, M], both of one dtype;
+             they may be quantised, as in ``linear``
     returns  [..., F]  dtype of the weights
     numerics the norm in fp32, x·norm_weight rounded once to the weights' dtype
     errors   ValueError for other shapes or dtypes, a strided last dimension; leading dimensions of x are copied where they
@@ -70,15 +76,16 @@ def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor,
     """
     outputs, inputs = gate_weight.shape
     lead = x.shape[:-1]
-    check("norm_swiglu", "gate_weight", gate_weight, (outputs, inputs))
-    check("norm_swiglu", "up_weight", up_weight, (outputs, inputs), like=gate_weight)
-    check("norm_swiglu", "norm_weight", norm_weight, (inputs,), like=gate_weight)
-    check("norm_swiglu", "x", x, (*lead, inputs), like=gate_weight)
+    dtype = gate_weight.dtype
+    gate_weight, gate_scale = parts("norm_swiglu", "gate_weight", gate_weight, (outputs, inputs), like=x)
+    up_weight, up_scale = parts("norm_swiglu", "up_weight", up_weight, (outputs, inputs), like=x)
+    check("norm_swiglu", "norm_weight", norm_weight, (inputs,), like=x)
+    check("norm_swiglu", "x", x, (*lead, inputs))
     if up_weight.dtype is not gate_weight.dtype:
         raise ValueError(
             f"norm_swiglu: up_weight is {up_weight.dtype}, gate_weight {gate_weight.dtype}; accepted is one dtype for both"
         )
-    y = torch.empty((*lead, outputs), dtype=gate_weight.dtype, device=x.device)
+    y = torch.empty((*lead, outputs), dtype=dtype, device=x.device)
     if y.numel():
         x = as_rows(x)
         rows, cc = x.shape[0], capability(x.device)
@@ -88,6 +95,8 @@ def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor,
             norm_weight,
             gate_weight,
             up_weight,
+            gate_scale,
+            up_scale,
             y,
             rows,
             inputs,

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import capability, check, split_of, split_workspace, sum_of_splits
+from .common import capability, check, parts, split_of, split_workspace, sum_of_splits
+from .eight_bits import scale_of, to_e4m3
 from .tuning import gemm_tile
 
 
@@ -22,6 +23,7 @@ from .tuning import gemm_tile
 def _pixel_shuffle_linear_fwd(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     y_ptr,
     partials_ptr,
     arrivals_ptr,
@@ -47,6 +49,19 @@ def _pixel_shuffle_linear_fwd(
     x_rows = x_ptr + (row64 // SMALL * (FACTOR * SMALL) + row64 % SMALL) * RUN
     weight_cols = weight_ptr + col.to(tl.int64)[None, :] * weight_row_stride
     start, stop = split_of(split, inputs, SPLIT_K, BLOCK_K)
+    EIGHT_BITS: tl.constexpr = weight_ptr.dtype.element_ty == tl.float8e4nv
+    if EIGHT_BITS:
+        # A block is FACTOR runs; over all of K, whatever this program's part of it.
+        largest = tl.zeros((BLOCK_M,), tl.float32)
+        sick = tl.zeros((BLOCK_M,), tl.float32)
+        for first in range(0, inputs, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)
+            within = k // RUN * (SMALL * RUN) + k % RUN
+            x = tl.load(x_rows + within[None, :], mask=row_mask[:, None] & (k < inputs)[None, :], other=0.0)
+            largest = tl.maximum(largest, tl.max(tl.abs(x.to(tl.float32)), axis=1))
+            sick += tl.sum(x.to(tl.float32) * 0.0, axis=1)
+        scale = scale_of(largest, sick)
+        inverse = 1.0 / scale
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(start, stop, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
@@ -54,7 +69,12 @@ def _pixel_shuffle_linear_fwd(
         within = k // RUN * (SMALL * RUN) + k % RUN
         x = tl.load(x_rows + within[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
         w = tl.load(weight_cols + k[:, None], mask=k_mask[:, None] & col_mask[None, :], other=0.0)
-        y = tl.dot(x.to(w.dtype), w, y, input_precision="ieee")
+        if EIGHT_BITS:
+            y = tl.dot(to_e4m3(x.to(tl.float32) * inverse[:, None]), w, y)
+        else:
+            y = tl.dot(x.to(w.dtype), w, y, input_precision="ieee")
+    if EIGHT_BITS:
+        y *= scale[:, None] * tl.load(scale_ptr + col, mask=col_mask, other=0.0)[None, :]
     y, last = sum_of_splits(y, partials_ptr, arrivals_ptr, tile, split, SPLIT_K, BLOCK_M, BLOCK_N)
     if last:
         mask = row_mask[:, None] & col_mask[None, :]
@@ -64,7 +84,8 @@ def _pixel_shuffle_linear_fwd(
 def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
     """Gather each ``factor × factor`` block of patches into one row, then ``rows · weightᵀ``.
 
-    x        [N, side², W]        weight  [M, W·factor²]        any of fp32 | bf16 | fp16, each its own
+    x        [N, side², W]        weight  [M, W·factor²]        any of fp32 | bf16 | fp16, each its own; the
+             weight may be quantised, as in ``linear``
     returns  [N, (side/factor)², M]  dtype of weight
     errors   ValueError where the patches are no square of whole blocks, for other shapes or dtypes, a strided last
              dimension; an x that is not contiguous is copied
@@ -77,9 +98,10 @@ def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
             f"pixel_shuffle_linear: {tokens} patches an image; accepted are squares of multiples of factor = {factor}"
         )
     small, outputs, inputs = side // factor, weight.shape[0], width * factor * factor
-    check("pixel_shuffle_linear", "weight", weight, (outputs, inputs))
-    check("pixel_shuffle_linear", "x", x, (images, tokens, width), like=weight)
-    y = torch.empty((images, small * small, outputs), dtype=weight.dtype, device=x.device)
+    dtype = weight.dtype
+    weight, scale = parts("pixel_shuffle_linear", "weight", weight, (outputs, inputs), like=x)
+    check("pixel_shuffle_linear", "x", x, (images, tokens, width))
+    y = torch.empty((images, small * small, outputs), dtype=dtype, device=x.device)
     if y.numel():
         x = x.contiguous()
         rows, cc = images * small * small, capability(x.device)
@@ -91,6 +113,7 @@ def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
         _pixel_shuffle_linear_fwd[(tiles, tile.split)](
             x,
             weight,
+            scale,
             y,
             partials,
             arrivals,

@@ -24,9 +24,10 @@ def fingerprint(weights: list[Tensor]) -> Tensor:
 
 
 class Copies:
-    """Quantised copies of one model's matrices."""
+    """Quantised copies of one model's matrices.      dtype  of products with them"""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._made: dict[int, tuple[ref[Tensor], int, Quantized]] = {}
         self._fingerprint: Tensor | None = None
 
@@ -34,7 +35,7 @@ class Copies:
         """The copy of this weight, the same memory at every call, so that a captured graph may read it."""
         found = self._made.get(id(weight))
         if found is None or found[0]() is not weight or found[1] != weight.data_ptr():
-            copy = quantize_rows(weight.detach())
+            copy = quantize_rows(weight.detach(), self._dtype)
             self._made[id(weight)] = found = (ref(weight), weight.data_ptr(), copy)
             self._fingerprint = None
         return found[2]
@@ -58,8 +59,9 @@ class Copies:
         for weight, _, copy in list(self._made.values()):
             live = weight()
             if live is not None:
-                for old, new in zip(copy, quantize_rows(live.detach()), strict=True):
-                    old.copy_(new)
+                new = quantize_rows(live.detach(), self._dtype)
+                copy.data.copy_(new.data)
+                copy.scale.copy_(new.scale)
         self._fingerprint = fingerprint(self._weights()) if self._made else None
 
     def _weights(self) -> list[Tensor]:

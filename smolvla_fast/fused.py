@@ -6,8 +6,6 @@ where a kernel of ours has nothing to win over the vendor's library.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,9 @@ MANY_ROWS = 64
 
 
 def _torch_serves(x: Tensor, weight: Tensor | None) -> bool:
-    return weight is not None and weight.dtype is torch.float32 and x.numel() > MANY_ROWS * x.shape[-1]
+    """Whether a product is one for torch; quantised weights are for the kernels alone."""
+    plain = isinstance(weight, Tensor) and weight.dtype is torch.float32
+    return plain and x.numel() > MANY_ROWS * x.shape[-1]
 
 
 def linear(
@@ -45,11 +45,22 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     return serve(x, weight, residual)
 
 
-def norm_qkv_rope(x: Tensor, norm_weight: Tensor, eps: float, *rest: Any) -> Tensor | None:
+def norm_qkv_rope(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    v_weight: Tensor | None,
+    rope: tuple[Tensor, Tensor],
+    k_out: Tensor | None,
+    v_out: Tensor | None,
+    head_dim: int,
+) -> Tensor | None:
     """See ``reference.norm_qkv_rope``."""
-    weight = rest[0] if rest[0] is not None else rest[1]
-    serve = decoder.norm_qkv_rope if _torch_serves(x, weight) else norm_qkv_rope_kernel
-    return serve(x, norm_weight, eps, *rest)
+    by_torch = _torch_serves(x, k_weight if q_weight is None else q_weight)
+    serve = decoder.norm_qkv_rope if by_torch else norm_qkv_rope_kernel
+    return serve(x, norm_weight, eps, q_weight, k_weight, v_weight, rope, k_out, v_out, head_dim)
 
 
 def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
@@ -60,6 +71,7 @@ def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor,
 
 def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
     """See ``reference.pixel_shuffle_linear``."""
-    torch_serves = weight.dtype is torch.float32 and x.shape[0] * x.shape[1] > MANY_ROWS * factor**2
+    plain = isinstance(weight, Tensor) and weight.dtype is torch.float32
+    torch_serves = plain and x.shape[0] * x.shape[1] > MANY_ROWS * factor**2
     serve = vision.pixel_shuffle_linear if torch_serves else pixel_shuffle_linear_kernel
     return serve(x, weight, factor)

@@ -61,7 +61,7 @@ class Engine:
         self.graphs = None if driver is None else GraphCache(driver)
         self._positions: dict[tuple[int, torch.dtype], Tensor] = {}
         self._layers = 0
-        self.copies = Copies() if tier.quantized else None
+        self.copies = Copies(tier.gemm_dtype or torch.bfloat16) if tier.quantized else None
 
     def act(
         self,
@@ -149,7 +149,7 @@ class Engine:
 
     def _widen(self, matrix: Tensor) -> Tensor:
         """For matrices that no tier narrows: the expert's cross K/V, fp32 in LeRobot's bf16 layout."""
-        return self._cast(matrix) if self._gemm_dtype is torch.float32 else matrix
+        return matrix.float() if self._gemm_dtype is torch.float32 else matrix
 
     @property
     def step_launches(self) -> int | None:

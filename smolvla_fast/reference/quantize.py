@@ -14,35 +14,34 @@ LARGEST = 448.0
 
 
 class Quantized(NamedTuple):
-    """``data · scale[:, None]``.      data  [..., rows, K] e4m3      scale  [..., rows] fp32"""
+    """``data · scale[:, None]``.      data  [..., rows, K] e4m3      scale  [..., rows] fp32
+
+    dtype   of what a product with it gives
+    """
 
     data: Tensor
     scale: Tensor
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def shape(self) -> torch.Size:
         return self.data.shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What a product with it gives."""
-        return torch.bfloat16
-
-    @property
     def nbytes(self) -> int:
         return self.data.nbytes + self.scale.nbytes
 
 
-def quantize_rows(x: Tensor) -> Quantized:
+def quantize_rows(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Quantized:
     """``scale = max|row| / 448;  data = round(row / scale)`` to the nearest e4m3, ties to even.
 
-    x        [..., rows, K]  any float dtype; a row of zeros has scale 1
+    x        [..., rows, K]  any float dtype; a row of zeros has scale 1      dtype  of products with it
     returns  data [..., rows, K] e4m3, scale [..., rows] fp32: the largest of each row becomes 448
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = wide.abs().amax(dim=-1)
     scale = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest)).to(torch.float32)
-    return Quantized((wide / scale[..., None]).clamp(-LARGEST, LARGEST).to(E4M3), scale)
+    return Quantized((wide / scale[..., None]).clamp(-LARGEST, LARGEST).to(E4M3), scale, dtype)
 
 
 def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:

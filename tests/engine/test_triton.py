@@ -9,7 +9,7 @@ import torch
 
 import smolvla_fast
 from smolvla_fast import fused
-from smolvla_fast.backends import OLDEST, passed_over, select, why_not
+from smolvla_fast.backends import OLDEST, _triton, passed_over, select, why_not
 from smolvla_fast.testing import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
@@ -92,6 +92,7 @@ def test_nan_in_nan_out_and_the_next_chunk_is_clean() -> None:
 @LEROBOT_ONLY
 def test_the_table_says_who_serves_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    _triton()  # imported now, for kernels are made for the interpreter, or not, when they are imported
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "run on an NVIDIA GPU, the policy is on cpu" in str(why_not("triton", cpu))
     with pytest.raises(RuntimeError, match="cannot serve this policy: its kernels run on an NVIDIA GPU"):
@@ -107,3 +108,37 @@ def test_the_table_says_who_serves_and_why_not(monkeypatch: pytest.MonkeyPatch) 
     capability[0] = OLDEST
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "Triton is not installed" in passed_over(cuda)["triton"]
+
+
+@LEROBOT_ONLY
+def test_fp8_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near stock, far from equal to it, and the next chunk after an averaging of weights is computed from new copies."""
+    from dataclasses import replace
+
+    from smolvla_fast.precision import TIERS
+
+    if DEVICE == "cpu":  # the interpreter cannot multiply bf16, the dtype of all the rest in this tier
+        monkeypatch.setitem(TIERS, "fp8", replace(TIERS["fp8"], gemm_dtype=torch.float32))
+    policy = make_policy("tiny", device=DEVICE, **SMALL)
+    given, noise = make_observation(policy, task="go", language_length=16), make_noise(policy)
+    stock = chunk(policy, given, noise)
+    smolvla_fast.patch(policy, precision="fp8")
+    fast = chunk(policy, given, noise)
+    assert torch.cosine_similarity(fast.flatten(), stock.flatten(), dim=0) >= 0.99  # the tier's own bound
+    assert rel_l2(fast, stock) > 1e-3, "nothing was quantised"
+    now = smolvla_fast.status(policy)
+    assert (now.precision, now.backend, now.calls_stock) == ("fp8", "triton", 0)
+    matrices = sum(p.numel() for n, p in policy.named_parameters() if p.ndim == 2 and "layers" in n)
+    assert now.extra_bytes >= 0.8 * matrices, "copies are not reported"
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.data.copy_(parameter.data * 1.05)
+    smolvla_fast.unpatch(policy)
+    changed = chunk(policy, given, noise)
+    smolvla_fast.patch(policy, precision="fp8")
+    chunk(policy, given, noise)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.data.copy_(parameter.data / 1.05)
+    again = chunk(policy, given, noise)
+    assert rel_l2(again, fast) < 1e-3 < rel_l2(changed, stock), "a stale copy was read"
