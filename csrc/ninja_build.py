@@ -87,15 +87,22 @@ def openmp_flags(cxx):
     return ["-fopenmp"]
 
 
+def cuda_homes():
+    """Where nvcc is looked for after the PATH, best first: as in smolvla_fast/cli/system.py, for `doctor`."""
+    return [
+        home for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda") if home
+    ]
+
+
 def nvcc_compiler():
-    homes = (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda")
-    found = shutil.which("nvcc") or next(
-        (f"{h}/bin/nvcc" for h in homes if Path(h, "bin/nvcc").exists()), None
-    )
+    programs = (Path(home, "bin", "nvcc") for home in cuda_homes())
+    found = shutil.which("nvcc") or next((str(path) for path in programs if path.exists()), None)
     if os.environ.get("SMOLVLA_CUDA_ARCHS") == "none":
         raise Unavailable("left out, as SMOLVLA_CUDA_ARCHS=none asks")
     if not found:
-        raise Unavailable("no nvcc on PATH, in $CUDA_HOME or in /usr/local/cuda: install the CUDA toolkit")
+        raise Unavailable(
+            "no nvcc on PATH, in $CUDA_HOME, $CUDA_PATH or /usr/local/cuda: install the CUDA toolkit"
+        )
     return found
 
 

@@ -13,6 +13,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -69,12 +70,16 @@ def make_vlm_folder(
     vision: dict[str, Any] | None = None,
     vocab_size: int = FULL_VOCAB,
     scale_factor: int = 4,
+    images: bool = False,
 ) -> Path:
     """Writes configuration and processor of a SmolVLM, for ``SmolVLAConfig.vlm_model_name`` to name offline.
 
     text, vision  fields that differ from SmolVLM2-500M      vocab_size  rows of the embedding, at least 270
     scale_factor  pixel-shuffle factor of the connector
+    images        whether the image and video processors are needed, as LeRobot does; else the tokenizer goes alone where
+                  what transformers makes them with (Pillow, torchvision, num2words) is not installed
     returns       the folder
+    raises        ValueError for a vocabulary below the tokenizer's, ImportError for processors that are needed
     The tokenizer has one token a byte, so any task text can be encoded; it is not SmolVLM2's.
     """
     import transformers
@@ -120,13 +125,17 @@ def make_vlm_folder(
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
     config.save_pretrained(folder)
-    extra = {}
-    if hasattr(transformers, "SmolVLMVideoProcessor"):
-        extra["video_processor"] = transformers.SmolVLMVideoProcessor()
-    images = transformers.SmolVLMImageProcessor()
-    transformers.SmolVLMProcessor(image_processor=images, tokenizer=tokenizer, **extra).save_pretrained(
-        folder
-    )
+    try:
+        extra = {}
+        if hasattr(transformers, "SmolVLMVideoProcessor"):
+            extra["video_processor"] = transformers.SmolVLMVideoProcessor()
+        extra["image_processor"] = transformers.SmolVLMImageProcessor()
+        processor: Any = transformers.SmolVLMProcessor(tokenizer=tokenizer, **extra)
+    except ImportError:
+        if images:
+            raise
+        processor = tokenizer
+    processor.save_pretrained(folder)
     return folder
 
 
@@ -185,7 +194,7 @@ def make_policy(
         if folder is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="smolvla-"))
         vocab = TINY_VOCAB if tiny else FULL_VOCAB
-        make_vlm_folder(folder, text=text, vision=vision, vocab_size=vocab)
+        make_vlm_folder(folder, text=text, vision=vision, vocab_size=vocab, images=origin == "lerobot")
         settings = SmolVLAConfig(
             vlm_model_name=str(folder), load_vlm_weights=False, device="cpu",
             input_features=inputs, output_features=outputs, **fields,
@@ -195,11 +204,22 @@ def make_policy(
         stack.enter_context(_SkipRandomFill())
         policy = SmolVLAPolicy(settings)
         # Our own class reads tokenizer and special tokens when first asked, from a folder that is about to go.
-        _ = policy.model.vlm_with_expert.processor, policy.model.global_image_start_token
+        _ = policy.model.global_image_start_token
+        _read_processor(policy.model.vlm_with_expert, folder)
     fill_weights(policy.model, seed)
     _cast(policy, layout)
     settings.device = str(device)
     return policy.to(device).eval()
+
+
+def _read_processor(pair: Any, folder: str | Path) -> None:
+    """Has the pair read its processor, or where the folder holds the tokenizer alone, a processor of that alone."""
+    try:
+        _ = pair.processor
+    except (ImportError, OSError):  # transformers' reasons: no Pillow, or no file of an image processor
+        from transformers import AutoTokenizer
+
+        pair._processor = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(folder))
 
 
 def _classes(origin: str) -> tuple[Any, Any, Any, Any]:

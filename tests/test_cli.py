@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from smolvla_fast.cli import main
-from smolvla_fast.cli.console import Console, plain_table
+from smolvla_fast.backends import BACKENDS
+from smolvla_fast.cli import main, system
+from smolvla_fast.cli.console import Console, check_writable, plain_table
 from smolvla_fast.cli.measure import as_stock, percentile
+from smolvla_fast.precision import TIERS
 
 TINY = ["--size", "tiny", "--threads", "1"]
 
@@ -45,6 +49,20 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.delitem(sys.modules, module)
 
     return hidden
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command lines with which `bench` would have started pytest. None is started, so nothing is timed."""
+    commands: list[list[str]] = []
+
+    def record(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("smolvla_fast.cli.bench.subprocess", SimpleNamespace(run=record))
+    monkeypatch.setattr("smolvla_fast.cli.bench.find_spec", lambda name: name)
+    return commands
 
 
 def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +110,54 @@ def test_doctor_without_lerobot_compiler_and_extension(
     assert "not installed" in out and "none found" in out
     assert "no cpu compiler on this path" in out
     assert "smolvla_fast[lerobot]" in out
+
+
+@pytest.mark.parametrize(("number", "words"), [(1, "torch uses 1 thread"), (3, "torch uses 3 threads")])
+def test_doctor_counts_threads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, words: str
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: number)
+    monkeypatch.setattr("smolvla_fast.cli.Console", lambda: Console(rich=False))
+    assert main(["doctor"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("processor"))
+    assert row.endswith(words)
+
+
+@pytest.mark.parametrize("command", ["doctor", "--help"])
+def test_a_reader_that_has_seen_enough(command: str) -> None:
+    """As under `doctor | head -1`, with the pipe closed before the first line, so that no race decides."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = f"import sys; sys.modules['rich'] = None; from smolvla_fast.cli import main; sys.exit(main([{command!r}]))"
+    # Buffered, as on a terminal's pipe: what is left in the buffer is written once more when the interpreter exits.
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("place", ["PATH", "CUDA_HOME", "CUDA_PATH"])
+def test_doctor_and_build_find_the_same_nvcc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    spec = spec_from_file_location("ninja_build", Path(__file__).parents[1] / "csrc" / "ninja_build.py")
+    assert spec is not None and spec.loader is not None
+    build = module_from_spec(spec)
+    spec.loader.exec_module(build)
+    program = tmp_path / "bin" / "nvcc"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho Cuda compilation tools, release 99.5\n")
+    program.chmod(0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH", "SMOLVLA_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv(place, str(program.parent if place == "PATH" else tmp_path))
+    assert system.nvcc() == "Cuda compilation tools, release 99.5"
+    assert build.nvcc_compiler() == str(program)
+    # The last place is a fixed folder, which a test cannot fill: that both look there is seen in the lists alone.
+    assert system.cuda_homes() == build.cuda_homes()
+    assert build.cuda_homes()[-1] == "/usr/local/cuda"
 
 
 KEYS = {
@@ -189,12 +255,16 @@ def test_a_saved_policy(lerobot: None, tmp_path: Path, layout: str) -> None:
         (["demo", "--policy.path", "./nowhere"], "no such folder"),
         (["demo", "--policy.path", "a/b/c"], "no such folder"),
         (["demo", "--policy.path", "EMPTY"], "no config.json"),
-        (["demo", "--device", "tpu9000"], "not a device"),
+        (["demo", "--device", "tpu9000"], "accepted are auto, cpu, cuda, cuda:N"),
+        (["verify", "--device", "mps"], "accepted are auto, cpu, cuda, cuda:N"),
+        (["verify", "--device", "meta"], "accepted are auto, cpu, cuda, cuda:N"),
+        (["verify", "--device", "cuda:first"], "accepted are auto, cpu, cuda, cuda:N"),
         (["demo", *TINY, "--backend", "abacus", "--rounds", "1"], "'torch'"),
         (["verify", *TINY, "--backend", "abacus"], "'torch'"),
         (["verify", *TINY, "--cameras", "2", "--policy.path", "TINY", "--layout", "mixed"], "made policies"),
         (["verify", "--cameras", "5", "--policy.path", "TINY"], "the policy has"),
         (["bench", "speed"], "chunk, stages, ops"),
+        (["bench", "--suite", "speed"], "no suite 'speed'; accepted are chunk, stages, ops"),
     ],
 )
 def test_refusals(
@@ -217,13 +287,109 @@ def test_refuses_without_lerobot(hide: Any, capsys: pytest.CaptureFixture[str]) 
     assert "smolvla_fast[lerobot,cli]" in capsys.readouterr().err
 
 
-def test_refuses_a_file_it_cannot_write(
-    lerobot: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "--device tpu: not a device; accepted are auto, cpu, cuda, cuda:N"),
+        (["--cameras", "abc"], "--cameras abc: not counts of cameras; accepted are whole numbers above 0"),
+        (["--cameras", "0"], "--cameras 0: not counts of cameras"),
+        (["--cameras", "1,,2"], "--cameras 1,,2: not counts of cameras"),
+    ],
+)
+def test_bench_refuses_before_it_starts_pytest(
+    started: list[list[str]], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not started
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_refuses_a_gpu_that_is_not_there(
+    lerobot: None,
+    started: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([command, "--device", "cuda"]) == 2
+    assert "--device cuda: torch sees no CUDA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    # The second is more than torch.device itself can hold.
+    for name in ("cuda:2", "cuda:99999999999"):
+        assert main([command, "--device", name]) == 2
+        assert f"--device {name}: no such GPU; accepted here are cuda:0 to cuda:1" in capsys.readouterr().err
+    assert not started
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suites"),
+    [
+        ([], ["chunk", "stages", "ops"]),
+        (["ops"], ["ops"]),
+        (["--suite", "ops"], ["ops"]),
+        (["--suite", "ops", "--suite", "chunk"], ["ops", "chunk"]),
+        (["ops", "stages", "--suite", "ops"], ["ops", "stages"]),
+    ],
+)
+def test_bench_suites_by_place_and_by_option(
+    started: list[list[str]], tmp_path: Path, arguments: list[str], suites: list[str]
+) -> None:
+    assert main(["bench", *arguments, "--json", str(tmp_path / "a.json")]) == 2, "nothing was timed"
+    files = [Path(word).name for word in started[0] if Path(word).name.startswith("bench_")]
+    assert files == [f"bench_{name}.py" for name in suites]
+
+
+def test_bench_hands_on_device_and_cameras(started: list[list[str]], tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--cameras", "1, 3", "--json", str(tmp_path / "a.json")]
+    assert main(["bench", *arguments]) == 2, "nothing was timed"
+    assert {"--device=cpu", "--cameras=1,3"} <= set(started[0])
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("doctor", "--json"), ("demo", "--json"), ("demo", "--plot"), ("verify", "--json"), ("bench", "--json")],
+)
+def test_refuses_a_file_it_cannot_write_before_any_work(
+    lerobot: None,
+    started: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    option: str,
+) -> None:
+    def work(*_: Any, **__: Any) -> Any:
+        pytest.fail("worked before it looked at the path")
+
+    monkeypatch.setattr("smolvla_fast.cli.subject.make_policy", work)
+    monkeypatch.setattr("smolvla_fast.cli.system.facts", work)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    path = str(tmp_path / "file" / "verify.json")
-    assert main(["verify", *TINY, "--observations", "1", "--json", path]) == 2
-    assert f"cannot write {path}" in capsys.readouterr().err
+    for path, reason in [
+        (tmp_path / "file" / "a.json", "File exists|Not a directory"),
+        (tmp_path, "Is a directory"),
+        (Path("/"), "Is a directory"),
+        (Path("/proc/no/such.json"), "No such file"),
+    ]:
+        assert main([command, option, str(path)]) == 2
+        error = capsys.readouterr().err
+        assert f"cannot write {path}: " in error and f"give another {option} PATH" in error
+        assert any(word in error for word in reason.split("|"))
+    assert not started
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}, "looking at a path leaves no file behind"
+
+
+def test_looking_at_a_path_keeps_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.json"
+    check_writable(path, "--json")
+    assert not path.exists()
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("earlier figures")
+    check_writable(path, "--json")
+    assert path.read_text() == "earlier figures"
 
 
 @pytest.mark.parametrize(
@@ -241,6 +407,15 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         main([command, "--help"])
     assert stop.value.code == 0
     assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["demo", "verify"])
+def test_help_names_every_backend_and_tier(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"{', '.join(('auto', *BACKENDS))} (default: auto)" in text
+    assert f"{', '.join(('auto', *TIERS))} (default: auto)" in text
 
 
 def test_plain_table() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,7 +19,23 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit status: 0 good, 1 a check failed, 2 the command could not run."""
+    """Runs one command. Returns the exit status: 0 good, 1 a check failed, 2 the command could not run.
+
+    Where the reader of a pipe leaves early, as in ``doctor | head -1``, the command ends with 1 and no traceback.
+    """
+    try:
+        try:
+            return _main(argv)
+        finally:
+            # What a closed pipe refuses must show here: in the interpreter's own flush at exit nobody can catch it.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered has to go somewhere when the interpreter exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="smolvla-fast", description="Make LeRobot's SmolVLA fast, and prove it right."
     )

@@ -19,14 +19,17 @@ from typing import Any
 import smolvla_fast
 
 from . import system
-from .console import CommandError, Console
-from .subject import positive
+from .console import CommandError, Console, check_writable
+from .subject import positive, resolve_device
 
 SUITES = ("chunk", "stages", "ops")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("suites", nargs="*", metavar="suite", help="chunk, stages, ops (default: all)")
+    parser.add_argument(
+        "--suite", action="append", default=[], metavar="NAME", help="the same as an option; may be repeated"
+    )
     parser.add_argument("--full", action="store_true", help="many rounds: meaningful p95 and p99")
     parser.add_argument("--rounds", type=positive, help="rounds a chunk")
     parser.add_argument(
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", choices=("fp32", "mixed"), help="dtypes of the weights (CPU: fp32, GPU: mixed)"
     )
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--threads", type=positive, help="CPU threads")
     parser.add_argument(
         "-k", metavar="EXPRESSION", help="only the benchmarks whose names match, as in pytest"
@@ -50,9 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    unknown = [name for name in args.suites if name not in SUITES]
+    suites = list(dict.fromkeys([*args.suites, *args.suite]))
+    unknown = [name for name in suites if name not in SUITES]
     if unknown:
         raise CommandError(f"no suite {', '.join(map(repr, unknown))}; accepted are {', '.join(SUITES)}")
+    # In a test run these would fail one benchmark after the other, each with a traceback.
+    if args.device is not None:
+        args.device = str(resolve_device(args.device))
+    if args.cameras is not None:
+        args.cameras = ",".join(map(str, _counts(args.cameras)))
     folder = _folder()
     for package, module in (
         ("pytest", "pytest"),
@@ -62,9 +71,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if find_spec(module) is None:
             raise CommandError(f'{package} is not installed; run `pip install "smolvla_fast[bench,lerobot]"`')
     path = Path(args.json).absolute() if args.json else _default_path(folder / "results")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path, "--json")
+    for suffix in (".md", ".png"):
+        check_writable(path.with_suffix(suffix), "--json")
     command = [
-        sys.executable, "-m", "pytest", *(str(folder / f"bench_{name}.py") for name in args.suites or SUITES),
+        sys.executable, "-m", "pytest", *(str(folder / f"bench_{name}.py") for name in suites or SUITES),
         "-q", "-p", "no:cacheprovider", f"--rootdir={folder.parent}", f"--benchmark-json={path}",
         "--benchmark-columns=median,min,max,rounds", "--benchmark-sort=fullname", *_options(args),
     ]  # fmt: skip
@@ -83,6 +94,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if status:
         console.line("Not everything was timed: see the failures above.")
     return 1 if status else 0
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        return [positive(part.strip()) for part in text.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise CommandError(
+            f"--cameras {text}: not counts of cameras; accepted are whole numbers above 0 with commas "
+            "between them, such as 1,2,3"
+        ) from error
 
 
 def _folder() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,29 @@ def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     return "\n".join([title, line(columns), "  ".join("-" * width for width in widths), *map(line, rows), ""])
 
 
+def check_writable(path: str | Path, option: str) -> None:
+    """Refuses a path that cannot be written, so that no work is done for nothing. Makes its folder.
+
+    option   the argument that gave the path, for the message      raises  CommandError
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not os.path.lexists(path)
+        # Opening is the only sure answer: permission bits say nothing of a read-only mount, or to root.
+        with path.open("ab"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise cannot_write(path, error, option) from error
+
+
+def cannot_write(path: str | Path, reason: Exception, option: str) -> CommandError:
+    why = reason.strerror if isinstance(reason, OSError) and reason.strerror else reason
+    return CommandError(f"cannot write {path}: {why}; give another {option} PATH")
+
+
 def write_json(path: str | Path, data: Any) -> None:
     """Writes data as indented JSON. Raises CommandError where the file cannot be written."""
     path = Path(path)
@@ -106,9 +130,12 @@ def write_json(path: str | Path, data: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(data, indent=2) + "\n")
     except OSError as error:
-        raise CommandError(
-            f"cannot write {path}: {error.strerror or error}; give another --json PATH"
-        ) from error
+        raise cannot_write(path, error, "--json") from error
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def milliseconds(value: float) -> str:

@@ -13,7 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from . import subject, system
-from .console import CommandError, Console, mebibytes, milliseconds, write_json
+from .console import (
+    CommandError,
+    Console,
+    cannot_write,
+    check_writable,
+    counted,
+    mebibytes,
+    milliseconds,
+    write_json,
+)
 from .measure import PeakMemory, as_stock, error, median_stages, summary, threads, timed_ms
 
 STAGES = ("vision", "prefix", "denoise", "other")
@@ -30,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     device = subject.check(args)
+    check_writable(args.json, "--json")
+    check_writable(args.plot, "--plot")
     with threads(args.threads):
         found, chunks, fast_ran = measure(args, device, console)
     found.update(error(chunks["fast"], chunks["stock"]))
@@ -144,8 +155,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     policy = found["policy"]
     dtypes = ", ".join(f"{count / 1e6:,.1f} M {name}" for name, count in policy["dtypes"].items())
     console.line(
-        f"SmolVLA, {policy['source']} ({dtypes}), {found['cameras']} cameras, {found['steps']} steps, "
-        f"chunk of {policy['chunk_size']}, on {found['device']}"
+        f"SmolVLA, {policy['source']} ({dtypes}), {counted(found['cameras'], 'camera')}, "
+        f"{counted(found['steps'], 'step')}, chunk of {policy['chunk_size']}, on {found['device']}"
     )
     warning = system.busy(found)
     if warning:
@@ -175,7 +186,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         ]
         for name in ("stock", "fast")
     ]
-    title = f"{found['rounds']} rounds each, in turn"
+    title = f"{counted(found['rounds'], 'round')} each, in turn"
     console.table(title, ["", "best ms", "p50 ms", "p95 ms", "p99 ms", "chunks/s", "peak memory"], rows)
     if warning:
         console.line(
@@ -197,5 +208,5 @@ def draw(found: dict[str, Any], path: str, console: Console) -> None:
     try:
         stage_bars(found, path)
     except (OSError, ValueError) as reason:
-        raise CommandError(f"cannot write {path}: {reason}; give another --plot PATH") from reason
+        raise cannot_write(path, reason, "--plot") from reason
     console.line(f"wrote {path}")

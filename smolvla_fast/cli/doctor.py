@@ -11,7 +11,7 @@ import torch
 
 from .. import backends, extension
 from . import system
-from .console import Console, write_json
+from .console import Console, check_writable, counted, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
+    if args.json:
+        check_writable(args.json, "--json")
     found = examine()
     show(found, console)
     if args.json:
@@ -62,8 +64,9 @@ def show(found: dict[str, Any], console: Console) -> None:
         f"{card['name']}, compute capability {card['compute_capability']}, {card['bytes'] / 2**30:.0f} GiB"
         for card in found["gpus"]
     ]
+    cores, threads = counted(found["cores"], "core"), counted(found["threads"], "thread")
     rows = [
-        ["processor", f"{processor}, {found['cores']} cores, torch uses {found['threads']} threads"],
+        ["processor", f"{processor}, {cores}, torch uses {threads}"],
         ["features", ", ".join(found["cpu_features"]) or "unknown"],
         ["GPU", "; ".join(cards) or "none that torch can use"],
         ["driver", found["driver"] or "none"],

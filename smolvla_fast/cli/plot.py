@@ -8,6 +8,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .console import counted
+
 # Told apart in grey and by colour-blind eyes.
 COLOURS = {"vision": "#4477aa", "prefix": "#66ccee", "denoise": "#ccbb44", "other": "#bbbbbb"}
 
@@ -44,9 +46,9 @@ def stage_bars(found: dict[str, Any], path: str | Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.16 * max(left.values()))
     axes.set_xlabel(
-        f"ms; at the bars' ends the median of {found['rounds']} rounds that are not timed by stage\n"
-        f"{found['machine']}, {found['threads']} threads, {found['cameras']} cameras, "
-        f"{found['steps']} steps, torch {found['torch_version']}, lerobot {found['lerobot_version']}",
+        f"ms; at the bars' ends the median of {counted(found['rounds'], 'round')} not timed by stage\n"
+        f"{found['machine']}, {counted(found['threads'], 'thread')}, {counted(found['cameras'], 'camera')}, "
+        f"{counted(found['steps'], 'step')}, torch {found['torch_version']}, lerobot {found['lerobot_version']}",
         fontsize=8,
     )
     axes.spines[["top", "right"]].set_visible(False)

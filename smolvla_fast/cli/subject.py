@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import BACKENDS
+from ..precision import TIERS, resolve_tier
 from .console import CommandError
 
 
@@ -33,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     policy.add_argument("--seed", type=int, default=0, help="of made weights, observation and noise")
     run = parser.add_argument_group("run")
-    run.add_argument("--precision", default="auto", help="auto, exact, fp32 or bf16 (default: auto)")
-    run.add_argument("--backend", default="auto", help="auto, torch, cpu, ... (default: auto)")
-    run.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: auto)")
+    run.add_argument("--precision", default="auto", help=f"{', '.join(('auto', *TIERS))} (default: auto)")
+    run.add_argument("--backend", default="auto", help=f"{', '.join(('auto', *BACKENDS))} (default: auto)")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     run.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
     run.add_argument("--json", metavar="PATH", help="write the figures to this file")
 
@@ -49,8 +52,6 @@ def positive(text: str) -> int:
 
 def check(args: argparse.Namespace) -> torch.device:
     """Refuses what cannot work before any weight is made; returns the device."""
-    from ..precision import resolve_tier
-
     try:
         resolve_tier(args.precision, torch.float32)
     except ValueError as error:
@@ -60,16 +61,28 @@ def check(args: argparse.Namespace) -> torch.device:
             "lerobot is not installed, and it holds the SmolVLA that is compared; "
             'run `pip install "smolvla_fast[lerobot,cli]"`, or `make venv` in a checkout'
         )
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise CommandError(f"--device {name}: not a device; accepted are auto, cpu, cuda, cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    return resolve_device(args.device)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that ``--device`` names; "auto" is the GPU where there is one. Raises CommandError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    wish = re.fullmatch(r"cpu|cuda(?::([0-9]+))?", name)
+    if wish is None:
+        raise CommandError(f"--device {name}: not a device; accepted are auto, cpu, cuda, cuda:N")
+    if name != "cpu" and not torch.cuda.is_available():
         raise CommandError(
             f"--device {name}: torch sees no CUDA GPU; use --device cpu, or see `smolvla-fast doctor`"
         )
-    return device
+    # Before torch.device, which fails at a number that is no GPU's in ways of its own.
+    if wish[1] and int(wish[1]) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        there = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise CommandError(
+            f"--device {name}: no such GPU; accepted here are {there}, which `smolvla-fast doctor` lists"
+        )
+    return torch.device(name)
 
 
 def make_policy(args: argparse.Namespace, device: torch.device) -> Any:

@@ -17,6 +17,7 @@ import torch
 import smolvla_fast
 
 from .. import extension
+from .console import counted
 
 PACKAGES = ("torch", "transformers", "lerobot", "triton", "numpy")
 
@@ -70,15 +71,20 @@ def compiler() -> str | None:
     return None
 
 
+def cuda_homes() -> list[str]:
+    """Where nvcc is looked for after the PATH, best first."""
+    # The same as in csrc/ninja_build.py, and the tests compare the two: the build must not import a package that
+    # imports torch, and in a checkout csrc/ is no part of the package.
+    return [
+        home for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda") if home
+    ]
+
+
 def nvcc() -> str | None:
-    """The CUDA compiler's version line."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    candidates = [shutil.which("nvcc"), *(str(Path(home) / "bin" / "nvcc") for home in homes if home)]
-    for path in filter(None, candidates):
-        line = first_line([path, "--version"], "release")
-        if line:
-            return line
-    return None
+    """The version line of the CUDA compiler that an installation would use; None where it finds none that runs."""
+    programs = (Path(home, "bin", "nvcc") for home in cuda_homes())
+    found = shutil.which("nvcc") or next((str(path) for path in programs if path.exists()), None)
+    return first_line([found, "--version"], "release") if found else None
 
 
 def driver() -> str | None:
@@ -100,8 +106,10 @@ def commit() -> str | None:
 
 def machine() -> str:
     """The machine in one phrase: its GPU, or its processor and cores."""
-    cards = gpus()
-    return cards[0]["name"] if cards else f"{extension.cpu_name()}, {os.cpu_count()} cores"
+    cards, cores = gpus(), os.cpu_count()
+    if cards:
+        return cards[0]["name"]
+    return ", ".join([extension.cpu_name(), *([counted(cores, "core")] if cores else [])])
 
 
 def cpu_model() -> str | None:
@@ -155,7 +163,7 @@ def headline(found: dict[str, Any]) -> str:
     """The facts in one line, for the head of a table."""
     parts = [
         found["machine"],
-        f"{found['threads']} thread{'s' if found['threads'] != 1 else ''}",
+        counted(found["threads"], "thread"),
         f"torch {found['torch_version']}",
         f"lerobot {found['lerobot_version'] or 'not installed'}",
         f"smolvla_fast {found['smolvla_fast_version']}"

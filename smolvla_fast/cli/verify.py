@@ -10,7 +10,7 @@ import argparse
 from typing import Any
 
 from . import subject, system
-from .console import CommandError, Console, write_json
+from .console import CommandError, Console, check_writable, counted, write_json
 from .measure import threads
 
 
@@ -25,6 +25,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     import smolvla_fast
 
     device = subject.check(args)
+    if args.json:
+        check_writable(args.json, "--json")
     reports: list[dict[str, Any]] = []
     with threads(args.threads), console.progress("verify", 1 + args.observations) as step:
         step("making the policy" if args.policy_path is None else "loading the policy")
@@ -78,4 +80,4 @@ def show(found: dict[str, Any], console: Console) -> None:
     title = f"precision {reports[0]['precision']}, backend {reports[0]['backend']}, against stock in fp32"
     console.table(title, columns, rows)
     good = sum(report["passed"] for report in reports)
-    console.line(f"{good} of {len(reports)} observations passed")
+    console.line(f"{good} of {counted(len(reports), 'observation')} passed")

@@ -182,3 +182,26 @@ def test_block_mask_is_stocks() -> None:
     generator = torch.Generator().manual_seed(0)
     pad, att = (torch.rand(3, 9, generator=generator) < share for share in (0.7, 0.3))
     assert torch.equal(block_mask(pad, att), make_att_2d_masks(pad, att))
+
+
+@LEROBOT_ONLY
+@pytest.mark.slow
+def test_fp8_full_size_as_torch_emulates_it() -> None:
+    """The same quantised products in plain torch on the 450M model: within the tier's bound, by random and sharp weights."""
+    from dataclasses import replace
+
+    from smolvla_fast.backends import reference_ops
+    from smolvla_fast.copies import Copies
+    from smolvla_fast.precision import TIERS
+
+    policy = make_policy("full")
+    given, noise = make_observation(policy), make_noise(policy)
+    stock = chunk(policy, given, noise)
+    smolvla_fast.patch(policy, precision="fp32", backend="torch")
+    engine = smolvla_fast.patch.__globals__["engine_of"](policy.model)
+    engine.ops, engine.copies = replace(reference_ops(), backend="emulated"), Copies(torch.float32)
+    fast = chunk(policy, given, noise)
+    assert smolvla_fast.status(policy).calls_fast == 1
+    near = torch.cosine_similarity(fast.flatten(), stock.flatten(), dim=0)
+    print(f"fp8, emulated, full size: cosine {near:.5f}, relative L2 {rel_l2(fast, stock):.3g}")
+    assert TIERS["fp8"].cosine is not None and TIERS["fp8"].cosine <= near < 0.9999
