@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | gpu-report | venv | clean
+# make demo | test | lint | bench | aot | gpu-report | gpu-peers | gpu-wheels | venv | clean
 #
 # Everything happens in .venv, made on first use with the best Python found (or PYTHON=...). ARGS is passed on:
 #   make demo ARGS="--precision bf16"     make test ARGS="-k patch"
@@ -12,7 +12,7 @@ PIP     := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --n
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 ARGS    ?=
 
-.PHONY: demo test lint bench gpu-report venv venv-standalone clean
+.PHONY: demo test lint bench aot gpu-report gpu-peers gpu-wheels venv venv-standalone clean
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -40,8 +40,19 @@ lint: venv
 bench: venv
 	$(VENV)/bin/smolvla-fast bench $(ARGS)
 
+# ARGS="--part chunk", "--only linear", "--rehearse" (no GPU), "--commit NAME" (a tree without its history)
 gpu-report:
 	@$(GPU_PYTHON) scripts/gpu_report.py $(ARGS)
+
+gpu-peers:
+	@$(GPU_PYTHON) scripts/gpu_peers.py $(ARGS)
+
+# LeRobot for a GPU machine without a network: bring .whl/ along with the tree.
+gpu-wheels: venv
+	$(VENV)/bin/python -m pip wheel -q --no-deps -w .whl -r scripts/gpu-requirements.txt
+
+aot: venv
+	$(VENV)/bin/python scripts/aot.py $(ARGS)
 
 venv: $(STAMP)
 

@@ -12,8 +12,8 @@ from smolvla_fast.dims import read_dims
 from smolvla_fast.reference import Cost
 
 
-def stage_costs(model: Any, cameras: int, language: int, itemsize: int) -> dict[str, Cost]:
-    """Cost of "vision", "prefix" and "denoise" (all steps) for a batch of one.
+def stage_costs(model: Any, cameras: int, language: int, itemsize: int, batch: int = 1) -> dict[str, Cost]:
+    """Cost of "vision", "prefix" and "denoise" (all steps) for a batch: weights are read once for all of it.
 
     model  a ``VLAFlowMatching``      language  padded tokens      itemsize  bytes of a weight in its product
     """
@@ -55,10 +55,10 @@ def stage_costs(model: Any, cameras: int, language: int, itemsize: int) -> dict[
     step_weights = d.layers * expert_layer + selfs * 2 * d.expert_width * kv + ends
     keys = selfs * (prefix + d.chunk) + crosses * prefix
     step_flops = 2.0 * d.chunk * step_weights + 4.0 * d.chunk * keys * q
-    step_bytes = itemsize * (step_weights + 2 * keys * kv)
+    step_bytes = itemsize * (step_weights + batch * 2 * keys * kv)
     steps = model.config.num_steps
     return {
-        "vision": Cost(vision_flops, float(itemsize * vision_weights)),
-        "prefix": Cost(prefix_flops, float(itemsize * prefix_weights)),
-        "denoise": Cost(steps * step_flops, float(steps * step_bytes)),
+        "vision": Cost(batch * vision_flops, float(itemsize * vision_weights)),
+        "prefix": Cost(batch * prefix_flops, float(itemsize * prefix_weights)),
+        "denoise": Cost(steps * batch * step_flops, float(steps * step_bytes)),
     }

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks.account import stage_costs
-from benchmarks.conftest import COMPILED_BOUND, rounds
-from benchmarks.gate import check_chunk, timed
+from benchmarks.conftest import rounds
+from benchmarks.gate import COMPILED_BOUND, check_chunk, timed
+from benchmarks.subject import why_not
 from smolvla_fast.precision import TIERS
 
 COMPILED = "stock compiled"
@@ -23,6 +24,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_chunk(benchmark, subject, patched, ceilings, pytestconfig, variant, cameras):
     if variant == COMPILED and not pytestconfig.getoption("--with-compile"):
         pytest.skip("compiling takes minutes on a CPU; ask for it by --with-compile")
+    if why_not(variant, subject.device):
+        pytest.skip(str(why_not(variant, subject.device)))
     benchmark.group = f"chunk: {subject.group}, {cameras} cameras"
     model = subject.policy.model
 

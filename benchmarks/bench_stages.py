@@ -7,6 +7,7 @@ import pytest
 from benchmarks.account import stage_costs
 from benchmarks.conftest import rounds
 from benchmarks.gate import check_chunk, timed
+from benchmarks.subject import why_not
 from smolvla_fast.cli.measure import summary
 from smolvla_fast.precision import TIERS
 from smolvla_fast.timing import stage_times
@@ -16,6 +17,8 @@ CAMERAS = 2
 
 @pytest.mark.parametrize("variant", ["stock", *TIERS])
 def test_stages(benchmark, subject, patched, ceilings, pytestconfig, variant):
+    if why_not(variant, subject.device):
+        pytest.skip(str(why_not(variant, subject.device)))
     benchmark.group = f"stages: {subject.group}, {CAMERAS} cameras"
     batch = subject.observation(CAMERAS)
     found: list[dict[str, float]] = []
@@ -30,7 +33,7 @@ def test_stages(benchmark, subject, patched, ceilings, pytestconfig, variant):
     timed(
         benchmark,
         check,
-        lambda: found.append(stage_times(subject.policy, batch, subject.noise)),
+        lambda: found.append(stage_times(subject.policy, batch, subject.noise())),
         rounds(pytestconfig),
     )
     measured = found[1:]  # without the warm-up

@@ -6,17 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from benchmarks.gate import check_chunk, check_report
 from benchmarks.machine import Ceilings, measure_ceilings
+from benchmarks.subject import Subject
 from smolvla_fast.cli import system
-from smolvla_fast.cli.measure import as_stock
 
 HEADER: pytest.StashKey[Any] = pytest.StashKey()
-# The compiler may reorder every sum. fp32: 1e-4 is far above what that can do, far below a wrong mask;
-# mixed: bf16 rounds at 4e-3, and 26 layers and 10 steps of other roundings stay below 5e-2.
-COMPILED_BOUND = {"fp32": 1e-4, "mixed": 5e-2}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,74 +61,10 @@ def ceilings(pytestconfig: pytest.Config, device: torch.device) -> Ceilings:
     return found
 
 
-class Subject:
-    """One policy for all suites, and for each number of cameras an observation with stock's chunk."""
-
-    def __init__(self, config: pytest.Config, device: torch.device) -> None:
-        from smolvla_fast import testing
-
-        self.layout = config.getoption("--layout") or ("mixed" if device.type == "cuda" else "fp32")
-        self.device, self.size = device, config.getoption("--size")
-        self.policy = testing.make_policy(self.size, cameras=3, layout=self.layout, device=device)
-        if config.getoption("--steps"):
-            self.policy.config.num_steps = config.getoption("--steps")
-        self.noise = testing.make_noise(self.policy)
-        self._observations: dict[int, dict[str, Tensor]] = {}
-        self._stock: dict[int, Tensor] = {}
-
-    @property
-    def group(self) -> str:
-        steps = self.policy.config.num_steps
-        return f"{self.size} size, {self.device.type}, {self.layout} weights, {steps} steps"
-
-    def observation(self, cameras: int) -> dict[str, Tensor]:
-        from smolvla_fast import testing
-
-        if cameras not in self._observations:
-            self._observations[cameras] = testing.make_observation(self.policy, cameras=cameras)
-        return self._observations[cameras]
-
-    def chunk(self, cameras: int) -> Tensor:
-        chunk = self.policy.predict_action_chunk(dict(self.observation(cameras)), noise=self.noise.clone())
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return chunk
-
-    def stock_chunk(self, cameras: int) -> Tensor:
-        if cameras not in self._stock:
-            with as_stock(self.policy):
-                self._stock[cameras] = self.chunk(cameras)
-        return self._stock[cameras]
-
-    def check(self, precision: str, cameras: int) -> dict[str, Any]:
-        """The gate of a tier, with the policy patched to it."""
-        import smolvla_fast
-        from smolvla_fast.verify import FP32_BOUND
-
-        before = smolvla_fast.status(self.policy)
-        assert before.active, f"stock runs: {before.last_fallback}"
-        if precision == "exact" or (precision == "fp32" and self.layout == "fp32"):
-            bound = 0.0 if precision == "exact" else FP32_BOUND
-            found = check_chunk(self.chunk(cameras), self.stock_chunk(cameras), bound)
-        else:
-            report = smolvla_fast.verify(self.policy, self.observation(cameras), noise=self.noise)
-            found = check_report(report.to_dict())
-        status = smolvla_fast.status(self.policy)
-        assert status.calls_stock == 0, f"stock ran: {status.last_fallback}"
-        return {**found, "backend": status.backend}
-
-    def compute_dtype(self, variant: str) -> torch.dtype:
-        """The dtype of a variant's large matrix products."""
-        from smolvla_fast.precision import TIERS
-
-        stored = torch.float32 if self.layout == "fp32" else torch.bfloat16
-        tier = TIERS.get(variant)
-        return stored if tier is None or tier.gemm_dtype is None else tier.gemm_dtype
-
-
 @pytest.fixture(scope="session")
 def subject(pytestconfig: pytest.Config, device: torch.device) -> Subject:
-    return Subject(pytestconfig, device)
+    option = pytestconfig.getoption
+    return Subject(device, size=option("--size"), layout=option("--layout"), steps=option("--steps"))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import sections
 from smolvla_fast.cli import system
 from smolvla_fast.cli.console import milliseconds
 
@@ -30,12 +31,23 @@ def write(data: dict[str, Any], stem: Path) -> list[Path]:
 def markdown(data: dict[str, Any], chart: str | None = None) -> str:
     """The whole report: header, then a section for each suite in the data."""
     facts = data["machine_info"]["smolvla_fast"]
-    parts = ["# smolvla_fast benchmarks", header(facts)]
+    parts = [
+        "# smolvla_fast benchmarks",
+        *([sections.REHEARSAL] if data.get("rehearsal") else []),
+        header(facts),
+    ]
     if system.busy(facts):
         parts.append(str(system.busy(facts)))
     if chart:
-        parts.append(f"![chunk latency]({chart})")
-    for title, section in (("Chunk", chunks), ("Stages", stages), ("Ops", ops)):
+        parts.append(f"![times]({chart})")
+    every = {
+        "Parts": sections.parts,
+        "Chunk": chunks,
+        "Device and host": sections.device,
+        "Stages": stages,
+        "Ops": ops,
+    }
+    for title, section in every.items():
         text = section(data)
         if text:
             parts += [f"## {title}", text]
@@ -54,6 +66,9 @@ def header(facts: dict[str, Any]) -> str:
     ]  # fmt: skip
     if facts.get("driver"):
         rows.append(("driver", facts["driver"]))
+    for when, state in (facts.get("gpu_state") or {}).items():
+        if state:
+            rows.append((f"GPU {when}", ", ".join(f"{key} {value}" for key, value in state.items())))
     if "ceilings" in facts:
         gemm = ", ".join(
             f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in facts["ceilings"]["gemm_flops"].items()
@@ -208,6 +223,8 @@ def draw(data: dict[str, Any], path: Path) -> bool:
     subtitle = "{machine}, {threads} threads, torch {torch_version}, lerobot {lerobot_version}".format(
         **data["machine_info"]["smolvla_fast"]
     )
+    if data.get("kind") == "gpu-report" and sections.draw_stages(data, subtitle, path):
+        return True
     if suite(data, "chunk"):
         bars: dict[str, dict[str, float]] = {}
         for bench in suite(data, "chunk"):

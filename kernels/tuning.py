@@ -200,7 +200,8 @@ def gemm_tile(
             if block_rows >= max(2 * rows, 32) or block_cols >= max(2 * outputs, 32):
                 continue  # half of it would be padding
             # 128 x 256 fp32 sums are half the registers of 8 warps: only without operands and a residual beside them.
-            most = 128 * 256 if device.warpgroups and not residual else 128 * 128
+            # An 8-bit weight makes x pass through registers in fp32 on its way to 8 bits.
+            most = 128 * 256 if device.warpgroups and not residual and weight_bytes > 1 else 128 * 128
             if not tensor_cores:  # operands are in registers too, widened
                 most = 64 * 16 * weight_bytes // products
             if block_rows * block_cols * products > most:
@@ -242,6 +243,8 @@ def _depth_and_stages(
     asynchronous = device.shared_bytes > 64 << 10
     for depth in (128, 64, 32) if weight_bytes <= 2 and device.multiplies > FMA_UNITS else (32, 16):
         stage = depth * (rows * x_bytes + cols * weight_bytes)
+        if weight_bytes == 1 and rows * depth > 128 * 64:
+            continue  # x in fp32 in registers, see above
         if depth == 128 and stage > 24 << 10:
             continue  # deep steps are for small tiles, whose loads would be too few
         for stages in (4, 3, 2) if asynchronous else (2,):

@@ -191,20 +191,26 @@ def call_reason(
         inputs = (*images, state, *([] if noise is None else [noise]))
         if any(x.requires_grad for x in inputs) or any(p.requires_grad for p in model.parameters()):
             return "autograd is on: wrap the call in torch.no_grad() unless you want gradients"
-    shapes = {tuple(image.shape) for image in images if image.dtype is not torch.uint8}
+    as_bytes = getattr(model, "takes_bytes", False)
+    shapes = {tuple(image.shape) for image in images if not (as_bytes and image.dtype is torch.uint8)}
     embeddings = model.vlm_with_expert.get_vlm_model().vision_model.embeddings
     if not images or len(images) != len(image_masks):
         return f"{len(images)} images with {len(image_masks)} masks"
     if len(shapes) > 1:
         return f"cameras of different shapes after preparation: {sorted(shapes)}"
     for image in images:
-        if image.dtype is torch.uint8 and (image.ndim != 4 or 3 not in (image.shape[1], image.shape[-1])):
+        if (
+            as_bytes
+            and image.dtype is torch.uint8
+            and (image.ndim != 4 or 3 not in (image.shape[1], image.shape[-1]))
+        ):
             return f"frames of shape {tuple(image.shape)}; accepted are [B, 3, h, w] and [B, h, w, 3]"
     shape = tuple(shapes.pop() if shapes else (state.shape[0], 3, *2 * [embeddings.image_size]))
     if len(shape) != 4 or shape[-2:] != (embeddings.image_size, embeddings.image_size):
         return f"images of shape {shape}; the vision tower is for {embeddings.image_size} x {embeddings.image_size}"
-    if not all(image.is_floating_point() or image.dtype is torch.uint8 for image in images):
-        return f"images of dtype {images[0].dtype}; floating point and uint8 are accepted"
+    if not all(image.is_floating_point() or (as_bytes and image.dtype is torch.uint8) for image in images):
+        accepted = "floating point and uint8 are accepted" if as_bytes else "floating point is accepted"
+        return f"images of dtype {images[0].dtype}; {accepted}"
     batch = state.shape[0]
     if state.ndim != 2 or tokens.ndim != 2 or tokens.shape != token_masks.shape:
         return "state, tokens or masks of another rank than stock's usual ones"

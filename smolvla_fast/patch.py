@@ -35,8 +35,11 @@ class _Accelerated:
     """Put before a model's own class by ``patch``; overrides ``sample_actions`` and nothing else."""
 
     stock_class: type
-    takes_bytes = True
-    """``images`` may be uint8 frames of any size"""
+
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether ``images`` may be uint8 frames of any size: for our own model, as LeRobot's gives bytes no meaning."""
+        return hasattr(self.stock_class, "takes_bytes")
 
     # Not torch.compiler.disable: that imports dynamo, and with it Triton, as soon as it decorates.
     @_disable_dynamo
@@ -68,11 +71,12 @@ class _Accelerated:
             if chunk is not None:
                 return chunk
         runtime.fell_back(str(reason))
-        side = self.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
-        images = [
-            image_prep(each, side, side, torch.float32) if each.dtype is torch.uint8 else each
-            for each in images
-        ]
+        if self.takes_bytes:
+            side = self.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
+            images = [
+                image_prep(each, side, side, torch.float32) if each.dtype is torch.uint8 else each
+                for each in images
+            ]
         return self.stock_class.sample_actions(
             self, images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs
         )

@@ -32,7 +32,11 @@ class VLAFlowMatching(nn.Module):
 
     Training regresses ``v = noise - actions`` at ``x_t = t·noise + (1-t)·actions``; sampling integrates ``v`` from
     noise at t = 1 to actions at t = 0. Corresponds to LeRobot's class of the same name.
+
+    takes_bytes  whether ``sample_actions`` reads uint8 frames: once patched
     """
+
+    takes_bytes = False
 
     def __init__(self, config: SmolVLAConfig, rtc_processor: RTCProcessor | None = None):
         super().__init__()

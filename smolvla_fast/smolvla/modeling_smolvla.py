@@ -266,7 +266,7 @@ class SmolVLAPolicy(nn.Module):
         size = self.config.resize_imgs_with_padding
         if frames.dtype is torch.uint8:
             side = self.model.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
-            if getattr(self.model, "takes_bytes", False) and size == (side, side):
+            if self.model.takes_bytes and size == (side, side):
                 return frames
             frames = as_floats(frames, torch.float32)
         if size is not None:

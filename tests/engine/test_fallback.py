@@ -334,7 +334,7 @@ def _another_size(inputs: list[Any]) -> None:
 
 
 def _integer_images(inputs: list[Any]) -> None:
-    inputs[0] = [image.to(torch.uint8) for image in inputs[0]]
+    inputs[0] = [image.to(torch.int32) for image in inputs[0]]
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def _integer_images(inputs: list[Any]) -> None:
         (_double_noise, "noise"),
         (_double_state, "state"),
         (_another_size, "the vision tower is for"),
-        (_integer_images, "floating point is accepted"),
+        (_integer_images, "images of dtype torch.int32; floating point"),
     ],
 )
 @torch.no_grad()

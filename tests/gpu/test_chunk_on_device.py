@@ -217,9 +217,7 @@ def test_memory_after_unpatch() -> None:
 
 def test_rtc_on_device() -> None:
     configuration = pytest.importorskip("lerobot.policies.rtc.configuration_rtc")
-    stock = make(
-        dict(size="tiny", layout="mixed"), rtc_config=configuration.RTCConfig(execution_horizon=6)
-    )
+    stock = make(dict(size="tiny", layout="mixed"), rtc_config=configuration.RTCConfig(execution_horizon=6))
     stock.init_rtc_processor()
     fast = smolvla_fast.patch(copy.deepcopy(stock), precision="exact")
     given, noise = make_observation(stock), make_noise(stock)
@@ -233,5 +231,7 @@ def test_rtc_on_device() -> None:
     kwargs = dict(inference_delay=3, prev_chunk_left_over=left)
     widened = copy.deepcopy(stock)
     widened.model.vlm_with_expert.float()
-    bound = 10 * FP32_BOUND  # stock computes this layout in bf16 where ours does not; widened, positions may round apart
+    bound = (
+        10 * FP32_BOUND
+    )  # stock computes this layout in bf16 where ours does not; widened, positions may round apart
     assert rel_l2(chunk(fast, given, noise, **kwargs), chunk(widened, given, noise, **kwargs)) < bound

@@ -26,7 +26,9 @@ def ops_of(backend: str) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(("op", "case"), CASES, ids=lambda v: v if isinstance(v, str) else str(v))
-def test_contract_on_device(op: str, case: dict[str, int], backend: str, dtype: torch.dtype, seed: int) -> None:
+def test_contract_on_device(
+    op: str, case: dict[str, int], backend: str, dtype: torch.dtype, seed: int
+) -> None:
     check(reference_ops(), ops_of(backend), op, case, dtype, seed, device="cuda")
 
 

@@ -70,3 +70,20 @@ def test_absent_cameras_beside_bytes() -> None:
         assert torch.equal(got, wanted) or (
             precision == "fp32" and (got - wanted).norm() < 1e-5 * wanted.norm()
         )
+
+
+def test_bytes_mean_nothing_to_lerobots_own_model() -> None:
+    """There they are images whose values happen to be whole: stock computes what stock computes."""
+    policy = make_policy("tiny")
+    given, noise = make_observation(policy), make_noise(policy)
+    images, masks = policy.prepare_images(given)
+    inputs = (
+        [image.to(torch.uint8) for image in images], masks,
+        given["observation.language.tokens"], given["observation.language.attention_mask"],
+        policy.prepare_state(given),
+    )  # fmt: skip
+    with torch.no_grad():
+        wanted = policy.model.sample_actions(*inputs, noise=noise)
+        smolvla_fast.patch(policy)
+        assert torch.equal(policy.model.sample_actions(*inputs, noise=noise), wanted)
+    assert "uint8; floating point is accepted" in str(smolvla_fast.status(policy).last_fallback)
