@@ -60,6 +60,7 @@ class Engine:
         driver = driver_for(device) if capture else None
         self.graphs = None if driver is None else GraphCache(driver)
         self._positions: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._times: dict[tuple[Any, ...], Tensor] = {}
         self._layers = 0
         self.copies = Copies(tier.gemm_dtype or torch.bfloat16) if tier.quantized else None
 
@@ -138,7 +139,7 @@ class Engine:
                 expert = read_expert_layers(pair, self._cast, self._widen)
                 kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert)
             with section("denoise"):
-                times = _time_embeddings(config, dims.expert_width, batch, noise.device)
+                times = self._time_embeddings(config, dims.expert_width, batch, noise.device)
                 return denoise(ops, dims, expert, heads, kv, noise, times, inputs.guidance, watch)
 
     def _cast(self, matrix: Tensor) -> Any:
@@ -158,9 +159,16 @@ class Engine:
 
     @property
     def bytes(self) -> int:
-        """What the engine holds between chunks: position ids of the patches, and quantised weights where there are any."""
+        """What the engine holds between chunks: position ids of the patches, time embeddings, and quantised weights where
+        there are any."""
         copies = 0 if self.copies is None else self.copies.bytes
-        return copies + sum(ids.nbytes for ids in self._positions.values())
+        return copies + sum(each.nbytes for each in (*self._positions.values(), *self._times.values()))
+
+    def _time_embeddings(self, config: Any, width: int, batch: int, device: torch.device) -> Tensor:
+        key = (config.num_steps, config.min_period, config.max_period, width, batch, device)
+        if key not in self._times:  # kept for good: a captured graph may read it
+            self._times[key] = _time_embeddings(*key)
+        return self._times[key]
 
     def _patch_positions(self, vlm: Any, images: Tensor) -> Tensor:
         key = (images.shape[-1], vlm.vision_model.embeddings.patch_embedding.weight.dtype)
@@ -175,11 +183,12 @@ def _image_ends(model: Any, device: torch.device) -> tuple[Tensor, Tensor] | Non
     return model.global_image_start_token.to(device), model.image_end_token.to(device)
 
 
-def _time_embeddings(config: Any, width: int, batch: int, device: torch.device) -> Tensor:
+def _time_embeddings(
+    steps: int, min_period: float, max_period: float, width: int, batch: int, device: torch.device
+) -> Tensor:
     """[N, B, E] fp64: the embedding of t = 1, 1 - 1/N, ... for every sample."""
-    steps = config.num_steps
     dt = -1.0 / steps
     times = (
         torch.full((batch,), 1.0 + step * dt, dtype=torch.float32, device=device) for step in range(steps)
     )
-    return torch.stack([time_embedding(t, width, config.min_period, config.max_period) for t in times])
+    return torch.stack([time_embedding(t, width, min_period, max_period) for t in times])

@@ -98,7 +98,7 @@ def _run(
     early   what was noted of the model when it was last looked through, if that is to be done again behind the chunk
     """
     try:
-        chunk = runtime.prepare(model).act(model, *inputs)
+        chunk = (runtime.engine or runtime.prepare(model)).act(model, *inputs)
         if early is not None:
             reason = runtime.reason(model)
             if reason is not None:

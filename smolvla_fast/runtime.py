@@ -41,8 +41,8 @@ class Status:
     last_fallback  why stock ran the last time it did, or None
     graphs         captured CUDA graphs      graph_bytes  what they hold      graph_nodes  nodes of the one used last
     step_launches  kernel launches of one denoise step, where the backend's ops are one launch each, else None
-    extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, the graphs' memory and, in
-                   fp8 alone, copies of weights
+    extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, time embeddings, the
+                   graphs' memory and, in fp8 alone, copies of weights
     """
 
     active: bool = False

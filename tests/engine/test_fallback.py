@@ -384,8 +384,8 @@ def test_strided_noise_and_iterators_are_served(
 
 def test_a_failed_patch_leaves_the_policy_as_it_was(policy: Any) -> None:
     cls = type(policy.model)
-    with pytest.raises(AttributeError):
-        smolvla_fast.patch(policy, warmup=5)
+    with pytest.raises(KeyError):
+        smolvla_fast.patch(policy, warmup={"observation.images.camera1": torch.zeros(1)})
     assert type(policy.model) is cls
 
 
