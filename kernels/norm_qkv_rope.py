@@ -159,9 +159,9 @@ def norm_qkv_rope(
     q_heads = 0 if q_weight is None else q_weight.shape[0] // head_dim
     kv_heads = k_weight.shape[0] // head_dim if has_kv and k_weight is not None else 0
     if has_kv and k_out is not None and v_out is not None:
-        if weights[-1].shape[0] != kv_heads * head_dim:
+        if tuple(weights[-1].shape) != (kv_heads * head_dim, inputs):
             raise ValueError(
-                f"{op}: v_weight has {weights[-1].shape[0]} rows, k_weight {kv_heads * head_dim}"
+                f"{op}: v_weight has shape {list(weights[-1].shape)}; accepted is {[kv_heads * head_dim, inputs]}"
             )
         check(op, "k_out", k_out, (batch, tokens, kv_heads, head_dim), like=x)
         check(op, "v_out", v_out, (batch, tokens, kv_heads, head_dim), like=x)
