@@ -107,6 +107,8 @@ class _Counters:
         self.of_stream: dict[int, Tensor] = {}
 
     def take(self, number: int) -> Tensor | None:
+        # Triton compiles by alignment: a capture must meet the variant that its warm-up compiled.
+        number = triton.cdiv(number, 32) * 32
         if self.used + number > self.NUMBER:
             return None
         self.used += number
@@ -209,7 +211,8 @@ def product(
         x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & (k < stop)[None, :], other=0.0)
         w = tl.load(weight_cols + k[:, None], mask=(k < stop)[:, None] & col_mask[None, :], other=0.0)
         if EIGHT_BITS:
-            acc = tl.dot(to_e4m3(x.to(tl.float32) * inverse[:, None]), w, acc)
+            # Hopper would otherwise add up in fewer bits than fp32's.
+            acc = tl.dot(to_e4m3(x.to(tl.float32) * inverse[:, None]), w, acc, max_num_imprecise_acc=0)
         else:
             acc = tl.dot(x.to(w.dtype), w, acc, input_precision="ieee")
     if EIGHT_BITS:
@@ -269,8 +272,8 @@ def norm_products(
             h = x * norm_weight[None, :]
         if EIGHT_BITS:
             narrow = to_e4m3(h)
-            a = tl.dot(narrow, a_tile, a)
-            b = tl.dot(narrow, b_tile, b)
+            a = tl.dot(narrow, a_tile, a, max_num_imprecise_acc=0)
+            b = tl.dot(narrow, b_tile, b, max_num_imprecise_acc=0)
         else:
             h = h.to(a_tile.dtype)
             a = tl.dot(h, a_tile, a, input_precision="ieee")

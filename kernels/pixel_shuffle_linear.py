@@ -70,7 +70,7 @@ def _pixel_shuffle_linear_fwd(
         x = tl.load(x_rows + within[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
         w = tl.load(weight_cols + k[:, None], mask=k_mask[:, None] & col_mask[None, :], other=0.0)
         if EIGHT_BITS:
-            y = tl.dot(to_e4m3(x.to(tl.float32) * inverse[:, None]), w, y)
+            y = tl.dot(to_e4m3(x.to(tl.float32) * inverse[:, None]), w, y, max_num_imprecise_acc=0)
         else:
             y = tl.dot(x.to(w.dtype), w, y, input_precision="ieee")
     if EIGHT_BITS:

@@ -60,7 +60,9 @@ def tests(context: Context, seconds: float) -> Outcome:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     if context.rehearse:
         return judged(*context.execute("tests", [*command, "--collect-only"], seconds))
-    alone = judged(*context.execute("tests", [*command, "tests/gpu"], 0.6 * seconds))
+    chunks = "tests/gpu/test_chunk_on_device.py"
+    quick = [*command[:-3], "gpu and not slow", *command[-2:], chunks]
+    alone = judged(*context.execute("tests", quick, 0.6 * seconds))
 
     def shard(number: int) -> Outcome:
         one = dataclasses.replace(
@@ -72,7 +74,7 @@ def tests(context: Context, seconds: float) -> Outcome:
             },
         )
         left = max(end - time.perf_counter(), 1.0)
-        split = [*command, "-p", "benchmarks.gpu.shard", "--ignore=tests/gpu"]
+        split = [*command, "-p", "benchmarks.gpu.shard", f"--ignore={chunks}"]
         return judged(*one.execute("tests", split, left))
 
     with ThreadPoolExecutor(SHARDS) as pool:

@@ -46,6 +46,7 @@ def reference_ops() -> Ops:
     return Ops(
         backend="reference",
         single_launch=False,
+        leaves_to_torch=lambda dtype, rows: True,
         image_prep=image_prep.image_prep,
         patch_embed=patch_embed.patch_embed,
         layer_norm=layer_norm.layer_norm,
@@ -72,6 +73,7 @@ def _torch() -> Ops:
     return Ops(
         backend="torch",
         single_launch=False,
+        leaves_to_torch=lambda dtype, rows: True,
         image_prep=image_prep.image_prep,
         patch_embed=vision.patch_embed,
         layer_norm=vision.layer_norm,
@@ -126,6 +128,7 @@ def _triton() -> Ops:
         _torch(),
         backend="triton",
         single_launch=True,
+        leaves_to_torch=fused.leaves_to_torch,
         image_prep=image_prep,
         patch_embed=patch_embed,
         layer_norm=layer_norm,

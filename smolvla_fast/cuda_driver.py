@@ -7,6 +7,7 @@ import ctypes
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,57 +24,76 @@ class Recording:
     nodes: int | None
 
 
+_streams: dict[int, torch.cuda.Stream] = {}
+
+
 class CudaDriver:
-    """See ``graphs.Driver``."""
+    """See ``graphs.Driver``. Captures of a device share one stream; ``graphs`` lets one run at a time."""
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self._device = torch.device("cuda", index)
-        self._stream: torch.cuda.Stream | None = None
 
     def busy(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
         with torch.cuda.device(self._device):
-            if self._stream is None:
-                self._stream = torch.cuda.Stream(self._device)
-            caller = torch.cuda.current_stream(self._device)
-            self._stream.wait_stream(caller)
-            with torch.cuda.stream(self._stream):
-                # Compiles kernels, makes library handles and workspaces: none of it may happen in a capture.
+            if self._device.index not in _streams:
+                _streams[self._device.index] = torch.cuda.Stream(self._device)
+            stream, caller = _streams[self._device.index], torch.cuda.current_stream(self._device)
+            stream.wait_stream(caller)
+            with torch.cuda.stream(stream):
+                # Compiles kernels, makes library handles: none of it may happen in a capture.
                 run()
             torch.cuda.synchronize(self._device)
+            # So that cuBLAS takes its workspace from the graph's own pool: two graphs replayed on two streams must not
+            # share one, and the graph's end must free it.
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
             graph = _new_graph()
             before = torch.cuda.memory_reserved(self._device)
             try:
-                output = self._record(graph, run)
+                with torch.cuda.stream(stream):
+                    output = self._record(graph, run)
             finally:
-                # A capture that fails leaves its own stream as this thread's current one.
-                torch.cuda.set_stream(caller)
+                torch._C._cuda_clearCublasWorkspaces()
             reserved = max(0, torch.cuda.memory_reserved(self._device) - before)
             nodes = _count_nodes(graph)
             if nodes is not None:
                 graph.instantiate()
-            caller.wait_stream(self._stream)
+            caller.wait_stream(stream)
             return Recording(graph, reserved, nodes), output
 
     def _record(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor]) -> Tensor:
+        pool = torch.cuda.graph_pool_handle()
+        # thread_local: another thread's CUDA calls do not spoil the capture, nor the capture theirs.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         cause: Exception | None = None
         try:
-            # thread_local: another thread's CUDA calls do not spoil the capture, nor the capture theirs.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                try:
-                    return run()
-                except Exception as error:
-                    cause = error
-                    raise
-        except Exception:
-            # Ending a broken capture raises an error of its own, which says less than the one that broke it.
-            if cause is not None:
-                raise cause from None
-            raise
+            output = run()
+        except Exception as error:
+            cause = error
+        try:
+            graph.capture_end()
+        except Exception as ending:
+            self._mend(pool)
+            # Ending a broken capture says less than what broke it.
+            raise (cause or ending) from None
+        if cause is not None:
+            raise cause
+        return output
+
+    def _mend(self, pool: Any) -> None:
+        """Undo what a capture began and, broken, could not end: the pool in the allocator, the mark on the generator."""
+        index = self._device.index
+        for call in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with contextlib.suppress(RuntimeError):
+                call(index, pool)
+        default, fresh = torch.cuda.default_generators[index], torch.Generator(self._device)
+        with contextlib.suppress(RuntimeError):
+            fresh.set_state(default.get_state())  # no random number is lost or drawn twice
+            default.graphsafe_set_state(fresh.graphsafe_get_state())
 
     def replay(self, recording: Recording) -> None:
         recording.graph.replay()

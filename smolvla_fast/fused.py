@@ -21,10 +21,17 @@ MANY_ROWS = 64
 """Above this many rows an fp32 product goes to torch. The 50 rows of an action chunk stay below."""
 
 
+def leaves_to_torch(dtype: torch.dtype, rows: int) -> bool:
+    """Whether a product of so many rows with a plain weight of this dtype is torch's.
+
+    Not where the caller lets fp32 products run in TF32, which torch then would do and our kernels do not.
+    """
+    return dtype is torch.float32 and rows > MANY_ROWS and torch.get_float32_matmul_precision() == "highest"
+
+
 def _torch_serves(x: Tensor, weight: Tensor | None) -> bool:
     """Whether a product is one for torch; quantised weights are for the kernels alone."""
-    plain = isinstance(weight, Tensor) and weight.dtype is torch.float32
-    return plain and x.numel() > MANY_ROWS * x.shape[-1]
+    return isinstance(weight, Tensor) and leaves_to_torch(weight.dtype, x.numel() // x.shape[-1])
 
 
 def linear(
@@ -71,7 +78,7 @@ def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor,
 
 def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
     """See ``reference.pixel_shuffle_linear``."""
-    plain = isinstance(weight, Tensor) and weight.dtype is torch.float32
-    torch_serves = plain and x.shape[0] * x.shape[1] > MANY_ROWS * factor**2
+    rows = x.shape[0] * x.shape[1] // factor**2
+    torch_serves = isinstance(weight, Tensor) and leaves_to_torch(weight.dtype, rows)
     serve = vision.pixel_shuffle_linear if torch_serves else pixel_shuffle_linear_kernel
     return serve(x, weight, factor)

@@ -65,6 +65,11 @@ class Graph:
 _capturing = threading.Lock()
 
 
+def not_capturing() -> threading.Lock:
+    """Held around draws of random numbers: while any thread captures, torch refuses them to all."""
+    return _capturing
+
+
 class GraphCache:
     """The graphs of one engine. Threads may share it: what one call queues is queued as a whole."""
 
@@ -83,7 +88,7 @@ class GraphCache:
         """
         if self._driver.busy():
             return compute(list(inputs))
-        key = (key, tuple((each.shape, each.dtype) for each in inputs))
+        key = (key, tuple((each.shape, each.dtype, each.device) for each in inputs))
         with self._lock:
             if key in self._failed:
                 raise CaptureFailed(self._failed[key])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from .dims import read_dims
 from .extension import why_bf16_is_slow
 from .graphs import GraphCache, driver_for
 from .nested import flatten
+from .ops import Ops
 from .precision import Tier
 from .reference.time_embedding import time_embedding
 from .rtc import Guidances
@@ -22,7 +24,7 @@ from .stages.observation import Observation, prepare_images, prepare_observation
 from .stages.prefix import embed_prefix, fill_prefix
 from .stages.vision import encode_images, patch_positions
 from .timing import is_timed, section
-from .weights import read_expert_layers, read_heads
+from .weights import DecoderLayer, read_expert_layers, read_heads
 
 
 class Inputs(NamedTuple):
@@ -61,7 +63,7 @@ class Engine:
         self.graphs = None if driver is None else GraphCache(driver)
         self._positions: dict[tuple[int, torch.dtype], Tensor] = {}
         self._times: dict[tuple[Any, ...], Tensor] = {}
-        self._layers = 0
+        self._step_launches: int | None = None
         self.copies = Copies(tier.gemm_dtype or torch.bfloat16) if tier.quantized else None
 
     def act(
@@ -101,9 +103,11 @@ class Engine:
             guidance,
             _image_ends(model, state.device),
         )  # fmt: skip
-        chunk = self._run(model, inputs, watch)
-        if self.copies is not None and self.copies.refreshed():
+        # Triton launches on the current device, whatever device its tensors are on.
+        with torch.cuda.device(state.device) if state.is_cuda else nullcontext():
             chunk = self._run(model, inputs, watch)
+            if self.copies is not None and self.copies.refreshed():
+                chunk = self._run(model, inputs, watch)
         return chunk
 
     def _run(self, model: Any, inputs: Inputs, watch: Callable[[Tensor, Tensor], None] | None) -> Tensor:
@@ -112,7 +116,8 @@ class Engine:
         tensors, rebuild = flatten(inputs)
         # The rest of what the captured work depends on; shapes and dtypes of the inputs are the cache's affair.
         config = model.config
-        key = (config.num_steps, config.min_period, config.max_period, model.prefix_length, rebuild.key)
+        settings = (config.num_steps, config.min_period, config.max_period, model.prefix_length)
+        key = (*settings, rebuild.key, _math_flags())
         return self.graphs.run(key, tensors, lambda statics: self._chunk(model, rebuild(statics)))
 
     def _chunk(
@@ -122,7 +127,7 @@ class Engine:
         pair, config = model.vlm_with_expert, model.config
         vlm, dims, ops, exact = pair.get_vlm_model(), read_dims(model), self.ops, self.tier.stock_order
         heads, observation, noise = read_heads(model), inputs.observation, inputs.noise
-        batch, self._layers = observation.state.shape[0], dims.layers
+        batch = observation.state.shape[0]
         with torch.no_grad():
             with section("vision"):
                 image_tokens: list[Tensor] = []
@@ -139,6 +144,7 @@ class Engine:
                 expert = read_expert_layers(pair, self._cast, self._widen)
                 kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert)
             with section("denoise"):
+                self._step_launches = _launches(ops, expert, batch * dims.chunk)
                 times = self._time_embeddings(config, dims.expert_width, batch, noise.device)
                 return denoise(ops, dims, expert, heads, kv, noise, times, inputs.guidance, watch)
 
@@ -155,7 +161,7 @@ class Engine:
     @property
     def step_launches(self) -> int | None:
         """Kernel launches of one denoise step: two at its ends, five a layer; None where ops are not one launch each."""
-        return 2 + 5 * self._layers if self.ops.single_launch and self._layers else None
+        return self._step_launches
 
     @property
     def bytes(self) -> int:
@@ -166,8 +172,11 @@ class Engine:
 
     def _time_embeddings(self, config: Any, width: int, batch: int, device: torch.device) -> Tensor:
         key = (config.num_steps, config.min_period, config.max_period, width, batch, device)
-        if key not in self._times:  # kept for good: a captured graph may read it
-            self._times[key] = _time_embeddings(*key)
+        if key not in self._times:
+            times = _time_embeddings(*key)
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return times  # of a caller's own capture: written when that is replayed, and not before
+            self._times[key] = times  # kept for good: a captured graph may read it
         return self._times[key]
 
     def _patch_positions(self, vlm: Any, images: Tensor) -> Tensor:
@@ -175,6 +184,20 @@ class Engine:
         if key not in self._positions or self._positions[key].device != images.device:
             self._positions[key] = patch_positions(vlm, images)
         return self._positions[key]
+
+
+def _math_flags() -> tuple[Any, ...]:
+    """The caller's settings that a captured library call was chosen under."""
+    return (
+        torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+
+
+def _launches(ops: Ops, expert: list[DecoderLayer], rows: int) -> int | None:
+    single = ops.single_launch and not ops.leaves_to_torch(expert[0].gate.dtype, rows)
+    return 2 + 5 * len(expert) if single else None
 
 
 def _image_ends(model: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:

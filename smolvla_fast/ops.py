@@ -19,7 +19,9 @@ class Ops:
 
     backend: str
     single_launch: bool
-    """whether every op of a denoise step is one kernel launch"""
+    """whether every op of a denoise step is one kernel launch, but for products that the backend leaves to torch"""
+    leaves_to_torch: Callable[[Any, int], bool]
+    """dtype of a weight, rows -> whether the products of a decoder layer are torch's calls"""
     image_prep: Callable[..., Tensor]
     """observation: camera frames of any size, bytes or floats -> images of the vision tower's size"""
     patch_embed: Callable[..., Tensor]
@@ -52,4 +54,6 @@ class Ops:
     """denoise: final norm + velocity + guidance + Euler"""
 
 
-NAMES = tuple(name for name in Ops.__dataclass_fields__ if name not in ("backend", "single_launch"))
+NAMES = tuple(
+    name for name in Ops.__dataclass_fields__ if name not in ("backend", "single_launch", "leaves_to_torch")
+)

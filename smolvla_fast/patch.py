@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .backends import select
-from .graphs import CaptureFailed
+from .graphs import CaptureFailed, not_capturing
 from .guard import call_reason
 from .inference import Engine
 from .precision import resolve_tier
@@ -64,7 +64,8 @@ class _Accelerated:
         if reason is None:
             if noise is None:
                 shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
-                noise = self.sample_noise(shape, state.device)
+                with not_capturing():
+                    noise = self.sample_noise(shape, state.device)
             guidance = _guidance(self, kwargs, noise)
             inputs = (images, img_masks, lang_tokens, lang_masks, state, noise.contiguous(), guidance)
             chunk, reason = _run(runtime, self, inputs, early)

@@ -53,7 +53,7 @@ def plan_guidance(
     replaces  the first half of ``RTCProcessor.denoise_step`` of LeRobot
     """
     batch, chunk, width = shape
-    previous = previous if previous.ndim == 3 else previous[None]
+    previous = (previous if previous.ndim == 3 else previous[None]).to(device)
     horizon = min(config.execution_horizon if horizon is None else horizon, previous.shape[1])
     if previous.shape[1] < chunk or previous.shape[2] < width:
         padded = torch.zeros(batch, chunk, width, device=device)

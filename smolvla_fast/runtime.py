@@ -92,6 +92,8 @@ class Runtime:
         key = (settings, weight.dtype, weight.device, probed_code(model))
         with self.lock:
             if self.engine is None or self.built_for != key:
+                if self.engine is not None and self.engine.graphs is not None:
+                    self.engine.graphs.clear()
                 tier = resolve_tier(settings.precision, weight.dtype)
                 self.engine = Engine(tier, settings.backend, weight.device)
                 self.probed = probe(model, exact=tier.stock_order)

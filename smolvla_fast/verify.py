@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,6 +76,18 @@ def _keep_patch_positions(vlm: Any, positions: Tensor) -> None:
         return patch_embed(pixel_values, patch.weight, patch.bias, table, positions)
 
     embeddings.__dict__["forward"] = forward
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """fp32 products in fp32 while the reference is computed; the caller's settings are put back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _stock_chunk(
@@ -149,7 +163,8 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
             state.device
         )
 
-    truth, true_velocities = _stock_chunk(model, torch.float32, inputs, noise)
+    with _without_tf32():
+        truth, true_velocities = _stock_chunk(model, torch.float32, inputs, noise)
     stock = _stock_chunk(model, tier.gemm_dtype, inputs, noise)[0]
     velocities: list[Tensor] = []
     engine = Engine(tier, "auto" if tier.stock_order else now.backend, state.device, capture=False)

@@ -61,7 +61,7 @@ def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Gener
         "q_weight": randn(h * d, m, dtype=dtype, generator=generator, scale=scale),
         "k_weight": randn(kv * d, m, dtype=dtype, generator=generator, scale=scale),
         "v_weight": randn(kv * d, m, dtype=dtype, generator=generator, scale=scale),
-        "rope": rope_tables(torch.arange(t)[None].expand(b, -1) + 3, d),
+        "rope": rope_tables(torch.arange(t)[None] + 3 + 2 * torch.arange(b)[:, None], d),
         "k_out": torch.full((b, t, kv, d), torch.nan, dtype=dtype),
         "v_out": torch.full((b, t, kv, d), torch.nan, dtype=dtype),
         "head_dim": d,

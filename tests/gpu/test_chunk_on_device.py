@@ -84,9 +84,7 @@ def test_nodes_of_a_step() -> None:
         nodes.append(smolvla_fast.status(policy).graph_nodes)
     if None in nodes:
         pytest.skip("this torch does not let a graph's nodes be counted")
-    # The time embedding of one more step adds a few small nodes outside the loop.
-    once = nodes[1] - nodes[0] - smolvla_fast.status(policy).step_launches
-    assert 0 <= once <= 8, nodes
+    assert nodes[1] - nodes[0] == smolvla_fast.status(policy).step_launches, nodes
 
 
 def test_fp32_tier_ignores_nothing_global() -> None:
@@ -136,8 +134,9 @@ def test_capture_beside_another_user_of_the_gpu() -> None:
     def other() -> None:
         try:
             with torch.cuda.stream(torch.cuda.Stream()):
+                # No random numbers: while any thread captures, torch refuses them to all.
+                x = torch.randn(256, 256, device="cuda")
                 while not stop.is_set():
-                    x = torch.randn(256, 256, device="cuda")
                     (x @ x).sum().item()
         except BaseException as error:
             failures.append(error)
@@ -187,6 +186,31 @@ def test_out_of_memory_at_capture_is_stock_and_leaves_nothing(monkeypatch: pytes
     assert smolvla_fast.status(fast).graphs == 1
 
 
+def test_a_broken_capture_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for the device breaks a capture; random numbers and later captures work all the same."""
+    from smolvla_fast import cuda_driver
+
+    stock = make(dict(size="tiny", layout="mixed"))
+    fast = smolvla_fast.patch(copy.deepcopy(stock))
+    given = make_observation(stock)
+    record = cuda_driver.CudaDriver._record
+
+    def waiting(self: Any, graph: Any, run: Any) -> Any:
+        return record(self, graph, lambda: run() * run().sum().item())
+
+    monkeypatch.setattr(cuda_driver.CudaDriver, "_record", waiting)
+    torch.manual_seed(5)
+    wanted = [chunk(stock, given), chunk(stock, given)]
+    torch.manual_seed(5)
+    assert torch.equal(chunk(fast, given), wanted[0])
+    assert torch.equal(chunk(fast, given), wanted[1])
+    assert "capture failed" in str(smolvla_fast.status(fast).last_fallback)
+    monkeypatch.undo()
+    smolvla_fast.refresh(fast)
+    chunk(fast, given)
+    assert smolvla_fast.status(fast).graphs == 1
+
+
 def test_weights_are_read_live() -> None:
     policy = make(dict(size="tiny", layout="mixed"))
     smolvla_fast.patch(policy)
@@ -215,7 +239,7 @@ def test_memory_after_unpatch() -> None:
     assert torch.cuda.memory_allocated() <= before
 
 
-def test_rtc_on_device() -> None:
+def test_rtc_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     configuration = pytest.importorskip("lerobot.policies.rtc.configuration_rtc")
     stock = make(dict(size="tiny", layout="mixed"), rtc_config=configuration.RTCConfig(execution_horizon=6))
     stock.init_rtc_processor()
@@ -231,6 +255,7 @@ def test_rtc_on_device() -> None:
     kwargs = dict(inference_delay=3, prev_chunk_left_over=left)
     widened = copy.deepcopy(stock)
     widened.model.vlm_with_expert.float()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # stock's patch convolution, else in TF32
     bound = (
         10 * FP32_BOUND
     )  # stock computes this layout in bf16 where ours does not; widened, positions may round apart

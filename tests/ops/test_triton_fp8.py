@@ -95,10 +95,18 @@ def test_copies_notice_every_change_in_bulk() -> None:
     assert copies.refreshed() and not copies.refreshed()
     assert copies.of(weights[1]).data.data_ptr() == held[1].data.data_ptr(), "a graph reads the old place"
     assert torch.equal(copies.of(weights[1]).scale, quantize_rows(weights[1].detach()).scale)
+    weights[0].data = weights[0].data.clone()  # one moves while another changes: neither goes unnoticed
+    weights[1].data.mul_(1.01)
+    copies.of(weights[0])
+    assert copies.refreshed() and not copies.refreshed()
+    with torch.inference_mode():
+        copies.of(torch.nn.Parameter(torch.randn(8, 8)))  # gone at once: dropped at the next look
+    assert not copies.refreshed() and copies.bytes == 3 * (64 * 32 + 64 * 4)
     weights[2].data[5, 5] += 100.0  # one element by hand, off the sample: refresh is asked for
     assert not copies.refreshed()
     copies.refresh()
     assert torch.equal(copies.of(weights[2]).data.float(), quantize_rows(weights[2].detach()).data.float())
-    weights[0].data = weights[0].data.clone()
     assert torch.equal(copies.of(weights[0]).scale, held[0].scale)
     assert isinstance(held[0], Quantized)
+    weights[0].data[0, 0] = torch.nan  # changed, and then the same at every look
+    assert not copies.refreshed() or not copies.refreshed()
