@@ -405,3 +405,40 @@ def test_nothing_but_ops_runs_in_a_layer(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (
         sum(counts.values()) == steps * (2 + 5 * layers) == steps * smolvla_fast.status(policy).step_launches
     )
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["capture survives", "capture broken"])
+def test_recording_tells_what_broke_it(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of the work, not that of ending the capture; what a broken one leaves behind is undone once."""
+    from smolvla_fast import cuda_driver
+
+    class Graph:
+        begun = ended = 0
+
+        def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+            assert capture_error_mode == "thread_local" and pool == "pool"
+            self.begun += 1
+
+        def capture_end(self) -> None:
+            self.ended += 1
+            if broken:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    mended: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(cuda_driver.CudaDriver, "_mend", lambda self, pool: mended.append(pool))
+    driver = cuda_driver.CudaDriver(torch.device("cuda", 0))
+
+    def fails() -> torch.Tensor:
+        raise ValueError("a tile that does not fit")
+
+    graph = Graph()
+    with pytest.raises(ValueError, match="does not fit"):
+        driver._record(graph, fails)  # type: ignore[arg-type]
+    assert (graph.begun, graph.ended, mended) == (1, 1, ["pool"] if broken else [])
+    graph = Graph()
+    if broken:
+        with pytest.raises(RuntimeError, match="previous error"):
+            driver._record(graph, lambda: torch.ones(1))  # type: ignore[arg-type]
+    else:
+        assert driver._record(graph, lambda: torch.ones(1)) is not None  # type: ignore[arg-type]
