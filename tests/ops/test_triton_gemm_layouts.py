@@ -106,7 +106,8 @@ def test_cache_slots_and_absent_parts(case, dtype):
 def test_one_rope_table_serves_a_whole_batch():
     case = room("norm_qkv_rope").CASES[-1]
     inputs = inputs_of("norm_qkv_rope", F32, case)
-    both = run(TRITON, "norm_qkv_rope", inputs)
+    shared = tuple(table[:1].expand_as(table).contiguous() for table in inputs["rope"])
+    both = run(TRITON, "norm_qkv_rope", {**inputs, "rope": shared})
     first = tuple(torch.cat([table[:1], torch.full_like(table, torch.nan)])[:1] for table in inputs["rope"])
     one = run(TRITON, "norm_qkv_rope", {**inputs, "rope": first})
     assert all(torch.equal(one[name], both[name]) for name in both)
