@@ -125,7 +125,7 @@ def why_bf16_is_slow() -> str | None:
     if "AVX512-BF16" not in features:
         return "this processor has no instruction for products of bf16"
     if vendor == "GenuineIntel":
-        # The roof that `smolvla-fast bench` measures on such a Xeon is 169 GFLOP/s in bf16 and 300 in fp32.
+        # The roof that `smolvla-fast bench` measures on such a Xeon is 170 GFLOP/s in bf16 and 303 in fp32.
         return "this processor has no AMX, and without it multiplies bf16 no faster than fp32"
     return None
 

@@ -160,13 +160,11 @@ def _assign(policy: Any) -> None:
 
 
 def _module(policy: Any) -> None:
-    layer = nn.Linear(48, 64, bias=False)
     mlp = policy.model.vlm_with_expert.lm_expert.layers[1].mlp
     with torch.no_grad():
         new = nn.Linear(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False)
         new.weight.copy_(mlp.up_proj.weight * 1.5)
     mlp.up_proj = new.eval()
-    del layer
 
 
 def _double_and_back(policy: Any) -> None:
@@ -202,9 +200,8 @@ def test_a_hook_sends_the_call_under_way_to_stock() -> None:
     """It is found behind the replay; the chunk is thrown away and noise is not drawn twice."""
     pair = Captured()
     assert pair.same()
-    seen: list[int] = []
     hooks = [
-        policy.model.vlm_with_expert.lm_expert.norm.register_forward_hook(lambda *_: seen.append(1))
+        policy.model.vlm_with_expert.lm_expert.norm.register_forward_hook(lambda *_: None)
         for policy in (pair.plain, pair.policy)
     ]
     given = make_observation(pair.plain)
@@ -213,7 +210,6 @@ def test_a_hook_sends_the_call_under_way_to_stock() -> None:
         torch.manual_seed(3)
         chunks += [chunk(policy, given), chunk(policy, given)]
     assert torch.equal(chunks[0], chunks[2]) and torch.equal(chunks[1], chunks[3])
-    assert len(seen) == 0 or len(seen) % 2 == 0
     assert pair.status.calls_stock == 2 and "hook" in pair.status.last_fallback
     for hook in hooks:
         hook.remove()
