@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | aot | gpu-report | gpu-peers | gpu-wheels | venv | clean
+# make demo | test | simt | simt-full | lint | bench | aot | cuda | ptxas | gpu-report | gpu-peers | gpu-wheels | venv | clean
 #
 # Everything happens in .venv, made on first use with the best Python found (or PYTHON=...). ARGS is passed on:
 #   make demo ARGS="--precision bf16"     make test ARGS="-k patch"
@@ -6,13 +6,13 @@
 VENV    := .venv
 ALONE   := .venv-standalone
 STAMP   := $(VENV)/.smolvla_fast
-SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -path '*/__pycache__/*')
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -path '*/__pycache__/*' -not -path 'csrc/simt/*')
 PIP     := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
 # A bare GPU machine may have torch, Triton and nvcc but no network: there the system's Python is used as it is.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 ARGS    ?=
 
-.PHONY: demo test lint bench aot gpu-report gpu-peers gpu-wheels venv venv-standalone clean
+.PHONY: demo test simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -20,6 +20,13 @@ demo: venv
 
 test: venv
 	HF_HUB_OFFLINE=1 SMOLVLA_FAST_PYTHONS=$(wildcard $(ALONE)/bin/python) $(VENV)/bin/python -m pytest $(ARGS)
+
+# CUDA C++ kernels run on the host, by the emulator of csrc/simt: without the slow ones, and with them.
+simt: venv
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/simt -m "simt and not slow" $(ARGS)
+
+simt-full: venv
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/simt -m simt $(ARGS)
 
 # A Python 3.10 or 3.11 with torch and transformers and no LeRobot: where our own SmolVLA has to stand alone.
 venv-standalone: $(ALONE)/.ready
@@ -53,6 +60,18 @@ gpu-wheels: venv
 
 aot: venv
 	$(VENV)/bin/python scripts/aot.py $(ARGS)
+
+# The CUDA part alone, into the checkout; needs nvcc and no GPU, recompiles what has changed. SMOLVLA_CUDA_ARCHS=90a for
+# one architecture.
+cuda:
+	@python="$(GPU_PYTHON)"; \
+	$$python -c 'import pybind11, setuptools' 2>/dev/null || { $(MAKE) venv && python=$(VENV)/bin/python; } || exit 1; \
+	$$python setup.py -q build_ext --inplace --only cuda && \
+	$$python -c 'import smolvla_fast._cuda as cuda; print("It loads here; GPUs found:", cuda.device_count())'
+
+# Registers, spills and instructions of every CUDA C++ kernel: benchmarks/results/ptxas.md.
+ptxas: venv
+	$(VENV)/bin/python scripts/ptxas.py $(ARGS)
 
 venv: $(STAMP)
 

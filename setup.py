@@ -30,14 +30,34 @@ def kind_of(extension):
 
 
 class NinjaBuild(build_ext):
+    only_option = ("only=", None, "cpu or cuda: fail without it, leave the other as it is")
+    user_options = build_ext.user_options + [only_option]  # noqa: RUF005
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.only = None
+
     def run(self):
         self.record = {}
+        if self.only:
+            self.extensions = [ext for ext in self.extensions if kind_of(ext) == self.only]
         super().run()
         # What was not built must not be looked for by the later steps of an installation.
         self.extensions = [ext for ext in self.extensions if self.record[kind_of(ext)]["built"]]
         folder = Path("smolvla_fast" if self.inplace else Path(self.build_lib, "smolvla_fast"))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "_build.json").write_text(json.dumps(self.record, indent=1) + "\n")
+        path = folder / "_build.json"
+        before = json.loads(path.read_text()) if self.only and path.exists() else {}
+        path.write_text(json.dumps({**before, **self.record}, indent=1) + "\n")
+        if self.only:
+            self.report(self.only)
+
+    def report(self, kind):
+        facts = self.record.get(kind, {"built": False, "reason": "no such extension; there are cpu and cuda"})
+        if not facts["built"]:
+            raise SystemExit(f"smolvla_fast._{kind} was not compiled: {facts['reason']}")
+        for_whom = f" for sm_{', sm_'.join(facts['archs'])} and as PTX" if "archs" in facts else ""
+        print(f"Compiled smolvla_fast._{kind}{for_whom} in {facts['seconds']} s ({facts['compiler']}).")
 
     def build_extension(self, ext):
         kind, target = kind_of(ext), Path(self.get_ext_fullpath(ext.name))

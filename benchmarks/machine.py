@@ -38,7 +38,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     return Ceilings(flops, _copy(device))
 
 
-def _best_seconds(function: Callable[[], Any], device: torch.device, budget: float = 1.0) -> float:
+def best_seconds(function: Callable[[], Any], device: torch.device, budget: float = 1.0) -> float:
     function()
     best, end = float("inf"), time.perf_counter() + budget
     while best == float("inf") or time.perf_counter() < end:
@@ -56,13 +56,13 @@ def _gemm(dtype: torch.dtype, device: torch.device) -> float:
     pointwise = getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and pointwise is not None:
         # torch's own fp32 path is MKL, far from the roof on other makers' processors; oneDNN is near it.
-        seconds = _best_seconds(lambda: pointwise(x, weight, None, "none", [], ""), device)
+        seconds = best_seconds(lambda: pointwise(x, weight, None, "none", [], ""), device)
     else:
-        seconds = _best_seconds(lambda: torch.nn.functional.linear(x, weight), device)
+        seconds = best_seconds(lambda: torch.nn.functional.linear(x, weight), device)
     return 2.0 * side**3 / seconds
 
 
 def _copy(device: torch.device) -> float:
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    return 2.0 * source.numel() * 4 / _best_seconds(lambda: target.copy_(source), device)
+    return 2.0 * source.numel() * 4 / best_seconds(lambda: target.copy_(source), device)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cpu import sections as cpu
 from benchmarks.gpu import sections
 from smolvla_fast.cli import system
 from smolvla_fast.cli.console import milliseconds
@@ -20,15 +21,19 @@ UNSTEADY_MARK = "†"
 
 
 def write(data: dict[str, Any], stem: Path) -> list[Path]:
-    """Writes ``stem``.md and, where matplotlib is installed and there is something to draw, ``stem``.png."""
-    written = [stem.with_suffix(".md")]
-    chart = stem.with_suffix(".png")
-    drawn = draw(data, chart)
-    written[0].write_text(markdown(data, chart.name if drawn else None))
-    return [*written, chart] if drawn else written
+    """Writes ``stem``.md and, where matplotlib is installed and there is something to draw, ``stem``.png and
+    ``stem``-scaling.png."""
+    text, chart = stem.with_suffix(".md"), stem.with_suffix(".png")
+    curves = cpu.chart_path(chart)
+    charts = [
+        path for path, drawn in ((chart, draw(data, chart)), (curves, draw_curves(data, curves))) if drawn
+    ]
+    names = [path.name if path in charts else None for path in (chart, curves)]
+    text.write_text(markdown(data, *names))
+    return [text, *charts]
 
 
-def markdown(data: dict[str, Any], chart: str | None = None) -> str:
+def markdown(data: dict[str, Any], chart: str | None = None, curves: str | None = None) -> str:
     """The whole report: header, then a section for each suite in the data."""
     facts = data["machine_info"]["smolvla_fast"]
     parts = [
@@ -45,7 +50,12 @@ def markdown(data: dict[str, Any], chart: str | None = None) -> str:
         "Chunk": chunks,
         "Device and host": sections.device,
         "Stages": stages,
+        "Denoise loop": sections.denoise,
         "Ops": ops,
+        "CPU": cpu.tiers,
+        "CPU, by stage": cpu.stages,
+        "CPU, overhead": cpu.overhead,
+        "CPU, scaling": lambda data: cpu.scaling(data, curves),
     }
     for title, section in every.items():
         text = section(data)
@@ -60,7 +70,8 @@ def header(facts: dict[str, Any]) -> str:
         ("processor", ", ".join(filter(None, [facts["cpu"], facts.get("cpu_model"), *facts["cpu_features"]]))),
         ("threads", facts["threads"]),
         ("versions", ", ".join(f"{name} {facts.get(f'{name}_version') or 'none'}" for name in
-                               ("smolvla_fast", "lerobot", "torch", "transformers", "triton", "python"))),
+                               ("smolvla_fast", "lerobot", "torch", "transformers", "triton", "python"))
+                               + (f", openvino {facts['openvino_version']}" if facts.get("openvino_version") else "")),
         ("commit", facts["commit"] or "not a checkout"),
         ("date", facts["date"]),
     ]  # fmt: skip
@@ -220,9 +231,7 @@ def draw(data: dict[str, Any], path: Path) -> bool:
         from smolvla_fast.cli import plot
     except ImportError:
         return False
-    subtitle = "{machine}, {threads} threads, torch {torch_version}, lerobot {lerobot_version}".format(
-        **data["machine_info"]["smolvla_fast"]
-    )
+    subtitle = _subtitle(data)
     if data.get("kind") == "gpu-report" and sections.draw_stages(data, subtitle, path):
         return True
     if suite(data, "chunk"):
@@ -240,7 +249,21 @@ def draw(data: dict[str, Any], path: Path) -> bool:
         }
         plot.grouped_bars(bars, "SmolVLA action chunk by stage, p50 ms", subtitle, path)
         return True
-    return False
+    return cpu.draw(data, subtitle, path)
+
+
+def draw_curves(data: dict[str, Any], path: Path) -> bool:
+    """The scaling curves of the CPU suite. False as in ``draw``."""
+    try:
+        return cpu.draw_curves(data, _subtitle(data), path)
+    except ImportError:
+        return False
+
+
+def _subtitle(data: dict[str, Any]) -> str:
+    return "{machine}, {threads} threads, torch {torch_version}, lerobot {lerobot_version}".format(
+        **data["machine_info"]["smolvla_fast"]
+    )
 
 
 def main(arguments: list[str]) -> int:

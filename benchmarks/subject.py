@@ -11,15 +11,15 @@ from benchmarks.gate import check_chunk, check_report
 from smolvla_fast.cli.measure import as_stock, synchronize
 
 
-def why_not(variant: str, device: torch.device) -> str | None:
-    """Why a tier cannot be served on this device, or None; None for what is no tier too."""
+def why_not(variant: str, device: torch.device, backend: str = "auto") -> str | None:
+    """Why a tier cannot be served on this device by a backend, or None; None for what is no tier too."""
     from smolvla_fast.backends import select
     from smolvla_fast.precision import TIERS
 
     tier = TIERS.get(variant)
     try:
         if tier is not None:
-            select("auto", device, tier.stock_order, tier.quantized)
+            select(backend, device, tier.stock_order, tier.quantized)
     except RuntimeError as reason:
         return str(reason)
     return None

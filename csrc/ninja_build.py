@@ -18,6 +18,7 @@ CUDA_ARCHS = ["80", "86", "87", "89", "90a", "100a", "120"]
 # No contraction into fma: whether a compiler finds one must not decide the bits of a result.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fopenmp-simd"]
+CUDA_FLAGS = ["-std=c++17", "-O3"]
 
 RULES = """
 rule cpp
@@ -137,7 +138,7 @@ def compile_extension(kind, sources, target, work):
     if kind == "cuda":
         archs = cuda_archs(nvcc)
         host = ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        flags[".cu"] = ["-O3", "-std=c++17", "--threads=2", *arch_flags(archs), *host, "-Icsrc"]
+        flags[".cu"] = [*CUDA_FLAGS, "--threads=2", *arch_flags(archs), *host, "-Icsrc"]
         # The static runtime looks for the driver when first called, so the module loads where there is none.
         linker, link_flags = [nvcc], ["-cudart=static", *host]
         facts = {"compiler": run(nvcc, "--version").strip().splitlines()[-1], "archs": archs}

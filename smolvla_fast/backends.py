@@ -146,6 +146,25 @@ def _triton() -> Ops:
     )
 
 
+@cache
+def _cuda(beside: str) -> Ops:
+    """CUDA C++ where there is a kernel, all the rest by the backend ``beside``."""
+    from .cuda import ops as cuda
+
+    table = _TABLES[beside]()
+    return replace(
+        table,
+        backend="cuda",
+        image_prep=cuda.image_prep,
+        prepare_mask=lambda mask: mask,
+        masked_attention=cuda.masked_attention_beside(table),
+        euler_step=cuda.euler_step,
+        denoise_persistent=cuda.denoise_persistent,
+        why_not_persistent=cuda.why_not_persistent,
+        beside=table,
+    )
+
+
 _TABLES = {"torch": _torch, "cpu": _cpu, "triton": _triton}
 _ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
 """What ``auto`` prefers on a device; anything else than these two is served by torch."""
@@ -163,8 +182,30 @@ def why_not(backend: str, device: torch.device) -> str | None:
     if backend == "triton":
         return _why_not_triton(device)
     if backend == "cuda":
-        return "it has no kernels for a whole chunk in this release"
+        return _why_not_cuda(device)
     return None
+
+
+def _ops(backend: str, device: torch.device) -> Ops:
+    """The table of a backend that can serve this device."""
+    if backend != "cuda":
+        return _TABLES[backend]()
+    # Off a GPU, where the emulator takes its place, what is not CUDA C++ is to be quick.
+    beside = "triton" if device.type == "cuda" and why_not("triton", device) is None else "torch"
+    return _cuda(beside)
+
+
+def _why_not_cuda(device: torch.device) -> str | None:
+    from .cuda import library
+
+    if device.type == "cpu" and library.emulator is not None:
+        return None
+    if device.type != "cuda":
+        return f"its kernels run on an NVIDIA GPU, the policy is on {device}"
+    missing = extension.why_missing("cuda")
+    if missing:
+        return missing
+    return _too_old(device) or library.why_no_code(device)
 
 
 def _why_not_triton(device: torch.device) -> str | None:
@@ -174,13 +215,14 @@ def _why_not_triton(device: torch.device) -> str | None:
         return f"its kernels run on an NVIDIA GPU, the policy is on {device}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; `pip install triton` (Linux, Windows: triton-windows)"
-    if device.type == "cuda":
-        have = torch.cuda.get_device_capability(device)
-        if have < OLDEST:
-            return (
-                f"compute capability {have[0]}.{have[1]} has no bf16 tensor cores; accepted is 8.0 and later"
-            )
-    return None
+    return _too_old(device) if device.type == "cuda" else None
+
+
+def _too_old(device: torch.device) -> str | None:
+    have = torch.cuda.get_device_capability(device)
+    if have >= OLDEST:
+        return None
+    return f"compute capability {have[0]}.{have[1]} has no bf16 tensor cores; accepted is 8.0 and later"
 
 
 def passed_over(device: torch.device) -> dict[str, str]:
@@ -207,7 +249,8 @@ def why_not_fp8(device: torch.device) -> str | None:
 def select(backend: str, device: torch.device, stock_order: bool, quantized: bool = False) -> Ops:
     """The ops for a wish.
 
-    backend      "auto": on a CPU "cpu", on an NVIDIA GPU "triton", and "torch" where these cannot serve; or a name
+    backend      "auto": on a CPU "cpu", on an NVIDIA GPU "triton", and "torch" where these cannot serve; or a name.
+                 "cuda" has to be named: it was never measured to be ahead of Triton
     quantized    the ``fp8`` tier: Triton's kernels alone read 8-bit weights
     stock_order  the ``exact`` tier: the references, which are stock's own ATen calls, on any device
     raises       ValueError for an unknown name, RuntimeError naming the reason where an explicit wish cannot be met
@@ -231,23 +274,31 @@ def select(backend: str, device: torch.device, stock_order: bool, quantized: boo
         return _triton()
     if backend == "auto":
         ready = (name for name in _ORDER.get(device.type, ()) if why_not(name, device) is None)
-        return _TABLES[next(ready, "torch")]()
+        return _ops(next(ready, "torch"), device)
     reason = why_not(backend, device)
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot serve this policy: {reason}; 'auto' takes what can")
-    return _TABLES[backend]()
+    return _ops(backend, device)
 
 
 def table(device: torch.device | None = None) -> list[Row]:
     """Op by op and backend by backend: who can serve it here, and why not. For ``device``, the CPU where not given."""
     device = device or torch.device("cpu")
-    torch_ops = _torch()
     rows = []
     for name in NAMES:
         for backend in BACKENDS:
-            reason = why_not(backend, device)
-            same = backend != "torch" and not reason
-            if same and getattr(_TABLES[backend](), name) is getattr(torch_ops, name):
-                reason = "torch's own call serves it"
+            reason = why_not(backend, device) or _why_empty(name, _ops(backend, device))
             rows.append(Row(name, backend, not reason, reason or ""))
     return rows
+
+
+def _why_empty(op: str, ops: Ops) -> str | None:
+    """Why a backend that can serve has no kernel of its own for an op, or None where it has."""
+    serves = getattr(ops, op)
+    if serves is None:
+        return "it runs the denoise loop op by op"
+    if ops.backend != "torch" and serves is getattr(_torch(), op):
+        return "torch's own call serves it"
+    if ops.beside is not None and serves is getattr(ops.beside, op):
+        return f"the kernel of {ops.beside.backend!r} serves it"
+    return None

@@ -15,7 +15,7 @@ from .dims import read_dims
 from .extension import why_bf16_is_slow
 from .graphs import GraphCache, driver_for
 from .nested import flatten
-from .ops import Ops
+from .ops import STAGES, Ops, serving
 from .precision import Tier
 from .reference.time_embedding import time_embedding
 from .rtc import Guidances
@@ -41,12 +41,24 @@ class Inputs(NamedTuple):
     image_ends: tuple[Tensor, Tensor] | None
 
 
+class Loop(NamedTuple):
+    """What ran the denoise loop of one chunk.
+
+    launches     kernel launches of one step: 0 where the whole loop is one launch, None where ops are not one launch each
+    persistent   whether the whole loop was one launch
+    passed_over  why it was not, where the backend has a kernel for that
+    """
+
+    launches: int | None
+    persistent: bool
+    passed_over: dict[str, str]
+
+
 class Engine:
     """Computes action chunks for one model in one tier. Weights are read from the model at each call.
 
-    copies       quantised weights, in the tiers that have them
-    graphs       the captured chunks, or None where nothing is captured (a CPU, or graphs switched off)
-    passed_over  backends that "auto" would rather have taken, with the reasons
+    copies  quantised weights, in the tiers that have them
+    graphs  the captured chunks, or None where nothing is captured (a CPU, or graphs switched off)
     """
 
     def __init__(self, tier: Tier, backend: str, device: torch.device, capture: bool = True) -> None:
@@ -54,16 +66,17 @@ class Engine:
         self.ops = select(backend, device, tier.stock_order, tier.quantized)
         self._gemm_dtype = tier.gemm_dtype
         wished = backend != "auto" or tier.stock_order
-        self.passed_over = {} if wished else passed_over(device)
+        self._passed_over = {} if wished else passed_over(device)
         slow = None if device.type != "cpu" or tier.stock_order or tier.name == "fp32" else why_bf16_is_slow()
         if slow is not None:  # wider products err less and are faster, so they serve the narrower tier
             self._gemm_dtype = torch.float32
-            self.passed_over["bf16 products"] = f"{slow}; products run in fp32"
+            self._passed_over["bf16 products"] = f"{slow}; products run in fp32"
         driver = driver_for(device) if capture else None
         self.graphs = None if driver is None else GraphCache(driver)
         self._positions: dict[tuple[int, torch.dtype], Tensor] = {}
         self._times: dict[tuple[Any, ...], Tensor] = {}
-        self._step_launches: int | None = None
+        self._loop: Loop | None = None
+        self._loops: dict[Any, Loop] = {}
         self.copies = Copies(tier.gemm_dtype or torch.bfloat16) if tier.quantized else None
 
     def act(
@@ -118,7 +131,18 @@ class Engine:
         config = model.config
         settings = (config.num_steps, config.min_period, config.max_period, model.prefix_length)
         key = (*settings, rebuild.key, _math_flags())
-        return self.graphs.run(key, tensors, lambda statics: self._chunk(model, rebuild(statics)))
+        captured = (key, tuple(each.shape for each in tensors))
+
+        def compute(statics: list[Tensor]) -> Tensor:
+            chunk = self._chunk(model, rebuild(statics))
+            assert self._loop is not None
+            self._loops[captured] = self._loop
+            return chunk
+
+        chunk = self.graphs.run(key, tensors, compute)
+        # A replay runs nothing here: what ran its loop is what was captured.
+        self._loop = self._loops.get(captured, self._loop)
+        return chunk
 
     def _chunk(
         self, model: Any, inputs: Inputs, watch: Callable[[Tensor, Tensor], None] | None = None
@@ -144,9 +168,13 @@ class Engine:
                 expert = read_expert_layers(pair, self._cast, self._widen)
                 kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert)
             with section("denoise"):
-                self._step_launches = _launches(ops, expert, batch * dims.chunk)
                 times = self._time_embeddings(config, dims.expert_width, batch, noise.device)
-                return denoise(ops, dims, expert, heads, kv, noise, times, inputs.guidance, watch)
+                refused: dict[str, str] = {}
+                chunk = denoise(ops, dims, expert, heads, kv, noise, times, inputs.guidance, watch, refused)
+                persistent = ops.denoise_persistent is not None and watch is None and not refused
+                launches = 0 if persistent else _launches(ops, expert, batch * dims.chunk)
+                self._loop = Loop(launches, persistent, refused)
+                return chunk
 
     def _cast(self, matrix: Tensor) -> Any:
         if self.copies is not None and matrix.ndim == 2:
@@ -160,8 +188,22 @@ class Engine:
 
     @property
     def step_launches(self) -> int | None:
-        """Kernel launches of one denoise step: two at its ends, five a layer; None where ops are not one launch each."""
-        return self._step_launches
+        """Kernel launches of one denoise step of the last chunk: two at its ends, five a layer; 0 where the whole loop is
+        one launch; None where ops are not one launch each."""
+        return None if self._loop is None else self._loop.launches
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """Who computes each stage: of the denoise loop, who ran the last one."""
+        found = {stage: serving(self.ops, stage) for stage in STAGES}
+        if self._loop is not None and self._loop.persistent:
+            found["denoise"] = self.ops.backend
+        return found
+
+    @property
+    def passed_over(self) -> dict[str, str]:
+        """What would rather have been taken, with the reasons: by "auto" as backend, and for the last chunk's loop."""
+        return {**self._passed_over, **({} if self._loop is None else self._loop.passed_over)}
 
     @property
     def bytes(self) -> int:

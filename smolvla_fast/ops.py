@@ -52,8 +52,31 @@ class Ops:
     """denoise: noisy actions and time -> suffix"""
     euler_step: Callable[..., tuple[Tensor, Tensor]]
     """denoise: final norm + velocity + guidance + Euler"""
+    denoise_persistent: Callable[..., Tensor] | None = None
+    """denoise: all steps of all layers, the whole stage; None where it runs op by op"""
+    why_not_persistent: Callable[..., str | None] | None = None
+    """arguments of denoise_persistent -> why it cannot serve them, or None; there where it is"""
+    beside: Ops | None = None
+    """the table that this one was made from: it serves what this backend has no kernel for"""
 
 
-NAMES = tuple(
-    name for name in Ops.__dataclass_fields__ if name not in ("backend", "single_launch", "leaves_to_torch")
-)
+SETTINGS = ("backend", "single_launch", "leaves_to_torch", "why_not_persistent", "beside")
+NAMES = tuple(name for name in Ops.__dataclass_fields__ if name not in SETTINGS)
+STAGES = {
+    "vision": ("patch_embed", "layer_norm", "linear", "attention", "pixel_shuffle_linear"),
+    "prefix": ("norm_qkv_rope", "masked_attention", "cross_kv", "linear_residual", "norm_swiglu"),
+    "denoise": (
+        "norm_qkv_rope", "masked_attention", "linear_residual", "norm_swiglu", "suffix_embed", "euler_step",
+    ),
+}  # fmt: skip
+"""The ops that each stage's time goes into."""
+
+
+def serving(ops: Ops, stage: str) -> str:
+    """Who computes a stage op by op: the backend, or where it took ops over from another, both: "cuda, triton"."""
+    if ops.beside is None:
+        return ops.backend
+    own = [getattr(ops, name) is not getattr(ops.beside, name) for name in STAGES[stage]]
+    return ", ".join(
+        name for name, found in ((ops.backend, any(own)), (ops.beside.backend, not all(own))) if found
+    )

@@ -179,7 +179,8 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
     policy     a SmolVLAPolicy of lerobot or of smolvla_fast, or a PeftModel around one
     precision  "auto" (fp32 weights -> "fp32", bf16 weights -> "bf16"), "exact" (bit-identical to stock), "fp32", "bf16",
                "fp8" (8-bit floats, NVIDIA GPUs from compute capability 8.9 on; what it costs: ``verify``)
-    backend    "auto" (the best that serves this device), "torch", "cpu", "triton"
+    backend    "auto" (the best that serves this device), "torch", "cpu", "triton", "cuda" (CUDA C++ for attention and the
+               denoise loop, Triton for the rest; not measured yet, so "auto" does not take it)
     warmup     an example batch as ``predict_action_chunk`` takes it, or True: run a chunk now, so that the first real one
                is not slow. No random state moves.
     raises     TypeError for another kind of object, ValueError for an unknown name, RuntimeError for an explicit wish
@@ -213,8 +214,8 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
         now = status(policy)
         instead = "".join(f"; not {name}: {why}" for name, why in now.passed_over.items())
         logger.info(
-            "smolvla_fast: on: %s on %s, backend %s for all stages%s",
-            now.precision, weight.device, now.backend, instead,
+            "smolvla_fast: on: %s on %s, backend %s for %s%s",
+            now.precision, weight.device, now.backend, _shared(now), instead,
         )  # fmt: skip
     if warmup is not None and warmup is not False:
         was_training = found.training
@@ -232,6 +233,13 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
             if was_training:
                 found.train()
     return policy
+
+
+def _shared(now: Status) -> str:
+    """What of a chunk the backend serves, where another serves the rest."""
+    if set(now.stages.values()) == {now.backend}:
+        return "all stages"
+    return "its ops (" + "; ".join(f"{stage}: {served}" for stage, served in now.stages.items()) + ")"
 
 
 def _warm_up(policy: Any, runtime: Runtime, example: Any) -> None:

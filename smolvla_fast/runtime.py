@@ -35,12 +35,16 @@ class Status:
     """What a patched policy is doing.
 
     active         chunks are served by the engine (False: stock runs, see last_fallback)
-    precision      the tier: "exact", "fp32", "bf16" or "fp8"    backend  who computes        stages  stage -> backend
-    passed_over    backends that "auto" would rather have taken, each with the reason why it could not
+    precision      the tier: "exact", "fp32", "bf16" or "fp8"    backend  who computes
+    stages         stage -> backend, or backends where one serves what the other has no kernel for: "cuda, triton"; of the
+                   denoise loop, who ran the last one
+    passed_over    backends that "auto" would rather have taken, each with the reason why it could not; "denoise_persistent":
+                   why the last chunk's loop was not one launch, where the backend has a kernel for that
     calls_fast     chunks served by the engine                calls_stock  chunks served by stock
     last_fallback  why stock ran the last time it did, or None
     graphs         captured CUDA graphs      graph_bytes  what they hold      graph_nodes  nodes of the one used last
-    step_launches  kernel launches of one denoise step, where the backend's ops are one launch each, else None
+    step_launches  kernel launches of one denoise step, where the backend's ops are one launch each, else None; 0 where all
+                   steps are one launch
     extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, time embeddings, the
                    graphs' memory and, in fp8 alone, copies of weights
     """
@@ -160,7 +164,7 @@ class Runtime:
             active=True,
             precision=engine.tier.name,
             backend=name,
-            stages=dict.fromkeys(STAGES, name),
+            stages=engine.stages,
             passed_over=engine.passed_over,
             graphs=0 if graphs is None else graphs.count,
             graph_bytes=held,

@@ -33,7 +33,8 @@ class Report:
 
     rel_l2, max_abs, cosine   of the fast chunk (max_abs in normalised action units)
     stock_*                   of stock computing in the tier's own dtype
-    velocity_rel_l2           of the fast path's velocity, one a denoise step
+    velocity_rel_l2           of the fast path's velocity, one a denoise step; where a backend runs the whole loop in one
+                              launch, of its ops called one by one
     passed                    exact: equal bits to stock. Else rel_l2 at most ``bound``: SCATTER times what stock itself
                               loses in the tier's dtype, and no less than FP32_BOUND; fp8: the cosine at least the tier's
     """
@@ -169,7 +170,8 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
     velocities: list[Tensor] = []
     engine = Engine(tier, "auto" if tier.stock_order else now.backend, state.device, capture=False)
     fast = engine.act(model, *inputs, noise, watch=lambda _, v: velocities.append(v))
-    if served.graphs is not None:  # what the caller gets is a replay, so a replay is what is judged
+    # What the caller gets is judged: a replay, and a loop in one launch, which cannot be watched.
+    if served.graphs is not None or served.ops.denoise_persistent is not None:
         fast = served.act(model, *inputs, noise)
 
     bound = max(SCATTER * rel_l2(stock, truth), FP32_BOUND)

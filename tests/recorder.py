@@ -27,11 +27,22 @@ class Illegal(RuntimeError):
     """What a CUDA capture would refuse."""
 
 
+_under_way: list[_Recorder] = []
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, fail_at: int | None) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self._fail_at = fail_at
+
+    def __enter__(self) -> _Recorder:
+        _under_way.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _under_way.pop()
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in FORBIDDEN:
@@ -41,6 +52,23 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, out))
         return out
+
+
+class RecordedLibrary:
+    """A library of kernels on raw addresses, whose calls are recorded as well: a replay finds the same addresses again."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._library, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if _under_way:
+                _under_way[-1].calls.append((function, args, kwargs, None))
+            return function(*args, **kwargs)
+
+        return call
 
 
 @dataclass
@@ -79,6 +107,8 @@ class RecorderDriver:
         self.replays += 1
         for func, args, kwargs, recorded in recording.calls:
             out = func(*args, **kwargs)
+            if not isinstance(func, torch._ops.OpOverload):
+                continue
             if any(each.alias_info is not None for each in func._schema.returns):
                 continue  # a view or an in-place call: the recorded result is the same memory
             pairs = zip(_tensors(recorded), _tensors(out), strict=True)

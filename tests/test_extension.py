@@ -1,7 +1,9 @@
 """The compiled extensions: dispatch by instruction set, checks at the door, and why one is missing."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -213,6 +215,44 @@ def test_a_failing_nvcc_costs_only_the_cuda_part(install_again):
     assert record["cpu"]["built"], record["cpu"]["reason"]
     assert not record["cuda"]["built"]
     assert "12345" in record["cuda"]["reason"]
+
+
+@pytest.mark.skipif(not has_nvcc(), reason="no nvcc here: the CUDA part is not compiled")
+def test_make_cuda_compiles_in_the_checkout_and_again_only_what_changed(
+    source_tree, installed, python, tmp_path
+):
+    """In a copy of the tree that `installed` was compiled in, for the same architecture: its objects are taken over."""
+    tree = tmp_path / "tree"
+    shutil.copytree(source_tree, tree)
+    (tree / "smolvla_fast" / "_build.json").write_text('{"cpu": {"built": true}}')
+
+    def make(archs):
+        command = ["make", "-s", "-f", str(ROOT / "Makefile"), "cuda", f"GPU_PYTHON={sys.executable}"]
+        environment = {**os.environ, "SMOLVLA_CUDA_ARCHS": archs}
+        return subprocess.run(command, cwd=tree, text=True, capture_output=True, env=environment)
+
+    def record():
+        found = json.loads((tree / "smolvla_fast" / "_build.json").read_text())
+        assert found["cpu"] == {"built": True}, "the other extension's record is left as it is"
+        return found["cuda"]
+
+    refused = make("none")
+    assert refused.returncode and "left out, as SMOLVLA_CUDA_ARCHS=none asks" in refused.stderr
+    assert not record()["built"] and not list(tree.glob("smolvla_fast/*.so"))
+    done = make("90a")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Compiled smolvla_fast._cuda for sm_90a and as PTX in " in done.stdout
+    assert "It loads here; GPUs found: " in done.stdout
+    assert record()["built"] and len(list(tree.glob("smolvla_fast/_cuda*.so"))) == 1
+    assert python("import smolvla_fast._cuda as c; print(c.__file__)", [tree]).startswith(str(tree))
+
+    def compiled():
+        return {p.name: p.stat().st_mtime_ns for p in tree.glob("build/ninja/*/cuda/*.o")}
+
+    before = compiled()
+    (tree / "csrc" / "cuda" / "image_prep.cu").touch()
+    assert make("90a").returncode == 0
+    assert {name for name, time in compiled().items() if time != before[name]} == {"image_prep.cu.o"}
 
 
 @pytest.mark.gpu

@@ -135,3 +135,31 @@ def test_a_gpus_figures_in_the_report() -> None:
     text = sections.device(data)
     assert "| full | bf16 | 2.5 | 2.25 | 2.3 | 0.25 | 1.4 | 2,900 | 1,010 | 82 | 64 | 3,072 |" in text
     assert sections.device({"benchmarks": []}) == "" and sections.parts({}) == ""
+
+
+def test_the_denoise_loop_by_backend() -> None:
+    """One launch for all steps is said as such; ratios are to the first of the same batch."""
+    from benchmarks.gpu import sections
+
+    def bench(
+        group: str, variant: str, ms: float, backend: str, launches: int | None, **passed: str
+    ) -> dict[str, Any]:
+        loop = {"p50_ms": ms, "floor_ms": 0.7, "share_of_floor": 0.7 / ms}
+        stages = {"vision": "triton", "prefix": "cuda, triton", "denoise": backend}
+        status = {"stages": stages, "step_launches": launches, "graph_nodes": None, "passed_over": passed}
+        info = dict(
+            suite="stages", variant=variant, backend=backend, batch=1, stages={"denoise": loop}, status=status
+        )
+        return {"name": variant, "group": group, "extra_info": info}
+
+    reason = "batch 8"
+    benches = [
+        bench("stages: full", "bf16, triton", 2.1, "triton", 82),
+        bench("stages: full", "bf16, cuda", 1.4, "cuda", 0),
+        bench("stages: full, batch 8", "bf16, cuda", 2.8, "cuda, triton", 82, denoise_persistent=reason),
+    ]
+    tier = bench("stages: full", "fp32", 9.9, "auto", 82)
+    text = sections.denoise({"benchmarks": [tier, *benches]})
+    assert "| full | bf16, cuda | cuda | one for all steps | 1.4 | 1.50x | 0.7 | 50% |  |" in text
+    assert "| full, batch 8 | bf16, cuda | cuda, triton | 82 | 2.8 | 1.00x | 0.7 | 25% | batch 8 |" in text
+    assert "9.9" not in text and sections.denoise({"benchmarks": [tier]}) == ""

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.gpu import result, run
 from benchmarks.gpu.run import Context, Outcome, Part
+from smolvla_fast.extension import available
 from smolvla_fast.precision import TIERS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -53,13 +54,18 @@ def variants(data: dict[str, Any], suite: str) -> list[str]:
 @pytest.mark.slow
 def test_report_rehearsed(tmp_path: Path) -> None:
     pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the baseline is LeRobot's")
-    chosen = ("sanitizer", "chunk", "stages", "ops")
+    chosen = ("sanitizer", "chunk", "stages", "denoise", "ops")
     status, said, data = rehearse("gpu_report", tmp_path, *(f"--part={name}" for name in chosen))
     assert status == 0, said
     assert tuple(parts_of(data)) == chosen and "red" not in parts_of(data).values()
     assert result.problems(data) == [] and data["rehearsal"] is True
     tiers = ["stock", "exact", "fp32", "bf16"]
-    assert variants(data, "chunk") == 2 * tiers and variants(data, "stages") == tiers
+    loops = [
+        f"bf16, {backend}"
+        for backend in ("torch", "cpu", "torch again")
+        if backend != "cpu" or available("cpu")
+    ]
+    assert variants(data, "chunk") == 2 * tiers and variants(data, "stages") == [*tiers, *loops, *loops]
     chunks = [b["extra_info"] for b in data["benchmarks"] if b["extra_info"]["suite"] == "chunk"]
     assert [b["batch"] for b in chunks] == 4 * [1] + 4 * [2]
     assert all(b["max_abs"] == b["bound"] == 0 for b in chunks if b["variant"] in ("stock", "exact"))
@@ -84,7 +90,7 @@ def test_report_rehearsed(tmp_path: Path) -> None:
     assert facts["ceilings"]["copy_bytes"] > 0 and facts["torch_version"] == torch.__version__.split("+")[0]
     text = next(tmp_path.glob("*.md")).read_text()
     assert "**A rehearsal**" in text
-    for title in ("## Parts", "## Chunk", "## Device and host", "## Stages", "## Ops"):
+    for title in ("## Parts", "## Chunk", "## Device and host", "## Stages", "## Denoise loop", "## Ops"):
         assert title in text
     pytest.importorskip("matplotlib")
     assert next(tmp_path.glob("*.png")).read_bytes().startswith(b"\x89PNG")
@@ -233,6 +239,7 @@ def test_verdict_on_pytest() -> None:
     failed = ["FAILED tests/gpu/a.py::b - AssertionError", "1 failed, 2 passed in 3.00s"]
     assert gpu_report.judged(Outcome("tests", tail=["...", closing]), 0).reason == closing
     assert gpu_report.judged(Outcome("tests", tail=[]), 5).status == "skipped"
+    assert gpu_report.judged(Outcome("sanitizer", tail=["3 skipped in 2.01s"]), 0).status == "skipped"
     red = gpu_report.judged(Outcome("tests", tail=failed), 1)
     assert red.status == "red" and "1 failed" in red.reason and "tests/gpu/a.py::b" in red.reason
     late = gpu_report.judged(Outcome("tests", "red", "not done after 9 s"), None)

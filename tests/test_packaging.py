@@ -12,7 +12,7 @@ SOURCES = {
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "csrc").rglob("*")
     if path.suffix in (".cpp", ".cu", ".h", ".cuh")
-}
+} | {"csrc/simt/build.py"}
 MODULES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "smolvla_fast").rglob("*.py")}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.chunk import COMPILED_MODES, beside, chunk, compiled
+from benchmarks.gpu.denoise import denoise
 from benchmarks.gpu.ops import ops
 from benchmarks.gpu.record import Run
 from benchmarks.gpu.stages import stages
@@ -17,6 +18,7 @@ from benchmarks.gpu.stages import stages
 PARTS = {
     "chunk": chunk,
     "stages": stages,
+    "denoise": denoise,
     "ops": ops,
     "beside": beside,
     **{f"compiled-{mode}": partial(compiled, mode=mode) for mode in COMPILED_MODES},

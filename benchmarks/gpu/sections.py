@@ -58,6 +58,30 @@ def device(data: dict[str, Any]) -> str:
     return f"{text}\n\n{table(columns, rows)}"
 
 
+def denoise(data: dict[str, Any]) -> str:
+    """What part ``denoise`` measured: one tier's denoise stage by backend, and whether its loop was one launch."""
+    from benchmarks.report import groups, ratio, suite, table
+
+    rows = []
+    for group, benches in groups(
+        [b for b in suite(data, "stages") if b.get("backend", "auto") != "auto"]
+    ).items():
+        first = benches[0]["stages"]["denoise"]
+        for bench in benches:
+            loop, status = bench["stages"]["denoise"], bench["status"]
+            launches = status["step_launches"]
+            rows.append([
+                group.removeprefix("stages: "), bench["variant"], status["stages"]["denoise"],
+                "–" if launches is None else "one for all steps" if launches == 0 else f"{launches}",
+                milliseconds(loop["p50_ms"]), ratio(first, loop), milliseconds(loop["floor_ms"]),
+                f"{loop['share_of_floor']:.0%}", status["passed_over"].get("denoise_persistent", ""),
+            ])  # fmt: skip
+    columns = [
+        "", "", "run by", "launches a step", "p50 ms", "ratio", "floor ms", "of the roof", "not in one launch, for",
+    ]  # fmt: skip
+    return table(columns, rows) if rows else ""
+
+
 def draw_stages(data: dict[str, Any], subtitle: str, path: Any) -> bool:
     """Bars by stage against the floor, of the tiers; stock is of another order and stands in the table."""
     from benchmarks.report import suite
@@ -66,7 +90,7 @@ def draw_stages(data: dict[str, Any], subtitle: str, path: Any) -> bool:
     bars: dict[str, dict[str, float]] = {}
     floors: dict[str, dict[str, float]] = {}
     for bench in suite(data, "stages"):
-        if bench["variant"] != "stock":
+        if bench["variant"] != "stock" and bench.get("backend", "auto") == "auto":
             for stage, figures in bench["stages"].items():
                 if "floor_ms" in figures:
                     bars.setdefault(stage, {})[bench["variant"]] = figures["p50_ms"]

@@ -12,6 +12,7 @@ from .console import counted
 
 # Told apart in grey and by colour-blind eyes.
 COLOURS = {"vision": "#4477aa", "prefix": "#66ccee", "denoise": "#ccbb44", "other": "#bbbbbb"}
+PALETTE = ("#bbbbbb", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -73,7 +74,6 @@ def grouped_bars(
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(series)
-    palette = ["#bbbbbb", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377"]
     for index, name in enumerate(series):
         places = [
             i + (index - (len(series) - 1) / 2) * width
@@ -81,7 +81,7 @@ def grouped_bars(
             if name in cluster
         ]
         values = [cluster[name] for cluster in bars.values() if name in cluster]
-        drawn = axes.bar(places, values, 0.95 * width, label=name, color=palette[index % len(palette)])
+        drawn = axes.bar(places, values, 0.95 * width, label=name, color=PALETTE[index % len(PALETTE)])
         axes.bar_label(
             drawn, [f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in values], fontsize=8
         )
@@ -95,4 +95,33 @@ def grouped_bars(
     axes.legend(frameon=False)
     axes.set_title(title, loc="left")
     axes.set_xlabel(subtitle, fontsize=8)
+    save(figure, path)
+
+
+def curves(
+    found: dict[str, dict[str, dict[int, float]]], title: str, subtitle: str, path: str | Path
+) -> None:
+    """One panel for each axis, one line for each variant: axis -> variant -> value -> ms."""
+    figure = Figure(figsize=(3.2 * len(found), 3.6), layout="constrained")
+    names = list(dict.fromkeys(name for variants in found.values() for name in variants))
+    marks = ("o", "s", "^", "D", "v")
+    for axes, (axis, variants) in zip(
+        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
+    ):
+        for name, times in variants.items():
+            index = names.index(name)
+            values = sorted(times)
+            axes.plot(
+                values, [times[value] for value in values], marker=marks[index % len(marks)], label=name,
+                color=PALETTE[index % len(PALETTE)],
+            )  # fmt: skip
+        axes.set_xticks(sorted({value for times in variants.values() for value in times}))
+        axes.set_xlabel(axis)
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    first = figure.axes[0]
+    first.set_ylabel("ms")
+    first.legend(frameon=False)
+    figure.suptitle(title, x=0.01, ha="left")
+    figure.supxlabel(subtitle, fontsize=8)
     save(figure, path)

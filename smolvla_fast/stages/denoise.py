@@ -26,19 +26,30 @@ def denoise(
     times: Tensor,
     guidance: Guidances | None = None,
     watch: Callable[[Tensor, Tensor], None] | None = None,
+    passed_over: dict[str, str] | None = None,
 ) -> Tensor:
     """Integrate the velocity field from t = 1 (noise) to t = 0 (actions).
 
-    noise     [B, S, A]  fp32, not written to
-    times     [N, B, E]  time embedding of every step
-    guidance  where real-time chunking is on
-    watch     called with (x, v) after every step; for ``verify``
-    returns   [B, S, A]  fp32, a fresh tensor
-    replaces  ``euler_integrate`` over ``denoise_step`` of LeRobot
+    noise        [B, S, A]  fp32, not written to
+    times        [N, B, E]  time embedding of every step
+    guidance     where real-time chunking is on
+    watch        called with (x, v) after every step; for ``verify``
+    passed_over  gets the reason where the backend has one kernel for the whole loop and it cannot serve this call
+    returns      [B, S, A]  fp32, a fresh tensor
+    replaces     ``euler_integrate`` over ``denoise_step`` of LeRobot
 
+    One launch where the backend has a kernel for the loop and nobody watches the steps, else op by op.
     Self-attention layers look at [prefix KV | suffix so far], positions counted on from the prefix's valid tokens.
     Cross-attention layers look at the cross KV alone, positions from 0.
     """
+    if ops.denoise_persistent is not None and watch is None:
+        call = (dims, expert, heads, kv, noise, times, guidance)
+        reason = None if ops.why_not_persistent is None else ops.why_not_persistent(*call)
+        if reason is None:
+            return ops.denoise_persistent(*call)
+        if passed_over is not None:
+            passed_over["denoise_persistent"] = reason
+
     batch, prefix = kv.pad_masks.shape
     steps, suffix = times.shape[0], dims.chunk
     device = noise.device

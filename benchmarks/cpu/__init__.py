@@ -1,0 +1,1 @@
+"""What `smolvla-fast bench --suite cpu` is made of: policies that share weights, gates, peers, scaling, overhead, report."""

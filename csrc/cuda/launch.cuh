@@ -1,0 +1,78 @@
+// How a kernel is started, here and in the host emulator of csrc/simt, which takes the place of CUDA's headers where
+// SMOLVLA_SIMT is defined. Kernels use dynamic shared memory alone, so that the emulator can give each block its own.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#if defined(SMOLVLA_SIMT)
+#include "simt/cuda.h"
+#else
+#include <cuda_runtime.h>
+#define SMOLVLA_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#endif
+
+namespace smolvla::cuda {
+
+// Throws std::runtime_error with CUDA's own words. The error is cleared: the next, unrelated check must not find it.
+inline void check(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+struct Grid {
+    dim3 blocks, threads;
+    size_t shared_bytes = 0;
+    bool cooperative = false;  // all blocks run at once or the launch is refused
+};
+
+#if defined(SMOLVLA_SIMT)
+
+template <class... Params, class... Args>
+void launch(const char* name, void (*kernel)(Params...), const Grid& grid, cudaStream_t, const Args&... args) {
+    const std::tuple<Params...> copies(args...);
+    simt::run(name, {grid.blocks, grid.threads, grid.shared_bytes, grid.cooperative},
+              [=] { std::apply(kernel, copies); });
+}
+
+#else
+
+template <class... Params, class... Args>
+void launch(const char* name, void (*kernel)(Params...), const Grid& grid, cudaStream_t stream, const Args&... args) {
+    const auto address = reinterpret_cast<const void*>(kernel);
+    // Above 48 KB a kernel has to ask; the attribute belongs to the device that is current.
+    if (grid.shared_bytes > 48 * 1024)
+        check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(grid.shared_bytes)),
+              name);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid.blocks;
+    config.blockDim = grid.threads;
+    config.dynamicSmemBytes = grid.shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = grid.cooperative ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
+}
+
+#endif
+
+// How many blocks of a kernel one multiprocessor of the current device holds.
+template <class... Params>
+int blocks_at_once(void (*kernel)(Params...), int threads, size_t shared_bytes) {
+    const auto address = reinterpret_cast<const void*>(kernel);
+    // Above 48 KB a kernel has to ask, or the answer is 0.
+    if (shared_bytes > 48 * 1024)
+        check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+              "cudaFuncSetAttribute");
+    int blocks = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, address, threads, shared_bytes),
+          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return blocks;
+}
+
+}  // namespace smolvla::cuda

@@ -1,0 +1,126 @@
+// The instructions that CUDA C++ has no words for, each as a function of its own name. The host emulator has the same
+// functions in simt/ptx.h. Baseline is sm_80.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/launch.cuh"
+
+namespace smolvla::cuda {
+
+// 16-bit floats as storage; all arithmetic is fp32 or inside mma.
+struct bf16 {
+    uint16_t bits;
+};
+struct fp16 {
+    uint16_t bits;
+};
+
+}  // namespace smolvla::cuda
+
+#if defined(SMOLVLA_SIMT)
+#include "simt/ptx.h"
+#else
+
+namespace smolvla::cuda {
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ float to_float(fp16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+
+// Two floats rounded to nearest even; the first lands in the low half, as it would lie first in memory.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    uint32_t y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+__device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
+    uint32_t y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+__device__ __forceinline__ bf16 to_bf16(float x) { return {static_cast<uint16_t>(pack_bf16(x, 0.0f) & 0xffff)}; }
+__device__ __forceinline__ fp16 to_fp16(float x) { return {static_cast<uint16_t>(pack_fp16(x, 0.0f) & 0xffff)}; }
+
+// Two bf16 products, each rounded once.
+__device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t y;
+    // -0 as addend keeps the product's own sign where it is zero.
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));
+    return y;
+}
+
+// 16 bytes from global to shared memory, in the background; zeros where not wanted, and then nothing is read.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool wanted = true) {
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(wanted ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most PENDING of this thread's newest groups are under way.
+template <int PENDING>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit values; lane i names the 16 bytes of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
+}
+
+// d[16, 8] += a[16, 16] · b[16, 8], fp32 sums. Fragments as the PTX manual draws them: with g = lane / 4, t = lane % 4
+// a holds rows g and g + 8 at columns 2t and 2t + 8, b holds column g at rows 2t and 2t + 8, d rows g and g + 8 at 2t.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_fp16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Reads past the L1 cache, which does not see what other multiprocessors write.
+__device__ __forceinline__ uint4 load_l2(const uint4* from) { return __ldcg(from); }
+__device__ __forceinline__ float2 load_l2(const float2* from) { return __ldcg(from); }
+__device__ __forceinline__ float load_l2(const float* from) { return __ldcg(from); }
+__device__ __forceinline__ uint32_t load_l2(const uint32_t* from) { return __ldcg(from); }
+
+// A counter in global memory: what a block wrote before it added is seen by whoever then reads the sum, where the
+// block's threads met at a barrier before the one thread adds, and the reader's meet after the one thread read.
+__device__ __forceinline__ void add_release(uint32_t* counter, uint32_t value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+}
+// In a loop that waits for a counter.
+__device__ __forceinline__ void relax() {}
+
+// bar.sync on one of 16 barriers; the threads that take part are a multiple of 32.
+__device__ __forceinline__ void barrier_sync(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+}  // namespace smolvla::cuda
+
+#endif

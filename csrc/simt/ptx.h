@@ -1,0 +1,82 @@
+// The functions of cuda/ptx.cuh for the emulator: same names, same meaning, checked. See simt/ptx.cpp.
+#pragma once
+
+#include "cuda/ptx.cuh"
+
+namespace simt {
+
+using smolvla::cuda::bf16;
+using smolvla::cuda::fp16;
+
+uint16_t round_to_bf16(float x);
+uint16_t round_to_fp16(float x);
+float widen_fp16(uint16_t bits);
+
+void copy_async(void* shared, const void* global, bool wanted);
+void copy_async_commit();
+void copy_async_wait(int pending);
+void load_matrices(uint32_t (&r)[4], const void* row, bool transposed);
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool is_bf16);
+// Copies bytes that are aligned to their own number, past L1.
+void load_past_l1(void* to, const void* from, size_t bytes);
+void add_release(uint32_t* counter, uint32_t value);
+uint32_t load_acquire(const uint32_t* counter);
+void named_barrier(int barrier, int threads);
+
+}  // namespace simt
+
+namespace smolvla::cuda {
+
+__forceinline__ float to_float(float x) { return x; }
+__forceinline__ float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+__forceinline__ float to_float(fp16 x) { return simt::widen_fp16(x.bits); }
+
+__forceinline__ uint32_t pack_bf16(float low, float high) {
+    return simt::round_to_bf16(low) | static_cast<uint32_t>(simt::round_to_bf16(high)) << 16;
+}
+__forceinline__ uint32_t pack_fp16(float low, float high) {
+    return simt::round_to_fp16(low) | static_cast<uint32_t>(simt::round_to_fp16(high)) << 16;
+}
+__forceinline__ bf16 to_bf16(float x) { return {simt::round_to_bf16(x)}; }
+__forceinline__ fp16 to_fp16(float x) { return {simt::round_to_fp16(x)}; }
+
+// A product of two bf16 is exact in fp32 (barring underflow, where fp32 is far below bf16's own last place).
+__forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    const float low = __uint_as_float(a << 16) * __uint_as_float(b << 16);
+    const float high = __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
+    return pack_bf16(low, high);
+}
+
+__forceinline__ void cp_async_16(void* shared, const void* global, bool wanted = true) {
+    simt::copy_async(shared, global, wanted);
+}
+__forceinline__ void cp_async_commit() { simt::copy_async_commit(); }
+template <int PENDING>
+__forceinline__ void cp_async_wait() {
+    static_assert(PENDING >= 0);
+    simt::copy_async_wait(PENDING);
+}
+
+__forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) { simt::load_matrices(r, row, false); }
+__forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { simt::load_matrices(r, row, true); }
+
+__forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    simt::mma(d, a, b0, b1, true);
+}
+__forceinline__ void mma_fp16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    simt::mma(d, a, b0, b1, false);
+}
+
+template <class T>
+__forceinline__ T load_l2(const T* from) {
+    T value;
+    simt::load_past_l1(&value, from, sizeof(T));
+    return value;
+}
+
+__forceinline__ void add_release(uint32_t* counter, uint32_t value) { simt::add_release(counter, value); }
+__forceinline__ uint32_t load_acquire(const uint32_t* counter) { return simt::load_acquire(counter); }
+__forceinline__ void relax() { simt::yield(); }
+__forceinline__ void barrier_sync(int barrier, int threads) { simt::named_barrier(barrier, threads); }
+
+}  // namespace smolvla::cuda

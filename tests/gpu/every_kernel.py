@@ -1,0 +1,95 @@
+"""Every CUDA C++ kernel on small inputs, each result held to its reference: what compute-sanitizer watches.
+
+``python tests/gpu/every_kernel.py`` ends with status 0. With ``--overrun`` one kernel is told of more rows than its
+tensors have, which a sanitizer that watches our kernels must see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from contract import check, room
+
+from smolvla_fast.backends import reference_ops, select
+from smolvla_fast.cuda import library
+from smolvla_fast.ops import Ops
+
+SMALL_FLOPS = 3e7
+"""Under a sanitizer a kernel takes tens to hundreds of times as long; of these sizes it is done in seconds."""
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The value with every tensor in it changed, through lists, tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: mapped(item, change) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [mapped(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        return dataclasses.replace(value, **mapped(fields, change))
+    return value
+
+
+def single_ops(ops: Ops, device: torch.device) -> None:
+    for op in ("image_prep", "masked_attention", "euler_step"):
+        for case in room(op).CASES:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                if room(op).cost(case, 4).flops <= SMALL_FLOPS:
+                    check(reference_ops(), ops, op, case, dtype, device=device)
+
+
+def whole_loop(ops: Ops, device: torch.device) -> None:
+    """Its smallest case, which has layers of both kinds, two samples, padding and guidance, under the contract."""
+    assert ops.denoise_persistent is not None and ops.why_not_persistent is not None
+    loop = room("denoise_persistent")
+
+    def inputs(change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        given = loop.make_inputs(loop.CASES[-1], torch.bfloat16, torch.Generator().manual_seed(0))
+        return mapped(given, change)
+
+    there = inputs(lambda tensor: tensor.to(device, copy=True))
+    reason = ops.why_not_persistent(**there)
+    assert reason is None, f"the loop is not served, so nothing is watched: {reason}"
+    ours = ops.denoise_persistent(**there).cpu().double()
+    eager = loop.denoise_persistent(**inputs(lambda tensor: tensor.clone())).double()
+    truth = loop.denoise_persistent(**inputs(lambda t: t.double() if t.is_floating_point() else t.clone()))
+    error, eager_error = ((x - truth).abs().max().item() for x in (ours, eager))
+    print(f"denoise_persistent: error {error:.3g}, eager {eager_error:.3g}")
+    assert error <= 2 * eager_error
+
+
+def overrun(device: torch.device) -> None:
+    h, x, out = (torch.zeros(size, device=device) for size in (8, 4, 4))
+    library.library(device).euler_step(
+        inputs=[library.address(h)] * 4, dtypes=[0] * 4, x=library.address(x), guidance=[0] * 3, strides=(0,) * 4,
+        new_x=library.address(out), v=library.address(out), sizes=(4096, 4096, 8, 1), eps=1e-5, dt=-0.1, time=0.0,
+        stream=library.stream(device),
+    )  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
+    device = torch.device("cuda")
+    if "--overrun" in arguments:
+        overrun(device)
+    else:
+        ops = select("cuda", device, stock_order=False)
+        single_ops(ops, device)
+        whole_loop(ops, device)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

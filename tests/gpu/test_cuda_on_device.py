@@ -1,0 +1,208 @@
+"""Backend ``cuda`` on the GPU: its kernels under the contract, its whole loop in one launch beside its ops one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from contract import check, inputs_in, room, run, to_device
+
+import smolvla_fast
+from smolvla_fast.backends import reference_ops, select, why_not
+from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.verify import rel_l2
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda")
+OWN = ("image_prep", "masked_attention", "euler_step")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [(op, case) for op in OWN for case in room(op).CASES]
+seam = smolvla_fast.patch.__globals__
+SIZES = {
+    "tiny": dict(size="tiny", expert_width_multiplier=1.0),  # 48 wide; 36 is no multiple of 8
+    "full": dict(size="full"),
+    "480 wide, all cross": dict(size="full", expert_width_multiplier=0.5, self_attn_every_n_layers=0),
+    "960 wide, all self": dict(size="full", expert_width_multiplier=1.0, attention_mode="self_attn"),
+    "32 layers": dict(size="full", num_vlm_layers=32),
+}
+
+
+@pytest.fixture(autouse=True)
+def served() -> None:
+    reason = why_not("cuda", DEVICE)
+    if reason:
+        pytest.skip(reason)
+
+
+def make(size: str = "tiny", layout: str = "mixed", **more: Any) -> Any:
+    policy = make_policy(origin="ours", device="cuda", cameras=3, layout=layout, **{**SIZES[size], **more})
+    return smolvla_fast.patch(policy, precision="bf16", backend="cuda")
+
+
+def engine_of(policy: Any) -> Any:
+    return seam["engine_of"](policy.model)
+
+
+def chunk(policy: Any, given: Any, noise: Any, **kwargs: Any) -> Any:
+    return policy.predict_action_chunk({k: v.clone() for k, v in given.items()}, noise=noise, **kwargs)
+
+
+def in_one_launch(policy: Any) -> None:
+    now = smolvla_fast.status(policy)
+    assert now.stages["denoise"] == "cuda" and now.step_launches == 0, now.passed_over
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "case"), CASES, ids=lambda v: v if isinstance(v, str) else str(v))
+def test_cuda_contract(op: str, case: dict[str, int], dtype: torch.dtype, seed: int) -> None:
+    check(reference_ops(), select("cuda", DEVICE, False), op, case, dtype, seed, device=DEVICE)
+
+
+@pytest.mark.parametrize("op", OWN)
+def test_a_captured_cuda_op_has_the_bits_of_a_plain_call(op: str) -> None:
+    ops = select("cuda", DEVICE, False)
+    inputs = to_device(inputs_in(op, room(op).CASES[0], torch.bfloat16, 0)[0], DEVICE)
+    plain = run(ops, op, inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(ops, op, inputs)
+    for value in captured.values():
+        value.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    for name, value in plain.items():
+        assert torch.equal(captured[name], value), f"{op}.{name} differs when replayed"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_chunk_in_one_launch(size: str) -> None:
+    """Right against fp32, in bits the same when captured and when not, over cameras and up to eight samples."""
+    policy = make(size)
+    engine = engine_of(policy)
+    for cameras, batch in ((2, 1), (1, 3), (3, 8)):
+        given = make_observation(policy, cameras=cameras, batch=batch)
+        noise = make_noise(policy, batch=batch)
+        report = smolvla_fast.verify(policy, given, noise=noise)
+        print(size, cameras, batch, report)
+        assert report.passed, report
+        captured = chunk(policy, given, noise)
+        in_one_launch(policy)
+        graphs, engine.graphs = engine.graphs, None
+        plain = chunk(policy, given, noise)
+        engine.graphs = graphs
+        assert torch.equal(captured, plain), "captured and plain differ"
+    assert smolvla_fast.status(policy).calls_stock == 0
+
+
+@pytest.mark.parametrize("size", ["tiny", "full"])
+def test_one_launch_beside_one_op_at_a_time(size: str) -> None:
+    """Both are bf16 products with fp32 sums in another order: together no further apart than both are from fp32."""
+    policy = make(size)
+    given, noise = make_observation(policy), make_noise(policy)
+    report = smolvla_fast.verify(policy, given, noise=noise)
+    whole = chunk(policy, given, noise)
+    in_one_launch(policy)
+    engine = engine_of(policy)
+    engine.graphs.clear()
+    engine.ops = dataclasses.replace(engine.ops, denoise_persistent=None)
+    steps = chunk(policy, given, noise)
+    assert smolvla_fast.status(policy).step_launches == 2 + 5 * policy.config.num_vlm_layers
+    assert not torch.equal(whole, steps), "the loop did not change hands: nothing is compared"
+    assert rel_l2(whole, steps) <= report.rel_l2 + report.bound
+
+
+@pytest.mark.parametrize("size", ["tiny", "full"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_bits_are_the_same_in_a_hundred_runs(size: str, batch: int) -> None:
+    """Among other work on the GPU, which moves blocks about."""
+    policy = make(size)
+    given, noise = make_observation(policy, batch=batch), make_noise(policy, batch=batch)
+    first = chunk(policy, given, noise)
+    in_one_launch(policy)
+    other, x = torch.cuda.Stream(), torch.randn(2048, 2048, device=DEVICE)
+    same = torch.ones((), dtype=torch.bool, device=DEVICE)
+    for i in range(100):
+        if i % 2:
+            with torch.cuda.stream(other):
+                x = (x @ x).clamp_(-1, 1)
+        same &= (chunk(policy, given, noise) == first).all()
+    torch.cuda.synchronize()
+    assert bool(same)
+
+
+def test_bf16_copies_of_an_fp32_policy() -> None:
+    """The copies that the kernel reads are made inside the graph, anew at every replay: an edit of a weight is seen."""
+    policy = make(layout="fp32")
+    given, noise = make_observation(policy), make_noise(policy)
+    assert smolvla_fast.verify(policy, given, noise=noise).passed
+    before = chunk(policy, given, noise)
+    in_one_launch(policy)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.data.copy_(parameter.data * 1.02)
+    assert not torch.equal(chunk(policy, given, noise), before)
+    assert smolvla_fast.status(policy).graphs == 1 and smolvla_fast.verify(policy, given, noise=noise).passed
+
+
+def test_what_one_launch_does_not_serve_runs_op_by_op() -> None:
+    policy = make()
+    for batch in (8, 9):
+        given, noise = make_observation(policy, batch=batch), make_noise(policy, batch=batch)
+        assert smolvla_fast.verify(policy, given, noise=noise).passed
+        chunk(policy, given, noise)
+    now = smolvla_fast.status(policy)
+    assert "9" in now.passed_over["denoise_persistent"] and now.calls_stock == 0
+    chunk(policy, make_observation(policy, batch=8), make_noise(policy, batch=8))
+    in_one_launch(policy)
+
+
+def test_a_guided_chunk_in_one_launch() -> None:
+    """Delay and previous chunk are data of one graph; held to what the ops give one by one."""
+    from smolvla_fast.smolvla.rtc import RTCConfig
+
+    policy = make(rtc_config=RTCConfig(execution_horizon=6))
+    policy.init_rtc_processor()
+    given, noise = make_observation(policy), make_noise(policy)
+    bound = (
+        2 * smolvla_fast.verify(policy, given, noise=noise).bound
+    )  # of two paths in bf16, each against fp32
+    engine = engine_of(policy)
+    whole_ops, step_ops = engine.ops, dataclasses.replace(engine.ops, denoise_persistent=None)
+    unguided = chunk(policy, given, noise)
+    for delay in (0, 2, 5):
+        left = torch.randn(8, 6, generator=torch.Generator().manual_seed(delay)).cuda()
+        kwargs: dict[str, Any] = dict(inference_delay=delay, prev_chunk_left_over=left)
+        whole = chunk(policy, given, noise, **kwargs)
+        in_one_launch(policy)
+        graphs, engine.graphs, engine.ops = engine.graphs, None, step_ops
+        steps = chunk(policy, given, noise, **kwargs)
+        engine.graphs, engine.ops = graphs, whole_ops
+        assert rel_l2(whole, steps) <= bound and rel_l2(whole, unguided) > 10 * bound
+    assert smolvla_fast.status(policy).graphs == 2
+
+
+def test_the_loop_is_one_node_however_many_steps() -> None:
+    policy = make()
+    given, noise = make_observation(policy), make_noise(policy)
+    nodes = []
+    for steps in (4, 5):
+        policy.config.num_steps = steps
+        chunk(policy, given, noise)
+        in_one_launch(policy)
+        nodes.append(smolvla_fast.status(policy).graph_nodes)
+    if None in nodes:
+        pytest.skip("this torch does not let a graph's nodes be counted")
+    assert nodes[0] == nodes[1]
+
+
+def test_nan_stays_in_its_chunk() -> None:
+    policy = make()
+    given, noise = make_observation(policy), make_noise(policy)
+    clean = chunk(policy, given, noise)
+    bad = {**given, "observation.state": torch.full_like(given["observation.state"], torch.nan)}
+    assert chunk(policy, bad, noise).isnan().any()
+    assert torch.equal(chunk(policy, given, noise), clean)
