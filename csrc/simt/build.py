@@ -90,7 +90,9 @@ def ninja_text(name: str, kernels: Sequence[Path], bindings: Sequence[Path], cxx
     objects = []
 
     def build(rule: str, source: Path, flags: Sequence[str]) -> None:
-        folder = WORK / ("emulator" if source.parent == CSRC / "simt" else name)
+        # Modules share what does not depend on their name.
+        shared = {CSRC / "simt": "emulator", CSRC / "cuda": "kernels"}
+        folder = WORK / shared.get(source.parent, name)
         target = folder / f"{source.stem}.{rule}.o"
         objects.append(str(target))
         lines.append(f"build {target}: {rule} {source}\n  flags = {quoted([*FLAGS, *flags, *include])}")

@@ -171,7 +171,7 @@ def awkward_floats(dtype):
     halfway = (some.double() / 2 + above.double() / 2).float()
     info = torch.finfo(dtype)
     ends = torch.tensor(
-        [0.0, -0.0, torch.inf, -torch.inf, torch.nan, info.max, info.tiny, info.tiny / 2, 2.0**-24]
+        [0.0, -0.0, torch.inf, -torch.inf, torch.nan, info.max, info.tiny, info.tiny / 2, 2.0**-24, 65520.0]
     )
     ends = torch.cat([ends, ends * (1 + 2**-9), ends * (1 + 2**-12), ends * (1 - 2**-10)])
     rest = torch.randn(4096 - 3072 - len(ends), generator=generator) * info.tiny * 100

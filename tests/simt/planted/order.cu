@@ -67,12 +67,12 @@ __global__ void race_with_the_first_reader(Args p) {
     if (warp == 2 && lane == 0) *word = 2;
 }
 
-// The two halves of a word are written one after the other, in order; the reader has met nobody.
+// A word is written, then, in order, its upper half again; who reads the lower half has met nobody.
 __global__ void race_with_half_a_word(Args p) {
     SMOLVLA_SHARED(memory);
     auto* halves = reinterpret_cast<uint16_t*>(memory);
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (warp == 0 && lane == 0) halves[0] = 1;
+    if (warp == 0 && lane == 0) *reinterpret_cast<uint32_t*>(memory) = 1;
     if (warp < 2) barrier_sync(1, 64);
     if (warp == 1 && lane == 0) {
         halves[1] = 2;
