@@ -123,7 +123,7 @@ def test_gates(arena: Arena) -> None:
     assert reason("fp32", [ours[0], 1.001 * ours[1]], None).startswith("rel L2 1.0e-03, allowed 1e-05")
     assert "not finite" in reason("fp32", [ours[0], torch.full_like(ours[1], torch.nan)], None)
     wrong = [1.03 * each for each in stock]
-    assert reason("int8", [stock[0], stock[1].roll(1, dims=1)], None).startswith("cosine")
+    assert reason("int8", [stock[0], stock[1].roll(1, dims=1)], None, "peer").startswith("cosine")
     assert "2.99 of bf16 stock's error" in reason("bf16", wrong, 0.03 / 2.99, "peer")
     assert not reason("bf16", wrong, 0.03 / 1.99, "peer")
     assert "could not be run" in reason("bf16", wrong, None, "peer")
@@ -405,7 +405,8 @@ def test_the_whole_suite_on_a_tiny_policy(tmp_path: Path) -> None:
     assert found["fp32"]["stages"]["denoise"] > 0
     if openvino_peer.why_missing() is None:
         assert found["OpenVINO fp32"]["rel_l2"] <= COMPILED_BOUND["fp32"]
-    assert data["cpu"]["overhead"]["fp32"]["op_calls"] > 100
+    # Five ops a layer and step, of 4 layers and 2 steps, and those of the prefix and of vision.
+    assert data["cpu"]["overhead"]["fp32"]["op_calls"] > 5 * 4 * 2
     values = {(row["axis"], row["value"]) for row in data["cpu"]["scaling"] if row["variant"] == "fp32"}
     assert {("cameras", 4), ("steps", 10), ("threads", 1), ("batch", 8)} <= values
     text = path.with_suffix(".md").read_text()

@@ -64,7 +64,7 @@ def denoise(data: dict[str, Any]) -> str:
 
     rows = []
     for group, benches in groups(
-        [b for b in suite(data, "stages") if b.get("backend", "auto") != "auto"]
+        [b for b in suite(data, "stages") if "status" in b and b.get("backend", "auto") != "auto"]
     ).items():
         first = benches[0]["stages"]["denoise"]
         for bench in benches:
