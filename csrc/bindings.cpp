@@ -20,6 +20,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear.h"
+#include "cpu/quantize.h"
 
 namespace py = pybind11;
 using namespace smolvla::cpu;
@@ -115,6 +116,44 @@ void bind_linear(py::module_& m, const char* name) {
         py::arg("activation"), py::arg("eps"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 }
 
+template <class X>
+void bind_quantize_rows(py::module_& m, const char* name) {
+    m.def(
+        name,
+        [](int norm, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t data, uintptr_t scale, int64_t rows,
+           int64_t width, float eps, int num_threads) {
+            quantize_rows(static_cast<Norm>(norm), at<const X>(x), at<const float>(weight), at<const float>(bias),
+                          Rows8{at<uint8_t>(data), at<float>(scale)}, rows, width, eps, num_threads);
+        },
+        py::arg("norm"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("data"), py::arg("scale"),
+        py::arg("rows"), py::arg("width"), py::arg("eps"), py::arg("num_threads"),
+        py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_sums(py::module_& m) {
+    m.def(
+        "finish_sums",
+        [](uintptr_t sums, uintptr_t scale, uintptr_t bias, uintptr_t residual, int activation, int64_t rows,
+           int64_t width, int num_threads) {
+            const Sums a{at<float>(sums), at<float>(scale), at<float>(bias), static_cast<Activation>(activation),
+                         rows, width};
+            finish_sums(a, at<const float>(residual), num_threads);
+        },
+        py::arg("sums"), py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("activation"),
+        py::arg("rows"), py::arg("width"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "quantize_sums",
+        [](uintptr_t sums, uintptr_t scale, uintptr_t bias, uintptr_t up, uintptr_t out_data, uintptr_t out_scale,
+           int activation, int64_t rows, int64_t width, int num_threads) {
+            const Sums a{at<float>(sums), at<float>(scale), at<float>(bias), static_cast<Activation>(activation),
+                         rows, width};
+            quantize_sums(a, at<const float>(up), Rows8{at<uint8_t>(out_data), at<float>(out_scale)}, num_threads);
+        },
+        py::arg("sums"), py::arg("scale"), py::arg("bias"), py::arg("up"), py::arg("out_data"), py::arg("out_scale"),
+        py::arg("activation"), py::arg("rows"), py::arg("width"), py::arg("num_threads"),
+        py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -130,6 +169,9 @@ PYBIND11_MODULE(_cpu, m) {
     bind_layer_norm<bfloat16, bfloat16>(m, "layer_norm_bfloat16_bfloat16");
     bind_attention<float>(m, "attention_float32");
     bind_attention<bfloat16>(m, "attention_bfloat16");
+    bind_quantize_rows<float>(m, "quantize_rows_float32");
+    bind_quantize_rows<bfloat16>(m, "quantize_rows_bfloat16");
+    bind_sums(m);
     // linear, dtypes of x, weight and y
     bind_linear<float, float, float>(m, "linear_float32_float32_float32");
     bind_linear<float, bfloat16, float>(m, "linear_float32_bfloat16_float32");

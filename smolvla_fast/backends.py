@@ -113,6 +113,21 @@ def _cpu() -> Ops:
 
 
 @cache
+def _int8() -> Ops:
+    """Backend ``cpu`` with integer products where a weight is packed for them."""
+    from . import int8
+
+    return replace(
+        _cpu(),
+        layer_norm=int8.layer_norm,
+        linear=int8.linear,
+        norm_qkv_rope=int8.norm_qkv_rope,
+        linear_residual=int8.linear_residual,
+        norm_swiglu=int8.norm_swiglu,
+    )
+
+
+@cache
 def _triton() -> Ops:
     from . import fused
     from .kernels.attention import attention
@@ -246,12 +261,28 @@ def why_not_fp8(device: torch.device) -> str | None:
     return reason
 
 
-def select(backend: str, device: torch.device, stock_order: bool, quantized: bool = False) -> Ops:
+def why_not_int8(device: torch.device) -> str | None:
+    """Why integers of 8 bits cannot be multiplied quickly and exactly on this device, or None."""
+    from . import int8
+
+    return int8.why_not(device)
+
+
+_EIGHT_BITS = {"e4m3": ("fp8", "triton", why_not_fp8, _triton), "int8": ("int8", "cpu", why_not_int8, _int8)}
+"""Of each kind of 8-bit matrices: the tier, the one backend that has kernels for it, why not here, its ops."""
+
+
+def why_not_eight_bits(device: torch.device) -> dict[str, str | None]:
+    """Of each tier with 8-bit matrices: why it cannot serve on this device, or None."""
+    return {tier: reason(device) for tier, _, reason, _ in _EIGHT_BITS.values()}
+
+
+def select(backend: str, device: torch.device, stock_order: bool, quantized: str | None = None) -> Ops:
     """The ops for a wish.
 
     backend      "auto": on a CPU "cpu", on an NVIDIA GPU "triton", and "torch" where these cannot serve; or a name.
                  "cuda" has to be named: it was never measured to be ahead of Triton
-    quantized    the ``fp8`` tier: Triton's kernels alone read 8-bit weights
+    quantized    "e4m3", the tier ``fp8``, which Triton's kernels alone serve, or "int8", which backend ``cpu`` alone does
     stock_order  the ``exact`` tier: the references, which are stock's own ATen calls, on any device
     raises       ValueError for an unknown name, RuntimeError naming the reason where an explicit wish cannot be met
     """
@@ -266,12 +297,15 @@ def select(backend: str, device: torch.device, stock_order: bool, quantized: boo
             )
         return reference_ops()
     if quantized:
-        reason = why_not_fp8(device) or (
-            None if backend in ("auto", "triton") else f"backend={backend!r} has no kernels for it"
+        tier, alone, why_not_tier, ops = _EIGHT_BITS[quantized]
+        reason = why_not_tier(device) or (
+            None if backend in ("auto", alone) else f"backend={backend!r} has no kernels for it"
         )
         if reason:
-            raise RuntimeError(f"precision='fp8' cannot serve this policy: {reason}; 'auto' takes what can")
-        return _triton()
+            raise RuntimeError(
+                f"precision={tier!r} cannot serve this policy: {reason}; 'auto' takes what can"
+            )
+        return ops()
     if backend == "auto":
         ready = (name for name in _ORDER.get(device.type, ()) if why_not(name, device) is None)
         return _ops(next(ready, "torch"), device)

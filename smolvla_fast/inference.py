@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import passed_over, select
-from .copies import Copies
+from .copies import FLOATS, KINDS, Copies, IntegerCast
 from .dims import read_dims
 from .extension import why_bf16_is_slow
 from .graphs import GraphCache, driver_for
@@ -24,7 +24,7 @@ from .stages.observation import Observation, prepare_images, prepare_observation
 from .stages.prefix import embed_prefix, fill_prefix
 from .stages.vision import encode_images, patch_positions
 from .timing import is_timed, section
-from .weights import DecoderLayer, read_expert_layers, read_heads
+from .weights import Cast, DecoderLayer, read_expert_layers, read_heads
 
 
 class Inputs(NamedTuple):
@@ -67,7 +67,8 @@ class Engine:
         self._gemm_dtype = tier.gemm_dtype
         wished = backend != "auto" or tier.stock_order
         self._passed_over = {} if wished else passed_over(device)
-        slow = None if device.type != "cpu" or tier.stock_order or tier.name == "fp32" else why_bf16_is_slow()
+        narrow = tier.name not in ("exact", "fp32", "int8")
+        slow = why_bf16_is_slow() if narrow and device.type == "cpu" else None
         if slow is not None:  # wider products err less and are faster, so they serve the narrower tier
             self._gemm_dtype = torch.float32
             self._passed_over["bf16 products"] = f"{slow}; products run in fp32"
@@ -77,7 +78,12 @@ class Engine:
         self._times: dict[tuple[Any, ...], Tensor] = {}
         self._loop: Loop | None = None
         self._loops: dict[Any, Loop] = {}
-        self.copies = Copies(tier.gemm_dtype or torch.bfloat16) if tier.quantized else None
+        self.copies: Copies | None = None
+        self._cast: Cast = self._narrow
+        if tier.quantized:
+            self.copies = Copies(tier.gemm_dtype or torch.bfloat16, KINDS[tier.quantized])
+            if self.copies.kind is not FLOATS:
+                self._cast = IntegerCast(self.copies, self._narrow)
 
     def act(
         self,
@@ -118,8 +124,12 @@ class Engine:
         )  # fmt: skip
         # Triton launches on the current device, whatever device its tensors are on.
         with torch.cuda.device(state.device) if state.is_cuda else nullcontext():
+            # On a GPU the check hides behind the chunk; where nothing is captured it is as cheap before, and runs one.
+            late = self.graphs is not None
+            if self.copies is not None and not late:
+                self.copies.refreshed()
             chunk = self._run(model, inputs, watch)
-            if self.copies is not None and self.copies.refreshed():
+            if self.copies is not None and late and self.copies.refreshed():
                 chunk = self._run(model, inputs, watch)
         return chunk
 
@@ -176,8 +186,8 @@ class Engine:
                 self._loop = Loop(launches, persistent, refused)
                 return chunk
 
-    def _cast(self, matrix: Tensor) -> Any:
-        if self.copies is not None and matrix.ndim == 2:
+    def _narrow(self, matrix: Tensor) -> Any:
+        if self.copies is not None and self.copies.kind is FLOATS and matrix.ndim == 2:
             return self.copies.of(matrix)
         dtype = self._gemm_dtype
         return matrix if dtype is None or matrix.dtype is dtype else matrix.to(dtype)

@@ -178,7 +178,8 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
 
     policy     a SmolVLAPolicy of lerobot or of smolvla_fast, or a PeftModel around one
     precision  "auto" (fp32 weights -> "fp32", bf16 weights -> "bf16"), "exact" (bit-identical to stock), "fp32", "bf16",
-               "fp8" (8-bit floats, NVIDIA GPUs from compute capability 8.9 on; what it costs: ``verify``)
+               "fp8" (8-bit floats, NVIDIA GPUs from compute capability 8.9 on; what it costs: ``verify``), "int8" (8-bit
+               integers, processors with VNNI; what it costs: ``verify``)
     backend    "auto" (the best that serves this device), "torch", "cpu", "triton", "cuda" (CUDA C++ for attention and the
                denoise loop, Triton for the rest; not measured yet, so "auto" does not take it)
     warmup     an example batch as ``predict_action_chunk`` takes it, or True: run a chunk now, so that the first real one
@@ -280,8 +281,9 @@ def engine_of(model: Any) -> Engine:
 
 
 def refresh(policy: Any) -> None:
-    """Read the weights again and forget what was captured. ``fp8`` makes its copies anew; the other tiers read weights at
-    every chunk and have nothing to refresh. A graph whose capture failed, for want of memory say, is tried again."""
+    """Read the weights again and forget what was captured. ``fp8`` and ``int8`` make their copies anew; the other tiers read
+    weights at every chunk and have nothing to refresh. A graph whose capture failed, for want of memory say, is tried
+    again."""
     model = find_policy(policy).model
     if isinstance(model, _Accelerated):
         runtime_of(model).forget()

@@ -13,8 +13,8 @@ class Tier:
 
     gemm_dtype   dtype of the weights of vision, text and expert layers in their matrix products; None means each as it
                  is stored. A matrix stored in another dtype is converted in every chunk; no copy is kept.
-    quantized    matrices are 8-bit floats with a scale a row, in copies that are checked at every chunk, and so are the
-                 activations that meet them; gemm_dtype is then that of everything else
+    quantized    "e4m3" or "int8": matrices are 8-bit floats or integers with a scale a row, in copies that are checked at
+                 every chunk, and so are the activations that meet them; gemm_dtype is then that of everything else
     cosine       how near a chunk has to come to fp32's where 8 bits are too few for the bound of the other tiers
     stock_order  run stock's ATen calls in stock's order, batch by batch and camera by camera: equal bits
 
@@ -24,7 +24,7 @@ class Tier:
 
     name: str
     gemm_dtype: torch.dtype | None
-    quantized: bool = False
+    quantized: str | None = None
     cosine: float | None = None
     stock_order: bool = False
 
@@ -35,7 +35,8 @@ TIERS = {
         Tier("exact", gemm_dtype=None, stock_order=True),
         Tier("fp32", gemm_dtype=torch.float32),
         Tier("bf16", gemm_dtype=torch.bfloat16),
-        Tier("fp8", gemm_dtype=torch.bfloat16, quantized=True, cosine=0.99),
+        Tier("fp8", gemm_dtype=torch.bfloat16, quantized="e4m3", cosine=0.99),
+        Tier("int8", gemm_dtype=torch.float32, quantized="int8", cosine=0.999),
     )
 }
 

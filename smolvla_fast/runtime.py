@@ -35,7 +35,7 @@ class Status:
     """What a patched policy is doing.
 
     active         chunks are served by the engine (False: stock runs, see last_fallback)
-    precision      the tier: "exact", "fp32", "bf16" or "fp8"    backend  who computes
+    precision      the tier: "exact", "fp32", "bf16", "fp8" or "int8"    backend  who computes
     stages         stage -> backend, or backends where one serves what the other has no kernel for: "cuda, triton"; of the
                    denoise loop, who ran the last one
     passed_over    backends that "auto" would rather have taken, each with the reason why it could not; "denoise_persistent":
@@ -46,7 +46,7 @@ class Status:
     step_launches  kernel launches of one denoise step, where the backend's ops are one launch each, else None; 0 where all
                    steps are one launch
     extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, time embeddings, the
-                   graphs' memory and, in fp8 alone, copies of weights
+                   graphs' memory and, in fp8 and int8 alone, copies of weights
     """
 
     active: bool = False

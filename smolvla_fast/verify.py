@@ -36,7 +36,7 @@ class Report:
     velocity_rel_l2           of the fast path's velocity, one a denoise step; where a backend runs the whole loop in one
                               launch, of its ops called one by one
     passed                    exact: equal bits to stock. Else rel_l2 at most ``bound``: SCATTER times what stock itself
-                              loses in the tier's dtype, and no less than FP32_BOUND; fp8: the cosine at least the tier's
+                              loses in the tier's dtype, and no less than FP32_BOUND; fp8, int8: cosine at least the tier's
     """
 
     precision: str

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -32,8 +32,11 @@ class LayerNorm(NamedTuple):
     eps: float
 
 
-Cast = Callable[[Tensor], Tensor]
-"""Gives a matrix in the dtype that a tier wants for its products: the matrix itself where it has it already."""
+NormT = TypeVar("NormT", Norm, LayerNorm)
+Cast = Callable[[Tensor], Any]
+"""Gives a matrix in the dtype that a tier wants for its products: the matrix itself where it has it already. One with an
+attribute ``behind`` (``copies.IntegerCast``) gives what reads a norm together with a norm that suits it, and has ``plain``
+for matrices that are to stay as wide as they were."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,12 @@ def _norm(module: Any) -> Norm:
     return Norm(module.weight, module.variance_epsilon)
 
 
+def _behind(norm: NormT, readers: list[Tensor], cast: Cast) -> tuple[NormT, list[Any]]:
+    """A norm and the matrices that read it."""
+    together = getattr(cast, "behind", None)
+    return (norm, [cast(reader) for reader in readers]) if together is None else together(norm, readers)
+
+
 def read_patch_embedding(vlm: Any, cast: Cast) -> tuple[Affine, Tensor]:
     """The patch convolution and the position table of the vision tower."""
     embeddings = vlm.vision_model.embeddings
@@ -96,34 +105,48 @@ def read_patch_embedding(vlm: Any, cast: Cast) -> tuple[Affine, Tensor]:
 
 def read_vision_layers(vlm: Any, cast: Cast) -> Iterator[VisionLayer]:
     for layer in vlm.vision_model.encoder.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+        norm1, weights = _behind(_layer_norm(layer.layer_norm1), [each.weight for each in qkv], cast)
+        q, k, v = (Affine(weight, cast(each.bias)) for weight, each in zip(weights, qkv, strict=True))
+        norm2, (up,) = _behind(_layer_norm(layer.layer_norm2), [mlp.fc1.weight], cast)
         yield VisionLayer(
-            norm1=_layer_norm(layer.layer_norm1),
-            q=_affine(layer.self_attn.q_proj, cast),
-            k=_affine(layer.self_attn.k_proj, cast),
-            v=_affine(layer.self_attn.v_proj, cast),
-            out=_affine(layer.self_attn.out_proj, cast),
-            norm2=_layer_norm(layer.layer_norm2),
-            up=_affine(layer.mlp.fc1, cast),
-            down=_affine(layer.mlp.fc2, cast),
+            norm1=norm1,
+            q=q,
+            k=k,
+            v=v,
+            out=_affine(attention.out_proj, cast),
+            norm2=norm2,
+            up=Affine(up, cast(mlp.fc1.bias)),
+            down=_affine(mlp.fc2, cast),
         )
 
 
 def read_vision_end(vlm: Any, cast: Cast) -> tuple[LayerNorm, Tensor]:
     """The tower's last norm and the connector's projection."""
-    return _layer_norm(vlm.vision_model.post_layernorm), cast(vlm.connector.modality_projection.proj.weight)
+    plain = getattr(cast, "plain", cast)
+    return _layer_norm(vlm.vision_model.post_layernorm), plain(vlm.connector.modality_projection.proj.weight)
 
 
-def _decoder(layer: Any, cross: bool, cast: Cast, cast_kv: Cast) -> DecoderLayer:
+def _decoder(layer: Any, cross: bool, cast: Cast, cast_cross: Cast) -> DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
+    kv = [attention.k_proj.weight, attention.v_proj.weight]
+    norm1, (q, *own) = _behind(
+        _norm(layer.input_layernorm), [attention.q_proj.weight, *([] if cross else kv)], cast
+    )
+    k, v = [cast_cross(each) for each in kv] if cross else own
+    norm2, (gate, up) = _behind(
+        _norm(layer.post_attention_layernorm), [mlp.gate_proj.weight, mlp.up_proj.weight], cast
+    )
     return DecoderLayer(
-        norm1=_norm(layer.input_layernorm),
-        q=cast(attention.q_proj.weight),
-        k=cast_kv(attention.k_proj.weight),
-        v=cast_kv(attention.v_proj.weight),
+        norm1=norm1,
+        q=q,
+        k=k,
+        v=v,
         o=cast(attention.o_proj.weight),
-        norm2=_norm(layer.post_attention_layernorm),
-        gate=cast(mlp.gate_proj.weight),
-        up=cast(mlp.up_proj.weight),
+        norm2=norm2,
+        gate=gate,
+        up=up,
         down=cast(mlp.down_proj.weight),
         cross=cross,
     )
@@ -144,7 +167,7 @@ def read_expert_layers(pair: Any, cast: Cast, cast_cross: Cast) -> list[DecoderL
     """All layers of the expert: every denoise step goes through them again. ``cast_cross`` is for the cross K/V."""
     crosses = [is_cross(pair, i) for i in range(len(pair.lm_expert.layers))]
     return [
-        _decoder(layer, cross, cast, cast_cross if cross else cast)
+        _decoder(layer, cross, cast, cast_cross)
         for layer, cross in zip(pair.lm_expert.layers, crosses, strict=True)
     ]
 

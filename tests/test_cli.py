@@ -69,6 +69,7 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json", str(tmp_path / "doctor.json")]) == 0
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "doctor.json").read_text())
+    assert list(found["eight_bits"]) == ["fp8", "int8"]
     for word in (
         "torch",
         "lerobot",

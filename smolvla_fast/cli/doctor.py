@@ -43,6 +43,7 @@ def examine() -> dict[str, Any]:
             for kind in extension.KINDS
         },
         "serves": serves(device),
+        "eight_bits": {tier: reason or "" for tier, reason in backends.why_not_eight_bits(device).items()},
         "backends": [
             {"op": row.op, "backend": row.backend, "available": row.available, "reason": row.reason}
             for row in backends.table(device)
@@ -76,6 +77,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             [f"{kind} extension", "loaded" if state["available"] else state["reason"]]
             for kind, state in found["extensions"].items()
         ),
+        *([f"precision {tier}", reason or "served"] for tier, reason in found["eight_bits"].items()),
         ["commit", found["commit"] or "not a checkout"],
     ]
     console.table("Machine", ["what", "found"], rows, left=2)

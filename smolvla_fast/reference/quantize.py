@@ -1,8 +1,10 @@
-"""Rows of a matrix as 8-bit floats with a scale each (e4m3: 4 bits of exponent, 3 of mantissa; arXiv 2209.05433)."""
+"""Rows of a matrix in 8 bits with a scale each: floats (e4m3: 4 bits of exponent, 3 of mantissa; arXiv 2209.05433), or
+integers (symmetric, dynamic for activations; arXiv 2206.01861).
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,21 +46,105 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Quantized:
     return Quantized((wide / scale[..., None]).clamp(-LARGEST, LARGEST).to(E4M3), scale, dtype)
 
 
-def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (x.data.to(dtype) * x.scale[..., None].to(dtype)).to(dtype)
+LARGEST_INTEGER = 127
+"""Of either sign, so that zero is exact."""
+ZERO = 128
+"""What an activation of 0 is stored as: the products that processors have take one side without a sign."""
+SMALLEST = 2.0**-119
+"""A row with no magnitude from here up counts as zeros: 127 / it would not be an fp32."""
+
+
+class IntegerRows(NamedTuple):
+    """Activations: ``(data - 128) · scale[:, None]``.      data  [..., rows, K] uint8      scale  [..., rows] fp32"""
+
+    data: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+
+class IntegerWeight(NamedTuple):
+    """A weight: ``data · scale[:, None]``.      data  [O, K] int8      scale  [O] fp32"""
+
+    data: Tensor
+    scale: Tensor
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what a product with it gives."""
+        return torch.float32
+
+
+def _round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers as floats in [-127, 127], and scales: NaN for a row that is not finite, 0 for one of zeros."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = wide.abs().amax(dim=-1)
+    finite, some = largest.isfinite(), largest >= SMALLEST
+    # A number over a tensor is its reciprocal times the number to torch: one rounding too many.
+    quotient = torch.full_like(largest, LARGEST_INTEGER) / largest
+    factor = torch.where(finite & some, quotient, 0.0)
+    integers = torch.where((finite & some)[..., None], (wide * factor[..., None]).round(), 0.0)
+    scale = torch.where(some, largest / LARGEST_INTEGER, 0.0).masked_fill(~finite, torch.nan)
+    return integers, scale
+
+
+def quantize_activations(x: Tensor) -> IntegerRows:
+    """``scale = max|row| / 127;  data = 128 + round(row · (127 / max|row|))``, ties to even.
+
+    x        [..., K]  any float dtype
+    returns  data [..., K] uint8, scale [...] fp32 (fp64 for fp64 x). A row without a magnitude of ``SMALLEST`` counts as
+             zeros: data 128, scale 0. A row with an infinity or a NaN: data 128, scale NaN, so that NaN comes of it
+    """
+    integers, scale = _round_rows(x)
+    return IntegerRows((integers + ZERO).to(torch.uint8), scale)
+
+
+def quantize_weight(weight: Tensor) -> IntegerWeight:
+    """The same by output channel, without the 128.      weight  [O, K] any float dtype"""
+    integers, scale = _round_rows(weight)
+    return IntegerWeight(integers.to(torch.int8), scale.float())
+
+
+def dequantize(x: Quantized | IntegerRows | IntegerWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    zero = ZERO if isinstance(x, IntegerRows) else 0
+    return ((x.data.to(dtype) - zero) * x.scale[..., None].to(dtype)).to(dtype)
+
+
+def operand_dtype(weight: Any) -> torch.dtype:
+    """In which dtype a product with this weight takes its other operand; uint8 stands for ``IntegerRows``."""
+    return getattr(weight, "operand_dtype", weight.dtype)
 
 
 def matched(x: Tensor, weight: Tensor | Quantized) -> Tensor:
     """x in the dtype of the weight; beside a quantised weight as it is, for it is rounded once, to 8 bits."""
-    return x if isinstance(weight, Quantized) else x.to(weight.dtype)
+    return x.to(weight.dtype) if isinstance(weight, Tensor) else x
 
 
-def product(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None) -> Tensor:
+def product(
+    x: Tensor | IntegerRows, weight: Tensor | Quantized | IntegerWeight, bias: Tensor | None = None
+) -> Tensor:
     """``x · weightᵀ + bias``, by ``F.linear``; x is quantised by rows where the weight is.
 
-    x        [..., K]      weight  [O, K]
+    x        [..., K]; rows of integers where they are there already      weight  [O, K]
     returns  [..., O]; beside a quantised weight in the wider of fp32 and x's dtype
     """
+    if isinstance(weight, IntegerWeight):
+        rows = x if isinstance(x, IntegerRows) else quantize_activations(x)
+        # In fp64 sums of such products are exact up to 5·10^11 terms.
+        sums = F.linear(rows.data.double() - ZERO, weight.data.double())
+        y = (sums * weight.scale.double()).to(rows.scale.dtype) * rows.scale[..., None]
+        return y if bias is None else y + bias.to(y.dtype)
+    assert isinstance(x, Tensor), "rows of integers meet weights of integers"
     if isinstance(weight, Quantized):
         wide = torch.promote_types(x.dtype, torch.float32)
         y = F.linear(dequantize(quantize_rows(x), wide), dequantize(weight, wide))

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..dims import Dims
 from ..ops import Ops
+from ..reference.quantize import operand_dtype
 from ..weights import Cast, VisionLayer, read_patch_embedding, read_vision_end, read_vision_layers
 
 
@@ -31,10 +32,11 @@ def encode_images(ops: Ops, vlm: Any, cast: Cast, dims: Dims, images: Tensor, po
 
 def vision_layer(ops: Ops, layer: VisionLayer, x: Tensor, heads: int) -> Tensor:
     """One SigLIP layer: x [n, T, W] -> [n, T, W]; attention and MLP, each behind a norm and added to x."""
-    h = ops.layer_norm(x, *layer.norm1, layer.q.weight.dtype)
+    h = ops.layer_norm(x, *layer.norm1, operand_dtype(layer.q.weight))
     q, k, v = (ops.linear(h, *affine) for affine in (layer.q, layer.k, layer.v))
     x = ops.linear(ops.attention(q, k, v, heads), *layer.out, residual=x)
-    h = ops.linear(ops.layer_norm(x, *layer.norm2, layer.up.weight.dtype), *layer.up, activation="gelu_tanh")
+    h = ops.layer_norm(x, *layer.norm2, operand_dtype(layer.up.weight))
+    h = ops.linear(h, *layer.up, activation="gelu_tanh")
     return ops.linear(h, *layer.down, residual=x)
 
 

@@ -209,7 +209,7 @@ def test_why_not_without_a_gpu() -> None:
 
 def test_fp8_is_not_for_it(gpu: Any) -> None:
     with pytest.raises(RuntimeError, match="precision='fp8' .*backend='cuda' has no kernels for it"):
-        select("cuda", CUDA, stock_order=False, quantized=True)
+        select("cuda", CUDA, stock_order=False, quantized="e4m3")
 
 
 def test_the_table(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

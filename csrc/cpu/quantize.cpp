@@ -1,0 +1,236 @@
+// Memory bound: each operand passes once, and the passes over one row after that find it in L1. Bodies are plain C++ that
+// a compiler makes vectors of, so that levels differ in their width alone.
+#include "cpu/quantize.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu/bfloat16.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+
+namespace smolvla::cpu {
+namespace {
+
+// As in layer_norm: a fixed number of partial sums fixes the order of additions.
+constexpr int kLanes = 16;
+constexpr float kLargest = 127.0f;
+constexpr float kSmallest = 0x1p-119f;
+// 1.5·2^23: a number added to it is rounded to an integer, which stands in the low bits of the sum.
+constexpr float kRounder = 12582912.0f;
+
+SMOLVLA_INLINE int32_t bits_of(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+SMOLVLA_INLINE float float_of(int32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// Magnitudes compare like their bits, and any NaN is above infinity there: it cannot be lost in a maximum.
+SMOLVLA_INLINE int32_t largest_bits(const float* v, int64_t width) {
+    int32_t largest = 0;
+    for (int64_t i = 0; i < width; ++i) {
+        const int32_t bits = bits_of(v[i]) & 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    return largest;
+}
+
+SMOLVLA_INLINE void write_row(const float* v, int64_t width, uint8_t* __restrict data, float* scale) {
+    const int32_t bits = largest_bits(v, width);
+    const float largest = float_of(bits);
+    const bool finite = bits < 0x7f800000;
+    if (!finite || largest < kSmallest) {
+        *scale = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+        std::memset(data, 128, width);
+        return;
+    }
+    *scale = largest / kLargest;
+    const float inverse = kLargest / largest;
+    for (int64_t i = 0; i < width; ++i) data[i] = static_cast<uint8_t>(bits_of(v[i] * inverse + kRounder) ^ 0x80);
+}
+
+// Sum over the row of (x - centre), or of its square.
+template <bool kSquare, class X>
+SMOLVLA_INLINE float sum_row(const X* x, int64_t width, float centre) {
+    const int64_t blocked = width - width % kLanes;
+    float sums[kLanes] = {};
+    for (int64_t column = 0; column < blocked; column += kLanes) {
+#pragma omp simd
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const float value = load(x + column + lane) - centre;
+            sums[lane] += kSquare ? value * value : value;
+        }
+    }
+    for (int64_t column = blocked; column < width; ++column) {
+        const float value = load(x + column) - centre;
+        sums[column - blocked] += kSquare ? value * value : value;
+    }
+    for (int half = kLanes / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    return sums[0];
+}
+
+template <class X>
+struct Rows {
+    const X* x;
+    const float *weight, *bias;
+    Rows8 out;
+    int64_t width;
+    float eps;
+};
+
+template <Norm kNorm, class X>
+SMOLVLA_INLINE void quantize(const Rows<X>& a, int64_t begin, int64_t end) {
+    float* __restrict v = Scratch::reserve(a.width);
+    const float width = static_cast<float>(a.width);
+    for (int64_t row = begin; row < end; ++row) {
+        const X* x = a.x + row * a.width;
+        if constexpr (kNorm == Norm::none) {
+            for (int64_t i = 0; i < a.width; ++i) v[i] = load(x + i);
+        } else if constexpr (kNorm == Norm::layer) {
+            const float mean = sum_row<false>(x, a.width, 0.0f) / width;
+            const float scale = 1.0f / std::sqrt(sum_row<true>(x, a.width, mean) / width + a.eps);
+            for (int64_t i = 0; i < a.width; ++i) v[i] = (load(x + i) - mean) * scale * a.weight[i] + a.bias[i];
+        } else {
+            const float scale = 1.0f / std::sqrt(sum_row<true>(x, a.width, 0.0f) / width + a.eps);
+            for (int64_t i = 0; i < a.width; ++i) v[i] = load(x + i) * scale * a.weight[i];
+        }
+        write_row(v, a.width, a.out.data + row * a.width, a.out.scale + row);
+    }
+}
+
+// 2^t: 2^n is written into the exponent, 2^f on [-1/2, 1/2] is Taylor's series to the 7th power, 6e-9 off. Beyond the
+// exponents of fp32 it is infinite above; below, where 1 + 2^t is 1 all the same, it stays at 2^-126.
+SMOLVLA_INLINE float power_of_two(float t) {
+    const float low = t > -126.0f ? t : -126.0f, clamped = low < 127.0f ? low : 127.0f;
+    const float shifted = clamped + kRounder, f = clamped - (shifted - kRounder);
+    float p = 1.5252734e-5f;
+    p = p * f + 1.5403530e-4f;
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    const float power = p * float_of(static_cast<int32_t>((static_cast<uint32_t>(bits_of(shifted)) + 127u) << 23));
+    return t > 127.0f ? std::numeric_limits<float>::infinity() : power;
+}
+
+// x / (1 + exp(-z)): z = x for silu, and gelu's tanh is a logistic function of twice its argument.
+template <Activation kActivation>
+SMOLVLA_INLINE float activate(float x) {
+    if constexpr (kActivation == Activation::none) return x;
+    float z = x;
+    if constexpr (kActivation == Activation::gelu_tanh) z = x * (1.59576912161f + 0.07135481627f * (x * x));
+    return x / (1.0f + power_of_two(z * -1.44269504f));
+}
+
+// What a pass over sums reads and writes.
+struct Pass {
+    Sums a;
+    const float *residual, *up;
+    Rows8 out;
+};
+
+template <Activation kActivation, bool kBias>
+SMOLVLA_INLINE void activate_row(const Sums& a, int64_t row) {
+    float* __restrict v = a.sums + row * a.width;
+    const float scale = a.scale[row];
+    for (int64_t i = 0; i < a.width; ++i) v[i] = activate<kActivation>(kBias ? v[i] * scale + a.bias[i] : v[i] * scale);
+}
+
+template <Activation kActivation>
+SMOLVLA_INLINE void pass(const Pass& p, int64_t begin, int64_t end) {
+    const int64_t width = p.a.width;
+    for (int64_t row = begin; row < end; ++row) {
+        float* __restrict v = p.a.sums + row * width;
+        if (p.a.bias) activate_row<kActivation, true>(p.a, row);
+        else activate_row<kActivation, false>(p.a, row);
+        if (p.residual)
+            for (int64_t i = 0; i < width; ++i) v[i] += p.residual[row * width + i];
+        if (p.up) {
+            const float scale = p.a.scale[row];
+            for (int64_t i = 0; i < width; ++i) v[i] *= p.up[row * width + i] * scale;
+        }
+        if (p.out.data) write_row(v, width, p.out.data + row * width, p.out.scale + row);
+    }
+}
+
+template <Norm kNorm, class X>
+void quantize_baseline(const Rows<X>& a, int64_t begin, int64_t end) {
+    quantize<kNorm>(a, begin, end);
+}
+template <Norm kNorm, class X>
+SMOLVLA_AVX2 void quantize_avx2(const Rows<X>& a, int64_t begin, int64_t end) {
+    quantize<kNorm>(a, begin, end);
+}
+template <Norm kNorm, class X>
+SMOLVLA_AVX512 void quantize_avx512(const Rows<X>& a, int64_t begin, int64_t end) {
+    quantize<kNorm>(a, begin, end);
+}
+
+template <Norm kNorm, class X>
+void all_rows(const Rows<X>& a, int64_t rows, int num_threads) {
+    const auto run = pick(quantize_baseline<kNorm, X>, quantize_avx2<kNorm, X>, quantize_avx512<kNorm, X>);
+    parallel_rows(rows, a.width, num_threads, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+}
+
+template <Activation kActivation>
+void pass_baseline(const Pass& p, int64_t begin, int64_t end) {
+    pass<kActivation>(p, begin, end);
+}
+template <Activation kActivation>
+SMOLVLA_AVX2 void pass_avx2(const Pass& p, int64_t begin, int64_t end) {
+    pass<kActivation>(p, begin, end);
+}
+template <Activation kActivation>
+SMOLVLA_AVX512 void pass_avx512(const Pass& p, int64_t begin, int64_t end) {
+    pass<kActivation>(p, begin, end);
+}
+
+template <Activation kActivation>
+void all_sums(const Pass& p, int num_threads) {
+    const auto run = pick(pass_baseline<kActivation>, pass_avx2<kActivation>, pass_avx512<kActivation>);
+    parallel_rows(p.a.rows, p.a.width, num_threads, [&](int64_t begin, int64_t end) { run(p, begin, end); });
+}
+
+void all_sums(const Pass& p, int num_threads) {
+    switch (p.a.activation) {
+        case Activation::none: return all_sums<Activation::none>(p, num_threads);
+        case Activation::silu: return all_sums<Activation::silu>(p, num_threads);
+        case Activation::gelu_tanh: return all_sums<Activation::gelu_tanh>(p, num_threads);
+    }
+}
+
+}  // namespace
+
+template <class X>
+void quantize_rows(Norm norm, const X* x, const float* weight, const float* bias, Rows8 out, int64_t rows, int64_t width,
+                   float eps, int num_threads) {
+    const Rows<X> a{x, weight, bias, out, width, eps};
+    switch (norm) {
+        case Norm::none: return all_rows<Norm::none>(a, rows, num_threads);
+        case Norm::layer: return all_rows<Norm::layer>(a, rows, num_threads);
+        case Norm::rms: return all_rows<Norm::rms>(a, rows, num_threads);
+    }
+}
+
+template void quantize_rows(Norm, const float*, const float*, const float*, Rows8, int64_t, int64_t, float, int);
+template void quantize_rows(Norm, const bfloat16*, const float*, const float*, Rows8, int64_t, int64_t, float, int);
+
+void finish_sums(const Sums& a, const float* residual, int num_threads) {
+    all_sums({a, residual, nullptr, {nullptr, nullptr}}, num_threads);
+}
+
+void quantize_sums(const Sums& a, const float* up, Rows8 out, int num_threads) {
+    all_sums({a, nullptr, up, out}, num_threads);
+}
+
+}  // namespace smolvla::cpu

@@ -1,0 +1,281 @@
+"""Products of 8-bit integers on a CPU: the quantisers around them at every instruction level, and oneDNN's sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smolvla_fast import backends, cpu, cpu_quantize, extension, int8
+from smolvla_fast.reference.linear import linear as reference_linear
+from smolvla_fast.reference.quantize import (
+    SMALLEST,
+    IntegerRows,
+    dequantize,
+    quantize_activations,
+    quantize_weight,
+)
+
+CPU = torch.device("cpu")
+pytestmark = [
+    pytest.mark.cpu_kernels,
+    pytest.mark.skipif(not extension.available("cpu"), reason=extension.why_missing("cpu")),
+]
+PRODUCTS = pytest.mark.skipif(backends.why_not_int8(CPU) is not None, reason=str(backends.why_not_int8(CPU)))
+F32, BF16 = torch.float32, torch.bfloat16
+SIZES = [(200, 768), (3, 1), (1, 15), (5, 16), (7, 33), (0, 8)]
+EPS = 2.0**-23
+
+
+def _x(rows: int, width: int, dtype: torch.dtype = F32) -> Tensor:
+    generator = torch.Generator().manual_seed(rows + width)
+    return (torch.randn(rows, width, generator=generator) * 3 + 1).to(dtype)
+
+
+def _everywhere(run: Callable[[], Any]) -> Iterator[Any]:
+    """What ``run`` gives at every instruction level, on one thread and on two."""
+    before = torch.get_num_threads()
+    for level in cpu.instruction_levels():
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            try:
+                with cpu.instruction_level(level):
+                    yield run()
+            finally:
+                torch.set_num_threads(before)
+
+
+def _same(found: IntegerRows, want: IntegerRows) -> bool:
+    # Scales by their bits: NaN equals NaN then.
+    scales = (found.scale.view(torch.int32), want.scale.view(torch.int32))
+    return torch.equal(found.data, want.data) and (
+        torch.equal(*scales) or torch.equal(found.scale.nan_to_num(-1), want.scale.nan_to_num(-1))
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("rows", "width"), SIZES)
+def test_rows_have_the_bits_of_the_reference(rows: int, width: int, dtype: torch.dtype) -> None:
+    x = _x(rows, width, dtype)
+    want = quantize_activations(x)
+    assert want.data.dtype is torch.uint8 and want.scale.dtype is F32
+    assert all(_same(found, want) for found in _everywhere(lambda: cpu_quantize.quantize_rows(x)))
+    # Half a step, and what fp32 loses on a number of 127 steps.
+    assert ((dequantize(want) - x.float()).abs() <= want.scale[:, None] * (0.5 + 127 * EPS)).all()
+
+
+def test_rows_of_every_kind() -> None:
+    below = float(torch.nextafter(torch.tensor(SMALLEST), torch.tensor(0.0)))
+    x = torch.zeros(9, 19)
+    x[1, 3], x[2, 3], x[3, 5], x[4, :2] = (
+        torch.nan,
+        torch.inf,
+        -torch.inf,
+        torch.tensor([torch.inf, torch.nan]),
+    )
+    x[5, 18], x[6, 18], x[7, 0] = below, SMALLEST, -3.4e38  # the last in the tail behind whole vectors
+    x[8] = torch.arange(19) - 9.0 + 0.5  # halves of a step: ties
+    want = quantize_activations(x)
+    assert want.scale[[0, 5]].eq(0).all() and want.scale[1:5].isnan().all() and want.scale[6:].gt(0).all()
+    assert want.data[:6].eq(128).all() and want.data[6, 18] == 255 and want.data[7, 0] == 1
+    assert all(_same(found, want) for found in _everywhere(lambda: cpu_quantize.quantize_rows(x)))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("rows", "width"), SIZES[:-1])
+def test_norms_give_the_rows_of_what_they_compute(rows: int, width: int, dtype: torch.dtype) -> None:
+    x, generator = _x(rows, width, dtype), torch.Generator().manual_seed(1)
+    weight, bias = (torch.randn(width, generator=generator) for _ in range(2))
+    plain = quantize_activations(cpu.layer_norm(x.float(), weight, bias, 1e-6))
+    for found in _everywhere(lambda: cpu_quantize.layer_norm_rows(x, weight, bias, 1e-6)):
+        assert _same(found, plain)
+    plain = quantize_activations(cpu.add_rms_norm(x.float(), None, weight, 1e-5)[0])
+    found = list(_everywhere(lambda: cpu_quantize.rms_norm_rows(x, weight, 1e-5)))
+    assert all(_same(each, found[0]) for each in found)
+    # The two kernels order their factors differently: rounding of fp32, which may turn a tie into the next step.
+    assert (found[0].data.int() - plain.data.int()).abs().max() <= 1
+    assert torch.allclose(found[0].scale, plain.scale, rtol=8 * EPS, atol=0)
+
+
+@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "width"), SIZES)
+def test_finish(rows: int, width: int, activation: str | None) -> None:
+    sums, scale = _x(rows, width) * 4, torch.rand(rows, generator=torch.Generator().manual_seed(2)) + 0.5
+    bias, residual = _x(1, width)[0], _x(rows, width).flip(0).contiguous()
+    act = {None: lambda v: v, "silu": F.silu, "gelu_tanh": lambda v: F.gelu(v, approximate="tanh")}[
+        activation
+    ]
+
+    def want(kind: torch.dtype) -> Tensor:
+        return act(sums.to(kind) * scale[:, None].to(kind) + bias.to(kind)) + residual.to(kind)
+
+    found = list(_everywhere(lambda: cpu_quantize.finish(sums.clone(), scale, bias, activation, residual)))
+    assert all(torch.equal(found[0], each) for each in found)
+    if rows:
+        truth = want(torch.float64)
+        error, eager = ((y.double() - truth).abs().max().item() for y in (found[0], want(F32)))
+        assert error <= 2 * eager + EPS * truth.abs().max().item()  # the contract's bound
+    hidden = quantize_activations(cpu_quantize.finish(sums.clone(), scale, bias, activation))
+    up = _x(rows, width).neg()
+    gated = cpu_quantize.finish(sums.clone(), scale, None, activation) * (up * scale[:, None])
+    for found_rows, product in _everywhere(
+        lambda: (
+            cpu_quantize.finish_rows(sums.clone(), scale, bias, activation),
+            cpu_quantize.finish_rows(sums.clone(), scale, None, activation, up.clone()),
+        )
+    ):
+        assert _same(found_rows, hidden) and _same(product, quantize_activations(gated))
+
+
+def test_activations_far_out_and_nan() -> None:
+    far = torch.tensor([[-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30]])
+    one = torch.ones(1)
+    for silu, gelu in _everywhere(
+        lambda: tuple(cpu_quantize.finish(far.clone(), one, None, name) for name in ("silu", "gelu_tanh"))
+    ):
+        assert torch.equal(silu[0, 3:], far[0, 3:]) and torch.equal(gelu[0, 3:], far[0, 3:])
+        # exp(-88) is 6e-39: below it the true value is a subnormal or zero times the argument.
+        assert silu[0, 1:3].abs().max() < 1e-35 and silu[0, 0].abs() < 1e-7 and gelu[0, :3].abs().max() < 1e-7
+    x = _x(3, 21)
+    scale = torch.tensor([1.0, torch.nan, 1.0])
+    for y, rows in _everywhere(
+        lambda: (
+            cpu_quantize.finish(x.clone(), scale, None, "silu"),
+            cpu_quantize.finish_rows(x.clone(), scale, None, "gelu_tanh"),
+        )
+    ):
+        assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
+        assert rows.scale.isnan().tolist() == [False, True, False]
+
+
+def test_refusals() -> None:
+    x, scale = _x(4, 32), torch.ones(4)
+    with pytest.raises(TypeError, match=r"quantize_rows: x has dtype torch.float16; accepted are"):
+        cpu_quantize.quantize_rows(x.half())
+    with pytest.raises(ValueError, match="contiguous"):
+        cpu_quantize.quantize_rows(x.t())
+    with pytest.raises(ValueError, match="K at least 1"):
+        cpu_quantize.quantize_rows(x[:, :0])
+    with pytest.raises(ValueError, match="bias has shape"):
+        cpu_quantize.layer_norm_rows(x, x[0], x[0, :3], 1e-6)
+    with pytest.raises(ValueError, match="unknown activation 'relu'; accepted are"):
+        cpu_quantize.finish(x.clone(), scale, None, "relu")
+    with pytest.raises(ValueError, match="scale has shape"):
+        cpu_quantize.finish(x.clone(), scale[:3])
+    with pytest.raises(TypeError, match="residual has dtype"):
+        cpu_quantize.finish(x.clone(), scale, residual=x.double())
+    with pytest.raises(RuntimeError, match="wants a gradient"):
+        cpu_quantize.quantize_rows(x.clone().requires_grad_())
+
+
+# Products -------------------------------------------------------------------------------------------------------------
+
+PRODUCT_SIZES = [(130, 768, 320), (50, 3072, 33), (1, 1, 1), (3, 7, 5), (2, 64, 1), (5, 65, 17)]
+
+
+@PRODUCTS
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), PRODUCT_SIZES)
+@pytest.mark.parametrize("extreme", [False, True])
+def test_sums_are_exact(rows: int, inputs: int, outputs: int, extreme: bool) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    if extreme:  # pairs of these overflow 16 bits, where instructions before VNNI would add them
+        data = torch.randint(0, 2, (rows, inputs), generator=generator, dtype=torch.uint8) * 255
+        integers = torch.full((outputs, inputs), 127, dtype=torch.int8)
+    else:
+        data = torch.randint(0, 256, (rows, inputs), generator=generator, dtype=torch.uint8)
+        integers = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
+    weight = quantize_weight(torch.zeros(outputs, inputs))._replace(data=integers, scale=torch.ones(outputs))
+    found = int8.sums(IntegerRows(data, torch.ones(rows)), int8.pack(weight))
+    want = (data.long() - 128) @ integers.long().t()
+    # Sums are kept in 32 bits; as fp32 they are rounded once.
+    assert torch.equal(found, want.float())
+
+
+@PRODUCTS
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), PRODUCT_SIZES)
+def test_linear_is_the_reference(rows: int, inputs: int, outputs: int) -> None:
+    x, residual = _x(rows, inputs), _x(rows, outputs)
+    matrix, bias = _x(outputs, inputs) / inputs, _x(1, outputs)[0]
+    weight, packed = quantize_weight(matrix), int8.pack(matrix)
+    want = reference_linear(x, weight, bias, None, residual)
+    found = int8.linear(x, packed, bias, None, residual)
+    # Four roundings more (sum, scale, scale, addition) of numbers no larger than the largest sum of magnitudes.
+    size = (
+        dequantize(quantize_activations(x)).abs() @ dequantize(weight).abs().t() + bias.abs() + residual.abs()
+    )
+    assert ((found - want).abs() <= 4 * EPS * size).all()
+    assert torch.equal(int8.linear(cpu_quantize.quantize_rows(x), packed, bias, None, residual), found)
+    hidden = int8.linear(x, packed, bias, "gelu_tanh")
+    whole = int8.linear(x, packed, bias, "gelu_tanh", torch.zeros_like(residual))
+    assert isinstance(hidden, IntegerRows) and _same(hidden, quantize_activations(whole))
+
+
+@PRODUCTS
+def test_a_row_that_is_not_finite_stays_alone() -> None:
+    x, packed = _x(4, 40), int8.pack(_x(9, 40))
+    x[1, 2], x[2, 7] = torch.nan, torch.inf
+    y = int8.linear(x, packed)
+    assert y[1:3].isnan().all() and not y[[0, 3]].isnan().any()
+    broken = _x(9, 40)
+    broken[4, 0] = torch.inf
+    assert int8.linear(_x(4, 40), int8.pack(broken)).isnan().any(0).nonzero().tolist() == [[4]]
+
+
+@PRODUCTS
+def test_smoothing_saves_digits_behind_a_loud_norm() -> None:
+    """Three channels of the norm 50 times the others, and columns that take that back: without the scales moved from one to
+    the other the quiet channels have two bits left."""
+    x, width = _x(64, 256), 256
+    generator = torch.Generator().manual_seed(3)
+    norm, reader = torch.ones(width), torch.randn(96, width, generator=generator) / 16
+    norm[[5, 77, 200]] = 50
+    reader[:, [5, 77, 200]] /= 50
+    truth = cpu.add_rms_norm(x, None, norm, 1e-5)[0].double() @ reader.double().t()
+
+    def error(weight: Tensor, packed: int8.Packed) -> float:
+        y = int8.linear(cpu_quantize.rms_norm_rows(x, weight, 1e-5), packed)
+        return float((y.double() - truth).norm() / truth.norm())
+
+    behind = int8.pack_behind(norm, None, [reader])
+    plain, smooth = error(norm, int8.pack(reader)), error(behind.weight, behind.packed[0])
+    print(f"relative L2: {plain:.3g} as they are, {smooth:.3g} smoothed")
+    assert (
+        smooth < 0.02 and smooth < plain / 5
+    )  # 1/127 of the largest of a row is a step: 1% of a typical value
+    for column, scale in (
+        (0, 0.0),
+        (1, torch.inf),
+        (2, torch.nan),
+    ):  # nothing that cannot be divided by comes of these
+        reader[:, column] = scale
+    assert int8.smoothing(norm, None, [reader]).isfinite().all()
+
+
+# Where it is served ---------------------------------------------------------------------------------------------------
+
+
+def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = backends.why_not_int8(torch.device("cuda"))
+    assert gpu is not None and "oneDNN's for CPUs, the policy is on cuda" in gpu
+    with monkeypatch.context() as patch:
+        patch.setattr(extension, "cpu_features", lambda: ["AVX2", "FMA", "AVX-512"])
+        reason = str(backends.why_not_int8(CPU))
+        assert "multiplies no 8-bit integers; accepted are AVX512-VNNI, AVX-VNNI, AMX-INT8" in reason
+        with pytest.raises(RuntimeError, match="precision='int8' cannot serve.*multiplies no 8-bit integers"):
+            backends.select("auto", CPU, False, "int8")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        assert "built without oneDNN's integer product" in str(backends.why_not_int8(CPU))
+    with monkeypatch.context() as patch:
+        patch.setattr(extension, "why_missing", lambda kind: f"{kind} was not compiled: no compiler")
+        assert backends.why_not_int8(CPU) == "cpu was not compiled: no compiler"
+    if backends.why_not_int8(CPU) is None:
+        # A product that saturates is found out by asking for one, not by the processor's name alone.
+        monkeypatch.setattr(int8, "sums", lambda x, weight: torch.full((2, 16), 1.0))
+        int8._sums_are_exact.cache_clear()
+        assert "saturate" in str(backends.why_not_int8(CPU))
+        int8._sums_are_exact.cache_clear()
