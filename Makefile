@@ -11,6 +11,8 @@ PIP     := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --n
 # A bare GPU machine may have torch, Triton and nvcc but no network: there the system's Python is used as it is.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 ARGS    ?=
+# Processes of `make test`; 0: one process, with live output.
+JOBS    ?= 2
 
 .PHONY: demo test simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
 .DELETE_ON_ERROR:
@@ -19,7 +21,8 @@ demo: venv
 	$(VENV)/bin/smolvla-fast demo $(ARGS)
 
 test: venv
-	HF_HUB_OFFLINE=1 SMOLVLA_FAST_PYTHONS=$(wildcard $(ALONE)/bin/python) $(VENV)/bin/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 SMOLVLA_FAST_PYTHONS=$(wildcard $(ALONE)/bin/python) $(VENV)/bin/python -m pytest -n $(JOBS) \
+	    --dist loadgroup $(ARGS)
 
 # CUDA C++ kernels run on the host, by the emulator of csrc/simt: without the slow ones, and with them.
 simt: venv

@@ -13,15 +13,36 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Several processes of a run share the processor; threads of OpenMP that wait for one another would stop them all.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skip(reason="no CUDA GPU here")
 
 
+# Tests that share what one process holds: a tally, or a build that takes minutes.
+TOGETHER = {"smolvla": ROOT / "tests" / "smolvla", "simt": ROOT / "tests" / "simt"}
+
+
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(NO_GPU)
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(NO_GPU)
+        # Where the suite runs in several processes (pytest -n): a file stays in one of them.
+        folders = [name for name, folder in TOGETHER.items() if folder in item.path.parents]
+        packaged = {"source_tree", "installed"} & set(getattr(item, "fixturenames", ()))
+        group = "installed" if packaged else folders[0] if folders else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints what tests recorded as their "summary", in whichever process they ran."""
+    for report in terminalreporter.stats.get("passed", []):
+        for line in dict(report.user_properties).get("summary", []):
+            terminalreporter.write_line(line)
 
 
 def _run(*command, cwd, **environment):

@@ -44,8 +44,10 @@ def as_floats(frames: Tensor, dtype: torch.dtype) -> Tensor:
     """``x / 255`` of bytes [B, 3, h, w] or [B, h, w, 3], as [B, 3, h, w]; 3 rows are taken as 3 channels."""
     if frames.ndim == 4 and frames.shape[1] != 3:
         frames = frames.permute(0, 3, 1, 2)
+    # Planes, as frames of floats come: a convolution of oneDNN rounds by the layout of its input on some processors.
+    planes = frames.to(dtype, memory_format=torch.contiguous_format)
     # By a tensor: a GPU multiplies by the reciprocal of a number, which rounds otherwise.
-    return frames.to(dtype) / torch.full((), 255.0, dtype=dtype, device=frames.device)
+    return planes / torch.full((), 255.0, dtype=dtype, device=frames.device)
 
 
 def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:

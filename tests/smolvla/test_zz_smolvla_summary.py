@@ -5,8 +5,7 @@ import pytest
 pytestmark = pytest.mark.reference
 
 
-def test_summary(tally, capsys):
-    with capsys.disabled():
-        print("\n" + "\n".join(tally.lines()))
+def test_summary(tally, record_property):
+    record_property("summary", list(tally.lines()))
     assert tally.compared, "nothing was compared: run the whole folder"
     assert tally.compared == tally.equal
