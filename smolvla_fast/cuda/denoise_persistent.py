@@ -109,7 +109,7 @@ def _why_not_tensors(
         # of wider elements would be read wrongly by the kernel.
         before: list[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = [
             ("kv.pad_masks", kv.pad_masks, (batch, prefix), (torch.bool,)),
-            ("times", times, (times.shape[0], batch, width), library.DTYPES),
+            ("times", times, (times.shape[0], batch, width), (*library.DTYPES, torch.float64)),
             ("action_in's weight", heads.action_in.weight, (width, dims.action_width), library.DTYPES),
             ("action_in's bias", heads.action_in.bias, (width,), library.DTYPES),
             ("time_in's weight", heads.time_in.weight, (width, 2 * width), library.DTYPES),
