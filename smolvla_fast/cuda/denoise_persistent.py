@@ -55,7 +55,9 @@ def why_not_persistent(
     with torch.cuda.device_of(noise):
         found = kernels.denoise_resources(_sizes(dims, expert, heads, kv, noise, times))
     if not found["cooperative"]:
-        return "the device has no cooperative launches, in which all blocks run at once; the barriers need them"
+        return (
+            "the device has no cooperative launches, in which all blocks run at once; the barriers need them"
+        )
     if found["ring_bytes"] < found["largest_slab"]:
         return (
             f"a block's shared memory has room for {found['ring_bytes']} bytes of weights beside its activations; "
