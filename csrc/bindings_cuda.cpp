@@ -100,7 +100,8 @@ PYBIND11_MODULE(SMOLVLA_MODULE, m) {
             return py::dict(py::arg("blocks") = found.blocks, py::arg("at_once") = found.at_once,
                             py::arg("shared_bytes") = found.shared_bytes, py::arg("ring_bytes") = found.ring_bytes,
                             py::arg("largest_slab") = found.largest_slab,
-                            py::arg("counter_barriers") = found.counter_barriers);
+                            py::arg("counter_barriers") = found.counter_barriers,
+                            py::arg("cooperative") = found.cooperative);
         },
         py::arg("sizes"), "what a launch of denoise_persistent would take on the current device");
     m.def(

@@ -110,7 +110,15 @@ def nvcc_compiler():
 def cuda_archs(nvcc):
     """What to compile for: the wish as it stands, else the common set as far as this nvcc knows it."""
     known = re.findall(r"compute_(\d+)", run(nvcc, "--list-gpu-arch"))
-    wish = re.findall(r"\w+", os.environ.get("SMOLVLA_CUDA_ARCHS", ""))
+    given = os.environ.get("SMOLVLA_CUDA_ARCHS", "")
+    wish = [word for word in re.split(r"[\s;,]+", given) if word]
+    # Asked here, for nvcc's own words say nothing of the variable: 9.0 is how torch writes it, sm_90 how nvcc does.
+    wrong = [word for word in wish if re.sub(r"(?<=\d)[af]$", "", word) not in known]
+    if wrong:
+        raise Unavailable(
+            f"SMOLVLA_CUDA_ARCHS={given!r} asks for {', '.join(wrong)}; accepted are architectures of this nvcc as in "
+            f"80;90a, which knows {', '.join(known)}, or none"
+        )
     return wish or [arch for arch in CUDA_ARCHS if arch.rstrip("a") in known]
 
 

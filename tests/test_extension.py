@@ -209,12 +209,44 @@ except RuntimeError as error:
 
 
 @pytest.mark.skipif(not has_nvcc(), reason="no nvcc here: the CUDA part is not compiled")
-def test_a_failing_nvcc_costs_only_the_cuda_part(install_again):
+def test_an_unknown_architecture_costs_only_the_cuda_part(install_again):
     folder = install_again(SMOLVLA_CUDA_ARCHS="12345")
     record = json.loads((folder / "smolvla_fast" / "_build.json").read_text())
     assert record["cpu"]["built"], record["cpu"]["reason"]
     assert not record["cuda"]["built"]
-    assert "12345" in record["cuda"]["reason"]
+    assert record["cuda"]["reason"].startswith("SMOLVLA_CUDA_ARCHS='12345' asks for 12345; accepted are ")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("", ["80", "90a"]),
+        ("90a; 120", ["90a", "120"]),
+        ("80,86", ["80", "86"]),
+        ("100f", ["100f"]),
+        ("9.0", "asks for 9.0; accepted are"),
+        ("90;sm_86", "asks for sm_86; accepted are"),
+        ("all", "asks for all; accepted are"),
+        ("a", "asks for a; accepted are"),
+        ("75", "asks for 75; accepted are"),
+    ],
+)
+def test_architectures_asked_for(monkeypatch, given, found):
+    """A typo is answered with the variable's name and what it takes; nvcc's own words have neither."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("ninja_build", ROOT / "csrc" / "ninja_build.py")
+    ninja_build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ninja_build)
+    known = "".join(f"compute_{n}\n" for n in (80, 86, 90, 100, 120))
+    monkeypatch.setattr(ninja_build, "run", lambda *command: known)
+    monkeypatch.setattr(ninja_build, "CUDA_ARCHS", ["80", "87", "90a"])
+    monkeypatch.setenv("SMOLVLA_CUDA_ARCHS", given)
+    if isinstance(found, list):
+        assert ninja_build.cuda_archs("nvcc") == found
+    else:
+        with pytest.raises(ninja_build.Unavailable, match=found):
+            ninja_build.cuda_archs("nvcc")
 
 
 @pytest.mark.skipif(not has_nvcc(), reason="no nvcc here: the CUDA part is not compiled")

@@ -57,11 +57,12 @@ struct Launch {
 };
 
 Launch make_launch(const DenoiseSizes& sizes) {
-    int index = 0, multiprocessors = 0, shared_limit = 0;
+    int index = 0, multiprocessors = 0, shared_limit = 0, cooperative = 0;
     check(cudaGetDevice(&index), "cudaGetDevice");
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index), "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
           "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, index), "cudaDeviceGetAttribute");
 
     Launch launch;
     Plan& plan = launch.plan;
@@ -100,6 +101,7 @@ Launch make_launch(const DenoiseSizes& sizes) {
     }
     resources.blocks = std::min(multiprocessors, useful);
     resources.counter_barriers = sizes.steps * (2 + 5 * sizes.layers);
+    resources.cooperative = cooperative != 0;
 
     const size_t residual = aligned(sizeof(float) * kUnit * plan.rows * ceil_div(columns, resources.blocks));
     const size_t inverse_rms = aligned(sizeof(float) * plan.rows);

@@ -54,6 +54,7 @@ struct DenoiseResources {
     size_t ring_bytes;     // of these for weights on their way
     size_t largest_slab;   // more than ring_bytes: it cannot be launched
     int counter_barriers;  // that a launch goes through
+    bool cooperative;      // whether the device can launch so that all blocks run at once
 };
 
 // What a launch of these sizes would take on the current device.

@@ -27,6 +27,17 @@ struct Grid {
     bool cooperative = false;  // all blocks run at once or the launch is refused
 };
 
+// Above 48 KB a kernel has to ask for dynamic shared memory. The limit is one number a kernel and device for all threads
+// of the process, so it is raised to all that the current device gives: what another thread wants less of must not come
+// between this thread's asking and its launch.
+inline void allow_shared(const void* kernel, size_t bytes) {
+    if (bytes <= 48 * 1024) return;
+    int index = 0, limit = 0;
+    check(cudaGetDevice(&index), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), "cudaDeviceGetAttribute");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "cudaFuncSetAttribute");
+}
+
 #if defined(SMOLVLA_SIMT)
 
 template <class... Params, class... Args>
@@ -41,11 +52,7 @@ void launch(const char* name, void (*kernel)(Params...), const Grid& grid, cudaS
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), const Grid& grid, cudaStream_t stream, const Args&... args) {
     const auto address = reinterpret_cast<const void*>(kernel);
-    // Above 48 KB a kernel has to ask; the attribute belongs to the device that is current.
-    if (grid.shared_bytes > 48 * 1024)
-        check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(grid.shared_bytes)),
-              name);
+    allow_shared(address, grid.shared_bytes);
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
@@ -65,10 +72,7 @@ void launch(const char* name, void (*kernel)(Params...), const Grid& grid, cudaS
 template <class... Params>
 int blocks_at_once(void (*kernel)(Params...), int threads, size_t shared_bytes) {
     const auto address = reinterpret_cast<const void*>(kernel);
-    // Above 48 KB a kernel has to ask, or the answer is 0.
-    if (shared_bytes > 48 * 1024)
-        check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-              "cudaFuncSetAttribute");
+    allow_shared(address, shared_bytes);
     int blocks = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, address, threads, shared_bytes),
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");

@@ -49,7 +49,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
         case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
             *value = static_cast<int>(settings.shared_bytes_per_block);
             break;
-        case cudaDevAttrCooperativeLaunch: *value = 1; break;
+        case cudaDevAttrCooperativeLaunch: *value = settings.cooperative; break;
         case cudaDevAttrL2CacheSize: *value = 0; break;
     }
     return cudaSuccess;

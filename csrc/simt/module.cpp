@@ -35,16 +35,18 @@ void bind(py::module_& m) {
     m.def(
         "configure",
         [](const py::object& seed, const py::object& multiprocessors, const py::object& blocks_per_multiprocessor,
-           const py::object& compute_capability, const py::object& shared_bytes_per_block) {
+           const py::object& compute_capability, const py::object& shared_bytes_per_block,
+           const py::object& cooperative) {
             set(settings.seed, seed);
             set(settings.multiprocessors, multiprocessors);
             set(settings.blocks_per_multiprocessor, blocks_per_multiprocessor);
             set(settings.compute_capability, compute_capability);
             set(settings.shared_bytes_per_block, shared_bytes_per_block);
+            set(settings.cooperative, cooperative);
         },
         py::kw_only(), py::arg("seed") = py::none(), py::arg("multiprocessors") = py::none(),
         py::arg("blocks_per_multiprocessor") = py::none(), py::arg("compute_capability") = py::none(),
-        py::arg("shared_bytes_per_block") = py::none(),
+        py::arg("shared_bytes_per_block") = py::none(), py::arg("cooperative") = py::none(),
         "The order of threads, and the size of the imaginary GPU; what is not named stays.");
     m.def(
         "reset", [] { settings = Settings{}; }, "Settings as they are at first.");

@@ -112,6 +112,7 @@ struct Settings {
     uint64_t seed = 0;
     int multiprocessors = 8, blocks_per_multiprocessor = 1, compute_capability = 80;
     size_t shared_bytes_per_block = 163 * 1024;
+    bool cooperative = true;
 };
 
 struct Launch {

@@ -35,7 +35,7 @@ def why_not_persistent(
 ) -> str | None:
     """Why one launch cannot run this loop on the device of ``noise``, or None. Waits for no device work."""
     reason = _why_not_sizes(dims, expert, kv, noise, times) or _why_not_tensors(
-        dims, expert, heads, kv, noise
+        dims, expert, heads, kv, noise, times
     )
     if reason:
         return reason
@@ -54,6 +54,10 @@ def why_not_persistent(
             return missing
     with torch.cuda.device_of(noise):
         found = kernels.denoise_resources(_sizes(dims, expert, heads, kv, noise, times))
+    if not found["cooperative"]:
+        return (
+            "the device has no cooperative launches, in which all blocks run at once; the barriers need them"
+        )
     if found["ring_bytes"] < found["largest_slab"]:
         return (
             f"a block's shared memory has room for {found['ring_bytes']} bytes of weights beside its activations; "
@@ -90,7 +94,7 @@ def _why_not_sizes(
 
 
 def _why_not_tensors(
-    dims: Dims, expert: list[DecoderLayer], heads: Heads, kv: PrefixKV, noise: Tensor
+    dims: Dims, expert: list[DecoderLayer], heads: Heads, kv: PrefixKV, noise: Tensor, times: Tensor
 ) -> str | None:
     batch, prefix = kv.pad_masks.shape
     width, inner, suffix = dims.expert_width, expert[0].gate.shape[0], dims.chunk
@@ -103,6 +107,18 @@ def _why_not_tensors(
 
     try:
         library.check("", "noise", noise, (batch, suffix, dims.action_width), (_FP32,), contiguous=False)
+        # What torch folds or copies before the launch: of any strides, but a shape that torch would broadcast or a mask
+        # of wider elements would be read wrongly by the kernel.
+        before: list[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = [
+            ("kv.pad_masks", kv.pad_masks, (batch, prefix), (torch.bool,)),
+            ("times", times, (times.shape[0], batch, width), (*library.DTYPES, torch.float64)),
+            ("action_in's weight", heads.action_in.weight, (width, dims.action_width), library.DTYPES),
+            ("action_in's bias", heads.action_in.bias, (width,), library.DTYPES),
+            ("time_in's weight", heads.time_in.weight, (width, 2 * width), library.DTYPES),
+            ("time_in's bias", heads.time_in.bias, (width,), library.DTYPES),
+        ]
+        for name, tensor, shape, dtypes in before:
+            library.check("", name, tensor, shape, dtypes, like=noise, contiguous=False)
         for index, (layer, cache) in enumerate(zip(expert, kv.layers, strict=True)):
             of = f"of layer {index}"
             slots = (batch, prefix if layer.cross else prefix + suffix, dims.kv_heads, dims.head_dim)

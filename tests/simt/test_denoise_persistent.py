@@ -276,6 +276,18 @@ def test_reasons(emulator: Any) -> None:
     caches = [LayerKV(c.k.half(), c.v.half()) for c in given["kv"].layers]
     assert "cache of layer 0 is float16" in reason({**given, "kv": PrefixKV(caches, given["kv"].pad_masks)})
     assert "there are 0 steps" in reason({**given, "times": given["times"][:0]})
+    # Of all these torch's own part of the call would make something, and the kernel would read it wrongly.
+    assert "times has shape [3, 1, 48]" in reason({**given, "times": given["times"][:, :1]})
+    for kind in (torch.int64, torch.float32):
+        masks = PrefixKV(given["kv"].layers, given["kv"].pad_masks.to(kind))
+        assert "kv.pad_masks is " in reason({**given, "kv": masks})
+    narrow_in = given["heads"].action_in._replace(weight=given["heads"].action_in.weight[:, :-1])
+    assert "action_in's weight has shape [48, 4]" in reason(
+        {**given, "heads": replace(given["heads"], action_in=narrow_in)}
+    )
+    emulator.configure(cooperative=False)
+    assert "no cooperative launches" in reason(given)
+    emulator.configure(cooperative=True)
     emulator.configure(shared_bytes_per_block=_shared_for(emulator, given, 1.0) - 128)
     assert "has room for" in reason(given)
 

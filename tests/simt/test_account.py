@@ -1,0 +1,21 @@
+"""docs/denoise-persistent.md has the tables that scripts/denoise_account.py prints, to the last figure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_account_is_what_its_script_prints(compiled: Any) -> None:
+    """Its plan of shared memory is the launcher's own, so a changed plan is red here until the page says so."""
+    script = str(ROOT / "scripts" / "denoise_account.py")
+    printed = subprocess.run(
+        [sys.executable, script], cwd=ROOT, text=True, capture_output=True, check=True
+    ).stdout
+    rows = [line for line in printed.splitlines() if line.startswith("| ")]
+    page = (ROOT / "docs" / "denoise-persistent.md").read_text().splitlines()
+    assert len(rows) > 20 and [row for row in rows if row not in page] == []
