@@ -71,6 +71,8 @@ def why_not_persistent(
 def _why_not_sizes(
     dims: Dims, expert: list[DecoderLayer], kv: PrefixKV, noise: Tensor, times: Tensor
 ) -> str | None:
+    if not isinstance(expert[0].gate, Tensor):
+        return "the expert's weights are quantised; accepted are bfloat16 tensors"
     batch, prefix = kv.pad_masks.shape
     found = dict(
         batch=batch, prefix=prefix, suffix=dims.chunk, actions=noise.shape[-1], layers=len(expert),

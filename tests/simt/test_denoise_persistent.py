@@ -270,6 +270,7 @@ def test_reasons(emulator: Any) -> None:
     )
     assert "down of layer 1 has shape" in reason(_with(given, 1, down=layer.down[:-8]))
     assert "is quantised" in reason(_with(given, 1, q=(layer.q, layer.q)))
+    assert "are quantised" in reason(_with(given, 0, gate=(layer.gate, layer.gate)))
     assert ".contiguous()" in reason(_with(given, 1, o=layer.o.t().contiguous().t()))
     shifted = torch.cat([layer.up.flatten()[:4], layer.up.flatten()])[4:].view_as(layer.up)
     assert "multiple of 16 bytes" in reason(_with(given, 1, up=shifted))
