@@ -26,9 +26,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from fuzz.cases import WEIGHTS, Tally, calls, compare, lay_out, outcome, policies, policy_of, rel_l2
 
@@ -122,7 +121,7 @@ def drawn_cases(count: int, deadline: float, tally: Tally) -> None:
     @given(
         policies(),
         st.sampled_from(WEIGHTS),
-        st.sampled_from(["exact", "fp32"]),
+        tiers,
         st.lists(calls(), min_size=4, max_size=4),
     )
     def run(made: dict[str, Any], weights: str, tier: str, asked: list[dict[str, Any]]) -> None:
