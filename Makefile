@@ -1,10 +1,11 @@
-# make demo | test | simt | simt-full | lint | bench | aot | cuda | ptxas | gpu-report | gpu-peers | gpu-wheels | venv | clean
+# make demo | test | fuzz | soak | test-compat | simt | simt-full | lint | bench | aot | cuda | ptxas | gpu-report | gpu-peers | gpu-wheels | venv | clean
 #
 # Everything happens in .venv, made on first use with the best Python found (or PYTHON=...). ARGS is passed on:
 #   make demo ARGS="--precision bf16"     make test ARGS="-k patch"
 
 VENV    := .venv
 ALONE   := .venv-standalone
+COMPAT  := 0.5.1 0.4.4
 STAMP   := $(VENV)/.smolvla_fast
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -path '*/__pycache__/*' -not -path 'csrc/simt/*')
 PIP     := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
@@ -14,7 +15,7 @@ ARGS    ?=
 # Processes of `make test`; 0: one process, with live output.
 JOBS    ?= 2
 
-.PHONY: demo test simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
+.PHONY: demo test fuzz soak test-compat simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -23,6 +24,35 @@ demo: venv
 test: venv
 	HF_HUB_OFFLINE=1 SMOLVLA_FAST_PYTHONS=$(wildcard $(ALONE)/bin/python) $(VENV)/bin/python -m pytest -n $(JOBS) \
 	    --dist loadgroup $(ARGS)
+
+# Two thousand drawn cases instead of the hundred of `make test`; other ones every time.
+fuzz: venv
+	HF_HUB_OFFLINE=1 SMOLVLA_FAST_FUZZ=$(or $(CASES),2000) $(VENV)/bin/python -m pytest tests/fuzz -s $(ARGS)
+
+# Ten minutes at most: ten thousand chunks, then drawn cases; counts, memory first and last.
+soak: venv
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python scripts/soak.py $(ARGS)
+
+# The engine's parity and patch tests under other releases of LeRobot, each in an environment of its own: minutes to make
+# the first time, and several GB. ARGS is passed to pytest.
+test-compat: $(COMPAT:%=.venv-lerobot-%/.ready)
+	@for version in $(COMPAT); do \
+	    echo "LeRobot $$version"; \
+	    HF_HUB_OFFLINE=1 .venv-lerobot-$$version/bin/python -m pytest -q -p no:cacheprovider -m "not slow" \
+	        tests/engine/test_parity.py tests/engine/test_patch.py tests/engine/test_rtc.py tests/engine/test_fallback.py \
+	        $(ARGS) || exit 1; \
+	done
+
+# 0.5 needs Python 3.12, 0.4.4 is the last release for 3.10 and 3.11. The extension, made for the Python of $(VENV), is not
+# there under another Python: torch serves the ops.
+.venv-lerobot-%/.ready:
+	@python=$$(scripts/find_python.sh $(if $(filter 0.4.%,$*),10 11,12 13)) || exit 1; \
+	echo "Creating .venv-lerobot-$* with $$python: LeRobot $* and pytest."; \
+	"$$python" -m venv --clear .venv-lerobot-$*
+	@.venv-lerobot-$*/bin/python -m pip install -qq --disable-pip-version-check --upgrade pip
+	@.venv-lerobot-$*/bin/python -m pip install -qq --disable-pip-version-check "lerobot[smolvla]==$*" peft pytest \
+	    pytest-benchmark hypothesis
+	@touch $@
 
 # CUDA C++ kernels run on the host, by the emulator of csrc/simt: without the slow ones, and with them.
 simt: venv

@@ -121,8 +121,11 @@ class Runtime:
             self.watch = None
             reason = model_reason(model)
             if reason is None:
-                self.prepare(model)
-                reason = self.probed
+                try:
+                    self.prepare(model)
+                    reason = self.probed
+                except RuntimeError as error:  # the policy has moved to where an explicit wish cannot be met
+                    reason = str(error)
             if reason is None:
                 if self.engine is not None and self.engine.graphs is not None:
                     self.engine.graphs.clear()  # they hold addresses and settings of before

@@ -1,4 +1,4 @@
-"""The command line: ``smolvla-fast doctor | demo | bench | verify``."""
+"""The command line: ``smolvla-fast doctor | demo | bench | verify | serve``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "run LeRobot's SmolVLA stock and patched on one observation; times, error, chart",
     "verify": "check the patched policy against stock; exit status 1 if it fails",
     "bench": "run the benchmark suites; JSON, Markdown and chart",
+    "serve": "LeRobot's policy server with its SmolVLA policies patched",
 }
 
 
@@ -52,7 +53,10 @@ def _main(argv: Sequence[str] | None) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(command)
-    args = command.parse_args(rest)
+    if getattr(module, "PASSES_ON", False):
+        args, args.passed_on = command.parse_known_args(rest)
+    else:
+        args = command.parse_args(rest)
     console = Console()
     try:
         return module.run(args, console)

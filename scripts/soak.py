@@ -1,0 +1,175 @@
+"""Ten thousand chunks and then drawn cases, for at most so many minutes: does anything drift, leak or mismatch?
+
+    python scripts/soak.py [--minutes 10] [--chunks 10000] [--cases N]
+
+Every chunk is compared with the one that stock gave for the same input, by four threads in tiers exact and fp32; prompts and
+cameras vary, half of the chunks are guided by real-time chunking. Ends with counts; exit status 1 where a case does not
+match, or where memory, threads or file handles have grown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import itertools
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from fuzz.cases import WEIGHTS, Tally, calls, compare, lay_out, outcome, policies, policy_of, rel_l2
+
+import smolvla_fast
+from smolvla_fast.testing import make_policy
+from smolvla_fast.verify import FP32_BOUND
+
+GROWTH = 8 * 2**20
+"""Bytes by which the resident set may have grown between a tenth of the chunks and all of them: the allocator's own
+movement. A kilobyte lost a chunk would be ten million."""
+
+WORKERS = 4
+
+
+def usage() -> dict[str, int]:
+    gc.collect()
+    process = psutil.Process()
+    return {
+        "resident bytes": process.memory_info().rss,
+        "threads": process.num_threads(),
+        "file handles": process.num_fds() if hasattr(process, "num_fds") else process.num_handles(),
+    }
+
+
+def inputs() -> list[dict[str, Any]]:
+    """Eight calls as the fuzz tests draw them, fixed here."""
+    plain = dict(absent=0, image_size=None, image_dtype=torch.float32, padding=False, pad_to=2, num_steps=2)
+    plain |= dict(given_noise=True, context="no_grad", rtc=None, batch=1)
+    rtc = dict(schedule="LINEAR", weight=10.0, delay=2, horizon=None, rows=3, width=6, rank=2, first=False)
+    tasks = ("go", "pick up the red cube")
+    return [
+        {
+            **plain,
+            "seed": seed,
+            "task": tasks[seed % 2],
+            "absent": seed // 2 % 2,
+            "rtc": rtc if seed > 3 else None,
+        }
+        for seed in range(8)
+    ]
+
+
+def chunks(count: int, deadline: float, tally: Tally) -> tuple[dict[str, int], dict[str, int]]:
+    """Runs the chunks; returns what the process held after a tenth of them, and at the end."""
+    stock = make_policy("tiny", num_vlm_layers=1, chunk_size=4)
+    drawn = inputs()
+    want = [outcome(stock, call) for call in drawn]
+    tiers = [("exact", "fp32")[worker % 2] for worker in range(WORKERS)]
+    fast = [smolvla_fast.patch(copy.deepcopy(stock), precision=tier) for tier in tiers]
+    lock = threading.Lock()
+    first = usage()
+
+    def one(index: int) -> None:
+        # A policy's configuration is live, so each worker has a policy of its own; engines and counters are shared code.
+        worker, which = index % WORKERS, index // WORKERS % len(drawn)
+        got = outcome(fast[worker], drawn[which])
+        right = isinstance(got, torch.Tensor) and (
+            torch.equal(got, want[which])
+            if tiers[worker] == "exact"
+            else rel_l2(got, want[which]) <= FP32_BOUND
+        )
+        with lock:
+            tally.cases += 1
+            tally.mismatches += not right
+
+    with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=count, desc="chunks", mininterval=5) as bar:
+        for done in itertools.count(0, WORKERS):
+            if done >= count or time.monotonic() > deadline:
+                break
+            list(pool.map(one, range(done, done + WORKERS)))  # one a policy: none is called by two at a time
+            bar.update(WORKERS)
+            if done < count // 10 <= done + WORKERS:
+                first = usage()
+        last = usage()
+    for policy in fast:
+        now = smolvla_fast.status(policy)
+        tally.served[f"{now.precision}, {now.backend}"] += now.calls_fast
+        if now.calls_stock:
+            tally.fallbacks[str(now.last_fallback)] += now.calls_stock
+    return first, last
+
+
+def drawn_cases(count: int, deadline: float, tally: Tally) -> None:
+    """Fuzz cases until the time is up, or until one does not match."""
+    tiers = st.sampled_from(["exact", "fp32"])
+
+    @settings(
+        max_examples=max(1, count // 4), deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate], report_multiple_bugs=False,
+    )  # fmt: skip
+    @given(
+        policies(),
+        st.sampled_from(WEIGHTS),
+        tiers,
+        st.lists(calls(), min_size=4, max_size=4),
+    )
+    def run(made: dict[str, Any], weights: str, tier: str, asked: list[dict[str, Any]]) -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        stock = policy_of(made)
+        lay_out(stock, weights)
+        fast = smolvla_fast.patch(copy.deepcopy(stock), precision=tier)
+        for call in asked:
+            compare(tally, stock, fast, tier, call)
+
+    try:
+        run()
+    except TimeoutError:
+        pass
+    except AssertionError as mismatch:  # counted; the others' counts are still to be told
+        print(mismatch, *getattr(mismatch, "__notes__", ()), sep="\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="the most it may take (default: 10)")
+    parser.add_argument(
+        "--chunks", type=int, default=10_000, help="chunks before the drawn cases (default: 10000)"
+    )
+    parser.add_argument(
+        "--cases", type=int, default=10**6, help="drawn cases at most (default: until the time is up)"
+    )
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    begin = time.monotonic()
+    deadline = begin + 60 * args.minutes
+    tally = Tally()
+    first, last = chunks(args.chunks, begin + 0.8 * 60 * args.minutes, tally)
+    print(f"chunks {tally.cases} of {args.chunks}, mismatches {tally.mismatches}")
+    fuzz = Tally()
+    drawn_cases(args.cases, deadline, fuzz)
+    for name, seen in (("chunks", tally), ("drawn", fuzz)):
+        print(name, *seen.lines(), sep="\n")
+    for name in first:
+        unit = 2**20 if "bytes" in name else 1
+        print(f"{name.replace('bytes', 'MiB')} first {first[name] / unit:.0f}, last {last[name] / unit:.0f}")
+    grown = [name for name in first if last[name] - first[name] > (GROWTH if "bytes" in name else 0)]
+    print(f"grown: {', '.join(grown) or 'nothing'}; {time.monotonic() - begin:.0f} s")
+    return 1 if grown or tally.mismatches or fuzz.mismatches or tally.cases < args.chunks else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
