@@ -1,4 +1,4 @@
-# make demo | test | simt | simt-full | lint | bench | aot | cuda | ptxas | gpu-report | gpu-peers | gpu-wheels | venv | clean
+# make demo | test | acceptance | simt | simt-full | lint | bench | aot | cuda | ptxas | gpu-report | gpu-peers | gpu-wheels | venv | clean
 #
 # Everything happens in .venv, made on first use with the best Python found (or PYTHON=...). ARGS is passed on:
 #   make demo ARGS="--precision bf16"     make test ARGS="-k patch"
@@ -12,7 +12,7 @@ PIP     := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --n
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 ARGS    ?=
 
-.PHONY: demo test simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
+.PHONY: demo test acceptance simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -20,6 +20,10 @@ demo: venv
 
 test: venv
 	HF_HUB_OFFLINE=1 SMOLVLA_FAST_PYTHONS=$(wildcard $(ALONE)/bin/python) $(VENV)/bin/python -m pytest $(ARGS)
+
+# docs/acceptance.md anew, from the marks of the tests.
+acceptance: venv
+	$(VENV)/bin/python scripts/acceptance.py
 
 # CUDA C++ kernels run on the host, by the emulator of csrc/simt: without the slow ones, and with them.
 simt: venv
