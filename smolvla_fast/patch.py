@@ -243,13 +243,11 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
 
 
 def _took(device: torch.device, started: float, checked: float) -> str:
-    """How long a warm-up took, and its parts: looking through the model, and the first chunk, which compiles and captures."""
+    """How long a warm-up took, in its parts: a look through the model; the first chunk, which compiles and captures."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     ended = time.perf_counter()
-    return (
-        f"; warm-up {ended - started:.2f} s (checks {checked - started:.2f} s, first chunk {ended - checked:.2f} s)"
-    )
+    return f"; warm-up {ended - started:.2f} s (checks {checked - started:.2f} s, first chunk {ended - checked:.2f} s)"
 
 
 def _shared(now: Status) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip(
 )
 
 from smolvla_fast import inference, testing
+from smolvla_fast.precision import Tier
 from smolvla_fast.testing import make_noise, make_observation
 
 TIERS = ["exact", "fp32", "bf16"]
@@ -55,6 +57,15 @@ def seam_inputs(policy: Any, observation: dict[str, Tensor]) -> tuple[Any, ...]:
         observation[f"observation.language.{name}"] for name in ("tokens", "attention_mask")
     )
     return images, masks, tokens, token_masks, policy.prepare_state(observation)
+
+
+def chunk_in_fp64(model: Any, inputs: tuple[Any, ...], noise: Tensor) -> Tensor:
+    """The truth for a chunk from ``seam_inputs``: the references follow the dtype they are given."""
+    images, masks, tokens, token_masks, state = inputs
+    engine = inference.Engine(Tier("fp64", gemm_dtype=None, stock_order=True), "auto", torch.device("cpu"))
+    wide = [image.double() for image in images]
+    model = copy.deepcopy(model).double()
+    return engine.act(model, wide, masks, tokens, token_masks, state.double(), noise.double())
 
 
 @pytest.fixture

@@ -46,7 +46,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         return
     terminalreporter.section("acceptance checks")
     for number, text in STATEMENTS.items():
-        terminalreporter.line(f"{number:2} {line_of(number, found[number])}  {text[:60]}")
+        if number in found or number in NO_TEST or number in ELSEWHERE:
+            terminalreporter.line(f"{number:2} {line_of(number, found.get(number, []))}  {text[:60]}")
 
 
 def line_of(number: int, tests: list[tuple[str, str]]) -> str:

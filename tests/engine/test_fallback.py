@@ -6,7 +6,6 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -250,6 +249,7 @@ def _check(policy: Any, stock: Tensor, fast: Tensor, reason: str, caplog: pytest
     assert len(caplog.records) == 1, "one reason, one message"
 
 
+@pytest.mark.check(18, 19)
 @pytest.mark.parametrize("name", MODELS)
 def test_model_changed_before_patch(name: str, caplog: pytest.LogCaptureFixture) -> None:
     change, reason = MODELS[name]
@@ -264,6 +264,7 @@ def test_model_changed_before_patch(name: str, caplog: pytest.LogCaptureFixture)
 
 
 # Replacing the class of a patched model undoes the patch: what is left then is not ours to answer for.
+@pytest.mark.check(18, 19)
 @pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name][0].__name__ not in UNDO])
 def test_model_changed_after_patch(name: str, caplog: pytest.LogCaptureFixture) -> None:
     change, reason = MODELS[name]
@@ -381,6 +382,7 @@ def test_what_stock_cannot_run_fails_as_in_stock(settings: dict[str, Any]) -> No
     assert smolvla_fast.status(policy).calls_stock == 1
 
 
+@pytest.mark.check(43)
 def test_bad_input_raises_as_stock_and_the_next_call_is_right(
     policy: Any, observation: dict[str, Tensor], noise: Tensor
 ) -> None:
@@ -402,6 +404,7 @@ def test_bad_input_raises_as_stock_and_the_next_call_is_right(
         assert torch.equal(chunk(policy, observation, noise), chunk(twin, observation, noise))
 
 
+@pytest.mark.check(2)
 def test_nothing_is_said_twice(
     policy: Any, observation: dict[str, Tensor], noise: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import logging
-import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +13,7 @@ from recorder import RecorderDriver
 from torch import nn
 
 import smolvla_fast
-from smolvla_fast import graphs, inference
+from smolvla_fast import graphs
 from smolvla_fast.testing import make_noise, make_observation
 
 from .conftest import chunk, make_policy
@@ -87,6 +83,7 @@ def _eps(policy: Any) -> None:
         layer.input_layernorm.variance_epsilon = 0.1
 
 
+@pytest.mark.check(37, 38, 39)
 @pytest.mark.parametrize(
     ("change", "captures"),
     [(_copy_, 1), (_load, 1), (_step, 1)]
@@ -106,6 +103,7 @@ def test_every_way_weights_change(change: Callable[[Any], None], captures: int) 
     assert pair.status.calls_stock == 0
 
 
+@pytest.mark.check(19)
 def test_a_hook_sends_the_call_under_way_to_stock() -> None:
     """It is found behind the replay; the chunk is thrown away and noise is not drawn twice."""
     pair = Captured()
@@ -157,6 +155,7 @@ def test_inside_a_callers_own_capture_nothing_is_captured() -> None:
     assert pair.same() and pair.driver.captures == 0 and pair.status.calls_fast == 1
 
 
+@pytest.mark.check(51)
 def test_inference_mode_and_plain_calls_share_a_graph() -> None:
     pair = Captured()
     with torch.inference_mode():
@@ -167,6 +166,7 @@ def test_inference_mode_and_plain_calls_share_a_graph() -> None:
     assert pair.driver.captures == 1
 
 
+@pytest.mark.check(16)
 def test_copies_capture_for_themselves() -> None:
     pair = Captured()
     assert pair.same()
@@ -240,6 +240,7 @@ def test_nothing_but_ops_runs_in_a_layer(monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
+@pytest.mark.check(53)
 @pytest.mark.parametrize("broken", [False, True], ids=["capture survives", "capture broken"])
 def test_recording_tells_what_broke_it(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of the work, not that of ending the capture; what a broken one leaves behind is undone once."""

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
-import io
-import logging
-import pickle
 import re
-import threading
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +26,7 @@ def test_patching_again_changes_the_settings(policy: Any, observation: dict[str,
         assert smolvla_fast.status(policy).precision == precision
 
 
+@pytest.mark.check(61)
 @pytest.mark.parametrize("precision", TIERS)
 def test_extra_bytes_are_all_that_a_chunk_leaves_behind(
     policy: Any, observation: dict[str, Tensor], noise: Tensor, precision: str
@@ -70,6 +65,7 @@ def _replace_parameters(policy: Any, other: Any) -> None:
                 setattr(mine, name, nn.Parameter(getattr(theirs, name).detach().clone()))
 
 
+@pytest.mark.check(37, 38, 39)
 @pytest.mark.parametrize("change", [_ema_swap, _load, _replace_parameters])
 @pytest.mark.parametrize("precision", TIERS)
 def test_next_chunk_uses_changed_weights(
@@ -86,6 +82,7 @@ def test_next_chunk_uses_changed_weights(
     assert rel_l2(before, wanted) > 1e-2
 
 
+@pytest.mark.check(37)
 def test_every_parameter_that_stock_uses_is_read_live() -> None:
     """Nudge one parameter at a time: the fp32 chunk follows stock's each time."""
     policy = make_policy("tiny", num_steps=2)
@@ -114,6 +111,7 @@ def test_every_parameter_that_stock_uses_is_read_live() -> None:
 # Outputs, noise and global state ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.check(57)
 def test_warmup_counts_nothing_and_leaves_the_batch(policy: Any, observation: dict[str, Tensor]) -> None:
     kept = {key: value.clone() for key, value in observation.items()}
     for warmup in (True, observation):
@@ -145,6 +143,7 @@ def test_bad_arguments(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not smolvla_fast.status(policy).active
 
 
+@pytest.mark.check(61)
 @LEROBOT_ONLY
 @pytest.mark.slow
 def test_peak_memory_full_size() -> None:
@@ -224,6 +223,7 @@ def test_unpatching_while_a_chunk_is_computed(policy: Any, observation: Any) -> 
     assert not smolvla_fast.status(policy).active
 
 
+@pytest.mark.check(5)
 @pytest.mark.parametrize("value", ["false", "No", "off", "0", ""])
 def test_disable_knows_its_negations(policy: Any, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("SMOLVLA_FAST_DISABLE", value)

@@ -94,6 +94,7 @@ def test_stage_times_cover_the_chunk(
     assert (set(policy.model.__dict__), set(policy.model.vlm_with_expert.__dict__)) == attributes
 
 
+@pytest.mark.check(7)
 def test_fingerprints_ignore_layout_and_see_maths(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib
 
@@ -109,6 +110,7 @@ def test_fingerprints_ignore_layout_and_see_maths(tmp_path: Any, monkeypatch: py
     assert plain != digest_of("def f(x):\n    return x * 2, 'a string is no docstring'\n", "fp_string")
 
 
+@pytest.mark.check(7)
 @LEROBOT_ONLY
 def test_functions_of_two_versions_do_not_mix(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table = next(
