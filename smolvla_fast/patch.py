@@ -201,8 +201,9 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
     if disabled():
         logger.warning("smolvla_fast: off: %s is set; call patch again after unsetting it", DISABLE)
         return policy
-    before = model.__dict__.get(SETTINGS)
-    model.__dict__[SETTINGS] = Settings(precision, backend)
+    before, settings = model.__dict__.get(SETTINGS), Settings(precision, backend)
+    if before != settings:  # the same object else: graphs hold as long as nothing of the model is replaced
+        model.__dict__[SETTINGS] = settings
     if not isinstance(model, _Accelerated):
         stock: Any = type(model)
         model.__class__ = _accelerated(stock)

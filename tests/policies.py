@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -36,8 +37,15 @@ shares its maths with the references, so a change to those cannot be told apart 
 
 
 def make_policy(size: str, **settings: Any) -> Any:
-    """``smolvla_fast.testing.make_policy`` of the class under test."""
+    """``smolvla_fast.testing.make_policy`` of the class under test; common ones are copies of one made before."""
+    if size == "tiny" and settings.keys() <= {"num_steps", "layout", "seed", "cameras"}:
+        return copy.deepcopy(_made(_origin, **settings))
     return testing.make_policy(size, origin=_origin, **settings)
+
+
+@lru_cache(maxsize=32)
+def _made(origin: str, **settings: Any) -> Any:
+    return testing.make_policy("tiny", origin=origin, **settings)
 
 
 def rel_l2(x: Tensor, reference: Tensor) -> float:

@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 from captured import recording
 from checks import ELSEWHERE, NO_TEST, STATEMENTS, numbers_elsewhere, where
-from policies import bf16_products, few_threads, noise, observation, origin, policy
+from policies import bf16_products, few_threads, make_policy, noise, observation, origin
 
-__all__ = ["bf16_products", "few_threads", "noise", "observation", "origin", "policy", "recording"]
+__all__ = ["bf16_products", "few_threads", "noise", "observation", "origin", "recording"]
+
+
+@pytest.fixture
+def policy(origin: str) -> Any:
+    """LeRobot's and ours; three steps show whatever ten would."""
+    return make_policy("tiny", num_steps=3)
+
 
 _collected: dict[str, tuple[list[int], str]] = {}
 """Test -> its checks, and where it shows them."""
