@@ -1,4 +1,5 @@
-# make demo | test | fuzz | soak | test-compat | simt | simt-full | lint | bench | aot | cuda | ptxas | gpu-report | gpu-peers | gpu-wheels | venv | clean
+# make demo | test | acceptance | fuzz | soak | test-compat | simt | simt-full | lint | bench | aot | cuda | ptxas
+#      | gpu-report | gpu-peers | gpu-wheels | venv | clean
 #
 # Everything happens in .venv, made on first use with the best Python found (or PYTHON=...). ARGS is passed on:
 #   make demo ARGS="--precision bf16"     make test ARGS="-k patch"
@@ -15,7 +16,7 @@ ARGS    ?=
 # Processes of `make test`; 0: one process, with live output.
 JOBS    ?= 2
 
-.PHONY: demo test fuzz soak test-compat simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
+.PHONY: demo test acceptance fuzz soak test-compat simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -53,6 +54,10 @@ test-compat: $(COMPAT:%=.venv-lerobot-%/.ready)
 	@.venv-lerobot-$*/bin/python -m pip install -qq --disable-pip-version-check "lerobot[smolvla]==$*" peft pytest \
 	    pytest-benchmark hypothesis
 	@touch $@
+
+# docs/acceptance.md anew, from the marks of the tests.
+acceptance: venv
+	$(VENV)/bin/python scripts/acceptance.py
 
 # CUDA C++ kernels run on the host, by the emulator of csrc/simt: without the slow ones, and with them.
 simt: venv

@@ -20,12 +20,12 @@ from benchmarks.account import stage_costs
 from benchmarks.cpu import openvino_peer, overhead, scaling
 from benchmarks.cpu.checks import check_all, check_heavy, loss_of_bf16_stock
 from benchmarks.cpu.contestants import CPU, Arena, Contestant, chunk, first_chunk
-from benchmarks.cpu.heavy import heavy_tailed
 from benchmarks.cpu.roof import Roofs, measure_roofs
 from smolvla_fast import extension
 from smolvla_fast.cli import system
 from smolvla_fast.cli.console import write_json
 from smolvla_fast.cli.measure import median_stages, percentile, summary, timed_ms
+from smolvla_fast.outliers import heavy_tailed
 from smolvla_fast.timing import stage_times
 
 LEAST_ROUNDS = 3

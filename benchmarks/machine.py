@@ -54,7 +54,8 @@ def _gemm(dtype: torch.dtype, device: torch.device) -> float:
     side = GEMM_SIDE[device.type]
     x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     pointwise = getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
-    if device.type == "cpu" and torch.backends.mkldnn.is_available() and pointwise is not None:
+    onednn = device.type == "cpu" and torch.backends.mkldnn.is_available() and pointwise is not None
+    if onednn and (dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         # torch's own fp32 path is MKL, far from the roof on other makers' processors; oneDNN is near it.
         seconds = best_seconds(lambda: pointwise(x, weight, None, "none", [], ""), device)
     else:

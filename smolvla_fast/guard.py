@@ -25,6 +25,7 @@ from .stages.vision import patch_positions, vision_layer
 from .weights import read_patch_embedding, read_vision_layers
 
 DTYPES = (torch.float32, torch.bfloat16)
+DEVICES = ("cpu", "cuda")
 
 
 def model_reason(model: Any) -> str | None:
@@ -150,6 +151,8 @@ def _hook_reason(model: Any) -> str | None:
 
 def _dtype_reason(model: Any) -> str | None:
     device = model.state_proj.weight.device
+    if device.type not in DEVICES:
+        return f"the policy is on {device}; accepted are {' and '.join(DEVICES)}"
     for name, parameter in model.named_parameters():
         if parameter.dtype not in DTYPES:
             return f"{name} is {parameter.dtype}; accepted are float32 and bfloat16"

@@ -9,6 +9,7 @@ one small attribute with the settings. Engines and counters live outside, so cop
 from __future__ import annotations
 
 import logging
+import time
 from functools import cache
 from typing import Any, TypeVar
 
@@ -183,7 +184,7 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
     backend    "auto" (the best that serves this device), "torch", "cpu", "triton", "cuda" (CUDA C++ for attention and the
                denoise loop, Triton for the rest; not measured yet, so "auto" does not take it)
     warmup     an example batch as ``predict_action_chunk`` takes it, or True: run a chunk now, so that the first real one
-               is not slow. No random state moves.
+               is not slow; how long that took is said. No random state moves.
     raises     TypeError for another kind of object, ValueError for an unknown name, RuntimeError for an explicit wish
                that cannot be met, each naming what is accepted
     Patching again only changes the settings. ``unpatch`` undoes all of it.
@@ -200,24 +201,20 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
     if disabled():
         logger.warning("smolvla_fast: off: %s is set; call patch again after unsetting it", DISABLE)
         return policy
-    before = model.__dict__.get(SETTINGS)
-    model.__dict__[SETTINGS] = Settings(precision, backend)
+    before, settings = model.__dict__.get(SETTINGS), Settings(precision, backend)
+    if before != settings:  # the same object else: graphs hold as long as nothing of the model is replaced
+        model.__dict__[SETTINGS] = settings
     if not isinstance(model, _Accelerated):
         stock: Any = type(model)
         model.__class__ = _accelerated(stock)
     runtime = runtime_of(model)
+    started = time.perf_counter()
     reason = runtime.reason(model)
+    checked = time.perf_counter()
     if reason is not None:
         runtime.last_fallback = reason
         runtime.told.add(reason)
-        logger.warning("smolvla_fast: stock runs: %s", reason)
-    else:
-        now = status(policy)
-        instead = "".join(f"; not {name}: {why}" for name, why in now.passed_over.items())
-        logger.info(
-            "smolvla_fast: on: %s on %s, backend %s for %s%s",
-            now.precision, weight.device, now.backend, _shared(now), instead,
-        )  # fmt: skip
+    took = ""
     if warmup is not None and warmup is not False:
         was_training = found.training
         try:
@@ -233,7 +230,25 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
         finally:
             if was_training:
                 found.train()
+        took = _took(model.state_proj.weight.device, started, checked)
+    if reason is not None:
+        logger.warning("smolvla_fast: stock runs: %s%s", reason, took)
+    else:
+        now = status(policy)
+        instead = "".join(f"; not {name}: {why}" for name, why in now.passed_over.items())
+        logger.info(
+            "smolvla_fast: on: %s on %s, backend %s for %s%s%s",
+            now.precision, weight.device, now.backend, _shared(now), instead, took,
+        )  # fmt: skip
     return policy
+
+
+def _took(device: torch.device, started: float, checked: float) -> str:
+    """How long a warm-up took, in its parts: a look through the model; the first chunk, which compiles and captures."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    ended = time.perf_counter()
+    return f"; warm-up {ended - started:.2f} s (checks {checked - started:.2f} s, first chunk {ended - checked:.2f} s)"
 
 
 def _shared(now: Status) -> str:

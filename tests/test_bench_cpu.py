@@ -22,10 +22,10 @@ pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the pol
 from benchmarks import bench_cpu, report
 from benchmarks.cpu import checks, contestants, openvino_peer, overhead, runner, scaling, sections
 from benchmarks.cpu.contestants import Arena, Contestant, chunk
-from benchmarks.cpu.heavy import OUTLIER, heavy_tailed
 from benchmarks.cpu.roof import Roofs
 from benchmarks.gate import COMPILED_BOUND, Red
 from benchmarks.machine import Ceilings
+from smolvla_fast.outliers import OUTLIER, heavy_tailed
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_heavy_tails_come_and_go_without_a_trace(arena: Arena) -> None:
 
 
 def test_outliers_alone_leave_the_function_what_it_was(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.cpu.heavy._tails", lambda *_: None)
+    monkeypatch.setattr("smolvla_fast.outliers._tails", lambda *_: None)
     inputs = arena.inputs()
     before = chunk(arena.policy, inputs)
     with heavy_tailed(arena.policy.model):

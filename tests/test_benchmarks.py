@@ -199,31 +199,6 @@ def test_report_says_when_the_machine_was_busy() -> None:
 
 
 @pytest.mark.slow
-def test_bench_command_on_a_tiny_policy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the policy is LeRobot's")
-    from smolvla_fast.cli import main
-
-    path = tmp_path / "results" / "tiny.json"
-    options = ["--size", "tiny", "--cameras", "1", "--rounds", "2", "--steps", "2", "--threads", "1"]
-    assert main(["bench", "chunk", "stages", *options, "--json", str(path)]) == 0
-    data = json.loads(path.read_text())
-    found = {
-        (b["extra_info"]["suite"], b["extra_info"]["variant"]): b["extra_info"] for b in data["benchmarks"]
-    }
-    assert {("chunk", v) for v in ("stock", "exact", "fp32", "bf16")} <= set(found)
-    assert {("stages", v) for v in ("stock", "exact", "fp32", "bf16")} <= set(found)
-    assert found["chunk", "exact"]["max_abs"] == 0 and 0 < found["chunk", "fp32"]["rel_l2"] < 1e-5
-    assert found["chunk", "fp32"]["rounds"] == 2 and found["chunk", "fp32"]["p50_ms"] > 0
-    assert found["stages", "fp32"]["stages"]["denoise"]["share_of_floor"] > 0
-    facts = data["machine_info"]["smolvla_fast"]
-    assert (
-        facts["ceilings"]["copy_bytes"] > 0 and facts["torch_version"] and "node" not in data["machine_info"]
-    )
-    assert "## Chunk" in path.with_suffix(".md").read_text()
-    assert "not timed" not in capfd.readouterr().out
-
-
-@pytest.mark.slow
 def test_a_red_engine_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """End to end: with a wrong engine the stock rows stay, the engine's rows are missing, and the status is 1."""
     pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the policy is LeRobot's")

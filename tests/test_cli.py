@@ -65,6 +65,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
+@pytest.mark.check(3)
 def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json", str(tmp_path / "doctor.json")]) == 0
     out = capsys.readouterr().out

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import backends, extension
+from ..runtime import DISABLE, disabled
 from . import system
 from .console import Console, check_writable, counted, write_json
 
@@ -35,6 +36,7 @@ def examine() -> dict[str, Any]:
     device = torch.device("cuda" if facts["gpus"] else "cpu")
     return {
         **facts,
+        "disabled": disabled(),
         "versions": system.versions(),
         "compiler": system.compiler(),
         "nvcc": system.nvcc(),
@@ -105,6 +107,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.table(title, ["op", *names], rows, left=1 + len(names))
     for number, reason in enumerate(reasons, 1):
         console.line(f"({number}) {reason}")
+    if found["disabled"]:
+        console.line(f"{DISABLE} is set: every policy runs stock")
     if found["versions"]["lerobot"] is None:
         console.line(
             'lerobot is missing: demo, verify and bench need it; `pip install "smolvla_fast[lerobot]"`'

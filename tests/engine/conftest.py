@@ -1,77 +1,27 @@
-"""Tiny SmolVLA policies, LeRobot's and ours, and what they are fed."""
+"""What every test of this folder shares; the policies themselves are in tests/policies.py."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
-from torch import Tensor
-
-pytest.importorskip(
-    "lerobot.policies.smolvla.modeling_smolvla", reason="parity is against LeRobot's own classes"
+from policies import (
+    LEROBOT_ONLY,
+    bf16_products,
+    chunk,
+    few_threads,
+    make_policy,
+    noise,
+    observation,
+    origin,
+    policy,
+    rel_l2,
 )
 
-from smolvla_fast import inference, testing
-from smolvla_fast.testing import make_noise, make_observation
+__all__ = [
+    "LEROBOT_ONLY", "bf16_products", "chunk", "few_threads", "make_policy", "noise", "observation", "origin", "policy",
+    "rel_l2",
+]  # fmt: skip
 
-_origin = "lerobot"
 
-
-@pytest.fixture(params=["lerobot", "ours"], autouse=True)
-def origin(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(autouse=True)
+def both_origins(origin: str) -> None:
     """Every test of this folder runs on LeRobot's own class and on ours."""
-    global _origin
-    _origin = request.param
-    yield _origin
-    _origin = "lerobot"
-
-
-LEROBOT_ONLY = pytest.mark.parametrize("origin", ["lerobot"], indirect=True)
-"""For what is true of LeRobot's classes alone: their base class, their source, their looser checks. Our own model also
-shares its maths with the references, so a change to those cannot be told apart from it."""
-
-
-def make_policy(size: str, **settings: Any) -> Any:
-    """``smolvla_fast.testing.make_policy`` of the class under test."""
-    return testing.make_policy(size, origin=_origin, **settings)
-
-
-def rel_l2(x: Tensor, reference: Tensor) -> float:
-    return float((x.double() - reference.double()).norm() / reference.double().norm())
-
-
-def chunk(policy: Any, observation: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """One chunk from copies of the inputs, since Aloha policies flip the state they are given in place."""
-    copies = {key: value.clone() for key, value in observation.items()}
-    return policy.predict_action_chunk(copies, noise=noise, **kwargs)
-
-
-@pytest.fixture
-def policy(origin: str) -> Any:
-    return make_policy("tiny")
-
-
-@pytest.fixture
-def observation(policy: Any) -> dict[str, Tensor]:
-    return make_observation(policy)
-
-
-@pytest.fixture
-def noise(policy: Any) -> Tensor:
-    return make_noise(policy)
-
-
-@pytest.fixture(autouse=True)
-def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of the bf16 tier in bf16 on every processor, so that its numerics are tested everywhere."""
-    monkeypatch.setattr(inference, "why_bf16_is_slow", lambda: None)
-
-
-@pytest.fixture(autouse=True)
-def few_threads() -> Any:
-    """Tiny matrices on one thread: the tests are then an order of magnitude faster on a shared machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -88,6 +88,7 @@ def _stock_and_fast(policy: Any, observation: Any, precision: str) -> tuple[torc
     return stock, fast
 
 
+@pytest.mark.check(4)
 @pytest.mark.parametrize("name", GRID)
 def test_exact_has_stock_bits(name: str) -> None:
     settings, inputs = GRID[name]
@@ -96,6 +97,7 @@ def test_exact_has_stock_bits(name: str) -> None:
     assert torch.equal(stock, fast)
 
 
+@pytest.mark.check(27)
 @pytest.mark.parametrize("name", GRID)
 def test_fp32_within_bound(name: str) -> None:
     settings, inputs = GRID[name]
@@ -104,6 +106,7 @@ def test_fp32_within_bound(name: str) -> None:
     assert rel_l2(fast, stock) <= FP32_BOUND
 
 
+@pytest.mark.check(30)
 @pytest.mark.parametrize("layout", ["mixed", "bf16_text"])
 @pytest.mark.parametrize(
     "name", ["default", "batch=2", "heads 15/5", "self_attn_every_n_layers=3", "prefix_length=0"]
@@ -115,6 +118,7 @@ def test_exact_has_stock_bits_in_bf16_layouts(name: str, layout: str) -> None:
     assert torch.equal(stock, fast)
 
 
+@pytest.mark.check(28)
 @pytest.mark.parametrize(
     ("layout", "precision"),
     [("fp32", "bf16"), ("mixed", "bf16"), ("mixed", "auto"), ("bf16_text", "auto")],

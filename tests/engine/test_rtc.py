@@ -13,7 +13,7 @@ import smolvla_fast
 from smolvla_fast.testing import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
-from .conftest import LEROBOT_ONLY, chunk, make_policy, rel_l2
+from .conftest import chunk, make_policy, rel_l2
 
 rtc = pytest.importorskip("lerobot.policies.rtc.configuration_rtc")
 SCHEDULES = ["ZEROS", "ONES", "LINEAR", "EXP"]
@@ -37,6 +37,7 @@ def _previous(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(9))
 
 
+@pytest.mark.check(49)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("delay", [0, 1, 4, 8, 12])
 @pytest.mark.parametrize("max_weight", [1.0, 10.0])
@@ -49,6 +50,7 @@ def test_chunk_has_stock_bits(schedule: str, delay: int, max_weight: float) -> N
     assert smolvla_fast.status(fast).calls_fast == 1
 
 
+@pytest.mark.check(49)
 @pytest.mark.parametrize(
     "shape",
     [(1, 1), (8, 6), (10, 32), (1, 8, 6), (1, 10, 32), (1, 3, 32)],
@@ -77,6 +79,7 @@ def test_guidance_changes_the_chunk_and_leaves_its_input() -> None:
     assert torch.equal(previous, kept)
 
 
+@pytest.mark.check(36)
 def test_first_chunk_and_switch_at_run_time() -> None:
     stock, fast = _policies(_config(), "exact")
     observation, noise = make_observation(stock), make_noise(stock)
@@ -95,6 +98,7 @@ def test_first_chunk_and_switch_at_run_time() -> None:
     assert smolvla_fast.status(fast).calls_stock == 0
 
 
+@pytest.mark.check(51)
 def test_runs_under_inference_mode() -> None:
     """Stock's autograd raises there; the closed form does not need it."""
     stock, fast = _policies(_config(), "exact")
@@ -103,33 +107,3 @@ def test_runs_under_inference_mode() -> None:
     wanted = chunk(stock, observation, noise, **kwargs)
     with torch.inference_mode():
         assert torch.equal(chunk(fast, observation, noise, **kwargs), wanted)
-
-
-@LEROBOT_ONLY
-@pytest.mark.parametrize(
-    ("kwargs", "error"),
-    [
-        (dict(prev_chunk_left_over=_previous(8, 6)), TypeError),
-        (dict(inference_delay=2, prev_chunk_left_over=_previous(12, 32)), AssertionError),
-        (dict(inference_delay=2, prev_chunk_left_over=_previous(2, 8, 6)), RuntimeError),
-    ],
-    ids=["no delay", "longer than a chunk", "another batch size"],
-)
-def test_bad_calls_raise_as_in_stock(kwargs: dict[str, Any], error: type[Exception]) -> None:
-    stock, fast = _policies(_config(), "fp32")
-    observation, noise = make_observation(stock), make_noise(stock)
-    for policy in (stock, fast):
-        with pytest.raises(error):
-            chunk(policy, observation, noise, **kwargs)
-    chunk(fast, observation, noise)
-    assert smolvla_fast.status(fast).calls_fast == 1
-
-
-def test_debug_tracker_runs_stock_with_full_records() -> None:
-    stock, fast = _policies(_config(debug=True), "exact")
-    observation, noise = make_observation(stock), make_noise(stock)
-    kwargs: dict[str, Any] = dict(inference_delay=3, prev_chunk_left_over=_previous(8, 6))
-    assert torch.equal(chunk(stock, observation, noise, **kwargs), chunk(fast, observation, noise, **kwargs))
-    records = [len(p.model.rtc_processor.get_all_debug_steps()) for p in (stock, fast)]
-    assert records[0] == records[1] > 0
-    assert "debug tracker" in smolvla_fast.status(fast).last_fallback

@@ -89,6 +89,7 @@ def test_nan_in_nan_out_and_the_next_chunk_is_clean() -> None:
     assert torch.equal(chunk(policy, given, noise), clean)
 
 
+@pytest.mark.check(4)
 @LEROBOT_ONLY
 def test_the_table_says_who_serves_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")

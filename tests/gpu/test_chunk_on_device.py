@@ -32,6 +32,7 @@ def chunk(policy: Any, given: Any, noise: Any = None, **kwargs: Any) -> Any:
     return policy.predict_action_chunk({k: v.clone() for k, v in given.items()}, noise=noise, **kwargs)
 
 
+@pytest.mark.check(4, 26)
 @pytest.mark.parametrize("settings", SIZES, ids=lambda s: "-".join(map(str, s.values())))
 def test_exact_has_stock_bits(settings: dict[str, Any]) -> None:
     """At every number of cameras and batch size, with noise given and drawn."""
@@ -50,6 +51,7 @@ def test_exact_has_stock_bits(settings: dict[str, Any]) -> None:
     assert now.graphs == 6 and now.calls_stock == 0 and now.last_fallback is None
 
 
+@pytest.mark.check(27, 28)
 @pytest.mark.parametrize("settings", SIZES, ids=lambda s: "-".join(map(str, s.values())))
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -87,6 +89,7 @@ def test_nodes_of_a_step() -> None:
     assert nodes[1] - nodes[0] == smolvla_fast.status(policy).step_launches, nodes
 
 
+@pytest.mark.check(6)
 def test_fp32_tier_ignores_nothing_global() -> None:
     """No flag is moved: TF32, matmul precision and random state are the caller's."""
     policy = make(dict(size="tiny", layout="fp32"))
@@ -103,6 +106,7 @@ def test_fp32_tier_ignores_nothing_global() -> None:
     assert torch.equal(before[3], torch.cuda.get_rng_state())
 
 
+@pytest.mark.check(47, 51)
 def test_streams_and_threads() -> None:
     """Four threads, each on a stream of its own, share one policy and its graph."""
     policy = make(dict(size="tiny", layout="mixed"))
@@ -127,6 +131,7 @@ def test_streams_and_threads() -> None:
     assert not wrong and smolvla_fast.status(policy).graphs == 1
 
 
+@pytest.mark.check(48)
 def test_capture_beside_another_user_of_the_gpu() -> None:
     stop = threading.Event()
     failures: list[BaseException] = []
@@ -153,6 +158,7 @@ def test_capture_beside_another_user_of_the_gpu() -> None:
     assert not failures
 
 
+@pytest.mark.check(53)
 def test_out_of_memory_at_capture_is_stock_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The card has too little left for a capture; stock, which needs less at a time, serves."""
     from smolvla_fast import cuda_driver
@@ -186,6 +192,7 @@ def test_out_of_memory_at_capture_is_stock_and_leaves_nothing(monkeypatch: pytes
     assert smolvla_fast.status(fast).graphs == 1
 
 
+@pytest.mark.check(48, 53)
 def test_a_broken_capture_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting for the device breaks a capture; random numbers and later captures work all the same."""
     from smolvla_fast import cuda_driver
@@ -211,6 +218,7 @@ def test_a_broken_capture_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch)
     assert smolvla_fast.status(fast).graphs == 1
 
 
+@pytest.mark.check(16, 37, 38)
 def test_weights_are_read_live() -> None:
     policy = make(dict(size="tiny", layout="mixed"))
     smolvla_fast.patch(policy)
@@ -225,6 +233,7 @@ def test_weights_are_read_live() -> None:
     assert torch.equal(chunk(twin, given, noise), after)
 
 
+@pytest.mark.check(8, 54)
 def test_memory_after_unpatch() -> None:
     policy = make(dict(size="tiny", layout="mixed"))
     given, noise = make_observation(policy), make_noise(policy)
@@ -239,6 +248,7 @@ def test_memory_after_unpatch() -> None:
     assert torch.cuda.memory_allocated() <= before
 
 
+@pytest.mark.check(49)
 def test_rtc_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     configuration = pytest.importorskip("lerobot.policies.rtc.configuration_rtc")
     stock = make(dict(size="tiny", layout="mixed"), rtc_config=configuration.RTCConfig(execution_horizon=6))

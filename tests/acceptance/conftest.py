@@ -1,0 +1,78 @@
+"""Policies for the acceptance checks, and one line a check at the end of the run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from captured import recording
+from checks import ELSEWHERE, NO_TEST, STATEMENTS, numbers_elsewhere, where
+from policies import bf16_products, few_threads, make_policy, noise, observation, origin
+
+__all__ = ["bf16_products", "few_threads", "noise", "observation", "origin", "recording"]
+
+
+@pytest.fixture
+def policy(origin: str) -> Any:
+    """LeRobot's and ours; three steps show whatever ten would."""
+    return make_policy("tiny", num_steps=3)
+
+
+_collected: dict[str, tuple[list[int], str]] = {}
+"""Test -> its checks, and where it shows them."""
+_outcomes: dict[str, str] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        numbers = {number for mark in item.iter_markers("check") for number in mark.args}
+        numbers.update(numbers_elsewhere(item.nodeid.split("::")[0]))
+        unknown = numbers - STATEMENTS.keys()
+        if unknown:
+            raise pytest.UsageError(f"{item.nodeid} is marked with check {unknown}; there are 1 to 63")
+        if numbers:
+            fixtures = getattr(item, "fixturenames", ())
+            place = where(item.get_closest_marker("gpu") is not None, fixtures)
+            _collected[item.nodeid] = (sorted(numbers), place)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.nodeid in _collected and (report.when == "call" or report.outcome != "passed"):
+        before = _outcomes.get(report.nodeid)
+        _outcomes[report.nodeid] = before if before == "failed" else report.outcome
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    found: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for test, (numbers, place) in _collected.items():
+        for number in numbers:
+            if test in _outcomes:
+                found[number].append((_outcomes[test], place))
+    if not found:
+        return
+    terminalreporter.section("acceptance checks")
+    for number, text in STATEMENTS.items():
+        if number in found or number in NO_TEST or number in ELSEWHERE:
+            terminalreporter.line(f"{number:2} {line_of(number, found.get(number, []))}  {text[:60]}")
+
+
+def line_of(number: int, tests: list[tuple[str, str]]) -> str:
+    """Outcome, count and places of one check.
+
+    tests  (outcome, place) of every test of it that ran
+    """
+    ran = [place for outcome, place in tests if outcome == "passed"]
+    skipped = sorted({place for outcome, place in tests if outcome == "skipped"} - set(ran))
+    if any(outcome == "failed" for outcome, _ in tests):
+        verdict = "FAILED"
+    elif ran:
+        verdict = "passed"
+    elif number in NO_TEST:
+        return f"{'not measured':14}{NO_TEST[number].removeprefix('not measured: '):40}"
+    else:
+        verdict = "not run"
+    places = ", ".join([*sorted(set(ran)), *(f"{place}: skipped" for place in skipped)])
+    if not tests and number in ELSEWHERE:
+        places = ELSEWHERE[number]
+    return f"{verdict:14}{len(tests):3} tests  {places:40}"

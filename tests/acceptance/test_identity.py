@@ -1,0 +1,281 @@
+"""Checks 8 to 19: the policy stays what it is, and all of the patch can be undone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import io
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from captured import Captured
+from policies import LEROBOT_ONLY, chunk, make_policy, rel_l2
+from torch import Tensor, nn
+
+import smolvla_fast
+from smolvla_fast.testing import make_noise, make_observation
+
+
+def _seen(policy: Any) -> tuple[Any, ...]:
+    state = policy.state_dict()
+    return (
+        type(policy),
+        policy.name,
+        policy.config_class,
+        sorted(vars(policy)),
+        inspect.signature(policy.predict_action_chunk),
+        inspect.signature(policy.select_action),
+        [(key, value.data_ptr(), value.dtype) for key, value in state.items()],
+        [(name, type(module)) for name, module in policy.named_modules() if name != "model"],
+        [(name, id(parameter)) for name, parameter in policy.named_parameters()],
+        [name for name, _ in policy.named_buffers()],
+    )
+
+
+@pytest.mark.check(10, 11)
+@LEROBOT_ONLY
+def test_identity_and_interface_are_unchanged(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor
+) -> None:
+    from lerobot.policies.pretrained import PreTrainedPolicy
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
+
+    before = _seen(policy)
+    smolvla_fast.patch(policy)
+    assert _seen(policy) == before
+    chunk(policy, observation, noise)
+    assert _seen(policy) == before
+    assert isinstance(policy, PreTrainedPolicy) and isinstance(policy, SmolVLAPolicy)
+    assert isinstance(policy.model, VLAFlowMatching) and policy.supports_rtc()
+    # What the RTC engine asks before it starts.
+    inspect.signature(policy.predict_action_chunk).bind({}, inference_delay=0, prev_chunk_left_over=None)
+
+
+@pytest.mark.check(8, 9)
+def test_unpatch_restores_class_attributes_and_bits(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor
+) -> None:
+    stock = chunk(policy, observation, noise)
+    cls, attributes, before = type(policy.model), list(policy.model.__dict__), _seen(policy)
+    smolvla_fast.unpatch(policy)  # of an unpatched policy: nothing
+    for _ in range(2):
+        smolvla_fast.patch(policy, precision="bf16")
+        smolvla_fast.patch(policy, precision="bf16")
+        chunk(policy, observation, noise)
+        assert smolvla_fast.status(policy).calls_fast == 1
+        assert smolvla_fast.unpatch(policy) is policy
+    assert type(policy.model) is cls and list(policy.model.__dict__) == attributes and _seen(policy) == before
+    assert torch.equal(chunk(policy, observation, noise), stock)
+
+
+@pytest.mark.check(8, 54)
+@pytest.mark.usefixtures("recording")
+@pytest.mark.parametrize("how", ["unpatch", "delete"])
+def test_graphs_go_with_the_patch_or_the_policy(how: str) -> None:
+    pair = Captured(num_steps=2)
+    assert pair.same()
+    engine, model = weakref.ref(pair.engine_of(pair.policy)), weakref.ref(pair.policy.model)
+    if how == "unpatch":
+        smolvla_fast.unpatch(pair.policy)
+    else:
+        del pair.policy
+    gc.collect()
+    assert engine() is None, "captured memory outlives the patch"
+    assert (model() is None) is (how == "delete")
+
+
+@pytest.mark.check(12, 13)
+def test_saves_and_loads_without_us(tmp_path: Any, python: Callable[..., str]) -> None:
+    policy = make_policy("tiny", folder=tmp_path / "vlm", num_steps=2)
+    observation, noise = make_observation(policy), make_noise(policy)
+    wanted = chunk(policy, observation, noise)
+    policy.save_pretrained(tmp_path / "before")
+    smolvla_fast.patch(policy).save_pretrained(tmp_path / "after")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    torch.save((observation, noise, wanted), tmp_path / "chunk.pt")
+    code = f"""
+import sys
+sys.modules["smolvla_fast"] = None  # importing it raises
+import torch
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+torch.set_num_threads(1)
+policy = SmolVLAPolicy.from_pretrained({str(tmp_path / "after")!r}).eval()
+observation, noise, wanted = torch.load({str(tmp_path / "chunk.pt")!r})
+print("equal" if torch.equal(policy.predict_action_chunk(observation, noise=noise), wanted) else "different")
+"""
+    assert python(code).splitlines()[-1] == "equal"
+
+
+@pytest.mark.check(14)
+def test_only_this_policy_changes(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+    other, third = make_policy("tiny", num_steps=3), make_policy("tiny", seed=1)
+    stock = chunk(third, observation, noise)
+    smolvla_fast.patch(policy)
+    assert not smolvla_fast.status(other).active
+    smolvla_fast.patch(other, precision="exact")
+    first, second = chunk(policy, observation, noise), chunk(other, observation, noise)
+    assert torch.equal(chunk(third, observation, noise), stock)
+    assert torch.equal(first, chunk(policy, observation, noise))
+    assert torch.equal(second, chunk(other, observation, noise))
+    assert smolvla_fast.status(policy).precision == "fp32" and smolvla_fast.status(other).precision == "exact"
+    assert not smolvla_fast.status(third).active
+
+
+@pytest.mark.check(15)
+def test_a_shallow_copy_has_its_own_queue(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+    smolvla_fast.patch(policy)
+    twin = copy.copy(policy)
+    twin.reset()
+    first = policy.select_action(dict(observation), noise=noise)
+    assert len(policy._queues["action"]) == policy.config.n_action_steps - 1
+    assert len(twin._queues["action"]) == 0
+    assert torch.equal(twin.select_action(dict(observation), noise=noise), first)
+    assert smolvla_fast.status(twin).active
+
+
+def _pickled(policy: Any) -> Any:
+    return pickle.loads(pickle.dumps(policy))
+
+
+def _saved(policy: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(policy, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.check(16)
+@pytest.mark.parametrize("make", [copy.deepcopy, _pickled, _saved])
+def test_copies_run_fast_and_apart(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, make: Any
+) -> None:
+    smolvla_fast.patch(policy)
+    wanted = chunk(policy, observation, noise)
+    twin = make(policy)
+    assert torch.equal(chunk(twin, observation, noise), wanted)
+    assert smolvla_fast.status(twin).calls_fast == 1 and smolvla_fast.status(policy).calls_fast == 1
+    for parameter in twin.parameters():
+        parameter.data.mul_(1.1)
+    chunk(twin, observation, noise)
+    assert torch.equal(chunk(policy, observation, noise), wanted)
+    assert type(smolvla_fast.unpatch(twin).model) is type(policy.model).stock_class
+    assert smolvla_fast.status(policy).active
+
+
+@pytest.mark.check(16)
+def test_deepcopy_sharing_parameters(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+    smolvla_fast.patch(policy)
+    twin = copy.deepcopy(policy, {id(p): p for p in policy.parameters()})
+    for parameter in policy.parameters():
+        parameter.data.mul_(1.05)
+    assert torch.equal(chunk(twin, observation, noise), chunk(policy, observation, noise))
+
+
+@pytest.mark.check(16)
+@pytest.mark.usefixtures("recording")
+@pytest.mark.parametrize("make", [copy.deepcopy, _pickled])
+def test_a_copy_has_no_graphs(make: Any) -> None:
+    pair = Captured(num_steps=2)
+    assert pair.same()
+    twin = make(pair.policy)
+    assert smolvla_fast.status(twin).graphs == 0 and pair.status.graphs == 1
+    for parameter in twin.parameters():
+        parameter.data.mul_(1.1)
+    given, noise = make_observation(pair.plain), make_noise(pair.plain)
+    assert not torch.equal(chunk(twin, given, noise), chunk(pair.plain, given, noise))
+    assert smolvla_fast.status(twin).graphs == 1
+    assert pair.same() and pair.driver.captures == 1
+
+
+@pytest.mark.check(17)
+def test_peft(observation: dict[str, Tensor], noise: Tensor) -> None:
+    """Unmerged LoRA is not ignored: stock runs, and says so. Merged, the merged weights are what the engine reads."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    policy = make_policy("tiny")
+    plain = chunk(policy, observation, noise)
+    config = peft.LoraConfig(r=4, target_modules=r".*lm_expert.*\.(q|v)_proj", init_lora_weights=False)
+    wrapped = peft.get_peft_model(policy, config).eval()
+    adapted = chunk(wrapped.get_base_model(), observation, noise)
+    smolvla_fast.patch(wrapped)
+    assert torch.equal(chunk(wrapped.get_base_model(), observation, noise), adapted)
+    assert not torch.equal(adapted, plain)
+    now = smolvla_fast.status(wrapped)
+    assert not now.active and now.calls_stock == 1 and "lora" in now.last_fallback
+    merged = wrapped.merge_and_unload()
+    # Merging reassociates W·x + B·A·x in fp32.
+    assert rel_l2(chunk(merged, observation, noise), adapted) < 1e-5
+    assert smolvla_fast.status(merged).active and smolvla_fast.status(merged).calls_fast == 1
+
+
+@pytest.mark.check(18)
+@LEROBOT_ONLY
+@pytest.mark.parametrize("method", ["sample_actions", "denoise_step", "embed_prefix"])
+@pytest.mark.parametrize("how", ["subclass", "instance"])
+def test_overridden_methods_are_respected(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, method: str, how: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Refusing would stop the robot; stock runs the caller's own method, with its bits, and the log says so."""
+    plain = chunk(policy, observation, noise)
+    stock = type(policy.model)
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = getattr(stock, method)(self, *args, **kwargs)
+        return (1.1 * out[0], *out[1:]) if isinstance(out, tuple) else 1.1 * out
+
+    if how == "subclass":
+        policy.model.__class__ = type("Forked", (stock,), {method: changed})
+    else:
+        policy.model.__dict__[method] = changed.__get__(policy.model)
+    forked = chunk(policy, observation, noise)
+    assert not torch.equal(forked, plain)
+    smolvla_fast.patch(policy)
+    assert torch.equal(chunk(policy, observation, noise), forked)
+    now = smolvla_fast.status(policy)
+    assert not now.active and method in now.last_fallback and len(caplog.records) == 1
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _replace(policy: Any) -> None:
+    attention = policy.model.vlm_with_expert.lm_expert.layers[0].self_attn
+    old = attention.o_proj
+    attention.o_proj = _Doubled(old.in_features, old.out_features, bias=False)
+    attention.o_proj.load_state_dict(old.state_dict())
+
+
+def _hook(policy: Any) -> None:
+    vision = policy.model.vlm_with_expert.get_vlm_model().vision_model
+    vision.register_forward_hook(lambda *_: policy.seen.append(1))
+
+
+@pytest.mark.check(19)
+@LEROBOT_ONLY
+@pytest.mark.parametrize("change", [_hook, _replace])
+@pytest.mark.parametrize("after", [False, True], ids=["before patch", "after patch"])
+def test_hooks_and_replaced_modules_are_found(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, change: Any, after: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    policy.seen = []
+    if after:
+        smolvla_fast.patch(policy)
+        chunk(policy, observation, noise)
+    change(policy)
+    smolvla_fast.patch(policy)
+    fast = [chunk(policy, observation, noise) for _ in range(2)]
+    assert len(policy.seen) == (2 * len(policy.config.image_features) if change is _hook else 0)
+    now = smolvla_fast.status(policy)
+    assert not now.active and now.calls_stock == 2 and len(caplog.records) == 1
+    smolvla_fast.unpatch(policy)
+    assert torch.equal(fast[0], chunk(policy, observation, noise)) and torch.equal(*fast)

@@ -1,0 +1,243 @@
+"""Checks 2 to 4 again: ``status`` and the one line in the log tell the truth in every situation users bring about."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from policies import make_policy, seam_inputs
+from torch import Tensor, nn
+
+import smolvla_fast
+from smolvla_fast import backends, fingerprints
+from smolvla_fast.testing import make_noise, make_observation
+
+
+class Call:
+    """A policy and the arguments of one call to its ``sample_actions``, for a situation to change."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self.inputs = list(seam_inputs(policy, make_observation(policy)))
+        self.noise = make_noise(policy)
+
+    def run(self) -> Tensor | type[Exception]:
+        """The chunk, or the kind of exception."""
+        images, *rest = self.inputs
+        try:
+            return self.policy.model.sample_actions(list(images), *rest, noise=self.noise)
+        except Exception as error:
+            return type(error)
+
+
+Situation = Callable[[Call], Any]
+"""A context manager: enters a situation, and leaves it."""
+
+
+@contextmanager
+def train_mode(call: Call) -> Iterator[None]:
+    call.policy.train()
+    yield
+    call.policy.eval()
+
+
+@contextmanager
+def hook(call: Call) -> Iterator[None]:
+    handle = call.policy.model.vlm_with_expert.lm_expert.layers[1].mlp.register_forward_hook(lambda *_: None)
+    yield
+    handle.remove()
+
+
+@contextmanager
+def global_hook(call: Call) -> Iterator[None]:
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    yield
+    handle.remove()
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@contextmanager
+def replaced_module(call: Call) -> Iterator[None]:
+    attention = call.policy.model.vlm_with_expert.lm_expert.layers[0].self_attn
+    old = attention.o_proj
+    attention.o_proj = _Doubled(old.in_features, old.out_features, bias=False).eval()
+    attention.o_proj.weight = old.weight
+    yield
+    attention.o_proj = old
+
+
+@contextmanager
+def unmerged_lora(call: Call) -> Iterator[None]:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=r".*lm_expert.*\.(q|v)_proj", init_lora_weights=False)
+    torch.manual_seed(0)  # the adapter of the twin has the same values
+    wrapped = peft.get_peft_model(call.policy, config).eval()
+    assert wrapped.get_base_model() is call.policy
+    yield
+    wrapped.unload()
+
+
+@contextmanager
+def disabled(call: Call) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMOLVLA_FAST_DISABLE", "1")
+        yield
+
+
+@contextmanager
+def compiled_step(call: Call) -> Iterator[None]:
+    """As ``torch.compile`` leaves it, without its minutes."""
+    stock = call.policy.model.denoise_step
+    call.policy.model.__dict__["denoise_step"] = lambda **kwargs: stock(**kwargs)
+    yield
+    del call.policy.model.__dict__["denoise_step"]
+
+
+@contextmanager
+def unknown_source(call: Call) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        tables = {v: {**table, "apply_rope": "0" * 12} for v, table in fingerprints.KNOWN.items()}
+        patch.setattr(fingerprints, "KNOWN", tables)
+        yield
+
+
+@contextmanager
+def double_weights(call: Call) -> Iterator[None]:
+    call.policy.double()
+    yield
+    call.policy.float()
+
+
+@contextmanager
+def another_image_size(call: Call) -> Iterator[None]:
+    kept = call.inputs[0]
+    call.inputs[0] = [nn.functional.pad(image, (0, 32, 0, 32)) for image in kept]
+    yield
+    call.inputs[0] = kept
+
+
+@contextmanager
+def autograd(call: Call) -> Iterator[None]:
+    call.noise.requires_grad_()
+    with torch.enable_grad():
+        yield
+    call.noise.requires_grad_(False)
+
+
+@contextmanager
+def autocast(call: Call) -> Iterator[None]:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        yield
+
+
+@contextmanager
+def double_noise(call: Call) -> Iterator[None]:
+    call.noise = call.noise.double()
+    yield
+    call.noise = call.noise.float()
+
+
+@contextmanager
+def debug_tracker(call: Call) -> Iterator[None]:
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
+    call.policy.config.rtc_config = RTCConfig(debug=True)
+    call.policy.init_rtc_processor()
+    yield
+    call.policy.config.rtc_config = None
+    call.policy.model.rtc_processor = None
+
+
+# Situation -> part of the reason, and whether it is of the model (then status is inactive) or of the call.
+MODEL, CALL = True, False
+SITUATIONS: dict[Situation, tuple[str, bool]] = {
+    hook: ("lm_expert.layers.1.mlp has a forward hook", MODEL),
+    global_hook: ("a global forward hook", MODEL),
+    replaced_module: ("lm_expert.layers.0.self_attn.o_proj is a", MODEL),
+    unmerged_lora: ("lora", MODEL),
+    disabled: ("SMOLVLA_FAST_DISABLE is set", MODEL),
+    compiled_step: ("denoise_step is replaced on the instance", MODEL),
+    unknown_source: ("apply_rope", MODEL),
+    double_weights: ("torch.float64", MODEL),
+    train_mode: ("train mode", CALL),
+    another_image_size: ("the vision tower is for 32 x 32", CALL),
+    autograd: ("autograd is on", CALL),
+    autocast: ("autocast is on", CALL),
+    double_noise: ("noise (1, 10, 32) torch.float64", CALL),
+    debug_tracker: ("debug tracker", CALL),
+}
+
+
+def _same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
+
+
+@pytest.mark.check(2, 3, 4)
+@pytest.mark.parametrize("situation", SITUATIONS, ids=lambda each: each.__name__)
+def test_a_situation_that_comes_and_goes(situation: Situation, caplog: pytest.LogCaptureFixture) -> None:
+    """Fast, then stock with stock's bits and a receipt, then fast again."""
+    reason, of_the_model = SITUATIONS[situation]
+    stock = Call(make_policy("tiny", num_steps=2))
+    fast = Call(copy.deepcopy(stock.policy))
+    smolvla_fast.patch(fast.policy, precision="exact")
+    with torch.no_grad():
+        before = fast.run()
+        assert isinstance(before, Tensor) and smolvla_fast.status(fast.policy).calls_fast == 1
+        with caplog.at_level(logging.INFO, logger="smolvla_fast"):
+            with situation(stock):
+                wanted = stock.run()
+            with situation(fast):
+                assert _same(fast.run(), wanted) and _same(fast.run(), wanted)
+                now = smolvla_fast.status(fast.policy)
+        assert (now.calls_fast, now.calls_stock) == (1, 2)
+        assert now.active is not of_the_model and reason in str(now.last_fallback)
+        told = {now.precision, now.backend, *now.stages.values()}
+        assert told == {"stock"} if of_the_model else now.precision == "exact" and "stock" not in told
+        [line] = [record.getMessage() for record in caplog.records]
+        assert line == f"smolvla_fast: this chunk runs stock: {now.last_fallback}", "one situation, one line"
+        assert _same(fast.run(), before)
+    after = smolvla_fast.status(fast.policy)
+    assert after.active and after.precision == "exact" and (after.calls_fast, after.calls_stock) == (2, 2)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.check(2, 3)
+@pytest.mark.parametrize(
+    "situation", [s for s, (_, of_the_model) in SITUATIONS.items() if of_the_model], ids=lambda s: s.__name__
+)
+def test_patching_in_a_situation_says_it_at_once(
+    situation: Situation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the model is the reason, ``patch`` itself says so, in its one line, and no call says it again."""
+    call, reason = Call(make_policy("tiny", num_steps=2)), SITUATIONS[situation][0]
+    with torch.no_grad(), situation(call), caplog.at_level(logging.INFO, logger="smolvla_fast"):
+        stock = call.run()
+        smolvla_fast.patch(call.policy)
+        now = smolvla_fast.status(call.policy)
+        assert not now.active and reason in str(now.last_fallback)
+        [line] = [record.getMessage() for record in caplog.records]
+        assert str(now.last_fallback) in line and ("stock runs" in line or "off:" in line)
+        assert _same(call.run(), stock) and len(caplog.records) == 1
+
+
+@pytest.mark.check(3)
+@pytest.mark.skipif(backends.why_not_int8(torch.device("cpu")) is None, reason="this processor has VNNI")
+def test_int8_without_vnni_is_refused_and_changes_nothing() -> None:
+    policy = make_policy("tiny")
+    for patched in (False, True):
+        if patched:
+            smolvla_fast.patch(policy)
+        before = smolvla_fast.status(policy).to_dict()
+        reason = backends.why_not_int8(torch.device("cpu"))
+        with pytest.raises(RuntimeError, match="precision='int8' cannot serve this policy") as refused:
+            smolvla_fast.patch(policy, precision="int8")
+        assert str(reason) in str(refused.value) and smolvla_fast.status(policy).to_dict() == before

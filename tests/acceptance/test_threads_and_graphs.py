@@ -1,0 +1,387 @@
+"""Checks 45 to 56: threads, contexts, real-time chunking, captures, processes. Servers: test_callers.py."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import multiprocessing
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from captured import Captured
+from policies import chunk, make_policy, rel_l2
+from recorder import RecorderDriver
+from torch import Tensor
+
+import smolvla_fast
+from smolvla_fast import inference
+from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.verify import FP32_BOUND
+
+PATIENCE = 60
+"""Seconds after which a thread or a process counts as locked up; the machine may be busy."""
+
+
+def _in_thread(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns, computed in a daemon thread that has to end."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive(), "locked up"
+    return found[0]
+
+
+@pytest.mark.check(45)
+def test_patched_here_and_run_in_a_daemon_thread(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor
+) -> None:
+    stock = chunk(policy, observation, noise)
+    smolvla_fast.patch(policy, precision="exact")
+    assert torch.equal(_in_thread(lambda: chunk(policy, observation, noise)), stock)
+    assert smolvla_fast.status(policy).calls_fast == 1
+
+
+@pytest.mark.check(45)
+@pytest.mark.usefixtures("recording")
+def test_captured_in_one_worker_and_replayed_in_another() -> None:
+    pair = Captured(num_steps=2)
+    assert all(_in_thread(lambda seed=seed: pair.same(seed=seed)) for seed in range(3))
+    assert (pair.driver.captures, pair.driver.replays) == (1, 3)
+
+
+def _pausing(policy: Any) -> tuple[threading.Event, threading.Event]:
+    """Events: a chunk has begun, and it may end. Stops where the noise is drawn."""
+    begun, may_end = threading.Event(), threading.Event()
+    stock = policy.model.sample_noise
+
+    def sample_noise(*args: Any) -> Any:
+        begun.set()
+        assert may_end.wait(PATIENCE)
+        return stock(*args)
+
+    policy.model.__dict__["sample_noise"] = sample_noise
+    return begun, may_end
+
+
+@pytest.mark.check(46)
+def test_reset_during_inference(observation: dict[str, Tensor]) -> None:
+    """As the RTC engine's main thread does: the chunk under way ends as if nothing had been, the queue is new."""
+    policy = make_policy("tiny")
+    smolvla_fast.patch(policy, precision="exact")
+    torch.manual_seed(3)
+    wanted = chunk(policy, observation)
+    policy.select_action(dict(observation))
+    begun, may_end = _pausing(policy)
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(chunk(policy, observation)), daemon=True)
+    torch.manual_seed(3)
+    thread.start()
+    assert begun.wait(PATIENCE)
+    for _ in range(10):
+        policy.reset()
+        smolvla_fast.status(policy)
+    may_end.set()
+    thread.join(PATIENCE)
+    assert not thread.is_alive() and torch.equal(found[0], wanted)
+    assert len(policy._queues["action"]) == 0
+
+
+def _four_threads(policy: Any, wanted: Callable[[dict[str, Tensor], Tensor], Tensor]) -> None:
+    given = [(make_observation(policy, seed=seed), make_noise(policy, seed=seed)) for seed in range(4)]
+    right = [wanted(*each) for each in given]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(2):
+            if not torch.equal(chunk(policy, *given[i]), right[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(PATIENCE)
+        assert not worker.is_alive(), "locked up"
+    assert not wrong and smolvla_fast.status(policy).calls_stock == 0
+
+
+@pytest.mark.check(47)
+def test_threads_get_their_own_right_answer(policy: Any) -> None:
+    twin = smolvla_fast.patch(copy.deepcopy(policy))
+    _four_threads(smolvla_fast.patch(policy), lambda given, noise: chunk(twin, given, noise))
+    assert smolvla_fast.status(policy).calls_fast == 8
+
+
+@pytest.mark.check(47)
+@pytest.mark.usefixtures("recording")
+def test_four_threads_share_a_graph() -> None:
+    pair = Captured(num_steps=2)
+    _four_threads(pair.policy, lambda given, noise: chunk(pair.plain, given, noise))
+    assert pair.driver.captures == 1 and pair.status.calls_fast == 8
+
+
+class _Waiting(RecorderDriver):
+    """A capture that is under way until it is told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def capture(self, run: Callable[[], Tensor]) -> Any:
+        self.begun.set()
+        assert self.may_end.wait(PATIENCE)
+        return super().capture(run)
+
+
+@pytest.mark.check(48)
+@pytest.mark.usefixtures("recording")
+def test_another_policy_works_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes with noise it is given; to draw noise, which torch refuses during a capture, it waits for the end."""
+    monkeypatch.setattr(inference, "driver_for", lambda device: _Waiting())
+    pair = Captured(num_steps=2)
+    monkeypatch.setattr(inference, "driver_for", lambda device: None)
+    other = smolvla_fast.patch(make_policy("tiny", num_steps=2))
+    given, noise = make_observation(other), make_noise(other)
+    torch.manual_seed(3)
+    drawn = chunk(other, given)
+    found: dict[str, Any] = {}
+    capturing = threading.Thread(target=lambda: found.update(same=pair.same()), daemon=True)
+    drawing = threading.Thread(target=lambda: found.update(drawn=chunk(other, given)), daemon=True)
+    capturing.start()
+    assert pair.driver.begun.wait(PATIENCE)
+    assert torch.isfinite(chunk(other, given, noise)).all()
+    torch.manual_seed(3)
+    drawing.start()
+    drawing.join(0.3)
+    assert drawing.is_alive(), "random numbers are drawn while a graph is captured"
+    pair.driver.may_end.set()
+    for thread in (capturing, drawing):
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "locked up"
+    assert found["same"] and torch.equal(found["drawn"], drawn)
+    assert pair.status.calls_stock == smolvla_fast.status(other).calls_stock == 0
+
+
+SCHEDULES = ("ZEROS", "ONES", "LINEAR", "EXP")
+CALLS = [
+    dict(inference_delay=0, prev_chunk_left_over=None),
+    *(dict(inference_delay=delay, prev_chunk_left_over=(8, 6)) for delay in (0, 5, 12)),
+    dict(inference_delay=2, prev_chunk_left_over=(1, 8, 6)),
+    dict(inference_delay=2, prev_chunk_left_over=(3, 6)),
+    dict(inference_delay=2, prev_chunk_left_over=(10, 32), execution_horizon=40),
+    dict(inference_delay=2, prev_chunk_left_over=(1, 10, 32), execution_horizon=3),
+]
+
+
+def _guided(schedule: str, weight: float, **fields: Any) -> Any:
+    from lerobot.configs.types import RTCAttentionSchedule
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
+    policy = make_policy("tiny", num_steps=4)
+    policy.config.rtc_config = RTCConfig(
+        execution_horizon=6, max_guidance_weight=weight,
+        prefix_attention_schedule=RTCAttentionSchedule[schedule], **fields,
+    )  # fmt: skip
+    policy.init_rtc_processor()
+    return policy
+
+
+@pytest.mark.check(49)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("weight", [1.0, 10.0])
+def test_real_time_chunking(schedule: str, weight: float) -> None:
+    """None, 2-D and 3-D, shorter, as long and as wide as a chunk; the whole grid is in tests/engine/test_rtc.py."""
+    stock = _guided(schedule, weight)
+    given, noise = make_observation(stock), make_noise(stock)
+    exact, fp32 = (smolvla_fast.patch(copy.deepcopy(stock), precision=tier) for tier in ("exact", "fp32"))
+    free, steered = chunk(stock, given, noise), 0
+    for call in CALLS:
+        shape = call["prev_chunk_left_over"]
+        left = None if shape is None else torch.randn(shape, generator=torch.Generator().manual_seed(9))
+        kwargs: dict[str, Any] = {**call, "prev_chunk_left_over": left}
+        wanted = chunk(stock, given, noise, **kwargs)
+        steered += not torch.equal(wanted, free)
+        assert torch.equal(chunk(exact, given, noise, **kwargs), wanted), call
+        assert rel_l2(chunk(fp32, given, noise, **kwargs), wanted) <= FP32_BOUND, call
+    # Without a delay, schedule ZEROS guides nothing.
+    assert steered == len(CALLS) - (2 if schedule == "ZEROS" else 1)
+    assert smolvla_fast.status(exact).calls_stock == smolvla_fast.status(fp32).calls_stock == 0
+
+
+@pytest.mark.check(49)
+@pytest.mark.usefixtures("recording")
+def test_real_time_chunking_is_data() -> None:
+    """Delay, horizon, length and values of the previous chunk change from call to call; the graph does not."""
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
+    pair = Captured(rtc_config=RTCConfig(execution_horizon=6), num_steps=2)
+    for policy in (pair.plain, pair.policy):
+        policy.init_rtc_processor()
+    assert pair.same()
+    for delay, length, horizon in ((0, 8, None), (3, 8, 5), (7, 4, 9)):
+        previous = torch.randn(length, 6, generator=torch.Generator().manual_seed(delay))
+        assert pair.same(inference_delay=delay, prev_chunk_left_over=previous, execution_horizon=horizon)
+    assert pair.driver.captures == 2, "one with guidance, one without"
+    for policy in (pair.plain, pair.policy):
+        policy.config.rtc_config.max_guidance_weight = 1.5
+    assert pair.same(inference_delay=2, prev_chunk_left_over=torch.ones(8, 6)) and pair.driver.captures == 2
+
+
+@pytest.mark.check(50)
+@pytest.mark.parametrize(
+    ("shape", "delay", "error"),
+    [((8, 6), None, TypeError), ((12, 32), 2, AssertionError), ((2, 8, 6), 2, RuntimeError)],
+    ids=["no delay", "longer than a chunk", "another batch size"],
+)
+def test_bad_guidance_raises_as_in_stock(
+    shape: tuple[int, ...], delay: int | None, error: type[Exception]
+) -> None:
+    stock = _guided("LINEAR", 10.0)
+    fast = smolvla_fast.patch(copy.deepcopy(stock))
+    given, noise = make_observation(stock), make_noise(stock)
+    kwargs: dict[str, Any] = dict(prev_chunk_left_over=torch.ones(shape))
+    if delay is not None:
+        kwargs["inference_delay"] = delay
+    for policy in (stock, fast):
+        with pytest.raises(error):
+            chunk(policy, given, noise, **kwargs)
+    chunk(fast, given, noise)
+    assert smolvla_fast.status(fast).calls_fast == 1
+
+
+@pytest.mark.check(50)
+def test_the_debug_tracker_runs_stock_with_full_records() -> None:
+    stock = _guided("LINEAR", 10.0, debug=True)
+    fast = smolvla_fast.patch(copy.deepcopy(stock), precision="exact")
+    given, noise = make_observation(stock), make_noise(stock)
+    kwargs: dict[str, Any] = dict(inference_delay=3, prev_chunk_left_over=torch.ones(8, 6))
+    assert torch.equal(chunk(stock, given, noise, **kwargs), chunk(fast, given, noise, **kwargs))
+    records = [len(p.model.rtc_processor.get_all_debug_steps()) for p in (stock, fast)]
+    assert records[0] == records[1] > 0
+    assert "debug tracker" in str(smolvla_fast.status(fast).last_fallback)
+
+
+@pytest.mark.check(51)
+def test_contexts_of_lerobots_loops(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+    stock = chunk(policy, observation, noise)
+    smolvla_fast.patch(policy, precision="exact")
+    for context in (nullcontext(), torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert torch.equal(chunk(policy, observation, noise), stock)
+    assert smolvla_fast.status(policy).calls_fast == 3
+
+
+@pytest.mark.check(52)
+def test_a_compiled_predict_action_chunk() -> None:
+    """As lerobot-rollout makes it, with dynamo's cheapest backend: the engine runs below, and is not traced through."""
+    policy = make_policy("tiny", num_steps=1, cameras=1)
+    given, noise = make_observation(policy), make_noise(policy)
+    smolvla_fast.patch(policy)
+    wanted = chunk(policy, given, noise)
+    policy.predict_action_chunk = torch.compile(policy.predict_action_chunk, backend="eager")
+    try:
+        for _ in range(2):
+            assert torch.equal(policy.predict_action_chunk(dict(given), noise=noise), wanted)
+    finally:
+        torch._dynamo.reset()
+    now = smolvla_fast.status(policy)
+    assert (now.calls_fast, now.calls_stock) == (3, 0)
+
+
+@pytest.mark.check(52)
+def test_compile_model_is_said_once_and_claims_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """LeRobot's compiled method hides ours; nothing is compiled here, for that happens at the first call."""
+    precision = torch.get_float32_matmul_precision()  # LeRobot sets it
+    try:
+        policy = make_policy("tiny", compile_model=True)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    smolvla_fast.patch(policy)
+    now = smolvla_fast.status(policy)
+    assert not now.active and now.precision == now.backend == "stock"
+    assert "sample_actions is replaced on the instance (torch.compile does this)" in str(now.last_fallback)
+    assert len(caplog.records) == 1 and str(now.last_fallback) in caplog.text
+
+
+@pytest.mark.check(53)
+@pytest.mark.usefixtures("recording")
+@pytest.mark.parametrize("fail_at", ["warmup", 0, 57])
+def test_a_failed_capture_is_stock_once_said(fail_at: str | int, caplog: pytest.LogCaptureFixture) -> None:
+    pair = Captured("fp32", num_steps=2)
+    stock = make_policy("tiny", num_steps=2)
+    pair.driver.fail_at = fail_at
+    given, noise = make_observation(stock), make_noise(stock)
+    with caplog.at_level(logging.WARNING, logger="smolvla_fast"):
+        for _ in range(3):
+            assert torch.equal(chunk(pair.policy, given, noise), chunk(stock, given, noise))
+    assert len([record for record in caplog.records if "capture failed" in record.message]) == 1
+    assert pair.driver.captures == (0 if fail_at == "warmup" else 1), "tried again and again"
+    assert pair.driver.releases == 1 and pair.status.graphs == 0 and pair.status.calls_stock == 3
+    assert "OutOfMemoryError: out of memory" in pair.status.last_fallback
+    chunk(pair.policy, make_observation(stock, batch=2), make_noise(stock, batch=2))
+    assert pair.status.calls_stock == 4, "another shape is tried for itself"
+    pair.driver.fail_at = None
+    smolvla_fast.refresh(pair.policy)
+    assert pair.same() and pair.status.graphs == 1
+
+
+@pytest.mark.check(54)
+@pytest.mark.usefixtures("recording")
+def test_graphs_are_few_and_the_oldest_goes_first() -> None:
+    pair = Captured(num_steps=2)
+    pair.engine_of(pair.policy).graphs._capacity = 2
+    for batch in (1, 2, 1, 3, 1):
+        assert pair.same(batch=batch)
+    assert pair.driver.captures == 3, "batch 1 was in use and must stay"
+    assert pair.status.graphs == 2 and pair.driver.releases == 1
+    assert pair.same(batch=2) and pair.driver.captures == 4
+    assert pair.status.graph_bytes > 2 * 1000, "pool and static inputs of both"
+    assert pair.status.extra_bytes >= pair.status.graph_bytes
+
+
+def _child(pipe: Any, policy: Any, given: dict[str, Tensor], noise: Tensor) -> None:
+    """Runs in another process: what is captured there, before and after a chunk, and the chunk."""
+    torch.set_num_threads(1)
+    graphs = smolvla_fast.status(policy).graphs
+    actions = policy.predict_action_chunk(dict(given), noise=noise)
+    pipe.send((graphs, smolvla_fast.status(policy).to_dict(), actions.tolist()))
+
+
+@pytest.mark.check(56)
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_another_process(method: str) -> None:
+    """On a CPU both compute the parent's chunk. A CUDA context does not survive a fork: there the child fails as stock does
+    (test_on_a_gpu.py); what is spawned captures for itself."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system does not {method}")
+    policy = make_policy("tiny", num_steps=2)
+    given, noise = make_observation(policy), make_noise(policy)
+    smolvla_fast.patch(policy, warmup=given)
+    wanted = chunk(policy, given, noise)
+    context = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(theirs, policy, given, noise), daemon=True)
+    child.start()
+    assert ours.poll(3 * PATIENCE), "locked up"  # a spawned process imports torch and LeRobot first
+    graphs, after, actions = ours.recv()
+    child.join(PATIENCE)
+    assert child.exitcode == 0 and graphs == 0
+    assert torch.equal(torch.tensor(actions), wanted)
+    assert after["active"] and after["calls_fast"] == (1 if method == "spawn" else 2)
+
+
+@pytest.mark.check(9, 57)
+@pytest.mark.usefixtures("recording")
+def test_after_a_warm_up_nothing_is_captured() -> None:
+    """Nor when the same patch is asked for again."""
+    pair = Captured(num_steps=2)
+    for warmup in (True, make_observation(pair.plain)):
+        smolvla_fast.patch(pair.policy, precision="exact", backend="torch", warmup=warmup)
+        assert pair.status.graphs == 1 and pair.status.calls_fast == 0
+    captures = pair.driver.captures
+    assert pair.same() and pair.driver.captures == captures == 1
