@@ -67,8 +67,11 @@ def open_data(settings: TrainSettings) -> Data:
             f"cannot open the dataset {wanted.repo_id} ({wanted.root or 'no --dataset.root'}): {type(error).__name__}: "
             f"{error}. Give the Hub id of a LeRobotDataset v3.0, or its folder (the one that holds meta/) as --dataset.root"
         ) from error
+    from .reader import read_by_column
+
     for part in filter(None, (data.train, data.held_out)):
         check_values(part)
+        read_by_column(part)
         if wanted.use_imagenet_stats:
             _take_imagenet_stats(part.meta)
     return data
@@ -184,18 +187,20 @@ def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, rename
 
 def check_values(dataset: Any) -> None:
     """TrainingError for the first state or action with NaN or infinity. One pass over the columns, without the images."""
-    table = dataset.hf_dataset.data
+    from .reader import numbers
+
     for key in (OBS_STATE, ACTION):
-        values = np.asarray(table.column(key).combine_chunks().flatten().to_numpy(zero_copy_only=False))
-        bad = np.flatnonzero(~np.isfinite(values.astype(np.float64)))
+        values = numbers(dataset.hf_dataset, key).flatten(1)
+        bad = (~values.isfinite()).nonzero()
         if len(bad):
-            size = max(1, len(values) // table.num_rows)
-            row = int(bad[0]) // size
-            episode, frame = (table.column(name)[row].as_py() for name in ("episode_index", "frame_index"))
-            rows = len(np.unique(bad // size))
+            row, column = bad[0].tolist()
+            episode, frame = (
+                dataset.hf_dataset.data.column(name)[row].as_py() for name in ("episode_index", "frame_index")
+            )
             raise TrainingError(
-                f"{key!r} is {values[bad[0]]} at frame {frame} of episode {episode} (value {int(bad[0]) % size}), and {rows} "
-                f"frames have such values. Repair the recording, or leave the episode out with --dataset.episodes"
+                f"{key!r} is {values[row, column].item()} at frame {frame} of episode {episode} (value {column}), and "
+                f"{len(bad[:, 0].unique())} frames have such values. Repair the recording, or leave the episodes out with "
+                "--dataset.episodes"
             )
 
 
