@@ -80,9 +80,7 @@ def train(
         on_begin(run)
         log, window = Log(settings.output_dir, run.step), Window()
         checkpoints = Checkpoints(settings.output_dir)
-        batches = training_batches(
-            settings, run.data.train, run.step * settings.gradient_accumulation_steps
-        )
+        batches = training_batches(settings, run.data.train, run.step * settings.gradient_accumulation_steps)
         while run.step < settings.steps:
             facts = update(run, batches)
             run.step += 1
@@ -183,8 +181,14 @@ def _check_same_data(run: Run, checkpoint: Path) -> None:
 
 
 def _not_finite(run: Run, loss: float, grad_norm: float, batch: dict[str, Any]) -> str:
-    bad = [k for k, v in batch.items() if isinstance(v, Tensor) and v.is_floating_point() and not v.isfinite().all()]
-    frames = batch["index"].tolist() if isinstance(batch.get("index"), Tensor) else f"{len(batch[ACTION])} frames"
+    bad = [
+        k
+        for k, v in batch.items()
+        if isinstance(v, Tensor) and v.is_floating_point() and not v.isfinite().all()
+    ]
+    frames = (
+        batch["index"].tolist() if isinstance(batch.get("index"), Tensor) else f"{len(batch[ACTION])} frames"
+    )
     cause = (
         f"{bad} of the last batch (frames {frames}) hold such values: repair the data or its statistics"
         if bad

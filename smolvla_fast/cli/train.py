@@ -43,7 +43,9 @@ HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", help="where log and checkpoints go; must not hold a run, but to resume it")
+    run.add_argument(
+        "--output_dir", help="where log and checkpoints go; must not hold a run, but to resume it"
+    )
     run.add_argument(
         "--resume", nargs="?", const=True, default=False, type=_boolean,
         help="go on from the last checkpoint of --output_dir, or from that of --config_path",
@@ -119,7 +121,9 @@ def read_settings(flags: dict[str, Any]) -> tuple[TrainSettings, Path | None]:
     asked = {k: v for k, v in flags.items() if k in known or k.startswith(("dataset.", "policy."))}
     asked = {k: v for k, v in asked.items() if k != "policy.type" and (k != "output_dir" or v)}
     if asked.get("policy.push_to_hub"):
-        raise TrainingError("--policy.push_to_hub=true: this command uploads nothing; upload a checkpoint's pretrained_model")
+        raise TrainingError(
+            "--policy.push_to_hub=true: this command uploads nothing; upload a checkpoint's pretrained_model"
+        )
     if flags.get("resume"):
         return _resumed(asked, flags.get("config_path"))
     if flags.get("config_path"):
@@ -149,7 +153,9 @@ def _resumed(asked: dict[str, Any], config_path: str | None) -> tuple[TrainSetti
             )
     else:
         if "output_dir" not in asked:
-            raise TrainingError("--resume=true needs the run's --output_dir, or the --config_path of a checkpoint")
+            raise TrainingError(
+                "--resume=true needs the run's --output_dir, or the --config_path of a checkpoint"
+            )
         found = Checkpoints(Path(asked["output_dir"])).last()
         if found is None:
             raise TrainingError(
@@ -159,7 +165,10 @@ def _resumed(asked: dict[str, Any], config_path: str | None) -> tuple[TrainSetti
     saved = read_run(checkpoint)["settings"]
     check_same(flatten(saved), asked, checkpoint)
     settings = TrainSettings.from_dict(nest(saved, asked))
-    if settings.steps != saved["steps"] and min(settings.steps, saved["steps"]) < settings.policy.scheduler_decay_steps:
+    if (
+        settings.steps != saved["steps"]
+        and min(settings.steps, saved["steps"]) < settings.policy.scheduler_decay_steps
+    ):
         logger.warning(
             "the run was to have %d steps and now %d: its learning rates go on along the new schedule",
             saved["steps"], settings.steps,
@@ -184,7 +193,10 @@ class Progress:
 
     def begin(self, run: Run) -> None:
         held_out = run.data.held_out
-        counts = [p.numel() for p in run.policy.parameters()], [p.numel() for p in run.policy.parameters() if p.requires_grad]
+        counts = (
+            [p.numel() for p in run.policy.parameters()],
+            [p.numel() for p in run.policy.parameters() if p.requires_grad],
+        )
         self.console.line(
             f"{len(run.data.train):,} frames of {run.data.train.num_episodes} episodes"
             + (f", {len(held_out):,} frames of {held_out.num_episodes} episodes held out" if held_out else "")
@@ -195,7 +207,9 @@ class Progress:
             f"steps {run.step + 1} to {self.settings.steps}, {run.samples} samples each, "
             f"{run.step * run.samples / len(run.data.train):.1f} epochs done"
         )
-        self.bar = tqdm(initial=run.step, total=self.settings.steps, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(
+            initial=run.step, total=self.settings.steps, unit="step", disable=None, dynamic_ncols=True
+        )
         self.samples = run.samples
 
     def step(self, step: int, facts: dict[str, float]) -> None:
@@ -204,7 +218,8 @@ class Progress:
         if not self.bar.disable:
             rate = f"{means['samples_per_s']:.3g}"
             self.bar.set_postfix(
-                {"loss": f"{facts['loss']:.4f}", "grad norm": f"{facts['grad_norm']:.3g}", "samples/s": rate}, refresh=False
+                {"loss": f"{facts['loss']:.4f}", "grad norm": f"{facts['grad_norm']:.3g}", "samples/s": rate},
+                refresh=False,
             )
             self.bar.update()
         every = self.settings.log_freq

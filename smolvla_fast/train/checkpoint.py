@@ -28,7 +28,12 @@ from .errors import TrainingError
 
 PRETRAINED, STATE, LAST = "pretrained_model", "training_state", "last"
 OPTIMIZER, GROUPS = "optimizer_state.safetensors", "optimizer_param_groups.json"
-SCHEDULER, RANDOM, STEP, RUN = "scheduler_state.json", "rng_state.safetensors", "training_step.json", "run.json"
+SCHEDULER, RANDOM, STEP, RUN = (
+    "scheduler_state.json",
+    "rng_state.safetensors",
+    "training_step.json",
+    "run.json",
+)
 PARTIAL, OLD = ".partial", ".old"
 
 
@@ -124,7 +129,9 @@ def save_state(
     folder = folder / STATE
     folder.mkdir()
     state = optimizer.state_dict()
-    tensors = {f"state/{i}/{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
+    tensors = {
+        f"state/{i}/{name}": value for i, entry in state["state"].items() for name, value in entry.items()
+    }
     save_file({name: value.contiguous() for name, value in tensors.items()}, str(folder / OPTIMIZER))
     save_file(random_state.collect(), str(folder / RANDOM))
     _write(folder / GROUPS, state["param_groups"])

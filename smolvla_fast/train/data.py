@@ -130,7 +130,7 @@ def fill_features(config: SmolVLAConfig, features: dict[str, Any], rename_map: d
     if len(missing) > config.empty_cameras:
         raise TrainingError(
             f"the dataset lacks the cameras {missing} of the policy; it has {cameras}. Give --rename_map "
-            f"'{{\"{cameras[0]}\": \"{missing[0]}\"}}' if a camera has another name, --policy.empty_cameras={len(missing)} to "
+            f'\'{{"{cameras[0]}": "{missing[0]}"}}\' if a camera has another name, --policy.empty_cameras={len(missing)} to '
             "train with blank frames in their place, or --policy.input_features=null to take the dataset's features"
         )
     for key, declared, limit in (
@@ -208,7 +208,9 @@ def _take_imagenet_stats(meta: Any) -> None:
     from lerobot.utils.constants import IMAGENET_STATS
 
     for key in set(meta.camera_keys) & set(meta.stats or {}):
-        meta.stats[key].update({name: torch.tensor(v, dtype=torch.float32) for name, v in IMAGENET_STATS.items()})
+        meta.stats[key].update(
+            {name: torch.tensor(v, dtype=torch.float32) for name, v in IMAGENET_STATS.items()}
+        )
 
 
 def training_batches(settings: TrainSettings, dataset: Any, first: int) -> Iterator[dict[str, Any]]:
@@ -236,7 +238,9 @@ def training_batches(settings: TrainSettings, dataset: Any, first: int) -> Itera
 def held_out_batches(settings: TrainSettings, dataset: Any) -> DataLoader:
     """Batches of the held-out frames in order; of more than ``max_eval_samples`` frames that many, evenly spread."""
     count, most = len(dataset), settings.max_eval_samples
-    chosen = np.linspace(0, count - 1, most).round().astype(int).tolist() if 0 < most < count else range(count)
+    chosen = (
+        np.linspace(0, count - 1, most).round().astype(int).tolist() if 0 < most < count else range(count)
+    )
     return _loader(settings, Subset(dataset, chosen), dataset.meta)
 
 

@@ -32,7 +32,9 @@ class ColumnReader(DatasetReader):
         columns = self.__dict__.setdefault("_columns", {})
         if key not in columns:
             pictures = key in self._meta.image_keys
-            columns[key] = self.hf_dataset.select_columns([key]) if pictures else numbers(self.hf_dataset, key)
+            columns[key] = (
+                self.hf_dataset.select_columns([key]) if pictures else numbers(self.hf_dataset, key)
+            )
         return columns[key]
 
 

@@ -136,7 +136,9 @@ class TrainSettings:
         optimizer, scheduler = self.policy.get_optimizer_preset(), self.policy.get_scheduler_preset()
         same = ("seed", "num_workers", "steps", "log_freq", "save_freq", "save_checkpoint", "eval_steps")
         return {
-            **{name: getattr(self, name) for name in (*same, "max_eval_samples", "tolerance_s", "rename_map")},
+            **{
+                name: getattr(self, name) for name in (*same, "max_eval_samples", "tolerance_s", "rename_map")
+            },
             "dataset": {k: v for k, v in dataclasses.asdict(self.dataset).items() if v is not None},
             "policy": self.policy.to_dict(),
             "output_dir": str(self.output_dir),
