@@ -1,10 +1,10 @@
-"""The whole training flow in a few minutes on a CPU: a dataset, a run that is killed and goes on, an evaluation, a robot's chunk.
+"""The whole training flow in minutes on a CPU: a dataset, a run that is killed and goes on, an evaluation, a robot's chunk.
 
     make train-demo          (or: python examples/train_demo.py [FOLDER])
 
 A hand learns to pick up a red cube from 30 scripted episodes with two cameras; where the cube lies is in the images alone.
-Exit status 1 if the policy does not beat every constant action by the margin below on episodes it has not seen, if it does as
-well with wrong images, or if patched inference is not the same policy.
+Exit status 1 if the policy does not beat every constant action by the margin below on episodes it has not seen, if it does
+as well with wrong images, or if patched inference is not the same policy.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def _record(
     """One episode."""
     cube, other = place_blocks(rng)
     poses = list(pick_motion(cube, rng))
-    for pose, following in zip(poses[:-1], poses[1:], strict=True):
+    for pose, following in pairwise(poses):
         views = {"front": front_view(pose, cube, other, frame), "wrist": wrist_view(pose, cube, other, frame)}
         dataset.add_frame(
             {

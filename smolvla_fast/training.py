@@ -1,4 +1,4 @@
-"""The score for learning: dataset -> batch -> preprocess -> loss -> backward -> clip -> step -> schedule -> log -> checkpoint.
+"""The score for learning: dataset, batch, preprocess, loss, backward, clip, step, schedule, log, checkpoint.
 
     from smolvla_fast.train import DatasetSettings, TrainSettings
     from smolvla_fast.training import train
@@ -175,8 +175,8 @@ def _check_same_data(run: Run, checkpoint: Path) -> None:
     before, now = files.read_run(checkpoint)["frames"], len(run.data.train)
     if before != now:
         raise TrainingError(
-            f"the dataset has {now} frames to learn from, {before} when {checkpoint} was written: its order would be another. "
-            f"Resume on the same data, or start a new run with --policy.path={checkpoint / files.PRETRAINED}"
+            f"the dataset has {now} frames to learn from, {before} when {checkpoint} was written: their order would be "
+            f"another. Resume on the same data, or start a new run with --policy.path={checkpoint / files.PRETRAINED}"
         )
 
 
@@ -192,17 +192,17 @@ def _not_finite(run: Run, loss: float, grad_norm: float, batch: dict[str, Any]) 
     cause = (
         f"{bad} of the last batch (frames {frames}) hold such values: repair the data or its statistics"
         if bad
-        else "the data of the last batch are finite: try a lower --policy.optimizer_lr or a longer --policy.scheduler_warmup_steps"
+        else "the data of the last batch are finite: try a lower --policy.optimizer_lr, more --policy.scheduler_warmup_steps"
     )
     return (
-        f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}; {cause}. The step was not taken, and checkpoints before "
-        "it are as they were"
+        f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}; {cause}. The step was not taken, and the "
+        "checkpoints before it are as they were"
     )
 
 
 def _refuse_many_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainingError(
-            "smolvla-fast train runs in one process, WORLD_SIZE asks for more. Train on several GPUs with lerobot-train under "
-            "accelerate, on a policy of the same checkpoint"
+            "smolvla-fast train runs in one process, WORLD_SIZE asks for more. On several GPUs train with lerobot-train "
+            "under accelerate, from the same checkpoint"
         )

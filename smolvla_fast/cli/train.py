@@ -138,7 +138,7 @@ def read_settings(flags: dict[str, Any]) -> tuple[TrainSettings, Path | None]:
     output = Path(asked.setdefault("output_dir", f"outputs/train/{datetime.now():%Y-%m-%d/%H-%M-%S}_smolvla"))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise TrainingError(
-            f"--output_dir={output} is there already and would be overwritten; give another, or --resume=true to go on with it"
+            f"--output_dir={output} is there already and would be overwritten; give another, or --resume=true to go on"
         )
     return TrainSettings.from_dict(nest({"dataset": {}, "policy": base}, asked)), None
 
@@ -149,7 +149,7 @@ def _resumed(asked: dict[str, Any], config_path: str | None) -> tuple[TrainSetti
         checkpoint = (path.parent if path.suffix == ".json" else path).parent
         if not (checkpoint / STATE).is_dir():
             raise TrainingError(
-                f"--config_path={config_path} lies in no checkpoint; give .../checkpoints/STEP/pretrained_model/train_config.json"
+                f"--config_path={config_path} lies in no checkpoint; give .../STEP/pretrained_model/train_config.json"
             )
     else:
         if "output_dir" not in asked:
@@ -227,8 +227,9 @@ class Progress:
             if self.bar.disable:
                 left = (self.settings.steps - step) * self.samples / means["samples_per_s"]
                 self.console.line(
-                    f"step {step:>6,} of {self.settings.steps:,}  loss {means['loss']:.4f}  grad norm {means['grad_norm']:.3g}  "
-                    f"lr {facts['lr']:.2e}  {means['samples_per_s']:.3g} samples/s  {timedelta(seconds=round(left))} left"
+                    f"step {step:>6,} of {self.settings.steps:,}  loss {means['loss']:.4f}  "
+                    f"grad norm {means['grad_norm']:.3g}  lr {facts['lr']:.2e}  "
+                    f"{means['samples_per_s']:.3g} samples/s  {timedelta(seconds=round(left))} left"
                 )
             self.window = Window()
 

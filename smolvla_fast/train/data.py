@@ -1,4 +1,4 @@
-"""From a LeRobotDataset to batches: opened, compared with the configuration, looked through, and dealt out in a known order."""
+"""From a LeRobotDataset to batches: opened, compared with the configuration, looked through, dealt out in a known order."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _lerobot() -> tuple[Any, Any, Any]:
 
 
 def split_episodes(settings: TrainSettings, meta: Any) -> tuple[list[int] | None, list[int]]:
-    """Episodes to learn from (None: all) and to hold out: of each task the last ``ceil(n * eval_split)``, as LeRobot does."""
+    """Episodes to learn from (None: all) and to hold out: of each task the last ``ceil(n * eval_split)``, as in LeRobot."""
     chosen = settings.dataset.episodes
     unknown = [index for index in chosen or [] if not 0 <= index < meta.total_episodes]
     if unknown:
@@ -115,7 +115,7 @@ def split_episodes(settings: TrainSettings, meta: Any) -> tuple[list[int] | None
 
 
 def fill_features(config: SmolVLAConfig, features: dict[str, Any], rename_map: dict[str, str]) -> None:
-    """Takes empty ``input_features`` and ``output_features`` from the dataset; what is declared already is compared with it."""
+    """Takes empty ``input_features`` and ``output_features`` from the dataset; what is declared is compared with it."""
     found = policy_features(features, rename_map)
     if not config.output_features:
         config.output_features = {k: f for k, f in found.items() if f.type is FeatureType.ACTION}
@@ -145,8 +145,8 @@ def fill_features(config: SmolVLAConfig, features: dict[str, Any], rename_map: d
         if declared is not None and declared.shape[0] != size:
             field = "output_features" if key == ACTION else "input_features"
             raise TrainingError(
-                f"{key!r} has {size} values in the dataset and {declared.shape[0]} in the policy's configuration. To train for "
-                f"another robot than the checkpoint's, give --policy.{field}=null, which takes the dataset's features"
+                f"{key!r} has {size} values in the dataset and {declared.shape[0]} in the policy's configuration. To train "
+                f"for another robot than the checkpoint's, give --policy.{field}=null, which takes the dataset's features"
             )
         if size > getattr(config, limit):
             raise TrainingError(
@@ -156,7 +156,7 @@ def fill_features(config: SmolVLAConfig, features: dict[str, Any], rename_map: d
 
 
 def policy_features(features: dict[str, Any], rename_map: dict[str, str]) -> dict[str, PolicyFeature]:
-    """The dataset's features as a policy has them: cameras as (channels, height, width), names replaced by ``rename_map``."""
+    """The dataset's features as a policy has them: cameras as (channels, height, width), names after ``rename_map``."""
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
     return {
@@ -179,9 +179,9 @@ def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, rename
             if name not in entry or not np.isfinite(value).all() or not fits:
                 state = "is missing" if name not in entry else f"is {value.tolist()}"
                 raise TrainingError(
-                    f"statistic {name!r} of {key!r}, of {feature.shape[0]} values, {state} in the dataset's meta/stats.json; "
+                    f"statistic {name!r} of {key!r}, of {feature.shape[0]} values, {state} in meta/stats.json; "
                     f"normalisation {mode.value} needs it. Compute it with `lerobot-edit-dataset --operation.type "
-                    "recompute_stats` (see its --help), or switch the normalisation off with --policy.normalization_mapping"
+                    "recompute_stats` (see its --help), or switch normalisation off with --policy.normalization_mapping"
                 )
 
 

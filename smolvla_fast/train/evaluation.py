@@ -1,4 +1,4 @@
-"""How good a policy is on episodes it has not learned from. Draws its own noise: training goes on as if it had not happened."""
+"""How good a policy is on episodes it has not learned from. Draws its own noise: training goes on as if nothing had been."""
 
 from __future__ import annotations
 

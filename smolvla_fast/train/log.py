@@ -15,7 +15,7 @@ NAME = "train_log.jsonl"
 
 @dataclass
 class Window:
-    """Means since the last line. ``loss`` and ``grad_norm`` over optimizer steps, ``data_s`` and ``update_s`` seconds a step."""
+    """Means since the last line, over optimizer steps; ``data_s`` and ``update_s`` are seconds a step."""
 
     sums: dict[str, float] = field(default_factory=dict)
     count: int = 0

@@ -71,7 +71,7 @@ def speed_up(policy: Any, wish: str) -> str:
 def make_processors(
     settings: TrainSettings, stats: dict[str, Any], source: str | Path | None, resume: bool
 ) -> tuple[Any, Any]:
-    """Pre- and postprocessor: fresh; or those of a checkpoint with this dataset's statistics; or, on resume, exactly its own."""
+    """Pre- and postprocessor: fresh; a checkpoint's with this dataset's statistics; or, on resume, exactly its own."""
     config = settings.policy
     stats = {settings.rename_map.get(key, key): entry for key, entry in stats.items()}
     if source is None or resume:

@@ -1,4 +1,7 @@
-"""The random state of a process: seeded for a run and given back after it, saved and restored to the bit."""
+"""The random state of a process: seeded for a run and given back after it, saved and restored to the bit.
+
+numpy's global generator among it: image transforms and third-party datasets still draw from it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     before = collect()
     if seed is not None:
         random.seed(seed)
-        np.random.seed(seed % 2**32)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
         torch.manual_seed(seed)
     try:
         yield
@@ -31,7 +34,7 @@ def collect() -> dict[str, Tensor]:
     numpy's held-back normal number is kept in fp64 (LeRobot rounds it to fp32). Of several GPUs the current one.
     """
     version, words, _ = random.getstate()
-    _, keys, index, has_gauss, gauss = np.random.get_state(legacy=True)
+    _, keys, index, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     state = {
         "py_rng_version": torch.tensor([version]),
         "py_rng_state": torch.tensor(words),
@@ -49,7 +52,7 @@ def collect() -> dict[str, Tensor]:
 def restore(state: dict[str, Tensor]) -> None:
     """Inverse of ``collect``."""
     random.setstate((int(state["py_rng_version"]), tuple(state["py_rng_state"].tolist()), None))
-    np.random.set_state(
+    np.random.set_state(  # noqa: NPY002
         (
             "MT19937",
             state["np_rng_state_values"].numpy().astype(np.uint32),

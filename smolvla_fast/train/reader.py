@@ -1,4 +1,4 @@
-"""Reads of a LeRobotDataset that touch only the column they are for. Imports LeRobot; ``data.py`` imports this when it reads.
+"""Reads of a LeRobotDataset that touch only the column they are for. Imports LeRobot, so it is imported late.
 
 LeRobot 0.6.1 reads whole rows, images decoded, to take one column of them: beside two cameras a chunk of 50 actions costs
 over 100 decoded images a sample. Here numbers come from a table in memory, and an image is decoded for itself.

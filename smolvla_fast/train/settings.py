@@ -17,8 +17,20 @@ CHOICES = {
 }
 # What may differ when a run goes on: none of it changes the weights that come out, or only how far they are trained.
 FREE_ON_RESUME = frozenset(
-    ["steps", "output_dir", "num_workers", "log_freq", "save_freq", "save_checkpoint", "eval_steps"]
-    + ["max_eval_samples", "fast", "dataset.root", "dataset.video_backend", "policy.device"]
+    (
+        "steps",
+        "output_dir",
+        "num_workers",
+        "log_freq",
+        "save_freq",
+        "save_checkpoint",
+        "eval_steps",
+        "max_eval_samples",
+        "fast",
+        "dataset.root",
+        "dataset.video_backend",
+        "policy.device",
+    )
 )
 
 
@@ -91,6 +103,8 @@ class TrainSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise TrainingError(f"{name}={value!r}: must be a whole number of at least {least}")
+        if not (self.policy.optimizer_lr > 0 and self.policy.scheduler_decay_steps > 0):
+            raise TrainingError("policy.optimizer_lr and policy.scheduler_decay_steps must be above 0")
         split = self.dataset.eval_split
         if not 0 <= split < 1:
             raise TrainingError(f"dataset.eval_split={split}: must be a share, at least 0 and below 1")

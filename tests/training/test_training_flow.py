@@ -136,10 +136,10 @@ def test_workers_evaluation_and_checkpoints_change_nothing(bench_top, tmp_path):
 
 
 def test_the_callers_random_state_comes_back(bench_top, tmp_path):
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
     assert bench_top.command(tmp_path / "run") == 0
     assert bench_top.command(tmp_path / "refused", "--dataset.root=/no/such") == 2
-    assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1]
+    assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
