@@ -1,4 +1,4 @@
-# make demo | test | acceptance | fuzz | soak | test-compat | simt | simt-full | lint | bench | aot | cuda | ptxas
+# make demo | train-demo | test | acceptance | fuzz | soak | test-compat | simt | simt-full | lint | bench | aot | cuda | ptxas
 #      | gpu-report | gpu-peers | gpu-wheels | venv | clean
 #
 # Everything happens in .venv, made on first use with the best Python found (or PYTHON=...). ARGS is passed on:
@@ -16,11 +16,15 @@ ARGS    ?=
 # Processes of `make test`; 0: one process, with live output.
 JOBS    ?= 2
 
-.PHONY: demo test acceptance fuzz soak test-compat simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
+.PHONY: demo train-demo test acceptance fuzz soak test-compat simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
 .DELETE_ON_ERROR:
 
 demo: venv
 	$(VENV)/bin/smolvla-fast demo $(ARGS)
+
+# A dataset written, a run killed and resumed, an evaluation, the trained policy patched; ARGS=FOLDER (outputs/train-demo)
+train-demo: venv
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python examples/train_demo.py $(ARGS)
 
 test: venv
 	HF_HUB_OFFLINE=1 SMOLVLA_FAST_PYTHONS=$(wildcard $(ALONE)/bin/python) $(VENV)/bin/python -m pytest -n $(JOBS) \

@@ -1,4 +1,4 @@
-"""The command line: ``smolvla-fast doctor | demo | bench | verify | serve``."""
+"""The command line: ``smolvla-fast doctor | demo | verify | train | bench | serve``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "doctor": "what is installed, what this machine can do, and which backend serves which op",
     "demo": "run LeRobot's SmolVLA stock and patched on one observation; times, error, chart",
     "verify": "check the patched policy against stock; exit status 1 if it fails",
+    "train": "train or fine-tune SmolVLA on a LeRobotDataset, with LeRobot's flags",
     "bench": "run the benchmark suites; JSON, Markdown and chart",
     "serve": "LeRobot's policy server with its SmolVLA policies patched",
 }

@@ -125,3 +125,27 @@ def curves(
     figure.suptitle(title, x=0.01, ha="left")
     figure.supxlabel(subtitle, fontsize=8)
     save(figure, path)
+
+
+def loss_curve(log: list[dict[str, Any]], title: str, path: str | Path) -> None:
+    """Loss and gradient norm over the optimizer steps of a training log, and the loss on held-out episodes."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [entry["step"] for entry in log if "loss" in entry]
+    axes.plot(steps, [entry["loss"] for entry in log if "loss" in entry], color=PALETTE[1], label="loss")
+    held_out = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color=PALETTE[5], marker="o", label="loss, held-out episodes")
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("flow-matching loss")
+    axes.set_ylim(bottom=0)
+    beside = axes.twinx()
+    norms = [entry["grad_norm"] for entry in log if "loss" in entry]
+    beside.plot(steps, norms, color=PALETTE[0], linewidth=1, zorder=0, label="gradient norm")
+    beside.set_ylabel("gradient norm before clipping")
+    beside.set_ylim(bottom=0)
+    for side in (axes, beside):
+        side.spines["top"].set_visible(False)
+    figure.legend(loc="outside upper right", ncols=3, frameon=False)
+    axes.set_title(title, loc="left", fontsize=11)
+    save(figure, path)

@@ -1,0 +1,138 @@
+"""The whole training flow in minutes on a CPU: a dataset, a run that is killed and goes on, an evaluation, a robot's chunk.
+
+    make train-demo          (or: python examples/train_demo.py [FOLDER])
+
+A hand learns to pick up a red cube from 30 scripted episodes with two cameras; where the cube lies is in the images alone.
+Exit status 1 if the policy does not beat every constant action by the margin below on episodes it has not seen, if it does
+as well with wrong images, or if patched inference is not the same policy.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import smolvla_fast
+from smolvla_fast.cli import main as smolvla_fast_command
+from smolvla_fast.smolvla import SmolVLAPolicy, make_pre_post_processors
+from smolvla_fast.testing import make_vlm_folder
+from smolvla_fast.testing_dataset import REPO_ID, write_dataset
+from smolvla_fast.train.checkpoint import Checkpoints, read_run
+from smolvla_fast.train.data import held_out_batches, open_data, to_floats
+from smolvla_fast.train.evaluation import action_error
+from smolvla_fast.train.settings import TrainSettings
+
+STEPS, SAVE = 900, 300
+MARGIN = 0.4
+"""The policy's squared error on held-out episodes, as a share of the best constant action's: at most this."""
+
+TEXT = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+VISION = dict(
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    image_size=32,
+    patch_size=4,
+)
+
+
+def main(folder: Path) -> int:
+    torch.set_num_threads(1)  # one core computes, the other reads
+    shutil.rmtree(folder, ignore_errors=True)
+    start = time.perf_counter()
+    make_vlm_folder(folder / "vlm", text=TEXT, vision=VISION, vocab_size=320, scale_factor=2)
+    dataset = write_dataset(folder / "dataset", episodes=30)
+    print(f"wrote {dataset.num_episodes} episodes, {dataset.num_frames} frames, to {folder / 'dataset'}")
+
+    run = folder / "run"
+    arguments = [
+        "train", f"--dataset.repo_id={REPO_ID}", f"--dataset.root={folder / 'dataset'}", "--dataset.eval_split=0.2",
+        f"--policy.vlm_model_name={folder / 'vlm'}", "--policy.num_vlm_layers=4", "--policy.expert_width_multiplier=1.0",
+        "--policy.resize_imgs_with_padding=[32,32]", "--policy.chunk_size=10", "--policy.n_action_steps=10",
+        "--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false", "--policy.optimizer_lr=2e-3",
+        "--policy.scheduler_warmup_steps=50", f"--policy.scheduler_decay_steps={STEPS}", "--policy.scheduler_decay_lr=2e-5",
+        "--policy.device=cpu", "--batch_size=32", f"--steps={STEPS}", f"--save_freq={SAVE}", "--log_freq=25",
+        f"--eval_steps={SAVE}", "--max_eval_samples=64", "--num_workers=1", f"--output_dir={run}",
+    ]  # fmt: skip
+    kill_once_saved(arguments, run)
+    go_on = ["train", "--resume=true", f"--output_dir={run}"]
+    print("$ smolvla-fast", *go_on, flush=True)
+    if smolvla_fast_command(go_on):
+        return 1
+    good = evaluate(run)
+    print(f"{time.perf_counter() - start:.0f} s in all; loss curve: {run / 'train_log.png'}")
+    return 0 if good else 1
+
+
+def kill_once_saved(arguments: list[str], run: Path) -> None:
+    """Starts the command in a process of its own and kills it, without warning, some time after its first checkpoint."""
+    print("$ smolvla-fast", *arguments, flush=True)
+    code = "import sys, torch; torch.set_num_threads(1); from smolvla_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    with subprocess.Popen([sys.executable, "-c", code, *arguments]) as process:
+        while process.poll() is None and Checkpoints(run).last() is None:
+            time.sleep(0.2)
+        time.sleep(3)
+        process.send_signal(signal.SIGKILL)
+    print(f"killed; the last whole checkpoint is {Checkpoints(run).last()}", flush=True)
+
+
+def evaluate(run: Path) -> bool:
+    """Prints the errors on held-out episodes, plain, without looking, and patched; True if all is as it should be."""
+    checkpoint = Checkpoints(run).last()
+    settings = TrainSettings.from_dict(
+        {**read_run(checkpoint)["settings"], "num_workers": 0, "max_eval_samples": 0}
+    )
+    batches = list(held_out_batches(settings, open_data(settings).held_out))
+    policy = SmolVLAPolicy.from_pretrained(checkpoint / "pretrained_model")
+    preprocess, postprocess = make_pre_post_processors(policy.config, checkpoint / "pretrained_model")
+
+    error, constant = action_error(policy, preprocess, batches)
+    blind, _ = action_error(policy, preprocess, batches, wrong_images=True)
+    smolvla_fast.patch(policy)
+    patched, _ = action_error(policy, preprocess, batches)
+    first = preprocess({k: v[:1] for k, v in to_floats(batches[0], "cpu").items()})
+    report = smolvla_fast.verify(policy, first)
+    actions = postprocess(policy.predict_action_chunk(first)[0])
+    status = smolvla_fast.status(policy)
+
+    print(
+        f"mean squared error of action chunks on {sum(len(b['index']) for b in batches)} held-out frames, normalised units:"
+    )
+    print(f"  best constant action        {constant:.4f}")
+    print(
+        f"  trained policy              {error:.4f}  ({error / constant:.3f} of it; at most {MARGIN} is asked for)"
+    )
+    print(f"  with another frame's images {blind:.4f}  ({blind / constant:.3f} of it)")
+    print(
+        f"  patched for inference       {patched:.4f}  ({status.calls_fast} chunks fast, {status.calls_stock} stock)"
+    )
+    print(f"{report}")
+    print(
+        f"a chunk in the robot's units: {actions.shape[0]} actions, the first {[round(x, 3) for x in actions[0].tolist()]}"
+    )
+    same = abs(patched - error) <= 1e-3 * error  # `fp32` errs by 1e-5 of a chunk at most
+    return (
+        error <= MARGIN * constant
+        and blind > 2 * error
+        and same
+        and report.passed
+        and status.calls_stock == 0
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/train-demo")))

@@ -1,0 +1,6 @@
+"""What ``smolvla_fast/training.py`` is played on: settings, data, policy, random state, checkpoints, log, evaluation."""
+
+from .errors import TrainingError
+from .settings import DatasetSettings, TrainSettings
+
+__all__ = ["DatasetSettings", "TrainSettings", "TrainingError"]

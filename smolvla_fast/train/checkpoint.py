@@ -1,0 +1,184 @@
+"""Checkpoints in LeRobot's layout, whole or not there at all.
+
+    output_dir/checkpoints/000100/pretrained_model/   config.json, model.safetensors, processors, train_config.json
+                                  training_state/     optimizer, scheduler, random state, step, run.json
+                           last -> 000100
+
+A checkpoint is written beside its place, flushed to the disk, and only then renamed; `last` is replaced in one step. So a
+process killed at any point, or a disk that fills up, leaves the checkpoints before it as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from . import random_state
+from .errors import TrainingError
+
+PRETRAINED, STATE, LAST = "pretrained_model", "training_state", "last"
+OPTIMIZER, GROUPS = "optimizer_state.safetensors", "optimizer_param_groups.json"
+SCHEDULER, RANDOM, STEP, RUN = (
+    "scheduler_state.json",
+    "rng_state.safetensors",
+    "training_step.json",
+    "run.json",
+)
+PARTIAL, OLD = ".partial", ".old"
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    folder  ``output_dir/checkpoints``, made when the first one is written
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.folder = output_dir / "checkpoints"
+
+    def save(self, step: int, total_steps: int, write: Callable[[Path], None]) -> Path:
+        """Has ``write(folder)`` fill a folder, makes it the checkpoint of ``step`` and points `last` at it.
+
+        raises  TrainingError where the disk is full or refuses; nothing of the attempt stays, all before it does
+        """
+        final = self.folder / f"{step:0{max(6, len(str(total_steps)))}d}"
+        aside = final.with_name(f".{final.name}{PARTIAL}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clear()
+            aside.mkdir()
+            write(aside)
+            _flush(aside)
+            self._put(aside, final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise TrainingError(self._refused(final, error)) from error
+        return final
+
+    def _put(self, aside: Path, final: Path) -> None:
+        old = final.with_name(f".{final.name}{OLD}")
+        if final.exists():  # a run that went on from an earlier step comes by again
+            os.rename(final, old)
+        os.rename(aside, final)
+        link = self.folder / f".{LAST}{PARTIAL}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        os.replace(link, self.folder / LAST)
+        _flush_entry(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _clear(self) -> None:
+        """Removes what a killed process left half written; a checkpoint moved out of the way goes back."""
+        for path in self.folder.glob(f".*{OLD}"):
+            place = path.with_name(path.name[1 : -len(OLD)])
+            shutil.rmtree(path) if place.exists() else os.rename(path, place)
+        for path in self.folder.glob(f".*{PARTIAL}"):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+    def _refused(self, final: Path, error: Exception) -> str:
+        last = self.last()
+        kept = f"the last checkpoint, {last}, is whole" if last else "there is no checkpoint before it"
+        free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
+        return (
+            f"cannot write checkpoint {final}: {error} ({free / 2**20:,.0f} MiB free there); {kept}. Free some space and go "
+            "on with --resume=true and the same --output_dir"
+        )
+
+    def last(self) -> Path | None:
+        """The newest whole checkpoint: what `last` points at, or where a kill left that dangling, the highest step."""
+        link = self.folder / LAST
+        if (link / STATE).is_dir():
+            return self.folder / os.readlink(link) if link.is_symlink() else link
+        steps = [p for p in self.folder.glob("[0-9]*") if p.name.isdigit() and (p / STATE).is_dir()]
+        # By step, then whole before moved aside: `_put` was stopped between its two renames.
+        steps += [p for p in self.folder.glob(f".[0-9]*{OLD}") if (p / STATE).is_dir()]
+        return max(steps, key=lambda p: int("".join(filter(str.isdigit, p.name))), default=None)
+
+
+def _flush(folder: Path) -> None:
+    """Everything below a folder onto the disk: a rename may get there before the bytes of what it names."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_state(
+    folder: Path, step: int, samples: int, optimizer: Optimizer, scheduler: LRScheduler, run: dict[str, Any]
+) -> None:
+    """Writes ``training_state``, file for file what LeRobot's ``load_training_state`` reads, and ``run.json``.
+
+    samples  of an optimizer step: LeRobot finds its place in the data by it
+    """
+    folder = folder / STATE
+    folder.mkdir()
+    state = optimizer.state_dict()
+    tensors = {
+        f"state/{i}/{name}": value for i, entry in state["state"].items() for name, value in entry.items()
+    }
+    save_file({name: value.contiguous() for name, value in tensors.items()}, str(folder / OPTIMIZER))
+    save_file(random_state.collect(), str(folder / RANDOM))
+    _write(folder / GROUPS, state["param_groups"])
+    _write(folder / SCHEDULER, scheduler.state_dict())
+    _write(folder / STEP, {"step": step, "num_processes": 1, "batch_size": samples})
+    _write(folder / RUN, run)
+
+
+def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -> int:
+    """Restores optimizer, scheduler and the process's random state; returns the step. TrainingError for a broken one."""
+    folder = checkpoint / STATE
+    try:
+        entries: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in load_file(str(folder / OPTIMIZER)).items():
+            _, index, name = key.split("/", 2)
+            entries.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": entries, "param_groups": _read(folder / GROUPS)})
+        scheduler.load_state_dict(_read(folder / SCHEDULER))
+        step = int(_read(folder / STEP)["step"])
+        random_state.restore(load_file(str(folder / RANDOM)))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{folder} cannot be resumed from ({type(error).__name__}: {error}); take another checkpoint of "
+            f"{checkpoint.parent} with --config_path=CHECKPOINT/{PRETRAINED}/train_config.json"
+        ) from error
+    return step
+
+
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """``run.json``. TrainingError where there is none: LeRobot writes none."""
+    path = checkpoint / STATE / RUN
+    try:
+        return _read(path)
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"{path} cannot be read ({error}), so it is not known how this run was configured. A checkpoint written by "
+            f"LeRobot can be started from with --policy.path={checkpoint / PRETRAINED} and a new --output_dir"
+        ) from error
+
+
+def write_train_config(folder: Path, values: dict[str, Any]) -> None:
+    _write(folder / "train_config.json", values)
+
+
+def _write(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=4), encoding="utf-8")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

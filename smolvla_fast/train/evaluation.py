@@ -1,0 +1,68 @@
+"""How good a policy is on episodes it has not learned from. Draws its own noise: training goes on as if nothing had been."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..smolvla.features import ACTION, OBS_IMAGES
+from .data import to_floats
+from .random_state import seeded
+
+SEED = 7
+
+
+@torch.no_grad()
+def held_out_loss(
+    policy: Any, preprocess: Any, batches: Iterable[Any], autocast: AbstractContextManager | None = None
+) -> float:
+    """Mean flow-matching loss over the samples, every time at the same noise and times."""
+    total, count = 0.0, 0
+    policy.eval()
+    with seeded(SEED), autocast or nullcontext():
+        for raw in batches:
+            batch = preprocess(to_floats(raw, policy.config.device))
+            samples = len(batch[ACTION])
+            total, count = total + samples * policy.forward(batch)[0].item(), count + samples
+    policy.train()
+    return total / count
+
+
+@torch.no_grad()
+def action_error(
+    policy: Any, preprocess: Any, batches: Iterable[Any], *, wrong_images: bool = False
+) -> tuple[float, float]:
+    """Mean squared error of predicted chunks, and of the best constant action, both in normalised units.
+
+    The constant is the mean of the very actions that are compared, so no constant does better on them.
+    wrong_images  every frame gets another one's images: what is left is what the policy does without looking
+    Actions beyond the end of an episode do not count.
+    """
+    inputs = [preprocess(to_floats(raw, policy.config.device)) for raw in batches]
+    if wrong_images:
+        inputs = _with_other_images(inputs)
+    with seeded(SEED):
+        predicted = torch.cat([policy.predict_action_chunk(batch).float().cpu() for batch in inputs])
+    target = torch.cat([batch[ACTION].float().cpu() for batch in inputs])
+    valid = ~torch.cat([batch["action_is_pad"].cpu() for batch in inputs])
+    constant = target[valid].mean(dim=0)
+    return _mean_square((predicted - target)[valid]), _mean_square(target[valid] - constant)
+
+
+def _mean_square(x: Tensor) -> float:
+    return x.square().mean().item()
+
+
+def _with_other_images(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Images moved on by half of all samples, so that in episodes of like length they come from another episode."""
+    sizes = [len(batch[ACTION]) for batch in inputs]
+    moved: list[dict[str, Any]] = [dict(batch) for batch in inputs]
+    for key in (key for key in inputs[0] if key.startswith(f"{OBS_IMAGES}.") and not key.endswith("_is_pad")):
+        images = torch.cat([batch[key] for batch in inputs]).roll(sum(sizes) // 2, dims=0)
+        for batch, part in zip(moved, images.split(sizes), strict=True):
+            batch[key] = part
+    return moved

@@ -1,0 +1,67 @@
+"""The log of a run: one JSON object a line, in ``output_dir/train_log.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import TrainingError
+
+NAME = "train_log.jsonl"
+
+
+@dataclass
+class Window:
+    """Means since the last line, over optimizer steps; ``data_s`` and ``update_s`` are seconds a step."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+    samples: int = 0
+
+    def add(self, samples: int, **values: float) -> None:
+        self.count += 1
+        self.samples += samples
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        means = {name: value / self.count for name, value in self.sums.items()}
+        return {**means, "samples_per_s": self.samples / (self.sums["data_s"] + self.sums["update_s"])}
+
+
+class Log:
+    """Appends lines. A run that goes on from a step first drops the lines behind it, for it will write them again."""
+
+    def __init__(self, output_dir: Path, step: int) -> None:
+        self.path = output_dir / NAME
+        if self.path.exists():
+            kept = [entry for entry in read_log(output_dir) if entry["step"] <= step]
+            aside = self.path.with_suffix(".partial")
+            self._write(aside, "w", kept)
+            os.replace(aside, self.path)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        self._write(self.path, "a", [entry])
+
+    def _write(self, path: Path, mode: str, entries: list[dict[str, Any]]) -> None:
+        try:
+            with path.open(mode, encoding="utf-8") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write the log {path}: {error.strerror or error}; free some space and resume"
+            ) from error
+
+
+def read_log(output_dir: Path) -> list[dict[str, Any]]:
+    """All lines; one that a kill cut short is left out."""
+    entries = []
+    for line in (output_dir / NAME).read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return entries

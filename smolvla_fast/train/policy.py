@@ -1,0 +1,90 @@
+"""The policy that is trained, and the processors around it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..smolvla import SmolVLAConfig, SmolVLAPolicy, make_pre_post_processors
+from .errors import TrainingError
+from .settings import TrainSettings
+
+logger = logging.getLogger(__name__)
+
+
+def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
+    """Ours or LeRobot's ``SmolVLAPolicy`` in train mode on ``settings.policy.device``.
+
+    source  checkpoint whose weights it gets; None: fresh ones
+    raises  TrainingError for weights that are missing or of another configuration, or a policy that cannot be made
+    """
+    config: Any = settings.policy
+    try:
+        if settings.implementation == "lerobot":
+            config, policy_class = _lerobot(config)
+        else:
+            policy_class = SmolVLAPolicy
+        policy = (
+            policy_class(config) if source is None else policy_class.from_pretrained(source, config=config)
+        )
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        what = "a fresh policy" if source is None else f"the policy of {source}"
+        raise TrainingError(f"cannot make {what}: {error}") from error
+    return policy.to(config.device).train()
+
+
+def _lerobot(config: SmolVLAConfig) -> tuple[Any, Any]:
+    """The same configuration in LeRobot's class, through the file that both read, and LeRobot's policy class."""
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy as LeRobotPolicy
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+        return PreTrainedConfig.from_pretrained(folder), LeRobotPolicy
+
+
+def speed_up(policy: Any, wish: str) -> str:
+    """Patches the policy for training where that is possible; returns what came of it, in words.
+
+    wish    "auto", "on" or "off"       raises  TrainingError for "on" where it is not possible
+    """
+    from ..patch import patch
+
+    if wish == "off":
+        return "plain, as asked for"
+    reason = "smolvla_fast.patch has no training path in this version"
+    if "training" in inspect.signature(patch).parameters:
+        try:
+            patch(policy, training=True)
+            return "patched for training"
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            reason = str(error)
+    if wish == "on":
+        raise TrainingError(f"--fast=on: {reason}; use --fast=auto, which then trains the plain policy")
+    return f"plain: {reason}"
+
+
+def make_processors(
+    settings: TrainSettings, stats: dict[str, Any], source: str | Path | None, resume: bool
+) -> tuple[Any, Any]:
+    """Pre- and postprocessor: fresh; a checkpoint's with this dataset's statistics; or, on resume, exactly its own."""
+    config = settings.policy
+    stats = {settings.rename_map.get(key, key): entry for key, entry in stats.items()}
+    if source is None or resume:
+        return make_pre_post_processors(config, source, dataset_stats=None if resume else stats)
+    inputs, outputs = config.input_features or {}, config.output_features or {}
+    scaling = {"norm_map": config.normalization_mapping}
+    return make_pre_post_processors(
+        config,
+        source,
+        dataset_stats=stats,
+        preprocessor_overrides={
+            "rename_observations_processor": {"rename_map": settings.rename_map},
+            "normalizer_processor": {"features": {**inputs, **outputs}, **scaling},
+        },
+        postprocessor_overrides={"unnormalizer_processor": {"features": outputs, **scaling}},
+    )

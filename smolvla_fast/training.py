@@ -1,0 +1,208 @@
+"""The score for learning: dataset, batch, preprocess, loss, backward, clip, step, schedule, log, checkpoint.
+
+    from smolvla_fast.train import DatasetSettings, TrainSettings
+    from smolvla_fast.training import train
+
+    train(TrainSettings(DatasetSettings("me/pick"), SmolVLAConfig(), output_dir="outputs/pick"))
+
+``smolvla-fast train`` is the same with flags. Corresponds to LeRobot's ``lerobot-train``: same data order, presets, files.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .smolvla.features import ACTION
+from .train import checkpoint as files
+from .train.checkpoint import Checkpoints
+from .train.data import Data, held_out_batches, open_data, to_floats, training_batches
+from .train.errors import TrainingError
+from .train.evaluation import held_out_loss
+from .train.log import Log, Window
+from .train.policy import make_policy, make_processors, speed_up
+from .train.random_state import seeded
+from .train.settings import TrainSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Everything a run holds between two steps."""
+
+    settings: TrainSettings
+    data: Data
+    policy: Any
+    preprocess: Any
+    postprocess: Any
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    step: int
+    path: str
+    """How the policy is computed, in words."""
+
+    @property
+    def samples(self) -> int:
+        """Of one optimizer step."""
+        return self.settings.batch_size * self.settings.gradient_accumulation_steps
+
+
+def train(
+    settings: TrainSettings,
+    *,
+    resume: Path | None = None,
+    on_begin: Callable[[Run], None] = lambda run: None,
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, facts: None,
+) -> Run:
+    """Trains until ``settings.steps``, writes log and checkpoints, and returns the run, its policy trained.
+
+    resume    checkpoint folder to go on from; ``settings`` must be those it was written with (``check_same``)
+    on_begin  called once before the first step          on_step  called after each with loss, grad_norm, lr, seconds
+    raises    TrainingError for what makes a run impossible; checkpoints that were written stay
+    The caller's random state comes back as it was.
+    """
+    _refuse_many_processes()
+    with seeded(settings.seed):
+        run = prepare(settings, resume)
+        on_begin(run)
+        log, window = Log(settings.output_dir, run.step), Window()
+        checkpoints = Checkpoints(settings.output_dir)
+        batches = training_batches(settings, run.data.train, run.step * settings.gradient_accumulation_steps)
+        while run.step < settings.steps:
+            facts = update(run, batches)
+            run.step += 1
+            on_step(run.step, facts)
+            window.add(run.samples, **facts)
+
+            if _due(run.step, settings.log_freq):
+                log.write({"step": run.step, **window.means()})
+                window = Window()
+            if run.data.held_out is not None and _due(run.step, settings.eval_steps):
+                held_out = held_out_batches(settings, run.data.held_out)
+                loss = held_out_loss(run.policy, run.preprocess, held_out, _autocast(settings))
+                log.write({"step": run.step, "eval_loss": loss})
+            if settings.save_checkpoint and (
+                _due(run.step, settings.save_freq) or run.step == settings.steps
+            ):
+                checkpoints.save(run.step, settings.steps, lambda folder: write_checkpoint(run, folder))
+    return run
+
+
+def prepare(settings: TrainSettings, resume: Path | None = None) -> Run:
+    """Data, policy, processors, optimizer and schedule, fresh or as a checkpoint left them."""
+    source = resume / files.PRETRAINED if resume else settings.policy_path
+    data = open_data(settings)
+    policy = make_policy(settings, source)
+    path = speed_up(policy, settings.fast)
+    preprocess, postprocess = make_processors(settings, data.meta.stats, source, resume is not None)
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    # Frozen parameters too, as LeRobot does: they get no gradient, and a checkpoint's states are numbered by place.
+    optimizer = settings.policy.get_optimizer_preset().build(policy.get_optim_params())
+    scheduler = settings.policy.get_scheduler_preset().build(optimizer, settings.steps)
+    run = Run(settings, data, policy, preprocess, postprocess, optimizer, scheduler, 0, path)
+    if resume:
+        run.step = files.load_state(resume, optimizer, scheduler)
+        _check_same_data(run, resume)
+    return run
+
+
+def update(run: Run, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+    """One optimizer step on the next batches; returns what the log says of it.
+
+    raises  TrainingError, weights untouched, when loss or gradient is not finite
+    """
+    settings, parts = run.settings, run.settings.gradient_accumulation_steps
+    losses: list[Tensor] = []
+    data_s = 0.0
+    begun = time.perf_counter()
+    for _ in range(parts):
+        asked = time.perf_counter()
+        batch = run.preprocess(to_floats(next(batches), settings.policy.device or "cpu"))
+        data_s += time.perf_counter() - asked
+        with _autocast(settings):
+            loss, _ = run.policy.forward(batch)
+        (loss / parts).backward()
+        losses.append(loss.detach())
+
+    clip = settings.policy.optimizer_grad_clip_norm
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), clip if clip > 0 else math.inf)
+    # Both at once: the step must not be taken on numbers that are none, and each look waits for the GPU.
+    mean, grad_norm = torch.stack([torch.stack(losses).mean().float(), norm.float()]).tolist()
+    if not (math.isfinite(mean) and math.isfinite(grad_norm)):
+        raise TrainingError(_not_finite(run, mean, grad_norm, batch))
+    rate = run.optimizer.param_groups[0]["lr"]
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.scheduler.step()
+    update_s = time.perf_counter() - begun - data_s
+    return {"loss": mean, "grad_norm": grad_norm, "lr": rate, "data_s": data_s, "update_s": update_s}
+
+
+def write_checkpoint(run: Run, folder: Path) -> None:
+    """Fills a folder with all that LeRobot loads and resumes from, and all that is needed to go on to the bit."""
+    pretrained = folder / files.PRETRAINED
+    run.policy.save_pretrained(pretrained)
+    run.preprocess.save_pretrained(pretrained)
+    run.postprocess.save_pretrained(pretrained)
+    files.write_train_config(pretrained, run.settings.to_lerobot())
+    facts = {"settings": run.settings.to_dict(), "frames": len(run.data.train)}
+    files.save_state(folder, run.step, run.samples, run.optimizer, run.scheduler, facts)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _autocast(settings: TrainSettings) -> AbstractContextManager:
+    device = torch.device(settings.policy.device or "cpu").type
+    return torch.autocast(device, torch.bfloat16, enabled=settings.bf16)
+
+
+def _check_same_data(run: Run, checkpoint: Path) -> None:
+    before, now = files.read_run(checkpoint)["frames"], len(run.data.train)
+    if before != now:
+        raise TrainingError(
+            f"the dataset has {now} frames to learn from, {before} when {checkpoint} was written: their order would be "
+            f"another. Resume on the same data, or start a new run with --policy.path={checkpoint / files.PRETRAINED}"
+        )
+
+
+def _not_finite(run: Run, loss: float, grad_norm: float, batch: dict[str, Any]) -> str:
+    bad = [
+        k
+        for k, v in batch.items()
+        if isinstance(v, Tensor) and v.is_floating_point() and not v.isfinite().all()
+    ]
+    frames = (
+        batch["index"].tolist() if isinstance(batch.get("index"), Tensor) else f"{len(batch[ACTION])} frames"
+    )
+    cause = (
+        f"{bad} of the last batch (frames {frames}) hold such values: repair the data or its statistics"
+        if bad
+        else "the data of the last batch are finite: try a lower --policy.optimizer_lr, more --policy.scheduler_warmup_steps"
+    )
+    return (
+        f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}; {cause}. The step was not taken, and the "
+        "checkpoints before it are as they were"
+    )
+
+
+def _refuse_many_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError(
+            "smolvla-fast train runs in one process, WORLD_SIZE asks for more. On several GPUs train with lerobot-train "
+            "under accelerate, from the same checkpoint"
+        )
