@@ -31,6 +31,7 @@ def reference_ops() -> Ops:
         attention,
         cross_kv,
         euler_step,
+        flow_loss,
         image_prep,
         layer_norm,
         linear,
@@ -62,13 +63,15 @@ def reference_ops() -> Ops:
         suffix_fold=suffix_embed.suffix_fold,
         suffix_embed=suffix_embed.suffix_embed,
         euler_step=euler_step.euler_step,
+        flow_point=flow_loss.flow_point,
+        flow_loss=flow_loss.flow_loss,
     )
 
 
 @cache
 def _torch() -> Ops:
     from .aten import decoder, linear, masked_attention, suffix, vision
-    from .reference import attention, image_prep
+    from .reference import attention, flow_loss, image_prep
 
     return Ops(
         backend="torch",
@@ -89,6 +92,8 @@ def _torch() -> Ops:
         suffix_fold=suffix.suffix_fold,
         suffix_embed=suffix.suffix_embed,
         euler_step=suffix.euler_step,
+        flow_point=flow_loss.flow_point,
+        flow_loss=flow_loss.flow_loss,
     )
 
 

@@ -24,6 +24,7 @@ from .precision import resolve_tier
 from .reference.image_prep import image_prep
 from .rtc import fits, plan_guidance
 from .runtime import DISABLE, SETTINGS, Runtime, Settings, Status, disabled, drop_runtime, runtime_of
+from .training_seam import Learns, training_reason
 from .watch import Watch
 
 logger = logging.getLogger("smolvla_fast")
@@ -83,7 +84,7 @@ class _Accelerated:
         )
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return _restore, (self.stock_class,), self.__dict__
+        return _restore, (self.stock_class, isinstance(self, Learns)), self.__dict__
 
 
 _CHECK_LATE = False
@@ -113,12 +114,13 @@ def _run(
 
 
 @cache
-def _accelerated(stock: type) -> type:
-    return type(stock.__name__, (_Accelerated, stock), {"stock_class": stock, "__module__": stock.__module__})
+def _accelerated(stock: type, training: bool) -> type:
+    bases = (Learns, _Accelerated, stock) if training else (_Accelerated, stock)
+    return type(stock.__name__, bases, {"stock_class": stock, "__module__": stock.__module__})
 
 
-def _restore(stock: type) -> Any:
-    cls: Any = _accelerated(stock)
+def _restore(stock: type, training: bool = False) -> Any:
+    cls: Any = _accelerated(stock, training)
     return cls.__new__(cls)
 
 
@@ -173,7 +175,14 @@ def find_policy(policy: Any) -> Any:
     )
 
 
-def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: Any = None) -> P:
+def patch(
+    policy: P,
+    *,
+    precision: str = "auto",
+    backend: str = "auto",
+    warmup: Any = None,
+    training: bool = False,
+) -> P:
     """Accelerate this one policy, in place, and return it.
 
     policy     a SmolVLAPolicy of lerobot or of smolvla_fast, or a PeftModel around one
@@ -184,6 +193,7 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
                denoise loop, Triton for the rest; not measured yet, so "auto" does not take it)
     warmup     an example batch as ``predict_action_chunk`` takes it, or True: run a chunk now, so that the first real one
                is not slow. No random state moves.
+    training   speed up ``policy.forward``, the training loss, as well: what is frozen runs once and without a graph
     raises     TypeError for another kind of object, ValueError for an unknown name, RuntimeError for an explicit wish
                that cannot be met, each naming what is accepted
     Patching again only changes the settings. ``unpatch`` undoes all of it.
@@ -201,10 +211,9 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
         logger.warning("smolvla_fast: off: %s is set; call patch again after unsetting it", DISABLE)
         return policy
     before = model.__dict__.get(SETTINGS)
-    model.__dict__[SETTINGS] = Settings(precision, backend)
-    if not isinstance(model, _Accelerated):
-        stock: Any = type(model)
-        model.__class__ = _accelerated(stock)
+    model.__dict__[SETTINGS] = Settings(precision, backend, training)
+    stock: Any = model.stock_class if isinstance(model, _Accelerated) else type(model)
+    model.__class__ = _accelerated(stock, training)
     runtime = runtime_of(model)
     reason = runtime.reason(model)
     if reason is not None:
@@ -218,6 +227,8 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
             "smolvla_fast: on: %s on %s, backend %s for %s%s",
             now.precision, weight.device, now.backend, _shared(now), instead,
         )  # fmt: skip
+    if training:
+        _tell_of_training(model)
     if warmup is not None and warmup is not False:
         was_training = found.training
         try:
@@ -229,11 +240,21 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
                 unpatch(policy)
             else:
                 model.__dict__[SETTINGS] = before
+                model.__class__ = _accelerated(stock, before.training)
             raise
         finally:
             if was_training:
                 found.train()
     return policy
+
+
+def _tell_of_training(model: Any) -> None:
+    learning = runtime_of(model).learning
+    learning.fallback = training_reason(model)
+    if learning.fallback is None:
+        logger.info("smolvla_fast: training on")
+    else:
+        logger.warning("smolvla_fast: training runs stock: %s", learning.fallback)
 
 
 def _shared(now: Status) -> str:
