@@ -57,6 +57,16 @@ class Learning:
         with self.lock:
             self.fast += 1
 
+    def announce(self, reason: str | None) -> None:
+        """Says at patching whether training is on; what is said here is not said again at the first step."""
+        with self.lock:
+            self.fallback = reason
+            if reason is None:
+                logger.info("smolvla_fast: training on")
+            elif reason not in self._told:
+                self._told.add(reason)
+                logger.warning("smolvla_fast: training runs stock: %s", reason)
+
     def fell_back(self, reason: str) -> None:
         with self.lock:
             self.stock += 1
@@ -65,6 +75,10 @@ class Learning:
             self._told.add(reason)
         if not told:
             logger.warning("smolvla_fast: this training step runs stock: %s", reason)
+
+    @property
+    def passed_over(self) -> dict[str, str]:
+        return {} if self.engine is None else dict(self.engine.passed_over)
 
     def forget(self) -> None:
         with self.lock:

@@ -91,7 +91,7 @@ class LossEngine:
             image_tokens = self._image_tokens(model, dims, observation, vision_learns)
             pad_masks, prefix = self._prefix(model, dims, observation, image_tokens, state_token)
             own, cross = _suffix_rows(pad_masks, dims)
-            h = learn.expert_layers(pair, suffix, prefix, own, cross, dims.head_dim)
+            h = learn.expert_layers(self.ops, pair, suffix, prefix, own, cross, dims.head_dim)
         with wide:
             return self.ops.flow_loss(model.action_out_proj(h.float()), actions, noise)
 
@@ -151,7 +151,7 @@ class LossEngine:
                 observation, image_tokens, vlm, state_token, **given
             )
             rows = _rows(torch.cumsum(pad_masks, dim=1) - 1, block_mask(pad_masks, att_masks), dims)
-            return pad_masks, learn.text_layers(layers, embedded, rows, dims.head_dim)
+            return pad_masks, learn.text_layers(self.ops, layers, embedded, rows, dims.head_dim)
 
         apart = state_token.requires_grad
         with _frozen(device):
@@ -167,7 +167,7 @@ class LossEngine:
         place = torch.sum(pad_masks, dim=1, keepdim=True)
         pad_masks = torch.cat([pad_masks, own], dim=1)
         rows = _rows(place, pad_masks[:, None], dims)
-        return pad_masks, learn.state_rows(layers, state_token, rows, dims.head_dim, kept)
+        return pad_masks, learn.state_rows(self.ops, layers, state_token, rows, dims.head_dim, kept)
 
     def _patch_positions(self, vlm: Any, images: Tensor) -> Tensor:
         key = (images.shape[-1], vlm.vision_model.embeddings.patch_embedding.weight.dtype)
@@ -200,7 +200,7 @@ def _learns(module: Any) -> bool:
 
 
 def _rows(positions: Tensor, visible: Tensor, dims: Dims) -> learn.Rows:
-    return learn.Rows(rope_tables(positions, dims.head_dim), learn.added_mask(visible))
+    return learn.Rows(rope_tables(positions, dims.head_dim), visible)
 
 
 def _suffix_rows(pad_masks: Tensor, dims: Dims) -> tuple[learn.Rows, learn.Rows]:

@@ -52,6 +52,8 @@ class Ops:
     """denoise: noisy actions and time -> suffix"""
     euler_step: Callable[..., tuple[Tensor, Tensor]]
     """denoise: final norm + velocity + guidance + Euler"""
+    learning_attention: Callable[..., Tensor]
+    """training: masked_attention of a bool mask, differentiable"""
     flow_point: Callable[..., Tensor]
     """training: actions, noise, time -> the point between them"""
     flow_loss: Callable[..., Tensor]

@@ -228,7 +228,7 @@ def patch(
             now.precision, weight.device, now.backend, _shared(now), instead,
         )  # fmt: skip
     if training:
-        _tell_of_training(model)
+        runtime.learning.announce(training_reason(model))
     if warmup is not None and warmup is not False:
         was_training = found.training
         try:
@@ -246,15 +246,6 @@ def patch(
             if was_training:
                 found.train()
     return policy
-
-
-def _tell_of_training(model: Any) -> None:
-    learning = runtime_of(model).learning
-    learning.fallback = training_reason(model)
-    if learning.fallback is None:
-        logger.info("smolvla_fast: training on")
-    else:
-        logger.warning("smolvla_fast: training runs stock: %s", learning.fallback)
 
 
 def _shared(now: Status) -> str:

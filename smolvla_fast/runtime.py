@@ -48,7 +48,7 @@ class Status:
     step_launches  kernel launches of one denoise step, where the backend's ops are one launch each, else None; 0 where all
                    steps are one launch
     training_fast  losses by the fast path of ``patch(training=True)``      training_stock  losses by stock while that was asked for
-    training_fallback  why stock computed the last one it did, or None
+    training_fallback  why stock computed the last one it did, or None      training_passed_over  as passed_over, of training
     extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, time embeddings, the
                    graphs' memory and, in fp8 and int8 alone, copies of weights
     """
@@ -69,6 +69,7 @@ class Status:
     training_fast: int = 0
     training_stock: int = 0
     training_fallback: str | None = None
+    training_passed_over: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -166,6 +167,7 @@ class Runtime:
             training_fast=self.learning.fast,
             training_stock=self.learning.stock,
             training_fallback=self.learning.fallback,
+            training_passed_over=self.learning.passed_over,
         )
         engine = self.engine
         if reason is not None or engine is None:

@@ -131,12 +131,13 @@ def call_reason(
     for image, mask in zip(images, image_masks, strict=True):
         if tuple(image.shape) != (batch, 3, side, side) or not image.is_floating_point():
             return f"images {tuple(image.shape)} {image.dtype}; accepted are {(batch, 3, side, side)}, floats"
-        if image.requires_grad:
-            return "an image requires a gradient; the vision tower is computed without one"
         if mask.dtype is not torch.bool or tuple(mask.shape) != (batch,):
             return f"image masks {tuple(mask.shape)} {mask.dtype}; accepted are ({batch},), bool"
     if tokens.ndim != 2 or tokens.shape != token_masks.shape or token_masks.dtype is not torch.bool:
         return "tokens or masks of another rank or dtype than stock's usual ones"
+    constants = (*images, actions, *(each for each in (noise, time) if each is not None))
+    if torch.is_grad_enabled() and any(each.requires_grad for each in constants):
+        return "images, actions, noise or time require a gradient; the fast path takes them for constants"
     width = (batch, config.chunk_size, model.action_in_proj.weight.shape[1])
     given = {"actions": (actions, width), "noise": (noise, width), "time": (time, (batch,))}
     given["state"] = (state, (batch, model.state_proj.weight.shape[1]))

@@ -11,14 +11,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import Ops
 from ..weights import is_cross
-
-LOWEST = torch.finfo(torch.bfloat16).min
-"""What is added to a score that is not to be seen: finite in bf16 too, where autocast takes the mask, so that a row that
-sees nothing weighs all keys alike and stays a number."""
 
 Rope = tuple[Tensor, Tensor]
 
@@ -26,16 +22,11 @@ Rope = tuple[Tensor, Tensor]
 class Rows(NamedTuple):
     """Where some tokens stand and what they see.
 
-    rope  sin, cos  [B, T, 1, D/2]  fp32      mask  [B, T, S]  added to the scores
+    rope  sin, cos  [B, T, 1, D/2]  fp32      mask  [B, T, S]  bool
     """
 
     rope: Rope
     mask: Tensor
-
-
-def added_mask(visible: Tensor) -> Tensor:
-    """[B, T, S] bool -> [B, T, S] fp32: 0 where visible, ``LOWEST`` elsewhere."""
-    return torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, LOWEST)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
@@ -43,31 +34,6 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     sin, cos = rope
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """``softmax(q·kᵀ / sqrt(D) + mask) · v``, each KV head serving ``H / K`` query heads in turn.
-
-    q        [B, T, H, D]      k, v  [B, S, K, D]      mask  [B, T, S]  of ``added_mask``
-    returns  [B, T, H·D] in the widest dtype of q, k and v
-    replaces ``eager_attention_forward`` of LeRobot's ``SmolVLMWithExpertModel``
-
-    The query heads of a KV head are rows of one problem, so no key or value is copied, whoever computes it.
-    """
-    batch, tokens, heads, head_dim = q.shape
-    keys, kv_heads = k.shape[1:3]
-    group = heads // kv_heads
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    rows = q.to(dtype).view(batch, tokens, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
-    mask = mask.to(dtype)[:, None, None].expand(batch, 1, group, tokens, keys)
-    out = F.scaled_dot_product_attention(
-        rows.reshape(batch, kv_heads, group * tokens, head_dim),
-        k.to(dtype).transpose(1, 2),
-        v.to(dtype).transpose(1, 2),
-        attn_mask=mask.reshape(batch, 1, group * tokens, keys),
-    )
-    out = out.view(batch, kv_heads, group, tokens, head_dim).permute(0, 3, 1, 2, 4)
-    return out.reshape(batch, tokens, heads * head_dim)
 
 
 def _normed(layer: Any, x: Tensor) -> Tensor:
@@ -86,24 +52,26 @@ def _finish(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
     return x + mlp(h.to(mlp.gate_proj.weight.dtype))
 
 
-def text_layers(layers: Any, x: Tensor, rows: Rows, head_dim: int) -> Iterator[tuple[Tensor, Tensor]]:
+def text_layers(
+    ops: Ops, layers: Any, x: Tensor, rows: Rows, head_dim: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Keys and values [B, P, K, D] of each text layer over a whole prefix x [B, P, M]; of the last nothing else."""
-    return _text(layers, x, rows, head_dim, None)
+    return _text(ops, layers, x, rows, head_dim, None)
 
 
 def state_rows(
-    layers: Any, x: Tensor, rows: Rows, head_dim: int, frozen: list[tuple[Tensor, Tensor]]
+    ops: Ops, layers: Any, x: Tensor, rows: Rows, head_dim: int, frozen: list[tuple[Tensor, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The same where all but the last tokens of the prefix are frozen: they see nothing of what comes behind them.
 
     x        [B, n, M]  the tokens behind the frozen ones      frozen  their keys and values, a pair a layer
     returns  keys and values of the whole prefix, whose last n rows alone have a gradient
     """
-    return _text(layers, x, rows, head_dim, frozen)
+    return _text(ops, layers, x, rows, head_dim, frozen)
 
 
 def _text(
-    layers: Any, x: Tensor, rows: Rows, head_dim: int, frozen: list[tuple[Tensor, Tensor]] | None
+    ops: Ops, layers: Any, x: Tensor, rows: Rows, head_dim: int, frozen: list[tuple[Tensor, Tensor]] | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for i, layer in enumerate(layers):
         h = _normed(layer, x)
@@ -115,11 +83,17 @@ def _text(
             k, v = torch.cat([frozen[i][0], k], dim=1), torch.cat([frozen[i][1], v], dim=1)
         yield k, v
         if q is not None:
-            x = _finish(layer, x, attend(q, k, v, rows.mask))
+            x = _finish(layer, x, ops.learning_attention(q, k, v, rows.mask))
 
 
 def expert_layers(
-    pair: Any, x: Tensor, prefix: Iterator[tuple[Tensor, Tensor]], own: Rows, cross: Rows, head_dim: int
+    ops: Ops,
+    pair: Any,
+    x: Tensor,
+    prefix: Iterator[tuple[Tensor, Tensor]],
+    own: Rows,
+    cross: Rows,
+    head_dim: int,
 ) -> Tensor:
     """The expert over the suffix x [B, S, E], layer by layer with the prefix's keys and values: [B, S, E].
 
@@ -133,10 +107,10 @@ def expert_layers(
             dtype = attention.k_proj.weight.dtype
             k = _heads(attention.k_proj, k.to(dtype).flatten(2), head_dim)
             v = _heads(attention.v_proj, v.to(dtype).flatten(2), head_dim)
-            a = attend(rotate(q, cross.rope), k, v, cross.mask)
+            a = ops.learning_attention(rotate(q, cross.rope), k, v, cross.mask)
         else:
             k = torch.cat([k, rotate(_heads(attention.k_proj, h, head_dim), own.rope)], dim=1)
             v = torch.cat([v, _heads(attention.v_proj, h, head_dim)], dim=1)
-            a = attend(rotate(q, own.rope), k, v, own.mask)
+            a = ops.learning_attention(rotate(q, own.rope), k, v, own.mask)
         x = _finish(layer, x, a)
     return pair.lm_expert.norm(x)
