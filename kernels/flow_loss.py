@@ -74,7 +74,9 @@ class _FlowLoss(torch.autograd.Function):
         ctx.save_for_backward(v, actions, noise)
         out = torch.empty_like(actions)
         if out.numel():
-            _flow_loss_fwd[(triton.cdiv(out.numel(), BLOCK),)](v, actions, noise, out, out.numel(), BLOCK=BLOCK)
+            _flow_loss_fwd[(triton.cdiv(out.numel(), BLOCK),)](
+                v, actions, noise, out, out.numel(), BLOCK=BLOCK
+            )
         return out
 
     @staticmethod

@@ -243,7 +243,8 @@ def masked_attention_backward(
     last = (*sizes, *out.stride()[:2], scale * math.log2(math.e), scale)
     meta: dict[str, Any] = dict(
         GROUP=group, HEAD_DIM=head_dim, COMPUTE=TYPES[compute], PRECISION=ATTENTION_PRECISION,
-        BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, BLOCK_DIM=block_dim, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, BLOCK_DIM=block_dim,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     _masked_attention_backward_rows[(triton.cdiv(tokens * group, tile.rows), kv_heads, batch)](
         q, k, v, mask, out, grad, dq, *statistics, *last, **meta

@@ -128,9 +128,7 @@ def digest(function: Callable[..., Any]) -> str:
     return hashlib.sha256("".join(kept).encode()).hexdigest()[:12]
 
 
-def _functions(
-    model: Any, rtc: Any | None, methods: tuple[str, ...]
-) -> dict[str, Callable[..., Any]]:
+def _functions(model: Any, rtc: Any | None, methods: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {}
     owners = (
         ("VLAFlowMatching", model, methods),

@@ -47,7 +47,8 @@ class Status:
     graphs         captured CUDA graphs      graph_bytes  what they hold      graph_nodes  nodes of the one used last
     step_launches  kernel launches of one denoise step, where the backend's ops are one launch each, else None; 0 where all
                    steps are one launch
-    training_fast  losses by the fast path of ``patch(training=True)``      training_stock  losses by stock while that was asked for
+    training_fast  losses by the fast path of ``patch(training=True)``
+    training_stock losses by stock while that was asked for
     training_fallback  why stock computed the last one it did, or None      training_passed_over  as passed_over, of training
     extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, time embeddings, the
                    graphs' memory and, in fp8 and int8 alone, copies of weights

@@ -25,9 +25,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def model_reason(model: Any, tier: Tier) -> str | None:
     """Why no loss of this model in this tier is computed by the fast path, or None. Reads structure and source only."""
     try:
-        return (
-            _tier_reason(model, tier) or _source_reason(model) or _structure_reason(model) or _hooks(model)
-        )
+        return _tier_reason(model, tier) or _source_reason(model) or _structure_reason(model) or _hooks(model)
     except Exception as error:  # whatever a foreign structure raises here, stock may well run it
         return f"the structure is not SmolVLA's: {error!r}"
 

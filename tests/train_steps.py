@@ -10,8 +10,8 @@ from torch import Tensor
 from smolvla_fast.testing import make_observation
 
 WHOLE = 1e-5
-"""All gradients taken as one vector, relative L2: what the fp32 tier owes. Stock itself moves by 5e-6 where oneDNN is off and
-its sums run in another order."""
+"""All gradients taken as one vector, relative L2: what the fp32 tier owes. Stock itself moves by 5e-6 where oneDNN is off
+and its sums run in another order."""
 EACH = 4e-5
 """One parameter's gradient: stock itself moves by up to 1.1e-5, and the least of 113 tensors is the worst of 113 draws."""
 FLOOR = 1e-6
@@ -26,7 +26,9 @@ class Step(NamedTuple):
     random: Tensor
 
 
-def make_batch(policy: Any, *, batch: int = 2, padded: bool = True, seed: int = 0, **given: Any) -> dict[str, Tensor]:
+def make_batch(
+    policy: Any, *, batch: int = 2, padded: bool = True, seed: int = 0, **given: Any
+) -> dict[str, Tensor]:
     """A preprocessed training batch: prompts of different lengths, and actions of which some lie beyond an episode."""
     tasks = ["pick up the red cube", "go", "wave"]
     given.setdefault("task", [tasks[i % 3] for i in range(batch)])

@@ -41,7 +41,9 @@ def sizes(case: dict[str, int]) -> str:
     return "-".join(f"{name}{value}" for name, value in case.items())
 
 
-def gradients(function: Callable[..., Tensor], given: dict[str, Any], names: str, grad: Tensor) -> list[Tensor]:
+def gradients(
+    function: Callable[..., Tensor], given: dict[str, Any], names: str, grad: Tensor
+) -> list[Tensor]:
     """Of ``function(**given)`` to the inputs named, by autograd."""
     leaves = {name: given[name].detach().clone().requires_grad_() for name in names.split()}
     out = function(**{**given, **leaves})
@@ -49,7 +51,7 @@ def gradients(function: Callable[..., Tensor], given: dict[str, Any], names: str
 
 
 def within(ours: list[Tensor], eager: list[Tensor], truth: list[Tensor], dtype: torch.dtype) -> None:
-    """The contract of every op, for gradients: at most twice eager's error in the same dtype and one unit in the last place."""
+    """The contract of every op, for gradients: at most twice eager's error in the same dtype and one unit."""
     for found, plain, want in zip(ours, eager, truth, strict=True):
         assert found.dtype is plain.dtype and found.shape == want.shape and found.isfinite().all()
         error, eager_error = ((x.cpu().double() - want).abs().max().item() for x in (found, plain))
@@ -144,7 +146,10 @@ def test_attention_backward(case: dict[str, int], dtype: torch.dtype, kind: str)
         again = backward(**narrow)
         assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), "other bits the second time"
         whole = gradients(
-            attention_module.learning_attention, to_device(forward, DEVICE), "q k v", narrow["grad"].to(DEVICE)
+            attention_module.learning_attention,
+            to_device(forward, DEVICE),
+            "q k v",
+            narrow["grad"].to(DEVICE),
         )
         # Through autograd; its forward is the kernel's, whose last bits differ from those of the reference's.
         within(whole, eager, truth, dtype)
@@ -154,7 +159,11 @@ def test_attention_backward(case: dict[str, int], dtype: torch.dtype, kind: str)
 def test_attention_of_unlike_dtypes() -> None:
     """Where LeRobot's expert multiplies the cross KV in fp32 and queries in bf16; halves stand in under the interpreter."""
     narrow, wide = attention_inputs(ATTENTION[1], torch.float16, blind=False)
-    mixed = {**{name: narrow[name] for name in ("q", "v", "k", "mask")}, "k": narrow["k"].float(), "v": narrow["v"].float()}
+    mixed = {
+        **{name: narrow[name] for name in ("q", "v", "k", "mask")},
+        "k": narrow["k"].float(),
+        "v": narrow["v"].float(),
+    }
     truth = gradients(masked_attention, {name: wide[name] for name in mixed}, "q k v", wide["grad"])
     for function in (by_torch, attention_module.learning_attention):
         found = gradients(function, to_device(mixed, DEVICE), "q k v", narrow["grad"].to(DEVICE))

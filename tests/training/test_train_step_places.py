@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -58,9 +59,11 @@ EXPERT = r".*(lm_expert\..*\.(q|v)_proj|state_proj|action_in_proj|action_out_pro
 VLM = r".*text_model\..*\.(q|v|up)_proj"
 
 
-@pytest.mark.parametrize("targets", [EXPERT, VLM, EXPERT + "|" + VLM], ids=["LeRobot's own", "the VLM's", "both"])
+@pytest.mark.parametrize(
+    "targets", [EXPERT, VLM, EXPERT + "|" + VLM], ids=["LeRobot's own", "the VLM's", "both"]
+)
 def test_lora(policy: Any, targets: str) -> None:
-    """Adapters are called as modules: of the expert and the heads beside a frozen prefix, of the VLM under its full graph."""
+    """Adapters are called as modules: the expert's and the heads' beside a frozen prefix, the VLM's under its full graph."""
     adapted = lora(policy, targets)
     batch = make_batch(policy)
     stock = step(policy, batch)
@@ -189,7 +192,9 @@ def test_torch_compile_around_a_policy_breaks_the_graph_there(settings: dict[str
 def test_compile_model_hides_the_fast_path(caplog: pytest.LogCaptureFixture) -> None:
     """LeRobot's own compiled forward lies on the instance, before any class; patch says so at once."""
     policy = make_policy("tiny").train()
-    policy.model.forward = torch.compile(policy.model.forward, backend="eager")  # what compile_model=True does
+    policy.model.forward = torch.compile(
+        policy.model.forward, backend="eager"
+    )  # what compile_model=True does
     with caplog.at_level(logging.WARNING, "smolvla_fast"):
         smolvla_fast.patch(policy, training=True)
     reason = smolvla_fast.status(policy).training_fallback
@@ -335,8 +340,6 @@ def test_stock_runs_with_a_receipt(policy: Any, name: str, caplog: pytest.LogCap
             ours = step(policy, batch)
     now = smolvla_fast.status(policy)
     assert (now.training_fast, now.training_stock) == (0, 2)
-    import re
-
     assert now.training_fallback is not None and re.search(reason, now.training_fallback)
     assert torch.equal(ours.loss, stock.loss)
     assert all(torch.equal(ours.gradients[key], value) for key, value in stock.gradients.items())
@@ -347,7 +350,10 @@ def test_stock_runs_with_a_receipt(policy: Any, name: str, caplog: pytest.LogCap
 CALLS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a frame that learns": (lambda given: given["images"][0].requires_grad_(), "require a gradient"),
     "actions that learn": (lambda given: given["actions"].requires_grad_(), "require a gradient"),
-    "fp64 actions": (lambda given: given.update(actions=given["actions"].double()), "actions .* torch.float64"),
+    "fp64 actions": (
+        lambda given: given.update(actions=given["actions"].double()),
+        "actions .* torch.float64",
+    ),
 }
 
 
@@ -365,8 +371,6 @@ def test_stock_runs_for_this_batch(policy: Any, name: str) -> None:
     stock = policy.model.forward(**given)
     smolvla_fast.patch(policy, training=True)
     assert torch.equal(policy.model.forward(**given), stock)
-    import re
-
     assert re.search(reason, str(smolvla_fast.status(policy).training_fallback))
 
 
