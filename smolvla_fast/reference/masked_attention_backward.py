@@ -8,9 +8,8 @@ from torch import Tensor
 from . import Cost, compute_dtype, randn
 from . import masked_attention as forward
 
-# The expert's cross and self attention over 2 cameras, batch 8; then the forward's odd cases.
+# The expert's self attention over 2 cameras, batch 8; then the forward's odd cases.
 CASES = (
-    dict(B=8, T=50, S=177, H=15, K=5, D=64),
     dict(B=8, T=50, S=227, H=15, K=5, D=64),
     dict(B=2, T=7, S=19, H=3, K=1, D=16),
     dict(B=3, T=1, S=33, H=4, K=4, D=8),
