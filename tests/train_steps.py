@@ -10,10 +10,9 @@ from torch import Tensor
 from smolvla_fast.testing import make_observation
 
 WHOLE = 1e-5
-"""All gradients taken as one vector, relative L2: what the fp32 tier owes. Stock itself moves by 5e-6 where oneDNN is off
-and its sums run in another order."""
-EACH = 4e-5
-"""One parameter's gradient: stock itself moves by up to 1.1e-5, and the least of 113 tensors is the worst of 113 draws."""
+"""All gradients taken as one vector, relative L2: what the fp32 tier owes."""
+EACH = 4
+"""How much farther one parameter's gradient may be: the worst of up to 113 draws."""
 FLOOR = 1e-6
 """Of the whole gradient's norm. The gradient to a key's bias is zero by the softmax; what is computed is rounding alone."""
 
@@ -77,15 +76,30 @@ def distance(gradients: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return norm({name: gradients[name].double() - truth[name].double() for name in truth}) / norm(truth)
 
 
-def assert_same(ours: Step, stock: Step) -> None:
-    """Loss, every gradient, which parameters have one, and the random state, within the bounds above."""
+def other_order(policy: Any, batch: dict[str, Tensor], stock: Step, **how: Any) -> float:
+    """How far stock is from itself without oneDNN, whose patch convolution then adds up in another order.
+
+    Weights like the tiny policies' make much of a last bit: 5e-6 to 9e-6 of the gradients.
+    """
+    with torch.backends.mkldnn.flags(enabled=False):
+        return distance(step(policy, batch, **how).gradients, stock.gradients)
+
+
+def assert_same(ours: Step, stock: Step, noise: float = 0.0) -> None:
+    """Loss, every gradient, which parameters have one, and the random state, within the bounds above.
+
+    noise  how far stock is from itself, of ``other_order``; twice that is no error of ours, who add up otherwise everywhere
+    """
+    assert noise < 2e-5, "a policy that makes so much of a last bit shows nothing"
+    bound = max(WHOLE, 2 * noise)
     assert ours.gradients.keys() == stock.gradients.keys(), ours.gradients.keys() ^ stock.gradients.keys()
     assert torch.equal(ours.random, stock.random), "another number of draws than stock's"
     torch.testing.assert_close(ours.loss, stock.loss, rtol=1e-5, atol=0)
     whole = norm(stock.gradients)
     assert whole > 0.1, "a gradient this small would hide any error"
-    assert distance(ours.gradients, stock.gradients) <= WHOLE
+    apart = distance(ours.gradients, stock.gradients)
+    assert apart <= bound, f"{apart:.2e} of {bound:.2e}"
     for name, want in stock.gradients.items():
         assert ours.gradients[name].dtype is want.dtype and ours.gradients[name].shape == want.shape
         error = float((ours.gradients[name].double() - want.double()).norm())
-        assert error <= EACH * float(want.double().norm()) + FLOOR * whole, f"{name}: {error:.2e}"
+        assert error <= EACH * bound * float(want.double().norm()) + FLOOR * whole, f"{name}: {error:.2e}"

@@ -163,7 +163,8 @@ def test_attention_backward(case: dict[str, int], dtype: torch.dtype, kind: str)
         )
         # Through autograd; its forward is the kernel's, whose last bits differ from those of the reference's.
         within(whole, eager, truth, dtype, units=4)
-    within(ours, eager, truth, dtype, units=4)
+    # torch's fused attention has an exponential of its own, and measures up to 10 units on a CPU: theirs, taken as it is.
+    within(ours, eager, truth, dtype, units=12 if kind == "torch" else 4)
 
 
 def test_attention_of_unlike_dtypes() -> None:

@@ -14,7 +14,7 @@ pytest.importorskip(
     "lerobot.policies.smolvla.modeling_smolvla", reason="parity is against LeRobot's own classes"
 )
 
-from train_steps import assert_same, copied, distance, gradients_of, make_batch, step
+from train_steps import assert_same, copied, distance, gradients_of, make_batch, other_order, step
 
 import smolvla_fast
 from smolvla_fast import loss as loss_module
@@ -75,11 +75,12 @@ def trainable(origin: str = "lerobot", **settings: Any) -> Any:
 
 def check(policy: Any, batch: dict[str, Any], **how: Any) -> None:
     stock = step(policy, batch, **how)
+    noise = other_order(policy, batch, stock, **how)
     smolvla_fast.patch(policy, training=True)
     ours = step(policy, batch, **how)
     now = smolvla_fast.status(policy)
     assert (now.training_fast, now.training_stock) == (1, 0), now.training_fallback
-    assert_same(ours, stock)
+    assert_same(ours, stock, noise)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_gradients_add_up() -> None:
     with torch.random.fork_rng(devices=[]):
         stock = both()
         smolvla_fast.patch(policy, training=True)
-        assert distance(both(), stock) <= 1e-5
+        assert distance(both(), stock) <= 2e-5  # twice the bound of one: the worst of two draws
 
 
 def test_given_noise_and_time() -> None:
@@ -159,8 +160,9 @@ def test_bf16_in_fp32_where_the_processor_is_slow(monkeypatch: pytest.MonkeyPatc
     policy = trainable()
     batch = make_batch(policy)
     stock = step(policy, batch)
+    noise = other_order(policy, batch, stock)
     smolvla_fast.patch(policy, training=True)
-    assert_same(step(policy, batch, autocast=True), stock)
+    assert_same(step(policy, batch, autocast=True), stock, noise)
     assert smolvla_fast.status(policy).training_passed_over == {
         "bf16 products": "no bf16 here; products run in fp32"
     }
@@ -170,7 +172,7 @@ def test_a_loss_curve_is_stocks() -> None:
     """200 steps of AdamW from one seed. Rounding grows with the steps: stock begun one ulp beside itself is the bound."""
     curves = {}
     for kind in ("stock", "one ulp beside", "fast"):
-        policy = trainable()
+        policy = trainable(num_vlm_layers=2, cameras=1)
         if kind == "one ulp beside":
             weight = policy.model.action_in_proj.weight
             weight.data.mul_(1 + torch.finfo(weight.dtype).eps)
