@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .image_cache import ImageCache
 from .loss import LossEngine
 from .precision import Tier
 from .training_guard import model_reason
@@ -32,10 +33,12 @@ class Learning:
         self._watch: Watch | None = None
         self._told: set[str] = set()
 
-    def prepare(self, tier: Tier, backend: str, device: torch.device) -> LossEngine:
+    def prepare(self, tier: Tier, backend: str, device: torch.device, cache_bytes: int) -> LossEngine:
+        key = (tier, backend, device, cache_bytes)
         with self.lock:
-            if self.engine is None or self._built_for != (tier, backend, device):
-                self.engine, self._built_for = LossEngine(tier, backend, device), (tier, backend, device)
+            if self.engine is None or self._built_for != key:
+                cache = ImageCache(cache_bytes) if cache_bytes else None
+                self.engine, self._built_for = LossEngine(tier, backend, device, cache), key
                 self._watch = None
             return self.engine
 
@@ -79,6 +82,11 @@ class Learning:
     @property
     def passed_over(self) -> dict[str, str]:
         return {} if self.engine is None else dict(self.engine.passed_over)
+
+    @property
+    def cache(self) -> dict[str, int]:
+        cache = None if self.engine is None else self.engine.cache
+        return {} if cache is None else cache.to_dict()
 
     def forget(self) -> None:
         with self.lock:

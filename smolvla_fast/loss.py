@@ -8,7 +8,7 @@ parameter that learns. Where more learns, more is differentiated, down to the im
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from .backends import select
 from .dims import Dims, read_dims
 from .extension import why_bf16_is_slow
+from .image_cache import ImageCache
 from .precision import Tier
 from .reference.masks import block_mask
 from .reference.rope import rope_tables
@@ -34,11 +35,15 @@ class LossEngine:
     """Computes training losses for one model in one tier. Weights are read from the model at each call.
 
     passed_over  what the tier would rather have done, with the reasons
+    cache        of image tokens, or None
     """
 
-    def __init__(self, tier: Tier, backend: str, device: torch.device) -> None:
+    def __init__(
+        self, tier: Tier, backend: str, device: torch.device, cache: ImageCache | None = None
+    ) -> None:
         self.tier = tier
         self.ops = select(backend, device, False, None)
+        self.cache = cache
         self.passed_over: dict[str, str] = {}
         self.not_frozen: str | None = None
         self._slow_bf16 = why_bf16_is_slow() if device.type == "cpu" else None
@@ -117,14 +122,24 @@ class LossEngine:
         vlm, batch = pair.get_vlm_model(), observation.state.shape[0]
         if not observation.frames:
             return []
+        if self.cache is not None and (_learns(vlm.vision_model) or _learns(vlm.connector)):
+            self.passed_over["image cache"] = "vision tower or connector learn; tokens are made at every step"
         (frames,) = prepare_images(self.ops, observation.frames, dims.image_side, together=True)
         if vision_learns or self.not_frozen is not None:
             out = pair.embed_image(frames)
         else:
             learns = _learns(vlm.connector)
+
+            def encode(images: Tensor) -> Tensor:
+                given = (self.ops, vlm, self._cast, dims, images, self._patch_positions(vlm, images))
+                return encode_patches(*given) if learns else encode_images(*given)
+
             with _frozen(frames.device):
-                given = (self.ops, vlm, self._cast, dims, frames, self._patch_positions(vlm, frames))
-                out = encode_patches(*given) if learns else encode_images(*given)
+                if self.cache is None or learns:
+                    out = encode(frames)
+                else:
+                    read = (*vlm.vision_model.parameters(), *vlm.connector.parameters())
+                    out = self.cache.encoded(frames, list(read), encode)
             if learns:
                 out = vlm.connector(out.to(vlm.connector.modality_projection.proj.weight.dtype))
         return list(out.split(batch))
@@ -176,23 +191,12 @@ class LossEngine:
         return self._positions[key]
 
 
-class _frozen:
+@contextmanager
+def _frozen(device: torch.device) -> Iterator[None]:
     """No graph, no autocast, the current CUDA device that of the tensors: what the engine's ops expect."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._parts = (
-            torch.no_grad(),
-            torch.autocast(device.type, enabled=False),
-            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
-        )
-
-    def __enter__(self) -> None:
-        for part in self._parts:
-            part.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for part in reversed(self._parts):
-            part.__exit__(*error)
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), current:
+        yield
 
 
 def _learns(module: Any) -> bool:

@@ -30,6 +30,7 @@ class Settings:
     precision: str
     backend: str
     training: bool = False
+    image_cache: int = 0
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Status:
     training_fast  losses by the fast path of ``patch(training=True)``
     training_stock losses by stock while that was asked for
     training_fallback  why stock computed the last one it did, or None      training_passed_over  as passed_over, of training
+    training_cache  of image_cache: frames and bytes held, hits, misses; empty without one
     extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, time embeddings, the
                    graphs' memory and, in fp8 and int8 alone, copies of weights
     """
@@ -71,6 +73,7 @@ class Status:
     training_stock: int = 0
     training_fallback: str | None = None
     training_passed_over: dict[str, str] = field(default_factory=dict)
+    training_cache: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -169,6 +172,7 @@ class Runtime:
             training_stock=self.learning.stock,
             training_fallback=self.learning.fallback,
             training_passed_over=self.learning.passed_over,
+            training_cache=self.learning.cache,
         )
         engine = self.engine
         if reason is not None or engine is None:

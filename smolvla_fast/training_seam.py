@@ -65,7 +65,7 @@ def _ready(model: Any) -> tuple[Learning, LossEngine | None, str | None]:
     tier = resolve_tier(settings.precision, weight.dtype)
     if tier.stock_order or tier.quantized:
         return learning, None, model_reason(model, tier)
-    engine = learning.prepare(tier, settings.backend, weight.device)
+    engine = learning.prepare(tier, settings.backend, weight.device, settings.image_cache)
     return learning, engine, learning.reason(model, tier)
 
 

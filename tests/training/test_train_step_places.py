@@ -387,3 +387,49 @@ def test_switched_off_by_the_environment(policy: Any, monkeypatch: pytest.Monkey
     step(policy, make_batch(policy))
     now = smolvla_fast.status(policy)
     assert (now.training_stock, now.training_fallback) == (1, "SMOLVLA_FAST_DISABLE is set")
+
+
+def test_a_frame_is_encoded_once(policy: Any) -> None:
+    """Same loss and gradients from tokens looked up, whatever prompt and state; a limit and a moved weight forget."""
+    batch = make_batch(policy)  # two samples of two cameras
+    smolvla_fast.patch(policy, training=True)
+    plain = step(policy, batch)
+    smolvla_fast.patch(policy, training=True, image_cache=2**20)
+
+    def counts() -> tuple[int, int, int]:
+        now = smolvla_fast.status(policy).training_cache
+        return now["frames"], now["hits"], now["misses"]
+
+    assert_same(step(policy, batch), plain)
+    assert counts() == (4, 0, 4)
+    assert_same(step(policy, batch), plain)
+    assert counts() == (4, 4, 4)
+    other = make_batch(policy, task="another prompt", seed=3)
+    other.update({key: batch[key].flip(0) for key in batch if "images" in key})
+    found = step(policy, other)
+    assert counts() == (4, 8, 4)
+    smolvla_fast.patch(policy, training=True)
+    assert_same(found, step(policy, other))
+
+    one = 4 * 48 * 4  # tokens, width, bytes of a number
+    smolvla_fast.patch(policy, training=True, image_cache=3 * one)
+    step(policy, batch)
+    assert counts()[0] == 3 and smolvla_fast.status(policy).training_cache["bytes"] == 3 * one
+    connector = policy.model.vlm_with_expert.get_vlm_model().connector.modality_projection.proj.weight
+    connector.data.copy_(connector.data * 1.5)
+    moved = step(policy, batch)
+    assert counts()[1:] == (0, 8)
+    smolvla_fast.patch(policy, training=True)
+    assert_same(moved, step(policy, batch))
+
+
+def test_an_image_cache_where_it_cannot_serve(policy: Any) -> None:
+    with pytest.raises(
+        ValueError, match="image_cache=1024; accepted are bytes, 0 or more, together with training=True"
+    ):
+        smolvla_fast.patch(policy, image_cache=1024)
+    learning = make_policy("tiny", **ALL).train()
+    smolvla_fast.patch(learning, training=True, image_cache=2**20)
+    step(learning, make_batch(learning))
+    now = smolvla_fast.status(learning)
+    assert now.training_cache["frames"] == 0 and "learn" in now.training_passed_over["image cache"]
