@@ -51,6 +51,7 @@ def markdown(data: dict[str, Any], chart: str | None = None, curves: str | None 
         "Device and host": sections.device,
         "Stages": stages,
         "Denoise loop": sections.denoise,
+        "Training step": training,
         "Ops": ops,
         "CPU": cpu.tiers,
         "CPU, by stage": cpu.stages,
@@ -180,6 +181,32 @@ def stages(data: dict[str, Any]) -> str:
                 ])  # fmt: skip
         columns = ["", "stage", "p50 ms", "share", "ratio", "GFLOP", "floor ms", "of the roof"]
         parts.append(f"{group.removeprefix('stages: ')}\n\n{table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def training(data: dict[str, Any]) -> str:
+    parts = []
+    for group, benches in groups(suite(data, "train")).items():
+        stock = {bench["variant"]: bench for bench in benches if bench["variant"].startswith("stock")}
+        rows = [
+            [
+                bench["variant"],
+                milliseconds(bench["p50_ms"]) + UNSTEADY_MARK * unsteady(bench),
+                milliseconds(bench["min_ms"]),
+                f"{1e3 * bench['batch'] / bench['p50_ms']:.3g}",
+                ratio(stock.get("stock bf16" if "bf16" in bench["variant"] else "stock"), bench),
+                f"{bench['gradient_rel_l2']:.1e}",
+                f"{bench['bound']:.1e}",
+                f"{bench['loss_rel']:.1e}",
+                "–" if bench["peak_bytes"] is None else f"{bench['peak_bytes'] / 2**30:.2f}",
+                bench["rounds"],
+            ]
+            for bench in benches
+        ]
+        columns = [
+            "", "p50 ms", "best ms", "samples/s", "ratio", "gradients, rel L2", "allowed", "loss", "peak GiB", "rounds",
+        ]  # fmt: skip
+        parts.append(f"{group.removeprefix('train: ')}\n\n{table(columns, rows)}{footnote(benches)}")
     return "\n\n".join(parts)
 
 

@@ -66,6 +66,13 @@ def head_precision(cc: int) -> Literal["tf32x3", "ieee"]:
     return HEAD_PRECISION if cc >= 80 else "ieee"
 
 
+def attention_backward_tile(block_dim: int, narrow: bool) -> AttentionTile:
+    """narrow: products of 16 bits. Four products share a tile's registers, so tiles stay small; not measured yet."""
+    if narrow and block_dim <= 64:
+        return AttentionTile(32, 32, 4, 2)
+    return AttentionTile(16, 16 if block_dim > 64 else 32, 8, 1)
+
+
 def masked_attention_tile(
     heads: int, rows: int, keys: int, block_dim: int, narrow: bool, cc: int
 ) -> AttentionTile:

@@ -57,6 +57,7 @@ RESIDUAL = {
     "patch_embed": ("pixels",),
     "cross_kv": ("k_weight", "v_weight"),
     "masked_attention": ("k", "v"),
+    "masked_attention_backward": ("k", "v"),
     "euler_step": ("h",),
 }
 """What is fp32 beside bf16 weights: the residual stream, camera frames, and LeRobot's expert projections of the cross KV."""
@@ -91,22 +92,19 @@ def cases(op: str) -> list[dict[str, int]]:
 
 def calls(op: str, case: dict[str, int]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(what differs from the reference's inputs, dtypes, inputs): each way in which the stages call an op."""
-    layouts = [("fp32", WIDE)] if op == "suffix_embed" else [("bf16", NARROW), ("fp32", WIDE)]
+    layouts = [("fp32", WIDE)] if op in ("suffix_embed", "flow_loss") else [("bf16", NARROW), ("fp32", WIDE)]
     for layout, dtype in layouts:
         given = room(op).make_inputs(case, dtype, torch.Generator().manual_seed(0))
         for label, changes in _ways(op, case, dtype).items():
             inputs = {**given, **changes}
             wide = [n for n in RESIDUAL.get(op, ()) if isinstance(inputs.get(n), Tensor)]
             mixed = layout == "bf16" and bool(wide)
-            if (
-                op == "masked_attention"
-            ):  # only cross KV is fp32; the prefix sees bf16, and so does the suffix
+            attends = op.startswith("masked_attention")
+            if attends:  # only cross KV is fp32; the prefix sees bf16, and so does the suffix
                 mixed = mixed and case["T"] != case["S"]
             if mixed:
                 inputs.update({name: inputs[name].float() for name in wide})
-            if (
-                mixed and op == "masked_attention"
-            ):  # only cross KV is fp32; the prefix and the suffix see bf16
+            if mixed and attends:  # only cross KV is fp32; the prefix and the suffix see bf16
                 yield label, layout, {**given, **changes}
             yield label, "bf16; fp32: " + ", ".join(wide) if mixed else layout, inputs
             narrow = [n for n in EIGHT_BITS.get(op, ()) if isinstance(inputs.get(n), Tensor)]
@@ -144,6 +142,11 @@ def call(op: str, inputs: dict[str, Any]) -> None:
         names = ("times", "in_weight", "in_bias", "mlp_in_weight", "mlp_in_bias")
         folded = suffix_fold(*(inputs.pop(name) for name in names))
         launcher(inputs["x"], 0, folded, inputs["mlp_out_weight"], inputs["mlp_out_bias"])
+    elif op == "flow_loss":
+        from smolvla_fast.kernels.flow_loss import flow_point
+
+        flow_point(inputs["actions"], inputs["noise"], torch.zeros(len(inputs["v"])))
+        launcher(**{**inputs, "v": inputs["v"].detach().requires_grad_()}).sum().backward()
     elif op == "linear":
         launcher(*(inputs[name] for name in ("x", "weight", "bias", "activation", "residual")))
     else:

@@ -31,6 +31,7 @@ def reference_ops() -> Ops:
         attention,
         cross_kv,
         euler_step,
+        flow_loss,
         image_prep,
         layer_norm,
         linear,
@@ -62,13 +63,16 @@ def reference_ops() -> Ops:
         suffix_fold=suffix_embed.suffix_fold,
         suffix_embed=suffix_embed.suffix_embed,
         euler_step=euler_step.euler_step,
+        learning_attention=masked_attention.masked_attention,
+        flow_point=flow_loss.flow_point,
+        flow_loss=flow_loss.flow_loss,
     )
 
 
 @cache
 def _torch() -> Ops:
     from .aten import decoder, linear, masked_attention, suffix, vision
-    from .reference import attention, image_prep
+    from .reference import attention, flow_loss, image_prep
 
     return Ops(
         backend="torch",
@@ -89,6 +93,9 @@ def _torch() -> Ops:
         suffix_fold=suffix.suffix_fold,
         suffix_embed=suffix.suffix_embed,
         euler_step=suffix.euler_step,
+        learning_attention=masked_attention.learning_attention,
+        flow_point=flow_loss.flow_point,
+        flow_loss=flow_loss.flow_loss,
     )
 
 
@@ -134,9 +141,11 @@ def _triton() -> Ops:
     from .kernels.attention import attention
     from .kernels.cross_kv import cross_kv
     from .kernels.euler_step import euler_step
+    from .kernels.flow_loss import flow_loss, flow_point
     from .kernels.image_prep import image_prep
     from .kernels.layer_norm import layer_norm
     from .kernels.masked_attention import masked_attention
+    from .kernels.masked_attention_backward import learning_attention
     from .kernels.patch_embed import patch_embed
     from .kernels.suffix_embed import suffix_embed
 
@@ -159,6 +168,9 @@ def _triton() -> Ops:
         norm_swiglu=fused.norm_swiglu,
         suffix_embed=suffix_embed,
         euler_step=euler_step,
+        learning_attention=learning_attention,
+        flow_point=flow_point,
+        flow_loss=flow_loss,
     )
 
 

@@ -17,6 +17,8 @@ from functools import cache
 from typing import Any
 
 MODEL_METHODS = ("sample_actions", "embed_prefix", "embed_suffix", "denoise_step", "_rtc_enabled")
+LOSS_METHODS = ("forward", "embed_prefix", "embed_suffix")
+"""What the fast training step stands in for, or calls."""
 PAIR_METHODS = (
     "forward",
     "forward_attn_layer",
@@ -66,6 +68,7 @@ KNOWN: dict[str, dict[str, str]] = {
         "VLAFlowMatching.denoise_step": "4a2b507a4003",
         "VLAFlowMatching.embed_prefix": "488b16ee9bc0",
         "VLAFlowMatching.embed_suffix": "8459142fe124",
+        "VLAFlowMatching.forward": "3439b0f47889",
         "VLAFlowMatching.sample_actions": "3671145bae24",
         "apply_rope": "9deaa642c2e6",
         "create_sinusoidal_pos_embedding": "55da88f020a7",
@@ -91,6 +94,7 @@ KNOWN: dict[str, dict[str, str]] = {
         "VLAFlowMatching.denoise_step": "6b0a4a498a3f",
         "VLAFlowMatching.embed_prefix": "488b16ee9bc0",
         "VLAFlowMatching.embed_suffix": "8459142fe124",
+        "VLAFlowMatching.forward": "17fe20e6a941",
         "VLAFlowMatching.sample_actions": "8c0b9f66f469",
         "apply_rope": "9deaa642c2e6",
         "create_sinusoidal_pos_embedding": "78b4eda5b0f2",
@@ -124,10 +128,10 @@ def digest(function: Callable[..., Any]) -> str:
     return hashlib.sha256("".join(kept).encode()).hexdigest()[:12]
 
 
-def _functions(model: Any, rtc: Any | None) -> dict[str, Callable[..., Any]]:
+def _functions(model: Any, rtc: Any | None, methods: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {}
     owners = (
-        ("VLAFlowMatching", model, MODEL_METHODS),
+        ("VLAFlowMatching", model, methods),
         ("SmolVLMWithExpertModel", model.vlm_with_expert, PAIR_METHODS),
         ("RTCProcessor", rtc, RTC_METHODS),
     )
@@ -152,13 +156,15 @@ def _stock_attribute(cls: type, name: str) -> Any:
     return getattr(_stock_class(cls), name, None)
 
 
-def unknown_source(model: Any, rtc: Any | None = None) -> str | None:
+def unknown_source(
+    model: Any, rtc: Any | None = None, methods: tuple[str, ...] = MODEL_METHODS
+) -> str | None:
     """None if every function the engine stands in for is one it knows, else which one is not.
 
-    model  a ``VLAFlowMatching``      rtc  its ``RTCProcessor``, or None
+    model  a ``VLAFlowMatching``      rtc  its ``RTCProcessor``, or None      methods  of the model
     """
     versions: set[str] | None = None
-    for name, function in _functions(model, rtc).items():
+    for name, function in _functions(model, rtc, methods).items():
         if getattr(function, "__module__", "").startswith("smolvla_fast."):
             continue
         mark = digest(function)
@@ -187,7 +193,7 @@ def _print_table() -> None:
 
     pair = stand_in(modeling_smolvla.SmolVLMWithExpertModel)
     model = stand_in(modeling_smolvla.VLAFlowMatching, vlm_with_expert=pair)
-    found = _functions(model, stand_in(RTCProcessor))
+    found = _functions(model, stand_in(RTCProcessor), (*MODEL_METHODS, "forward"))
     print(f'    "{version("lerobot")}": {{')
     for name in sorted(found):
         print(f'        "{name}": "{digest(found[name])}",')

@@ -59,24 +59,35 @@ def _structure_reason(model: Any) -> str | None:
         return (
             f"{pair.num_attention_heads} query heads are no multiple of {pair.num_key_value_heads} KV heads"
         )
-    for name, module in _parts(pair):
+    decoders = (("text_model.layers", text), ("lm_expert.layers", expert))
+    reason = parts_reason(pair.get_vlm_model(), decoders)
+    if reason is not None:
+        return reason
+    if type(pair.lm_expert.norm) is not type(expert[0].input_layernorm):
+        return f"the expert's final norm is a {type(pair.lm_expert.norm).__qualname__}, not the norm of its layers"
+    return None
+
+
+def parts_reason(vlm: Any, decoders: Sequence[tuple[str, Any]]) -> str | None:
+    """Why the weights of the vision tower and of these stacks of decoder layers cannot be read in place of calling the
+    modules, or None."""
+    for name, module in (*_decoder_parts(decoders), *_vision_parts(vlm)):
         plain = type(module) in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Embedding)
         if not plain or type(module.weight) not in (nn.Parameter, Tensor):
             kind = type(module) if not plain else type(module.weight)
             return f"{name} is a {kind.__module__}.{kind.__qualname__}, not the plain module (an adapter?)"
         if not module.weight.is_contiguous():
             return f"{name}.weight is not contiguous; call .contiguous() on it"
-    for name, module in _parts(pair, decoder_only=True):
+    for name, module in _decoder_parts(decoders):
         if module.bias is not None:
             return f"{name} has a bias, which the kernels do not add"
-    vision = pair.get_vlm_model().vision_model
-    for label, stack in (("vision", vision.encoder.layers), ("text", text), ("expert", expert)):
+    stacks = [("text" if label.startswith("text") else "expert", stack) for label, stack in decoders]
+    for label, stack in (("vision", vlm.vision_model.encoder.layers), *stacks):
         first = _code(stack[0])
         for i, layer in enumerate(stack):
             if _code(layer) != first:
                 return f"{label} layer {i} is not like layer 0: they are not all of one kind"
-    if type(pair.lm_expert.norm) is not type(expert[0].input_layernorm):
-        return f"the expert's final norm is a {type(pair.lm_expert.norm).__qualname__}, not the norm of its layers"
+    vision = vlm.vision_model
     for name, module in (("vision_model", vision), ("vision_model.encoder", vision.encoder)):
         if not _from_library(type(module).forward):
             return f"{name} is a {type(module).__qualname__} with a forward of its own"
@@ -109,20 +120,18 @@ def _from_library(function: Any) -> bool:
     return "/transformers/" in source or "/smolvla_fast/" in source or "/torch/" in source
 
 
-def _parts(pair: Any, decoder_only: bool = False) -> Iterable[tuple[str, Any]]:
-    """Every module whose weights the engine reads in place of calling it, with its path."""
-    vlm = pair.get_vlm_model()
-    for label, layers in (
-        ("text_model.layers", vlm.text_model.layers),
-        ("lm_expert.layers", pair.lm_expert.layers),
-    ):
+def _decoder_parts(decoders: Sequence[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
+    """Every module of text or expert layers whose weights the engine reads in place of calling it, with its path."""
+    for label, layers in decoders:
         for i, layer in enumerate(layers):
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 yield f"{label}.{i}.self_attn.{name}", getattr(layer.self_attn, name)
             for name in ("gate_proj", "up_proj", "down_proj"):
                 yield f"{label}.{i}.mlp.{name}", getattr(layer.mlp, name)
-    if decoder_only:
-        return
+
+
+def _vision_parts(vlm: Any) -> Iterable[tuple[str, Any]]:
+    """The same of the vision tower, the connector and the table of tokens."""
     for i, layer in enumerate(vlm.vision_model.encoder.layers):
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             yield f"vision_model.encoder.layers.{i}.self_attn.{name}", getattr(layer.self_attn, name)
@@ -233,26 +242,27 @@ def call_reason(
     return None
 
 
-def probe(model: Any, exact: bool) -> str | None:
+def probe(model: Any, exact: bool, frozen_only: bool = False) -> str | None:
     """Run the live vision, text and expert modules beside the references on small inputs; None if they agree.
 
     exact  the ``exact`` tier: bits must be equal. Else a relative difference up to 1e-2 passes: a transformers release
            that reorders roundings stays far below (bf16 rounds at 4e-3), one that computes something else far above.
+    frozen_only  leave the expert out: training calls its modules
     """
     try:
-        return _probe(model, exact)
+        return _probe(model, exact, frozen_only)
     except Exception as error:  # whatever a foreign module raises on a plain input, stock may well run it
         return f"the modules are not SmolVLA's: {error!r}"
 
 
-def _probe(model: Any, exact: bool) -> str | None:
+def _probe(model: Any, exact: bool, frozen_only: bool) -> str | None:
     pair = model.vlm_with_expert
     vlm = pair.get_vlm_model()
     with torch.no_grad():
         for name, live, ours in (
             *_probe_vision(vlm),
             *_probe_decoder(vlm.text_model),
-            *_probe_decoder(pair.lm_expert),
+            *(() if frozen_only else _probe_decoder(pair.lm_expert)),
         ):
             if exact and not torch.equal(live, ours) and not (live.isnan().any() and ours.isnan().any()):
                 return f"{name} of this transformers version rounds otherwise than the reference"

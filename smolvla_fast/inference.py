@@ -21,7 +21,7 @@ from .reference.time_embedding import time_embedding
 from .rtc import Guidances
 from .stages.denoise import denoise
 from .stages.observation import Observation, prepare_images, prepare_observation
-from .stages.prefix import embed_prefix, fill_prefix
+from .stages.prefix import embed_prefix, embed_state, fill_prefix
 from .stages.vision import encode_images, patch_positions
 from .timing import is_timed, section
 from .weights import Cast, DecoderLayer, read_expert_layers, read_heads
@@ -171,7 +171,7 @@ class Engine:
                     image_tokens += out.split(batch)
             with section("prefix"):
                 embedded = embed_prefix(
-                    observation, image_tokens, vlm, heads.state,
+                    observation, image_tokens, vlm, embed_state(observation.state, heads.state),
                     image_ends=inputs.image_ends, length=model.prefix_length if exact else 0,
                     dtype=None if exact else torch.float32,
                 )  # fmt: skip

@@ -52,6 +52,12 @@ class Ops:
     """denoise: noisy actions and time -> suffix"""
     euler_step: Callable[..., tuple[Tensor, Tensor]]
     """denoise: final norm + velocity + guidance + Euler"""
+    learning_attention: Callable[..., Tensor]
+    """training: masked_attention of a bool mask, differentiable"""
+    flow_point: Callable[..., Tensor]
+    """training: actions, noise, time -> the point between them"""
+    flow_loss: Callable[..., Tensor]
+    """training: velocity -> its squared error, differentiable"""
     denoise_persistent: Callable[..., Tensor] | None = None
     """denoise: all steps of all layers, the whole stage; None where it runs op by op"""
     why_not_persistent: Callable[..., str | None] | None = None

@@ -25,6 +25,7 @@ from .precision import resolve_tier
 from .reference.image_prep import image_prep
 from .rtc import fits, plan_guidance
 from .runtime import DISABLE, SETTINGS, Runtime, Settings, Status, disabled, drop_runtime, runtime_of
+from .training_seam import Learns, training_reason
 from .watch import Watch
 
 logger = logging.getLogger("smolvla_fast")
@@ -84,7 +85,7 @@ class _Accelerated:
         )
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return _restore, (self.stock_class,), self.__dict__
+        return _restore, (self.stock_class, isinstance(self, Learns)), self.__dict__
 
 
 _CHECK_LATE = False
@@ -114,12 +115,13 @@ def _run(
 
 
 @cache
-def _accelerated(stock: type) -> type:
-    return type(stock.__name__, (_Accelerated, stock), {"stock_class": stock, "__module__": stock.__module__})
+def _accelerated(stock: type, training: bool) -> type:
+    bases = (Learns, _Accelerated, stock) if training else (_Accelerated, stock)
+    return type(stock.__name__, bases, {"stock_class": stock, "__module__": stock.__module__})
 
 
-def _restore(stock: type) -> Any:
-    cls: Any = _accelerated(stock)
+def _restore(stock: type, training: bool = False) -> Any:
+    cls: Any = _accelerated(stock, training)
     return cls.__new__(cls)
 
 
@@ -174,7 +176,15 @@ def find_policy(policy: Any) -> Any:
     )
 
 
-def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: Any = None) -> P:
+def patch(
+    policy: P,
+    *,
+    precision: str = "auto",
+    backend: str = "auto",
+    warmup: Any = None,
+    training: bool = False,
+    image_cache: int = 0,
+) -> P:
     """Accelerate this one policy, in place, and return it.
 
     policy     a SmolVLAPolicy of lerobot or of smolvla_fast, or a PeftModel around one
@@ -185,6 +195,9 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
                denoise loop, Triton for the rest; not measured yet, so "auto" does not take it)
     warmup     an example batch as ``predict_action_chunk`` takes it, or True: run a chunk now, so that the first real one
                is not slow; how long that took is said. No random state moves.
+    training   speed up ``policy.forward``, the training loss, as well: what is frozen runs once and without a graph
+    image_cache  bytes for tokens of frozen image frames, which a later step with the same frame looks up; 0: none. For data
+               sets that fit into it, 245 KB a frame, and are trained on without random image transforms
     raises     TypeError for another kind of object, ValueError for an unknown name, RuntimeError for an explicit wish
                that cannot be met, each naming what is accepted
     Patching again only changes the settings. ``unpatch`` undoes all of it.
@@ -201,12 +214,15 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
     if disabled():
         logger.warning("smolvla_fast: off: %s is set; call patch again after unsetting it", DISABLE)
         return policy
-    before, settings = model.__dict__.get(SETTINGS), Settings(precision, backend)
+    if image_cache < 0 or (image_cache and not training):
+        raise ValueError(
+            f"image_cache={image_cache!r}; accepted are bytes, 0 or more, together with training=True"
+        )
+    before, settings = model.__dict__.get(SETTINGS), Settings(precision, backend, training, image_cache)
     if before != settings:  # the same object else: graphs hold as long as nothing of the model is replaced
         model.__dict__[SETTINGS] = settings
-    if not isinstance(model, _Accelerated):
-        stock: Any = type(model)
-        model.__class__ = _accelerated(stock)
+    stock: Any = model.stock_class if isinstance(model, _Accelerated) else type(model)
+    model.__class__ = _accelerated(stock, training)
     runtime = runtime_of(model)
     started = time.perf_counter()
     reason = runtime.reason(model)
@@ -226,6 +242,7 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
                 unpatch(policy)
             else:
                 model.__dict__[SETTINGS] = before
+                model.__class__ = _accelerated(stock, before.training)
             raise
         finally:
             if was_training:
@@ -240,6 +257,8 @@ def patch(policy: P, *, precision: str = "auto", backend: str = "auto", warmup: 
             "smolvla_fast: on: %s on %s, backend %s for %s%s%s",
             now.precision, weight.device, now.backend, _shared(now), instead, took,
         )  # fmt: skip
+    if training:
+        runtime.learning.announce(training_reason(model))
     return policy
 
 

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from .guard import model_reason, probe, probed_code, source_reason
 from .inference import Engine
+from .learning import Learning
 from .precision import resolve_tier
 from .timing import STAGES
 from .watch import Watch
@@ -28,6 +29,8 @@ class Settings:
 
     precision: str
     backend: str
+    training: bool = False
+    image_cache: int = 0
 
 
 @dataclass
@@ -45,6 +48,10 @@ class Status:
     graphs         captured CUDA graphs      graph_bytes  what they hold      graph_nodes  nodes of the one used last
     step_launches  kernel launches of one denoise step, where the backend's ops are one launch each, else None; 0 where all
                    steps are one launch
+    training_fast  losses by the fast path of ``patch(training=True)``
+    training_stock losses by stock while that was asked for
+    training_fallback  why stock computed the last one it did, or None      training_passed_over  as passed_over, of training
+    training_cache  of image_cache: frames and bytes held, hits, misses; empty without one
     extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, time embeddings, the
                    graphs' memory and, in fp8 and int8 alone, copies of weights
     """
@@ -62,6 +69,11 @@ class Status:
     graph_nodes: int | None = None
     step_launches: int | None = None
     extra_bytes: int = 0
+    training_fast: int = 0
+    training_stock: int = 0
+    training_fallback: str | None = None
+    training_passed_over: dict[str, str] = field(default_factory=dict)
+    training_cache: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,6 +97,7 @@ class Runtime:
         self.calls_fast = 0
         self.calls_stock = 0
         self.last_fallback: str | None = None
+        self.learning = Learning()
         self.told: set[str] = set()
 
     def prepare(self, model: Any) -> Engine:
@@ -151,12 +164,18 @@ class Runtime:
             if self.engine is not None and self.engine.graphs is not None:
                 self.engine.graphs.clear()
             self.engine, self.watch = None, None
+            self.learning.forget()
 
     def status(self, reason: str | None) -> Status:
         counters: dict[str, Any] = dict(
             calls_fast=self.calls_fast,
             calls_stock=self.calls_stock,
             last_fallback=reason or self.last_fallback,
+            training_fast=self.learning.fast,
+            training_stock=self.learning.stock,
+            training_fallback=self.learning.fallback,
+            training_passed_over=self.learning.passed_over,
+            training_cache=self.learning.cache,
         )
         engine = self.engine
         if reason is not None or engine is None:

@@ -28,6 +28,7 @@ OPS = (
     "norm_swiglu",
     "suffix_embed",
     "euler_step",
+    "flow_loss",
 )
 
 

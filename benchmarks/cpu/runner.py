@@ -16,7 +16,7 @@ from smolvla_fast.inference import _time_embeddings as time_embeddings
 from smolvla_fast.reference.masks import block_mask
 from smolvla_fast.reference.rope import rope_tables
 from smolvla_fast.stages.observation import prepare_observation
-from smolvla_fast.stages.prefix import embed_prefix
+from smolvla_fast.stages.prefix import embed_prefix, embed_state
 from smolvla_fast.stages.vision import patch_positions
 from smolvla_fast.weights import read_heads
 
@@ -85,7 +85,7 @@ class Runner:
         tokens = self.to_torch(self._run("vision", lambda: Vision(model, positions), frames)[0])
         seen = time.perf_counter()
         embeddings, pad_masks, att_masks = embed_prefix(
-            observation, list(tokens.split(state.shape[0])), vlm, read_heads(model).state,
+            observation, list(tokens.split(state.shape[0])), vlm, embed_state(state, read_heads(model).state),
             image_ends=None, length=0, dtype=torch.float32,
         )  # fmt: skip
         group = dims.query_heads // dims.kv_heads

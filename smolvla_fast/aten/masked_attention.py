@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -26,3 +27,26 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     probs = torch.softmax(scores, dim=-1)
     out = torch.matmul(probs, v.permute(0, 2, 1, 3).float()[:, :, None])
     return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * head_dim)
+
+
+def learning_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """``reference.masked_attention`` with a backward, by torch's fused attention; mask [B, T, S] bool.
+
+    returns  [B, T, H·D] in the widest dtype of q, k and v; a row with no True sees every key, where the reference weighs
+             them alike: nothing reads such a row, it has but to stay a number
+    The query heads of a KV head are rows of one problem, so no key or value is copied, whoever computes it.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    group = heads // kv_heads
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    rows = q.to(dtype).view(batch, tokens, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
+    seen = (mask | ~mask.any(-1, keepdim=True))[:, None, None]
+    out = F.scaled_dot_product_attention(
+        rows.reshape(batch, kv_heads, group * tokens, head_dim),
+        k.to(dtype).transpose(1, 2),
+        v.to(dtype).transpose(1, 2),
+        attn_mask=seen.expand(batch, 1, group, tokens, keys).reshape(batch, 1, group * tokens, keys),
+    )
+    out = out.view(batch, kv_heads, group, tokens, head_dim).permute(0, 3, 1, 2, 4)
+    return out.reshape(batch, tokens, heads * head_dim)

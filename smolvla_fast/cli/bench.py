@@ -1,6 +1,7 @@
 """Runs the benchmark suites of a checkout; writes JSON, a Markdown report and charts.
 
 chunk: whole action chunks, stock and every tier, by cameras. stages: where their time goes. ops: single ops.
+train: training steps, stock and patched, by batch size; it runs only when named.
 cpu: stock, every CPU tier, OpenVINO and compiled stock in alternating rounds of one process, and time against cameras,
 steps, threads and batch; it runs only when named.
 Each is checked before it is timed, and a red check leaves no number. The defaults take minutes on two cores.
@@ -24,15 +25,17 @@ from . import system
 from .console import CommandError, Console, check_writable
 from .subject import positive, resolve_device
 
-PYTEST_SUITES = ("chunk", "stages", "ops")
-"""Those that pytest-benchmark runs, and all that run when none is named."""
-SUITES = (*PYTEST_SUITES, "cpu")
+DEFAULT_SUITES = ("chunk", "stages", "ops")
+"""Those that run when none is named."""
+FILES = {**{name: f"bench_{name}.py" for name in DEFAULT_SUITES}, "train": "train_step.py"}
+"""Those that pytest-benchmark runs."""
+SUITES = (*FILES, "cpu")
 CPU_CAMERAS, CPU_THREADS = 2, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "suites", nargs="*", metavar="suite", help="chunk, stages, ops, cpu (default: all but cpu)"
+        "suites", nargs="*", metavar="suite", help="chunk, stages, ops, train, cpu (default: the first three)"
     )
     parser.add_argument(
         "--suite", action="append", default=[], metavar="NAME", help="the same as an option; may be repeated"
@@ -95,10 +98,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     # Before it there may lie the figures of another day.
     path.unlink(missing_ok=True)
     status, beside = 0, None
-    pytest_suites = [name for name in suites or PYTEST_SUITES if name != "cpu"]
+    pytest_suites = [name for name in suites or DEFAULT_SUITES if name != "cpu"]
     if pytest_suites:
         command = [
-            sys.executable, "-m", "pytest", *(str(folder / f"bench_{name}.py") for name in pytest_suites),
+            sys.executable, "-m", "pytest", *(str(folder / FILES[name]) for name in pytest_suites),
             "-q", "-p", "no:cacheprovider", f"--rootdir={folder.parent}", f"--benchmark-json={path}",
             "--benchmark-columns=median,min,max,rounds", "--benchmark-sort=fullname", *_options(args),
         ]  # fmt: skip

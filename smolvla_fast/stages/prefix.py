@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def embed_prefix(
     observation: Observation,
     image_tokens: list[Tensor],
     vlm: Any,
-    state: Affine,
+    state_token: Tensor | None,
     image_ends: tuple[Tensor, Tensor] | None,
     length: int,
     dtype: torch.dtype | None,
@@ -30,7 +31,7 @@ def embed_prefix(
     """Join [image tokens of each camera | language | state], images and language scaled by sqrt(M).
 
     image_tokens  C of [B, tokens, M]
-    state         the state projection
+    state_token   [B, M] or [B, n, M]  of ``embed_state``; None leaves the state out
     image_ends    token ids before and after each camera, where the checkpoint asks for them
     length        pad the prefix to at least this many tokens
     dtype         of the residual stream; None lets stock's own promotions decide
@@ -38,7 +39,8 @@ def embed_prefix(
                   which images and language do not see)
     replaces      ``embed_prefix`` of LeRobot's ``VLAFlowMatching``
     """
-    table = vlm.text_model.get_input_embeddings().weight
+    embed = vlm.text_model.get_input_embeddings()
+    table = embed.weight
     batch, device = observation.state.shape[0], observation.state.device
     parts: list[Tensor] = []
     masks: list[Tensor] = []
@@ -47,7 +49,7 @@ def embed_prefix(
         return x if dtype is None else x.to(dtype)
 
     def special(ids: Tensor) -> None:
-        parts.append(widen(F.embedding(ids.to(table.device), table))[None].expand(batch, -1, -1))
+        parts.append(widen(embed(ids.to(table.device)))[None].expand(batch, -1, -1))
         masks.append(torch.ones(batch, len(ids), dtype=torch.bool, device=device))
 
     for tokens, mask in zip(image_tokens, observation.image_masks, strict=True):
@@ -58,20 +60,26 @@ def embed_prefix(
         masks.append(mask[:, None].expand(batch, tokens.shape[1]))
         if image_ends is not None:
             special(image_ends[1])
-    parts.append(widen(F.embedding(observation.tokens, table)) * math.sqrt(table.shape[1]))
+    parts.append(widen(embed(observation.tokens)) * math.sqrt(table.shape[1]))
     masks.append(observation.token_masks)
-    state_token = F.linear(observation.state, *state)
-    parts.append(state_token[:, None, :] if state_token.ndim == 2 else state_token)
-    masks.append(torch.ones(parts[-1].shape[:2], dtype=torch.bool, device=device))
+    unseen = sum(part.shape[1] for part in parts)
+    if state_token is not None:
+        parts.append(state_token[:, None, :] if state_token.ndim == 2 else state_token)
+        masks.append(torch.ones(parts[-1].shape[:2], dtype=torch.bool, device=device))
 
     embeddings, pad_masks = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
     att_masks = torch.zeros_like(pad_masks)
-    att_masks[:, -parts[-1].shape[1] :].fill_(True)
+    att_masks[:, unseen:].fill_(True)
     missing = length - embeddings.shape[1]
     if missing > 0:
         embeddings = F.pad(embeddings, (0, 0, 0, missing))
         pad_masks, att_masks = F.pad(pad_masks, (0, missing)), F.pad(att_masks, (0, missing))
     return embeddings, pad_masks, att_masks
+
+
+def embed_state(state: Tensor, projection: Affine) -> Tensor:
+    """[B, R] -> the state token [B, M]."""
+    return F.linear(state, *projection)
 
 
 def fill_prefix(
@@ -92,15 +100,36 @@ def fill_prefix(
 
     Of the last layer only keys and values are ever read, so its queries, attention and feed-forward are not computed.
     """
+    free = [0 if partner.cross else dims.chunk for partner in expert]
+    found = text_kv(ops, vlm, cast, dims, embeddings, pad_masks, att_masks, free)
+    layers = [
+        LayerKV(*ops.cross_kv(k, v, partner.k, partner.v)) if partner.cross else LayerKV(k, v)
+        for (k, v), partner in zip(found, expert, strict=True)
+    ]
+    return PrefixKV(layers, pad_masks)
+
+
+def text_kv(
+    ops: Ops,
+    vlm: Any,
+    cast: Cast,
+    dims: Dims,
+    embeddings: Tensor,
+    pad_masks: Tensor,
+    att_masks: Tensor,
+    free: Sequence[int],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The text layers one by one, each giving its keys and values [B, P + free, K, D], the last ``free`` unwritten.
+
+    embeddings  [B, P, M]      pad_masks, att_masks  [B, P]      free  slots behind the prefix, a number a layer
+    """
     batch, prefix = pad_masks.shape
     mask = ops.prepare_mask(block_mask(pad_masks, att_masks))
     rope = rope_tables(torch.cumsum(pad_masks, dim=1) - 1, dims.head_dim)
-    layers: list[LayerKV] = []
     x = embeddings
-    for i, (layer, partner) in enumerate(zip(read_text_layers(vlm, cast), expert, strict=True)):
+    for i, (layer, slots) in enumerate(zip(read_text_layers(vlm, cast), free, strict=True)):
         last = i == dims.layers - 1
-        slots = prefix if partner.cross else prefix + dims.chunk
-        shape = (batch, slots, dims.kv_heads, dims.head_dim)
+        shape = (batch, prefix + slots, dims.kv_heads, dims.head_dim)
         k, v = (torch.empty(shape, dtype=layer.k.dtype, device=x.device) for _ in range(2))
         q = ops.norm_qkv_rope(
             x,
@@ -118,5 +147,4 @@ def fill_prefix(
             x = ops.linear_residual(h, layer.o, x)
             h = ops.norm_swiglu(x, *layer.norm2, layer.gate, layer.up)
             x = ops.linear_residual(h, layer.down, x)
-        layers.append(LayerKV(*ops.cross_kv(k, v, partner.k, partner.v)) if partner.cross else LayerKV(k, v))
-    return PrefixKV(layers, pad_masks)
+        yield k, v

@@ -22,12 +22,21 @@ def encode_images(ops: Ops, vlm: Any, cast: Cast, dims: Dims, images: Tensor, po
     returns       [n, tokens, M]
     replaces      ``embed_image`` of LeRobot's ``SmolVLMWithExpertModel``
     """
+    _, connector = read_vision_end(vlm, cast)
+    patches = encode_patches(ops, vlm, cast, dims, images, position_ids)
+    return ops.pixel_shuffle_linear(patches, connector, dims.shuffle)
+
+
+def encode_patches(
+    ops: Ops, vlm: Any, cast: Cast, dims: Dims, images: Tensor, position_ids: Tensor
+) -> Tensor:
+    """The tower without the connector: [n, 3, side, side] -> [n, patches, W] in the dtype the connector multiplies in."""
     patch, position = read_patch_embedding(vlm, cast)
     x = ops.patch_embed(images, *patch, position, position_ids)
     for layer in read_vision_layers(vlm, cast):
         x = vision_layer(ops, layer, x, dims.vision_heads)
     norm, connector = read_vision_end(vlm, cast)
-    return ops.pixel_shuffle_linear(ops.layer_norm(x, *norm, connector.dtype), connector, dims.shuffle)
+    return ops.layer_norm(x, *norm, connector.dtype)
 
 
 def vision_layer(ops: Ops, layer: VisionLayer, x: Tensor, heads: int) -> Tensor:

@@ -34,7 +34,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 def test_every_op_has_a_reference() -> None:
     # The whole loop is all ops of its stage at once: tests/simt and tests/engine/test_cuda.py compare it with these.
-    helpers = {"prepare_mask", "suffix_fold", "denoise_persistent"}
+    helpers = {"prepare_mask", "suffix_fold", "denoise_persistent", "flow_point", "learning_attention"}
     assert set(OPS) | helpers == set(NAMES)
     for op in OPS:
         module = room(op)

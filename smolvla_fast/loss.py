@@ -1,0 +1,218 @@
+"""The score of a training step's forward: observation -> prefix KV without a graph -> state -> expert -> flow loss.
+
+What is frozen is computed once without a graph by the engine's ops. By default that is everything but the expert, the heads
+and one token: images and language do not see the state, so of the whole prefix only the state's own row depends on a
+parameter that learns. Where more learns, more is differentiated, down to the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import select
+from .dims import Dims, read_dims
+from .extension import why_bf16_is_slow
+from .image_cache import ImageCache
+from .precision import Tier
+from .reference.masks import block_mask
+from .reference.rope import rope_tables
+from .stages import learn
+from .stages.observation import Observation, prepare_images, prepare_observation
+from .stages.prefix import embed_prefix, text_kv
+from .stages.vision import encode_images, encode_patches, patch_positions
+from .training_guard import frozen_reason
+
+Prefix = Iterator[tuple[Tensor, Tensor]]
+"""Keys and values [B, P, K, D] of each text layer, rotated."""
+
+
+class LossEngine:
+    """Computes training losses for one model in one tier. Weights are read from the model at each call.
+
+    passed_over  what the tier would rather have done, with the reasons
+    cache        of image tokens, or None
+    """
+
+    def __init__(
+        self, tier: Tier, backend: str, device: torch.device, cache: ImageCache | None = None
+    ) -> None:
+        self.tier = tier
+        self.ops = select(backend, device, False, None)
+        self.cache = cache
+        self.passed_over: dict[str, str] = {}
+        self.not_frozen: str | None = None
+        self._slow_bf16 = why_bf16_is_slow() if device.type == "cpu" else None
+        self._products: torch.dtype | None = None
+        self._positions: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def look(self, model: Any) -> None:
+        """Note, once for each state of a model, whether the engine's ops may stand in for its frozen modules."""
+        self.not_frozen = frozen_reason(model)
+        if self.not_frozen is not None:
+            self.passed_over["frozen prefix"] = f"{self.not_frozen}; the modules themselves compute it"
+
+    def losses(
+        self,
+        model: Any,
+        images: Sequence[Tensor],
+        image_masks: Sequence[Tensor],
+        tokens: Tensor,
+        token_masks: Tensor,
+        state: Tensor,
+        actions: Tensor,
+        noise: Tensor,
+        time: Tensor,
+    ) -> Tensor:
+        """Squared error of the velocity, ``(noise - actions - v(x_t))²`` at ``x_t = t·noise + (1 - t)·actions``.
+
+        model     a ``VLAFlowMatching``, LeRobot's or ours
+        images    C of [B, 3, side, side] in [-1, 1]      image_masks  C of [B] bool
+        tokens    [B, T] token ids      token_masks  [B, T] bool      state  [B, R]
+        actions   [B, S, A] fp32      noise  [B, S, A] fp32      time  [B] fp32
+        returns   [B, S, A] fp32, unreduced, with a graph where gradients are on
+        replaces  ``forward`` of LeRobot's ``VLAFlowMatching``
+        """
+        device, pair, dims = state.device.type, model.vlm_with_expert, read_dims(model)
+        wide = torch.autocast(device, enabled=False)
+        products = torch.autocast(device, torch.bfloat16) if self._in_bf16(device) else wide
+        with wide:
+            x_t = self.ops.flow_point(actions, noise, time)
+            state_token = model.state_proj(state)[:, None]
+            suffix, _, _ = model.embed_suffix(x_t, time)
+            vision_learns = _learns(pair.get_vlm_model().vision_model)
+            observation = prepare_observation(
+                images, image_masks, tokens, token_masks, state,
+                stock_order=False,
+                # A camera that every sample lacks still has its part in the graph: gradients of 0, not none.
+                keep_cameras=model.add_image_special_tokens or vision_learns,
+                max_language=tokens.shape[1],
+            )  # fmt: skip
+        with products:
+            image_tokens = self._image_tokens(model, dims, observation, vision_learns)
+            pad_masks, prefix = self._prefix(model, dims, observation, image_tokens, state_token)
+            own, cross = _suffix_rows(pad_masks, dims)
+            h = learn.expert_layers(self.ops, pair, suffix, prefix, own, cross, dims.head_dim)
+        with wide:
+            return self.ops.flow_loss(model.action_out_proj(h.float()), actions, noise)
+
+    def _in_bf16(self, device: str) -> bool:
+        """Whether products are in bf16 where weights are not; sets the dtype of the frozen ones."""
+        narrow = torch.is_autocast_enabled(device) or self.tier.gemm_dtype is torch.bfloat16
+        if narrow and self._slow_bf16 is not None:  # wider products err less and are faster
+            self.passed_over["bf16 products"] = f"{self._slow_bf16}; products run in fp32"
+            self._products = torch.float32
+            return False
+        self._products = torch.bfloat16 if narrow else self.tier.gemm_dtype
+        return narrow
+
+    def _cast(self, matrix: Tensor) -> Tensor:
+        dtype = self._products
+        return matrix if dtype is None or matrix.dtype is dtype else matrix.to(dtype)
+
+    def _image_tokens(
+        self, model: Any, dims: Dims, observation: Observation, vision_learns: bool
+    ) -> list[Tensor]:
+        """One [B, tokens, M] a camera; differentiable as far down as anything learns."""
+        pair = model.vlm_with_expert
+        vlm, batch = pair.get_vlm_model(), observation.state.shape[0]
+        if not observation.frames:
+            return []
+        if self.cache is not None and (_learns(vlm.vision_model) or _learns(vlm.connector)):
+            self.passed_over["image cache"] = "vision tower or connector learn; tokens are made at every step"
+        (frames,) = prepare_images(self.ops, observation.frames, dims.image_side, together=True)
+        if vision_learns or self.not_frozen is not None:
+            out = pair.embed_image(frames)
+        else:
+            learns = _learns(vlm.connector)
+
+            def encode(images: Tensor) -> Tensor:
+                given = (self.ops, vlm, self._cast, dims, images, self._patch_positions(vlm, images))
+                return encode_patches(*given) if learns else encode_images(*given)
+
+            with _frozen(frames.device):
+                if self.cache is None or learns:
+                    out = encode(frames)
+                else:
+                    read = (*vlm.vision_model.parameters(), *vlm.connector.parameters())
+                    out = self.cache.encoded(frames, list(read), encode)
+            if learns:
+                out = vlm.connector(out.to(vlm.connector.modality_projection.proj.weight.dtype))
+        return list(out.split(batch))
+
+    def _prefix(
+        self,
+        model: Any,
+        dims: Dims,
+        observation: Observation,
+        image_tokens: list[Tensor],
+        state_token: Tensor,
+    ) -> tuple[Tensor, Prefix]:
+        """pad_masks [B, P] and the prefix KV, in the cheapest of three ways."""
+        vlm = model.vlm_with_expert.get_vlm_model()
+        layers, device = vlm.text_model.layers, state_token.device
+        ends = None
+        if model.add_image_special_tokens:
+            ends = model.global_image_start_token.to(device), model.image_end_token.to(device)
+        given = dict(image_ends=ends, length=0, dtype=torch.float32)
+
+        learns = _learns(vlm.text_model) or any(tokens.requires_grad for tokens in image_tokens)
+        if learns or self.not_frozen is not None:
+            embedded, pad_masks, att_masks = embed_prefix(
+                observation, image_tokens, vlm, state_token, **given
+            )
+            rows = _rows(torch.cumsum(pad_masks, dim=1) - 1, block_mask(pad_masks, att_masks), dims)
+            return pad_masks, learn.text_layers(self.ops, layers, embedded, rows, dims.head_dim)
+
+        apart = state_token.requires_grad
+        with _frozen(device):
+            embedded, pad_masks, att_masks = embed_prefix(
+                observation, image_tokens, vlm, None if apart else state_token, **given
+            )
+            none = [0] * dims.layers
+            frozen = text_kv(self.ops, vlm, self._cast, dims, embedded, pad_masks, att_masks, none)
+            kept = list(frozen)
+        if not apart:
+            return pad_masks, iter(kept)
+        own = torch.ones(state_token.shape[:2], dtype=torch.bool, device=device)
+        place = torch.sum(pad_masks, dim=1, keepdim=True)
+        pad_masks = torch.cat([pad_masks, own], dim=1)
+        rows = _rows(place, pad_masks[:, None], dims)
+        return pad_masks, learn.state_rows(self.ops, layers, state_token, rows, dims.head_dim, kept)
+
+    def _patch_positions(self, vlm: Any, images: Tensor) -> Tensor:
+        key = (images.shape[-1], vlm.vision_model.embeddings.patch_embedding.weight.dtype)
+        if key not in self._positions or self._positions[key].device != images.device:
+            self._positions[key] = patch_positions(vlm, images)
+        return self._positions[key]
+
+
+@contextmanager
+def _frozen(device: torch.device) -> Iterator[None]:
+    """No graph, no autocast, the current CUDA device that of the tensors: what the engine's ops expect."""
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), current:
+        yield
+
+
+def _learns(module: Any) -> bool:
+    return torch.is_grad_enabled() and any(each.requires_grad for each in module.parameters())
+
+
+def _rows(positions: Tensor, visible: Tensor, dims: Dims) -> learn.Rows:
+    return learn.Rows(rope_tables(positions, dims.head_dim), visible)
+
+
+def _suffix_rows(pad_masks: Tensor, dims: Dims) -> tuple[learn.Rows, learn.Rows]:
+    """What self-attention and cross-attention layers of the expert are told of the suffix."""
+    batch, prefix = pad_masks.shape
+    ones = torch.ones(batch, dims.chunk, dtype=torch.bool, device=pad_masks.device)
+    place = torch.cumsum(ones, dim=1) - 1
+    seen = pad_masks[:, None, :].expand(batch, dims.chunk, prefix)
+    causal = torch.cat([seen, block_mask(ones, ones)], dim=2)
+    offset = torch.sum(pad_masks, dim=-1)[:, None]
+    return _rows(offset + place, causal, dims), _rows(place, seen, dims)

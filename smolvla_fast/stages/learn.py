@@ -1,0 +1,116 @@
+"""Text and expert layers with gradients: the live modules, over one fused attention.
+
+The linear layers, norms and MLPs are the policy's own modules, so that adapters, biases and autocast do what they do in
+stock. What stock makes by hand is not: scores in memory in fp32, a copy of each KV head for each of its query heads,
+rotary tables anew in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import Ops
+from ..weights import is_cross
+
+Rope = tuple[Tensor, Tensor]
+
+
+class Rows(NamedTuple):
+    """Where some tokens stand and what they see.
+
+    rope  sin, cos  [B, T, 1, D/2]  fp32      mask  [B, T, S]  bool
+    """
+
+    rope: Rope
+    mask: Tensor
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """``reference.rope.apply_rope`` under autograd: in fp32, rounded once to the dtype of x."""
+    sin, cos = rope
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+
+
+def _normed(layer: Any, x: Tensor) -> Tensor:
+    return layer.input_layernorm(x).to(layer.self_attn.q_proj.weight.dtype)
+
+
+def _heads(projection: Any, x: Tensor, head_dim: int) -> Tensor:
+    return projection(x).view(*x.shape[:2], -1, head_dim)
+
+
+def _finish(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
+    """Output projection, MLP and both residual additions, these in fp32."""
+    projection, mlp = layer.self_attn.o_proj, layer.mlp
+    x = x + projection(attended.to(projection.weight.dtype))
+    h = layer.post_attention_layernorm(x)
+    return x + mlp(h.to(mlp.gate_proj.weight.dtype))
+
+
+def text_layers(
+    ops: Ops, layers: Any, x: Tensor, rows: Rows, head_dim: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and values [B, P, K, D] of each text layer over a whole prefix x [B, P, M]; of the last nothing else."""
+    return _text(ops, layers, x, rows, head_dim, None)
+
+
+def state_rows(
+    ops: Ops, layers: Any, x: Tensor, rows: Rows, head_dim: int, frozen: list[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same where all but the last tokens of the prefix are frozen: they see nothing of what comes behind them.
+
+    x        [B, n, M]  the tokens behind the frozen ones      frozen  their keys and values, a pair a layer
+    returns  keys and values of the whole prefix, whose last n rows alone have a gradient
+    """
+    return _text(ops, layers, x, rows, head_dim, frozen)
+
+
+def _text(
+    ops: Ops, layers: Any, x: Tensor, rows: Rows, head_dim: int, frozen: list[tuple[Tensor, Tensor]] | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for i, layer in enumerate(layers):
+        h = _normed(layer, x)
+        last = i == len(layers) - 1
+        q = None if last else rotate(_heads(layer.self_attn.q_proj, h, head_dim), rows.rope)
+        k = rotate(_heads(layer.self_attn.k_proj, h, head_dim), rows.rope)
+        v = _heads(layer.self_attn.v_proj, h, head_dim)
+        if frozen is not None:
+            k, v = torch.cat([frozen[i][0], k], dim=1), torch.cat([frozen[i][1], v], dim=1)
+        yield k, v
+        if q is not None:
+            x = _finish(layer, x, ops.learning_attention(q, k, v, rows.mask))
+
+
+def expert_layers(
+    ops: Ops,
+    pair: Any,
+    x: Tensor,
+    prefix: Iterator[tuple[Tensor, Tensor]],
+    own: Rows,
+    cross: Rows,
+    head_dim: int,
+) -> Tensor:
+    """The expert over the suffix x [B, S, E], layer by layer with the prefix's keys and values: [B, S, E].
+
+    own    positions counted on from the prefix, [prefix | suffix so far] visible: self-attention layers
+    cross  positions from 0, the prefix visible: cross-attention layers, over projections of its keys and values
+    """
+    for i, (layer, (k, v)) in enumerate(zip(pair.lm_expert.layers, prefix, strict=True)):
+        h, attention = _normed(layer, x), layer.self_attn
+        q = _heads(attention.q_proj, h, head_dim)
+        if is_cross(pair, i):
+            dtype = attention.k_proj.weight.dtype
+            k = _heads(attention.k_proj, k.to(dtype).flatten(2), head_dim)
+            v = _heads(attention.v_proj, v.to(dtype).flatten(2), head_dim)
+            a = ops.learning_attention(rotate(q, cross.rope), k, v, cross.mask)
+        else:
+            k = torch.cat([k, rotate(_heads(attention.k_proj, h, head_dim), own.rope)], dim=1)
+            v = torch.cat([v, _heads(attention.v_proj, h, head_dim)], dim=1)
+            a = ops.learning_attention(rotate(q, own.rope), k, v, own.mask)
+        x = _finish(layer, x, a)
+    return pair.lm_expert.norm(x)
