@@ -51,9 +51,9 @@ def patch_as_loaded(policy_class: Any) -> None:
 
 
 def _try_to_patch(policy: Any) -> None:
-    wishes = {"precision": os.environ.get(PRECISION) or "auto", "backend": os.environ.get(BACKEND) or "auto"}
+    precision, backend = os.environ.get(PRECISION) or "auto", os.environ.get(BACKEND) or "auto"
     try:
-        patch(policy, **wishes)
+        patch(policy, precision=precision, backend=backend)
         if not disabled():
             weakref.finalize(policy.model, _report, runtime_of(policy.model))
     except Exception as error:  # whatever it is, a robot must not stop for it

@@ -126,6 +126,7 @@ def test_status_counts(policy: Any, observation: dict[str, Tensor], noise: Tenso
     assert set(now.to_dict()) == {
         "active", "precision", "backend", "stages", "passed_over", "calls_fast", "calls_stock", "last_fallback",
         "graphs", "graph_bytes", "graph_nodes", "step_launches", "extra_bytes",
+        "training_fast", "training_stock", "training_fallback", "training_passed_over", "training_cache",
     }  # fmt: skip
 
 
