@@ -144,6 +144,27 @@ def numbers_elsewhere(path: str) -> list[int]:
     return [number for number, file in ELSEWHERE.items() if path == file]
 
 
+def line_of(number: int, tests: list[tuple[str, str]]) -> str:
+    """Outcome, count and places of one check.
+
+    tests  (outcome, place) of every test of it that ran
+    """
+    ran = [place for outcome, place in tests if outcome == "passed"]
+    skipped = sorted({place for outcome, place in tests if outcome == "skipped"} - set(ran))
+    if any(outcome == "failed" for outcome, _ in tests):
+        verdict = "FAILED"
+    elif ran:
+        verdict = "passed"
+    elif number in NO_TEST:
+        return f"{'not measured':14}{NO_TEST[number].removeprefix('not measured: '):40}"
+    else:
+        verdict = "not run"
+    places = ", ".join([*sorted(set(ran)), *(f"{place}: skipped" for place in skipped)])
+    if not tests and number in ELSEWHERE:
+        places = ELSEWHERE[number]
+    return f"{verdict:14}{len(tests):3} tests  {places:40}"
+
+
 def _names(marks: Iterable[ast.expr]) -> Iterator[tuple[str, tuple[object, ...]]]:
     """(name, constant arguments) of every ``pytest.mark.<name>`` among expressions."""
     for mark in marks:
