@@ -52,7 +52,7 @@ GROUPS: dict[str, dict[int, str]] = {
     "Numerics": {
         25: "`noise=` is honoured by `select_action`, `predict_action_chunk` and `sample_actions`, and draws no random numbers",
         26: "The same seed gives stock's noise and leaves stock's random state",
-        27: "fp32: at most 5e-3 from stock in normalised units, and relative L2 1e-5; on tails at most twice stock's own error, on sharp attention four times",
+        27: "fp32: at most 5e-3 from stock in normalised units, and relative L2 1e-5; on tails at most twice stock's own error, on sharp attention in its order of magnitude",
         28: "The default of a mixed policy: over 100 observations no further from fp32 than stock in bf16; worst cases on tails and sharp attention too",
         29: "The error grows with the number of steps no faster than stock's own",
         30: "Every dtype layout and autocast in fp16 and bf16: right, or stock",
