@@ -74,7 +74,7 @@ def test_worst_case_of_a_tier(weights: str, layout: str) -> None:
     # the closest pair of scores is chance (from policy to policy ours errs half to thrice as much as stock): there an order
     # of magnitude, and SCATTER, as for single observations.
     sharp = weights == "sharp attention"
-    assert worst["fp32"] <= (10 if sharp else 2) * worst["stock fp32"] < 2e-2
+    assert worst["fp32"] <= (10 if sharp else 2) * worst["stock fp32"] < worst["stock bf16"]
     assert 1e-4 < worst["bf16"] <= (SCATTER if sharp else 1) * worst["stock bf16"]
 
 
