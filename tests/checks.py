@@ -52,7 +52,7 @@ GROUPS: dict[str, dict[int, str]] = {
     "Numerics": {
         25: "`noise=` is honoured by `select_action`, `predict_action_chunk` and `sample_actions`, and draws no random numbers",
         26: "The same seed gives stock's noise and leaves stock's random state",
-        27: "fp32: at most 5e-3 from stock in normalised units, and relative L2 1e-5; on tails at most twice stock's own error, on sharp attention four times",
+        27: "fp32: at most 5e-3 from stock in normalised units, and relative L2 1e-5; on tails at most twice stock's own error, on sharp attention in its order of magnitude",
         28: "The default of a mixed policy: over 100 observations no further from fp32 than stock in bf16; worst cases on tails and sharp attention too",
         29: "The error grows with the number of steps no faster than stock's own",
         30: "Every dtype layout and autocast in fp16 and bf16: right, or stock",
@@ -142,6 +142,27 @@ def where(gpu: bool, fixtures: Iterable[str]) -> str:
 
 def numbers_elsewhere(path: str) -> list[int]:
     return [number for number, file in ELSEWHERE.items() if path == file]
+
+
+def line_of(number: int, tests: list[tuple[str, str]]) -> str:
+    """Outcome, count and places of one check.
+
+    tests  (outcome, place) of every test of it that ran
+    """
+    ran = [place for outcome, place in tests if outcome == "passed"]
+    skipped = sorted({place for outcome, place in tests if outcome == "skipped"} - set(ran))
+    if any(outcome == "failed" for outcome, _ in tests):
+        verdict = "FAILED"
+    elif ran:
+        verdict = "passed"
+    elif number in NO_TEST:
+        return f"{'not measured':14}{NO_TEST[number].removeprefix('not measured: '):40}"
+    else:
+        verdict = "not run"
+    places = ", ".join([*sorted(set(ran)), *(f"{place}: skipped" for place in skipped)])
+    if not tests and number in ELSEWHERE:
+        places = ELSEWHERE[number]
+    return f"{verdict:14}{len(tests):3} tests  {places:40}"
 
 
 def _names(marks: Iterable[ast.expr]) -> Iterator[tuple[str, tuple[object, ...]]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from captured import recording
-from checks import ELSEWHERE, NO_TEST, STATEMENTS, numbers_elsewhere, where
+from checks import ELSEWHERE, NO_TEST, STATEMENTS, line_of, numbers_elsewhere, where
 from policies import bf16_products, few_threads, make_policy, noise, observation, origin
 
 __all__ = ["bf16_products", "few_threads", "noise", "observation", "origin", "recording"]
@@ -55,24 +55,3 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for number, text in STATEMENTS.items():
         if number in found or number in NO_TEST or number in ELSEWHERE:
             terminalreporter.line(f"{number:2} {line_of(number, found.get(number, []))}  {text[:60]}")
-
-
-def line_of(number: int, tests: list[tuple[str, str]]) -> str:
-    """Outcome, count and places of one check.
-
-    tests  (outcome, place) of every test of it that ran
-    """
-    ran = [place for outcome, place in tests if outcome == "passed"]
-    skipped = sorted({place for outcome, place in tests if outcome == "skipped"} - set(ran))
-    if any(outcome == "failed" for outcome, _ in tests):
-        verdict = "FAILED"
-    elif ran:
-        verdict = "passed"
-    elif number in NO_TEST:
-        return f"{'not measured':14}{NO_TEST[number].removeprefix('not measured: '):40}"
-    else:
-        verdict = "not run"
-    places = ", ".join([*sorted(set(ran)), *(f"{place}: skipped" for place in skipped)])
-    if not tests and number in ELSEWHERE:
-        places = ELSEWHERE[number]
-    return f"{verdict:14}{len(tests):3} tests  {places:40}"

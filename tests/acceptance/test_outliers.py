@@ -48,8 +48,8 @@ def test_worst_case_of_a_tier(weights: str, layout: str) -> None:
         worst[name] = max(worst[name], rel_l2(x, truth))
 
     for seed in SEEDS:
-        policy = make_policy("tiny", layout=layout, seed=seed)
-        wide, narrow = copy.deepcopy(policy).float(), make_policy("tiny", layout="mixed")
+        policy = make_policy("tiny", layout=layout, seed=seed, num_steps=4)
+        wide, narrow = copy.deepcopy(policy).float(), make_policy("tiny", layout="mixed", num_steps=4)
         with _changed(weights, policy, seed):
             for other in (wide, narrow):
                 for mine, theirs in zip(other.parameters(), policy.parameters(), strict=True):
@@ -70,10 +70,11 @@ def test_worst_case_of_a_tier(weights: str, layout: str) -> None:
             assert smolvla_fast.status(policy).calls_stock == 0
     print(f"{weights}, {layout}: worst relative L2 of {len(SEEDS)} policies:", worst)
     # Twice: the rule of this project for another order of sums in the same dtype. bf16 keeps the residual stream in fp32
-    # and so owes less than stock. Attention on one key passes a rounding on some hundredfold, and which order of sums
-    # meets the closest pair of scores is chance: there twice as much, and SCATTER, as for single observations.
+    # and so owes less than stock. Attention on one key passes a rounding on a thousandfold, and which order of sums meets
+    # the closest pair of scores is chance (from policy to policy ours errs half to thrice as much as stock): there an order
+    # of magnitude, and SCATTER, as for single observations.
     sharp = weights == "sharp attention"
-    assert worst["fp32"] <= (4 if sharp else 2) * worst["stock fp32"] < 1e-2
+    assert worst["fp32"] <= (10 if sharp else 2) * worst["stock fp32"] < worst["stock bf16"]
     assert 1e-4 < worst["bf16"] <= (SCATTER if sharp else 1) * worst["stock bf16"]
 
 
@@ -86,7 +87,7 @@ def test_worst_case_of_int8(layout: str) -> None:
     worst = dict.fromkeys(WEIGHTS, 1.0)
     for weights in WEIGHTS:
         for seed in SEEDS:
-            policy = make_policy("tiny", layout=layout, seed=seed)
+            policy = make_policy("tiny", layout=layout, seed=seed, num_steps=4)
             with _changed(weights, policy, seed):
                 inputs = seam_inputs(policy, make_observation(policy, seed=seed))
                 noise = make_noise(policy, seed=seed)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from policies import seam_inputs
 from torch import Tensor, nn
 
 import smolvla_fast
@@ -275,17 +276,9 @@ def test_model_changed_after_patch(name: str, caplog: pytest.LogCaptureFixture) 
     chunk(policy, observation, noise)
     with torch.no_grad():
         model = policy.model
-        stock = type(model).stock_class.sample_actions(model, *_inputs(policy, observation), noise=noise)
+        stock = type(model).stock_class.sample_actions(model, *seam_inputs(policy, observation), noise=noise)
     _check(policy, stock[:, :, :6], chunk(policy, observation, noise), reason, caplog)
     assert not smolvla_fast.status(policy).active
-
-
-def _inputs(policy: Any, observation: dict[str, Tensor]) -> tuple[Any, ...]:
-    images, masks = policy.prepare_images(observation)
-    tokens, token_masks = (
-        observation[f"observation.language.{name}"] for name in ("tokens", "attention_mask")
-    )
-    return images, masks, tokens, token_masks, policy.prepare_state(observation)
 
 
 def _fewer_masks(inputs: list[Any]) -> None:
@@ -330,7 +323,7 @@ def test_unusual_arguments_do_what_stock_does(
     """Same bits, or the same exception."""
 
     def outcome() -> Any:
-        inputs = [*_inputs(policy, observation), noise]
+        inputs = [*seam_inputs(policy, observation), noise]
         change(inputs)
         try:
             return policy.model.sample_actions(*inputs[:5], noise=inputs[5])
@@ -349,7 +342,7 @@ def test_strided_noise_and_iterators_are_served(
     policy: Any, observation: dict[str, Tensor], noise: Tensor
 ) -> None:
     smolvla_fast.patch(policy)
-    images, masks, *rest = _inputs(policy, observation)
+    images, masks, *rest = seam_inputs(policy, observation)
     wanted = policy.model.sample_actions(images, masks, *rest, noise=noise)
     strided = noise.transpose(1, 2).contiguous().transpose(1, 2)
     assert not strided.is_contiguous()

@@ -1,0 +1,58 @@
+"""The table of checks itself: complete, up to date, and honest about what did not run."""
+
+from __future__ import annotations
+
+import pytest
+from checks import (
+    CPU,
+    DOCUMENT,
+    DRIVER,
+    ELSEWHERE,
+    GPU,
+    NO_TEST,
+    NOT_SHOWN,
+    STATEMENTS,
+    TESTS,
+    line_of,
+    markdown,
+    places,
+)
+
+
+def test_every_check_has_a_test_or_a_reason() -> None:
+    shown = {place.number for place in places() if place.path.startswith("tests/acceptance/")}
+    assert sorted(STATEMENTS) == list(range(1, 64))
+    assert sorted(shown | NO_TEST.keys() | ELSEWHERE.keys()) == list(range(1, 64))
+
+
+def test_the_table_is_what_the_tests_say() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == markdown(), "run `make acceptance`"
+
+
+def test_readme_names_what_is_not_shown() -> None:
+    readme = (TESTS.parent / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## What is promised")[1].split("\n## ")[0]
+    for number in NOT_SHOWN:
+        assert f"| {number} |" in section, f"check {number}: {NOT_SHOWN[number]}"
+
+
+def test_places_are_read_from_the_sources() -> None:
+    found = {(place.number, place.path.split("/")[-1], place.where) for place in places()}
+    assert (53, "test_threads_and_graphs.py", DRIVER) in found, "usefixtures of a test"
+    assert (16, "test_graphs.py", DRIVER) in found, "usefixtures of a module"
+    assert (53, "test_chunk_on_device.py", GPU) in found, "a mark of a module"
+    assert (24, "test_queue_and_outputs.py", CPU) in found
+
+
+@pytest.mark.parametrize(
+    ("number", "tests", "line"),
+    [
+        (4, [("passed", CPU), ("passed", CPU), ("skipped", GPU)], "passed 3 tests CPU, GPU: skipped"),
+        (4, [("passed", CPU), ("failed", DRIVER)], "FAILED 2 tests CPU"),
+        (59, [("skipped", GPU)], "not run 1 tests GPU: skipped"),
+        (63, [], "not run 0 tests tests/acceptance/test_plugin.py"),
+        (32, [], "not measured it needs trained weights and the LIBERO simulator"),
+    ],
+)
+def test_a_line_says_what_ran(number: int, tests: list[tuple[str, str]], line: str) -> None:
+    assert " ".join(line_of(number, tests).split()) == line
