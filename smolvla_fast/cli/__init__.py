@@ -54,10 +54,10 @@ def _main(argv: Sequence[str] | None) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(command)
-    if getattr(module, "PASSES_ON", False):
-        args, args.passed_on = command.parse_known_args(rest)
-    else:
-        args = command.parse_args(rest)
+    args, others = command.parse_known_args(rest)
+    if others and not getattr(module, "PASSES_ON", False):
+        command.error(f"unrecognized arguments: {' '.join(others)}")
+    args.passed_on = others
     console = Console()
     try:
         return module.run(args, console)

@@ -105,6 +105,22 @@ def test_every_parameter_that_stock_uses_is_read_live() -> None:
     assert used > 100
 
 
+@pytest.mark.parametrize("precision", TIERS)
+def test_a_weight_transposed_where_it_lies(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, precision: str
+) -> None:
+    """``weight.data = weight.data.T``: the same object at the same address, another matrix. Stock runs, with a receipt."""
+    twin = copy.deepcopy(policy)
+    smolvla_fast.patch(policy, precision=precision)
+    before = chunk(policy, observation, noise)
+    for each in (policy, twin):
+        weight = each.model.action_time_mlp_out.weight
+        weight.data = weight.data.T
+    after = chunk(policy, observation, noise)
+    assert torch.equal(after, chunk(twin, observation, noise)) and rel_l2(before, after) > 1e-2
+    assert "not contiguous" in str(smolvla_fast.status(policy).last_fallback)
+
+
 # Warm-up ---------------------------------------------------------------------------------------------------------------
 
 

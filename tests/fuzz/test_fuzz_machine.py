@@ -44,6 +44,7 @@ class PolicyMachine(RuleBasedStateMachine):
         self.tier: str | None = None
         self.hook: Any = None
         self.queue_exact = True
+        self.transposed = False
 
     def teardown(self) -> None:
         os.environ.pop(DISABLE, None)
@@ -122,6 +123,14 @@ class PolicyMachine(RuleBasedStateMachine):
             for parameter in policy.parameters():
                 parameter.data.copy_(parameter.data * factor)
 
+    @rule()
+    def transpose_a_weight(self) -> None:
+        """Through ``data``: another matrix at the address where it lay. The engine takes contiguous ones alone."""
+        self.transposed = not self.transposed
+        for policy in (self.stock, self.fast):
+            parameter = policy.model.action_time_mlp_out.weight
+            parameter.data = parameter.data.T
+
     @rule(steps=st.integers(1, 4))
     def num_steps(self, steps: int) -> None:
         self.stock.config.num_steps = self.fast.config.num_steps = steps
@@ -157,7 +166,8 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @property
     def accelerated(self) -> bool:
-        return self.tier is not None and self.hook is None and not os.environ.get(DISABLE)
+        hindered = self.hook is not None or self.transposed or os.environ.get(DISABLE)
+        return self.tier is not None and not hindered
 
     @property
     def serves_exactly(self) -> bool:
@@ -175,7 +185,7 @@ class PolicyMachine(RuleBasedStateMachine):
         assert now.precision == (self.tier if self.accelerated else "stock")
         if self.tier is not None and not self.accelerated:
             assert now.last_fallback is not None
-            assert DISABLE in now.last_fallback or "hook" in now.last_fallback
+            assert any(word in now.last_fallback for word in (DISABLE, "hook", "contiguous"))
 
 
 def test_interleavings() -> None:
