@@ -1,8 +1,8 @@
 """A small real LeRobotDataset, written to disk by a script: a hand that picks up a red cube it can only see.
 
-The hand starts near the middle, moves above the cube, goes down, closes and lifts. Its state says how high and how far open it
-is; where it is on the table, and where the cube, only the two cameras see. An action is a velocity over the table and the next
-height and opening. So a policy that does not look cannot tell left from right.
+The hand starts near the middle, moves above the cube, goes down, closes and lifts. Its state says how high and how far open
+it is; where it is on the table, and where the cube, only the two cameras see. An action is a velocity over the table and the
+next height and opening. So a policy that does not look cannot tell left from right.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def pick_motion(cube: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarr
 
 
 def command(pose: np.ndarray, following: np.ndarray) -> np.ndarray:
-    """What leads from one pose to the next: x and y in full strides, from -1 to 1, then the height and opening to be reached."""
+    """What leads from one pose to the next: x and y in strides, from -1 to 1, then the height and opening to be reached."""
     return np.array([*((following - pose) / STRIDES)[:2], *following[2:]])
 
 
