@@ -52,7 +52,8 @@ def main(folder: Path) -> int:
         "train", f"--dataset.repo_id={REPO_ID}", f"--dataset.root={folder / 'dataset'}", "--dataset.eval_split=0.2",
         f"--policy.path={folder / 'base'}", "--policy.input_features=null", "--policy.output_features=null",
         "--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false", "--policy.optimizer_lr=1.5e-3",
-        "--policy.scheduler_warmup_steps=50", f"--policy.scheduler_decay_steps={STEPS}", "--policy.scheduler_decay_lr=1.5e-5",
+        "--policy.scheduler_warmup_steps=50", f"--policy.scheduler_decay_steps={STEPS}",
+        "--policy.scheduler_decay_lr=1.5e-5",
         "--batch_size=32", f"--steps={STEPS}", f"--save_freq={SAVE}", "--log_freq=20", f"--eval_steps={SAVE // 2}",
         "--max_eval_samples=64", "--num_workers=1", f"--output_dir={run}",
     ]  # fmt: skip

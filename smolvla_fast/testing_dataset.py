@@ -61,7 +61,7 @@ def write_dataset(
         "shape": (*frame, 3),
         "names": ["height", "width", "channels"],
     }
-    features = {f"{IMAGES}.{camera}": picture for camera in cameras}
+    features: dict[str, Any] = {f"{IMAGES}.{camera}": picture for camera in cameras}
     features |= {"observation.state": vector, "action": vector}
     # PyAV comes with LeRobot; left to choose, LeRobot would try torchcodec first, which needs FFmpeg and fails at length.
     dataset = LeRobotDataset.create(
