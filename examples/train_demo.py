@@ -21,52 +21,41 @@ import torch
 import smolvla_fast
 from smolvla_fast.cli import main as smolvla_fast_command
 from smolvla_fast.smolvla import SmolVLAPolicy, make_pre_post_processors
-from smolvla_fast.testing import make_vlm_folder
+from smolvla_fast.testing import make_policy
 from smolvla_fast.testing_dataset import REPO_ID, write_dataset
 from smolvla_fast.train.checkpoint import Checkpoints, read_run
 from smolvla_fast.train.data import held_out_batches, open_data, to_floats
 from smolvla_fast.train.evaluation import action_error
 from smolvla_fast.train.settings import TrainSettings
 
-STEPS, SAVE = 900, 300
+STEPS, SAVE = 600, 200
 MARGIN = 0.4
 """The policy's squared error on held-out episodes, as a share of the best constant action's: at most this."""
 
 TEXT = dict(
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-)
+    hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+)  # fmt: skip
 VISION = dict(
-    hidden_size=48,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    image_size=32,
-    patch_size=4,
-)
+    hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=4
+)  # fmt: skip
 
 
 def main(folder: Path) -> int:
     torch.set_num_threads(1)  # one core computes, the other reads
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
-    make_vlm_folder(folder / "vlm", text=TEXT, vision=VISION, vocab_size=320, scale_factor=2)
     dataset = write_dataset(folder / "dataset", episodes=30)
     print(f"wrote {dataset.num_episodes} episodes, {dataset.num_frames} frames, to {folder / 'dataset'}")
-
+    write_base(folder)
     run = folder / "run"
     arguments = [
         "train", f"--dataset.repo_id={REPO_ID}", f"--dataset.root={folder / 'dataset'}", "--dataset.eval_split=0.2",
-        f"--policy.vlm_model_name={folder / 'vlm'}", "--policy.num_vlm_layers=4", "--policy.expert_width_multiplier=1.0",
-        "--policy.resize_imgs_with_padding=[32,32]", "--policy.chunk_size=10", "--policy.n_action_steps=10",
-        "--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false", "--policy.optimizer_lr=2e-3",
-        "--policy.scheduler_warmup_steps=50", f"--policy.scheduler_decay_steps={STEPS}", "--policy.scheduler_decay_lr=2e-5",
-        "--policy.device=cpu", "--batch_size=32", f"--steps={STEPS}", f"--save_freq={SAVE}", "--log_freq=25",
-        f"--eval_steps={SAVE}", "--max_eval_samples=64", "--num_workers=1", f"--output_dir={run}",
+        f"--policy.path={folder / 'base'}", "--policy.input_features=null", "--policy.output_features=null",
+        "--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false", "--policy.optimizer_lr=1.5e-3",
+        "--policy.scheduler_warmup_steps=50", f"--policy.scheduler_decay_steps={STEPS}",
+        "--policy.scheduler_decay_lr=1.5e-5",
+        "--batch_size=32", f"--steps={STEPS}", f"--save_freq={SAVE}", "--log_freq=20", f"--eval_steps={SAVE // 2}",
+        "--max_eval_samples=64", "--num_workers=1", f"--output_dir={run}",
     ]  # fmt: skip
     kill_once_saved(arguments, run)
     go_on = ["train", "--resume=true", f"--output_dir={run}"]
@@ -76,6 +65,20 @@ def main(folder: Path) -> int:
     good = evaluate(run)
     print(f"{time.perf_counter() - start:.0f} s in all; loss curve: {run / 'train_log.png'}")
     return 0 if good else 1
+
+
+def write_base(folder: Path) -> None:
+    """The checkpoint that training starts from: a small SmolVLA, its weights random but scaled so that images matter."""
+    policy = make_policy(
+        "tiny", origin="ours", folder=folder / "vlm", text=TEXT, vision=VISION, expert_width_multiplier=1.0,
+        train_expert_only=False, freeze_vision_encoder=False,
+    )  # fmt: skip
+    policy.save_pretrained(folder / "base")
+    for processor in make_pre_post_processors(policy.config):
+        processor.save_pretrained(folder / "base")
+    print(
+        f"wrote a policy of {sum(p.numel() for p in policy.parameters()):,} random weights to {folder / 'base'}"
+    )
 
 
 def kill_once_saved(arguments: list[str], run: Path) -> None:

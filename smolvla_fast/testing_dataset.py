@@ -1,7 +1,8 @@
 """A small real LeRobotDataset, written to disk by a script: a hand that picks up a red cube it can only see.
 
-The hand starts in the middle, moves above the cube, goes down, closes and lifts. Where the cube lies is in the two cameras'
-images and nowhere else, so a policy that does not look cannot do better than the mean over all places.
+The hand starts near the middle, moves above the cube, goes down, closes and lifts. Its state says how high and how far open
+it is; where it is on the table, and where the cube, only the two cameras see. An action is a velocity over the table and the
+next height and opening. So a policy that does not look cannot tell left from right.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def write_dataset(
 
     root     a folder that does not exist yet      episodes, seed   how many, and where their cubes lie
     cameras  "front" sees the table from above, "wrist" what lies around the hand
-    joints   size of state and action: a pose of the hand, turned by a fixed matrix into that many joint angles
+    joints   size of state and action: what they say of the hand, turned by a fixed matrix into that many joint values
     frame    height, width in pixels               videos           store frames as mp4 instead of png
     raises   ValueError for fewer than 4 joints or an unknown camera, FileExistsError (LeRobot's) for an existing root,
              ImportError without ``lerobot[dataset]``
@@ -60,7 +61,7 @@ def write_dataset(
         "shape": (*frame, 3),
         "names": ["height", "width", "channels"],
     }
-    features = {f"{IMAGES}.{camera}": picture for camera in cameras}
+    features: dict[str, Any] = {f"{IMAGES}.{camera}": picture for camera in cameras}
     features |= {"observation.state": vector, "action": vector}
     # PyAV comes with LeRobot; left to choose, LeRobot would try torchcodec first, which needs FFmpeg and fails at length.
     dataset = LeRobotDataset.create(
@@ -102,8 +103,8 @@ def _record(
         dataset.add_frame(
             {
                 **{f"{IMAGES}.{camera}": views[camera] for camera in cameras},
-                "observation.state": (turn @ pose).astype(np.float32),
-                "action": (turn @ following).astype(np.float32),
+                "observation.state": (turn @ [0, 0, *pose[2:]]).astype(np.float32),
+                "action": (turn @ command(pose, following)).astype(np.float32),
                 "task": TASK,
             }
         )
@@ -111,10 +112,10 @@ def _record(
 
 
 def place_blocks(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the red cube and of a blue one that only disturbs, at least 0.25 apart."""
+    """Places of the red cube and of a blue one that only disturbs, at least 0.3 apart."""
     while True:
         cube, other = rng.uniform(0.12, 0.88, (2, 2))
-        if np.abs(cube - other).max() > 0.25:
+        if np.abs(cube - other).max() > 0.3:
             return cube, other
 
 
@@ -126,6 +127,11 @@ def pick_motion(cube: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarr
         while np.abs(pose - goal).max() > 1e-9:
             pose = pose + np.clip(goal - pose, -STRIDES, STRIDES)
             yield pose
+
+
+def command(pose: np.ndarray, following: np.ndarray) -> np.ndarray:
+    """What leads from one pose to the next: x and y in strides, from -1 to 1, then the height and opening to be reached."""
+    return np.array([*((following - pose) / STRIDES)[:2], *following[2:]])
 
 
 def front_view(pose: np.ndarray, cube: np.ndarray, other: np.ndarray, frame: tuple[int, int]) -> np.ndarray:
@@ -154,5 +160,5 @@ def _table(x: np.ndarray, y: np.ndarray, cube: np.ndarray, other: np.ndarray) ->
     planks = 1 + 0.06 * np.sin(40 * x) + 0.15 * (y - 0.5)
     view = planks[..., None] * TABLE
     for place, colour in ((other, BLUE), (cube, RED)):
-        view[np.maximum(np.abs(x - place[0]), np.abs(y - place[1])) < 0.08] = colour
+        view[np.maximum(np.abs(x - place[0]), np.abs(y - place[1])) < 0.1] = colour
     return view.clip(0, 255).astype(np.uint8)

@@ -33,7 +33,7 @@ from .train.errors import TrainingError
 from .train.evaluation import held_out_loss
 from .train.log import Log, Window
 from .train.policy import make_policy, make_processors, speed_up
-from .train.random_state import seeded
+from .train.random_state import seed_all, seeded
 from .train.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ def train(
     _refuse_many_processes()
     with seeded(settings.seed):
         run = prepare(settings, resume)
+        if resume is None:
+            seed_all(settings.seed)  # or noise would depend on how many numbers a constructor drew
         on_begin(run)
         log, window = Log(settings.output_dir, run.step), Window()
         checkpoints = Checkpoints(settings.output_dir)

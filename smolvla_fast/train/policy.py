@@ -52,8 +52,9 @@ def speed_up(policy: Any, wish: str) -> str:
 
     wish    "auto", "on" or "off"       raises  TrainingError for "on" where it is not possible
     """
-    from ..patch import patch
+    from ..patch import patch as patch_function
 
+    patch: Any = patch_function
     if wish == "off":
         return "plain, as asked for"
     reason = "smolvla_fast.patch has no training path in this version"

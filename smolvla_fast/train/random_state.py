@@ -16,16 +16,21 @@ from torch import Tensor
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Seeds python's, numpy's and torch's generators (all devices); whoever called gets theirs back."""
+    """``seed_all`` for what is inside; whoever called gets their random state back."""
     before = collect()
+    try:
+        seed_all(seed)
+        yield
+    finally:
+        restore(before)
+
+
+def seed_all(seed: int | None) -> None:
+    """Seeds python's, numpy's and torch's generators; None leaves them."""
     if seed is not None:
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        restore(before)
 
 
 def collect() -> dict[str, Tensor]:

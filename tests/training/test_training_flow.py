@@ -175,6 +175,22 @@ def test_reading_by_column_gives_lerobots_samples(bench_top):
                 assert not isinstance(value, torch.Tensor) or value.dtype is b[key].dtype
 
 
+def test_reading_by_column_decodes_no_image_for_an_action(bench_top, monkeypatch):
+    from datasets import Image
+
+    decode, decoded = Image.decode_example, []
+    monkeypatch.setattr(Image, "decode_example", lambda *a, **k: decoded.append(1) or decode(*a, **k))
+    stock = LeRobotDataset(REPO_ID, root=bench_top.data, delta_timestamps=TIMES, video_backend="pyav")
+    ours = open_data(bench_top.settings(bench_top.root / "unused")).train
+    counts = []
+    for dataset in (stock, ours):
+        decoded.clear()
+        dataset[3]
+        counts.append(len(decoded))
+    # Two cameras: LeRobot's row, six rows for the actions, one each for state and cameras; ours the row, and each camera.
+    assert counts == [2 + 12 + 2 + 4, 4]
+
+
 def test_video_frames(tmp_path, bench_top):
     write_dataset(tmp_path / "video", episodes=2, frame=(32, 32), videos=True)
     flags = (f"--dataset.root={tmp_path / 'video'}", "--dataset.video_backend=pyav")
