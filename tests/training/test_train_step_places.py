@@ -24,6 +24,7 @@ pytest.importorskip(
 from train_steps import Step, assert_same, copied, distance, gradients_of, make_batch, other_order, step
 
 import smolvla_fast
+from smolvla_fast import loss as loss_module
 from smolvla_fast.testing import make_policy
 
 pytestmark = pytest.mark.training
@@ -433,6 +434,17 @@ def test_a_frame_is_encoded_once(policy: Any) -> None:
     assert counts()[1:] == (0, 8)
     smolvla_fast.patch(policy, training=True)
     assert_same(moved, step(policy, batch))
+
+
+def test_tokens_of_another_dtype_are_others(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training in autocast and a validation without it share a cache and no token."""
+    monkeypatch.setattr(loss_module, "why_bf16_is_slow", lambda: None)
+    batch = make_batch(policy)
+    smolvla_fast.patch(policy, training=True)
+    plain = step(policy, batch)
+    smolvla_fast.patch(policy, training=True, image_cache=2**20)
+    step(policy, batch, autocast=True)
+    assert_same(step(policy, batch), plain)
 
 
 def test_an_image_cache_where_it_cannot_serve(policy: Any) -> None:
