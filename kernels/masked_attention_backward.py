@@ -264,7 +264,8 @@ class _LearningAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*masked_attention_backward(*ctx.saved_tensors, grads[0]), None)
+        q, k, v, mask, out = ctx.saved_tensors
+        return (*masked_attention_backward(q, k, v, mask, out, grads[0]), None)
 
 
 def learning_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

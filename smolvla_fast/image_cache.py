@@ -29,16 +29,19 @@ class ImageCache:
         self._tokens: OrderedDict[bytes, Tensor] = OrderedDict()
         self._made_by: Tensor | None = None
 
-    def encoded(self, frames: Tensor, weights: list[Tensor], encode: Callable[[Tensor], Tensor]) -> Tensor:
+    def encoded(
+        self, frames: Tensor, weights: list[Tensor], products: str, encode: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """``encode(frames)``, run for the frames alone that are not known.
 
         frames   [n, 3, side, side]
         weights  what ``encode`` reads: where a sample of their rows has changed, nothing is known any more
+        products the dtype ``encode`` multiplies in: tokens of another are not these
         encode   [m, 3, side, side] -> [m, tokens, M]
         returns  [n, tokens, M] without a graph
         """
         self._forget_if_moved(weights)
-        keys = [_digest(frame) for frame in frames]
+        keys = [_digest(frame, products) for frame in frames]
         found = [self._tokens.get(key) for key in keys]
         absent = [i for i, tokens in enumerate(found) if tokens is None]
         self.misses += len(absent)
@@ -70,6 +73,8 @@ class ImageCache:
         return {"frames": len(self._tokens), "bytes": self.bytes, "hits": self.hits, "misses": self.misses}
 
 
-def _digest(frame: Tensor) -> bytes:
+def _digest(frame: Tensor, products: str) -> bytes:
     raw = frame.detach().contiguous().view(torch.uint8).cpu().numpy()
-    return hashlib.blake2b(raw.data, digest_size=16, person=str(frame.dtype)[6:22].encode()).digest()
+    digest = hashlib.blake2b(f"{frame.dtype} {products}".encode(), digest_size=16)
+    digest.update(raw.data)
+    return digest.digest()

@@ -11,7 +11,7 @@ import torch
 from .image_cache import ImageCache
 from .loss import LossEngine
 from .precision import Tier
-from .training_guard import model_reason
+from .training_guard import backward_hook_reason, model_reason
 from .watch import Watch
 
 logger = logging.getLogger("smolvla_fast")
@@ -47,7 +47,7 @@ class Learning:
         with self.lock:
             watch = self._watch
             if watch is not None and watch.same_structure(model) and watch.same_memory():
-                return None
+                return backward_hook_reason(model)  # which chunks do not care for, so the watch does not look
             self._watch = None
             reason = model_reason(model, tier)
             if reason is None:

@@ -84,12 +84,16 @@ class LossEngine:
             x_t = self.ops.flow_point(actions, noise, time)
             state_token = model.state_proj(state)[:, None]
             suffix, _, _ = model.embed_suffix(x_t, time)
-            vision_learns = _learns(pair.get_vlm_model().vision_model)
+            vlm = pair.get_vlm_model()
+            vision_learns = _learns(vlm.vision_model)
+            # Where no sample has any camera, what learns from them still gets gradients: 0, not none. Asked on a CPU
+            # alone, for elsewhere all cameras are kept.
+            needed = (vision_learns or _learns(vlm.connector)) and device == "cpu"
+            needed = needed and not any(bool(mask.any()) for mask in image_masks)
             observation = prepare_observation(
                 images, image_masks, tokens, token_masks, state,
                 stock_order=False,
-                # A camera that every sample lacks still has its part in the graph: gradients of 0, not none.
-                keep_cameras=model.add_image_special_tokens or vision_learns,
+                keep_cameras=model.add_image_special_tokens or needed,
                 max_language=tokens.shape[1],
             )  # fmt: skip
         with products:
@@ -139,7 +143,7 @@ class LossEngine:
                     out = encode(frames)
                 else:
                     read = (*vlm.vision_model.parameters(), *vlm.connector.parameters())
-                    out = self.cache.encoded(frames, list(read), encode)
+                    out = self.cache.encoded(frames, list(read), str(self._products), encode)
             if learns:
                 out = vlm.connector(out.to(vlm.connector.modality_projection.proj.weight.dtype))
         return list(out.split(batch))

@@ -19,7 +19,6 @@ from .guard import DTYPES, parts_reason, probe
 from .precision import Tier
 
 HEADS = ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def model_reason(model: Any, tier: Tier) -> str | None:
@@ -79,12 +78,22 @@ def _hooks(model: Any) -> str | None:
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "a global forward hook is registered; it would not see the fused path"
     for name, module in model.named_modules():
-        if any(getattr(module, kind) for kind in _HOOKS):
-            return f"{name or 'the model'} has a hook; it would not see the fused path"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} has a forward hook; it would not see the fused path"
         if "forward" in module.__dict__:
             return f"{name or 'the model'} has its forward replaced on the instance"
         if module.training and _drops(module):
             return f"{name} drops at random: the fast path would draw in another order than stock"
+    return backward_hook_reason(model)
+
+
+def backward_hook_reason(model: Any) -> str | None:
+    """Which module has a backward hook, or None."""
+    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+        return "a global backward hook is registered; it would not see the fused path"
+    for module in model.modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            return f"a {type(module).__qualname__} has a backward hook; it would not see the fused path"
     return None
 
 

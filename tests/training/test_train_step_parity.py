@@ -92,6 +92,19 @@ def test_losses_and_gradients(name: str, origin: str) -> None:
     check(policy, make_batch(policy, **given))
 
 
+def test_a_connector_without_a_camera_has_gradients_of_zero() -> None:
+    """Every sample lacks every camera: stock's gradients to the connector are 0 and not none, which DDP would wait for."""
+    policy = trainable(train_expert_only=False, freeze_vision_encoder=True)
+    prepare = type(policy).prepare_images
+
+    def blind(batch: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+        images, masks = prepare(policy, batch)
+        return images, [torch.zeros_like(mask) for mask in masks]
+
+    policy.prepare_images = blind
+    check(policy, make_batch(policy))
+
+
 @pytest.mark.parametrize("name", ["default", "all learns"])
 def test_losses_by_sample(name: str) -> None:
     policy = trainable(**GRID[name][0])

@@ -24,6 +24,7 @@ pytest.importorskip(
 from train_steps import Step, assert_same, copied, distance, gradients_of, make_batch, other_order, step
 
 import smolvla_fast
+from smolvla_fast import loss as loss_module
 from smolvla_fast.testing import make_policy
 
 pytestmark = pytest.mark.training
@@ -322,8 +323,8 @@ def _nothing(policy: Any) -> None: ...
 
 
 REASONS: dict[str, tuple[Callable[[Any], None], dict[str, Any], str]] = {
-    "a forward hook": (_hook, {}, "has a hook"),
-    "a backward hook": (_backward_hook, {}, "has a hook"),
+    "a forward hook": (_hook, {}, "has a forward hook"),
+    "a backward hook": (_backward_hook, {}, "has a backward hook"),
     "dropout in the vision tower": (_dropout, {}, "drops at random"),
     "dropout of an adapter": (_lora_dropout, {}, "drops at random"),
     "a subclass": (_foreign, {}, "embed_suffix is .*, not the source this release knows"),
@@ -349,6 +350,18 @@ def test_stock_runs_with_a_receipt(policy: Any, name: str, caplog: pytest.LogCap
     assert all(torch.equal(ours.gradients[key], value) for key, value in stock.gradients.items())
     told = [record for record in caplog.records if "training" in record.message]
     assert len(told) == 1, [record.message for record in told]
+
+
+@pytest.mark.parametrize("name", ["a forward hook", "a backward hook", "dropout in the vision tower"])
+def test_what_changes_later_is_noticed(policy: Any, name: str) -> None:
+    change, _, reason = REASONS[name]
+    batch = make_batch(policy)
+    smolvla_fast.patch(policy, training=True)
+    step(policy, batch)
+    change(policy)
+    step(policy, batch)
+    now = smolvla_fast.status(policy)
+    assert (now.training_fast, now.training_stock) == (1, 1) and re.search(reason, str(now.training_fallback))
 
 
 CALLS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -423,6 +436,17 @@ def test_a_frame_is_encoded_once(policy: Any) -> None:
     assert_same(moved, step(policy, batch))
 
 
+def test_tokens_of_another_dtype_are_others(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training in autocast and a validation without it share a cache and no token."""
+    monkeypatch.setattr(loss_module, "why_bf16_is_slow", lambda: None)
+    batch = make_batch(policy)
+    smolvla_fast.patch(policy, training=True)
+    plain = step(policy, batch)
+    smolvla_fast.patch(policy, training=True, image_cache=2**20)
+    step(policy, batch, autocast=True)
+    assert_same(step(policy, batch), plain)
+
+
 def test_an_image_cache_where_it_cannot_serve(policy: Any) -> None:
     with pytest.raises(
         ValueError, match="image_cache=1024; accepted are bytes, 0 or more, together with training=True"
@@ -433,3 +457,20 @@ def test_an_image_cache_where_it_cannot_serve(policy: Any) -> None:
     step(learning, make_batch(learning))
     now = smolvla_fast.status(learning)
     assert now.training_cache["frames"] == 0 and "learn" in now.training_passed_over["image cache"]
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_triton_kernels_under_a_step() -> None:
+    """The smallest policy there is, under the interpreter: attention with its backward, flow loss, and the frozen prefix."""
+    pytest.importorskip("triton")
+    policy = make_policy(
+        "tiny", cameras=1, num_vlm_layers=2, chunk_size=4, tokenizer_max_length=8,
+        vision=dict(image_size=16, num_hidden_layers=1),
+    ).train()  # fmt: skip
+    batch = make_batch(policy, batch=1, padded=False, task="go", language_length=4)
+    stock = step(policy, batch)
+    noise = other_order(policy, batch, stock)
+    smolvla_fast.patch(policy, training=True, backend="triton")
+    assert_same(step(policy, batch), stock, noise)
+    assert smolvla_fast.status(policy).training_fast == 1

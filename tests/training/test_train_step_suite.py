@@ -1,0 +1,67 @@
+"""``smolvla-fast bench --suite train``: what it times, and what it writes beside each time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla")
+
+import smolvla_fast
+from benchmarks import train_step
+from benchmarks.gate import Red
+from benchmarks.subject import Subject
+
+pytestmark = pytest.mark.training
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_the_suite(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    command = [sys.executable, "-m", "smolvla_fast.cli", "bench", "--suite", "train", "--size", "tiny"]
+    command += ["--device", "cpu", "--threads", "1", "--rounds", "1", "-k", "batch1", "--json", str(path)]
+    done = subprocess.run(
+        command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    found = {
+        each["extra_info"]["variant"]: each["extra_info"]
+        for each in json.loads(path.read_text())["benchmarks"]
+    }
+    assert set(found) == set(train_step.VARIANTS) - {train_step.COMPILED}
+    assert all(each["gradient_rel_l2"] <= each["bound"] and each["p50_ms"] > 0 for each in found.values())
+    assert found["patched"]["bound"] == train_step.GRADIENT_BOUND
+    report = path.with_suffix(".md").read_text()
+    assert "## Training step" in report and train_step.CACHED in report
+
+
+@pytest.fixture
+def trainee() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield train_step.Trainee(Subject(torch.device("cpu"), size="tiny"))
+    torch.set_num_threads(before)
+
+
+def test_a_step_with_other_gradients_is_red(trainee: Any) -> None:
+    smolvla_fast.patch(trainee.policy, training=True)
+    trainee.check(1, "patched", 1e-5)
+    trainee.policy.model.action_in_proj.weight.data.mul_(1.001)
+    with pytest.raises(Red, match="gradients are .* from stock's in fp32, allowed 1e-05"):
+        trainee.check(1, "patched", 1e-5)
+
+
+def test_stock_in_the_place_of_ours_is_red(trainee: Any) -> None:
+    smolvla_fast.patch(trainee.policy, training=True)
+    trainee.policy.model.action_out_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(Red, match="stock ran: .*forward hook"):
+        trainee.check(1, "patched", 1e-5)
