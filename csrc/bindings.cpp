@@ -18,9 +18,11 @@
 #include "cpu/attention.h"
 #include "cpu/bfloat16.h"
 #include "cpu/dispatch.h"
+#include "cpu/image_prep.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear.h"
 #include "cpu/quantize.h"
+#include "cpu/rope.h"
 
 namespace py = pybind11;
 using namespace smolvla::cpu;
@@ -99,6 +101,34 @@ void bind_attention(py::module_& m, const char* name) {
         py::arg("strides"), py::arg("scale"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 }
 
+template <class T>
+void bind_rope(py::module_& m, const char* name) {
+    m.def(
+        name,
+        [](uintptr_t x, uintptr_t y, uintptr_t sin, uintptr_t cos, const std::array<int64_t, 4>& sizes,
+           const std::array<int64_t, 3>& y_strides, int64_t table_stride, int num_threads) {
+            const Rope a{at<void>(x), at<void>(y), at<float>(sin), at<float>(cos), sizes[0], sizes[1], sizes[2],
+                         sizes[3],    {y_strides[0], y_strides[1], y_strides[2]}, table_stride};
+            rope<T>(a, num_threads);
+        },
+        py::arg("x"), py::arg("y"), py::arg("sin"), py::arg("cos"), py::arg("sizes"), py::arg("y_strides"),
+        py::arg("table_stride"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+}
+
+template <class X, class Y>
+void bind_image_prep(py::module_& m, const char* name) {
+    m.def(
+        name,
+        [](uintptr_t x, uintptr_t y, const std::array<int64_t, 7>& sizes, const std::array<int64_t, 4>& strides,
+           int num_threads) {
+            const ImagePrep a{at<void>(x), at<void>(y), sizes[0],   sizes[1],   sizes[2],   sizes[3],  sizes[4],
+                              sizes[5],    sizes[6],    strides[0], strides[1], strides[2], strides[3]};
+            image_prep<X, Y>(a, num_threads);
+        },
+        py::arg("x"), py::arg("y"), py::arg("sizes"), py::arg("strides"), py::arg("num_threads"),
+        py::call_guard<py::gil_scoped_release>());
+}
+
 template <class X, class T, class Out>
 void bind_linear(py::module_& m, const char* name) {
     m.def(
@@ -169,6 +199,12 @@ PYBIND11_MODULE(_cpu, m) {
     bind_layer_norm<bfloat16, bfloat16>(m, "layer_norm_bfloat16_bfloat16");
     bind_attention<float>(m, "attention_float32");
     bind_attention<bfloat16>(m, "attention_bfloat16");
+    bind_rope<float>(m, "rope_float32");
+    bind_rope<bfloat16>(m, "rope_bfloat16");
+    bind_image_prep<uint8_t, float>(m, "image_prep_uint8_float32");
+    bind_image_prep<uint8_t, bfloat16>(m, "image_prep_uint8_bfloat16");
+    bind_image_prep<float, float>(m, "image_prep_float32_float32");
+    bind_image_prep<float, bfloat16>(m, "image_prep_float32_bfloat16");
     bind_quantize_rows<float>(m, "quantize_rows_float32");
     bind_quantize_rows<bfloat16>(m, "quantize_rows_bfloat16");
     bind_sums(m);

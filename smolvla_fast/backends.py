@@ -99,6 +99,7 @@ def _cpu() -> Ops:
     return replace(
         _torch(),
         backend="cpu",
+        image_prep=compiled.image_prep,
         layer_norm=compiled.layer_norm,
         linear=compiled.linear,
         attention=compiled.attention,

@@ -9,20 +9,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, cpu_image_prep, cpu_rope
 from .aten import decoder
 from .aten.linear import linear as aten_linear
 from .aten.suffix import Folded
 from .aten.suffix import euler_step as aten_euler_step
 from .reference.euler_step import Guidance
-from .reference.rope import apply_rope
+from .reference.image_prep import image_prep as reference_image_prep
 
 FEW_ROWS = 64
 """Up to this many rows a product goes to the compiled kernel, above it to oneDNN."""
 
+_RESULTS = (torch.float32, torch.bfloat16)
+
 
 def _few_rows(x: Tensor) -> bool:
     return x.numel() <= FEW_ROWS * x.shape[-1]
+
+
+def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """See ``reference.image_prep``; no frames, and other dtypes than a camera's or a data set's, are torch's affair."""
+    if not (frames.numel() and frames.dtype in (torch.uint8, torch.float32) and dtype in _RESULTS):
+        return reference_image_prep(frames, height, width, dtype)
+    return cpu_image_prep.image_prep(frames, height, width, dtype)
 
 
 def linear(
@@ -72,6 +81,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     return cpu.add_rms_norm(x.contiguous(), None, weight.to(x.dtype), eps)[0].to(dtype)
 
 
+def rotate(x: Tensor, sin: Tensor, cos: Tensor, out: Tensor | None = None) -> Tensor:
+    """See ``reference.rope.apply_rope``; into ``out`` where there is one, be it x itself or of another dtype."""
+    if out is not None and out.dtype is not x.dtype:
+        return out.copy_(cpu_rope.rope(x, sin, cos))
+    return cpu_rope.rope(x, sin, cos, out)
+
+
 def norm_qkv_rope(
     x: Tensor,
     norm_weight: Tensor,
@@ -88,16 +104,25 @@ def norm_qkv_rope(
     if not _few_rows(x):
         weights = (q_weight, k_weight, v_weight)
         return decoder.norm_qkv_rope(
-            x, norm_weight, eps, *weights, rope, k_out, v_out, head_dim, rms_norm=rms_norm
+            x, norm_weight, eps, *weights, rope, k_out, v_out, head_dim, rms_norm=rms_norm, rotate=rotate
         )
 
-    def project(weight: Tensor) -> Tensor:
-        return cpu.linear(x, weight, norm=(norm_weight, eps)).view(*x.shape[:-1], -1, head_dim)
+    def project(weight: Tensor, slot: Tensor | None = None) -> Tensor:
+        """Into the slot where that is one piece of memory, as it is for one sample; else into memory of its own."""
+        whole = slot is not None and slot.is_contiguous() and slot.dtype is weight.dtype
+        out = slot.flatten(2) if slot is not None and whole else None
+        y = cpu.linear(x, weight, norm=(norm_weight, eps), out=out)
+        return slot if slot is not None and whole else y.view(*x.shape[:-1], -1, head_dim)
 
     if k_weight is not None and v_weight is not None and k_out is not None and v_out is not None:
-        k_out.copy_(apply_rope(project(k_weight), *rope))
-        v_out.copy_(project(v_weight))
-    return None if q_weight is None else apply_rope(project(q_weight), *rope)
+        rotate(project(k_weight, k_out), *rope, out=k_out)
+        v = project(v_weight, v_out)
+        if v is not v_out:
+            v_out.copy_(v)
+    if q_weight is None:
+        return None
+    q = project(q_weight)
+    return rotate(q, *rope, out=q)
 
 
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from . import extension
 
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+"""All instruction levels that the kernels are compiled for, each with what the one before it has."""
+
 # dtype -> how the kernels for it end
 _KERNELS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _LAYER_NORMS = ((torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2)
@@ -289,7 +292,7 @@ def instruction_level(name: str) -> Iterator[None]:
 
 
 def instruction_levels() -> list[str]:
-    """What this processor runs, of "baseline", "avx2", "avx512", "avx512_bf16". The kernels use the last."""
+    """What this processor runs of ``LEVELS``, lowest first. The kernels use the last."""
     return extension.load("cpu").levels()
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import compiled, cpu_quantize, extension
 from .reference.quantize import ZERO, IntegerRows, IntegerWeight, quantize_weight
-from .reference.rope import apply_rope
 
 
 class Packed(NamedTuple):
@@ -159,9 +158,12 @@ def norm_qkv_rope(
         return _project(rows, weight).view(*x.shape[:-1], -1, head_dim)
 
     if k_weight is not None and v_weight is not None and k_out is not None and v_out is not None:
-        k_out.copy_(apply_rope(project(k_weight), *rope))
+        compiled.rotate(project(k_weight), *rope, out=k_out)
         v_out.copy_(project(v_weight))
-    return None if q_weight is None else apply_rope(project(q_weight), *rope)
+    if q_weight is None:
+        return None
+    q = project(q_weight)
+    return compiled.rotate(q, *rope, out=q)
 
 
 def linear_residual(x: Rows, weight: Weight, residual: Tensor) -> Tensor:

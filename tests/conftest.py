@@ -33,6 +33,15 @@ def _run(*command, cwd, **environment):
     return done.stdout
 
 
+@pytest.fixture
+def level(request):
+    """The instruction level that a test parametrised with ``levels.LEVELS`` runs the CPU kernels at."""
+    from smolvla_fast import cpu
+
+    with cpu.instruction_level(request.param):
+        yield request.param
+
+
 @pytest.fixture(scope="session")
 def source_tree(tmp_path_factory):
     """The sdist of this checkout, made from a copy and unpacked: what an installation has to work with."""

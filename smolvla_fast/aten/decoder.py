@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..reference.rope import apply_rope
 from .linear import linear
 from .rms_norm import RMSNorm
 from .rms_norm import rms_norm as plain_rms_norm
+
+Rotate = Callable[..., Tensor]
+"""x, sin, cos, out -> x rotated, in ``out`` where there is one"""
+
+
+def rotate(x: Tensor, sin: Tensor, cos: Tensor, out: Tensor | None = None) -> Tensor:
+    """See ``reference.rope.apply_rope``."""
+    rotated = apply_rope(x, sin, cos)
+    return rotated if out is None else out.copy_(rotated)
 
 
 def norm_qkv_rope(
@@ -23,6 +34,7 @@ def norm_qkv_rope(
     head_dim: int,
     *,
     rms_norm: RMSNorm = plain_rms_norm,
+    rotate: Rotate = rotate,
 ) -> Tensor | None:
     """See ``reference.norm_qkv_rope``."""
     weight = q_weight if q_weight is not None else k_weight
@@ -31,9 +43,9 @@ def norm_qkv_rope(
     h = rms_norm(x, norm_weight, eps, weight.dtype)
     heads = (*x.shape[:-1], -1, head_dim)
     if k_weight is not None and v_weight is not None and k_out is not None and v_out is not None:
-        k_out.copy_(apply_rope(linear(h, k_weight).view(heads), *rope))
+        rotate(linear(h, k_weight).view(heads), *rope, out=k_out)
         v_out.copy_(linear(h, v_weight).view(heads))
-    return None if q_weight is None else apply_rope(linear(h, q_weight).view(heads), *rope)
+    return None if q_weight is None else rotate(linear(h, q_weight).view(heads), *rope)
 
 
 def cross_kv(k: Tensor, v: Tensor, k_weight: Tensor, v_weight: Tensor) -> tuple[Tensor, Tensor]:

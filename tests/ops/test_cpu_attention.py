@@ -6,6 +6,7 @@ in another order; a factor of two separates that from a lost bit.
 
 import pytest
 import torch
+from levels import LEVELS
 
 from smolvla_fast import cpu, extension
 from smolvla_fast.reference.masked_attention import CASES, make_inputs, masked_attention
@@ -14,7 +15,6 @@ pytestmark = [
     pytest.mark.cpu_kernels,
     pytest.mark.skipif(not extension.available("cpu"), reason=extension.why_missing("cpu") or "built"),
 ]
-LEVELS = cpu.instruction_levels() if extension.available("cpu") else []
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 AT_LEVELS = pytest.mark.parametrize("level", LEVELS)
 

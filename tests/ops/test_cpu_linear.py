@@ -6,6 +6,7 @@ in another order; a factor of two separates that from a lost bit.
 
 import pytest
 import torch
+from levels import LEVELS
 
 from smolvla_fast import cpu, extension
 from smolvla_fast.reference import linear as reference
@@ -16,7 +17,6 @@ pytestmark = [
     pytest.mark.cpu_kernels,
     pytest.mark.skipif(not extension.available("cpu"), reason=extension.why_missing("cpu") or "built"),
 ]
-LEVELS = cpu.instruction_levels() if extension.available("cpu") else []
 AT_LEVELS = pytest.mark.parametrize("level", LEVELS)
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
