@@ -6,6 +6,8 @@ the processor's peak. At the 50 rows of an action chunk it is not, for it first 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,16 @@ _RESULTS = (torch.float32, torch.bfloat16)
 
 def _few_rows(x: Tensor) -> bool:
     return x.numel() <= FEW_ROWS * x.shape[-1]
+
+
+def _dense(x: Tensor | None) -> Any:
+    """The kernels read what lies in one piece; anything else is copied, be it a weight. Nothing in LeRobot is."""
+    return None if x is None else x.contiguous()
+
+
+def _heads(x: Tensor) -> Tensor:
+    """Attention takes any strides but that of the last dimension."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -49,20 +61,19 @@ def linear(
     wider = residual is not None and residual.dtype is not weight.dtype
     if (activation is None and not wider) or (residual is not None and not wider):
         return aten_linear(x, weight, bias, activation, residual)
-    residual = None if residual is None else residual.contiguous()
-    return cpu.linear(x.to(weight.dtype).contiguous(), weight, bias, activation, residual)
+    return cpu.linear(_dense(x.to(weight.dtype)), _dense(weight), _dense(bias), activation, _dense(residual))
 
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> Tensor:
     """See ``reference.layer_norm``; from the fp32 residual stream straight to the dtype of the next product."""
-    return cpu.layer_norm(x.contiguous(), weight, bias, eps, dtype)
+    return cpu.layer_norm(_dense(x), weight, bias, eps, dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """See ``reference.attention``."""
-    q, k, v = (x.view(*x.shape[:2], heads, -1) for x in (q, k, v))
+    q, k, v = (_heads(x).view(*x.shape[:2], heads, -1) for x in (q, k, v))
     return cpu.attention(q, k, v).flatten(2)
 
 
@@ -73,17 +84,18 @@ def prepare_mask(mask: Tensor) -> Tensor:
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """See ``reference.masked_attention``; a query narrower than the cross KV is widened to it."""
-    return cpu.attention(q.to(k.dtype), k, v, mask).flatten(2)
+    return cpu.attention(_heads(q.to(k.dtype)), _heads(k), _heads(v), mask).flatten(2)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """See ``aten.rms_norm``: from the fp32 residual stream, rounded once to ``dtype``."""
-    return cpu.add_rms_norm(x.contiguous(), None, weight.to(x.dtype), eps)[0].to(dtype)
+    return cpu.add_rms_norm(_dense(x), None, _dense(weight.to(x.dtype)), eps)[0].to(dtype)
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor, out: Tensor | None = None) -> Tensor:
     """See ``reference.rope.apply_rope``; into ``out`` where there is one, be it x itself or of another dtype."""
-    if out is not None and out.dtype is not x.dtype:
+    sin, cos = _dense(sin), _dense(cos)
+    if out is not None and (out.dtype is not x.dtype or out.stride(-1) != 1):
         return out.copy_(cpu_rope.rope(x, sin, cos))
     return cpu_rope.rope(x, sin, cos, out)
 
@@ -106,12 +118,13 @@ def norm_qkv_rope(
         return decoder.norm_qkv_rope(
             x, norm_weight, eps, *weights, rope, k_out, v_out, head_dim, rms_norm=rms_norm, rotate=rotate
         )
+    x = _dense(x)
 
     def project(weight: Tensor, slot: Tensor | None = None) -> Tensor:
         """Into the slot where that is one piece of memory, as it is for one sample; else into memory of its own."""
         whole = slot is not None and slot.is_contiguous() and slot.dtype is weight.dtype
         out = slot.flatten(2) if slot is not None and whole else None
-        y = cpu.linear(x, weight, norm=(norm_weight, eps), out=out)
+        y = cpu.linear(x, _dense(weight), norm=(norm_weight, eps), out=out)
         return slot if slot is not None and whole else y.view(*x.shape[:-1], -1, head_dim)
 
     if k_weight is not None and v_weight is not None and k_out is not None and v_out is not None:
@@ -129,14 +142,14 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """See ``reference.linear_residual``; returns the dtype of the residual."""
     if not _few_rows(x):
         return decoder.linear_residual(x, weight, residual)
-    return cpu.linear(x.to(weight.dtype), weight, residual=residual)
+    return cpu.linear(_dense(x.to(weight.dtype)), _dense(weight), residual=_dense(residual))
 
 
 def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     """See ``reference.norm_swiglu``."""
     if not _few_rows(x):
         return decoder.norm_swiglu(x, norm_weight, eps, gate_weight, up_weight, rms_norm=rms_norm)
-    return cpu.swiglu(x, gate_weight, up_weight, norm=(norm_weight, eps))
+    return cpu.swiglu(_dense(x), _dense(gate_weight), _dense(up_weight), norm=(norm_weight, eps))
 
 
 def suffix_embed(
@@ -144,8 +157,9 @@ def suffix_embed(
 ) -> Tensor:
     """See ``reference.suffix_embed``; returns fp32."""
     product = cpu.linear if _few_rows(x) else aten_linear
-    hidden = torch.nn.functional.silu(product(x.to(folded.weight.dtype), folded.weight) + folded.bias[step])
-    return product(hidden.to(mlp_out_weight.dtype), mlp_out_weight, mlp_out_bias).float()
+    narrow = _dense(x.to(folded.weight.dtype))
+    hidden = torch.nn.functional.silu(product(narrow, folded.weight) + folded.bias[step])
+    return product(hidden.to(mlp_out_weight.dtype), _dense(mlp_out_weight), _dense(mlp_out_bias)).float()
 
 
 def euler_step(

@@ -40,6 +40,8 @@ def linear(
         return reference.linear(x, weight, bias, activation, residual)  # raises, naming what is accepted
     if not (x.device.type == "cpu" and onednn_serves(weight.dtype)):
         return reference.linear(x, weight, bias, activation, residual)
+    # oneDNN reads these two as if each lay in one piece.
+    bias, residual = (None if each is None else each.contiguous() for each in (bias, residual))
     if residual is not None and activation is None and residual.dtype is weight.dtype:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     attr, algorithm = _ATTR[activation]

@@ -31,5 +31,5 @@ def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
     """See ``reference.pixel_shuffle_linear``."""
     n, tokens, width = x.shape
     small = int(tokens**0.5) // factor
-    x = x.to(weight.dtype).view(n, small, factor, small, factor * width).permute(0, 1, 3, 2, 4)
+    x = x.to(weight.dtype).reshape(n, small, factor, small, factor * width).permute(0, 1, 3, 2, 4)
     return linear(x.reshape(n, small * small, factor * factor * width), weight)

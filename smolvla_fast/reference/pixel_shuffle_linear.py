@@ -25,7 +25,7 @@ def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
     side = int(tokens**0.5)
     small = side // factor
     # Row-major blocks: (block row, row in block, block column, column in block) -> (block row, block column, ...).
-    x = x.view(n, small, factor, small, factor * width).permute(0, 1, 3, 2, 4)
+    x = x.reshape(n, small, factor, small, factor * width).permute(0, 1, 3, 2, 4)
     return product(x.reshape(n, small * small, factor * factor * width), weight)
 
 
