@@ -16,8 +16,9 @@ constexpr int64_t kElementsPerThread = 16 * 1024;
 // body(begin, end) for disjoint ranges that cover [0, rows). At most num_threads run, and fewer when work is short.
 template <class Body>
 void parallel_rows(int64_t rows, int64_t width, int num_threads, const Body& body) {
-    const int64_t useful = rows * width / kElementsPerThread;
-    const int threads = static_cast<int>(std::clamp<int64_t>(std::min(useful, rows), 1, std::max(num_threads, 1)));
+    [[maybe_unused]] const int64_t useful = rows * width / kElementsPerThread;
+    [[maybe_unused]] const int threads =
+        static_cast<int>(std::clamp<int64_t>(std::min(useful, rows), 1, std::max(num_threads, 1)));
 #if defined(_OPENMP)
     if (threads > 1) {
 #pragma omp parallel num_threads(threads)

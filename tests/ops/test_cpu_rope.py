@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import inputs_in
 from levels import LEVELS
 from torch import Tensor
 
@@ -110,3 +111,19 @@ def test_what_it_cannot_do_is_named() -> None:
         rope(x, sin, cos, x.to("meta"))
     with pytest.raises(RuntimeError, match="x wants a gradient"):
         rope(x.clone().requires_grad_(), sin, cos)
+
+
+@DTYPES
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("tokens", [7, 70])
+def test_keys_and_values_reach_their_slots(tokens: int, batch: int, dtype: torch.dtype) -> None:
+    """Behind the prefix of a cache: of one sample a slot is one piece of memory, of two it is not; few rows and many."""
+    case = dict(B=batch, T=tokens, M=48, H=3, K=1, D=16)
+    inputs, _ = inputs_in("norm_qkv_rope", case, dtype, seed=3)
+    fresh = {name: torch.full_like(inputs[name], torch.nan) for name in ("k_out", "v_out")}
+    want = compiled.norm_qkv_rope(**{**inputs, **fresh})
+    caches = {name: torch.full((batch, 5 + tokens, 1, 16), torch.nan, dtype=dtype) for name in fresh}
+    got = compiled.norm_qkv_rope(**{**inputs, **{name: cache[:, 5:] for name, cache in caches.items()}})
+    assert torch.equal(got, want)
+    for name, cache in caches.items():
+        assert torch.equal(cache[:, 5:], fresh[name]) and cache[:, :5].isnan().all(), name
