@@ -45,8 +45,8 @@ class Status:
     graphs         captured CUDA graphs      graph_bytes  what they hold      graph_nodes  nodes of the one used last
     step_launches  kernel launches of one denoise step, where the backend's ops are one launch each, else None; 0 where all
                    steps are one launch
-    extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, time embeddings, the
-                   graphs' memory and, in fp8 and int8 alone, copies of weights
+    extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, time embeddings, on a
+                   CPU the denoise loop's buffers, the graphs' memory and, in fp8 and int8 alone, copies of weights
     """
 
     active: bool = False
