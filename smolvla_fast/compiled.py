@@ -37,6 +37,11 @@ def _dense(x: Tensor | None) -> Any:
     return None if x is None else x.contiguous()
 
 
+def _rows(x: Tensor, weight: Tensor) -> Tensor:
+    """As a product reads them: in the dtype of the weight, or in fp32, which the kernel rounds on the way in."""
+    return _dense(x if x.dtype is torch.float32 else x.to(weight.dtype))
+
+
 def _heads(x: Tensor) -> Tensor:
     """Attention takes any strides but that of the last dimension."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -64,7 +69,7 @@ def linear(
     wider = residual is not None and residual.dtype is not weight.dtype
     if (activation is None and not wider) or (residual is not None and not wider):
         return aten_linear(x, weight, bias, activation, residual)
-    return cpu.linear(_dense(x.to(weight.dtype)), _dense(weight), _dense(bias), activation, _dense(residual))
+    return cpu.linear(_rows(x, weight), _dense(weight), _dense(bias), activation, _dense(residual))
 
 
 def layer_norm(
@@ -151,9 +156,7 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
         return decoder.linear_residual(x, weight, residual)
     residual = _dense(residual)
     in_place = residual if is_lent() else None
-    if x.dtype is not torch.float32:  # the kernel rounds fp32 on the way in
-        x = x.to(weight.dtype)
-    return cpu.linear(_dense(x), _dense(weight), residual=residual, out=in_place)
+    return cpu.linear(_rows(x, weight), _dense(weight), residual=residual, out=in_place)
 
 
 def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
@@ -192,7 +195,7 @@ def euler_step(
     if not _few_rows(h):
         return aten_euler_step(h, norm_weight, eps, out_weight, out_bias, x, dt, guidance, rms_norm=rms_norm)
     v = buffer("velocity", (*h.shape[:-1], out_weight.shape[0]), torch.float32)
-    operands = (_dense(h), _dense(out_weight), _dense(out_bias))
+    operands = (_rows(h, out_weight), _dense(out_weight), _dense(out_bias))
     cpu.linear(*operands, norm=(norm_weight, eps), out_dtype=v.dtype, out=v)
     if guidance is not None:
         v = guide(v, x, guidance.previous, guidance.weights, guidance.time, guidance.weight)
