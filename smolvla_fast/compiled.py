@@ -199,4 +199,4 @@ def euler_step(
     cpu.linear(*operands, norm=(norm_weight, eps), out_dtype=v.dtype, out=v)
     if guidance is not None:
         v = guide(v, x, guidance.previous, guidance.weights, guidance.time, guidance.weight)
-    return torch.add(x, v, alpha=dt, out=buffer("actions", x.shape, v.dtype, other_than=x)), v
+    return torch.add(x, v, alpha=dt, out=buffer("actions", x.shape, v.dtype)), v

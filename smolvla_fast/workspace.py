@@ -47,17 +47,12 @@ def is_lent() -> bool:
     return getattr(_of_thread, "buffers", None) is not None
 
 
-def buffer(role: str, shape: tuple[int, ...], dtype: torch.dtype, other_than: Tensor | None = None) -> Tensor:
-    """Where to write a result on the CPU: this role's memory in the workspace that is lent, else fresh.
-
-    other_than  an operand that is still read: if it is this role's memory, another one is given out
-    """
+def buffer(role: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Where to write a result on the CPU: this role's memory in the workspace that is lent, else fresh."""
     buffers = getattr(_of_thread, "buffers", None)
     if buffers is None:
         return torch.empty(shape, dtype=dtype)
     found = buffers.get((role, dtype))
     if found is None or found.shape != shape:
         found = buffers[role, dtype] = torch.empty(shape, dtype=dtype)
-    if other_than is not None and found.data_ptr() == other_than.data_ptr():
-        return buffer(role + "'", shape, dtype)
     return found
