@@ -16,8 +16,11 @@ from .aten import decoder
 from .aten.linear import linear as aten_linear
 from .aten.suffix import Folded
 from .aten.suffix import euler_step as aten_euler_step
+from .aten.suffix import suffix_embed as aten_suffix_embed
 from .reference.euler_step import Guidance
+from .reference.guidance import guide
 from .reference.image_prep import image_prep as reference_image_prep
+from .workspace import buffer, is_lent
 
 FEW_ROWS = 64
 """Up to this many rows a product goes to the compiled kernel, above it to oneDNN."""
@@ -32,6 +35,11 @@ def _few_rows(x: Tensor) -> bool:
 def _dense(x: Tensor | None) -> Any:
     """The kernels read what lies in one piece; anything else is copied, be it a weight. Nothing in LeRobot is."""
     return None if x is None else x.contiguous()
+
+
+def _rows(x: Tensor, weight: Tensor) -> Tensor:
+    """As a product reads them: in the dtype of the weight, or in fp32, which the kernel rounds on the way in."""
+    return _dense(x if x.dtype is torch.float32 else x.to(weight.dtype))
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -61,7 +69,7 @@ def linear(
     wider = residual is not None and residual.dtype is not weight.dtype
     if (activation is None and not wider) or (residual is not None and not wider):
         return aten_linear(x, weight, bias, activation, residual)
-    return cpu.linear(_dense(x.to(weight.dtype)), _dense(weight), _dense(bias), activation, _dense(residual))
+    return cpu.linear(_rows(x, weight), _dense(weight), _dense(bias), activation, _dense(residual))
 
 
 def layer_norm(
@@ -84,7 +92,10 @@ def prepare_mask(mask: Tensor) -> Tensor:
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """See ``reference.masked_attention``; a query narrower than the cross KV is widened to it."""
-    return cpu.attention(_heads(q.to(k.dtype)), _heads(k), _heads(v), mask).flatten(2)
+    if q.dtype is not k.dtype:
+        q = buffer("wide q", q.shape, k.dtype).copy_(q)
+    out = buffer("attention", q.shape, k.dtype)
+    return cpu.attention(_heads(q), _heads(k), _heads(v), mask, out=out).flatten(2)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -120,21 +131,22 @@ def norm_qkv_rope(
         )
     x = _dense(x)
 
-    def project(weight: Tensor, slot: Tensor | None = None) -> Tensor:
+    def project(weight: Tensor, role: str, slot: Tensor | None = None) -> Tensor:
         """Into the slot where that is one piece of memory, as it is for one sample; else into memory of its own."""
-        whole = slot is not None and slot.is_contiguous() and slot.dtype is weight.dtype
-        out = slot.flatten(2) if slot is not None and whole else None
-        y = cpu.linear(x, _dense(weight), norm=(norm_weight, eps), out=out)
-        return slot if slot is not None and whole else y.view(*x.shape[:-1], -1, head_dim)
+        if slot is None or not slot.is_contiguous() or slot.dtype is not weight.dtype:
+            heads = (*x.shape[:-1], weight.shape[0] // head_dim, head_dim)
+            slot = buffer(role, heads, weight.dtype)
+        cpu.linear(x, _dense(weight), norm=(norm_weight, eps), out=slot.flatten(2))
+        return slot
 
     if k_weight is not None and v_weight is not None and k_out is not None and v_out is not None:
-        rotate(project(k_weight, k_out), *rope, out=k_out)
-        v = project(v_weight, v_out)
+        rotate(project(k_weight, "k", k_out), *rope, out=k_out)
+        v = project(v_weight, "v", v_out)
         if v is not v_out:
             v_out.copy_(v)
     if q_weight is None:
         return None
-    q = project(q_weight)
+    q = project(q_weight, "q")
     return rotate(q, *rope, out=q)
 
 
@@ -142,24 +154,31 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """See ``reference.linear_residual``; returns the dtype of the residual."""
     if not _few_rows(x):
         return decoder.linear_residual(x, weight, residual)
-    return cpu.linear(_dense(x.to(weight.dtype)), _dense(weight), residual=_dense(residual))
+    residual = _dense(residual)
+    in_place = residual if is_lent() else None
+    return cpu.linear(_rows(x, weight), _dense(weight), residual=residual, out=in_place)
 
 
 def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     """See ``reference.norm_swiglu``."""
     if not _few_rows(x):
         return decoder.norm_swiglu(x, norm_weight, eps, gate_weight, up_weight, rms_norm=rms_norm)
-    return cpu.swiglu(_dense(x), _dense(gate_weight), _dense(up_weight), norm=(norm_weight, eps))
+    out = buffer("hidden", (*x.shape[:-1], gate_weight.shape[0]), gate_weight.dtype)
+    return cpu.swiglu(_dense(x), _dense(gate_weight), _dense(up_weight), norm=(norm_weight, eps), out=out)
 
 
 def suffix_embed(
     x: Tensor, step: int, folded: Folded, mlp_out_weight: Tensor, mlp_out_bias: Tensor
 ) -> Tensor:
     """See ``reference.suffix_embed``; returns fp32."""
-    product = cpu.linear if _few_rows(x) else aten_linear
-    narrow = _dense(x.to(folded.weight.dtype))
-    hidden = torch.nn.functional.silu(product(narrow, folded.weight) + folded.bias[step])
-    return product(hidden.to(mlp_out_weight.dtype), _dense(mlp_out_weight), _dense(mlp_out_bias)).float()
+    if not _few_rows(x):
+        return aten_suffix_embed(x, step, folded, mlp_out_weight, mlp_out_bias)
+    width = folded.weight.shape[0]
+    hidden = buffer("suffix hidden", (*x.shape[:-1], width), folded.weight.dtype)
+    cpu.linear(_dense(x.to(folded.weight.dtype)), folded.weight, out=hidden)
+    torch.nn.functional.silu(hidden.add_(folded.bias[step]), inplace=True)
+    h = buffer("suffix", hidden.shape, torch.float32)
+    return cpu.linear(hidden, _dense(mlp_out_weight), _dense(mlp_out_bias), out_dtype=h.dtype, out=h)
 
 
 def euler_step(
@@ -173,4 +192,11 @@ def euler_step(
     guidance: Guidance | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.euler_step``."""
-    return aten_euler_step(h, norm_weight, eps, out_weight, out_bias, x, dt, guidance, rms_norm=rms_norm)
+    if not _few_rows(h):
+        return aten_euler_step(h, norm_weight, eps, out_weight, out_bias, x, dt, guidance, rms_norm=rms_norm)
+    v = buffer("velocity", (*h.shape[:-1], out_weight.shape[0]), torch.float32)
+    operands = (_rows(h, out_weight), _dense(out_weight), _dense(out_bias))
+    cpu.linear(*operands, norm=(norm_weight, eps), out_dtype=v.dtype, out=v)
+    if guidance is not None:
+        v = guide(v, x, guidance.previous, guidance.weights, guidance.time, guidance.weight)
+    return torch.add(x, v, alpha=dt, out=buffer("actions", x.shape, v.dtype)), v

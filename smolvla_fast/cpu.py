@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 from . import extension
+from .workspace import buffer
+
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+"""All instruction levels that the kernels are compiled for, each with what the one before it has."""
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 """All instruction levels that the kernels are compiled for, each with what the one before it has."""
@@ -243,7 +247,8 @@ def _linear(
     if norm_weight is not None:
         norm_dtype = torch.bfloat16 if norm_weight.dtype == torch.bfloat16 else torch.float32
         _check_one(op, "norm weight", norm_weight, norm_dtype, "a norm", (inputs,))
-        norm_weight = norm_weight.float().contiguous()
+        if norm_dtype is not torch.float32 or not norm_weight.is_contiguous():
+            norm_weight = buffer("norm weight", norm_weight.shape, torch.float32).copy_(norm_weight)
     if residual is not None:
         _check_one(op, "residual", residual, out_dtype, "the result", shape)
         _check_contiguous(op, "residual", residual)

@@ -25,6 +25,7 @@ from .stages.prefix import embed_prefix, embed_state, fill_prefix
 from .stages.vision import encode_images, patch_positions
 from .timing import is_timed, section
 from .weights import Cast, DecoderLayer, read_expert_layers, read_heads
+from .workspace import Workspace
 
 
 class Inputs(NamedTuple):
@@ -76,6 +77,7 @@ class Engine:
         self.graphs = None if driver is None else GraphCache(driver)
         self._positions: dict[tuple[int, torch.dtype], Tensor] = {}
         self._times: dict[tuple[Any, ...], Tensor] = {}
+        self._workspace = Workspace() if self.ops.backend == "cpu" else None
         self._loop: Loop | None = None
         self._loops: dict[Any, Loop] = {}
         self.copies: Copies | None = None
@@ -180,7 +182,19 @@ class Engine:
             with section("denoise"):
                 times = self._time_embeddings(config, dims.expert_width, batch, noise.device)
                 refused: dict[str, str] = {}
-                chunk = denoise(ops, dims, expert, heads, kv, noise, times, inputs.guidance, watch, refused)
+                chunk = denoise(
+                    ops,
+                    dims,
+                    expert,
+                    heads,
+                    kv,
+                    noise,
+                    times,
+                    inputs.guidance,
+                    watch,
+                    refused,
+                    self._workspace,
+                )
                 persistent = ops.denoise_persistent is not None and watch is None and not refused
                 launches = 0 if persistent else _launches(ops, expert, batch * dims.chunk)
                 self._loop = Loop(launches, persistent, refused)
@@ -217,10 +231,13 @@ class Engine:
 
     @property
     def bytes(self) -> int:
-        """What the engine holds between chunks: position ids of the patches, time embeddings, and quantised weights where
-        there are any."""
+        """What the engine holds between chunks: position ids of the patches, time embeddings, buffers of the denoise loop,
+        and quantised weights where there are any."""
         copies = 0 if self.copies is None else self.copies.bytes
-        return copies + sum(each.nbytes for each in (*self._positions.values(), *self._times.values()))
+        buffers = 0 if self._workspace is None else self._workspace.bytes
+        return (
+            copies + buffers + sum(each.nbytes for each in (*self._positions.values(), *self._times.values()))
+        )
 
     def _time_embeddings(self, config: Any, width: int, batch: int, device: torch.device) -> Tensor:
         key = (config.num_steps, config.min_period, config.max_period, width, batch, device)

@@ -52,8 +52,8 @@ class Status:
     training_stock losses by stock while that was asked for
     training_fallback  why stock computed the last one it did, or None      training_passed_over  as passed_over, of training
     training_cache  of image_cache: frames and bytes held, hits, misses; empty without one
-    extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, time embeddings, the
-                   graphs' memory and, in fp8 and int8 alone, copies of weights
+    extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, time embeddings, on a
+                   CPU the denoise loop's buffers, the graphs' memory and, in fp8 and int8 alone, copies of weights
     """
 
     active: bool = False

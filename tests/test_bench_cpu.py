@@ -177,7 +177,7 @@ def test_overhead_is_that_of_the_engine(arena: Arena) -> None:
     assert found["op_calls"] > 5 * layers * steps and 0 < found["outside_share"] < 1
     assert found["outside_ms"] < found["sample_actions_ms"]
     counted = overhead.step_allocations(policy, inputs)
-    assert counted["chunk_allocations"] > 2 * counted["step_allocations"] > 0
+    assert counted["chunk_allocations"] > 0 == counted["step_allocations"]
     assert arena.policy.config.num_steps == steps
     status = smolvla_fast.status(policy)
     assert status.calls_stock == 0, status.last_fallback

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..reference.masks import block_mask
 from ..reference.rope import rope_tables
 from ..rtc import Guidances
 from ..weights import DecoderLayer, Heads
+from ..workspace import Workspace
 
 
 def denoise(
@@ -27,6 +29,7 @@ def denoise(
     guidance: Guidances | None = None,
     watch: Callable[[Tensor, Tensor], None] | None = None,
     passed_over: dict[str, str] | None = None,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """Integrate the velocity field from t = 1 (noise) to t = 0 (actions).
 
@@ -35,6 +38,7 @@ def denoise(
     guidance     where real-time chunking is on
     watch        called with (x, v) after every step; for ``verify``
     passed_over  gets the reason where the backend has one kernel for the whole loop and it cannot serve this call
+    workspace    memory for the steps where the backend's ops write into it; unused where somebody watches
     returns      [B, S, A]  fp32, a fresh tensor
     replaces     ``euler_integrate`` over ``denoise_step`` of LeRobot
 
@@ -65,25 +69,27 @@ def denoise(
     folded = ops.suffix_fold(times, *heads.action_in, *heads.time_in)
     dt = -1.0 / steps
     x = noise
-    for step in range(steps):
-        h = ops.suffix_embed(x, step, folded, *heads.time_out)
-        for layer, cache in zip(expert, kv.layers, strict=True):
-            if layer.cross:
-                q = ops.norm_qkv_rope(
-                    h, *layer.norm1, layer.q, None, None, cross_rope, None, None, dims.head_dim
-                )
-                a = ops.masked_attention(q, cache.k, cache.v, cross_mask)
-            else:
-                slots = cache.suffix(prefix)
-                q = ops.norm_qkv_rope(
-                    h, *layer.norm1, layer.q, layer.k, layer.v, self_rope, *slots, dims.head_dim
-                )
-                a = ops.masked_attention(q, cache.k, cache.v, self_mask)
-            h = ops.linear_residual(a, layer.o, h)
-            a = ops.norm_swiglu(h, *layer.norm2, layer.gate, layer.up)
-            h = ops.linear_residual(a, layer.down, h)
-        guide = None if guidance is None else guidance.at(step)
-        x, v = ops.euler_step(h, *heads.expert_norm, *heads.action_out, x, dt, guide)
-        if watch is not None:
-            watch(x, v)
-    return x
+    lent = workspace if watch is None else None
+    with nullcontext() if lent is None else lent.lent():
+        for step in range(steps):
+            h = ops.suffix_embed(x, step, folded, *heads.time_out)
+            for layer, cache in zip(expert, kv.layers, strict=True):
+                if layer.cross:
+                    q = ops.norm_qkv_rope(
+                        h, *layer.norm1, layer.q, None, None, cross_rope, None, None, dims.head_dim
+                    )
+                    a = ops.masked_attention(q, cache.k, cache.v, cross_mask)
+                else:
+                    slots = cache.suffix(prefix)
+                    q = ops.norm_qkv_rope(
+                        h, *layer.norm1, layer.q, layer.k, layer.v, self_rope, *slots, dims.head_dim
+                    )
+                    a = ops.masked_attention(q, cache.k, cache.v, self_mask)
+                h = ops.linear_residual(a, layer.o, h)
+                a = ops.norm_swiglu(h, *layer.norm2, layer.gate, layer.up)
+                h = ops.linear_residual(a, layer.down, h)
+            guide = None if guidance is None else guidance.at(step)
+            x, v = ops.euler_step(h, *heads.expert_norm, *heads.action_out, x, dt, guide)
+            if watch is not None:
+                watch(x, v)
+    return x if lent is None else x.clone()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import smolvla_fast
+from smolvla_fast.patch import engine_of
 from smolvla_fast.testing import make_noise, make_observation
 
 from .conftest import LEROBOT_ONLY, chunk, make_policy, rel_l2
@@ -43,7 +44,12 @@ def test_extra_bytes_are_all_that_a_chunk_leaves_behind(
     chunk(policy, observation, noise)
     left = sum(size for address, size in live().items() if address not in before)
     extra = smolvla_fast.status(policy).extra_bytes
-    assert left <= extra < 1e-2 * sum(p.nbytes for p in policy.parameters())
+    # The loop's buffers are rows of an action chunk, which beside these tiny weights is not little.
+    workspace = engine_of(policy.model)._workspace
+    sets = [] if workspace is None else workspace._sets
+    buffers = [each for held in sets for each in held.values()]
+    assert all(each.shape[:2] == (1, policy.config.chunk_size) for each in buffers), "a matrix in a buffer"
+    assert left <= extra < sum(x.nbytes for x in buffers) + 1e-2 * sum(x.nbytes for x in policy.parameters())
 
 
 # Weights ------------------------------------------------------------------------------------------------------------

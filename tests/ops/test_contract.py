@@ -12,7 +12,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from contract import OPS, check, inputs_in, room, run
+from levels import LEVELS
 
+from smolvla_fast import cpu
 from smolvla_fast.aten import linear as aten_linear
 from smolvla_fast.backends import reference_ops, select, why_not
 from smolvla_fast.ops import NAMES
@@ -51,6 +53,17 @@ def test_every_op_has_a_reference() -> None:
 )
 def test_contract(op: str, case: dict[str, int], dtype: torch.dtype, backend: str) -> None:
     check(reference_ops(), select(backend, CPU, stock_order=False), op, case, dtype)
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.skipif(not cpu.supported(), reason="the kernels are not compiled")
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_contract_at_every_level(op: str, dtype: torch.dtype, level: str) -> None:
+    """The smallest case of each op, through the whole table; tests of single kernels have the sizes."""
+    smallest = min(room(op).CASES, key=lambda case: room(op).cost(case, 4).flops)
+    check(reference_ops(), select("cpu", CPU, stock_order=False), op, smallest, dtype)
 
 
 @pytest.mark.parametrize(
