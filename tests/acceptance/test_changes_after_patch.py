@@ -88,7 +88,13 @@ def _assign(policy: Any) -> None:
     policy.load_state_dict({n: 1.1 * v for n, v in policy.state_dict().items()}, assign=True)
 
 
-WAYS = {_load: 1, _step: 1, _copy: 1, _swap: 1, _replace: 2, _assign: 2}
+def _move(policy: Any) -> None:
+    """As ``.to()`` does: the same parameters, elsewhere."""
+    for parameter in policy.parameters():
+        parameter.data = 1.1 * parameter.data
+
+
+WAYS = {_load: 1, _step: 1, _copy: 1, _swap: 1, _replace: 2, _assign: 2, _move: 2}
 """Change -> captures it takes to replay before and after it."""
 
 
