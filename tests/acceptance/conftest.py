@@ -19,8 +19,8 @@ def policy(origin: str) -> Any:
     return make_policy("tiny", num_steps=3)
 
 
-_collected: dict[str, tuple[list[int], str]] = {}
-"""Test -> its checks, and where it shows them."""
+_seen: dict[str, tuple[list[int], str]] = {}
+"""Test -> its checks, and where it shows them; from the reports, which come from several processes or from one."""
 _outcomes: dict[str, str] = {}
 
 
@@ -34,21 +34,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if numbers:
             fixtures = getattr(item, "fixturenames", ())
             place = where(item.get_closest_marker("gpu") is not None, fixtures)
-            _collected[item.nodeid] = (sorted(numbers), place)
+            item.user_properties.append(("checks", (sorted(numbers), place)))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.nodeid in _collected and (report.when == "call" or report.outcome != "passed"):
+    checks = dict(report.user_properties).get("checks")
+    if checks and (report.when == "call" or report.outcome != "passed"):
+        _seen[report.nodeid] = checks
         before = _outcomes.get(report.nodeid)
         _outcomes[report.nodeid] = before if before == "failed" else report.outcome
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     found: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    for test, (numbers, place) in _collected.items():
+    for test, (numbers, place) in _seen.items():
         for number in numbers:
-            if test in _outcomes:
-                found[number].append((_outcomes[test], place))
+            found[number].append((_outcomes[test], place))
     if not found:
         return
     terminalreporter.section("acceptance checks")
