@@ -23,7 +23,8 @@ CHUNK, WIDTH = 10, 32
 def _config(schedule: str = "LINEAR", **fields: Any) -> Any:
     from lerobot.configs.types import RTCAttentionSchedule
 
-    return rtc.RTCConfig(prefix_attention_schedule=RTCAttentionSchedule[schedule], **fields)
+    # Said here, for in LeRobot 0.4.4 and 0.5.1 it is off by default.
+    return rtc.RTCConfig(enabled=True, prefix_attention_schedule=RTCAttentionSchedule[schedule], **fields)
 
 
 def _policies(config: Any, precision: str) -> tuple[Any, Any]:

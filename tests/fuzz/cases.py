@@ -158,6 +158,7 @@ def _rtc_config(rtc: dict[str, Any]) -> Any:
     from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
     return RTCConfig(
+        enabled=True,
         prefix_attention_schedule=RTCAttentionSchedule[rtc["schedule"]],
         max_guidance_weight=rtc["weight"],
         execution_horizon=6,

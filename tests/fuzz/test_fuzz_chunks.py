@@ -31,7 +31,7 @@ def test_a_patched_policy_answers_as_its_twin(tier: str) -> None:
 
     @settings(
         max_examples=max(1, CASES // CALLS // 3), deadline=None, derandomize=not NIGHTLY, database=None,
-        suppress_health_check=QUIET, phases=None if NIGHTLY else [Phase.generate],
+        suppress_health_check=QUIET, phases=list(Phase) if NIGHTLY else [Phase.generate],
     )  # fmt: skip
     @given(
         policies(),

@@ -26,6 +26,7 @@ from smolvla_fast.verify import FP32_BOUND
 
 from .cases import CASES, attempt, rel_l2
 
+TIERS = st.sampled_from(["exact", "fp32"])
 _made: dict[int, Any] = {}
 
 
@@ -38,10 +39,10 @@ def _policy(seed: int) -> Any:
 class PolicyMachine(RuleBasedStateMachine):
     """``self.fast`` lives through all of it; ``self.stock`` only through what changes weights, queue or configuration."""
 
-    @initialize()
-    def start(self) -> None:
-        self.stock, self.fast = _policy(0), _policy(0)
-        self.tier: str | None = None
+    @initialize(tier=TIERS)
+    def start(self, tier: str) -> None:
+        self.stock, self.fast = _policy(0), smolvla_fast.patch(_policy(0), precision=tier)
+        self.tier: str | None = tier
         self.hook: Any = None
         self.queue_exact = True
         self.transposed = False
@@ -51,16 +52,18 @@ class PolicyMachine(RuleBasedStateMachine):
 
     # What is done to the patched policy alone
 
-    @rule(tier=st.sampled_from(["exact", "fp32"]))
+    @rule(tier=TIERS)
     def patch(self, tier: str) -> None:
         assert smolvla_fast.patch(self.fast, precision=tier) is self.fast
         if not os.environ.get(DISABLE):
             self.tier = tier
 
-    @rule()
-    def unpatch(self) -> None:
+    @rule(seed=st.integers(0, 99), tier=TIERS)
+    def unpatch_and_patch_again(self, seed: int, tier: str) -> None:
         smolvla_fast.unpatch(self.fast)
         self.tier = None
+        self.predict(seed, 1, 1)
+        self.patch(tier)
 
     @rule()
     def shallow_copy(self) -> None:
