@@ -2,7 +2,7 @@
 
     make train-demo          (or: python examples/train_demo.py [FOLDER])
 
-A hand learns to pick up a red cube from 30 scripted episodes with two cameras; where the cube lies is in the images alone.
+A hand learns to pick up a red cube from 60 scripted episodes with two cameras; where the cube lies is in the images alone.
 Exit status 1 if the policy does not beat every constant action by the margin below on episodes it has not seen, if it does
 as well with wrong images, or if patched inference is not the same policy.
 """
@@ -44,7 +44,7 @@ def main(folder: Path) -> int:
     torch.set_num_threads(1)  # one core computes, the other reads
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
-    dataset = write_dataset(folder / "dataset", episodes=30)
+    dataset = write_dataset(folder / "dataset", episodes=60)
     print(f"wrote {dataset.num_episodes} episodes, {dataset.num_frames} frames, to {folder / 'dataset'}")
     write_base(folder)
     run = folder / "run"
@@ -54,7 +54,7 @@ def main(folder: Path) -> int:
         "--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false", "--policy.optimizer_lr=1.5e-3",
         "--policy.scheduler_warmup_steps=50", f"--policy.scheduler_decay_steps={STEPS}",
         "--policy.scheduler_decay_lr=1.5e-5",
-        "--batch_size=32", f"--steps={STEPS}", f"--save_freq={SAVE}", "--log_freq=20", f"--eval_steps={SAVE // 2}",
+        "--batch_size=16", f"--steps={STEPS}", f"--save_freq={SAVE}", "--log_freq=20", f"--eval_steps={SAVE // 2}",
         "--max_eval_samples=64", "--num_workers=1", f"--output_dir={run}",
     ]  # fmt: skip
     kill_once_saved(arguments, run)
