@@ -189,7 +189,7 @@ def test_killed_at_any_point_of_a_save_nothing_is_lost(module, name, call, step,
     assert in_a_child(save) == -signal.SIGKILL
     last = Checkpoints(folder).last()
     found = state_files(last)
-    # Who goes by the link, as LeRobot does, finds a whole one too; rewriting the very step it names is LeRobot's gap as well.
+    # Who goes by the link, as LeRobot does, finds a whole one too; only the very step it names may be between two names.
     assert step == 4 or (folder / "checkpoints" / "last" / "pretrained_model").is_dir()
     if last.name == "000005":  # renamed already: then it must be whole
         assert step == 5 and same(
