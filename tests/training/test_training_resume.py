@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from training_runs import resume, same, state_files, weights
+from training_runs import go_on, resume, same, state_files, weights
 
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train import checkpoint as files
@@ -25,7 +25,7 @@ from smolvla_fast.training import write_checkpoint
 pytestmark = pytest.mark.training
 
 # One episode has 22 to 33 frames: with 10 samples a step, one of five steps begins another epoch.
-LONG = ("--dataset.episodes=[0]", "--batch_size=10", "--policy.scheduler_warmup_steps=2", "--log_freq=1")
+LONG = ("--dataset.episodes=[0]", "--batch_size=10", "--policy.scheduler_warmup_steps=2")
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ LONG = ("--dataset.episodes=[0]", "--batch_size=10", "--policy.scheduler_warmup_
 )
 def test_a_resumed_run_ends_at_the_same_bits(bench_top, tmp_path, options):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert bench_top.command(whole, *LONG, *options, "--steps=5") == 0
+    bench_top.train(whole, *LONG, *options, "--steps=5")
     # As if it had been stopped after 2 of 5 steps: the schedule is that of the whole run.
-    assert bench_top.command(parts, *LONG, *options, "--steps=5", "--save_freq=2") == 0
+    bench_top.train(parts, *LONG, *options, "--steps=5", "--save_freq=2")
     shutil.rmtree(parts / "checkpoints" / "000004")
     shutil.rmtree(parts / "checkpoints" / "000005")
     torch.manual_seed(99)  # a resumed process starts anywhere
-    assert resume(parts) == 0
+    go_on(parts)
 
     one, two = (folder / "checkpoints" / "000005" for folder in (whole, parts))
     assert state_files(one) == state_files(
@@ -79,7 +79,7 @@ def test_resume_takes_weights_optimizer_schedule_random_state_and_place(bench_to
         shutil.rmtree(late)
         if broken == files.STEP:
             (early / files.STATE / files.STEP).write_text('{"step": 3}')
-        assert resume(folder, "--log_freq=0") == 0
+        go_on(folder)
         ends[broken] = weights(folder / "checkpoints" / "000004")
     assert same(ends.pop("nothing"), weights(finished / "checkpoints" / "000004"))
     original = weights(finished / "checkpoints" / "000004")

@@ -14,7 +14,7 @@ from smolvla_fast.cli import train as command
 from smolvla_fast.testing import TINY_TEXT, TINY_VISION, TINY_VOCAB, make_vlm_folder
 from smolvla_fast.testing_dataset import REPO_ID, write_dataset
 from smolvla_fast.train.data import training_batches
-from smolvla_fast.training import Run, prepare, update
+from smolvla_fast.training import Run, prepare, train, update
 
 
 class BenchTop:
@@ -44,8 +44,12 @@ class BenchTop:
         """``smolvla-fast train`` in this process; returns its exit status."""
         return main(["train", *self.flags(output, *more)])
 
+    def train(self, output: Path, *more: str) -> None:
+        """What the command does, without progress and curve, which take longer than such a run; with a log."""
+        train(self.settings(output, "--log_freq=1", *more))
+
     def settings(self, output: Path, *more: str) -> Any:
-        return settings_of(self.flags(output, *more))
+        return read(self.flags(output, *more))[0]
 
     def prepare(self, output: Path, *more: str, steps: int = 0) -> Run:
         """A run that is ready to go, ``steps`` of it gone."""
@@ -57,10 +61,17 @@ class BenchTop:
         return run
 
 
-def settings_of(flags: list[str]) -> Any:
+def read(flags: list[str]) -> Any:
+    """Settings and, on resume, checkpoint."""
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return command.read_settings(vars(parser.parse_args(flags)))[0]
+    return command.read_settings(vars(parser.parse_args(flags)))
+
+
+def go_on(output: Path) -> None:
+    """``resume`` as ``BenchTop.train`` does it."""
+    settings, checkpoint = read(["--resume=true", f"--output_dir={output}"])
+    train(settings, resume=checkpoint)
 
 
 def resume(output: Path, *more: str) -> int:
