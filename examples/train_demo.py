@@ -29,9 +29,9 @@ from smolvla_fast.train.evaluation import action_error
 from smolvla_fast.train.settings import TrainSettings
 
 STEPS, SAVE = 600, 200
-MARGIN = 0.6
+MARGIN = 0.75
 """The policy's squared error on held-out episodes, as a share of the best constant action's: at most this."""
-LOOKING = 1.3
+LOOKING = 1.25
 """By what factor the error must grow when every frame gets another one's images."""
 
 TEXT = dict(
