@@ -2,7 +2,7 @@
 
     make train-demo          (or: python examples/train_demo.py [FOLDER])
 
-A hand learns to pick up a red cube from 30 scripted episodes with two cameras; where the cube lies is in the images alone.
+A hand learns to pick up a red cube from 60 scripted episodes with two cameras; where the cube lies is in the images alone.
 Exit status 1 if the policy does not beat every constant action by the margin below on episodes it has not seen, if it does
 as well with wrong images, or if patched inference is not the same policy.
 """
@@ -29,8 +29,10 @@ from smolvla_fast.train.evaluation import action_error
 from smolvla_fast.train.settings import TrainSettings
 
 STEPS, SAVE = 600, 200
-MARGIN = 0.4
+MARGIN = 0.75
 """The policy's squared error on held-out episodes, as a share of the best constant action's: at most this."""
+LOOKING = 1.25
+"""By what factor the error must grow when every frame gets another one's images."""
 
 TEXT = dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16
@@ -44,8 +46,11 @@ def main(folder: Path) -> int:
     torch.set_num_threads(1)  # one core computes, the other reads
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
-    dataset = write_dataset(folder / "dataset", episodes=30)
-    print(f"wrote {dataset.num_episodes} episodes, {dataset.num_frames} frames, to {folder / 'dataset'}")
+    dataset = write_dataset(folder / "dataset", episodes=60)
+    print(
+        f"wrote {dataset.num_episodes} episodes, {dataset.num_frames} frames, to {folder / 'dataset'}",
+        flush=True,
+    )
     write_base(folder)
     run = folder / "run"
     arguments = [
@@ -54,7 +59,7 @@ def main(folder: Path) -> int:
         "--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false", "--policy.optimizer_lr=1.5e-3",
         "--policy.scheduler_warmup_steps=50", f"--policy.scheduler_decay_steps={STEPS}",
         "--policy.scheduler_decay_lr=1.5e-5",
-        "--batch_size=32", f"--steps={STEPS}", f"--save_freq={SAVE}", "--log_freq=20", f"--eval_steps={SAVE // 2}",
+        "--batch_size=16", f"--steps={STEPS}", f"--save_freq={SAVE}", "--log_freq=20", f"--eval_steps={SAVE // 2}",
         "--max_eval_samples=64", "--num_workers=1", f"--output_dir={run}",
     ]  # fmt: skip
     kill_once_saved(arguments, run)
@@ -119,18 +124,23 @@ def evaluate(run: Path) -> bool:
     print(
         f"  trained policy              {error:.4f}  ({error / constant:.3f} of it; at most {MARGIN} is asked for)"
     )
-    print(f"  with another frame's images {blind:.4f}  ({blind / constant:.3f} of it)")
+    print(
+        f"  with another frame's images {blind:.4f}  ({blind / error:.2f} times; at least {LOOKING} is asked for)"
+    )
     print(
         f"  patched for inference       {patched:.4f}  ({status.calls_fast} chunks fast, {status.calls_stock} stock)"
     )
-    print(f"{report}")
+    print(
+        f"  verify: relative L2 {report.rel_l2:.1e} to stock, bound {report.bound:.1e}, "
+        f"{'passed' if report.passed else 'FAILED'}"
+    )
     print(
         f"a chunk in the robot's units: {actions.shape[0]} actions, the first {[round(x, 3) for x in actions[0].tolist()]}"
     )
     same = abs(patched - error) <= 1e-3 * error  # `fp32` errs by 1e-5 of a chunk at most
     return (
         error <= MARGIN * constant
-        and blind > 2 * error
+        and blind >= LOOKING * error
         and same
         and report.passed
         and status.calls_stock == 0

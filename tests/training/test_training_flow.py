@@ -30,7 +30,7 @@ TIMES = {
 
 def trained(bench_top, output, *flags):
     """Log without times, and weights, of a run of the command."""
-    assert bench_top.command(output, *flags) == 0
+    bench_top.train(output, *flags)
     log = [
         {k: e[k] for k in ("step", "loss", "grad_norm", "lr") if k in e}
         for e in read_log(output)
@@ -220,6 +220,20 @@ def test_the_curve_is_drawn_or_it_is_said_why_not(finished, tmp_path, capsys):
     assert Image.open(finished / "train_log.png").size[0] > 600
     draw(tmp_path, Console(rich=False))
     assert "no curve" in capsys.readouterr().out
+
+
+def test_the_dataset_tells_by_images_alone_where_the_cube_is(bench_top, tmp_path):
+    """Same seed, same bits. Another one: the first states are the same, images and actions are not."""
+    first = {}
+    for name, seed in (("one", 0), ("again", 0), ("other", 5)):
+        item = write_dataset(tmp_path / name, episodes=1, seed=seed, frame=(16, 24))[0]
+        first[name] = {key: item[key] for key in TIMES}
+    assert all(torch.equal(first["one"][key], first["again"][key]) for key in TIMES)
+    differ = {key for key in TIMES if not torch.equal(first["one"][key], first["other"][key])}
+    assert differ == set(TIMES) - {"observation.state"}
+    for wrong in (dict(joints=3), dict(cameras=["side"]), dict(cameras=[])):
+        with pytest.raises(ValueError, match="accepted are cameras out of .* and joints >= 4"):
+            write_dataset(tmp_path / "wrong", **wrong)
 
 
 def test_errors_of_evaluation(bench_top, tmp_path):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from training_runs import settings_of
+from training_runs import read
 
 from smolvla_fast.smolvla import SmolVLAPolicy
 from smolvla_fast.testing_dataset import write_dataset
@@ -235,6 +235,6 @@ def test_flags_are_read_as_lerobot_reads_them(bench_top, tmp_path):
     flags = bench_top.flags(
         tmp_path / "run", "--policy.optimizer_betas", "[0.8, 0.95]", "--policy.train_expert_only=False"
     )
-    settings = settings_of([*flags, "--seed=null", "--policy.optimizer_lr=1", "--save_checkpoint", "false"])
+    settings = read([*flags, "--seed=null", "--policy.optimizer_lr=1", "--save_checkpoint", "false"])[0]
     assert settings.policy.optimizer_betas == (0.8, 0.95) and settings.policy.train_expert_only is False
     assert settings.seed is None and settings.policy.optimizer_lr == 1.0 and settings.save_checkpoint is False

@@ -14,7 +14,7 @@ from smolvla_fast.cli import train as command
 from smolvla_fast.testing import TINY_TEXT, TINY_VISION, TINY_VOCAB, make_vlm_folder
 from smolvla_fast.testing_dataset import REPO_ID, write_dataset
 from smolvla_fast.train.data import training_batches
-from smolvla_fast.training import Run, prepare, update
+from smolvla_fast.training import Run, prepare, train, update
 
 
 class BenchTop:
@@ -31,21 +31,25 @@ class BenchTop:
         return make_vlm_folder(folder, text={**TINY_TEXT, **text}, vision=TINY_VISION, vocab_size=TINY_VOCAB)
 
     def flags(self, output: Path, *more: str) -> list[str]:
-        """Of a new run; the last of two equal flags holds."""
+        """Of a new run; the last of two equal flags holds. No log, for drawing its curve takes longer than such a run."""
         return [
             f"--dataset.repo_id={REPO_ID}", f"--dataset.root={self.data}", f"--policy.vlm_model_name={self.vlm}",
             "--policy.num_vlm_layers=4", "--policy.chunk_size=6", "--policy.n_action_steps=6",
             "--policy.resize_imgs_with_padding=[32,32]", "--policy.device=cpu", "--policy.optimizer_lr=0.001",
             "--policy.scheduler_warmup_steps=0", "--num_workers=0", "--batch_size=4", "--steps=2", "--save_freq=0",
-            "--log_freq=1", f"--output_dir={output}", *more,
+            "--log_freq=0", f"--output_dir={output}", *more,
         ]  # fmt: skip
 
     def command(self, output: Path, *more: str) -> int:
         """``smolvla-fast train`` in this process; returns its exit status."""
         return main(["train", *self.flags(output, *more)])
 
+    def train(self, output: Path, *more: str) -> None:
+        """What the command does, without progress and curve, which take longer than such a run; with a log."""
+        train(self.settings(output, "--log_freq=1", *more))
+
     def settings(self, output: Path, *more: str) -> Any:
-        return settings_of(self.flags(output, *more))
+        return read(self.flags(output, *more))[0]
 
     def prepare(self, output: Path, *more: str, steps: int = 0) -> Run:
         """A run that is ready to go, ``steps`` of it gone."""
@@ -57,10 +61,17 @@ class BenchTop:
         return run
 
 
-def settings_of(flags: list[str]) -> Any:
+def read(flags: list[str]) -> Any:
+    """Settings and, on resume, checkpoint."""
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return command.read_settings(vars(parser.parse_args(flags)))[0]
+    return command.read_settings(vars(parser.parse_args(flags)))
+
+
+def go_on(output: Path) -> None:
+    """``resume`` as ``BenchTop.train`` does it."""
+    settings, checkpoint = read(["--resume=true", f"--output_dir={output}"])
+    train(settings, resume=checkpoint)
 
 
 def resume(output: Path, *more: str) -> int:
