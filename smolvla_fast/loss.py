@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,21 +163,19 @@ class LossEngine:
         ends = None
         if model.add_image_special_tokens:
             ends = model.global_image_start_token.to(device), model.image_end_token.to(device)
-        given = dict(image_ends=ends, length=0, dtype=torch.float32)
+        embed = partial(
+            embed_prefix, observation, image_tokens, vlm, image_ends=ends, length=0, dtype=torch.float32
+        )
 
         learns = _learns(vlm.text_model) or any(tokens.requires_grad for tokens in image_tokens)
         if learns or self.not_frozen is not None:
-            embedded, pad_masks, att_masks = embed_prefix(
-                observation, image_tokens, vlm, state_token, **given
-            )
+            embedded, pad_masks, att_masks = embed(state_token=state_token)
             rows = _rows(torch.cumsum(pad_masks, dim=1) - 1, block_mask(pad_masks, att_masks), dims)
             return pad_masks, learn.text_layers(self.ops, layers, embedded, rows, dims.head_dim)
 
         apart = state_token.requires_grad
         with _frozen(device):
-            embedded, pad_masks, att_masks = embed_prefix(
-                observation, image_tokens, vlm, None if apart else state_token, **given
-            )
+            embedded, pad_masks, att_masks = embed(state_token=None if apart else state_token)
             none = [0] * dims.layers
             frozen = text_kv(self.ops, vlm, self._cast, dims, embedded, pad_masks, att_masks, none)
             kept = list(frozen)

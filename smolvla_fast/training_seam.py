@@ -59,6 +59,7 @@ def _ready(model: Any) -> tuple[Learning, LossEngine | None, str | None]:
     """What lives beside a model, its engine, and why that cannot be used whatever the batch."""
     runtime = runtime_of(model)
     learning, settings = runtime.learning, model.__dict__.get(SETTINGS) or runtime.settings
+    assert settings is not None, "a model with this forward is patched"
     if disabled():
         return learning, None, f"{DISABLE} is set"
     weight = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj.weight
