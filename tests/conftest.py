@@ -21,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skip(reason="no CUDA GPU here")
+LONG = pytest.mark.skip(reason="minutes on a small machine: make test-full")
 
 
 # Tests that share what one process holds: a tally, or a build that takes minutes.
@@ -31,6 +32,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(NO_GPU)
+        if item.get_closest_marker("full_size") and not os.environ.get("SMOLVLA_FAST_FULL_SIZE"):
+            item.add_marker(LONG)
         # Where the suite runs in several processes (pytest -n): a file stays in one of them.
         folders = [name for name, folder in TOGETHER.items() if folder in item.path.parents]
         packaged = {"source_tree", "installed"} & set(getattr(item, "fixturenames", ()))

@@ -189,6 +189,7 @@ def test_block_mask_is_stocks() -> None:
 
 
 @LEROBOT_ONLY
+@pytest.mark.full_size
 @pytest.mark.slow
 def test_fp8_full_size_as_torch_emulates_it() -> None:
     """The same quantised products in plain torch on the 450M model: within the tier's bound, by random and sharp weights."""

@@ -164,6 +164,7 @@ def test_bad_arguments(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.check(61)
 @LEROBOT_ONLY
+@pytest.mark.full_size
 @pytest.mark.slow
 def test_peak_memory_full_size() -> None:
     """Matching dtypes: the peak of a patched chunk is at most stock's + 10 %; measured in fresh processes."""
