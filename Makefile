@@ -30,9 +30,9 @@ test: venv
 	HF_HUB_OFFLINE=1 SMOLVLA_FAST_PYTHONS=$(wildcard $(ALONE)/bin/python) $(VENV)/bin/python -m pytest -n $(JOBS) \
 	    --dist loadgroup $(ARGS)
 
-# With the tests that take minutes on a small machine: peak memory, fp8 and int8 of the 450M policy.
+# With the tests marked `long`: the 450M policy's peak memory, fp8 and int8, every barrier left out in turn, and the like.
 test-full: venv
-	SMOLVLA_FAST_FULL_SIZE=1 $(MAKE) test
+	SMOLVLA_FAST_LONG=1 $(MAKE) test
 
 # Two thousand drawn cases instead of the hundred of `make test`; other ones every time.
 fuzz: venv
@@ -72,7 +72,7 @@ simt: venv
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/simt -m "simt and not slow" $(ARGS)
 
 simt-full: venv
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/simt -m simt $(ARGS)
+	HF_HUB_OFFLINE=1 SMOLVLA_FAST_LONG=1 $(VENV)/bin/python -m pytest tests/simt -m simt $(ARGS)
 
 # A Python 3.10 or 3.11 with torch and transformers and no LeRobot: where our own SmolVLA has to stand alone.
 venv-standalone: $(ALONE)/.ready

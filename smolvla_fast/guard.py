@@ -197,6 +197,8 @@ def call_reason(
     if model.training:
         return "the model is in train mode; call policy.eval()"
     device = state.device
+    if state.shape[:1] == (0,):
+        return "an empty batch: stock raises its own error"
     if torch.is_autocast_enabled(device.type):
         return "autocast is on: its dtypes decide, not the tier"
     if torch.is_grad_enabled():

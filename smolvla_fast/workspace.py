@@ -54,5 +54,7 @@ def buffer(role: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     found = buffers.get((role, dtype))
     if found is None or found.shape != shape:
-        found = buffers[role, dtype] = torch.empty(shape, dtype=dtype)
+        # A tensor made under inference_mode could not be written by a later chunk outside it.
+        with torch.inference_mode(False):
+            found = buffers[role, dtype] = torch.empty(shape, dtype=dtype)
     return found

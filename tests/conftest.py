@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(NO_GPU)
-        if item.get_closest_marker("full_size") and not os.environ.get("SMOLVLA_FAST_FULL_SIZE"):
+        if item.get_closest_marker("long") and not os.environ.get("SMOLVLA_FAST_LONG"):
             item.add_marker(LONG)
         # Where the suite runs in several processes (pytest -n): a file stays in one of them.
         folders = [name for name, folder in TOGETHER.items() if folder in item.path.parents]
@@ -46,6 +46,14 @@ def pytest_terminal_summary(terminalreporter):
     for report in terminalreporter.stats.get("passed", []):
         for line in dict(report.user_properties).get("summary", []):
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator_left():
+    """accelerate keeps the first Accelerator's settings for the life of a process, and refuses others after it."""
+    yield
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _run(*command, cwd, **environment):

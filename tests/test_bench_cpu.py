@@ -371,6 +371,7 @@ def keep_threads() -> Any:
     torch.set_num_threads(before)
 
 
+@pytest.mark.long
 def test_a_red_engine_is_not_timed(
     keep_threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,6 +108,7 @@ def test_peers_rehearsed(tmp_path: Path) -> None:
     assert "| compiled-max-autotune | skipped |" in next(tmp_path.glob("*peers*.md")).read_text()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_red_engine_has_no_figure_and_costs_no_other(tmp_path: Path) -> None:
     pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the baseline is LeRobot's")

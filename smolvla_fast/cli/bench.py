@@ -94,7 +94,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     for suffix in (".md", ".png"):
         check_writable(path.with_suffix(suffix), "--json")
     # Kernels under Triton's interpreter have no speed.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # pytest-benchmark measures nothing in what it takes for a worker of a parallel run.
+    unwanted = {"TRITON_INTERPRET", "PYTEST_XDIST_WORKER"}
+    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
     # Before it there may lie the figures of another day.
     path.unlink(missing_ok=True)
     status, beside = 0, None

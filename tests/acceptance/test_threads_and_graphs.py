@@ -176,6 +176,7 @@ def test_contexts_of_lerobots_loops(policy: Any, observation: dict[str, Tensor],
     assert smolvla_fast.status(policy).calls_fast == 3
 
 
+@pytest.mark.long
 @pytest.mark.check(52)
 def test_a_compiled_predict_action_chunk() -> None:
     """As lerobot-rollout makes it, with dynamo's cheapest backend: the engine runs below, and is not traced through."""

@@ -114,7 +114,7 @@ def test_heavy_tailed_weights() -> None:
 
 @SERVED
 @LEROBOT_ONLY
-@pytest.mark.full_size
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["normal", "heavy-tailed"])
 def test_full_size(weights: str) -> None:

@@ -150,12 +150,13 @@ def test_fp32_on_a_bf16_policy_is_fp32(cross: torch.dtype) -> None:
 @pytest.mark.slow
 def test_full_size() -> None:
     """The 450M model: exact has stock's bits in fp32, fp32 is within its bound, bf16 loses no more than stock in bf16."""
-    policy = make_policy("full", num_steps=2)
+    policy = make_policy("full", num_steps=2, cameras=1)
     torch.set_num_threads(2)
     observation = make_observation(policy)
     stock, fast = _stock_and_fast(policy, observation, "exact")
     assert torch.equal(stock, fast)
-    for precision in ("fp32", "bf16"):
+    # Without instructions for it, oneDNN takes minutes for what bf16 is there to save.
+    for precision in ("fp32", "bf16") if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ("fp32",):
         smolvla_fast.patch(policy, precision=precision)
         report = smolvla_fast.verify(policy, observation)
         assert report.passed, report
@@ -189,7 +190,7 @@ def test_block_mask_is_stocks() -> None:
 
 
 @LEROBOT_ONLY
-@pytest.mark.full_size
+@pytest.mark.long
 @pytest.mark.slow
 def test_fp8_full_size_as_torch_emulates_it() -> None:
     """The same quantised products in plain torch on the 450M model: within the tier's bound, by random and sharp weights."""

@@ -36,7 +36,8 @@ def test_extra_bytes_are_all_that_a_chunk_leaves_behind(
 
     def live() -> dict[int, int]:
         gc.collect()
-        tensors = (x for x in gc.get_objects() if isinstance(x, Tensor))
+        # By type: dynamo leaves fake ones behind, which have no memory.
+        tensors = (x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter))
         return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
 
     smolvla_fast.patch(policy, precision=precision)
@@ -164,7 +165,7 @@ def test_bad_arguments(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.check(61)
 @LEROBOT_ONLY
-@pytest.mark.full_size
+@pytest.mark.long
 @pytest.mark.slow
 def test_peak_memory_full_size() -> None:
     """Matching dtypes: the peak of a patched chunk is at most stock's + 10 %; measured in fresh processes."""

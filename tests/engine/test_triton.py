@@ -111,6 +111,7 @@ def test_the_table_says_who_serves_and_why_not(monkeypatch: pytest.MonkeyPatch) 
     assert "Triton is not installed" in passed_over(cuda)["triton"]
 
 
+@pytest.mark.long
 @LEROBOT_ONLY
 def test_fp8_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Near stock, far from equal to it, and the next chunk after an averaging of weights is computed from new copies."""

@@ -13,8 +13,9 @@ import smolvla_fast
 from benchmarks.cpu import overhead
 from smolvla_fast import cpu, extension
 from smolvla_fast.patch import engine_of
+from smolvla_fast.testing import make_noise, make_observation
 
-from .conftest import LEROBOT_ONLY, chunk, make_noise, make_observation, make_policy
+from .conftest import LEROBOT_ONLY, chunk, make_policy
 
 pytestmark = [
     LEROBOT_ONLY,

@@ -108,6 +108,7 @@ def test_suffix_embed(case: dict[str, int], dtype: torch.dtype) -> None:
     check(reference_ops(), OPS, "suffix_embed", case, dtype)
 
 
+@pytest.mark.long
 def test_suffix_embed_at_full_width() -> None:
     """The 720 columns of SmolVLA's expert, of a few tokens: their tiles do not differ."""
     check(reference_ops(), OPS, "suffix_embed", dict(B=1, S=5, A=32, E=720, N=3), torch.float32)

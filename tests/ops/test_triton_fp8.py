@@ -37,6 +37,7 @@ def there(value: Any) -> Any:
     return to_device(value, DEVICE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("outlier", [1.0, 50.0])
 @pytest.mark.parametrize("op", OPS)
 def test_error_is_that_of_quantising(op: str, outlier: float) -> None:

@@ -126,6 +126,7 @@ def test_all_are_found() -> None:
     assert FIRST_SMALL > 20
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SHOWN_BY)
 def test_with_all_of_them(switched: Any, leave_out: ctypes.c_int, name: str) -> None:
     for seed in (0, 1, 2):
@@ -133,6 +134,7 @@ def test_with_all_of_them(switched: Any, leave_out: ctypes.c_int, name: str) -> 
         assert not ours(inputs(CASES[name])).isnan().any()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", range(1, FIRST_SMALL), ids=PLACES[: FIRST_SMALL - 1])
 def test_without(switched: Any, leave_out: ctypes.c_int, number: int) -> None:
     leave_out.value = number
@@ -146,6 +148,7 @@ def test_without(switched: Any, leave_out: ctypes.c_int, number: int) -> None:
     pytest.fail(f"nothing shows that {PLACES[number - 1]} is missing")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", range(FIRST_SMALL, FIRST_WRONG), ids=SMALL)
 def test_low_halves_matter(switched: Any, leave_out: ctypes.c_int, number: int) -> None:
     assert heads_error() <= HEADS_BOUND
@@ -153,6 +156,7 @@ def test_low_halves_matter(switched: Any, leave_out: ctypes.c_int, number: int) 
     assert heads_error() > HEADS_BOUND
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", range(FIRST_WRONG, len(PLACES) + 1), ids=PLACES[FIRST_WRONG - 1 :])
 def test_wrong_arithmetic(switched: Any, leave_out: ctypes.c_int, number: int) -> None:
     leave_out.value = number

@@ -83,7 +83,7 @@ def test_the_steps_are_those_of_lerobots_loop(bench_top, finished, tmp_path):
             )
             theirs.append((tracker.loss.val, tracker.grad_norm.val))
 
-    run = bench_top.prepare(tmp_path / "run", f"--policy.path={pretrained}", "--steps=4")
+    run = bench_top.prepare(tmp_path / "run", f"--policy.path={pretrained}", "--steps=4", "--fast=off")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         own = training_batches(run.settings, run.data.train, 0)

@@ -148,12 +148,12 @@ def test_a_knob_reaches_the_run(flag, bench_top, default, wide, tmp_path):
 def test_bf16_computes_in_bf16_and_close_to_fp32(bench_top, tmp_path):
     seen = {}
     for dtype in ("fp32", "bf16"):
-        run = bench_top.prepare(tmp_path / f"{dtype}-parts", f"--dtype={dtype}")
+        run = bench_top.prepare(tmp_path / f"{dtype}-parts", f"--dtype={dtype}", "--fast=off")
         kinds = set()
         layer = pair(run).lm_expert.layers[0].mlp.down_proj
         layer.register_forward_hook(lambda module, inputs, output, kinds=kinds: kinds.add(output.dtype))
         update(run, training_batches(run.settings, run.data.train, 0))
-        assert bench_top.command(tmp_path / dtype, f"--dtype={dtype}", "--log_freq=1") == 0
+        assert bench_top.command(tmp_path / dtype, f"--dtype={dtype}", "--log_freq=1", "--fast=off") == 0
         seen[dtype] = kinds, [entry["loss"] for entry in read_log(tmp_path / dtype)]
         assert all(p.dtype is torch.float32 for p in run.policy.parameters())
     assert seen["fp32"][0] == {torch.float32} and seen["bf16"][0] == {torch.bfloat16}
