@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import logging
 import io
 import pickle
 import weakref
@@ -276,6 +277,7 @@ def test_hooks_and_replaced_modules_are_found(
     fast = [chunk(policy, observation, noise) for _ in range(2)]
     assert len(policy.seen) == (2 * len(policy.config.image_features) if change is _hook else 0)
     now = smolvla_fast.status(policy)
-    assert not now.active and now.calls_stock == 2 and len(caplog.records) == 1
+    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not now.active and now.calls_stock == 2 and len(warned) == 1
     smolvla_fast.unpatch(policy)
     assert torch.equal(fast[0], chunk(policy, observation, noise)) and torch.equal(*fast)

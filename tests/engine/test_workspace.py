@@ -72,8 +72,10 @@ def test_noise_is_not_written_to() -> None:
 def test_threads_have_memory_of_their_own() -> None:
     policy = patched()
     observation, noises = make_observation(policy), [make_noise(policy, seed=seed) for seed in range(4)]
+    # New threads take OpenMP's own count, not this one's, and the order of a library's sums may depend on it.
+    threads = torch.get_num_threads()
     want = [chunk(policy, observation, noise) for noise in noises]
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         for _ in range(5):
             got = list(pool.map(lambda noise: chunk(policy, observation, noise), noises))
             assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
