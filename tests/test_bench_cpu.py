@@ -392,6 +392,7 @@ def test_a_red_engine_is_not_timed(
     assert "**fp32 is red, so it has no number**" in report.markdown(data)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_whole_suite_on_a_tiny_policy(tmp_path: Path) -> None:
     path = tmp_path / "results" / "tiny.json"

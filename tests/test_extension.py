@@ -208,6 +208,7 @@ except RuntimeError as error:
     assert error.startswith("cuda"), "the error must be CUDA's own words"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not has_nvcc(), reason="no nvcc here: the CUDA part is not compiled")
 def test_an_unknown_architecture_costs_only_the_cuda_part(install_again):
     folder = install_again(SMOLVLA_CUDA_ARCHS="12345")
@@ -249,6 +250,7 @@ def test_architectures_asked_for(monkeypatch, given, found):
             ninja_build.cuda_archs("nvcc")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not has_nvcc(), reason="no nvcc here: the CUDA part is not compiled")
 def test_make_cuda_compiles_in_the_checkout_and_again_only_what_changed(
     source_tree, installed, python, tmp_path

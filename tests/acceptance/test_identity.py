@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
-import logging
 import io
+import logging
 import pickle
 import weakref
 from collections.abc import Callable

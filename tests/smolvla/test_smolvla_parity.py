@@ -467,6 +467,7 @@ def test_rtc_works_where_autograd_is_off(backbones):
         assert torch.equal(wanted, pair.ours.predict_action_chunk(make_batch(config), **asked))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_full_size(tmp_path_factory, tally, monkeypatch):
     """One chunk of the 450 million parameter model, two cameras of 480x640, ten steps, in one batch."""
