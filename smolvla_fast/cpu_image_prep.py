@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import extension
 from .cpu import _KERNELS, _check_one
+from .reference.image_prep import channels_first, checked_size
 
 _FRAMES = {torch.uint8: "uint8", torch.float32: "float32"}
 
@@ -28,24 +29,10 @@ def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> T
             f"image_prep: frames have dtype {frames.dtype}, the result {dtype}; accepted are torch.uint8 and "
             "torch.float32, and for the result torch.float32 and torch.bfloat16"
         )
-    given = list(frames.shape)
-    if frames.ndim == 4 and frames.dtype is torch.uint8 and frames.shape[1] != 3:
-        frames = frames.permute(0, 3, 1, 2)
-    if frames.ndim != 4 or frames.shape[1] != 3:
-        raise ValueError(
-            f"image_prep: frames have shape {given}; accepted is [B, 3, h, w], for uint8 also [B, h, w, 3]"
-        )
+    frames = channels_first(frames)
     _check_one("image_prep", "frames", frames, frames.dtype, "frames", frames.shape)
     batch, _, frame_height, frame_width = frames.shape
-    new_height, new_width = frame_height, frame_width
-    if min(height, width) > 0 and (frame_height, frame_width) != (height, width):
-        ratio = max(frame_width / width, frame_height / height)
-        new_height, new_width = (int(frame_height / ratio), int(frame_width / ratio)) if ratio else (0, 0)
-    if min(new_height, new_width, height, width) < 1:
-        raise ValueError(
-            f"image_prep: a frame of {frame_height}x{frame_width} has no pixel left at {height}x{width}; "
-            "accepted are sizes that leave at least one row and one column"
-        )
+    new_height, new_width = checked_size(frames, height, width)
     by_planes, by_pixels = frames.stride(3) == 1, frames.stride(3) == 3 and frames.stride(1) == 1
     if not (by_planes or by_pixels):
         frames = frames.contiguous()

@@ -31,7 +31,7 @@ DEVICES = ("cpu", "cuda")
 def model_reason(model: Any) -> str | None:
     """Why this model is outside the engine's range, or None. Reads structure only; cheap enough for every call."""
     try:
-        return source_reason(model) or _structure_reason(model) or _hook_reason(model) or _dtype_reason(model)
+        return source_reason(model) or _structure_reason(model) or hook_reason(model) or _dtype_reason(model)
     except Exception as error:  # whatever a foreign structure raises here, stock may well run it
         return f"the structure is not SmolVLA's: {error!r}"
 
@@ -147,7 +147,8 @@ def _vision_parts(vlm: Any) -> Iterable[tuple[str, Any]]:
     yield "text_model.embed_tokens", vlm.text_model.get_input_embeddings()
 
 
-def _hook_reason(model: Any) -> str | None:
+def hook_reason(model: Any) -> str | None:
+    """Which forward hook or replaced ``forward`` a fused path would pass by, or None."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "a global forward hook is registered; it would not see the fused path"
     for name, module in model.named_modules():

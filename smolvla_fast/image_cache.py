@@ -1,6 +1,6 @@
 """Image tokens kept from step to step, by the bytes of their frames: for a frozen tower and a data set seen many times.
 
-The tower is most of a training step (428 of 513 GFLOP with two cameras and the defaults) and gives the same tokens for the
+The tower is most of a training step's arithmetic and gives the same tokens for the
 same frame, whatever the prompt, the state and the other camera. So a frame is encoded once, and from the second epoch on
 looked up. Worth it where frames come back unchanged: random image transforms make each one new.
 """

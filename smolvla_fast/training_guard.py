@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .fingerprints import LOSS_METHODS, PAIR_METHODS, unknown_source
-from .guard import DTYPES, parts_reason, probe
+from .guard import DTYPES, hook_reason, parts_reason, probe
 from .precision import Tier
 
 HEADS = ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj")
@@ -75,16 +75,10 @@ def _structure_reason(model: Any) -> str | None:
 
 
 def _hooks(model: Any) -> str | None:
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return "a global forward hook is registered; it would not see the fused path"
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name or 'the model'} has a forward hook; it would not see the fused path"
-        if "forward" in module.__dict__:
-            return f"{name or 'the model'} has its forward replaced on the instance"
         if module.training and _drops(module):
             return f"{name} drops at random: the fast path would draw in another order than stock"
-    return backward_hook_reason(model)
+    return hook_reason(model) or backward_hook_reason(model)
 
 
 def backward_hook_reason(model: Any) -> str | None:

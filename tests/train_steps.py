@@ -94,6 +94,7 @@ def assert_same(ours: Step, stock: Step, noise: float = 0.0) -> None:
     bound = max(WHOLE, 2 * noise)
     assert ours.gradients.keys() == stock.gradients.keys(), ours.gradients.keys() ^ stock.gradients.keys()
     assert torch.equal(ours.random, stock.random), "another number of draws than stock's"
+    # The bound of tier fp32: two orders of summation.
     torch.testing.assert_close(ours.loss, stock.loss, rtol=1e-5, atol=0)
     whole = norm(stock.gradients)
     assert whole > 0.1, "a gradient this small would hide any error"

@@ -8,12 +8,10 @@
 #include "cpu/bfloat16.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/sum_row.h"
 
 namespace smolvla::cpu {
 namespace {
-
-// As in add_rms_norm: a fixed number of partial sums fixes the order of additions, so all levels agree to the bit.
-constexpr int kLanes = 16;
 
 template <class X, class Y>
 struct Rows {
@@ -23,27 +21,6 @@ struct Rows {
     int64_t width;
     float eps;
 };
-
-// Sum over the row of (x - centre), or of its square.
-template <bool kSquare, class X>
-SMOLVLA_INLINE float sum_row(const X* x, int64_t width, float centre) {
-    const int64_t blocked = width - width % kLanes;
-    float sums[kLanes] = {};
-    for (int64_t column = 0; column < blocked; column += kLanes) {
-#pragma omp simd
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const float value = load(x + column + lane) - centre;
-            sums[lane] += kSquare ? value * value : value;
-        }
-    }
-    for (int64_t column = blocked; column < width; ++column) {
-        const float value = load(x + column) - centre;
-        sums[column - blocked] += kSquare ? value * value : value;
-    }
-    for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-    return sums[0];
-}
 
 template <class X, class Y>
 SMOLVLA_INLINE void normalise_rows(const Rows<X, Y>& a, int64_t begin, int64_t end) {

@@ -10,12 +10,11 @@
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/sum_row.h"
 
 namespace smolvla::cpu {
 namespace {
 
-// As in layer_norm: a fixed number of partial sums fixes the order of additions.
-constexpr int kLanes = 16;
 constexpr float kLargest = 127.0f;
 constexpr float kSmallest = 0x1p-119f;
 // 1.5·2^23: a number added to it is rounded to an integer, which stands in the low bits of the sum.
@@ -54,27 +53,6 @@ SMOLVLA_INLINE void write_row(const float* v, int64_t width, uint8_t* __restrict
     *scale = largest / kLargest;
     const float inverse = kLargest / largest;
     for (int64_t i = 0; i < width; ++i) data[i] = static_cast<uint8_t>(bits_of(v[i] * inverse + kRounder) ^ 0x80);
-}
-
-// Sum over the row of (x - centre), or of its square.
-template <bool kSquare, class X>
-SMOLVLA_INLINE float sum_row(const X* x, int64_t width, float centre) {
-    const int64_t blocked = width - width % kLanes;
-    float sums[kLanes] = {};
-    for (int64_t column = 0; column < blocked; column += kLanes) {
-#pragma omp simd
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const float value = load(x + column + lane) - centre;
-            sums[lane] += kSquare ? value * value : value;
-        }
-    }
-    for (int64_t column = blocked; column < width; ++column) {
-        const float value = load(x + column) - centre;
-        sums[column - blocked] += kSquare ? value * value : value;
-    }
-    for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-    return sums[0];
 }
 
 template <class X>

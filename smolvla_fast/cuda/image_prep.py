@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reference.image_prep import channels_first, checked_size
 from . import library
 
 _FRAMES = (*library.DTYPES, torch.uint8)
@@ -29,25 +30,11 @@ def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> T
             f"image_prep: frames are {frames.dtype}, the result {dtype}; accepted are uint8, float32, bfloat16 "
             "and float16, and the last three for the result"
         )
-    given = list(frames.shape)
-    if frames.ndim == 4 and frames.dtype is torch.uint8 and frames.shape[1] != 3:
-        frames = frames.permute(0, 3, 1, 2)
-    if frames.ndim != 4 or frames.shape[1] != 3:
-        raise ValueError(
-            f"image_prep: frames have shape {given}; accepted is [B, 3, h, w], for uint8 also [B, h, w, 3]"
-        )
+    frames = channels_first(frames)
     batch, _, frame_height, frame_width = frames.shape
     if batch > _MOST_IMAGES:
         raise ValueError(f"image_prep: {batch} images; at most {_MOST_IMAGES} are accepted, split them")
-    new_height, new_width = frame_height, frame_width
-    if min(height, width) > 0 and (frame_height, frame_width) != (height, width):
-        ratio = max(frame_width / width, frame_height / height)
-        new_height, new_width = (int(frame_height / ratio), int(frame_width / ratio)) if ratio else (0, 0)
-    if min(new_height, new_width, height, width) < 1:
-        raise ValueError(
-            f"image_prep: a frame of {frame_height}x{frame_width} has no pixel left at {height}x{width}; "
-            "accepted are sizes that leave at least one row and one column"
-        )
+    new_height, new_width = checked_size(frames, height, width)
     kernels = library.library(frames.device)
     out = torch.empty(batch, 3, height, width, dtype=dtype, device=frames.device)
     if not out.numel():

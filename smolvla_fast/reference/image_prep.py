@@ -19,6 +19,41 @@ CASES = (
 )
 
 
+def size_inside(h: int, w: int, height: int, width: int) -> tuple[int, int]:
+    """The largest size with the aspect ratio of h x w in height x width, as LeRobot rounds it."""
+    if (h, w) == (height, width):
+        return h, w
+    ratio = max(w / width, h / height)
+    return int(h / ratio), int(w / ratio)
+
+
+def channels_first(frames: Tensor) -> Tensor:
+    """Frames [B, 3, h, w], or bytes [B, h, w, 3], as [B, 3, h, w]; 3 rows of bytes are taken as 3 channels.
+
+    raises   ValueError for other shapes
+    """
+    found = frames
+    if frames.ndim == 4 and frames.dtype is torch.uint8 and frames.shape[1] != 3:
+        found = frames.permute(0, 3, 1, 2)
+    if found.ndim != 4 or found.shape[1] != 3:
+        raise ValueError(
+            f"image_prep: frames have shape {list(frames.shape)}; accepted is [B, 3, h, w], for uint8 also [B, h, w, 3]"
+        )
+    return found
+
+
+def checked_size(frames: Tensor, height: int, width: int) -> tuple[int, int]:
+    """``size_inside`` of frames [B, 3, h, w]. Raises ValueError where no pixel is left."""
+    h, w = frames.shape[2:]
+    found = size_inside(h, w, height, width) if min(h, w, height, width) > 0 else (0, 0)
+    if min(found) < 1:
+        raise ValueError(
+            f"image_prep: a frame of {h}x{w} has no pixel left at {height}x{width}; "
+            "accepted are sizes that leave at least one row and one column"
+        )
+    return found
+
+
 def resize_with_pad(image: Tensor, height: int, width: int, pad_value: float) -> Tensor:
     """Bilinear resize that keeps the aspect ratio, padded on the left and on the top.
 
@@ -32,9 +67,8 @@ def resize_with_pad(image: Tensor, height: int, width: int, pad_value: float) ->
     h, w = image.shape[2:]
     if (h, w) == (height, width):
         return image
-    ratio = max(w / width, h / height)
     resized = F.interpolate(
-        image, size=(int(h / ratio), int(w / ratio)), mode="bilinear", align_corners=False
+        image, size=size_inside(h, w, height, width), mode="bilinear", align_corners=False
     )
     left, top = max(0, width - resized.shape[3]), max(0, height - resized.shape[2])
     return F.pad(resized, (left, 0, top, 0), value=pad_value)
@@ -42,10 +76,8 @@ def resize_with_pad(image: Tensor, height: int, width: int, pad_value: float) ->
 
 def as_floats(frames: Tensor, dtype: torch.dtype) -> Tensor:
     """``x / 255`` of bytes [B, 3, h, w] or [B, h, w, 3], as [B, 3, h, w]; 3 rows are taken as 3 channels."""
-    if frames.ndim == 4 and frames.shape[1] != 3:
-        frames = frames.permute(0, 3, 1, 2)
     # Planes, as frames of floats come: a convolution of oneDNN rounds by the layout of its input on some processors.
-    planes = frames.to(dtype, memory_format=torch.contiguous_format)
+    planes = channels_first(frames).to(dtype, memory_format=torch.contiguous_format)
     # By a tensor: a GPU multiplies by the reciprocal of a number, which rounds otherwise.
     return planes / torch.full((), 255.0, dtype=dtype, device=frames.device)
 
@@ -59,12 +91,9 @@ def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> T
     returns  [B, 3, height, width], padding and absent pixels -1
     replaces ``resize_with_pad`` and the normalisation in LeRobot's ``prepare_images``, and the scaling of bytes before it
     """
+    frames = channels_first(frames)
     if frames.dtype is torch.uint8:
         frames = as_floats(frames, torch.promote_types(dtype, torch.float32))
-    if frames.ndim != 4 or frames.shape[1] != 3:
-        raise ValueError(
-            f"image_prep: frames have shape {list(frames.shape)}; accepted is [B, 3, h, w], for uint8 also [B, h, w, 3]"
-        )
     return (resize_with_pad(frames, height, width, pad_value=0) * 2.0 - 1.0).to(dtype)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import tempfile
@@ -52,18 +51,16 @@ def speed_up(policy: Any, wish: str) -> str:
 
     wish    "auto", "on" or "off"       raises  TrainingError for "on" where it is not possible
     """
-    from ..patch import patch as patch_function
+    from ..patch import patch, status, unpatch
+    from ..runtime import DISABLE, disabled
 
-    patch: Any = patch_function
     if wish == "off":
         return "plain, as asked for"
-    reason = "smolvla_fast.patch has no training path in this version"
-    if "training" in inspect.signature(patch).parameters:
-        try:
-            patch(policy, training=True)
-            return "patched for training"
-        except (ValueError, RuntimeError, NotImplementedError) as error:
-            reason = str(error)
+    patch(policy, training=True)
+    reason = f"{DISABLE} is set" if disabled() else status(policy).training_fallback
+    if reason is None:
+        return "patched for training"
+    unpatch(policy)
     if wish == "on":
         raise TrainingError(f"--fast=on: {reason}; use --fast=auto, which then trains the plain policy")
     return f"plain: {reason}"

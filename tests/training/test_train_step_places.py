@@ -213,7 +213,7 @@ def test_validation_without_gradients(policy: Any) -> None:
             torch.manual_seed(7)
             loss, _ = policy.forward(copied(batch))
         assert not loss.requires_grad
-        torch.testing.assert_close(loss, with_graph.loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(loss, with_graph.loss, rtol=1e-5, atol=0)  # the bound of tier fp32
     policy.train()
     assert_same(step(policy, batch), with_graph)
     assert smolvla_fast.status(policy).training_fast == 4

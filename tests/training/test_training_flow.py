@@ -264,16 +264,19 @@ def test_errors_of_evaluation(bench_top, tmp_path):
     assert once == twice and run.policy.training
 
 
-def test_fast_is_said_and_on_is_kept(bench_top, tmp_path, capsys):
-    import inspect
-
-    import smolvla_fast
-
+def test_fast_is_said_and_on_is_kept(bench_top, tmp_path, capsys, monkeypatch):
     assert bench_top.command(tmp_path / "off", "--fast=off") == 0
     assert "plain, as asked for" in capsys.readouterr().out
-    if "training" in inspect.signature(smolvla_fast.patch).parameters:
-        assert bench_top.command(tmp_path / "on", "--fast=on") == 0
-        assert "patched for training" in capsys.readouterr().out
-    else:
-        assert bench_top.command(tmp_path / "on", "--fast=on") == 2
-        assert "--fast=auto" in capsys.readouterr().err
+    assert bench_top.command(tmp_path / "on", "--fast=on") == 0
+    assert "patched for training" in capsys.readouterr().out
+    uneven = (
+        "--policy.num_expert_layers=2",
+        "--policy.self_attn_every_n_layers=0",
+    )  # which the fast path leaves to stock
+    assert bench_top.command(tmp_path / "refused", "--fast=on", *uneven) == 2
+    assert "2 expert layers beside 4" in (said := capsys.readouterr().err) and "--fast=auto" in said
+    assert bench_top.command(tmp_path / "left", *uneven) == 0
+    assert "plain: 2 expert layers beside 4" in capsys.readouterr().out
+    monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
+    assert bench_top.command(tmp_path / "disabled", "--fast=on") == 2
+    assert "SMOLVLA_FAST_DISABLE is set" in capsys.readouterr().err
