@@ -28,7 +28,7 @@ train-demo: venv
 
 test: venv
 	HF_HUB_OFFLINE=1 SMOLVLA_FAST_PYTHONS=$(wildcard $(ALONE)/bin/python) $(VENV)/bin/python -m pytest -n $(JOBS) \
-	    --dist loadgroup $(ARGS)
+	    --no-loadscope-reorder $(ARGS)
 
 # With the tests marked `long`: the 450M policy's peak memory, fp8 and int8, every barrier left out in turn, and the like.
 test-full: venv

@@ -24,8 +24,29 @@ NO_GPU = pytest.mark.skip(reason="no CUDA GPU here")
 LONG = pytest.mark.skip(reason="minutes on a small machine: make test-full")
 
 
-# Tests that share what one process holds: a tally, or a build that takes minutes.
-TOGETHER = {"smolvla": ROOT / "tests" / "smolvla", "simt": ROOT / "tests" / "simt"}
+# Tests that share what one process holds: a tally, or a build that takes minutes. Any other file is a group of its own.
+TOGETHER = {
+    "tests/smolvla/": "smolvla",
+    "tests/simt/": "simt",
+    "tests/test_extension.py": "installed",
+    "tests/test_packaging.py": "installed",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Where the suite runs in several processes (pytest -n), a group stays in one of them.
+
+    Not by xdist's own marks of groups: from pytest 9.2 on it does not read them.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadGroups(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return next((group for start, group in TOGETHER.items() if file.startswith(start)), file)
+
+    return LoadGroups(config, log)
 
 
 def pytest_collection_modifyitems(items):
@@ -34,11 +55,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(NO_GPU)
         if item.get_closest_marker("long") and not os.environ.get("SMOLVLA_FAST_LONG"):
             item.add_marker(LONG)
-        # Where the suite runs in several processes (pytest -n): a file stays in one of them.
-        folders = [name for name, folder in TOGETHER.items() if folder in item.path.parents]
-        packaged = {"source_tree", "installed"} & set(getattr(item, "fixturenames", ()))
-        group = "installed" if packaged else folders[0] if folders else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -92,6 +108,8 @@ def source_tree(tmp_path_factory):
 @pytest.fixture(scope="session")
 def installed(source_tree, tmp_path_factory):
     """A folder with the package as pip installs it: all that can be compiled here, CUDA for one target."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose folders lie side by side
+        (tmp_path_factory.getbasetemp().parent / "installed_once").mkdir()  # fails in a second process: see TOGETHER
     return _install(source_tree, tmp_path_factory.mktemp("installed"), SMOLVLA_CUDA_ARCHS="90a")
 
 
