@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from .guard import model_reason, probe, probed_code, source_reason
 from .inference import Engine
-from .learning import Learning
+from .loss.learning import Learning
 from .precision import resolve_tier
 from .timing import STAGES
 from .watch import Watch
