@@ -6,7 +6,8 @@ patches what it has loaded. No other policy is touched, and a command without a 
 
 A class attribute of LeRobot is changed here, which ``smolvla_fast.patch`` itself never does. Installing this distribution
 is how you say yes to that; ``SMOLVLA_FAST_DISABLE=1`` says no for one run, uninstalling it says no for good.
-``smolvla_fast/loading.py`` has the rest, ``SMOLVLA_FAST_PRECISION`` and ``SMOLVLA_FAST_BACKEND`` among it.
+``smolvla_fast/loading.py`` has the rest, ``SMOLVLA_FAST_PRECISION``, ``SMOLVLA_FAST_BACKEND`` and ``SMOLVLA_FAST_WARMUP``
+among it.
 """
 
 import logging

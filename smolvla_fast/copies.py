@@ -139,6 +139,13 @@ class Copies:
     def bytes(self) -> int:
         return sum(made.copy.nbytes for made in self._made.values())
 
+    @property
+    def passed_over(self) -> dict[str, str]:
+        """What the kind would rather have made of some weights, with the reason."""
+        found = [made.copy for made in self._made.values()]
+        why = int8.why_two_terms(found) if self.kind is INTEGERS else None
+        return {} if why is None else {"int8 in one term": why}
+
 
 class IntegerCast:
     """Reads a layer's matrices as integers, and its norms as these want them; see ``weights.Cast``.

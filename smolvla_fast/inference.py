@@ -226,8 +226,10 @@ class Engine:
 
     @property
     def passed_over(self) -> dict[str, str]:
-        """What would rather have been taken, with the reasons: by "auto" as backend, and for the last chunk's loop."""
-        return {**self._passed_over, **({} if self._loop is None else self._loop.passed_over)}
+        """What would rather have been taken, with the reasons: by "auto" as backend, for copies of weights, and for the last
+        chunk's loop."""
+        copies = {} if self.copies is None else self.copies.passed_over
+        return {**self._passed_over, **copies, **({} if self._loop is None else self._loop.passed_over)}
 
     @property
     def bytes(self) -> int:

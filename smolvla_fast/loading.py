@@ -10,6 +10,8 @@ Environment, read at each load:
     SMOLVLA_FAST_DISABLE    1: policies stay stock
     SMOLVLA_FAST_PRECISION  as ``precision`` of ``patch``; "auto" where unset
     SMOLVLA_FAST_BACKEND    as ``backend`` of ``patch``; "auto" where unset
+    SMOLVLA_FAST_WARMUP     1: a first chunk at once, as ``warmup=True`` of ``patch``, so that the first real one waits
+                            for no capture
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ logger = logging.getLogger("smolvla_fast")
 
 PRECISION = "SMOLVLA_FAST_PRECISION"
 BACKEND = "SMOLVLA_FAST_BACKEND"
+WARMUP = "SMOLVLA_FAST_WARMUP"
 
 
 def patch_as_loaded(policy_class: Any) -> None:
@@ -53,13 +56,20 @@ def patch_as_loaded(policy_class: Any) -> None:
 def _try_to_patch(policy: Any) -> None:
     precision, backend = os.environ.get(PRECISION) or "auto", os.environ.get(BACKEND) or "auto"
     try:
-        patch(policy, precision=precision, backend=backend)
+        patch(policy, precision=precision, backend=backend, warmup=_warmup())
         if not disabled():
             weakref.finalize(policy.model, _report, runtime_of(policy.model))
     except Exception as error:  # whatever it is, a robot must not stop for it
         with suppress(Exception):
             unpatch(policy)
         logger.warning("smolvla_fast: off, stock runs: %s", error)
+
+
+def _warmup() -> bool:
+    wish = os.environ.get(WARMUP) or "0"
+    if wish not in ("0", "1"):
+        raise ValueError(f"{WARMUP}={wish!r}; accepted are 1, and 0 or nothing")
+    return wish == "1"
 
 
 def _report(runtime: Runtime) -> None:

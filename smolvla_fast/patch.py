@@ -21,11 +21,11 @@ from .backends import select
 from .graphs import CaptureFailed, not_capturing
 from .guard import call_reason
 from .inference import Engine
+from .loss.seam import Learns, training_reason
 from .precision import resolve_tier
 from .reference.image_prep import image_prep
 from .rtc import fits, plan_guidance
 from .runtime import DISABLE, SETTINGS, Runtime, Settings, Status, disabled, drop_runtime, runtime_of
-from .training_seam import Learns, training_reason
 from .watch import Watch
 
 logger = logging.getLogger("smolvla_fast")

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from .guard import model_reason, probe, probed_code, source_reason
 from .inference import Engine
-from .learning import Learning
+from .loss.learning import Learning
 from .precision import resolve_tier
 from .timing import STAGES
 from .watch import Watch
@@ -42,7 +42,8 @@ class Status:
     stages         stage -> backend, or backends where one serves what the other has no kernel for: "cuda, triton"; of the
                    denoise loop, who ran the last one
     passed_over    backends that "auto" would rather have taken, each with the reason why it could not; "denoise_persistent":
-                   why the last chunk's loop was not one launch, where the backend has a kernel for that
+                   why the last chunk's loop was not one launch, where the backend has a kernel for that; "int8 in one term":
+                   how many weights have two
     calls_fast     chunks served by the engine                calls_stock  chunks served by stock
     last_fallback  why stock ran the last time it did, or None
     graphs         captured CUDA graphs      graph_bytes  what they hold      graph_nodes  nodes of the one used last

@@ -309,12 +309,18 @@ def test_nothing_else_is_touched(plugin: Any, checkpoint: Checkpoint) -> None:
 
 
 def test_the_environment_chooses(
-    plugin: Any, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    plugin: Any, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setenv(loading.PRECISION, "bf16")
     monkeypatch.setenv(loading.BACKEND, "torch")
     now = smolvla_fast.status(checkpoint.load())
     assert (now.precision, now.backend) == ("bf16", "torch")
+    with caplog.at_level(logging.INFO, "smolvla_fast"):
+        checkpoint.load()
+        assert "warm-up" not in caplog.text
+        monkeypatch.setenv(loading.WARMUP, "1")
+        checkpoint.load()
+        assert "; warm-up " in caplog.text
     monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
     policy = checkpoint.load()
     assert type(policy.model).__mro__[0].__name__ == "VLAFlowMatching" and not vars(policy.model).get(
@@ -323,7 +329,9 @@ def test_the_environment_chooses(
     assert smolvla_fast.status(policy).last_fallback == "SMOLVLA_FAST_DISABLE is set"
 
 
-@pytest.mark.parametrize("fault", ["unknown precision", "patching raises", "patching raises half-way"])
+@pytest.mark.parametrize(
+    "fault", ["unknown precision", "unknown wish", "patching raises", "patching raises half-way"]
+)
 def test_a_fault_gives_stock_and_one_warning(
     plugin: Any, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: Any, fault: str
 ) -> None:
@@ -332,6 +340,8 @@ def test_a_fault_gives_stock_and_one_warning(
 
     if fault == "unknown precision":
         monkeypatch.setenv(loading.PRECISION, "fp12")
+    elif fault == "unknown wish":
+        monkeypatch.setenv(loading.WARMUP, "perhaps")
     elif fault == "patching raises":
         monkeypatch.setattr(loading, "patch", broken)
     else:

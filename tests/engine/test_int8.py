@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import integer_products
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,19 @@ from smolvla_fast.testing import make_noise, make_observation
 from .conftest import LEROBOT_ONLY, chunk, make_policy, rel_l2
 
 CPU = torch.device("cpu")
-SERVED = pytest.mark.skipif(backends.why_not_int8(CPU) is not None, reason=str(backends.why_not_int8(CPU)))
+SERVED = pytest.mark.usefixtures("products")
 BOUND = TIERS["int8"].cosine or 1.0
 DIGITS = 5e-3
 """Relative L2 that 8 bits cannot stay below: a step is 1/127 of the largest of a row, and a chunk goes through 8 layers and
 10 steps. fp32 against fp32 is three orders below it."""
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = extension.why_missing("cpu")
+    if reason:
+        pytest.skip(reason)
+    integer_products.provide(monkeypatch)
 
 
 def cosine(x: Tensor, reference: Tensor) -> float:
@@ -113,21 +122,43 @@ def test_heavy_tailed_weights() -> None:
 
 
 @SERVED
+def test_second_terms_are_counted_and_told(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = chunk(smolvla_fast.patch(policy, precision="fp32"), observation, noise)
+
+    def again() -> tuple[float, int, str | None]:
+        smolvla_fast.patch(smolvla_fast.unpatch(policy), precision="int8")
+        found = rel_l2(chunk(policy, observation, noise), truth)
+        now = smolvla_fast.status(policy)
+        return found, now.extra_bytes, now.passed_over.get("int8 in one term")
+
+    error, held, told = again()
+    assert told is None
+    monkeypatch.setattr(int8, "MOST_LOST", 0.0)
+    error_of_two, held_by_two, told = again()
+    assert told is not None and told.startswith("64 of 64 weights lose more than 0 %")
+    elements = sum(matrix.numel() for matrix in _matrices(policy))
+    assert held_by_two - held >= 0.7 * elements
+    assert error_of_two < error
+
+
+@SERVED
 @LEROBOT_ONLY
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["normal", "heavy-tailed"])
-def test_full_size(weights: str) -> None:
+@pytest.mark.parametrize("degrees", [None, 5, 4, 3])
+def test_full_size(degrees: int | None) -> None:
     policy = make_policy("full")
-    if weights == "heavy-tailed":
-        heavy_tailed(policy)
+    if degrees is not None:
+        heavy_tailed(policy, degrees)
     given, noise = make_observation(policy), make_noise(policy)
     smolvla_fast.patch(policy, precision="fp32")
     truth = chunk(policy, given, noise)
     smolvla_fast.patch(policy, precision="int8")
     fast = chunk(policy, given, noise)
     print(
-        f"int8, full size, {weights}: cosine {cosine(fast, truth):.5f}, relative L2 {rel_l2(fast, truth):.3g}"
+        f"int8, full size, {degrees} degrees: cosine {cosine(fast, truth):.5f}, relative L2 {rel_l2(fast, truth):.3g}"
     )
     assert cosine(fast, truth) >= BOUND and rel_l2(fast, truth) > DIGITS
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import integer_products
 import pytest
 import torch
 import torch.nn.functional as F
@@ -189,10 +190,36 @@ def test_sums_are_exact(rows: int, inputs: int, outputs: int, extreme: bool) -> 
         data = torch.randint(0, 256, (rows, inputs), generator=generator, dtype=torch.uint8)
         integers = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
     weight = quantize_weight(torch.zeros(outputs, inputs))._replace(data=integers, scale=torch.ones(outputs))
-    found = int8.sums(IntegerRows(data, torch.ones(rows)), int8.pack(weight))
+    found = int8.sums(IntegerRows(data, torch.ones(rows)), int8.pack_integers(weight))
     want = (data.long() - 128) @ integers.long().t()
     # Sums are kept in 32 bits; as fp32 they are rounded once.
     assert torch.equal(found, want.float())
+
+
+@pytest.mark.parametrize("degrees", [3, None])
+def test_heavy_tails_get_a_second_term(degrees: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A normal weight does not; with it, what a product loses is the activations' rounding alone."""
+    integer_products.provide(monkeypatch)
+    generator = torch.Generator().manual_seed(4)
+    x, matrix = _x(64, 768), torch.randn(96, 768, generator=generator)
+    if degrees is not None:
+        matrix /= torch.randn(degrees, 96, 768, generator=generator).square().mean(0).sqrt()
+    truth = x.double() @ matrix.double().t()
+
+    def error(y: Tensor) -> float:
+        return float((y.double() - truth).norm() / truth.norm())
+
+    packed = int8.pack(matrix)
+    rounded = error(dequantize(quantize_activations(x)).double() @ matrix.double().t())
+    assert (packed.rest is not None) == (degrees is not None)
+    one, two = error(int8.linear(x, packed._replace(rest=None))), error(int8.linear(x, packed))
+    print(f"relative L2: {one:.2g} in one term, {two:.2g} as packed, {rounded:.2g} by the activations alone")
+    if degrees is not None:
+        assert packed.nbytes == 2 * packed._replace(rest=None).nbytes
+        # The second term's own rounding is 1/127 of the first's, so it does not show.
+        assert two < 1.01 * rounded and one > 2 * two
+    else:
+        assert two == one
 
 
 @PRODUCTS

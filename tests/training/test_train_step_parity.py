@@ -17,7 +17,7 @@ pytest.importorskip(
 from train_steps import assert_same, copied, distance, gradients_of, make_batch, other_order, step
 
 import smolvla_fast
-from smolvla_fast import loss as loss_module
+from smolvla_fast.loss import engine as loss_module
 from smolvla_fast.testing import make_policy
 
 pytestmark = pytest.mark.training

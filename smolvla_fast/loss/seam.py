@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from ..precision import resolve_tier
+from ..runtime import DISABLE, SETTINGS, disabled, runtime_of
+from .engine import LossEngine
+from .guard import call_reason, model_reason
 from .learning import Learning
-from .loss import LossEngine
-from .precision import resolve_tier
-from .runtime import DISABLE, SETTINGS, disabled, runtime_of
-from .training_guard import call_reason, model_reason
 
 
 class Learns:
@@ -37,7 +37,7 @@ class Learns:
         noise: Tensor | None = None,
         time: Tensor | None = None,
     ) -> Tensor:
-        """As the stock method, computed by ``LossEngine`` where ``training_guard`` allows it."""
+        """As the stock method, computed by ``LossEngine`` where ``guard`` allows it."""
         images, img_masks = list(images), list(img_masks)
         given = (images, img_masks, lang_tokens, lang_masks, state, actions)
         learning, engine, reason = _ready(self)

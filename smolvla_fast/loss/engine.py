@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import select
-from .dims import Dims, read_dims
-from .extension import why_bf16_is_slow
+from ..backends import select
+from ..dims import Dims, read_dims
+from ..extension import why_bf16_is_slow
+from ..precision import Tier
+from ..reference.masks import block_mask
+from ..reference.rope import rope_tables
+from ..stages.observation import Observation, prepare_images, prepare_observation
+from ..stages.prefix import embed_prefix, text_kv
+from ..stages.vision import encode_images, encode_patches, patch_positions
+from .guard import frozen_reason
 from .image_cache import ImageCache
-from .precision import Tier
-from .reference.masks import block_mask
-from .reference.rope import rope_tables
-from .stages import learn
-from .stages.observation import Observation, prepare_images, prepare_observation
-from .stages.prefix import embed_prefix, text_kv
-from .stages.vision import encode_images, encode_patches, patch_positions
-from .training_guard import frozen_reason
+from .layers import Rows, expert_layers, state_rows, text_layers
 
 Prefix = Iterator[tuple[Tensor, Tensor]]
 """Keys and values [B, P, K, D] of each text layer, rotated."""
@@ -101,7 +101,7 @@ class LossEngine:
             image_tokens = self._image_tokens(model, dims, observation, vision_learns)
             pad_masks, prefix = self._prefix(model, dims, observation, image_tokens, state_token)
             own, cross = _suffix_rows(pad_masks, dims)
-            h = learn.expert_layers(self.ops, pair, suffix, prefix, own, cross, dims.head_dim)
+            h = expert_layers(self.ops, pair, suffix, prefix, own, cross, dims.head_dim)
         with wide:
             return self.ops.flow_loss(model.action_out_proj(h.float()), actions, noise)
 
@@ -171,7 +171,7 @@ class LossEngine:
         if learns or self.not_frozen is not None:
             embedded, pad_masks, att_masks = embed(state_token=state_token)
             rows = _rows(torch.cumsum(pad_masks, dim=1) - 1, block_mask(pad_masks, att_masks), dims)
-            return pad_masks, learn.text_layers(self.ops, layers, embedded, rows, dims.head_dim)
+            return pad_masks, text_layers(self.ops, layers, embedded, rows, dims.head_dim)
 
         apart = state_token.requires_grad
         with _frozen(device):
@@ -185,7 +185,7 @@ class LossEngine:
         place = torch.sum(pad_masks, dim=1, keepdim=True)
         pad_masks = torch.cat([pad_masks, own], dim=1)
         rows = _rows(place, pad_masks[:, None], dims)
-        return pad_masks, learn.state_rows(self.ops, layers, state_token, rows, dims.head_dim, kept)
+        return pad_masks, state_rows(self.ops, layers, state_token, rows, dims.head_dim, kept)
 
     def _patch_positions(self, vlm: Any, images: Tensor) -> Tensor:
         key = (images.shape[-1], vlm.vision_model.embeddings.patch_embedding.weight.dtype)
@@ -206,11 +206,11 @@ def _learns(module: Any) -> bool:
     return torch.is_grad_enabled() and any(each.requires_grad for each in module.parameters())
 
 
-def _rows(positions: Tensor, visible: Tensor, dims: Dims) -> learn.Rows:
-    return learn.Rows(rope_tables(positions, dims.head_dim), visible)
+def _rows(positions: Tensor, visible: Tensor, dims: Dims) -> Rows:
+    return Rows(rope_tables(positions, dims.head_dim), visible)
 
 
-def _suffix_rows(pad_masks: Tensor, dims: Dims) -> tuple[learn.Rows, learn.Rows]:
+def _suffix_rows(pad_masks: Tensor, dims: Dims) -> tuple[Rows, Rows]:
     """What self-attention and cross-attention layers of the expert are told of the suffix."""
     batch, prefix = pad_masks.shape
     ones = torch.ones(batch, dims.chunk, dtype=torch.bool, device=pad_masks.device)

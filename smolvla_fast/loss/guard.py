@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .fingerprints import LOSS_METHODS, PAIR_METHODS, unknown_source
-from .guard import DTYPES, hook_reason, parts_reason, probe
-from .precision import Tier
+from ..fingerprints import LOSS_METHODS, PAIR_METHODS, unknown_source
+from ..guard import DTYPES, hook_reason, parts_reason, probe
+from ..precision import Tier
 
 HEADS = ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj")
 

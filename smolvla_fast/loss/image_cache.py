@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .copies import fingerprint
+from ..copies import fingerprint
 
 
 class ImageCache:

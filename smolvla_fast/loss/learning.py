@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from ..precision import Tier
+from ..watch import Watch
+from .engine import LossEngine
+from .guard import backward_hook_reason, model_reason
 from .image_cache import ImageCache
-from .loss import LossEngine
-from .precision import Tier
-from .training_guard import backward_hook_reason, model_reason
-from .watch import Watch
 
 logger = logging.getLogger("smolvla_fast")
 

@@ -1,0 +1,30 @@
+"""Integer products where the processor has none: the same exact sums in fp64, slowly. So the accuracy of tier int8, its
+copies and its freshness are tested on every machine; oneDNN's own product is tested in tests/ops/test_cpu_quantize.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smolvla_fast import int8
+from smolvla_fast.reference.quantize import ZERO, IntegerRows, IntegerWeight
+
+
+def provide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets tier int8 be served here, by oneDNN where it can be and in fp64 elsewhere."""
+    if int8.why_not(torch.device("cpu")) is None:
+        return
+    monkeypatch.setattr(int8, "why_not", lambda device: None)
+    monkeypatch.setattr(int8, "pack_integers", _pack)
+    monkeypatch.setattr(int8, "_sums_of_one_term", _sums)
+
+
+def _pack(weight: IntegerWeight) -> int8.Packed:
+    zero = torch.zeros(len(weight.scale), dtype=torch.int64)
+    return int8.Packed(weight.data, weight.scale, zero, weight.data.shape)
+
+
+def _sums(x: IntegerRows, weight: int8.Packed) -> Tensor:
+    return (F.linear(x.data.double() - ZERO, weight.data.double()) * weight.scale.double()).float()
