@@ -46,20 +46,21 @@ def _lerobot(config: SmolVLAConfig) -> tuple[Any, Any]:
         return PreTrainedConfig.from_pretrained(folder), LeRobotPolicy
 
 
-def speed_up(policy: Any, wish: str) -> str:
+def speed_up(policy: Any, wish: str, image_cache: int = 0) -> str:
     """Patches the policy for training where that is possible; returns what came of it, in words.
 
-    wish    "auto", "on" or "off"       raises  TrainingError for "on" where it is not possible
+    wish         "auto", "on" or "off"      image_cache  as in ``patch``
+    raises       TrainingError for "on" where it is not possible
     """
     from ..patch import patch, status, unpatch
     from ..runtime import DISABLE, disabled
 
     if wish == "off":
         return "plain, as asked for"
-    patch(policy, training=True)
+    patch(policy, training=True, image_cache=image_cache)
     reason = f"{DISABLE} is set" if disabled() else status(policy).training_fallback
     if reason is None:
-        return "patched for training"
+        return "patched for training" + (f", {image_cache / 1e9:.3g} GB for image tokens" if image_cache else "")
     unpatch(policy)
     if wish == "on":
         raise TrainingError(f"--fast=on: {reason}; use --fast=auto, which then trains the plain policy")

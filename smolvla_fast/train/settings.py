@@ -27,6 +27,7 @@ FREE_ON_RESUME = frozenset(
         "eval_steps",
         "max_eval_samples",
         "fast",
+        "image_cache",
         "dataset.root",
         "dataset.video_backend",
         "policy.device",
@@ -61,6 +62,8 @@ class TrainSettings:
     policy_path                  checkpoint to start from: folder or Hub id; None: fresh weights
     implementation               "ours" or "lerobot": whose ``SmolVLAPolicy`` is trained; the files are the same
     fast                         "auto": patched for training where ``patch`` can; "on": or an error; "off": plain
+    image_cache                  bytes for tokens of frozen image frames, so that a frame of an earlier epoch is not encoded
+                                 anew (``patch(image_cache=)``); 0: none
     dtype                        "bf16": matrix products under autocast; "auto": bf16 if ``policy.use_amp``, else fp32
     seed                         of weights, data order and noise; None: the process's random state as it is
     batch_size                   samples a forward pass; an optimizer step has ``gradient_accumulation_steps`` times as many
@@ -77,6 +80,7 @@ class TrainSettings:
     policy_path: str | None = None
     implementation: str = "ours"
     fast: str = "auto"
+    image_cache: int = 0
     dtype: str = "auto"
     seed: int | None = 1000
     batch_size: int = 8
@@ -98,11 +102,13 @@ class TrainSettings:
                 raise TrainingError(f"{name}={getattr(self, name)!r}: accepted are {', '.join(accepted)}")
         for name, least in dict(
             batch_size=1, gradient_accumulation_steps=1, steps=1, num_workers=0, log_freq=0, save_freq=0,
-            eval_steps=0, max_eval_samples=0,
+            eval_steps=0, max_eval_samples=0, image_cache=0,
         ).items():  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise TrainingError(f"{name}={value!r}: must be a whole number of at least {least}")
+        if self.image_cache and self.fast == "off":
+            raise TrainingError("image_cache needs the fast path: leave out --fast=off, or --image_cache")
         if not (self.policy.optimizer_lr > 0 and self.policy.scheduler_decay_steps > 0):
             raise TrainingError("policy.optimizer_lr and policy.scheduler_decay_steps must be above 0")
         split = self.dataset.eval_split

@@ -11,6 +11,7 @@ import torch
 from lerobot.datasets import LeRobotDataset
 from training_runs import same, weights
 
+import smolvla_fast
 from smolvla_fast.cli.train import draw
 from smolvla_fast.smolvla.features import ACTION
 from smolvla_fast.testing_dataset import REPO_ID, write_dataset
@@ -280,3 +281,24 @@ def test_fast_is_said_and_on_is_kept(bench_top, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
     assert bench_top.command(tmp_path / "disabled", "--fast=on") == 2
     assert "SMOLVLA_FAST_DISABLE is set" in capsys.readouterr().err
+
+
+def test_frames_of_an_earlier_epoch_are_looked_up(bench_top, tmp_path, capsys):
+    """Two epochs of one episode: each frame is encoded once, and the losses are those without a cache."""
+    epochs, flags = 2, ("--dataset.episodes=[0]", "--fast=on")
+    frames = len(bench_top.prepare(tmp_path / "count", *flags).data.train)
+    steps = epochs * frames // 4
+    losses = {}
+    for bytes_ in (0, 10**7):
+        run = bench_top.prepare(tmp_path / str(bytes_), *flags, f"--image_cache={bytes_}")
+        batches = training_batches(run.settings, run.data.train, 0)
+        losses[bytes_] = [update(run, batches)["loss"] for _ in range(steps)]
+    cache = smolvla_fast.status(run.policy).training_cache
+    cameras = len(run.settings.policy.image_features)
+    assert cache["hits"] + cache["misses"] == cameras * 4 * steps > cameras * frames >= cache["misses"] > 0
+    # The same numbers but for the order of sums: batches of frames are encoded in other sizes.
+    assert losses[10**7] == pytest.approx(losses[0], rel=1e-4)
+    assert bench_top.command(tmp_path / "said", "--image_cache=2000000000", "--steps=1") == 0
+    assert "patched for training, 2 GB for image tokens" in capsys.readouterr().out
+    assert bench_top.command(tmp_path / "refused", "--image_cache=1000", "--fast=off") == 2
+    assert "image_cache needs the fast path" in capsys.readouterr().err
