@@ -108,8 +108,9 @@ def source_tree(tmp_path_factory):
 @pytest.fixture(scope="session")
 def installed(source_tree, tmp_path_factory):
     """A folder with the package as pip installs it: all that can be compiled here, CUDA for one target."""
-    if "PYTEST_XDIST_WORKER" in os.environ:  # whose folders lie side by side
-        (tmp_path_factory.getbasetemp().parent / "installed_once").mkdir()  # fails in a second process: see TOGETHER
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Processes' folders lie side by side; a second process that builds the package, against TOGETHER, fails here.
+        (tmp_path_factory.getbasetemp().parent / "installed_once").mkdir()
     return _install(source_tree, tmp_path_factory.mktemp("installed"), SMOLVLA_CUDA_ARCHS="90a")
 
 

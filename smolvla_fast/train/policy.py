@@ -60,7 +60,8 @@ def speed_up(policy: Any, wish: str, image_cache: int = 0) -> str:
     patch(policy, training=True, image_cache=image_cache)
     reason = f"{DISABLE} is set" if disabled() else status(policy).training_fallback
     if reason is None:
-        return "patched for training" + (f", {image_cache / 1e9:.3g} GB for image tokens" if image_cache else "")
+        cache = f", {image_cache / 1e9:.3g} GB for image tokens" if image_cache else ""
+        return f"patched for training{cache}"
     unpatch(policy)
     if wish == "on":
         raise TrainingError(f"--fast=on: {reason}; use --fast=auto, which then trains the plain policy")
