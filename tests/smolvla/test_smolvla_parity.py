@@ -164,6 +164,13 @@ sampling_case = pytest.mark.parametrize(
     "case", [name for name in GRID if not GRID[name].get("_no_sampling")], indirect=True
 )
 
+# All schedules by the first case, one in turn by the others: a schedule is weights along the chunk, whatever the policy.
+RTC_CASES = [
+    (name, schedule)
+    for i, name in enumerate(name for name in GRID if not GRID[name].get("_no_sampling"))
+    for schedule in (SCHEDULES if i == 0 else [SCHEDULES[i % len(SCHEDULES)]])
+]
+
 
 def test_grid_covers_every_field():
     """Each field at a value other than its default, in the grid or in the named test."""
@@ -286,10 +293,9 @@ def test_frozen_parameters_and_modes(case, tally):
         assert all("rotary_emb" in name or name.endswith(".act") for name in extra), extra
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@sampling_case
+@pytest.mark.parametrize(("case", "schedule"), RTC_CASES, indirect=["case"])
 def test_rtc_chunks(case, tally, schedule):
-    """Guided chunks for all schedules, over delays, horizons and lengths of what is left of the previous chunk."""
+    """Guided chunks over delays, horizons and lengths of what is left of the previous chunk."""
     pair = case.pair
     size, length = case.noise().shape[:2]
     kept = pair.stock.config.rtc_config, pair.ours.config.rtc_config
