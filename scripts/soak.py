@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from fuzz.cases import WEIGHTS, Tally, calls, compare, lay_out, outcome, policies, policy_of, rel_l2
+from fuzz.cases import WEIGHTS, Tally, calls, compare, outcome, policies, rel_l2, twins
 
 import smolvla_fast
 from smolvla_fast.testing import make_policy
@@ -127,9 +127,8 @@ def drawn_cases(count: int, deadline: float, tally: Tally) -> None:
     def run(made: dict[str, Any], weights: str, tier: str, asked: list[dict[str, Any]]) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError
-        stock = policy_of(made)
-        lay_out(stock, weights)
-        fast = smolvla_fast.patch(copy.deepcopy(stock), precision=tier)
+        stock, fast = twins(made, weights)
+        smolvla_fast.patch(fast, precision=tier)
         for call in asked:
             compare(tally, stock, fast, tier, call)
 

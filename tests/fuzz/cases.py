@@ -121,6 +121,15 @@ def policy_of(settings: dict[str, Any]) -> Any:
     return copy.deepcopy(_made(repr(settings), _Unhashed(settings)))
 
 
+def twins(settings: dict[str, Any], weights: str) -> tuple[Any, Any]:
+    """Two policies of equal numbers, each laid out by itself: a deep copy gives every parameter a storage of its own, and
+    bits of a matrix product may depend on where its operands begin."""
+    pair = policy_of(settings), policy_of(settings)
+    for policy in pair:
+        lay_out(policy, weights)
+    return pair
+
+
 def inputs_of(policy: Any, call: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The batch and the keyword arguments of one call; sets what of it is live configuration."""
     config = policy.config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import smolvla_fast
 from smolvla_fast.verify import SCATTER
 
 from . import cases
-from .cases import CALLS, CASES, Tally, calls, compare, lay_out, policies, policy_of
+from .cases import CALLS, CASES, Tally, calls, compare, policies, twins
 
 pytest.importorskip("lerobot.policies.rtc.configuration_rtc")
 
@@ -40,11 +39,7 @@ def test_a_patched_policy_answers_as_its_twin(tier: str) -> None:
         st.lists(calls(), min_size=CALLS, max_size=CALLS),
     )
     def run(made: dict[str, Any], weights: str, backend: str, drawn: list[dict[str, Any]]) -> None:
-        stock = policy_of(made)
-        lay_out(stock, weights)
-        fast = copy.deepcopy(stock)
-        if weights == "one storage, odd offsets":
-            lay_out(fast, weights)  # a deep copy has given every parameter a storage of its own
+        stock, fast = twins(made, weights)
         smolvla_fast.patch(fast, precision=tier, backend=backend)
         for call in drawn:
             compare(tally, stock, fast, tier, call)
