@@ -74,6 +74,11 @@ def _warmup() -> bool:
 
 def _report(runtime: Runtime) -> None:
     """Says when a policy goes, or the program ends, who computed its chunks."""
+    if not (runtime.calls_fast or runtime.calls_stock):
+        # Compiled before it was patched, or copied: then its chunks went past this, or are counted by the copy.
+        why = runtime.last_fallback or "a copy computed them, or nobody asked for one"
+        logger.info("smolvla_fast: saw no chunk of this policy: %s", why)
+        return
     why = f" (the last: {runtime.last_fallback})" if runtime.calls_stock else ""
     logger.info(
         "smolvla_fast: served %d chunks, left %d to stock%s", runtime.calls_fast, runtime.calls_stock, why

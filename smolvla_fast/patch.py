@@ -27,6 +27,7 @@ from .reference.image_prep import image_prep
 from .rtc import fits, plan_guidance
 from .runtime import DISABLE, SETTINGS, Runtime, Settings, Status, disabled, drop_runtime, runtime_of
 from .watch import Watch
+from .weights import telling_weight
 
 logger = logging.getLogger("smolvla_fast")
 
@@ -57,6 +58,8 @@ class _Accelerated:
     ) -> Tensor:
         """As the stock method, computed by the engine where ``guard`` allows it."""
         runtime = runtime_of(self)
+        # Read once: another thread may unpatch meanwhile.
+        stock, takes_bytes = self.stock_class, self.takes_bytes
         images, img_masks = list(images), list(img_masks)
         # On a GPU the chunk is queued first, and the model is looked through while the GPU works.
         early = runtime.unmoved() if state.is_cuda or _CHECK_LATE else None  # a Watch, or None
@@ -74,13 +77,13 @@ class _Accelerated:
             if chunk is not None:
                 return chunk
         runtime.fell_back(str(reason))
-        if self.takes_bytes:
+        if takes_bytes:
             side = self.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
             images = [
                 image_prep(each, side, side, torch.float32) if each.dtype is torch.uint8 else each
                 for each in images
             ]
-        return self.stock_class.sample_actions(
+        return stock.sample_actions(
             self, images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs
         )
 
@@ -204,20 +207,20 @@ def patch(
     """
     found = find_policy(policy)
     model = found.model
-    weight = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj.weight
+    weight = telling_weight(model)
     tier = resolve_tier(precision, weight.dtype)
     if not (warmup is None or isinstance(warmup, bool | dict)):
         raise TypeError(
             f"warmup={warmup!r}; accepted are True, False, None and a batch as predict_action_chunk takes it"
         )
-    select(backend, weight.device, tier.stock_order, tier.quantized)
-    if disabled():
-        logger.warning("smolvla_fast: off: %s is set; call patch again after unsetting it", DISABLE)
-        return policy
     if image_cache < 0 or (image_cache and not training):
         raise ValueError(
             f"image_cache={image_cache!r}; accepted are bytes, 0 or more, together with training=True"
         )
+    if disabled():  # before anything is asked of this machine, for it may be why the variable was set
+        logger.warning("smolvla_fast: off: %s is set; unset it and load or patch the policy again", DISABLE)
+        return policy
+    select(backend, weight.device, tier.stock_order, tier.quantized)
     before, settings = model.__dict__.get(SETTINGS), Settings(precision, backend, training, image_cache)
     if before != settings:  # the same object else: graphs hold as long as nothing of the model is replaced
         model.__dict__[SETTINGS] = settings

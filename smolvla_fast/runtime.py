@@ -15,6 +15,7 @@ from .loss.learning import Learning
 from .precision import resolve_tier
 from .timing import STAGES
 from .watch import Watch
+from .weights import telling_weight
 
 logger = logging.getLogger("smolvla_fast")
 
@@ -106,7 +107,7 @@ class Runtime:
         settings = model.__dict__.get(SETTINGS) or self.settings
         assert settings is not None, "a runtime is of a patched model"
         self.settings = settings
-        weight = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj.weight
+        weight = telling_weight(model)
         key = (settings, weight.dtype, weight.device, probed_code(model))
         with self.lock:
             if self.engine is None or self.built_for != key:
@@ -114,6 +115,9 @@ class Runtime:
                     self.engine.graphs.clear()
                 tier = resolve_tier(settings.precision, weight.dtype)
                 self.engine = Engine(tier, settings.backend, weight.device)
+                if self.built_for and self.built_for[0] == settings:  # not patched anew, which says it itself
+                    name = self.engine.ops.backend
+                    logger.info("smolvla_fast: now: %s on %s, backend %s", tier.name, weight.device, name)
                 self.probed = probe(model, exact=tier.stock_order)
                 self.built_for = key
             return self.engine

@@ -8,6 +8,7 @@ Values inside a parameter are not looked at, for the engine reads them live.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from operator import is_
 from typing import Any
 
@@ -21,8 +22,23 @@ def _settings(model: Any) -> dict[str, int]:
     return {name: id(value) for name, value in vars(model).items() if name != "rtc_processor"}
 
 
+def _held(values: Iterable[Any]) -> tuple[list[Any], list[weakref.ref[Any]]]:
+    """Those that can only be held strongly, and weak references to the others."""
+    strong, weak = [], []
+    for value in values:
+        try:
+            weak.append(weakref.ref(value))
+        except TypeError:
+            strong.append(value)
+    return strong, weak
+
+
 class Watch:
-    """Compares by identity and holds a reference to all it compares, so that no address can be taken twice."""
+    """Compares by identity and holds a reference to all it compares, so that no address can be taken twice.
+
+    The root, and what hangs on it, is held weakly where Python can: whoever keeps this keeps it by model and must not keep
+    the model alive, and an attribute of the root may be one of its own methods.
+    """
 
     def __init__(self, model: Any) -> None:
         modules = list(model.modules())
@@ -32,8 +48,7 @@ class Watch:
         self._children = [
             (table, list(table.values())) for each in modules for table in (vars(each)[k] for k in _CHILDREN)
         ]
-        # The root weakly: whoever keeps this keeps it by model, and must not keep the model alive.
-        self._kept = list(vars(model).values())
+        self._kept, self._lent = _held(vars(model).values())
         self._root = weakref.ref(modules[0])
         self._below = modules[1:]
         self._parameters = list(model.parameters())
@@ -60,6 +75,8 @@ class Watch:
             return False
         root = self._root()
         if root is None or root is not model or model.config.use_cache is not self._use_cache:
+            return False
+        if any(each() is None for each in self._lent):
             return False
         if model._forward_hooks or model._forward_pre_hooks or _settings(model) != self._top:
             return False

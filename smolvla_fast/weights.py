@@ -79,6 +79,17 @@ class Heads:
     action_out: Affine
 
 
+def telling_weight(model: Any) -> Tensor:
+    """The parameter whose dtype and device are taken for the model's: a text layer's, for those of heads may be wider. Where
+    that layer is wrapped by something without a ``weight``, any of a floating dtype; ``guard`` then has its say."""
+    layer = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight
+    parameters = [*layer.parameters(), *model.parameters()]
+    return next(each for each in parameters if each.is_floating_point())
+
+
 def _affine(module: Any, cast: Cast) -> Affine:
     return Affine(cast(module.weight), cast(module.bias))
 

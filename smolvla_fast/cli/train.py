@@ -4,7 +4,7 @@
         --output_dir=outputs/pick
     smolvla-fast train --resume=true --output_dir=outputs/pick
 
-Checkpoints are LeRobot's: `lerobot-eval`, `lerobot-record` and `lerobot-train --resume=true` take them. Beside them lie
+Checkpoints are LeRobot's: `lerobot-eval` and `lerobot-train --resume=true` take them. Beside them lie
 train_log.jsonl and train_log.png.
 """
 

@@ -15,6 +15,7 @@ from torch._compile import _disable_dynamo
 
 from ..precision import resolve_tier
 from ..runtime import DISABLE, SETTINGS, disabled, runtime_of
+from ..weights import telling_weight
 from .engine import LossEngine
 from .guard import call_reason, model_reason
 from .learning import Learning
@@ -62,7 +63,7 @@ def _ready(model: Any) -> tuple[Learning, LossEngine | None, str | None]:
     assert settings is not None, "a model with this forward is patched"
     if disabled():
         return learning, None, f"{DISABLE} is set"
-    weight = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj.weight
+    weight = telling_weight(model)
     tier = resolve_tier(settings.precision, weight.dtype)
     if tier.stock_order or tier.quantized:
         return learning, None, model_reason(model, tier)

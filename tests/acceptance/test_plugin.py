@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib.util
 import json
@@ -382,6 +383,19 @@ def test_moving_to_where_a_wish_cannot_be_met_gives_stock(
     now = smolvla_fast.status(policy)
     assert not now.active and now.calls_stock == 1
     assert "backend='torch' cannot serve this policy: it is not there" in str(now.last_fallback)
+
+
+def test_the_closing_line_of_a_policy_that_was_never_asked_is_no_count(
+    plugin: Any, checkpoint: Checkpoint, caplog: Any
+) -> None:
+    """A copy serves its own chunks; "served 0 chunks, left 0 to stock" would say that nothing ran."""
+    policy = checkpoint.load()
+    twin = copy.deepcopy(policy)
+    twin.predict_action_chunk(make_observation(twin))
+    with caplog.at_level(logging.INFO, "smolvla_fast"):
+        del policy
+        gc.collect()
+    assert "smolvla_fast: saw no chunk of this policy: a copy computed them" in caplog.text
 
 
 # serve -----------------------------------------------------------------------------------------------------------------

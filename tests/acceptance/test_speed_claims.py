@@ -87,12 +87,12 @@ def test_readme_says_where_it_is_faster_and_where_nobody_knows() -> None:
             facts = each["extra_info"]
             if facts["suite"] in ("chunk", "cpu"):
                 measured[f"{facts['cameras']}{place}", facts["variant"]] = facts
-    names = r"`(\w+)`|lerobot eager|(OpenVINO)[^|]*"
+    names = r"`(\w+)`[^|]*|lerobot eager|(OpenVINO \w+)[^|]*"
     figures = r"([\d,]+) \| ([\d,]+) \| ([\d.]+)x"
     rows = re.findall(rf"^\| (\d[^|]*?) \| (?:{names}) \| {figures}", readme, re.MULTILINE)
-    assert len(rows) == 8 + 3
+    assert len(rows) == 8 + 5
     for place, tier, peer, p50, best, ratio in rows:
-        found = measured[place, tier or (f"{peer} fp32" if peer else "stock")]
+        found = measured[place, tier or peer or "stock"]
         assert float(p50.replace(",", "")) == round(found["p50_ms"])
         assert float(best.replace(",", "")) == round(found["min_ms"])
         # The cpu suite's is that of rounds side by side; the chunk suite's is that of medians.

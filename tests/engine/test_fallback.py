@@ -350,6 +350,89 @@ def test_strided_noise_and_iterators_are_served(
     assert smolvla_fast.status(policy).calls_fast == 2
 
 
+class _Wrapped(nn.Module):
+    """A linear layer as quantisers of other libraries put it in: without a ``weight``."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_a_wrapped_first_layer_runs_stock(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    attention = policy.model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn
+    attention.k_proj = _Wrapped(attention.k_proj)
+    # Stock reads that weight's dtype itself where the policy is LeRobot's: then both fail, and alike.
+    try:
+        wanted = chunk(policy, observation, noise)
+    except AttributeError as error:
+        with pytest.raises(type(error)):
+            chunk(smolvla_fast.patch(policy), observation, noise)
+        return
+    smolvla_fast.patch(policy)
+    assert "stock runs: " in caplog.text and "k_proj" in caplog.text
+    assert torch.equal(chunk(policy, observation, noise), wanted)
+
+
+def test_disabled_asks_nothing_of_this_machine(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable may have been set because the machine has changed: a wish that cannot be met must not raise then."""
+    monkeypatch.setattr("smolvla_fast.int8.why_not", lambda device: "no such instruction")
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        smolvla_fast.patch(policy, precision="int8")
+    monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
+    assert smolvla_fast.patch(policy, precision="int8") is policy
+    assert not smolvla_fast.status(policy).active
+
+
+def test_unpatched_by_another_thread_in_mid_call(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = chunk(policy, observation, noise)
+    smolvla_fast.patch(policy)
+    policy.model.vlm_with_expert.lm_expert.norm.register_forward_hook(lambda *_: None)
+
+    def fell_back(self: Any, reason: str) -> None:  # where the other thread gets in
+        smolvla_fast.unpatch(policy)
+
+    monkeypatch.setattr("smolvla_fast.runtime.Runtime.fell_back", fell_back)
+    assert torch.equal(chunk(policy, observation, noise), wanted)
+
+
+def test_a_policy_that_has_changed_its_dtype_says_so_once(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    smolvla_fast.patch(policy)
+    chunk(policy, observation, noise)
+    with caplog.at_level(logging.INFO, "smolvla_fast"):
+        caplog.clear()
+        policy.model.vlm_with_expert.bfloat16()
+        for _ in range(2):
+            chunk(policy, observation, noise)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and said[0].startswith("smolvla_fast: now: bf16 on cpu, backend "), said
+
+
+def test_a_model_that_holds_its_own_method_is_freed(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor
+) -> None:
+    import gc
+    import weakref
+    from types import MethodType
+
+    mine = copy.deepcopy(policy)
+    mine.model.note = MethodType(lambda self: None, mine.model)
+    chunk(smolvla_fast.patch(mine), observation, noise)
+    assert smolvla_fast.status(mine).calls_fast == 1
+    gone = weakref.ref(mine.model)
+    del mine
+    gc.collect()
+    assert gone() is None
+
+
 def test_a_failed_patch_leaves_the_policy_as_it_was(policy: Any) -> None:
     cls = type(policy.model)
     with pytest.raises(KeyError):
