@@ -50,7 +50,7 @@ LEROBOTS = {
     "wandb.enable": ("false", "loss and samples a second go to train_log.jsonl in --output_dir, the curve to train_log.png"),
     "wandb.project": (None, ""), "wandb.entity": (None, ""), "wandb.notes": (None, ""), "wandb.mode": (None, ""),
     "wandb.disable_artifact": (None, ""),
-    "dataset.image_transforms.enable": ("false", "train with lerobot-train, or write augmented episodes to the dataset"),
+    "dataset.image_transforms.enable": ("false", "leave it out, or train with lerobot-train, which has them"),
     "dataset.streaming": ("false", "download the dataset, or name its folder with --dataset.root"),
     "use_policy_training_preset": ("true", "set --policy.optimizer_* and --policy.scheduler_*"),
 }  # fmt: skip
