@@ -4,7 +4,8 @@
 
 A hand learns to pick up a red cube from 60 scripted episodes with two cameras; where the cube lies is in the images alone.
 Exit status 1 if the policy does not beat every constant action by the margin below on episodes it has not seen, if it does
-as well with wrong images, or if patched inference is not the same policy.
+as well with wrong images, if patched inference is not the same policy, or if the run was over before it could be killed; 2
+for a FOLDER that holds anything but an earlier demo.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from smolvla_fast.train.evaluation import action_error
 from smolvla_fast.train.settings import TrainSettings
 
 STEPS, SAVE = 600, 200
+MARKER = ".train_demo"
+"""Lies in a folder that a demo may empty, because one has filled it."""
 MARGIN = 0.75
 """The policy's squared error on held-out episodes, as a share of the best constant action's: at most this."""
 LOOKING = 1.25
@@ -44,7 +47,8 @@ VISION = dict(
 
 def main(folder: Path) -> int:
     torch.set_num_threads(1)  # one core computes, the other reads
-    shutil.rmtree(folder, ignore_errors=True)
+    if not cleared(folder):
+        return 2
     start = time.perf_counter()
     dataset = write_dataset(folder / "dataset", episodes=60)
     print(
@@ -62,7 +66,10 @@ def main(folder: Path) -> int:
         "--batch_size=16", f"--steps={STEPS}", f"--save_freq={SAVE}", "--log_freq=20", f"--eval_steps={SAVE // 2}",
         "--max_eval_samples=64", "--num_workers=1", f"--output_dir={run}",
     ]  # fmt: skip
-    kill_once_saved(arguments, run)
+    print("$ smolvla-fast", *arguments, flush=True)
+    code = "import sys, torch; torch.set_num_threads(1); from smolvla_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    if not kill_once_saved([sys.executable, "-c", code, *arguments], run):
+        return 1
     go_on = ["train", "--resume=true", f"--output_dir={run}"]
     print("$ smolvla-fast", *go_on, flush=True)
     if smolvla_fast_command(go_on):
@@ -70,6 +77,22 @@ def main(folder: Path) -> int:
     good = evaluate(run)
     print(f"{time.perf_counter() - start:.0f} s in all; loss curve: {run / 'train_log.png'}")
     return 0 if good else 1
+
+
+def cleared(folder: Path) -> bool:
+    """Empties the folder of an earlier demo and marks it as one; leaves any other that holds something as it is."""
+    if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        print(
+            f"{folder} holds something that this demo has not written (there is no {MARKER} in it), and would be emptied; "
+            "give a new or an empty folder",
+            file=sys.stderr,
+        )
+        return False
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
+    return True
 
 
 def write_base(folder: Path) -> None:
@@ -86,16 +109,25 @@ def write_base(folder: Path) -> None:
     )
 
 
-def kill_once_saved(arguments: list[str], run: Path) -> None:
-    """Starts the command in a process of its own and kills it, without warning, some time after its first checkpoint."""
-    print("$ smolvla-fast", *arguments, flush=True)
-    code = "import sys, torch; torch.set_num_threads(1); from smolvla_fast.cli import main; sys.exit(main(sys.argv[1:]))"
-    with subprocess.Popen([sys.executable, "-c", code, *arguments]) as process:
+def kill_once_saved(command: list[str], run: Path) -> bool:
+    """Starts a command that trains, and kills it, without warning, some time after its first checkpoint.
+
+    False, and the reason in print, where it ended by itself: then there would be nothing to go on with.
+    """
+    start = time.monotonic()
+    with subprocess.Popen(command) as process:
         while process.poll() is None and Checkpoints(run).last() is None:
-            time.sleep(0.2)
-        time.sleep(3)
-        process.send_signal(signal.SIGKILL)
+            time.sleep(0.05)
+        if process.poll() is None:
+            time.sleep(min(3, 0.1 * (time.monotonic() - start)))  # some steps on, and far from the last
+        process.kill()
+    if process.returncode != -signal.SIGKILL:
+        print(
+            f"the run was to be killed and ended by itself, with status {process.returncode}", file=sys.stderr
+        )
+        return False
     print(f"killed; the last whole checkpoint is {Checkpoints(run).last()}", flush=True)
+    return True
 
 
 def evaluate(run: Path) -> bool:

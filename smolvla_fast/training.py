@@ -15,8 +15,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from .train.checkpoint import Checkpoints
 from .train.data import Data, held_out_batches, open_data, to_floats, training_batches
 from .train.errors import TrainingError
 from .train.evaluation import held_out_loss
-from .train.log import Log, Window
+from .train.log import Log
 from .train.policy import make_policy, make_processors, speed_up
 from .train.random_state import seed_all, seeded
 from .train.settings import TrainSettings
@@ -44,6 +45,8 @@ class Run:
     """Everything a run holds between two steps."""
 
     settings: TrainSettings
+    asked: dict[str, Any]
+    """The settings as they were given, when the run was new."""
     data: Data
     policy: Any
     preprocess: Any
@@ -80,31 +83,46 @@ def train(
         if resume is None:
             seed_all(settings.seed)  # or noise would depend on how many numbers a constructor drew
         on_begin(run)
-        log, window = Log(settings.output_dir, run.step), Window()
-        checkpoints = Checkpoints(settings.output_dir)
-        batches = training_batches(settings, run.data.train, run.step * settings.gradient_accumulation_steps)
-        while run.step < settings.steps:
-            facts = update(run, batches)
-            run.step += 1
-            on_step(run.step, facts)
-            window.add(run.samples, **facts)
-
-            if _due(run.step, settings.log_freq):
-                log.write({"step": run.step, **window.means()})
-                window = Window()
-            if run.data.held_out is not None and _due(run.step, settings.eval_steps):
-                held_out = held_out_batches(settings, run.data.held_out)
-                loss = held_out_loss(run.policy, run.preprocess, held_out, _autocast(settings))
-                log.write({"step": run.step, "eval_loss": loss})
-            if settings.save_checkpoint and (
-                _due(run.step, settings.save_freq) or run.step == settings.steps
-            ):
-                checkpoints.save(run.step, settings.steps, lambda folder: write_checkpoint(run, folder))
+        log = Log(settings.output_dir, run.step, settings.log_freq)
+        try:
+            _steps(run, log, on_step)
+        except BaseException:
+            # What stopped the run is what has to be heard of, a disk too full for another line is not.
+            with suppress(TrainingError):
+                log.close()
+            raise
+        log.close()
     return run
 
 
+def _steps(run: Run, log: Log, on_step: Callable[[int, dict[str, float]], None]) -> None:
+    settings = run.settings
+    checkpoints = Checkpoints(settings.output_dir)
+    batches = training_batches(settings, run.data.train, run.step * settings.gradient_accumulation_steps)
+    while run.step < settings.steps:
+        facts = update(run, batches)
+        run.step += 1
+        on_step(run.step, facts)
+        log.add(run.step, run.samples, **facts)
+        if run.data.held_out is not None and _due(run.step, settings.eval_steps):
+            held_out = held_out_batches(settings, run.data.held_out)
+            loss = held_out_loss(run.policy, run.preprocess, held_out, _autocast(settings))
+            log.write({"step": run.step, "eval_loss": loss})
+        if settings.save_checkpoint and (_due(run.step, settings.save_freq) or run.step == settings.steps):
+            checkpoints.save(run.step, settings.steps, lambda folder: write_checkpoint(run, folder))
+
+
 def prepare(settings: TrainSettings, resume: Path | None = None) -> Run:
-    """Data, policy, processors, optimizer and schedule, fresh or as a checkpoint left them."""
+    """Data, policy, processors, optimizer and schedule, fresh or as a checkpoint left them.
+
+    ``settings`` stay as they are: the run has a copy with the features of the dataset where none were given.
+    raises  TrainingError as ``train``, and for an ``output_dir`` that holds something, but to resume
+    """
+    if resume is None:
+        _check_unused(settings.output_dir)
+    asked = files.read_run(resume).get("asked") if resume else None
+    asked = asked or settings.to_dict()
+    settings = replace(settings, policy=deepcopy(settings.policy))
     source = resume / files.PRETRAINED if resume else settings.policy_path
     data = open_data(settings)
     policy = make_policy(settings, source)
@@ -114,7 +132,7 @@ def prepare(settings: TrainSettings, resume: Path | None = None) -> Run:
     # Frozen parameters too, as LeRobot does: they get no gradient, and a checkpoint's states are numbered by place.
     optimizer = settings.policy.get_optimizer_preset().build(policy.get_optim_params())
     scheduler = settings.policy.get_scheduler_preset().build(optimizer, settings.steps)
-    run = Run(settings, data, policy, preprocess, postprocess, optimizer, scheduler, 0, path)
+    run = Run(settings, asked, data, policy, preprocess, postprocess, optimizer, scheduler, 0, path)
     if resume:
         run.step = files.load_state(resume, optimizer, scheduler)
         _check_same_data(run, resume)
@@ -128,11 +146,15 @@ def update(run: Run, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
     """
     settings, parts = run.settings, run.settings.gradient_accumulation_steps
     losses: list[Tensor] = []
+    seen: list[
+        dict[str, Any]
+    ] = []  # as they were read, bytes in the host's memory, for what an error has to say
     data_s = 0.0
     begun = time.perf_counter()
     for _ in range(parts):
         asked = time.perf_counter()
-        batch = run.preprocess(to_floats(next(batches), settings.policy.device or "cpu"))
+        seen.append(next(batches))
+        batch = run.preprocess(to_floats(seen[-1], settings.policy.device or "cpu"))
         data_s += time.perf_counter() - asked
         with _autocast(settings):
             loss, _ = run.policy.forward(batch)
@@ -144,7 +166,7 @@ def update(run: Run, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
     # Both at once: the step must not be taken on numbers that are none, and each look waits for the GPU.
     mean, grad_norm = torch.stack([torch.stack(losses).mean().float(), norm.float()]).tolist()
     if not (math.isfinite(mean) and math.isfinite(grad_norm)):
-        raise TrainingError(_not_finite(run, mean, grad_norm, batch))
+        raise TrainingError(_not_finite(run, mean, grad_norm, seen))
     rate = run.optimizer.param_groups[0]["lr"]
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -160,8 +182,15 @@ def write_checkpoint(run: Run, folder: Path) -> None:
     run.preprocess.save_pretrained(pretrained)
     run.postprocess.save_pretrained(pretrained)
     files.write_train_config(pretrained, run.settings.to_lerobot())
-    facts = {"settings": run.settings.to_dict(), "frames": len(run.data.train)}
+    facts = {"settings": run.settings.to_dict(), "asked": run.asked, "frames": len(run.data.train)}
     files.save_state(folder, run.step, run.samples, run.optimizer, run.scheduler, facts)
+
+
+def _check_unused(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise TrainingError(
+            f"--output_dir={folder} is there already and would be overwritten; give another, or --resume=true to go on"
+        )
 
 
 def _due(step: int, every: int) -> bool:
@@ -182,19 +211,20 @@ def _check_same_data(run: Run, checkpoint: Path) -> None:
         )
 
 
-def _not_finite(run: Run, loss: float, grad_norm: float, batch: dict[str, Any]) -> str:
-    bad = [
-        k
-        for k, v in batch.items()
-        if isinstance(v, Tensor) and v.is_floating_point() and not v.isfinite().all()
-    ]
-    frames = (
-        batch["index"].tolist() if isinstance(batch.get("index"), Tensor) else f"{len(batch[ACTION])} frames"
-    )
+def _not_finite(run: Run, loss: float, grad_norm: float, batches: list[dict[str, Any]]) -> str:
+    causes = []
+    for raw in batches:
+        # Preprocessed again: statistics, too, can make numbers that are none.
+        batch = run.preprocess(to_floats(raw, run.settings.policy.device or "cpu"))
+        floats = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        if bad := [key for key, value in floats.items() if not value.isfinite().all()]:
+            frames = batch["index"].tolist() if isinstance(batch.get("index"), Tensor) else len(batch[ACTION])
+            causes.append(f"{bad} of the frames {frames} hold such values")
     cause = (
-        f"{bad} of the last batch (frames {frames}) hold such values: repair the data or its statistics"
-        if bad
-        else "the data of the last batch are finite: try a lower --policy.optimizer_lr, more --policy.scheduler_warmup_steps"
+        f"{'; '.join(causes)}: repair the data or its statistics"
+        if causes
+        else f"the data of the step, {run.samples} samples, are finite: try a lower --policy.optimizer_lr, more "
+        "--policy.scheduler_warmup_steps"
     )
     return (
         f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}; {cause}. The step was not taken, and the "
@@ -205,6 +235,7 @@ def _not_finite(run: Run, loss: float, grad_norm: float, batch: dict[str, Any]) 
 def _refuse_many_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainingError(
-            "smolvla-fast train runs in one process, WORLD_SIZE asks for more. On several GPUs train with lerobot-train "
-            "under accelerate, from the same checkpoint"
+            "smolvla-fast train runs in one process, WORLD_SIZE asks for more. lerobot-train under accelerate trains on "
+            "several GPUs from the same checkpoint, without the fast path; a training loop of your own keeps it with "
+            "smolvla_fast.patch(policy, training=True) before the policy is wrapped"
         )

@@ -1,11 +1,11 @@
 """Trains SmolVLA on a LeRobotDataset, with LeRobot's flags: a fresh policy or a checkpoint, on images or video.
 
     smolvla-fast train --dataset.repo_id=ME/PICK --policy.path=lerobot/smolvla_base --batch_size=64 --steps=20000 \\
-        --output_dir=outputs/pick
+        --rename_map='{"observation.images.up": "observation.images.camera1"}' --output_dir=outputs/pick
     smolvla-fast train --resume=true --output_dir=outputs/pick
 
-Checkpoints are LeRobot's: `lerobot-eval` and `lerobot-train --resume=true` take them. Beside them lie
-train_log.jsonl and train_log.png.
+A fine-tuned checkpoint knows cameras by its own names: rename each of the dataset's. Checkpoints are LeRobot's:
+`lerobot-eval` and `lerobot-train --resume=true` take them. Beside them lie train_log.jsonl and train_log.png.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ from ..smolvla.configuration_smolvla import best_device
 from ..train.checkpoint import STATE, Checkpoints, read_run
 from ..train.errors import TrainingError
 from ..train.log import Window, read_log
-from ..train.settings import CHOICES, DatasetSettings, TrainSettings, check_same, flatten, nest
+from ..train.settings import (
+    CHOICES,
+    FREE_ON_RESUME,
+    DatasetSettings,
+    TrainSettings,
+    check_same,
+    flatten,
+    nest,
+)
 from ..training import Run, train
 from .console import CommandError, Console
 
@@ -34,6 +42,17 @@ logger = logging.getLogger(__name__)
 
 # Fields that are given in another way: the first two by their own fields, the third by --policy.path.
 OWN = ("policy", "dataset", "policy_path", "output_dir", "pretrained_path")
+# Flags of lerobot-train for what is not here: the one value that asks for nothing of it (None: any does), and what to do
+# about another.
+LEROBOTS = {
+    "job_name": (None, ""),
+    "wandb.enable": ("false", "loss and samples a second go to train_log.jsonl in --output_dir, the curve to train_log.png"),
+    "wandb.project": (None, ""), "wandb.entity": (None, ""), "wandb.notes": (None, ""), "wandb.mode": (None, ""),
+    "wandb.disable_artifact": (None, ""),
+    "dataset.image_transforms.enable": ("false", "leave it out, or train with lerobot-train, which has them"),
+    "dataset.streaming": ("false", "download the dataset, or name its folder with --dataset.root"),
+    "use_policy_training_preset": ("true", "set --policy.optimizer_* and --policy.scheduler_*"),
+}  # fmt: skip
 HELP = {
     "policy.optimizer_lr": "peak learning rate", "policy.scheduler_warmup_steps": "steps of linear warm-up",
     "policy.scheduler_decay_steps": "steps of the cosine", "policy.scheduler_decay_lr": "where the cosine ends",
@@ -58,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     policy.add_argument("--policy.path", dest="policy_path", default=argparse.SUPPRESS,
                         help="checkpoint to start from: folder or Hub id; without it, fresh weights")  # fmt: skip
     policy.add_argument("--policy.type", choices=["smolvla"], default="smolvla", help="as in LeRobot")
+    lerobots = parser.add_argument_group(
+        "lerobot-train's", "accepted where they ask for nothing, refused otherwise"
+    )
+    for name, (value, _) in LEROBOTS.items():
+        lerobots.add_argument(
+            f"--{name}", metavar="", default=argparse.SUPPRESS, help=f"{value} only" if value else "ignored"
+        )
     for group, name, kind in ((data, "dataset", DatasetSettings), (policy, "policy", SmolVLAConfig)):
         for entry in dataclasses.fields(kind):
             _add(group, f"{name}.{entry.name}", entry, entry.default)
@@ -101,12 +127,18 @@ def _boolean(text: str) -> bool:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
+    progress: Progress | None = None
     try:
         settings, checkpoint = read_settings(vars(args))
         with Progress(settings, console) as progress:
             done = train(settings, resume=checkpoint, on_begin=progress.begin, on_step=progress.step)
-    except TrainingError as error:
-        raise CommandError(str(error)) from error
+    except BaseException as error:
+        # Where a run went is asked above all of one that stopped, by an error or by hand.
+        if progress is not None and progress.bar is not None:
+            draw(progress.settings.output_dir, console)
+        if isinstance(error, TrainingError):
+            raise CommandError(str(error)) from error
+        raise
     console.line(f"trained to step {done.step}; checkpoints and log are in {settings.output_dir}")
     draw(settings.output_dir, console)
     return 0
@@ -117,6 +149,10 @@ def read_settings(flags: dict[str, Any]) -> tuple[TrainSettings, Path | None]:
 
     flags   name -> value of every flag that was given         raises  TrainingError
     """
+    for name, (value, instead) in LEROBOTS.items():
+        if value and flags.get(name, value).lower() != value:
+            raise TrainingError(f"--{name}={flags[name]}: this command accepts {value} only; {instead}")
+    flags = {name: value for name, value in flags.items() if name not in LEROBOTS}
     known = {entry.name for entry in dataclasses.fields(TrainSettings)} - {"dataset", "policy"}
     asked = {k: v for k, v in flags.items() if k in known or k.startswith(("dataset.", "policy."))}
     asked = {k: v for k, v in asked.items() if k != "policy.type" and (k != "output_dir" or v)}
@@ -135,11 +171,7 @@ def read_settings(flags: dict[str, Any]) -> tuple[TrainSettings, Path | None]:
         except (OSError, ValueError) as error:
             raise TrainingError(f"--policy.path={asked['policy_path']}: {error}") from error
     base |= {"push_to_hub": False, "pretrained_path": asked.get("policy_path")}
-    output = Path(asked.setdefault("output_dir", f"outputs/train/{datetime.now():%Y-%m-%d/%H-%M-%S}_smolvla"))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise TrainingError(
-            f"--output_dir={output} is there already and would be overwritten; give another, or --resume=true to go on"
-        )
+    asked.setdefault("output_dir", f"outputs/train/{datetime.now():%Y-%m-%d/%H-%M-%S}_smolvla")
     return TrainSettings.from_dict(nest({"dataset": {}, "policy": base}, asked)), None
 
 
@@ -162,9 +194,12 @@ def _resumed(asked: dict[str, Any], config_path: str | None) -> tuple[TrainSetti
                 f"--output_dir={asked['output_dir']} holds no whole checkpoint to resume; leave out --resume for a new run"
             )
         checkpoint = found
-    saved = read_run(checkpoint)["settings"]
-    check_same(flatten(saved), asked, checkpoint)
-    settings = TrainSettings.from_dict(nest(saved, asked))
+    facts = read_run(checkpoint)
+    saved = facts["settings"]
+    # With the flags as they were given: features that were left to the dataset are filled in by now.
+    check_same(flatten(saved), flatten(facts.get("asked", saved)), asked, checkpoint)
+    free = {name: value for name, value in asked.items() if name in FREE_ON_RESUME}
+    settings = TrainSettings.from_dict(nest(saved, free))
     if (
         settings.steps != saved["steps"]
         and min(settings.steps, saved["steps"]) < settings.policy.scheduler_decay_steps
@@ -245,7 +280,7 @@ def draw(output_dir: Path, console: Console) -> None:
     try:
         log = read_log(output_dir)
         if not any("loss" in entry for entry in log):
-            raise ValueError("the log is empty; give a smaller --log_freq")
+            raise ValueError("no step is in the log, and none comes there with --log_freq=0")
         loss_curve(log, f"SmolVLA, {output_dir.name}", path)
     except (OSError, ValueError) as error:
         console.line(f"no curve: {error}")

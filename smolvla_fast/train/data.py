@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from ..smolvla.features import ACTION, OBS_STATE
 from ..smolvla.normalization import REQUIRED_STATS
 from .errors import TrainingError
 from .settings import TrainSettings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -122,15 +125,25 @@ def fill_features(config: SmolVLAConfig, features: dict[str, Any], rename_map: d
     if not config.input_features:
         config.input_features = {k: f for k, f in found.items() if f.type is not FeatureType.ACTION}
     cameras = [key for key, feature in found.items() if feature.type is FeatureType.VISUAL]
-    missing = [key for key in config.image_features if key not in found and "empty_camera" not in key]
+    expected = [key for key in config.image_features if "empty_camera" not in key]
+    missing = [key for key in expected if key not in found]
     if not cameras:
         raise TrainingError(
             f"the dataset has no camera, SmolVLA needs at least one; its features are {sorted(found)}"
         )
-    if len(missing) > config.empty_cameras:
+    left_out = missing[config.empty_cameras :]
+    if left_out and rename_map and set(cameras) <= set(expected):
+        # Each of the dataset's cameras has been given its place. LeRobot trains so too, and leaves the others out.
+        logger.warning(
+            "the dataset lacks the cameras %s of the policy, which is trained without them; --policy.empty_cameras=%d puts "
+            "masked blank frames in their place",
+            left_out, len(missing),
+        )  # fmt: skip
+    elif left_out:
         raise TrainingError(
             f"the dataset lacks the cameras {missing} of the policy; it has {cameras}. Give --rename_map "
-            f'\'{{"{cameras[0]}": "{missing[0]}"}}\' if a camera has another name, --policy.empty_cameras={len(missing)} to '
+            f'\'{{"{cameras[0]}": "{missing[0]}"}}\' if cameras have other names (with each of '
+            f"them renamed, the policy is trained without the rest), --policy.empty_cameras={len(missing)} to "
             "train with blank frames in their place, or --policy.input_features=null to take the dataset's features"
         )
     for key, declared, limit in (

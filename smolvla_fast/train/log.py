@@ -33,15 +33,32 @@ class Window:
 
 
 class Log:
-    """Appends lines. A run that goes on from a step first drops the lines behind it, for it will write them again."""
+    """Appends lines. A run that goes on from a step first drops the lines behind it, for it will write them again.
 
-    def __init__(self, output_dir: Path, step: int) -> None:
-        self.path = output_dir / NAME
+    every  steps between the lines that ``add`` writes; 0: none
+    """
+
+    def __init__(self, output_dir: Path, step: int, every: int) -> None:
+        self.path, self.step, self.every = output_dir / NAME, step, every
+        self.window = Window()
         if self.path.exists():
             kept = [entry for entry in read_log(output_dir) if entry["step"] <= step]
             aside = self.path.with_suffix(".partial")
             self._write(aside, "w", kept)
             os.replace(aside, self.path)
+
+    def add(self, step: int, samples: int, **facts: float) -> None:
+        """Takes note of a step, and writes the means since the last line when one is due."""
+        self.step = step
+        self.window.add(samples, **facts)
+        if self.every and step % self.every == 0:
+            self.close()
+
+    def close(self) -> None:
+        """Writes the means of the steps since the last line, if there are any: a run need not end where one is due."""
+        window, self.window = self.window, Window()
+        if self.every and window.count:
+            self.write({"step": self.step, **window.means()})
 
     def write(self, entry: dict[str, Any]) -> None:
         self._write(self.path, "a", [entry])
@@ -57,8 +74,10 @@ class Log:
 
 
 def read_log(output_dir: Path) -> list[dict[str, Any]]:
-    """All lines; one that a kill cut short is left out."""
-    entries = []
+    """All lines, none where there is no log; one that a kill cut short is left out."""
+    entries: list[dict[str, Any]] = []
+    if not (output_dir / NAME).exists():
+        return entries
     for line in (output_dir / NAME).read_text(encoding="utf-8").splitlines():
         try:
             entries.append(json.loads(line))

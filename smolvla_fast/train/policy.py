@@ -8,7 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ..smolvla import SmolVLAConfig, SmolVLAPolicy, make_pre_post_processors
+from ..smolvla.hub import find_file
+from ..smolvla.processor_smolvla import PREPROCESSOR_NAME
+from ..smolvla.processor_steps import RenameObservationsProcessorStep
 from .errors import TrainingError
 from .settings import TrainSettings
 
@@ -30,7 +35,7 @@ def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
         policy = (
             policy_class(config) if source is None else policy_class.from_pretrained(source, config=config)
         )
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         what = "a fresh policy" if source is None else f"the policy of {source}"
         raise TrainingError(f"cannot make {what}: {error}") from error
     return policy.to(config.device).train()
@@ -71,20 +76,61 @@ def speed_up(policy: Any, wish: str, image_cache: int = 0) -> str:
 def make_processors(
     settings: TrainSettings, stats: dict[str, Any], source: str | Path | None, resume: bool
 ) -> tuple[Any, Any]:
-    """Pre- and postprocessor: fresh; a checkpoint's with this dataset's statistics; or, on resume, exactly its own."""
+    """Pre- and postprocessor: fresh; a checkpoint's with this dataset's statistics; or, on resume, exactly its own.
+
+    Fresh ones too for a checkpoint without any, as LeRobot wrote them before version 0.4.
+    raises  TrainingError for files that cannot be read, and on resume for missing ones
+    """
     config = settings.policy
     stats = {settings.rename_map.get(key, key): entry for key, entry in stats.items()}
-    if source is None or resume:
-        return make_pre_post_processors(config, source, dataset_stats=None if resume else stats)
+    if source is not None and not resume and _has_no_processors(source):
+        logger.warning(
+            "%s has no %s.json: processors are made from its configuration and the dataset's statistics",
+            source, PREPROCESSOR_NAME,
+        )  # fmt: skip
+        source = None
+    if source is None:
+        preprocess, postprocess = make_pre_post_processors(config, dataset_stats=stats)
+        rename = next(step for step in preprocess.steps if isinstance(step, RenameObservationsProcessorStep))
+        rename.rename_map = settings.rename_map
+        return preprocess, postprocess
+    overrides = {} if resume else _overrides(settings)
+    try:
+        return make_pre_post_processors(config, source, dataset_stats=None if resume else stats, **overrides)
+    except (OSError, ValueError, KeyError) as error:
+        way_out = (
+            f"take another checkpoint of {Path(source).parent.parent} with --config_path=CHECKPOINT/pretrained_model/"
+            "train_config.json"
+            if resume
+            else f"copy or download them again, or remove {PREPROCESSOR_NAME}.json to have them made from the dataset"
+        )
+        raise TrainingError(f"cannot read the processors of {source}: {error}; {way_out}") from error
+
+
+def _has_no_processors(source: str | Path) -> bool:
+    """Whether it is known that there are none: a Hub that cannot be reached says nothing."""
+    try:
+        find_file(source, f"{PREPROCESSOR_NAME}.json")
+    except FileNotFoundError as error:
+        if error.__cause__ is None:
+            return True
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        return isinstance(error.__cause__, EntryNotFoundError) and not isinstance(
+            error.__cause__, LocalEntryNotFoundError
+        )
+    return False
+
+
+def _overrides(settings: TrainSettings) -> dict[str, Any]:
+    """What a checkpoint's processors take from this run."""
+    config = settings.policy
     inputs, outputs = config.input_features or {}, config.output_features or {}
     scaling = {"norm_map": config.normalization_mapping}
-    return make_pre_post_processors(
-        config,
-        source,
-        dataset_stats=stats,
-        preprocessor_overrides={
+    return {
+        "preprocessor_overrides": {
             "rename_observations_processor": {"rename_map": settings.rename_map},
             "normalizer_processor": {"features": {**inputs, **outputs}, **scaling},
         },
-        postprocessor_overrides={"unnormalizer_processor": {"features": outputs, **scaling}},
-    )
+        "postprocessor_overrides": {"unnormalizer_processor": {"features": outputs, **scaling}},
+    }

@@ -65,7 +65,8 @@ class TrainSettings:
     image_cache                  bytes for tokens of frozen image frames, so that a frame of an earlier epoch is not encoded
                                  anew (``patch(image_cache=)``); 0: none
     dtype                        "bf16": matrix products under autocast; "auto": bf16 if ``policy.use_amp``, else fp32
-    seed                         of weights, data order and noise; None: the process's random state as it is
+    seed                         of weights, data order and noise; None: weights and noise from the process's random state
+                                 as it is, data in the order of seed 0, as in LeRobot
     batch_size                   samples a forward pass; an optimizer step has ``gradient_accumulation_steps`` times as many
     steps                        optimizer steps in all, those before a resume included
     num_workers                  processes that read data
@@ -109,6 +110,12 @@ class TrainSettings:
                 raise TrainingError(f"{name}={value!r}: must be a whole number of at least {least}")
         if self.image_cache and self.fast == "off":
             raise TrainingError("image_cache needs the fast path: leave out --fast=off, or --image_cache")
+        if self.policy.use_peft:
+            raise TrainingError(
+                "policy.use_peft=true: this trains the policy's own weights and adds no adapter; train adapters with "
+                "lerobot-train and its --peft flags, or in a loop of your own around peft.get_peft_model, where "
+                "smolvla_fast.patch(policy, training=True) keeps the fast path"
+            )
         if not (self.policy.optimizer_lr > 0 and self.policy.scheduler_decay_steps > 0):
             raise TrainingError("policy.optimizer_lr and policy.scheduler_decay_steps must be above 0")
         split = self.dataset.eval_split
@@ -190,15 +197,18 @@ def nest(values: dict[str, Any], flat: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def check_same(saved: dict[str, Any], asked: dict[str, Any], checkpoint: Path) -> None:
+def check_same(
+    saved: dict[str, Any], before: dict[str, Any], asked: dict[str, Any], checkpoint: Path
+) -> None:
     """Refuses to go on with another configuration.
 
-    saved, asked  flat settings of the checkpoint, and those that were asked for    raises  TrainingError naming every one
+    saved, before, asked  flat settings of the checkpoint, those it was begun with, and those that are asked for now, which
+                          may be either's           raises  TrainingError naming every one that is neither
     """
     other = [
         f"{name} ({saved.get(name)!r} in the checkpoint, {value!r} asked for)"
         for name, value in asked.items()
-        if name not in FREE_ON_RESUME and value != saved.get(name)
+        if name not in FREE_ON_RESUME and value not in (saved.get(name), before.get(name))
     ]
     if other:
         raise TrainingError(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from training_runs import read
+from training_runs import read, refused
 
 from smolvla_fast.smolvla import SmolVLAPolicy
 from smolvla_fast.testing_dataset import write_dataset
@@ -19,13 +19,6 @@ from smolvla_fast.train.data import open_data, training_batches
 from smolvla_fast.training import update
 
 pytestmark = pytest.mark.training
-
-
-def refused(bench_top, output, capsys, *flags):
-    """The message of a command that must end with status 2 and write nothing."""
-    assert bench_top.command(output, *flags) == 2
-    assert not output.exists()
-    return capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +212,8 @@ def test_a_folder_that_holds_something_is_not_overwritten(bench_top, tmp_path, c
 
 def test_several_processes_are_refused(bench_top, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in refused(bench_top, tmp_path / "run", capsys)
+    message = refused(bench_top, tmp_path / "run", capsys)
+    assert "one process" in message and "lerobot-train" in message and "without the fast path" in message
 
 
 def test_resume_of_nothing(tmp_path, capsys):
@@ -238,3 +232,28 @@ def test_flags_are_read_as_lerobot_reads_them(bench_top, tmp_path):
     settings = read([*flags, "--seed=null", "--policy.optimizer_lr=1", "--save_checkpoint", "false"])[0]
     assert settings.policy.optimizer_betas == (0.8, 0.95) and settings.policy.train_expert_only is False
     assert settings.seed is None and settings.policy.optimizer_lr == 1.0 and settings.save_checkpoint is False
+
+
+def test_flags_of_lerobot_train_for_what_is_not_here(bench_top, tmp_path, capsys):
+    fine = ("--job_name=pick", "--wandb.enable=false", "--dataset.image_transforms.enable=False")
+    assert read(bench_top.flags(tmp_path / "run", *fine, "--policy.use_peft=false"))[0].steps == 2
+    for flag, instead in (
+        ("--wandb.enable=true", "train_log.jsonl"),
+        ("--dataset.image_transforms.enable=true", "lerobot-train"),
+        ("--dataset.streaming=true", "--dataset.root"),
+        ("--policy.use_peft=true", "smolvla_fast.patch(policy, training=True)"),
+    ):
+        message = refused(bench_top, tmp_path / "run", capsys, flag)
+        assert flag.lstrip("-") in message and instead in message
+
+
+def test_a_micro_batch_before_the_last_is_looked_through(bench_top, tmp_path):
+    run = bench_top.prepare(tmp_path / "run", "--gradient_accumulation_steps=2")
+    batches = training_batches(run.settings, run.data.train, 0)
+    first, second = next(batches), next(batches)
+    first["observation.images.wrist"] = first["observation.images.wrist"].float()
+    first["observation.images.wrist"][1] = np.nan
+    with pytest.raises(TrainingError) as error:
+        update(run, iter([first, second]))
+    assert "observation.images.wrist" in str(error.value) and str(first["index"].tolist()) in str(error.value)
+    assert str(second["index"].tolist()) not in str(error.value) and "finite" not in str(error.value)

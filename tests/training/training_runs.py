@@ -78,6 +78,13 @@ def resume(output: Path, *more: str) -> int:
     return main(["train", "--resume=true", f"--output_dir={output}", *more])
 
 
+def refused(bench_top, output, capsys, *flags):
+    """The message of a command that must end with status 2 and write nothing."""
+    assert bench_top.command(output, *flags) == 2
+    assert not output.exists()
+    return capsys.readouterr().err
+
+
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(str(checkpoint / "pretrained_model" / "model.safetensors"))
 

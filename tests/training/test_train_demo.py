@@ -1,0 +1,42 @@
+"""What ``make train-demo`` does around the training: which folders it empties, and whether its run was really killed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.training
+
+
+@pytest.fixture(scope="module")
+def demo():
+    path = Path(__file__).parents[2] / "examples" / "train_demo.py"
+    spec = importlib.util.spec_from_file_location("train_demo", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_only_a_folder_of_its_own_is_emptied(demo, tmp_path, capsys):
+    theirs = tmp_path / "outputs"
+    theirs.mkdir()
+    (theirs / "precious").write_text("kept")
+    assert demo.main(theirs) == 2
+    assert (theirs / "precious").read_text() == "kept" and list(theirs.iterdir()) == [theirs / "precious"]
+    assert "has not written" in capsys.readouterr().err
+
+    for fresh in (tmp_path / "new" / "demo", tmp_path):
+        assert demo.cleared(fresh) is (fresh != tmp_path)
+    (tmp_path / "new" / "demo" / "run").mkdir()
+    assert demo.cleared(tmp_path / "new" / "demo")  # the second time it is the demo's
+    assert [p.name for p in (tmp_path / "new" / "demo").iterdir()] == [demo.MARKER]
+
+
+def test_a_run_that_ended_by_itself_was_not_killed(demo, tmp_path, capfd):
+    saved = tmp_path / "run" / "checkpoints" / "000200" / "training_state"
+    assert not demo.kill_once_saved(["sh", "-c", "exit 3"], tmp_path / "run")  # before it had saved
+    assert "ended by itself, with status 3" in capfd.readouterr().err
+    assert demo.kill_once_saved(["sh", "-c", f"mkdir -p {saved}; exec sleep 60"], tmp_path / "run")
+    assert "killed; the last whole checkpoint is" in capfd.readouterr().out
