@@ -441,6 +441,21 @@ def test_a_frame_is_encoded_once(policy: Any) -> None:
     assert_same(moved, step(policy, batch))
 
 
+def test_tokens_do_not_depend_on_the_frames_beside_them(policy: Any) -> None:
+    """Found or encoded anew, alone or among others: the same bits, or a resumed run would end elsewhere."""
+    many, few = make_batch(policy, batch=3), make_batch(policy, batch=1)
+    few.update({key: many[key][1:2] for key in many if "images" in key})
+    smolvla_fast.patch(policy, training=True, image_cache=2**20)
+    step(policy, many)
+    found = step(policy, few)
+    assert smolvla_fast.status(policy).training_cache["hits"] == 2
+    smolvla_fast.patch(policy, training=True, image_cache=2**21)  # another cache, empty
+    anew = step(policy, few)
+    assert smolvla_fast.status(policy).training_cache["misses"] == 2
+    assert torch.equal(anew.loss, found.loss)
+    assert all(torch.equal(anew.gradients[name], found.gradients[name]) for name in found.gradients)
+
+
 def test_tokens_of_another_dtype_are_others(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training in autocast and a validation without it share a cache and no token."""
     monkeypatch.setattr(loss_module, "why_bf16_is_slow", lambda: None)

@@ -308,7 +308,7 @@ def test_frames_of_an_earlier_epoch_are_looked_up(bench_top, tmp_path, capsys):
     cache = smolvla_fast.status(run.policy).training_cache
     cameras = len(run.settings.policy.image_features)
     assert cache["hits"] + cache["misses"] > cameras * frames >= cache["misses"] > 0
-    # The same numbers but for the order of sums: batches of frames are encoded in other sizes.
+    # The same numbers but for the order of sums: with a cache, frames are encoded one by one.
     assert losses[10**7] == pytest.approx(losses[0], rel=1e-4)
     assert bench_top.command(tmp_path / "said", "--image_cache=2000000000", "--steps=1") == 0
     assert "patched for training, 2 GB for image tokens" in capsys.readouterr().out
