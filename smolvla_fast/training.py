@@ -126,7 +126,7 @@ def prepare(settings: TrainSettings, resume: Path | None = None) -> Run:
     source = resume / files.PRETRAINED if resume else settings.policy_path
     data = open_data(settings)
     policy = make_policy(settings, source)
-    path = speed_up(policy, settings.fast, settings.image_cache)
+    path = speed_up(policy, settings)
     preprocess, postprocess = make_processors(settings, data.meta.stats, source, resume is not None)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     # Frozen parameters too, as LeRobot does: they get no gradient, and a checkpoint's states are numbered by place.

@@ -24,6 +24,7 @@ from ..reference.rope import rope_tables
 from ..stages.observation import Observation, prepare_images, prepare_observation
 from ..stages.prefix import embed_prefix, text_kv
 from ..stages.vision import encode_images, encode_patches, patch_positions
+from ..weights import is_cross
 from .guard import frozen_reason
 from .image_cache import ImageCache
 from .layers import Rows, expert_layers, state_rows, text_layers
@@ -35,7 +36,7 @@ Prefix = Iterator[tuple[Tensor, Tensor]]
 class LossEngine:
     """Computes training losses for one model in one tier. Weights are read from the model at each call.
 
-    passed_over  what the tier would rather have done, with the reasons
+    passed_over  what the tier would rather have done, with the reasons: as the last look and the last loss had it
     cache        of image tokens, or None
     """
 
@@ -54,8 +55,27 @@ class LossEngine:
     def look(self, model: Any) -> None:
         """Note, once for each state of a model, whether the engine's ops may stand in for its frozen modules."""
         self.not_frozen = frozen_reason(model)
+        instead = f"{self.not_frozen}; the modules themselves compute it"
+        self._note("frozen prefix", None if self.not_frozen is None else instead)
+        self._note("image cache", self._no_cache(model))
+
+    def _note(self, what: str, reason: str | None) -> None:
+        """A receipt goes when its cause does."""
+        if reason is None:
+            self.passed_over.pop(what, None)
+        else:
+            self.passed_over[what] = reason
+
+    def _no_cache(self, model: Any) -> str | None:
+        """Why a cache that was asked for cannot serve, or None. Without gradients too: weights that learn move."""
+        vlm = model.vlm_with_expert.get_vlm_model()
+        if self.cache is None:
+            return None
+        if any(each.requires_grad for each in (*vlm.vision_model.parameters(), *vlm.connector.parameters())):
+            return "vision tower or connector learn; tokens are made at every step"
         if self.not_frozen is not None:
-            self.passed_over["frozen prefix"] = f"{self.not_frozen}; the modules themselves compute it"
+            return f"{self.not_frozen}; the modules themselves make the tokens, at every step"
+        return None
 
     def losses(
         self,
@@ -108,8 +128,9 @@ class LossEngine:
     def _in_bf16(self, device: str) -> bool:
         """Whether products are in bf16 where weights are not; sets the dtype of the frozen ones."""
         narrow = torch.is_autocast_enabled(device) or self.tier.gemm_dtype is torch.bfloat16
-        if narrow and self._slow_bf16 is not None:  # wider products err less and are faster
-            self.passed_over["bf16 products"] = f"{self._slow_bf16}; products run in fp32"
+        slow = self._slow_bf16 if narrow else None  # wider products err less and are faster
+        self._note("bf16 products", None if slow is None else f"{slow}; products run in fp32")
+        if slow is not None:
             self._products = torch.float32
             return False
         self._products = torch.bfloat16 if narrow else self.tier.gemm_dtype
@@ -127,8 +148,8 @@ class LossEngine:
         vlm, batch = pair.get_vlm_model(), observation.state.shape[0]
         if not observation.frames:
             return []
-        if self.cache is not None and (_learns(vlm.vision_model) or _learns(vlm.connector)):
-            self.passed_over["image cache"] = "vision tower or connector learn; tokens are made at every step"
+        no_cache = self._no_cache(model)
+        self._note("image cache", no_cache)
         (frames,) = prepare_images(self.ops, observation.frames, dims.image_side, together=True)
         if vision_learns or self.not_frozen is not None:
             out = pair.embed_image(frames)
@@ -140,7 +161,7 @@ class LossEngine:
                 return encode_patches(*given) if learns else encode_images(*given)
 
             with _frozen(frames.device):
-                if self.cache is None or learns:
+                if self.cache is None or no_cache is not None:
                     out = encode(frames)
                 else:
                     read = (*vlm.vision_model.parameters(), *vlm.connector.parameters())
@@ -171,7 +192,8 @@ class LossEngine:
         if learns or self.not_frozen is not None:
             embedded, pad_masks, att_masks = embed(state_token=state_token)
             rows = _rows(torch.cumsum(pad_masks, dim=1) - 1, block_mask(pad_masks, att_masks), dims)
-            return pad_masks, text_layers(self.ops, layers, embedded, rows, dims.head_dim)
+            joint_end = not is_cross(model.vlm_with_expert, len(layers) - 1)
+            return pad_masks, text_layers(self.ops, layers, embedded, rows, dims.head_dim, joint_end)
 
         apart = state_token.requires_grad
         with _frozen(device):

@@ -111,6 +111,28 @@ def frozen_reason(model: Any) -> str | None:
         return f"the structure is not SmolVLA's: {error!r}"
 
 
+def size_reason(model: Any) -> str | None:
+    """Why frames of the size that the configuration announces are stock's affair, or None.
+
+    What a batch brings is for ``call_reason`` to judge; this says it before the first one.
+    """
+    config = model.config
+    side = model.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
+    if config.resize_imgs_with_padding is not None:
+        width, height = config.resize_imgs_with_padding
+        if (height, width) != (side, side):
+            return f"resize_imgs_with_padding={(width, height)}; accepted is {(side, side)}, what the vision tower is for"
+        return None
+    for name, feature in (config.image_features or {}).items():
+        height, width = feature.shape[-2:]
+        if (height, width) != (side, side) and "empty_camera" not in name:  # those get the size of the others
+            return (
+                f"{name} is {height} x {width} and resize_imgs_with_padding is None; accepted are frames of {side} x "
+                f"{side}, what the vision tower is for"
+            )
+    return None
+
+
 def call_reason(
     model: Any,
     images: Sequence[Tensor],

@@ -32,12 +32,13 @@ class ImageCache:
     def encoded(
         self, frames: Tensor, weights: list[Tensor], products: str, encode: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """``encode(frames)``, run for the frames alone that are not known.
+        """``encode(frames)``, run for the frames alone that are not known: one by one, for the order of a product's sums
+        depends on how many rows it has, and tokens must not depend on which frames were known beside them.
 
         frames   [n, 3, side, side]
         weights  what ``encode`` reads: where a sample of their rows has changed, nothing is known any more
         products the dtype ``encode`` multiplies in: tokens of another are not these
-        encode   [m, 3, side, side] -> [m, tokens, M]
+        encode   [1, 3, side, side] -> [1, tokens, M]
         returns  [n, tokens, M] without a graph
         """
         self._forget_if_moved(weights)
@@ -46,9 +47,8 @@ class ImageCache:
         absent = [i for i, tokens in enumerate(found) if tokens is None]
         self.misses += len(absent)
         self.hits += len(keys) - len(absent)
-        if absent:
-            for i, tokens in zip(absent, encode(frames[absent]), strict=True):
-                found[i] = tokens
+        for i in absent:
+            found[i] = encode(frames[i : i + 1])[0]
         for key, tokens in zip(keys, found, strict=True):
             assert tokens is not None
             self._keep(key, tokens)
@@ -56,8 +56,7 @@ class ImageCache:
 
     def _keep(self, key: bytes, tokens: Tensor) -> None:
         if key not in self._tokens:
-            # A copy: a slice would hold its whole batch.
-            self._tokens[key] = tokens.clone()
+            self._tokens[key] = tokens
             self.bytes += tokens.nbytes
         self._tokens.move_to_end(key)
         while self.bytes > self.limit:

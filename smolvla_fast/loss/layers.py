@@ -52,11 +52,28 @@ def _finish(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
     return x + mlp(h.to(mlp.gate_proj.weight.dtype))
 
 
+class _Beside(torch.autograd.Function):
+    """x as it is; ``unread`` [any shape] gets a gradient of zeros, where without this it had none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, unread: Tensor) -> Tensor:
+        ctx.like = unread.new_zeros(()).expand(unread.shape)  # one number, not the tensor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, ctx.like
+
+
 def text_layers(
-    ops: Ops, layers: Any, x: Tensor, rows: Rows, head_dim: int
+    ops: Ops, layers: Any, x: Tensor, rows: Rows, head_dim: int, joint_end: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys and values [B, P, K, D] of each text layer over a whole prefix x [B, P, M]; of the last nothing else."""
-    return _text(ops, layers, x, rows, head_dim, None)
+    """Keys and values [B, P, K, D] of each text layer over a whole prefix x [B, P, M]; of the last nothing else is read.
+
+    joint_end  the last layer is of self-attention: stock's softmax then has rows for the prefix as well, so that its
+               queries, which nobody reads, get a gradient of zeros, and DDP waits for it
+    """
+    return _text(ops, layers, x, rows, head_dim, None, joint_end)
 
 
 def state_rows(
@@ -71,7 +88,13 @@ def state_rows(
 
 
 def _text(
-    ops: Ops, layers: Any, x: Tensor, rows: Rows, head_dim: int, frozen: list[tuple[Tensor, Tensor]] | None
+    ops: Ops,
+    layers: Any,
+    x: Tensor,
+    rows: Rows,
+    head_dim: int,
+    frozen: list[tuple[Tensor, Tensor]] | None,
+    joint_end: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for i, layer in enumerate(layers):
         h = _normed(layer, x)
@@ -79,6 +102,8 @@ def _text(
         q = None if last else rotate(_heads(layer.self_attn.q_proj, h, head_dim), rows.rope)
         k = rotate(_heads(layer.self_attn.k_proj, h, head_dim), rows.rope)
         v = _heads(layer.self_attn.v_proj, h, head_dim)
+        if last and joint_end and any(each.requires_grad for each in layer.self_attn.q_proj.parameters()):
+            k = _Beside.apply(k, layer.self_attn.q_proj(h))
         if frozen is not None:
             k, v = torch.cat([frozen[i][0], k], dim=1), torch.cat([frozen[i][1], v], dim=1)
         yield k, v

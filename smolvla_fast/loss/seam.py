@@ -17,7 +17,7 @@ from ..precision import resolve_tier
 from ..runtime import DISABLE, SETTINGS, disabled, runtime_of
 from ..weights import telling_weight
 from .engine import LossEngine
-from .guard import call_reason, model_reason
+from .guard import call_reason, model_reason, size_reason
 from .learning import Learning
 
 
@@ -72,5 +72,5 @@ def _ready(model: Any) -> tuple[Learning, LossEngine | None, str | None]:
 
 
 def training_reason(model: Any) -> str | None:
-    """Why the losses of a model patched for training are stock's whatever the batch, or None."""
-    return _ready(model)[2]
+    """Why the losses of a model patched for training are stock's whatever the batch holds, or None."""
+    return _ready(model)[2] or size_reason(model)

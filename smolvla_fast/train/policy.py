@@ -8,8 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
+from ..extension import why_bf16_is_slow
 from ..smolvla import SmolVLAConfig, SmolVLAPolicy, make_pre_post_processors
 from ..smolvla.hub import find_file
 from ..smolvla.processor_smolvla import PREPROCESSOR_NAME
@@ -51,26 +53,40 @@ def _lerobot(config: SmolVLAConfig) -> tuple[Any, Any]:
         return PreTrainedConfig.from_pretrained(folder), LeRobotPolicy
 
 
-def speed_up(policy: Any, wish: str, image_cache: int = 0) -> str:
+def speed_up(policy: Any, settings: TrainSettings) -> str:
     """Patches the policy for training where that is possible; returns what came of it, in words.
 
-    wish         "auto", "on" or "off"      image_cache  as in ``patch``
-    raises       TrainingError for "on" where it is not possible
+    raises  TrainingError for ``fast="on"`` where it is not possible
     """
     from ..patch import patch, status, unpatch
     from ..runtime import DISABLE, disabled
 
-    if wish == "off":
+    if settings.fast == "off":
         return "plain, as asked for"
-    patch(policy, training=True, image_cache=image_cache)
-    reason = f"{DISABLE} is set" if disabled() else status(policy).training_fallback
+    patch(policy, training=True, image_cache=settings.image_cache)
+    now = status(policy)
+    reason = f"{DISABLE} is set" if disabled() else now.training_fallback
     if reason is None:
-        cache = f", {image_cache / 1e9:.3g} GB for image tokens" if image_cache else ""
-        return f"patched for training{cache}"
+        return (
+            f"patched for training{_products(policy, settings)}{_cache(now.training_passed_over, settings)}"
+        )
     unpatch(policy)
-    if wish == "on":
+    if settings.fast == "on":
         raise TrainingError(f"--fast=on: {reason}; use --fast=auto, which then trains the plain policy")
     return f"plain: {reason}"
+
+
+def _products(policy: Any, settings: TrainSettings) -> str:
+    slow = why_bf16_is_slow() if settings.bf16 and torch.device(policy.config.device).type == "cpu" else None
+    return "" if slow is None else f", products in fp32 ({slow})"
+
+
+def _cache(passed_over: dict[str, str], settings: TrainSettings) -> str:
+    if not settings.image_cache:
+        return ""
+    if "image cache" in passed_over:
+        return f", image_cache without effect ({passed_over['image cache']})"
+    return f", {settings.image_cache / 1e9:.3g} GB for image tokens"
 
 
 def make_processors(

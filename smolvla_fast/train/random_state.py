@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +37,11 @@ def seed_all(seed: int | None) -> None:
 def collect() -> dict[str, Tensor]:
     """The state as tensors, under the names of LeRobot's ``rng_state.safetensors``.
 
-    numpy's held-back normal number is kept in fp64 (LeRobot rounds it to fp32). Of several GPUs the current one.
+    Of the accelerator all devices are kept, for ``torch.manual_seed`` seeds them all: the current one under LeRobot's name
+    and each under its number. The normal numbers that python and numpy hold back are kept in fp64 (LeRobot rounds numpy's
+    to fp32 and drops python's). LeRobot reads past what it does not know.
     """
-    version, words, _ = random.getstate()
+    version, words, held = random.getstate()
     _, keys, index, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     state = {
         "py_rng_version": torch.tensor([version]),
@@ -49,14 +52,22 @@ def collect() -> dict[str, Tensor]:
         "np_rng_cached_gaussian": torch.tensor([gauss], dtype=torch.float64),
         "torch_rng_state": torch.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["torch_cuda_rng_state"] = torch.cuda.get_rng_state()
+    if held is not None:
+        state["py_rng_gauss"] = torch.tensor([held], dtype=torch.float64)
+    kind, module = _accelerator()
+    if kind == "mps":
+        state["torch_mps_rng_state"] = module.get_rng_state()
+    elif kind is not None:
+        for i in range(module.device_count()):
+            state[f"torch_{kind}_rng_state_{i}"] = module.get_rng_state(i)
+        state[f"torch_{kind}_rng_state"] = state[f"torch_{kind}_rng_state_{module.current_device()}"].clone()
     return state
 
 
 def restore(state: dict[str, Tensor]) -> None:
-    """Inverse of ``collect``."""
-    random.setstate((int(state["py_rng_version"]), tuple(state["py_rng_state"].tolist()), None))
+    """Inverse of ``collect``, as far as this machine has the devices. Reads LeRobot's files too."""
+    held = float(state["py_rng_gauss"]) if "py_rng_gauss" in state else None
+    random.setstate((int(state["py_rng_version"]), tuple(state["py_rng_state"].tolist()), held))
     np.random.set_state(  # noqa: NPY002
         (
             "MT19937",
@@ -67,5 +78,25 @@ def restore(state: dict[str, Tensor]) -> None:
         )
     )
     torch.set_rng_state(state["torch_rng_state"])
-    if "torch_cuda_rng_state" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["torch_cuda_rng_state"])
+    kind, module = _accelerator()
+    if kind == "mps" and "torch_mps_rng_state" in state:
+        module.set_rng_state(state["torch_mps_rng_state"])
+    elif kind not in (None, "mps"):
+        current = module.current_device()
+        for i in range(module.device_count()):
+            # A file of LeRobot's has the current device's alone.
+            name = f"torch_{kind}_rng_state_{i}"
+            name = f"torch_{kind}_rng_state" if i == current and name not in state else name
+            if name in state:
+                module.set_rng_state(state[name], i)
+
+
+def _accelerator() -> tuple[str | None, Any]:
+    """Type and module of the accelerator, "cuda" and ``torch.cuda`` say; None where there is none or nothing has used it."""
+    if torch.backends.mps.is_available():
+        return "mps", torch.mps
+    for kind in ("cuda", "xpu"):
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_available() and module.is_initialized():
+            return kind, module
+    return None, None

@@ -15,7 +15,9 @@ CHOICES = {
     "dtype": ("auto", "fp32", "bf16"),
     "fast": ("auto", "on", "off"),
 }
-# What may differ when a run goes on: none of it changes the weights that come out, or only how far they are trained.
+# What may differ when a run goes on: how far it is trained, what is written and read where, and how steps are computed. Of
+# these only the last ("fast", "image_cache", "policy.device") moves the weights that come out, by the order of sums and, on
+# another device, by other noise.
 FREE_ON_RESUME = frozenset(
     (
         "steps",

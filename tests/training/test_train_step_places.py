@@ -65,22 +65,29 @@ VLM = r".*text_model\..*\.(q|v|up)_proj"
 )
 def test_lora(policy: Any, targets: str) -> None:
     """Adapters are called as modules: the expert's and the heads' beside a frozen prefix, the VLM's under its full graph."""
+    _check_lora(policy, targets)
+
+
+def test_lora_on_the_last_text_layer_under_joint_attention() -> None:
+    """Of a last self-attention layer stock's queries get zeros, not None, which plain DDP would wait for."""
+    policy = make_policy("tiny", num_vlm_layers=3).train()
+    stock = _check_lora(policy, VLM)
+    last = [g for name, g in stock.gradients.items() if "text_model.layers.2.self_attn.q_proj" in name]
+    assert len(last) == 2 and not any(g.any() for g in last)
+
+
+def _check_lora(policy: Any, targets: str) -> Step:
     adapted = lora(policy, targets)
     batch = make_batch(policy)
     stock = step(policy, batch)
     noise = other_order(policy, batch, stock)
     assert all("lora" in name for name in stock.gradients)
     smolvla_fast.patch(adapted, training=True)
-    # In its last layer nothing but keys and values is ever read, so there queries and MLP have no gradient at all, where
-    # stock's joint attention gives them zeros.
-    ours = step(policy, batch)
-    dead = {name for name in stock.gradients.keys() - ours.gradients.keys() if "text_model.layers.3." in name}
-    assert all(not stock.gradients[name].any() for name in dead)
-    kept = {name: g for name, g in stock.gradients.items() if name not in dead}
-    assert_same(ours, stock._replace(gradients=kept), noise)
+    assert_same(step(policy, batch), stock, noise)
     now = smolvla_fast.status(adapted)
     assert (now.training_fast, now.training_stock) == (1, 0)
     assert ("frozen prefix" in now.training_passed_over) == (targets != EXPERT)
+    return stock
 
 
 def test_accelerate(policy: Any) -> None:
@@ -434,6 +441,21 @@ def test_a_frame_is_encoded_once(policy: Any) -> None:
     assert_same(moved, step(policy, batch))
 
 
+def test_tokens_do_not_depend_on_the_frames_beside_them(policy: Any) -> None:
+    """Found or encoded anew, alone or among others: the same bits, or a resumed run would end elsewhere."""
+    many, few = make_batch(policy, batch=3), make_batch(policy, batch=1)
+    few.update({key: many[key][1:2] for key in many if "images" in key})
+    smolvla_fast.patch(policy, training=True, image_cache=2**20)
+    step(policy, many)
+    found = step(policy, few)
+    assert smolvla_fast.status(policy).training_cache["hits"] == 2
+    smolvla_fast.patch(policy, training=True, image_cache=2**21)  # another cache, empty
+    anew = step(policy, few)
+    assert smolvla_fast.status(policy).training_cache["misses"] == 2
+    assert torch.equal(anew.loss, found.loss)
+    assert all(torch.equal(anew.gradients[name], found.gradients[name]) for name in found.gradients)
+
+
 def test_tokens_of_another_dtype_are_others(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training in autocast and a validation without it share a cache and no token."""
     monkeypatch.setattr(loss_module, "why_bf16_is_slow", lambda: None)
@@ -455,6 +477,55 @@ def test_an_image_cache_where_it_cannot_serve(policy: Any) -> None:
     step(learning, make_batch(learning))
     now = smolvla_fast.status(learning)
     assert now.training_cache["frames"] == 0 and "learn" in now.training_passed_over["image cache"]
+
+
+def test_an_image_cache_beside_adapters_of_the_vlm_has_a_receipt(policy: Any) -> None:
+    """Said at patching, and gone with its cause."""
+    adapted = lora(policy, VLM)
+    smolvla_fast.patch(adapted, training=True, image_cache=2**20)
+    batch = make_batch(policy)
+    receipt = smolvla_fast.status(adapted).training_passed_over["image cache"]
+    step(policy, batch)
+    now = smolvla_fast.status(adapted)
+    assert now.training_passed_over["image cache"] == receipt and "modules themselves" in receipt
+    assert now.training_cache["frames"] == 0
+    policy = adapted.merge_and_unload().train()
+    policy.model.action_out_proj.requires_grad_(True)
+    step(policy, batch)
+    now = smolvla_fast.status(policy)
+    assert now.training_passed_over == {} and now.training_cache["frames"] == 4
+
+
+def test_an_old_receipt_does_not_outlive_its_cause(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "why_bf16_is_slow", lambda: "no bf16 here")
+    smolvla_fast.patch(policy, training=True, image_cache=2**20)
+    connector = policy.model.vlm_with_expert.get_vlm_model().connector
+    connector.requires_grad_(True)
+    step(policy, make_batch(policy), autocast=True)
+    assert smolvla_fast.status(policy).training_passed_over.keys() == {"bf16 products", "image cache"}
+    connector.requires_grad_(False)
+    step(policy, make_batch(policy))
+    assert smolvla_fast.status(policy).training_passed_over == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            dict(resize_imgs_with_padding=(64, 64)),
+            r"resize_imgs_with_padding=\(64, 64\); accepted is \(32, 32\)",
+        ),
+        (dict(resize_imgs_with_padding=None), r"is \d+ x \d+ and resize_imgs_with_padding is None"),
+    ],
+    ids=["resized", "as they come"],
+)
+def test_frames_of_another_size_are_said_at_patching(settings: dict[str, Any], reason: str) -> None:
+    """Not at the first step alone: who asked for ``--fast=on`` is told before it."""
+    policy = make_policy("tiny").train()
+    for name, value in settings.items():
+        setattr(policy.config, name, value)
+    smolvla_fast.patch(policy, training=True)
+    assert re.search(reason, str(smolvla_fast.status(policy).training_fallback))
 
 
 @pytest.mark.slow

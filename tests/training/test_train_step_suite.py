@@ -19,6 +19,7 @@ import smolvla_fast
 from benchmarks import train_step
 from benchmarks.gate import Red
 from benchmarks.subject import Subject
+from smolvla_fast.loss.image_cache import ImageCache
 
 pytestmark = pytest.mark.training
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,8 @@ def test_the_suite(tmp_path: Path) -> None:
     assert set(found) == set(train_step.VARIANTS) - {train_step.COMPILED}
     assert all(each["gradient_rel_l2"] <= each["bound"] and each["p50_ms"] > 0 for each in found.values())
     assert found["patched"]["bound"] == train_step.GRADIENT_BOUND
+    assert found[train_step.CACHED]["frames_known"] == train_step.CAMERAS
+    assert all("frames_known" not in each for name, each in found.items() if name != train_step.CACHED)
     report = path.with_suffix(".md").read_text()
     assert "## Training step" in report and train_step.CACHED in report
 
@@ -58,6 +61,29 @@ def test_a_step_with_other_gradients_is_red(trainee: Any) -> None:
     trainee.policy.model.action_in_proj.weight.data.mul_(1.001)
     with pytest.raises(Red, match="gradients are .* from stock's in fp32, allowed 1e-05"):
         trainee.check(1, "patched", 1e-5)
+
+
+def test_a_frame_that_is_known_with_other_tokens_is_red(
+    trainee: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is timed is a step that finds its frames; so that is what is checked, not the step that first encodes them."""
+    encoded = ImageCache.encoded
+
+    def twice_when_known(self: ImageCache, *given: Any) -> torch.Tensor:
+        missed = self.misses
+        tokens = encoded(self, *given)
+        return tokens if self.misses > missed else 2 * tokens
+
+    monkeypatch.setattr(ImageCache, "encoded", twice_when_known)
+    smolvla_fast.patch(trainee.policy, training=True, image_cache=train_step.CACHE_BYTES)
+    with pytest.raises(Red, match="gradients are"):
+        trainee.check(1, train_step.CACHED, 1e-5)
+
+
+def test_a_cache_that_knows_no_frame_is_red(trainee: Any) -> None:
+    smolvla_fast.patch(trainee.policy, training=True, image_cache=1)
+    with pytest.raises(Red, match="0 of 2 frames were known"):
+        trainee.check(1, train_step.CACHED, 1e-5)
 
 
 def test_stock_in_the_place_of_ours_is_red(trainee: Any) -> None:

@@ -278,9 +278,20 @@ def test_fast_is_said_and_on_is_kept(bench_top, tmp_path, capsys, monkeypatch):
     assert "2 expert layers beside 4" in (said := capsys.readouterr().err) and "--fast=auto" in said
     assert bench_top.command(tmp_path / "left", *uneven) == 0
     assert "plain: 2 expert layers beside 4" in capsys.readouterr().out
+    small = "--policy.resize_imgs_with_padding=[64,64]"
+    assert bench_top.command(tmp_path / "small", "--fast=on", small) == 2
+    assert "resize_imgs_with_padding=(64, 64); accepted is (32, 32)" in capsys.readouterr().err
     monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
     assert bench_top.command(tmp_path / "disabled", "--fast=on") == 2
     assert "SMOLVLA_FAST_DISABLE is set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("slow", [None, "no bf16 here"])
+def test_bf16_that_runs_in_fp32_is_said(bench_top, tmp_path, capsys, monkeypatch, slow):
+    monkeypatch.setattr("smolvla_fast.train.policy.why_bf16_is_slow", lambda: slow)
+    assert bench_top.command(tmp_path / "run", "--dtype=bf16", "--steps=1") == 0
+    said = "in bf16 autocast, patched for training" + (f", products in fp32 ({slow})" if slow else "\n")
+    assert said in capsys.readouterr().out
 
 
 def test_frames_of_an_earlier_epoch_are_looked_up(bench_top, tmp_path, capsys):
@@ -297,9 +308,13 @@ def test_frames_of_an_earlier_epoch_are_looked_up(bench_top, tmp_path, capsys):
     cache = smolvla_fast.status(run.policy).training_cache
     cameras = len(run.settings.policy.image_features)
     assert cache["hits"] + cache["misses"] > cameras * frames >= cache["misses"] > 0
-    # The same numbers but for the order of sums: batches of frames are encoded in other sizes.
+    # The same numbers but for the order of sums: with a cache, frames are encoded one by one.
     assert losses[10**7] == pytest.approx(losses[0], rel=1e-4)
     assert bench_top.command(tmp_path / "said", "--image_cache=2000000000", "--steps=1") == 0
     assert "patched for training, 2 GB for image tokens" in capsys.readouterr().out
+    learning = ("--policy.train_expert_only=false", "--steps=1")
+    assert bench_top.command(tmp_path / "without", "--image_cache=2000000000", *learning) == 0
+    said = capsys.readouterr().out
+    assert "image_cache without effect (vision tower or connector learn" in said and "2 GB" not in said
     assert bench_top.command(tmp_path / "refused", "--image_cache=1000", "--fast=off") == 2
     assert "image_cache needs the fast path" in capsys.readouterr().err
