@@ -286,3 +286,46 @@ def test_after_a_warm_up_nothing_is_captured() -> None:
         assert pair.status.graphs == 1 and pair.status.calls_fast == 0
     captures = pair.driver.captures
     assert pair.same() and pair.driver.captures == captures == 1
+
+
+@pytest.mark.check(49, 57)
+@pytest.mark.usefixtures("recording")
+@pytest.mark.parametrize("example", [False, True], ids=["warmup=True", "warmup=batch"])
+def test_after_a_warm_up_guided_chunks_capture_nothing(example: bool) -> None:
+    """A robot's first chunk is not guided and all others are, by leftovers of any length: two graphs, made beforehand.
+
+    The RTC processor and the random state are as before.
+    """
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
+    pair = Captured(num_steps=2)
+    for policy in (pair.plain, pair.policy):
+        policy.config.rtc_config = RTCConfig(enabled=True, execution_horizon=6)
+        policy.init_rtc_processor()
+    processor, drawn = pair.policy.model.rtc_processor, torch.get_rng_state()
+    before = dict(vars(processor))
+    warmup = make_observation(pair.plain) if example else True
+    smolvla_fast.patch(pair.policy, precision="exact", backend="torch", warmup=warmup)
+    assert pair.driver.captures == pair.status.graphs == 2 and pair.status.calls_fast == 0
+    assert pair.policy.model.rtc_processor is processor and vars(processor) == before
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert pair.same(inference_delay=0, prev_chunk_left_over=None)
+    for shape in ((6, 6), (1, 6), (10, 6), (1, 3, 6), (10, 32)):
+        left_over = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+        assert pair.same(inference_delay=2, prev_chunk_left_over=left_over), shape
+    assert pair.driver.captures == 2 and pair.status.calls_fast == 6
+
+
+@pytest.mark.check(50, 57)
+def test_a_warm_up_leaves_no_record_in_the_debug_tracker() -> None:
+    """While the tracker is on, stock serves and every chunk is recorded, guided or not."""
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
+    policy = make_policy("tiny", num_steps=2)
+    policy.config.rtc_config = RTCConfig(enabled=True, execution_horizon=6, debug=True)
+    policy.init_rtc_processor()
+    smolvla_fast.patch(policy, warmup=True)
+    assert policy.rtc_processor.get_all_debug_steps() == []
+    chunk(policy, make_observation(policy), inference_delay=0, prev_chunk_left_over=None)
+    assert len(policy.rtc_processor.get_all_debug_steps()) == 2
+    assert smolvla_fast.status(policy).calls_stock == 1
