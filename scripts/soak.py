@@ -38,7 +38,7 @@ from smolvla_fast.verify import FP32_BOUND
 FLOOR = 768 * 2**10
 PER_CHUNK = 512
 """Bytes by which the resident set may have grown while chunks were counted: PER_CHUNK for each of them, and no less than
-FLOOR, the allocator's own movement: 108 to 204 KiB over 136 chunks in three runs, and more where it starts another arena.
+FLOOR, the allocator's own movement: 108 to 304 KiB over 136 chunks in five runs, and more where it starts another arena.
 A kilobyte lost a chunk is found among 10 000 chunks, 8 KiB among 200."""
 
 WORKERS = 4
