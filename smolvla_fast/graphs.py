@@ -7,11 +7,13 @@ has moved (``watch.py`` asks that before, and what else has changed while the GP
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -79,6 +81,7 @@ class GraphCache:
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self._failed: dict[Hashable, str] = {}
         self._lock = threading.RLock()
+        _caches.add(self)
 
     def run(self, key: Hashable, inputs: Sequence[Tensor], compute: Compute) -> Tensor:
         """The chunk for these inputs: a fresh tensor, ordered behind the caller's stream.
@@ -140,6 +143,11 @@ class GraphCache:
                 self._graphs.clear()
                 self._driver.release()
 
+    def _leave_to_parent(self) -> None:
+        """In a forked child: forget the parent's graphs, without a call to a device that does not survive a fork."""
+        _of_parents.append(self._graphs)
+        self._graphs, self._failed, self._lock = OrderedDict(), {}, threading.RLock()
+
     @property
     def count(self) -> int:
         return len(self._graphs)
@@ -154,6 +162,22 @@ class GraphCache:
         """Nodes of the graph used last."""
         with self._lock:
             return next(reversed(self._graphs.values())).nodes if self._graphs else None
+
+
+_caches: WeakSet[GraphCache] = WeakSet()
+_of_parents: list[Any] = []
+"""Graphs that a forked child must not replay, nor destroy: they are the parent's."""
+
+
+def _after_fork() -> None:
+    global _capturing
+    _capturing = threading.Lock()  # the parent's may be held by a thread that is not in the child
+    for cache in list(_caches):
+        cache._leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _first_line(error: BaseException) -> str:

@@ -281,23 +281,37 @@ def _shared(now: Status) -> str:
 
 
 def _warm_up(policy: Any, runtime: Runtime, example: Any) -> None:
+    """One chunk and, with real-time chunking on, a guided one: the two graphs that a robot replays.
+
+    None where RTC's debug tracker is on: it sends every chunk to stock, and would keep a record of these.
+    """
     model, counted = policy.model, (runtime.calls_fast, runtime.calls_stock)
     device, config = model.state_proj.weight.device, model.config
-    if example is True:
-        side = model.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
-        images = [torch.zeros(1, 3, side, side, device=device) for _ in config.image_features]
-        masks = [torch.ones(1, dtype=torch.bool, device=device) for _ in images]
-        tokens = torch.zeros(1, config.tokenizer_max_length, dtype=torch.long, device=device)
-        state = torch.zeros(1, config.max_state_dim, device=device)
-        noise = torch.zeros(1, config.chunk_size, config.max_action_dim, device=device)
-        with torch.no_grad():
-            model.sample_actions(
-                images, masks, tokens, torch.ones_like(tokens, dtype=torch.bool), state, noise=noise
-            )
-    else:
-        batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in example.items()}
-        shape = (batch["observation.state"].shape[0], config.chunk_size, config.max_action_dim)
-        policy.predict_action_chunk(batch, noise=torch.zeros(shape, device=device))
+    processor = getattr(model, "rtc_processor", None)
+    if processor is not None and processor.is_debug_enabled():
+        return
+    calls: list[dict[str, Any]] = [{}]
+    # Guidance is data of one shape: leftovers are padded to a chunk, so one number stands for any of them.
+    guided = dict(inference_delay=0, prev_chunk_left_over=torch.zeros(1, 1, device=device))
+    if _guided(model, guided) and _guidance_reason(model, guided) is None:
+        calls.append(guided)
+    for kwargs in calls:
+        if example is True:
+            side = model.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
+            images = [torch.zeros(1, 3, side, side, device=device) for _ in config.image_features]
+            masks = [torch.ones(1, dtype=torch.bool, device=device) for _ in images]
+            tokens = torch.zeros(1, config.tokenizer_max_length, dtype=torch.long, device=device)
+            token_masks = torch.ones_like(tokens, dtype=torch.bool)
+            state = torch.zeros(1, config.max_state_dim, device=device)
+            noise = torch.zeros(1, config.chunk_size, config.max_action_dim, device=device)
+            with torch.no_grad():
+                model.sample_actions(images, masks, tokens, token_masks, state, noise=noise, **kwargs)
+        else:
+            batch = {
+                key: value.clone() if isinstance(value, Tensor) else value for key, value in example.items()
+            }
+            shape = (batch["observation.state"].shape[0], config.chunk_size, config.max_action_dim)
+            policy.predict_action_chunk(batch, noise=torch.zeros(shape, device=device), **kwargs)
     with runtime.lock:
         runtime.calls_fast, runtime.calls_stock = counted
 

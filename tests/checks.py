@@ -10,6 +10,7 @@ table in docs/acceptance.md (``make acceptance``) is made in a second and withou
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,13 +100,6 @@ GROUPS: dict[str, dict[int, str]] = {
 }  # fmt: skip
 STATEMENTS = {number: text for group in GROUPS.values() for number, text in group.items()}
 
-ELSEWHERE = {
-    45: "tests/acceptance/test_callers.py",
-    47: "tests/acceptance/test_callers.py",
-    63: "tests/acceptance/test_plugin.py",
-}
-"""Files with LeRobot's own callers: all of their tests are of these checks, beside what is marked."""
-
 NOT_SHOWN = {
     28: "the distance between stock and stock under `torch.compile` is not measured: the bound here is stock's own loss in bf16; observations are drawn and weights random, so 5e-2 and cosine 0.9995, which stock itself misses on them, are not asked",
     32: "not measured: it needs trained weights and the LIBERO simulator",
@@ -140,12 +134,8 @@ def where(gpu: bool, fixtures: Iterable[str]) -> str:
     return GPU if gpu else DRIVER if _GRAPH_FIXTURES & set(fixtures) else CPU
 
 
-def numbers_elsewhere(path: str) -> list[int]:
-    return [number for number, file in ELSEWHERE.items() if path == file]
-
-
 def line_of(number: int, tests: list[tuple[str, str]]) -> str:
-    """Outcome, count and places of one check.
+    """Verdict, counts by outcome and places of one check.
 
     tests  (outcome, place) of every test of it that ran
     """
@@ -159,10 +149,12 @@ def line_of(number: int, tests: list[tuple[str, str]]) -> str:
         return f"{'not measured':14}{NO_TEST[number].removeprefix('not measured: '):40}"
     else:
         verdict = "not run"
+    count = Counter(outcome for outcome, _ in tests)
+    counts = ", ".join(
+        f"{count[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if count[outcome]
+    )
     places = ", ".join([*sorted(set(ran)), *(f"{place}: skipped" for place in skipped)])
-    if not tests and number in ELSEWHERE:
-        places = ELSEWHERE[number]
-    return f"{verdict:14}{len(tests):3} tests  {places:40}"
+    return f"{verdict:14}{counts:22}  {places:40}"
 
 
 def _names(marks: Iterable[ast.expr]) -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -196,7 +188,7 @@ def places() -> list[Place]:
             fixtures.update(str(x) for mark, given in marks if mark == "usefixtures" for x in given)
             place = where(any(mark == "gpu" for mark, _ in marks), fixtures)
             numbers = {int(str(x)) for mark, given in marks if mark == "check" for x in given}
-            for number in sorted(numbers | set(numbers_elsewhere(name))):
+            for number in sorted(numbers):
                 found.append(Place(number, name, node.name, place))
     return sorted(found, key=lambda each: each.number)
 
@@ -224,9 +216,5 @@ def markdown() -> str:
                 if any(p.where == kind for p in found if p.number == number)
             ]
             missing = f" Not shown: {NOT_SHOWN[number]}." if number in NOT_SHOWN else ""
-            elsewhere = "" if tests or number not in ELSEWHERE else ELSEWHERE[number]
-            cell = ", ".join(held) or ("" if elsewhere else "nowhere")
-            lines.append(
-                f"| {number} | {text} | {tests or elsewhere} | {cell}.{missing} |".replace("| .", "|")
-            )
+            lines.append(f"| {number} | {text} | {tests} | {', '.join(held) or 'nowhere'}.{missing} |")
     return "\n".join(lines) + "\n"

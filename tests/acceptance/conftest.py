@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from captured import recording
-from checks import ELSEWHERE, NO_TEST, STATEMENTS, line_of, numbers_elsewhere, where
+from checks import NO_TEST, STATEMENTS, line_of, where
 from policies import bf16_products, few_threads, make_policy, noise, observation, origin
 
 __all__ = ["bf16_products", "few_threads", "noise", "observation", "origin", "recording"]
@@ -27,7 +27,6 @@ _outcomes: dict[str, str] = {}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         numbers = {number for mark in item.iter_markers("check") for number in mark.args}
-        numbers.update(numbers_elsewhere(item.nodeid.split("::")[0]))
         unknown = numbers - STATEMENTS.keys()
         if unknown:
             raise pytest.UsageError(f"{item.nodeid} is marked with check {unknown}; there are 1 to 63")
@@ -54,5 +53,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         return
     terminalreporter.section("acceptance checks")
     for number, text in STATEMENTS.items():
-        if number in found or number in NO_TEST or number in ELSEWHERE:
+        if number in found or number in NO_TEST:
             terminalreporter.line(f"{number:2} {line_of(number, found.get(number, []))}  {text[:60]}")

@@ -67,6 +67,7 @@ def _all_fast(policy: Any, calls: int | None = None) -> None:
 # Real-time chunking ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check(45, 46, 49)
 def test_rtc_engine_in_its_thread_with_resets_from_another(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """LeRobot's RTC engine drives the patched policy in its daemon thread while this one takes actions and resets.
 
@@ -125,6 +126,7 @@ def test_rtc_engine_in_its_thread_with_resets_from_another(checkpoint: Checkpoin
 # Evaluation ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check(42)
 def test_eval_rollouts_of_one_eight_and_a_ragged_rest(checkpoint: Checkpoint) -> None:
     """``lerobot_eval``'s own rollout, over 1, then 8, then 3 environments, each with stock's actions to the bit."""
     import gymnasium as gym
@@ -150,14 +152,36 @@ def test_eval_rollouts_of_one_eight_and_a_ragged_rest(checkpoint: Checkpoint) ->
     _all_fast(fast, 8)  # 12 steps are two chunks of 10 actions, four times
 
 
+@pytest.mark.check(47)
 def test_parallel_tasks_share_one_policy(checkpoint: Checkpoint) -> None:
-    """``max_parallel_tasks=3``: threads on one policy's queue give stock's and our actions mixed up alike, but no crash."""
+    """``max_parallel_tasks=3``: LeRobot's threads share one queue, so who takes which action is chance, with stock as well.
+
+    Every chunk that any of them computed is the twin's for the same observation, and every action is one of those chunks'.
+    """
     import gymnasium as gym
     from lerobot.envs.configs import EnvConfig
     from lerobot.scripts.lerobot_eval import eval_policy_all
     from offline.lerobot_env_tiny import TinyEnv, TinyEnvConfig
 
-    _, fast = _pair(checkpoint)
+    stock, fast = _pair(checkpoint)
+    noise = make_noise(fast)
+    for policy in (stock, fast):
+        fix_noise(policy, noise)
+    computed: list[tuple[dict[str, Any], Tensor, int]] = []
+    taken: list[Tensor] = []
+    compute, take = fast._get_action_chunk, fast.select_action
+
+    def computes(batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        given, chunk = copied(batch), compute(batch, *args, **kwargs)
+        computed.append((given, chunk.clone(), threading.get_ident()))
+        return chunk
+
+    def takes(*args: Any, **kwargs: Any) -> Tensor:
+        action = take(*args, **kwargs)
+        taken.append(action.clone())
+        return action
+
+    fast._get_action_chunk, fast.select_action = computes, takes
     tasks = {i: gym.vector.SyncVectorEnv([functools.partial(TinyEnv, 12)]) for i in range(3)}
     before, after = EnvConfig.get_env_processors(TinyEnvConfig())
     preprocess, postprocess = checkpoint.pipelines(fast)
@@ -166,7 +190,12 @@ def test_parallel_tasks_share_one_policy(checkpoint: Checkpoint) -> None:
         max_parallel_tasks=3,
     )  # fmt: skip
     assert info["overall"]["n_episodes"] == 3 and np.isfinite(info["overall"]["avg_sum_reward"])
-    _all_fast(fast)
+    assert {ident for *_, ident in computed} - {threading.get_ident()}
+    for given, chunk, _ in computed:
+        assert torch.equal(chunk, stock._get_action_chunk(given))
+    rows = torch.cat([chunk[0] for _, chunk, _ in computed])
+    assert len(taken) == 3 * 12 and all((rows == action).all(dim=1).any() for action in taken)
+    _all_fast(fast, len(computed))
 
 
 # The policy server -----------------------------------------------------------------------------------------------------
@@ -199,6 +228,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         root.handlers[:], root.level = handlers, level
 
 
+@pytest.mark.check(45, 47)
 def test_policy_server_and_its_four_workers(server: Any, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Four clients at once: the chunk that each observation gets is the twin's, whichever worker computes it."""
     from lerobot.async_inference.helpers import (
@@ -302,6 +332,7 @@ def _train(policy: Any, steps: int = 2) -> list[float]:
     return losses
 
 
+@pytest.mark.check(37, 40)
 @pytest.mark.training
 def test_training_through_accelerate(checkpoint: Checkpoint) -> None:
     """Losses and the chunk afterwards are the twin's bits, and the chunk is the engine's."""
@@ -314,8 +345,10 @@ def test_training_through_accelerate(checkpoint: Checkpoint) -> None:
     _all_fast(fast, 2)
 
 
+@pytest.mark.check(38)
 def test_weights_swapped_for_their_average_and_back(checkpoint: Checkpoint) -> None:
-    """As LeRobot's trainer does around an evaluation: ``param.data.copy_``, which moves no version counter."""
+    """As trainers that keep an average of the weights (EMA) do around an evaluation; LeRobot's 0.6.1 keeps none.
+    ``param.data.copy_`` moves no version counter."""
     stock, fast = _pair(checkpoint)
     average = copy.deepcopy(stock)
     scale_weights(average, 1.05)
@@ -332,6 +365,7 @@ def test_weights_swapped_for_their_average_and_back(checkpoint: Checkpoint) -> N
     _all_fast(fast, 3)
 
 
+@pytest.mark.check(17)
 def test_lora_as_lerobot_wraps_it(checkpoint: Checkpoint) -> None:
     """Unmerged: stock's bits, with a receipt. Trained, then merged: the engine, within what merging itself reorders."""
     pytest.importorskip("peft")
@@ -354,6 +388,7 @@ def test_lora_as_lerobot_wraps_it(checkpoint: Checkpoint) -> None:
     assert now.active and (now.calls_fast, now.calls_stock) == (1, 1)
 
 
+@pytest.mark.check(52)
 @pytest.mark.slow
 def test_compiled_predict_action_chunk(checkpoint: Checkpoint) -> None:
     """As the rollout's ``use_torch_compile`` installs it: the engine below is not traced through, and still serves."""
@@ -368,6 +403,7 @@ def test_compiled_predict_action_chunk(checkpoint: Checkpoint) -> None:
         torch._dynamo.reset()
 
 
+@pytest.mark.check(52)
 def test_a_policy_that_lerobot_compiles_says_that_stock_runs() -> None:
     """``compile_model=True`` hides our method behind LeRobot's own; nobody may believe that the engine serves."""
     precision = torch.get_float32_matmul_precision()

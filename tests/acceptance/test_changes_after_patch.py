@@ -70,7 +70,7 @@ def _copy(policy: Any) -> None:
 
 
 def _swap(policy: Any) -> None:
-    """As the EMA swap of lerobot-train: no version counter moves."""
+    """As an EMA swap: no version counter moves."""
     versions = [parameter._version for parameter in policy.parameters()]
     for parameter in policy.parameters():
         parameter.data.copy_(1.1 * parameter.data)

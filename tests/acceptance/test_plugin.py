@@ -104,7 +104,7 @@ def readme_line(beginning: str) -> str:
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The plugin's module, imported as LeRobot imports it; what it did is undone afterwards."""
-    for name in (loading.PRECISION, loading.BACKEND, "SMOLVLA_FAST_DISABLE"):
+    for name in (loading.PRECISION, loading.BACKEND, loading.WARMUP, "SMOLVLA_FAST_DISABLE"):
         monkeypatch.delenv(name, raising=False)
     spec = importlib.util.spec_from_file_location(
         "a_plugin", ROOT / "plugin" / "lerobot_policy_smolvla_fast.py"
@@ -262,6 +262,7 @@ def _as_the_server_loads(checkpoint: Checkpoint, folder: Path) -> Any:
     return get_policy_class("smolvla").from_pretrained(str(checkpoint.path)).to("cpu")
 
 
+@pytest.mark.check(63)
 @pytest.mark.parametrize("load", [_from_pretrained, _make_policy, _as_the_server_loads])
 def test_every_way_of_loading(plugin: Any, checkpoint: Checkpoint, tmp_path: Path, load: Any) -> None:
     policy = load(checkpoint, tmp_path).eval()
@@ -273,6 +274,7 @@ def test_every_way_of_loading(plugin: Any, checkpoint: Checkpoint, tmp_path: Pat
     assert rel_l2(fast, stock) <= 1e-5  # fp32 sums in another order
 
 
+@pytest.mark.check(17)
 def test_a_peft_adapter(plugin: Any, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Loaded as ``make_policy`` loads adapters: unmerged it is not ignored, merged the engine serves it."""
     pytest.importorskip("peft")
@@ -298,6 +300,7 @@ def test_a_peft_adapter(plugin: Any, checkpoint: Checkpoint, tmp_path: Path) -> 
     assert smolvla_fast.status(merged).calls_fast == 1
 
 
+@pytest.mark.check(14)
 def test_nothing_else_is_touched(plugin: Any, checkpoint: Checkpoint) -> None:
     from lerobot.policies.pretrained import PreTrainedPolicy
 
@@ -309,6 +312,7 @@ def test_nothing_else_is_touched(plugin: Any, checkpoint: Checkpoint) -> None:
     assert SmolVLAPolicy.from_pretrained.__func__ is once
 
 
+@pytest.mark.check(5)
 def test_the_environment_chooses(
     plugin: Any, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:

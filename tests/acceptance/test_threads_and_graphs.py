@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import multiprocessing
+import os
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from recorder import RecorderDriver
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast import inference
+from smolvla_fast import graphs, inference
 from smolvla_fast.testing import make_noise, make_observation
 
 PATIENCE = 60
@@ -248,16 +249,16 @@ def test_graphs_are_few_and_the_oldest_goes_first() -> None:
 def _child(pipe: Any, policy: Any, given: dict[str, Tensor], noise: Tensor) -> None:
     """Runs in another process: what is captured there, before and after a chunk, and the chunk."""
     torch.set_num_threads(1)
-    graphs = smolvla_fast.status(policy).graphs
+    captured = smolvla_fast.status(policy).graphs
     actions = policy.predict_action_chunk(dict(given), noise=noise)
-    pipe.send((graphs, smolvla_fast.status(policy).to_dict(), actions.tolist()))
+    pipe.send((captured, smolvla_fast.status(policy).to_dict(), actions.tolist()))
 
 
 @pytest.mark.check(56)
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_another_process(method: str) -> None:
-    """On a CPU both compute the parent's chunk. A CUDA context does not survive a fork: there the child fails as stock does
-    (test_on_a_gpu.py); what is spawned captures for itself."""
+    """On a CPU, where nothing is captured, both compute the parent's chunk. A CUDA context does not survive a fork: there
+    the child fails as stock does (test_on_a_gpu.py); what is spawned captures for itself."""
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system does not {method}")
     policy = make_policy("tiny", num_steps=2)
@@ -269,11 +270,38 @@ def test_another_process(method: str) -> None:
     child = context.Process(target=_child, args=(theirs, policy, given, noise), daemon=True)
     child.start()
     assert ours.poll(3 * PATIENCE), "locked up"  # a spawned process imports torch and LeRobot first
-    graphs, after, actions = ours.recv()
+    captured, after, actions = ours.recv()
     child.join(PATIENCE)
-    assert child.exitcode == 0 and graphs == 0
+    assert child.exitcode == 0 and captured == 0
     assert torch.equal(torch.tensor(actions), wanted)
     assert after["active"] and after["calls_fast"] == (1 if method == "spawn" else 2)
+
+
+def _forked_child(pipe: Any, pair: Captured) -> None:
+    """Runs in a forked process: what is captured there; whether two chunks are right; who computed them."""
+    captured, replays = pair.status.graphs, pair.driver.replays
+    same = pair.same() and pair.same(seed=1)
+    pipe.send((captured, same, pair.driver.captures, pair.driver.replays - replays, pair.driver.releases))
+
+
+@pytest.mark.check(56)
+@pytest.mark.usefixtures("recording")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_captures_for_itself() -> None:
+    """No graph of the parent is replayed in the child, nor destroyed; a capture under way in the parent holds nobody up."""
+    pair = Captured(num_steps=2)
+    assert pair.same() and (pair.driver.captures, pair.driver.replays, pair.status.graphs) == (1, 1, 1)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_forked_child, args=(theirs, pair), daemon=True)
+    with graphs.not_capturing():
+        child.start()
+    assert ours.poll(PATIENCE), "locked up"
+    captured, same, captures, replays, releases = ours.recv()
+    child.join(PATIENCE)
+    assert child.exitcode == 0 and same
+    assert (captured, captures, replays, releases) == (0, 2, 2, 0), "one capture of its own, replayed twice"
+    assert pair.same() and (pair.driver.captures, pair.driver.replays, pair.status.graphs) == (1, 2, 1)
 
 
 @pytest.mark.check(9, 57)
@@ -286,3 +314,46 @@ def test_after_a_warm_up_nothing_is_captured() -> None:
         assert pair.status.graphs == 1 and pair.status.calls_fast == 0
     captures = pair.driver.captures
     assert pair.same() and pair.driver.captures == captures == 1
+
+
+@pytest.mark.check(49, 57)
+@pytest.mark.usefixtures("recording")
+@pytest.mark.parametrize("example", [False, True], ids=["warmup=True", "warmup=batch"])
+def test_after_a_warm_up_guided_chunks_capture_nothing(example: bool) -> None:
+    """A robot's first chunk is not guided and all others are, by leftovers of any length: two graphs, made beforehand.
+
+    The RTC processor and the random state are as before.
+    """
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
+    pair = Captured(num_steps=2)
+    for policy in (pair.plain, pair.policy):
+        policy.config.rtc_config = RTCConfig(enabled=True, execution_horizon=6)
+        policy.init_rtc_processor()
+    processor, drawn = pair.policy.model.rtc_processor, torch.get_rng_state()
+    before = dict(vars(processor))
+    warmup = make_observation(pair.plain) if example else True
+    smolvla_fast.patch(pair.policy, precision="exact", backend="torch", warmup=warmup)
+    assert pair.driver.captures == pair.status.graphs == 2 and pair.status.calls_fast == 0
+    assert pair.policy.model.rtc_processor is processor and vars(processor) == before
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert pair.same(inference_delay=0, prev_chunk_left_over=None)
+    for shape in ((6, 6), (1, 6), (10, 6), (1, 3, 6), (10, 32)):
+        left_over = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+        assert pair.same(inference_delay=2, prev_chunk_left_over=left_over), shape
+    assert pair.driver.captures == 2 and pair.status.calls_fast == 6
+
+
+@pytest.mark.check(50, 57)
+def test_a_warm_up_leaves_no_record_in_the_debug_tracker() -> None:
+    """While the tracker is on, stock serves and every chunk is recorded, guided or not."""
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
+    policy = make_policy("tiny", num_steps=2)
+    policy.config.rtc_config = RTCConfig(enabled=True, execution_horizon=6, debug=True)
+    policy.init_rtc_processor()
+    smolvla_fast.patch(policy, warmup=True)
+    assert policy.rtc_processor.get_all_debug_steps() == []
+    chunk(policy, make_observation(policy), inference_delay=0, prev_chunk_left_over=None)
+    assert len(policy.rtc_processor.get_all_debug_steps()) == 2
+    assert smolvla_fast.status(policy).calls_stock == 1

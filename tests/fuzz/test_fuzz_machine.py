@@ -196,7 +196,7 @@ def test_interleavings() -> None:
     run_state_machine_as_test(
         PolicyMachine,
         settings=settings(
-            max_examples=CASES // 12, stateful_step_count=25, deadline=None, derandomize=not nightly,
+            max_examples=max(1, CASES // 12), stateful_step_count=25, deadline=None, derandomize=not nightly,
             database=None, suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,15 +13,60 @@ pytest.importorskip("psutil")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "soak.py"
 
 
-@pytest.mark.slow
-def test_a_short_soak(capsys: pytest.CaptureFixture[str]) -> None:
+SHORT = ["--minutes", "5", "--chunks", "200", "--cases", "8", "--derandomize"]
+
+
+@pytest.fixture(scope="module")
+def soak() -> Any:
     spec = importlib.util.spec_from_file_location("soak", SCRIPT)
     assert spec is not None and spec.loader is not None
-    soak = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(soak)
-    assert soak.main(["--minutes", "5", "--chunks", "200", "--cases", "8"]) == 0, capsys.readouterr().out
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_a_short_soak(soak: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert soak.main(SHORT) == 0, capsys.readouterr().out
     said = capsys.readouterr().out
     assert "chunks 200 of 200, mismatches 0" in said and "grown: nothing" in said
-    assert re.search(r"drawn\ncases \d+, mismatches 0", said)
+    assert re.search(r"drawn\ncases [1-9]\d*, mismatches 0", said)
+    assert "served by exact, reference: 100" in said and "served by fp32, " in said and "stock, " not in said
     for what in ("resident MiB", "threads", "file handles"):
         assert re.search(rf"{what} first \d+, last \d+", said)
+
+
+def test_a_soak_of_stock_is_none(
+    soak: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
+    assert soak.main(["--minutes", "5", "--chunks", "8", "--cases", "4", "--derandomize"]) == 1
+    assert "the engine served 0 of 8 chunks; it has to serve all" in capsys.readouterr().out
+
+
+def test_a_wrong_chunk_is_told_with_its_input(
+    soak: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compute = soak.outcome
+
+    def wrong_on_one(policy: Any, call: dict[str, Any]) -> Any:
+        found = compute(policy, call)
+        return found + 1e-3 if call["seed"] == 1 and hasattr(policy.model, "_smolvla_fast") else found
+
+    monkeypatch.setattr(soak, "outcome", wrong_on_one)
+    assert soak.main(["--minutes", "5", "--chunks", "8", "--cases", "4", "--derandomize"]) == 1
+    said = capsys.readouterr().out
+    assert "chunks 8 of 8, mismatches 4" in said and said.count("mismatch, exact: ") == 2
+    assert "'seed': 1" in said and "'seed': 0" not in said
+
+
+def test_what_counts_as_growth(soak: Any) -> None:
+    held = {"resident bytes": 2**30, "threads": 9, "file handles": 9}
+
+    def grown(chunks: int, **more: int) -> list[str]:
+        after = {name: held[name] + more.get(name.split()[0], 0) for name in held}
+        return soak.grown(held, after, chunks)
+
+    assert grown(136) == grown(136, resident=204 * 1024) == grown(9000, resident=2**22, threads=-1) == []
+    assert grown(136, resident=136 * 8192) == grown(9000, resident=9000 * 1024) == ["resident bytes"]
+    assert grown(9000, threads=1, file=1) == ["threads", "file handles"]
