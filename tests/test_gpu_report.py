@@ -96,7 +96,6 @@ def test_report_rehearsed(tmp_path: Path) -> None:
     assert next(tmp_path.glob("*.png")).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_peers_rehearsed(tmp_path: Path) -> None:
     """Compiling takes a minute or more on a CPU: here only that the mode which a rehearsal leaves out says so."""
