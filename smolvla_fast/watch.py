@@ -17,9 +17,9 @@ from torch.nn.modules import module as torch_module
 _CHILDREN = ("_modules", "_parameters")
 
 
-def _settings(model: Any) -> dict[str, int]:
+def _settings(model: Any) -> dict[str, Any]:
     """The root's own attributes, but for the RTC processor, which is read and checked at every call."""
-    return {name: id(value) for name, value in vars(model).items() if name != "rtc_processor"}
+    return {name: value for name, value in vars(model).items() if name != "rtc_processor"}
 
 
 def _held(values: Iterable[Any]) -> tuple[list[Any], list[weakref.ref[Any]]]:
@@ -43,12 +43,13 @@ class Watch:
     def __init__(self, model: Any) -> None:
         modules = list(model.modules())
         self._notes = [(vars(each), list(vars(each).values()), type(each)) for each in modules[1:]]
-        self._top = _settings(model)
+        settings = _settings(model)
+        self._top = {name: id(value) for name, value in settings.items()}
         self._classes = [(cls, cls.forward) for cls in {type(each) for each in modules}]
         self._children = [
             (table, list(table.values())) for each in modules for table in (vars(each)[k] for k in _CHILDREN)
         ]
-        self._kept, self._lent = _held(vars(model).values())
+        self._kept, self._lent = _held(settings.values())
         self._root = weakref.ref(modules[0])
         self._below = modules[1:]
         self._parameters = list(model.parameters())
@@ -78,7 +79,9 @@ class Watch:
             return False
         if any(each() is None for each in self._lent):
             return False
-        if model._forward_hooks or model._forward_pre_hooks or _settings(model) != self._top:
+        if model._forward_hooks or model._forward_pre_hooks:
+            return False
+        if {name: id(value) for name, value in _settings(model).items()} != self._top:
             return False
         for each, (attributes, values, cls) in zip(self._below, self._notes, strict=True):
             if each.__class__ is not cls or len(attributes) != len(values):

@@ -40,9 +40,11 @@ SMALL: dict[str, Any] = dict(
     "settings",
     [
         dict(),
-        dict(cameras=2, chunk_size=7, num_steps=1),
         dict(attention_mode="self_attn", num_steps=1),
-        dict(self_attn_every_n_layers=0, expert_width_multiplier=0.5, num_steps=1),
+        pytest.param(dict(cameras=2, chunk_size=7, num_steps=1), marks=pytest.mark.long),
+        pytest.param(
+            dict(self_attn_every_n_layers=0, expert_width_multiplier=0.5, num_steps=1), marks=pytest.mark.long
+        ),
     ],
     ids=lambda settings: ",".join(map(str, settings.values())) or "default",
 )
