@@ -76,6 +76,6 @@ def test_one_wrong_chunk_among_many_is_seen() -> None:
     tally = Tally()
     tally.losses = [Loss(0.009, 0.009, "right")] * 100 + [Loss(0.02, 0.005, "scatter")]
     assert tally.beyond_stock()[0] <= WORST
-    tally.losses.append(Loss(0.06, 0.009, "wrong"))
+    tally.losses.append(Loss(0.2, 0.009, "wrong"))
     worst, which = tally.beyond_stock()
     assert worst > WORST and "wrong" in which
