@@ -20,8 +20,7 @@ from .reference.quantize import ZERO, IntegerRows, IntegerWeight, dequantize, qu
 
 MOST_LOST = 0.015
 """The most of its length that a weight may lose to one step a row, before what it loses is kept in a second term. Normal
-weights lose 0.008, Student's t with 4 degrees of freedom 0.017 and more; a full-size policy of those has a cosine of 0.9975
-in one term and 0.9999 in two (``tests/engine/test_int8.py``)."""
+weights stay below it, Student's t with 3 degrees of freedom does not (``tests/ops/test_cpu_quantize.py``)."""
 
 
 class Packed(NamedTuple):
