@@ -17,9 +17,6 @@ from .workspace import buffer
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 """All instruction levels that the kernels are compiled for, each with what the one before it has."""
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
-"""All instruction levels that the kernels are compiled for, each with what the one before it has."""
-
 # dtype -> how the kernels for it end
 _KERNELS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _LAYER_NORMS = ((torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2)

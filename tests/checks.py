@@ -107,7 +107,7 @@ NOT_SHOWN = {
     48: "on a GPU: not measured",
     55: "not measured: it needs two GPUs",
     57: "latency: not measured, no GPU has run it",
-    58: "the hold of the GIL: not measured, on no machine and on no Jetson",
+    58: "the hold of the GIL on a GPU and on a Jetson: not measured",
     59: "not measured, no GPU has run it",
     60: "on a GPU: not measured; on a CPU LeRobot compiled was not measured",
     61: "peak memory on a GPU: not measured",

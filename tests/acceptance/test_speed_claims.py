@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import re
+import threading
 import time
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from checks import TESTS
 from policies import TIERS, chunk, make_policy
 
 import smolvla_fast
-from smolvla_fast import inference, runtime
+from smolvla_fast import cpu, inference, runtime
 from smolvla_fast.cli import main
 from smolvla_fast.testing import make_noise, make_observation
 
@@ -74,6 +78,65 @@ def test_warm_up_time_is_said_in_the_one_line(stock: bool, caplog: pytest.LogCap
     caplog.clear()
     smolvla_fast.patch(policy)
     assert "warm-up" not in caplog.text
+
+
+def longest_wait(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds that another thread, which sleeps a millisecond at a time, was kept from running at most; and all seconds."""
+    seen, done = [time.perf_counter()], threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            time.sleep(0.001)
+            seen.append(time.perf_counter())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        work()
+    finally:
+        done.set()
+        thread.join()
+    return max(after - before for before, after in pairwise(seen)), seen[-1] - seen[0]
+
+
+@pytest.mark.check(58)
+def test_other_threads_run_during_a_warm_up_and_a_chunk() -> None:
+    """A camera's thread must not miss its frame: operands of real size, one layer of each kind."""
+    policy = make_policy(
+        "full",
+        cameras=1,
+        num_vlm_layers=1,
+        num_steps=1,
+        vision=dict(num_hidden_layers=1),
+        text=dict(vocab_size=1000),
+    )
+    given, noise = make_observation(policy), make_noise(policy)
+    warm, _ = longest_wait(lambda: smolvla_fast.patch(policy, warmup=given))
+    computed, took = longest_wait(lambda: chunk(policy, given, noise))
+    print(
+        f"longest wait for the GIL: warm-up {warm * 1e3:.0f} ms, chunk of {took * 1e3:.0f} ms {computed * 1e3:.0f} ms"
+    )
+    assert smolvla_fast.status(policy).calls_fast
+    assert max(warm, computed) < 0.25
+
+
+@pytest.mark.check(58)
+@pytest.mark.parametrize("op", ["attention", "linear"])
+def test_a_compiled_op_holds_no_gil(op: str) -> None:
+    """One call of some hundred milliseconds on one thread; with the GIL held, the other would wait for all of it."""
+    if not cpu.supported():
+        pytest.skip("nothing was compiled")
+    x = torch.randn(4, 1024, 12, 64)
+    rows, weight = x.view(-1, 768), torch.randn(3072, 768)
+    work = {"attention": lambda: cpu.attention(x, x, x), "linear": lambda: cpu.linear(rows, weight)}[op]
+    work()
+    waited, took = longest_wait(work)
+    assert waited < took / 2, (waited, took)
+
+
+def test_a_hold_of_the_gil_is_seen() -> None:
+    sleep = ctypes.PyDLL(None).usleep  # PyDLL keeps the GIL during the call
+    assert longest_wait(lambda: sleep(300_000))[0] > 0.25
 
 
 @pytest.mark.check(60)
