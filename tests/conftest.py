@@ -92,7 +92,10 @@ def level(request):
 
 @pytest.fixture(scope="session")
 def source_tree(tmp_path_factory):
-    """The sdist of this checkout, made from a copy and unpacked: what an installation has to work with."""
+    """The sdist of this checkout, made from a copy and unpacked: what an installation has to work with.
+
+    Beside it lie the objects that this checkout was compiled into, if it was: ninja compiles what differs from them.
+    """
     pytest.importorskip("setuptools")
     folder = tmp_path_factory.mktemp("source")
     generated = shutil.ignore_patterns(
@@ -102,7 +105,11 @@ def source_tree(tmp_path_factory):
     hook = "from setuptools import build_meta; build_meta.build_sdist('..')"
     _run(sys.executable, "-c", hook, cwd=folder / "checkout")
     shutil.unpack_archive(next(folder.glob("*.tar.gz")), folder, filter="data")
-    return next(path for path in folder.glob("smolvla_fast-*") if path.is_dir())
+    tree = next(path for path in folder.glob("smolvla_fast-*") if path.is_dir())
+    objects = Path("build", "ninja")
+    if (ROOT / objects).is_dir():
+        shutil.copytree(ROOT / objects, tree / objects)
+    return tree
 
 
 @pytest.fixture(scope="session")
