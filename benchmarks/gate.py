@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smolvla_fast.cli.measure import error, summary
+from smolvla_fast.cli.measure import error, percentile, summary
 
 # The compiler may reorder every sum. fp32: 1e-4 is far above what that can do, far below a wrong mask;
 # mixed: bf16 rounds at 4e-3, and 26 layers and 10 steps of other roundings stay below 5e-2.
@@ -20,11 +21,19 @@ class Red(AssertionError):
     """The thing to be timed computes something wrong."""
 
 
-def timed(benchmark: Any, check: Callable[[], dict[str, Any]], run: Callable[[], Any], rounds: int) -> None:
+def timed(
+    benchmark: Any,
+    check: Callable[[], dict[str, Any]],
+    run: Callable[[], Any],
+    rounds: int,
+    beside: Callable[[], Any] | None = None,
+) -> None:
     """Runs the check, then the timing, and puts the check's findings and the percentiles into ``extra_info``.
 
     check   returns facts for ``extra_info``; raises AssertionError where the result is wrong
     run     one round, until the device is done; called once more beforehand, to warm up
+    beside  stock's round, run before each: ``ratio`` is then the median over rounds of its time by the one after it, which
+            a machine that grows slower meanwhile does not move
     Fails the test before anything is timed where the check is red.
     """
     try:
@@ -32,8 +41,22 @@ def timed(benchmark: Any, check: Callable[[], dict[str, Any]], run: Callable[[],
     except AssertionError as reason:
         pytest.fail(f"red, so it is not timed: {reason}", pytrace=False)
     benchmark.extra_info.update(facts)
-    benchmark.pedantic(run, rounds=rounds, warmup_rounds=1, iterations=1)
-    benchmark.extra_info.update(summary([1e3 * seconds for seconds in benchmark.stats.stats.data]))
+    stock_ms: list[float] = []
+
+    def stock() -> None:
+        assert beside is not None
+        started = time.perf_counter()
+        beside()
+        stock_ms.append(1e3 * (time.perf_counter() - started))
+
+    setup = {} if beside is None else {"setup": stock}
+    benchmark.pedantic(run, rounds=rounds, warmup_rounds=1, iterations=1, **setup)
+    own_ms = [1e3 * seconds for seconds in benchmark.stats.stats.data]
+    benchmark.extra_info.update(summary(own_ms))
+    if beside is not None:
+        stock_ms = stock_ms[-len(own_ms) :]  # without the warm-up's
+        ratios = [theirs / own for theirs, own in zip(stock_ms, own_ms, strict=True)]
+        benchmark.extra_info.update(beside_ms=stock_ms, ratio=percentile(ratios, 0.5))
 
 
 def check_chunk(chunk: Tensor, stock: Tensor, bound: float) -> dict[str, Any]:

@@ -115,12 +115,12 @@ def ratio(baseline: dict[str, Any] | None, bench: dict[str, Any]) -> str:
     return f"{baseline['p50_ms'] / bench['p50_ms']:.2f}x"
 
 
-def footnote(benches: list[dict[str, Any]]) -> str:
+def footnote(benches: list[dict[str, Any]], then: str = "; no ratio is given") -> str:
     if not any(map(unsteady, benches)):
         return ""
     return (
         f"\n\n{UNSTEADY_MARK} unsteady: the median is more than {UNSTEADY:g} times the best round, so other work "
-        "disturbed it; no ratio is given."
+        f"disturbed it{then}."
     )
 
 
@@ -187,14 +187,13 @@ def stages(data: dict[str, Any]) -> str:
 def training(data: dict[str, Any]) -> str:
     parts = []
     for group, benches in groups(suite(data, "train")).items():
-        stock = {bench["variant"]: bench for bench in benches if bench["variant"].startswith("stock")}
         rows = [
             [
                 bench["variant"],
                 milliseconds(bench["p50_ms"]) + UNSTEADY_MARK * unsteady(bench),
                 milliseconds(bench["min_ms"]),
                 f"{1e3 * bench['batch'] / bench['p50_ms']:.3g}",
-                ratio(stock.get("stock bf16" if "bf16" in bench["variant"] else "stock"), bench),
+                f"{bench['ratio']:.2f}x",
                 f"{bench['gradient_rel_l2']:.1e}",
                 f"{bench['bound']:.1e}",
                 f"{bench['loss_rel']:.1e}",
@@ -206,7 +205,12 @@ def training(data: dict[str, Any]) -> str:
         columns = [
             "", "p50 ms", "best ms", "samples/s", "ratio", "gradients, rel L2", "allowed", "loss", "peak GiB", "rounds",
         ]  # fmt: skip
-        parts.append(f"{group.removeprefix('train: ')}\n\n{table(columns, rows)}{footnote(benches)}")
+        parts.append(f"{group.removeprefix('train: ')}\n\n{table(columns, rows)}{footnote(benches, then='')}")
+    if parts:
+        parts.append(
+            "Before each round stock takes one, in bf16 for what runs in bf16; the ratio is the median over rounds of "
+            "stock's time by the one after it."
+        )
     return "\n\n".join(parts)
 
 

@@ -1,7 +1,8 @@
 """A training step (forward, backward, AdamW), stock's and ``patch(training=True)``'s, with its gradients beside the time.
 
 The policy is LeRobot's with its defaults: expert, heads and state projection learn, the VLM is frozen. The learning rate is
-0, so that every round computes the same step. Each variant's loss and gradients are compared with stock's in fp32 first.
+0, so that every round computes the same step. Each variant's loss and gradients are compared with stock's in fp32 first, and
+before each of its rounds stock takes one.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from smolvla_fast.cli.measure import synchronize
 CAMERAS = 2
 BATCHES = {"cpu": (1, 2), "cuda": (8,)}
 COMPILED = "stock compiled"
-CACHED = "patched, frames known"
-VARIANTS = ("stock", "patched", CACHED, COMPILED, "stock bf16", "patched bf16")
-"""Those in bf16 run under autocast, as accelerate does it. CACHED has ``image_cache``: a step of the second epoch and later,
-which finds the image tokens of all its frames."""
-CACHE_BYTES = 2**28
+CACHED, NEW = "patched, frames known", "patched, frames new"
+VARIANTS = ("stock", "patched", CACHED, NEW, COMPILED, "stock bf16", "patched bf16")
+"""Those in bf16 run under autocast, as accelerate does it. CACHED and NEW have ``image_cache``: a step of a later epoch,
+which finds the image tokens of all its frames, and one of the first, which finds none."""
+CACHE_BYTES = {CACHED: 2**28, NEW: 1}
+"""A cache of one byte looks for every frame and keeps none."""
 # All gradients as one vector. Another order of sums moves stock's own by 5e-6 (tests/train_steps.py).
 GRADIENT_BOUND = 1e-5
 
@@ -82,12 +84,12 @@ class Trainee:
     def check(self, size: int, variant: str, bound: float | None) -> dict[str, Any]:
         """Distances from stock in fp32; bound None: twice what stock itself loses in bf16. Raises Red beyond it.
 
-        Of CACHED the second step is judged, which finds the frames that the first encodes: such a one is timed.
+        With a cache the second step is judged, which finds the frames that the first encodes: such a one is timed.
         """
         import smolvla_fast
 
         facts: dict[str, Any] = {"bound": bound}
-        if variant == CACHED:
+        if variant in CACHE_BYTES:
             self.step(size, False)
             hits = smolvla_fast.status(self.policy).training_cache["hits"]
         bf16 = variant.endswith("bf16")
@@ -95,9 +97,9 @@ class Trainee:
         reused = variant in ("stock", "stock bf16")
         found = self.stock(size, bf16) if reused else self.gradients(size, bf16)
         error = _distance(found, truth)
-        if variant == CACHED:
+        if variant in CACHE_BYTES:
             facts["frames_known"] = smolvla_fast.status(self.policy).training_cache["hits"] - hits
-            if facts["frames_known"] != size * CAMERAS:
+            if facts["frames_known"] != (size * CAMERAS if variant == CACHED else 0):
                 raise Red(f"{facts['frames_known']} of {size * CAMERAS} frames were known")
         if bound is None:
             facts["bound"] = bound = 2 * _distance(self.stock(size, True), truth)["gradient_rel_l2"]
@@ -162,31 +164,38 @@ def test_train_step(benchmark, trainee, pytestconfig, subject, variant, size):
     benchmark.group = f"train: {subject.group.rsplit(',', 1)[0]}, {CAMERAS} cameras, batch {size}"
     policy = trainee.policy
     if variant.startswith("patched"):
-        smolvla_fast.patch(policy, training=True, image_cache=CACHE_BYTES if variant == CACHED else 0)
+        smolvla_fast.patch(policy, training=True, image_cache=CACHE_BYTES.get(variant, 0))
     if variant == COMPILED:
         mode = "max-autotune" if device.type == "cuda" else "default"
         policy.model.__dict__["forward"] = torch.compile(policy.model.forward, mode=mode)
     bound = None if bf16 else COMPILED_BOUND[subject.layout] if variant == COMPILED else GRADIENT_BOUND
-    if subject.layout != "fp32" and variant in ("patched", CACHED):
+    if subject.layout != "fp32" and variant in ("patched", *CACHE_BYTES):
         bound = COMPILED_BOUND[subject.layout]
+
+    def forget_peak() -> None:
+        if device.type == "cuda":  # it is to be that of the variant's own step
+            torch.cuda.reset_peak_memory_stats(device)
 
     def check() -> dict[str, Any]:
         facts = trainee.check(size, variant, bound)
-        if device.type == "cuda":  # the peak is the step's; the check before it took memory of its own
-            torch.cuda.reset_peak_memory_stats(device)
+        forget_peak()
         return facts
+
+    def stock_step() -> None:
+        with _unpatched(policy):
+            trainee.step(size, bf16)
+        forget_peak()
 
     try:
         timed(
-            benchmark,
-            check,
-            lambda: trainee.step(size, bf16),
-            rounds(pytestconfig),
-        )
+            benchmark, check, lambda: trainee.step(size, bf16), rounds(pytestconfig),
+            beside=None if variant.startswith("stock") and variant != COMPILED else stock_step,
+        )  # fmt: skip
     finally:
         policy.model.__dict__.pop("forward", None)
         smolvla_fast.unpatch(policy)
         gc.collect()
+    benchmark.extra_info.setdefault("ratio", 1.0)  # stock's to itself
     benchmark.extra_info.update(
         suite="train", variant=variant, cameras=CAMERAS, batch=size, layout=subject.layout,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,

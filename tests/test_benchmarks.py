@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import report
+from benchmarks import gate, report
 from benchmarks.gate import Red, check_chunk, check_report, timed
 from benchmarks.machine import Ceilings
 
@@ -26,10 +26,14 @@ class Recorder:
         self.stats = SimpleNamespace(stats=SimpleNamespace(data=seconds))
         self.rounds: int | None = None
 
-    def pedantic(self, run: Any, rounds: int, warmup_rounds: int, iterations: int) -> None:
+    def pedantic(
+        self, run: Any, rounds: int, warmup_rounds: int, iterations: int, setup: Any = lambda: None
+    ) -> None:
         assert (warmup_rounds, iterations) == (1, 1)
         self.rounds = rounds
-        run()
+        for _ in range(warmup_rounds + rounds):
+            setup()
+            run()
 
 
 def test_percentiles_are_those_of_the_raw_rounds() -> None:
@@ -40,6 +44,17 @@ def test_percentiles_are_those_of_the_raw_rounds() -> None:
     found = benchmark.extra_info
     assert found["rel_l2"] == 1e-7 and found["rounds"] == 101
     assert [found[f"p{p}_ms"] for p in (50, 95, 99)] == pytest.approx([51.0, 96.0, 100.0])
+
+
+def test_a_ratio_is_that_of_rounds_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark, order = Recorder([0.01, 0.02, 0.04]), []
+    clock = iter([0, 9, 10, 10.03, 20, 20.02, 30, 30.04])  # a warm-up of 9 s, then 30, 20 and 40 ms
+    monkeypatch.setattr(gate.time, "perf_counter", lambda: next(clock))
+    run, stock = (lambda name=name: order.append(name) for name in ("ours", "stock"))
+    timed(benchmark, dict, run, rounds=3, beside=stock)
+    assert order == ["stock", "ours"] * 4
+    assert benchmark.extra_info["beside_ms"] == pytest.approx([30, 20, 40])
+    assert benchmark.extra_info["ratio"] == pytest.approx(1.0)  # 3, 1, 1; medians alone would say 1.5
 
 
 def test_a_red_check_leaves_no_number() -> None:

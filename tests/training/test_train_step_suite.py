@@ -40,9 +40,13 @@ def test_the_suite(tmp_path: Path) -> None:
     }
     assert set(found) == set(train_step.VARIANTS) - {train_step.COMPILED}
     assert all(each["gradient_rel_l2"] <= each["bound"] and each["p50_ms"] > 0 for each in found.values())
+    for name, each in found.items():
+        stock = name.startswith("stock")
+        assert each["ratio"] == 1 if stock else len(each["beside_ms"]) == each["rounds"] == 1
+        assert stock or each["ratio"] == pytest.approx(each["beside_ms"][0] / each["p50_ms"])
     assert found["patched"]["bound"] == train_step.GRADIENT_BOUND
-    assert found[train_step.CACHED]["frames_known"] == train_step.CAMERAS
-    assert all("frames_known" not in each for name, each in found.items() if name != train_step.CACHED)
+    known = {name: each["frames_known"] for name, each in found.items() if "frames_known" in each}
+    assert known == {train_step.CACHED: train_step.CAMERAS, train_step.NEW: 0}
     report = path.with_suffix(".md").read_text()
     assert "## Training step" in report and train_step.CACHED in report
 
@@ -75,7 +79,7 @@ def test_a_frame_that_is_known_with_other_tokens_is_red(
         return tokens if self.misses > missed else 2 * tokens
 
     monkeypatch.setattr(ImageCache, "encoded", twice_when_known)
-    smolvla_fast.patch(trainee.policy, training=True, image_cache=train_step.CACHE_BYTES)
+    smolvla_fast.patch(trainee.policy, training=True, image_cache=train_step.CACHE_BYTES[train_step.CACHED])
     with pytest.raises(Red, match="gradients are"):
         trainee.check(1, train_step.CACHED, 1e-5)
 
