@@ -54,7 +54,7 @@ def timed(
     own_ms = [1e3 * seconds for seconds in benchmark.stats.stats.data]
     benchmark.extra_info.update(summary(own_ms))
     if beside is not None:
-        stock_ms = stock_ms[-len(own_ms) :]  # without the warm-up's
+        stock_ms = stock_ms[1 : 1 + len(own_ms)]  # without the warm-up's
         ratios = [theirs / own for theirs, own in zip(stock_ms, own_ms, strict=True)]
         benchmark.extra_info.update(beside_ms=stock_ms, ratio=percentile(ratios, 0.5))
 

@@ -193,7 +193,7 @@ def training(data: dict[str, Any]) -> str:
                 milliseconds(bench["p50_ms"]) + UNSTEADY_MARK * unsteady(bench),
                 milliseconds(bench["min_ms"]),
                 f"{1e3 * bench['batch'] / bench['p50_ms']:.3g}",
-                f"{bench['ratio']:.2f}x",
+                f"{bench['ratio']:.2f}x" if "ratio" in bench else "–",
                 f"{bench['gradient_rel_l2']:.1e}",
                 f"{bench['bound']:.1e}",
                 f"{bench['loss_rel']:.1e}",

@@ -182,8 +182,11 @@ def test_train_step(benchmark, trainee, pytestconfig, subject, variant, size):
         return facts
 
     def stock_step() -> None:
+        before = smolvla_fast.status(policy).training_fast
         with _unpatched(policy):
             trainee.step(size, bf16)
+        if smolvla_fast.status(policy).training_fast != before:
+            raise Red("the engine computed what was to be stock's step")
         forget_peak()
 
     try:

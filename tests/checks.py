@@ -109,7 +109,7 @@ NOT_SHOWN = {
     57: "latency: not measured, no GPU has run it",
     58: "the hold of the GIL on a GPU and on a Jetson: not measured",
     59: "not measured, no GPU has run it",
-    60: "on a GPU: not measured",
+    60: "on a GPU: not measured; on a CPU compiled was measured on one processor",
     61: "peak memory on a GPU: not measured",
 }
 """What of a check nothing here shows, with the reason. README names the same numbers."""

@@ -101,7 +101,7 @@ def longest_wait(work: Callable[[], Any]) -> tuple[float, float]:
 
 @pytest.mark.check(58)
 def test_other_threads_run_during_a_warm_up_and_a_chunk() -> None:
-    """A camera's thread must not miss its frame: operands of real size, one layer of each kind."""
+    """A camera's thread must not miss its frame: operands of real size, one layer of each kind, one camera."""
     policy = make_policy(
         "full",
         cameras=1,
@@ -117,7 +117,7 @@ def test_other_threads_run_during_a_warm_up_and_a_chunk() -> None:
         f"longest wait for the GIL: warm-up {warm * 1e3:.0f} ms, chunk of {took * 1e3:.0f} ms {computed * 1e3:.0f} ms"
     )
     assert smolvla_fast.status(policy).calls_fast
-    assert max(warm, computed) < 0.25
+    assert max(warm, computed) < min(0.25, took / 2)
 
 
 @pytest.mark.check(58)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,31 @@ def test_a_cache_that_knows_no_frame_is_red(trainee: Any) -> None:
     smolvla_fast.patch(trainee.policy, training=True, image_cache=1)
     with pytest.raises(Red, match="0 of 2 frames were known"):
         trainee.check(1, train_step.CACHED, 1e-5)
+
+
+def test_a_new_frame_that_is_known_is_red(trainee: Any) -> None:
+    smolvla_fast.patch(trainee.policy, training=True, image_cache=train_step.CACHE_BYTES[train_step.CACHED])
+    with pytest.raises(Red, match="2 of 2 frames were known"):
+        trainee.check(1, train_step.NEW, 1e-5)
+
+
+def test_the_documented_figures_are_of_the_committed_run() -> None:
+    text = (ROOT / "docs" / "training-step.md").read_text(encoding="utf-8")
+    [report] = re.findall(r"\(\.\./(benchmarks/results/[^)]*)\.md\)", text)
+    data = json.loads((ROOT / f"{report}.json").read_text(encoding="utf-8"))
+    found = {
+        (each["extra_info"]["variant"], each["extra_info"]["batch"]): each["extra_info"]
+        for each in data["benchmarks"]
+    }
+    rows = re.findall(r"^\| (stock|patched[^|]*?) \| (\d.*) \|$", text, re.MULTILINE)
+    assert {name.replace("`image_cache`, ", "") for name, _ in rows} == {variant for variant, _ in found}
+    for name, cells in rows:
+        figures = cells.split(" | ")
+        for batch, (p50, ratio, error) in zip((1, 2), (figures[:3], figures[3:]), strict=True):
+            each = found[name.replace("`image_cache`, ", ""), batch]
+            assert float(p50.replace(",", "")) == round(each["p50_ms"])
+            assert float(ratio.rstrip("x")) == pytest.approx(each["ratio"], abs=0.005)
+            assert float(error) == pytest.approx(each["gradient_rel_l2"], rel=0.05)
 
 
 def test_stock_in_the_place_of_ours_is_red(trainee: Any) -> None:
