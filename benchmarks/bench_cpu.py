@@ -24,7 +24,7 @@ from benchmarks.cpu.roof import Roofs, measure_roofs
 from smolvla_fast import extension
 from smolvla_fast.cli import system
 from smolvla_fast.cli.console import write_json
-from smolvla_fast.cli.measure import median_stages, percentile, summary, timed_ms
+from smolvla_fast.cli.measure import median_stages, percentile, side_by_side, summary, timed_ms
 from smolvla_fast.outliers import heavy_tailed
 from smolvla_fast.timing import stage_times
 
@@ -160,7 +160,7 @@ def entry(
         "suite": "cpu", "variant": contestant.name, "kind": contestant.kind, "precision": contestant.precision,
         "cameras": arena.cameras, "steps": arena.policy.config.num_steps, "threads": torch.get_num_threads(),
         **contestant.facts, **summary(rounds), "rounds_ms": rounds,
-        "ratio": percentile([before / ours for before, ours in zip(stock.rounds_ms, rounds, strict=True)], 0.5),
+        "ratio": side_by_side(stock.rounds_ms, rounds),
         "floor_ms": floor_ms, "share_of_floor": floor_ms / percentile(rounds, 0.5),
     }  # fmt: skip
     if contestant.stages:

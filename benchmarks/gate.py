@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smolvla_fast.cli.measure import error, percentile, summary
+from smolvla_fast.cli.measure import error, side_by_side, summary, timed_ms
 
 # The compiler may reorder every sum. fp32: 1e-4 is far above what that can do, far below a wrong mask;
 # mixed: bf16 rounds at 4e-3, and 26 layers and 10 steps of other roundings stay below 5e-2.
@@ -45,9 +44,7 @@ def timed(
 
     def stock() -> None:
         assert beside is not None
-        started = time.perf_counter()
-        beside()
-        stock_ms.append(1e3 * (time.perf_counter() - started))
+        stock_ms.append(timed_ms(beside, "cpu")[0])  # it waits for its device itself, as run does
 
     setup = {} if beside is None else {"setup": stock}
     benchmark.pedantic(run, rounds=rounds, warmup_rounds=1, iterations=1, **setup)
@@ -55,8 +52,7 @@ def timed(
     benchmark.extra_info.update(summary(own_ms))
     if beside is not None:
         stock_ms = stock_ms[1 : 1 + len(own_ms)]  # without the warm-up's
-        ratios = [theirs / own for theirs, own in zip(stock_ms, own_ms, strict=True)]
-        benchmark.extra_info.update(beside_ms=stock_ms, ratio=percentile(ratios, 0.5))
+        benchmark.extra_info.update(beside_ms=stock_ms, ratio=side_by_side(stock_ms, own_ms))
 
 
 def check_chunk(chunk: Tensor, stock: Tensor, bound: float) -> dict[str, Any]:

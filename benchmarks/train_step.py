@@ -24,6 +24,7 @@ CAMERAS = 2
 BATCHES = {"cpu": (1, 2), "cuda": (8,)}
 COMPILED = "stock compiled"
 CACHED, NEW = "patched, frames known", "patched, frames new"
+STOCK = ("stock", "stock bf16")
 VARIANTS = ("stock", "patched", CACHED, NEW, COMPILED, "stock bf16", "patched bf16")
 """Those in bf16 run under autocast, as accelerate does it. CACHED and NEW have ``image_cache``: a step of a later epoch,
 which finds the image tokens of all its frames, and one of the first, which finds none."""
@@ -94,8 +95,7 @@ class Trainee:
             hits = smolvla_fast.status(self.policy).training_cache["hits"]
         bf16 = variant.endswith("bf16")
         truth = self.stock(size, False)
-        reused = variant in ("stock", "stock bf16")
-        found = self.stock(size, bf16) if reused else self.gradients(size, bf16)
+        found = self.stock(size, bf16) if variant in STOCK else self.gradients(size, bf16)
         error = _distance(found, truth)
         if variant in CACHE_BYTES:
             facts["frames_known"] = smolvla_fast.status(self.policy).training_cache["hits"] - hits
@@ -192,7 +192,7 @@ def test_train_step(benchmark, trainee, pytestconfig, subject, variant, size):
     try:
         timed(
             benchmark, check, lambda: trainee.step(size, bf16), rounds(pytestconfig),
-            beside=None if variant.startswith("stock") and variant != COMPILED else stock_step,
+            beside=None if variant in STOCK else stock_step,
         )  # fmt: skip
     finally:
         policy.model.__dict__.pop("forward", None)

@@ -13,9 +13,10 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import gate, report
+from benchmarks import report
 from benchmarks.gate import Red, check_chunk, check_report, timed
 from benchmarks.machine import Ceilings
+from smolvla_fast.cli import measure
 
 
 class Recorder:
@@ -49,7 +50,7 @@ def test_percentiles_are_those_of_the_raw_rounds() -> None:
 def test_a_ratio_is_that_of_rounds_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark, order = Recorder([0.01, 0.02, 0.04]), []
     clock = iter([0, 9, 10, 10.03, 20, 20.02, 30, 30.04])  # a warm-up of 9 s, then 30, 20 and 40 ms
-    monkeypatch.setattr(gate.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
     run, stock = (lambda name=name: order.append(name) for name in ("ours", "stock"))
     timed(benchmark, dict, run, rounds=3, beside=stock)
     assert order == ["stock", "ours"] * 4

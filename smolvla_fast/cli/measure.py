@@ -40,6 +40,11 @@ def summary(rounds_ms: Sequence[float]) -> dict[str, float]:
     }
 
 
+def side_by_side(stock_ms: Sequence[float], own_ms: Sequence[float]) -> float:
+    """The median over rounds of stock's time by the one taken beside it."""
+    return percentile([stock / own for stock, own in zip(stock_ms, own_ms, strict=True)], 0.5)
+
+
 def synchronize(device: torch.device | str) -> None:
     """Waits for the device's queue; a CPU has none."""
     if torch.device(device).type == "cuda":

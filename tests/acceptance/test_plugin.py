@@ -80,10 +80,15 @@ def start(site: Path, checkpoint: Checkpoint, tmp_path: Path) -> Iterator[Any]:
             "ROBOT": "tiny",
             **variables,
         }
-        process = subprocess.Popen(
-            ["bash", "-c", f"exec {line}"], cwd=tmp_path, env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        # A shell's background job ignores Ctrl-C and hands that down; whoever runs the suite so still tests a terminal.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            process = subprocess.Popen(
+                ["bash", "-c", f"exec {line}"], cwd=tmp_path, env=env, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        finally:
+            signal.signal(signal.SIGINT, before)
         started.append(process)
         return process
 

@@ -121,11 +121,10 @@ def test_other_threads_run_during_a_warm_up_and_a_chunk() -> None:
 
 
 @pytest.mark.check(58)
+@pytest.mark.skipif(not cpu.supported(), reason="the kernels are not compiled")
 @pytest.mark.parametrize("op", ["attention", "linear"])
 def test_a_compiled_op_holds_no_gil(op: str) -> None:
     """One call of some hundred milliseconds on one thread; with the GIL held, the other would wait for all of it."""
-    if not cpu.supported():
-        pytest.skip("nothing was compiled")
     x = torch.randn(4, 1024, 12, 64)
     rows, weight = x.view(-1, 768), torch.randn(3072, 768)
     work = {"attention": lambda: cpu.attention(x, x, x), "linear": lambda: cpu.linear(rows, weight)}[op]

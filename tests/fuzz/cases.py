@@ -307,7 +307,7 @@ def _all_fp32(policy: Any) -> bool:
 
 def as_bf16(policy: Any) -> Any:
     """Stock in the dtypes of lerobot/smolvla_base, from the same weights: what bf16 costs stock itself. The layout bf16_text
-    is no such stock: its vision stays in fp32 and loses half as much as the tier, which runs it in bf16."""
+    is no such stock: its vision stays in fp32, where the tier runs it in bf16."""
     low = copy.deepcopy(policy)
     pair = low.model.vlm_with_expert.to(torch.bfloat16)
     for i, layer in enumerate(pair.lm_expert.layers):

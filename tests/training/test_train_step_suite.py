@@ -42,7 +42,7 @@ def test_the_suite(tmp_path: Path) -> None:
     assert set(found) == set(train_step.VARIANTS) - {train_step.COMPILED}
     assert all(each["gradient_rel_l2"] <= each["bound"] and each["p50_ms"] > 0 for each in found.values())
     for name, each in found.items():
-        stock = name.startswith("stock")
+        stock = name in train_step.STOCK
         assert each["ratio"] == 1 if stock else len(each["beside_ms"]) == each["rounds"] == 1
         assert stock or each["ratio"] == pytest.approx(each["beside_ms"][0] / each["p50_ms"])
     assert found["patched"]["bound"] == train_step.GRADIENT_BOUND
