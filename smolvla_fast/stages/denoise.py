@@ -92,4 +92,5 @@ def denoise(
             x, v = ops.euler_step(h, *heads.expert_norm, *heads.action_out, x, dt, guide)
             if watch is not None:
                 watch(x, v)
-    return x if lent is None else x.clone()
+        # Copied while the memory is still lent: the moment it is given back, another thread may write to it.
+        return x if lent is None else x.clone()

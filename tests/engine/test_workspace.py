@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +16,7 @@ from benchmarks.cpu import overhead
 from smolvla_fast import cpu, extension
 from smolvla_fast.patch import engine_of
 from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.workspace import Workspace
 
 from .conftest import LEROBOT_ONLY, chunk, make_policy
 
@@ -79,6 +82,28 @@ def test_threads_have_memory_of_their_own() -> None:
         for _ in range(5):
             got = list(pool.map(lambda noise: chunk(policy, observation, noise), noises))
             assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+class _Taken(Workspace):
+    """Memory that another thread takes and writes to at the very moment it is given back."""
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        with super().lent():
+            yield
+        for buffers in self._free:
+            for each in buffers.values():
+                each.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("layout", ["fp32", "mixed"])
+def test_a_chunk_is_copied_before_its_memory_is_given_back(layout: str) -> None:
+    policy = patched(layout=layout)
+    observation, noise = make_observation(policy), make_noise(policy)
+    want = chunk(policy, observation, noise)
+    engine_of(policy.model)._workspace = _Taken()
+    for _ in range(2):
+        assert torch.equal(chunk(policy, observation, noise), want), "another thread's numbers"
 
 
 def test_a_chunk_that_fails_gives_the_memory_back() -> None:
