@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     facts = system.facts()
     facts["openvino_version"] = openvino_peer.version()
     tell("roof")
-    roofs = measure_roofs()
+    roofs = measure_roofs(small=args.size == "tiny")
     facts["ceilings"] = roofs.to_dict()
     facts["instruction_level"] = extension.load("cpu").level() if extension.available("cpu") else None
     facts["torch_capability"] = torch.backends.cpu.get_cpu_capability()

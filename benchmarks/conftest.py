@@ -56,7 +56,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture(scope="session")
 def ceilings(pytestconfig: pytest.Config, device: torch.device) -> Ceilings:
-    found = measure_ceilings(device)
+    found = measure_ceilings(device, small=pytestconfig.getoption("--size") == "tiny")
     pytestconfig.stash[HEADER]["ceilings"] = found.to_dict()
     return found
 

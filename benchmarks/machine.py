@@ -32,10 +32,18 @@ class Ceilings:
         return {"gemm_flops": named, "copy_bytes": self.bytes}
 
 
-def measure_ceilings(device: torch.device) -> Ceilings:
-    """A large matrix product in fp32 and bf16, and a large copy; the best of a few seconds of rounds."""
-    flops = {dtype: _gemm(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
-    return Ceilings(flops, _copy(device))
+def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
+    """A large matrix product in fp32 and bf16, and a large copy; the best of a few seconds of rounds.
+
+    small  of a sixteenth of the elements: for tiny policies, whose times say nothing under any roof
+    """
+    side = gemm_side(device, small)
+    flops = {dtype: _gemm(dtype, device, side) for dtype in (torch.float32, torch.bfloat16)}
+    return Ceilings(flops, _copy(device, COPY_BYTES[device.type] // (16 if small else 1)))
+
+
+def gemm_side(device: torch.device, small: bool) -> int:
+    return GEMM_SIDE[device.type] // (4 if small else 1)
 
 
 def best_seconds(function: Callable[[], Any], device: torch.device, budget: float = 1.0) -> float:
@@ -50,8 +58,7 @@ def best_seconds(function: Callable[[], Any], device: torch.device, budget: floa
     return best
 
 
-def _gemm(dtype: torch.dtype, device: torch.device) -> float:
-    side = GEMM_SIDE[device.type]
+def _gemm(dtype: torch.dtype, device: torch.device, side: int) -> float:
     x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     pointwise = getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
     onednn = device.type == "cpu" and torch.backends.mkldnn.is_available() and pointwise is not None
@@ -63,7 +70,7 @@ def _gemm(dtype: torch.dtype, device: torch.device) -> float:
     return 2.0 * side**3 / seconds
 
 
-def _copy(device: torch.device) -> float:
-    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
+def _copy(device: torch.device, bytes_: int) -> float:
+    source = torch.ones(bytes_ // 4, device=device)
     target = torch.empty_like(source)
     return 2.0 * source.numel() * 4 / best_seconds(lambda: target.copy_(source), device)

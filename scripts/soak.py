@@ -2,8 +2,9 @@
 
     python scripts/soak.py [--minutes 10] [--chunks 10000] [--cases N]
 
-Every chunk is compared with the one that stock gave for the same input, by four threads in tiers exact and fp32; prompts and
-cameras vary, half of the chunks are guided by real-time chunking. Ends with counts; exit status 1 where a case does not
+Every chunk is compared with the one that stock gave for the same input. Four threads at a time call one policy, in tiers
+exact and fp32 in turn, each with an input of its own; prompts and cameras vary, half of the chunks are guided by real-time
+chunking. Ends with counts; exit status 1 where a case does not
 match, or where memory, threads or file handles have grown.
 """
 
@@ -16,7 +17,9 @@ import itertools
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from fuzz.cases import WEIGHTS, Tally, calls, compare, outcome, policies, rel_l2, twins
+from fuzz.cases import WEIGHTS, Tally, attempt, calls, compare, inputs_of, policies, rel_l2, twins
 
 import smolvla_fast
 from smolvla_fast.testing import make_policy
@@ -42,6 +45,19 @@ FLOOR, the allocator's own movement: 108 to 304 KiB over 136 chunks in five runs
 A kilobyte lost a chunk is found among 10 000 chunks, 8 KiB among 200."""
 
 WORKERS = 4
+SWITCH = 1e-6
+"""Seconds after which Python lets another thread go on, for 5e-3: what threads can do to one another shows in thousands of
+chunks that otherwise takes millions."""
+
+
+@contextmanager
+def switching(seconds: float) -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def usage() -> dict[str, int]:
@@ -89,38 +105,59 @@ def chunks(count: int, deadline: float, tally: Tally) -> tuple[dict[str, int], d
     """
     stock = make_policy("tiny", num_vlm_layers=1, chunk_size=4)
     drawn = inputs()
-    want = [outcome(stock, call) for call in drawn]
-    tiers = [("exact", "fp32")[worker % 2] for worker in range(WORKERS)]
-    fast = [smolvla_fast.patch(copy.deepcopy(stock), precision=tier) for tier in tiers]
+    given = [inputs_of(stock, call) for call in drawn]
+
+    def compute(policy: Any, which: int) -> Any:
+        batch, kwargs = given[which]
+        return attempt(policy, batch, **kwargs)
+
+    want = []
+    for which, call in enumerate(drawn):
+        inputs_of(stock, call)
+        want.append(compute(stock, which))
+    tiers = ("exact", "fp32")
+    fast = {tier: smolvla_fast.patch(copy.deepcopy(stock), precision=tier) for tier in tiers}
     lock = threading.Lock()
     first, begun, settled = usage(), 0, max(count // 10, 2 * WORKERS * len(drawn))
 
+    def place(index: int) -> tuple[str, int]:
+        """Tier and input of a chunk: WORKERS go together, to one policy, with inputs that want it configured alike."""
+        together, worker = divmod(index, WORKERS)
+        return tiers[together % 2], (together // 2 * WORKERS + worker) % len(drawn)
+
     def one(index: int) -> None:
-        # A policy's configuration is live, so each worker has a policy of its own; engines and counters are shared code.
-        worker, which = index % WORKERS, index // WORKERS % len(drawn)
-        got = outcome(fast[worker], drawn[which])
+        tier, which = place(index)
+        got = compute(fast[tier], which)
         right = isinstance(got, torch.Tensor) and (
-            torch.equal(got, want[which])
-            if tiers[worker] == "exact"
-            else rel_l2(got, want[which]) <= FP32_BOUND
+            torch.equal(got, want[which]) if tier == "exact" else rel_l2(got, want[which]) <= FP32_BOUND
         )
         with lock:
             tally.cases += 1
             tally.mismatches += not right
-            if isinstance(got, torch.Tensor):
-                tally.receipt(fast[worker], tiers[worker])
             if not right:
-                print(f"mismatch, {tiers[worker]}: {got} for {drawn[which]}; stock: {want[which]}")
+                print(f"mismatch, {tier}: {got} for {drawn[which]}; stock: {want[which]}")
 
-    with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=count, desc="chunks", mininterval=5) as bar:
+    with (
+        switching(SWITCH),
+        ThreadPoolExecutor(WORKERS) as pool,
+        tqdm(total=count, desc="chunks", mininterval=5) as bar,
+    ):
         for done in itertools.count(0, WORKERS):
             if done >= count or time.monotonic() > deadline:
                 break
-            list(pool.map(one, range(done, done + WORKERS)))  # one a policy: none is called by two at a time
+            tier, which = place(done)
+            inputs_of(fast[tier], drawn[which])
+            list(pool.map(one, range(done, done + WORKERS)))
             bar.update(WORKERS)
             if done < settled <= done + WORKERS:
                 first, begun = usage(), done + WORKERS
         last = usage()
+    for tier, policy in fast.items():
+        now = smolvla_fast.status(policy)
+        if now.calls_fast:
+            tally.served[f"{tier}, {now.backend}"] += now.calls_fast
+        if now.calls_stock:
+            tally.fallbacks[str(now.last_fallback)] += now.calls_stock
     return first, last, tally.cases - begun
 
 

@@ -36,6 +36,13 @@ LEROBOT_ONLY = pytest.mark.parametrize("origin", ["lerobot"], indirect=True)
 shares its maths with the references, so a change to those cannot be told apart from it."""
 
 
+LEROBOT_FIRST = pytest.mark.parametrize(
+    "origin", ["lerobot", pytest.param("ours", marks=pytest.mark.long)], indirect=True
+)
+"""For grids of many cases: on LeRobot's class in ``make test``, on both in ``make test-full``; that our own model answers as
+LeRobot's does is the business of tests/smolvla, and every other test here runs on both."""
+
+
 def make_policy(size: str, **settings: Any) -> Any:
     """``smolvla_fast.testing.make_policy`` of the class under test; common ones are copies of one made before."""
     if size == "tiny" and settings.keys() <= {"num_steps", "layout", "seed", "cameras"}:

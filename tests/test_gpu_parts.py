@@ -59,7 +59,7 @@ def test_ceilings_are_measured_once_a_run(tmp_path: Path, monkeypatch: pytest.Mo
     asked: list[None] = []
     roof = Ceilings({torch.float32: 1e12, torch.bfloat16: 4e12}, bytes=1e10)
     monkeypatch.setattr(
-        "benchmarks.gpu.record.measure_ceilings", lambda device: (asked.append(None), roof)[1]
+        "benchmarks.gpu.record.measure_ceilings", lambda device, small: (asked.append(None), roof)[1]
     )
     assert a_run(tmp_path).ceilings == roof and a_run(tmp_path).ceilings == roof
     assert len(asked) == 1

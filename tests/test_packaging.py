@@ -83,11 +83,13 @@ def test_metadata(installed):
 @pytest.mark.parametrize(
     "environment, reason",
     [
-        ({"CC": "/bin/false", "CXX": "/bin/false"}, "/bin/false does not compile C++"),
-        ({"PATH": "", "CXX": ""}, "no C++ compiler"),
+        pytest.param(
+            {"CC": "/bin/false", "CXX": "/bin/false"}, "/bin/false does not compile C++",
+            marks=pytest.mark.long, id="failing",
+        ),
+        pytest.param({"PATH": "", "CXX": ""}, "no C++ compiler", id="missing"),
     ],
-    ids=["failing", "missing"],
-)
+)  # fmt: skip
 def test_without_a_compiler_it_installs_and_says_why(install_again, python, environment, reason):
     folder = install_again(**environment)
     record = json.loads((folder / "smolvla_fast" / "_build.json").read_text())

@@ -197,6 +197,7 @@ torch.save((observation["observation.language.tokens"], chunk), sys.argv[2])
     assert torch.equal(result, chunk(whole, observation, make_noise(whole)))
 
 
+@pytest.mark.long
 def test_lerobots_class_still_says_what_it_lacks() -> None:
     code = WITHOUT.format(names=["num2words"]) + "make_policy('tiny')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import GEMM_SIDE, Ceilings, best_seconds, measure_ceilings
+from benchmarks.machine import Ceilings, best_seconds, gemm_side, measure_ceilings
 
 CPU = torch.device("cpu")
 WIDTHS = {"stock": 4, "fp32": 4, "bf16": 2, "int8": 1}
@@ -39,15 +39,15 @@ class Roofs:
         return self.ceilings.to_dict()
 
 
-def measure_roofs() -> Roofs:
-    found = measure_ceilings(CPU)
-    int8 = _int8()
+def measure_roofs(small: bool = False) -> Roofs:
+    """``small`` as in ``measure_ceilings``."""
+    found = measure_ceilings(CPU, small)
+    int8 = _int8(gemm_side(CPU, small))
     return Roofs(found if int8 is None else Ceilings({**found.flops, torch.int8: int8}, found.bytes))
 
 
-def _int8() -> float | None:
+def _int8(side: int) -> float | None:
     """uint8 activations by a prepacked int8 weight, as oneDNN multiplies them fastest; None where torch cannot."""
-    side = GEMM_SIDE["cpu"]
     x = torch.randint(0, 255, (side, side), dtype=torch.uint8)
     weight = torch.randint(-127, 127, (side, side), dtype=torch.int8)
     scales, zeros = torch.ones(side), torch.zeros(side, dtype=torch.int32)

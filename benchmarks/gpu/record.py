@@ -78,7 +78,7 @@ class Run:
                 flops = {getattr(torch, name): rate for name, rate in found["gemm_flops"].items()}
                 self._ceilings = Ceilings(flops, found["copy_bytes"])
             else:
-                self._ceilings = measure_ceilings(self.device)
+                self._ceilings = measure_ceilings(self.device, small=self.rehearse)
                 path.write_text(json.dumps(self._ceilings.to_dict()))
         return self._ceilings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from policies import (
+    LEROBOT_FIRST,
     LEROBOT_ONLY,
     bf16_products,
     chunk,
@@ -17,11 +18,11 @@ from policies import (
 )
 
 __all__ = [
-    "LEROBOT_ONLY", "bf16_products", "chunk", "few_threads", "make_policy", "noise", "observation", "origin", "policy",
-    "rel_l2",
+    "LEROBOT_FIRST", "LEROBOT_ONLY", "bf16_products", "chunk", "few_threads", "make_policy", "noise", "observation",
+    "origin", "policy", "rel_l2",
 ]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def both_origins(origin: str) -> None:
-    """Every test of this folder runs on LeRobot's own class and on ours."""
+    """Every test of this folder runs on LeRobot's own class and on ours, unless it is marked otherwise."""

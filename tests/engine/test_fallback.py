@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import smolvla_fast
 from smolvla_fast.testing import make_noise, make_observation
 
-from .conftest import LEROBOT_ONLY, chunk, make_policy
+from .conftest import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy
 
 
 def _hook(policy: Any) -> None:
@@ -250,6 +250,7 @@ def _check(policy: Any, stock: Tensor, fast: Tensor, reason: str, caplog: pytest
     assert len(caplog.records) == 1, "one reason, one message"
 
 
+@LEROBOT_FIRST
 @pytest.mark.check(18, 19)
 @pytest.mark.parametrize("name", MODELS)
 def test_model_changed_before_patch(name: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -265,6 +266,7 @@ def test_model_changed_before_patch(name: str, caplog: pytest.LogCaptureFixture)
 
 
 # Replacing the class of a patched model undoes the patch: what is left then is not ours to answer for.
+@LEROBOT_FIRST
 @pytest.mark.check(18, 19)
 @pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name][0].__name__ not in UNDO])
 def test_model_changed_after_patch(name: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,13 +16,14 @@ import smolvla_fast
 from smolvla_fast import graphs
 from smolvla_fast.testing import make_noise, make_observation
 
-from .conftest import chunk, make_policy
+from .conftest import LEROBOT_FIRST, chunk, make_policy
 
 TIERS = ["exact", "fp32", "bf16"]
 pytestmark = pytest.mark.usefixtures("recording")
 __all__ = ["recording"]
 
 
+@LEROBOT_FIRST
 @pytest.mark.parametrize("precision", TIERS)
 @pytest.mark.parametrize("layout", ["fp32", "mixed"])
 def test_a_replay_has_the_bits_of_a_plain_run(precision: str, layout: str) -> None:
@@ -83,6 +84,7 @@ def _eps(policy: Any) -> None:
         layer.input_layernorm.variance_epsilon = 0.1
 
 
+@LEROBOT_FIRST
 @pytest.mark.check(37, 38, 39)
 @pytest.mark.parametrize(
     ("change", "captures"),

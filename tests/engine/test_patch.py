@@ -16,7 +16,7 @@ import smolvla_fast
 from smolvla_fast.patch import engine_of
 from smolvla_fast.testing import make_noise, make_observation
 
-from .conftest import LEROBOT_ONLY, chunk, make_policy, rel_l2
+from .conftest import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, rel_l2
 
 TIERS = ["exact", "fp32", "bf16"]
 
@@ -89,6 +89,7 @@ def test_next_chunk_uses_changed_weights(
     assert rel_l2(before, wanted) > 1e-2
 
 
+@LEROBOT_FIRST
 @pytest.mark.check(37)
 def test_every_parameter_that_stock_uses_is_read_live() -> None:
     """Nudge one parameter at a time: the fp32 chunk follows stock's each time."""

@@ -13,7 +13,7 @@ import smolvla_fast
 from smolvla_fast.testing import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
-from .conftest import chunk, make_policy, rel_l2
+from .conftest import LEROBOT_FIRST, chunk, make_policy, rel_l2
 
 rtc = pytest.importorskip("lerobot.policies.rtc.configuration_rtc")
 SCHEDULES = ["ZEROS", "ONES", "LINEAR", "EXP"]
@@ -38,6 +38,7 @@ def _previous(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(9))
 
 
+@LEROBOT_FIRST
 @pytest.mark.check(49)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("delay", [0, 1, 4, 8, 12])
@@ -51,6 +52,7 @@ def test_chunk_has_stock_bits(schedule: str, delay: int, max_weight: float) -> N
     assert smolvla_fast.status(fast).calls_fast == 1
 
 
+@LEROBOT_FIRST
 @pytest.mark.check(49)
 @pytest.mark.parametrize(
     "shape",

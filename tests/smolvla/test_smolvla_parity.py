@@ -164,11 +164,27 @@ sampling_case = pytest.mark.parametrize(
     "case", [name for name in GRID if not GRID[name].get("_no_sampling")], indirect=True
 )
 
+# A queue is of chunks, which test_chunks compares for every case: here those that a queue can tell from others.
+QUEUES = {
+    "default", "batch_of_one", "frames_with_history", "chunk_size", "chunk_of_one", "n_action_steps", "max_action_dim",
+    "one_camera_missing", "aloha", "rtc_disabled", "mixture", "everything",
+}  # fmt: skip
+queue_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(name, marks=() if name in QUEUES else pytest.mark.long)
+        for name in GRID
+        if not GRID[name].get("_no_sampling")
+    ],
+    indirect=True,
+)
+
 # All schedules by the first case, one in turn by the others: a schedule is weights along the chunk, whatever the policy.
+# Guidance sees a policy through its chunks alone, so that every second one does.
 RTC_CASES = [
-    (name, schedule)
+    pytest.param(name, schedule, marks=() if i % 2 == 0 else pytest.mark.long)
     for i, name in enumerate(name for name in GRID if not GRID[name].get("_no_sampling"))
-    for schedule in (SCHEDULES if i == 0 else [SCHEDULES[i % len(SCHEDULES)]])
+    for schedule in (SCHEDULES if i == 0 else [SCHEDULES[i // 2 % len(SCHEDULES)]])
 ]
 
 
@@ -207,7 +223,7 @@ def test_chunks_with_drawn_noise(case, tally):
     tally.check("chunks", case.name, *chunks)
 
 
-@sampling_case
+@queue_case
 def test_actions_over_a_whole_queue(case, tally):
     """Two refills, then a reset in mid-queue."""
     pair = case.pair
