@@ -7,6 +7,7 @@ a few elements by hand calls ``refresh``.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,11 +75,20 @@ class _Made:
 
 
 class Copies:
-    """Quantised copies of one model's matrices.      dtype  of products with them      kind  what is made of a matrix"""
+    """Quantised copies of one model's matrices; threads may share them.
+
+    dtype  of products with them      kind  what is made of a matrix      generation  how often copies were made anew
+    """
 
     def __init__(self, dtype: torch.dtype, kind: Kind = FLOATS) -> None:
         self._dtype, self.kind = dtype, kind
+        self.generation = 0
         self._made: dict[tuple[int, ...], _Made] = {}
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """In a forked child: the parent's may be held by a thread that is not in the child."""
+        self._lock = threading.RLock()
 
     def of(self, weight: Tensor) -> Any:
         """The copy of this weight; of ``FLOATS`` the same memory at every call, so that a captured graph may read it."""
@@ -97,35 +107,39 @@ class Copies:
 
     def _copy(self, sources: list[Tensor], make: Callable[[list[Tensor]], Any]) -> Any:
         key = tuple(map(id, sources))
-        found = self._made.get(key)
-        addresses = [source.data_ptr() for source in sources]
-        if found is None or found.live() is None or found.addresses != addresses:
-            # Tensors of an inference_mode caller could not be written by a later one outside it.
-            with torch.inference_mode(False), torch.no_grad():
-                detached = [source.detach() for source in sources]
-                refs = [ref(source) for source in sources]
-                found = _Made(refs, addresses, make, make(detached), _per_weight(detached))
-            self._made[key] = found
-        return found.copy
+        with self._lock:
+            found = self._made.get(key)
+            addresses = [source.data_ptr() for source in sources]
+            if found is None or found.live() is None or found.addresses != addresses:
+                # Tensors of an inference_mode caller could not be written by a later one outside it.
+                with torch.inference_mode(False), torch.no_grad():
+                    detached = [source.detach() for source in sources]
+                    refs = [ref(source) for source in sources]
+                    noted = _per_weight(detached)  # before the copy: what is loaded meanwhile differs from it
+                    found = _Made(refs, addresses, make, make(detached), noted)
+                self._made[key] = found
+            return found.copy
 
     def refreshed(self) -> bool:
         """Make copies anew if any weight has changed since they were made; whether that was so."""
-        live = self._live()
-        if not live:
-            return False
-        with torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            live = self._live()
+            if not live:
+                return False
             now = _per_weight([source for sources, _ in live for source in sources])
             if torch.equal(now, torch.cat([made.noted for _, made in live])):
                 return False
-        self.refresh()
-        return True
+            self.refresh()
+            return True
 
     def refresh(self) -> None:
         """Make every copy anew."""
-        with torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             for sources, made in self._live():
+                noted = _per_weight(sources)
                 made.copy = self.kind.rewrite(made.copy, made.make(sources))
-                made.noted = _per_weight(sources)
+                made.noted = noted
+            self.generation += 1
 
     def _live(self) -> list[tuple[list[Tensor], _Made]]:
         """Copies whose weights are still there, with those; the others are dropped."""
@@ -137,12 +151,12 @@ class Copies:
 
     @property
     def bytes(self) -> int:
-        return sum(made.copy.nbytes for made in self._made.values())
+        return sum(made.copy.nbytes for made in list(self._made.values()))
 
     @property
     def passed_over(self) -> dict[str, str]:
         """What the kind would rather have made of some weights, with the reason."""
-        found = [made.copy for made in self._made.values()]
+        found = [made.copy for made in list(self._made.values())]
         why = int8.why_two_terms(found) if self.kind is INTEGERS else None
         return {} if why is None else {"int8 in one term": why}
 

@@ -11,6 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -64,10 +65,11 @@ class Graph:
     done: Any = None
 
 
-_capturing = threading.Lock()
+# Re-entrant, as a collection of garbage inside a capture may drop another policy's graphs.
+_capturing = threading.RLock()
 
 
-def not_capturing() -> threading.Lock:
+def not_capturing() -> AbstractContextManager[Any]:
     """Held around draws of random numbers: while any thread captures, torch refuses them to all."""
     return _capturing
 
@@ -131,17 +133,22 @@ class GraphCache:
                     del oldest
                 return graph
         # Outside the handler: the traceback that holds the attempt's tensors is gone by now.
-        self._driver.release()
+        self._release()
         raise failure
+
+    def _release(self) -> None:
+        """Not while another thread captures: memory of the device cannot be given back then."""
+        with _capturing:
+            self._driver.release()
 
     def clear(self) -> None:
         """Drop every graph and every memory of a failure."""
         with self._lock:
             self._failed.clear()
             if self._graphs:
-                self._driver.release()  # waits: nothing of them is under way any more when they go
+                self._release()  # waits: nothing of them is under way any more when they go
                 self._graphs.clear()
-                self._driver.release()
+                self._release()
 
     def _leave_to_parent(self) -> None:
         """In a forked child: forget the parent's graphs, without a call to a device that does not survive a fork."""
@@ -171,7 +178,7 @@ _of_parents: list[Any] = []
 
 def _after_fork() -> None:
     global _capturing
-    _capturing = threading.Lock()  # the parent's may be held by a thread that is not in the child
+    _capturing = threading.RLock()  # the parent's may be held by a thread that is not in the child
     for cache in list(_caches):
         cache._leave_to_parent()
 

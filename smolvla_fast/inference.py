@@ -127,17 +127,22 @@ class Engine:
         # Triton launches on the current device, whatever device its tensors are on.
         with torch.cuda.device(state.device) if state.is_cuda else nullcontext():
             # On a GPU the check hides behind the chunk; where nothing is captured it is as cheap before, and runs one.
-            late = self.graphs is not None
-            if self.copies is not None and not late:
-                self.copies.refreshed()
+            copies, late = self.copies, self.graphs is not None
+            if copies is None:
+                return self._run(model, inputs, watch)
+            if not late:
+                copies.refreshed()
+            before = copies.generation
             chunk = self._run(model, inputs, watch)
-            if self.copies is not None and late and self.copies.refreshed():
+            # Another thread may have seen the change first: then nothing differs any more, and this chunk is of before.
+            if late and (copies.refreshed() or copies.generation != before):
                 chunk = self._run(model, inputs, watch)
         return chunk
 
     def _run(self, model: Any, inputs: Inputs, watch: Callable[[Tensor, Tensor], None] | None) -> Tensor:
         if self.graphs is None or watch is not None or is_timed():
-            return self._chunk(model, inputs, watch)
+            chunk, self._loop = self._chunk(model, inputs, watch)
+            return chunk
         tensors, rebuild = flatten(inputs)
         # The rest of what the captured work depends on; shapes and dtypes of the inputs are the cache's affair.
         config = model.config
@@ -146,9 +151,7 @@ class Engine:
         captured = (key, tuple(each.shape for each in tensors))
 
         def compute(statics: list[Tensor]) -> Tensor:
-            chunk = self._chunk(model, rebuild(statics))
-            assert self._loop is not None
-            self._loops[captured] = self._loop
+            chunk, self._loops[captured] = self._chunk(model, rebuild(statics))
             return chunk
 
         chunk = self.graphs.run(key, tensors, compute)
@@ -158,8 +161,8 @@ class Engine:
 
     def _chunk(
         self, model: Any, inputs: Inputs, watch: Callable[[Tensor, Tensor], None] | None = None
-    ) -> Tensor:
-        """The score itself: device work alone, so that it can be captured."""
+    ) -> tuple[Tensor, Loop]:
+        """The score itself, and what ran its loop: device work alone, so that it can be captured."""
         pair, config = model.vlm_with_expert, model.config
         vlm, dims, ops, exact = pair.get_vlm_model(), read_dims(model), self.ops, self.tier.stock_order
         heads, observation, noise = read_heads(model), inputs.observation, inputs.noise
@@ -197,8 +200,7 @@ class Engine:
                 )
                 persistent = ops.denoise_persistent is not None and watch is None and not refused
                 launches = 0 if persistent else _launches(ops, expert, batch * dims.chunk)
-                self._loop = Loop(launches, persistent, refused)
-                return chunk
+                return chunk, Loop(launches, persistent, refused)
 
     def _narrow(self, matrix: Tensor) -> Any:
         if self.copies is not None and self.copies.kind is FLOATS and matrix.ndim == 2:

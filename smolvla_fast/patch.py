@@ -24,8 +24,18 @@ from .inference import Engine
 from .loss.seam import Learns, training_reason
 from .precision import resolve_tier
 from .reference.image_prep import image_prep
-from .rtc import fits, plan_guidance
-from .runtime import DISABLE, SETTINGS, Runtime, Settings, Status, disabled, drop_runtime, runtime_of
+from .rtc import guidance_of, guidance_reason
+from .runtime import (
+    DISABLE,
+    SETTINGS,
+    Runtime,
+    Settings,
+    Status,
+    disabled,
+    drop_runtime,
+    runtime_of,
+)
+from .warmup import took, warm_up
 from .watch import Watch
 from .weights import telling_weight
 
@@ -42,7 +52,8 @@ class _Accelerated:
     @property
     def takes_bytes(self) -> bool:
         """Whether ``images`` may be uint8 frames of any size: for our own model, as LeRobot's gives bytes no meaning."""
-        return hasattr(self.stock_class, "takes_bytes")
+        cls = type(self)
+        return hasattr(getattr(cls, "stock_class", cls), "takes_bytes")
 
     # Not torch.compiler.disable: that imports dynamo, and with it Triton, as soon as it decorates.
     @_disable_dynamo
@@ -57,21 +68,26 @@ class _Accelerated:
         **kwargs: Any,
     ) -> Tensor:
         """As the stock method, computed by the engine where ``guard`` allows it."""
-        runtime = runtime_of(self)
-        # Read once: another thread may unpatch meanwhile.
-        stock, takes_bytes = self.stock_class, self.takes_bytes
+        # Read once: another thread may unpatch meanwhile, or have done so by now.
+        cls: Any = type(self)
+        if not issubclass(cls, _Accelerated):
+            return self.sample_actions(
+                images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs
+            )
+        runtime, stock = runtime_of(self), cls.stock_class
+        takes_bytes = hasattr(stock, "takes_bytes")
         images, img_masks = list(images), list(img_masks)
         # On a GPU the chunk is queued first, and the model is looked through while the GPU works.
         early = runtime.unmoved() if state.is_cuda or _CHECK_LATE else None  # a Watch, or None
         reason = None if early is not None else runtime.reason(self)
         reason = reason or call_reason(self, images, img_masks, lang_tokens, lang_masks, state, noise)
-        reason = reason or _guidance_reason(self, kwargs)
+        reason = reason or guidance_reason(self, kwargs)
         if reason is None:
             if noise is None:
                 shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
                 with not_capturing():
                     noise = self.sample_noise(shape, state.device)
-            guidance = _guidance(self, kwargs, noise)
+            guidance = guidance_of(self, kwargs, noise)
             inputs = (images, img_masks, lang_tokens, lang_masks, state, noise.contiguous(), guidance)
             chunk, reason = _run(runtime, self, inputs, early)
             if chunk is not None:
@@ -88,7 +104,10 @@ class _Accelerated:
         )
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return _restore, (self.stock_class, isinstance(self, Learns)), self.__dict__
+        cls = type(self)  # read once, as above
+        if not issubclass(cls, _Accelerated):
+            return object.__reduce_ex__(self, protocol)
+        return _restore, (cls.stock_class, issubclass(cls, Learns)), self.__dict__
 
 
 _CHECK_LATE = False
@@ -126,41 +145,6 @@ def _accelerated(stock: type, training: bool) -> type:
 def _restore(stock: type, training: bool = False) -> Any:
     cls: Any = _accelerated(stock, training)
     return cls.__new__(cls)
-
-
-def _guided(model: Any, kwargs: dict[str, Any]) -> bool:
-    return bool(model._rtc_enabled() and kwargs.get("prev_chunk_left_over") is not None)
-
-
-def _guidance_reason(model: Any, kwargs: dict[str, Any]) -> str | None:
-    """Why real-time chunking sends this call to stock, or None."""
-    processor = getattr(model, "rtc_processor", None)
-    if processor is not None and processor.is_debug_enabled():
-        return "the RTC debug tracker records every step of stock"
-    if not _guided(model, kwargs):
-        return None
-    if processor is None or kwargs.get("inference_delay") is None:
-        return "RTC without a processor or an inference_delay: stock raises its own error"
-    previous = kwargs["prev_chunk_left_over"]
-    if previous.dtype is not torch.float32:
-        return f"prev_chunk_left_over is {previous.dtype}; float32 is accepted"
-    if not fits(previous, model.config.chunk_size, model.config.max_action_dim):
-        return f"prev_chunk_left_over {tuple(previous.shape)} does not fit into a chunk: stock raises its own error"
-    return None
-
-
-def _guidance(model: Any, kwargs: dict[str, Any], noise: Tensor) -> Any:
-    if not _guided(model, kwargs):
-        return None
-    return plan_guidance(
-        model.rtc_processor.rtc_config,
-        kwargs["prev_chunk_left_over"],
-        kwargs["inference_delay"],
-        kwargs.get("execution_horizon"),
-        noise.shape,
-        noise.device,
-        model.config.num_steps,
-    )
 
 
 def find_policy(policy: Any) -> Any:
@@ -222,6 +206,8 @@ def patch(
         return policy
     select(backend, weight.device, tier.stock_order, tier.quantized)
     before, settings = model.__dict__.get(SETTINGS), Settings(precision, backend, training, image_cache)
+    if before is None:
+        drop_runtime(model)  # what a call left that was under way when the policy was unpatched
     if before != settings:  # the same object else: graphs hold as long as nothing of the model is replaced
         model.__dict__[SETTINGS] = settings
     stock: Any = model.stock_class if isinstance(model, _Accelerated) else type(model)
@@ -233,15 +219,17 @@ def patch(
     if reason is not None:
         runtime.last_fallback = reason
         runtime.told.add(reason)
-    took = ""
+    timed = ""
     if warmup is not None and warmup is not False:
         was_training = found.training
         try:
             if was_training:
                 found.eval()
-            _warm_up(found, runtime, warmup)
+            warm_up(found, warmup)
         except Exception:
-            if before is None:
+            if model.__dict__.get(SETTINGS) is not settings:
+                pass  # as it was, or as another thread has patched it meanwhile
+            elif before is None:
                 unpatch(policy)
             else:
                 model.__dict__[SETTINGS] = before
@@ -250,27 +238,19 @@ def patch(
         finally:
             if was_training:
                 found.train()
-        took = _took(model.state_proj.weight.device, started, checked)
+        timed = took(model.state_proj.weight.device, started, checked)
     if reason is not None:
-        logger.warning("smolvla_fast: stock runs: %s%s", reason, took)
+        logger.warning("smolvla_fast: stock runs: %s%s", reason, timed)
     else:
         now = status(policy)
         instead = "".join(f"; not {name}: {why}" for name, why in now.passed_over.items())
         logger.info(
             "smolvla_fast: on: %s on %s, backend %s for %s%s%s",
-            now.precision, weight.device, now.backend, _shared(now), instead, took,
+            now.precision, weight.device, now.backend, _shared(now), instead, timed,
         )  # fmt: skip
     if training:
         runtime.learning.announce(training_reason(model))
     return policy
-
-
-def _took(device: torch.device, started: float, checked: float) -> str:
-    """How long a warm-up took, in its parts: a look through the model; the first chunk, which compiles and captures."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    ended = time.perf_counter()
-    return f"; warm-up {ended - started:.2f} s (checks {checked - started:.2f} s, first chunk {ended - checked:.2f} s)"
 
 
 def _shared(now: Status) -> str:
@@ -280,48 +260,13 @@ def _shared(now: Status) -> str:
     return "its ops (" + "; ".join(f"{stage}: {served}" for stage, served in now.stages.items()) + ")"
 
 
-def _warm_up(policy: Any, runtime: Runtime, example: Any) -> None:
-    """One chunk and, with real-time chunking on, a guided one: the two graphs that a robot replays.
-
-    None where RTC's debug tracker is on: it sends every chunk to stock, and would keep a record of these.
-    """
-    model, counted = policy.model, (runtime.calls_fast, runtime.calls_stock)
-    device, config = model.state_proj.weight.device, model.config
-    processor = getattr(model, "rtc_processor", None)
-    if processor is not None and processor.is_debug_enabled():
-        return
-    calls: list[dict[str, Any]] = [{}]
-    # Guidance is data of one shape: leftovers are padded to a chunk, so one number stands for any of them.
-    guided = dict(inference_delay=0, prev_chunk_left_over=torch.zeros(1, 1, device=device))
-    if _guided(model, guided) and _guidance_reason(model, guided) is None:
-        calls.append(guided)
-    for kwargs in calls:
-        if example is True:
-            side = model.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
-            images = [torch.zeros(1, 3, side, side, device=device) for _ in config.image_features]
-            masks = [torch.ones(1, dtype=torch.bool, device=device) for _ in images]
-            tokens = torch.zeros(1, config.tokenizer_max_length, dtype=torch.long, device=device)
-            token_masks = torch.ones_like(tokens, dtype=torch.bool)
-            state = torch.zeros(1, config.max_state_dim, device=device)
-            noise = torch.zeros(1, config.chunk_size, config.max_action_dim, device=device)
-            with torch.no_grad():
-                model.sample_actions(images, masks, tokens, token_masks, state, noise=noise, **kwargs)
-        else:
-            batch = {
-                key: value.clone() if isinstance(value, Tensor) else value for key, value in example.items()
-            }
-            shape = (batch["observation.state"].shape[0], config.chunk_size, config.max_action_dim)
-            policy.predict_action_chunk(batch, noise=torch.zeros(shape, device=device), **kwargs)
-    with runtime.lock:
-        runtime.calls_fast, runtime.calls_stock = counted
-
-
 def unpatch(policy: P) -> P:
     """Undo ``patch``: the model's class and attributes are what they were. A policy that is not patched stays as it is."""
     model = find_policy(policy).model
-    if isinstance(model, _Accelerated):
-        model.__class__ = model.stock_class
-        del model.__dict__[SETTINGS]
+    cls = type(model)
+    if issubclass(cls, _Accelerated):
+        model.__class__ = cls.stock_class
+        model.__dict__.pop(SETTINGS, None)
     drop_runtime(model)
     return policy
 

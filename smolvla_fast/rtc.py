@@ -65,3 +65,40 @@ def plan_guidance(
     times = (1.0 + step * (-1.0 / steps) for step in range(steps))
     strengths = torch.stack([guidance_weight(time, config.max_guidance_weight) for time in times])
     return Guidances(previous, weights, strengths.to(device, non_blocking=True))
+
+
+def guided(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether this call of ``sample_actions`` is guided by what is left of the chunk before."""
+    return bool(model._rtc_enabled() and kwargs.get("prev_chunk_left_over") is not None)
+
+
+def guidance_reason(model: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why real-time chunking sends this call to stock, or None."""
+    processor = getattr(model, "rtc_processor", None)
+    if processor is not None and processor.is_debug_enabled():
+        return "the RTC debug tracker records every step of stock"
+    if not guided(model, kwargs):
+        return None
+    if processor is None or kwargs.get("inference_delay") is None:
+        return "RTC without a processor or an inference_delay: stock raises its own error"
+    previous = kwargs["prev_chunk_left_over"]
+    if previous.dtype is not torch.float32:
+        return f"prev_chunk_left_over is {previous.dtype}; float32 is accepted"
+    if not fits(previous, model.config.chunk_size, model.config.max_action_dim):
+        return f"prev_chunk_left_over {tuple(previous.shape)} does not fit into a chunk: stock raises its own error"
+    return None
+
+
+def guidance_of(model: Any, kwargs: dict[str, Any], noise: Tensor) -> Guidances | None:
+    """``plan_guidance`` for one call, or None where it is not guided."""
+    if not guided(model, kwargs):
+        return None
+    return plan_guidance(
+        model.rtc_processor.rtc_config,
+        kwargs["prev_chunk_left_over"],
+        kwargs["inference_delay"],
+        kwargs.get("execution_horizon"),
+        noise.shape,
+        noise.device,
+        model.config.num_steps,
+    )

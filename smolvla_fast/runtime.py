@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -102,14 +105,22 @@ class Runtime:
         self.learning = Learning()
         self.told: set[str] = set()
 
+    def renew_locks(self) -> None:
+        self.lock = threading.RLock()
+        self.learning.renew_locks()
+        if self.engine is not None and self.engine.copies is not None:
+            self.engine.copies.renew_lock()
+
     def prepare(self, model: Any) -> Engine:
         """The engine for the dtypes and device the model has now."""
-        settings = model.__dict__.get(SETTINGS) or self.settings
-        assert settings is not None, "a runtime is of a patched model"
-        self.settings = settings
-        weight = telling_weight(model)
-        key = (settings, weight.dtype, weight.device, probed_code(model))
         with self.lock:
+            settings = model.__dict__.get(SETTINGS) or self.settings
+            assert settings is not None, "a runtime is of a patched model"
+            self.settings = settings
+            weight = telling_weight(model)
+            # All dtypes and devices: a model that is looked at while another thread moves it is another one afterwards.
+            parts = tuple((each.dtype, each.device) for each in model.parameters())
+            key = (settings, weight.dtype, weight.device, parts, probed_code(model))
             if self.engine is None or self.built_for != key:
                 if self.engine is not None and self.engine.graphs is not None:
                     self.engine.graphs.clear()
@@ -133,10 +144,16 @@ class Runtime:
         if disabled():
             return f"{DISABLE} is set"
         with self.lock:
+            if not (model.__dict__.get(SETTINGS) or self.settings):
+                return "the policy was unpatched meanwhile"
             watch = self.watch
             if watch is not None and watch.same_structure(model) and watch.same_memory():
                 return source_reason(model)
             self.watch = None
+            try:
+                watch = Watch(model)  # before the look, so that what changes during it is looked at again
+            except Exception as error:  # as in model_reason, which may know better why
+                return model_reason(model) or f"the structure is not SmolVLA's: {error!r}"
             reason = model_reason(model)
             if reason is None:
                 try:
@@ -147,16 +164,16 @@ class Runtime:
             if reason is None:
                 if self.engine is not None and self.engine.graphs is not None:
                     self.engine.graphs.clear()  # they hold addresses and settings of before
-                self.watch = Watch(model)
+                self.watch = watch
             return reason
 
     def served(self) -> None:
         with self.lock:
-            self.calls_fast += 1
+            self.calls_fast += _counts.get()
 
     def fell_back(self, reason: str) -> None:
         with self.lock:
-            self.calls_stock += 1
+            self.calls_stock += _counts.get()
             self.last_fallback = reason
             told = reason in self.told
             self.told.add(reason)
@@ -202,8 +219,34 @@ class Runtime:
         )
 
 
+_counts: ContextVar[bool] = ContextVar("smolvla_fast_counts", default=True)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Chunks of this thread inside are a warm-up's, not the robot's."""
+    token = _counts.set(False)
+    try:
+        yield
+    finally:
+        _counts.reset(token)
+
+
 _runtimes: WeakKeyDictionary[Any, Runtime] = WeakKeyDictionary()
-_runtimes_lock = threading.Lock()
+# Re-entrant, as a collection of garbage under it may end in somebody's unpatch.
+_runtimes_lock = threading.RLock()
+
+
+def _after_fork() -> None:
+    """In a forked child: locks of the parent may be held by threads that are not in the child."""
+    global _runtimes_lock
+    _runtimes_lock = threading.RLock()
+    for runtime in list(_runtimes.values()):
+        runtime.renew_locks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def runtime_of(model: Any) -> Runtime:

@@ -19,7 +19,7 @@ _CHILDREN = ("_modules", "_parameters")
 
 def _settings(model: Any) -> dict[str, Any]:
     """The root's own attributes, but for the RTC processor, which is read and checked at every call."""
-    return {name: value for name, value in vars(model).items() if name != "rtc_processor"}
+    return {name: value for name, value in list(vars(model).items()) if name != "rtc_processor"}
 
 
 def _held(values: Iterable[Any]) -> tuple[list[Any], list[weakref.ref[Any]]]:
@@ -37,7 +37,8 @@ class Watch:
     """Compares by identity and holds a reference to all it compares, so that no address can be taken twice.
 
     The root, and what hangs on it, is held weakly where Python can: whoever keeps this keeps it by model and must not keep
-    the model alive, and an attribute of the root may be one of its own methods.
+    the model alive, and an attribute of the root may be one of its own methods. Tables are read as lists, for another thread
+    may add to one meanwhile.
     """
 
     def __init__(self, model: Any) -> None:
@@ -86,7 +87,7 @@ class Watch:
         for each, (attributes, values, cls) in zip(self._below, self._notes, strict=True):
             if each.__class__ is not cls or len(attributes) != len(values):
                 return False
-            if not all(map(is_, attributes.values(), values)):
+            if not all(map(is_, list(attributes.values()), values)):
                 return False
             if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
                 return False
@@ -94,7 +95,7 @@ class Watch:
             self._read_layouts() == self._layouts
             and all(cls.forward is forward for cls, forward in self._classes)
             and all(
-                len(table) == len(values) and all(map(is_, table.values(), values))
+                len(table) == len(values) and all(map(is_, list(table.values()), values))
                 for table, values in self._children
             )
         )

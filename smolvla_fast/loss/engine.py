@@ -34,7 +34,8 @@ Prefix = Iterator[tuple[Tensor, Tensor]]
 
 
 class LossEngine:
-    """Computes training losses for one model in one tier. Weights are read from the model at each call.
+    """Computes training losses for one model in one tier. Weights are read from the model at each call, and what holds for
+    one call alone is handed down as an argument: threads with and without autocast may share an engine.
 
     passed_over  what the tier would rather have done, with the reasons: as the last look and the last loss had it
     cache        of image tokens, or None
@@ -49,7 +50,6 @@ class LossEngine:
         self.passed_over: dict[str, str] = {}
         self.not_frozen: str | None = None
         self._slow_bf16 = why_bf16_is_slow() if device.type == "cpu" else None
-        self._products: torch.dtype | None = None
         self._positions: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def look(self, model: Any) -> None:
@@ -100,7 +100,8 @@ class LossEngine:
         """
         device, pair, dims = state.device.type, model.vlm_with_expert, read_dims(model)
         wide = torch.autocast(device, enabled=False)
-        products = torch.autocast(device, torch.bfloat16) if self._in_bf16(device) else wide
+        dtype = self._products(device)
+        products = torch.autocast(device, torch.bfloat16) if dtype is torch.bfloat16 else wide
         with wide:
             x_t = self.ops.flow_point(actions, noise, time)
             state_token = model.state_proj(state)[:, None]
@@ -118,30 +119,29 @@ class LossEngine:
                 max_language=tokens.shape[1],
             )  # fmt: skip
         with products:
-            image_tokens = self._image_tokens(model, dims, observation, vision_learns)
-            pad_masks, prefix = self._prefix(model, dims, observation, image_tokens, state_token)
+            image_tokens = self._image_tokens(model, dims, dtype, observation, vision_learns)
+            pad_masks, prefix = self._prefix(model, dims, dtype, observation, image_tokens, state_token)
             own, cross = _suffix_rows(pad_masks, dims)
             h = expert_layers(self.ops, pair, suffix, prefix, own, cross, dims.head_dim)
         with wide:
             return self.ops.flow_loss(model.action_out_proj(h.float()), actions, noise)
 
-    def _in_bf16(self, device: str) -> bool:
-        """Whether products are in bf16 where weights are not; sets the dtype of the frozen ones."""
+    def _products(self, device: str) -> torch.dtype | None:
+        """The dtype in which this thread multiplies now; None for that of each weight."""
         narrow = torch.is_autocast_enabled(device) or self.tier.gemm_dtype is torch.bfloat16
         slow = self._slow_bf16 if narrow else None  # wider products err less and are faster
         self._note("bf16 products", None if slow is None else f"{slow}; products run in fp32")
         if slow is not None:
-            self._products = torch.float32
-            return False
-        self._products = torch.bfloat16 if narrow else self.tier.gemm_dtype
-        return narrow
-
-    def _cast(self, matrix: Tensor) -> Tensor:
-        dtype = self._products
-        return matrix if dtype is None or matrix.dtype is dtype else matrix.to(dtype)
+            return torch.float32
+        return torch.bfloat16 if narrow else self.tier.gemm_dtype
 
     def _image_tokens(
-        self, model: Any, dims: Dims, observation: Observation, vision_learns: bool
+        self,
+        model: Any,
+        dims: Dims,
+        dtype: torch.dtype | None,
+        observation: Observation,
+        vision_learns: bool,
     ) -> list[Tensor]:
         """One [B, tokens, M] a camera; differentiable as far down as anything learns."""
         pair = model.vlm_with_expert
@@ -157,7 +157,8 @@ class LossEngine:
             learns = _learns(vlm.connector)
 
             def encode(images: Tensor) -> Tensor:
-                given = (self.ops, vlm, self._cast, dims, images, self._patch_positions(vlm, images))
+                cast, positions = partial(_cast, dtype), self._patch_positions(vlm, images)
+                given = (self.ops, vlm, cast, dims, images, positions)
                 return encode_patches(*given) if learns else encode_images(*given)
 
             with _frozen(frames.device):
@@ -165,7 +166,7 @@ class LossEngine:
                     out = encode(frames)
                 else:
                     read = (*vlm.vision_model.parameters(), *vlm.connector.parameters())
-                    out = self.cache.encoded(frames, list(read), str(self._products), encode)
+                    out = self.cache.encoded(frames, list(read), str(dtype), encode)
             if learns:
                 out = vlm.connector(out.to(vlm.connector.modality_projection.proj.weight.dtype))
         return list(out.split(batch))
@@ -174,6 +175,7 @@ class LossEngine:
         self,
         model: Any,
         dims: Dims,
+        dtype: torch.dtype | None,
         observation: Observation,
         image_tokens: list[Tensor],
         state_token: Tensor,
@@ -199,7 +201,8 @@ class LossEngine:
         with _frozen(device):
             embedded, pad_masks, att_masks = embed(state_token=None if apart else state_token)
             none = [0] * dims.layers
-            frozen = text_kv(self.ops, vlm, self._cast, dims, embedded, pad_masks, att_masks, none)
+            cast = partial(_cast, dtype)
+            frozen = text_kv(self.ops, vlm, cast, dims, embedded, pad_masks, att_masks, none)
             kept = list(frozen)
         if not apart:
             return pad_masks, iter(kept)
@@ -214,6 +217,10 @@ class LossEngine:
         if key not in self._positions or self._positions[key].device != images.device:
             self._positions[key] = patch_positions(vlm, images)
         return self._positions[key]
+
+
+def _cast(dtype: torch.dtype | None, matrix: Tensor) -> Tensor:
+    return matrix if dtype is None else matrix.to(dtype)
 
 
 @contextmanager

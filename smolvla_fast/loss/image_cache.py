@@ -8,6 +8,7 @@ looked up. Worth it where frames come back unchanged: random image transforms ma
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -18,7 +19,8 @@ from ..copies import fingerprint
 
 
 class ImageCache:
-    """Tokens by frame, the least recently used dropped beyond ``limit`` bytes.
+    """Tokens by frame, the least recently used dropped beyond ``limit`` bytes. Threads may share it; they wait for one
+    another's look-ups, not for the tower.
 
     hits, misses  frames looked up and found, and not found      bytes  held now
     """
@@ -28,6 +30,7 @@ class ImageCache:
         self.hits = self.misses = self.bytes = 0
         self._tokens: OrderedDict[bytes, Tensor] = OrderedDict()
         self._made_by: Tensor | None = None
+        self._lock = threading.RLock()
 
     def encoded(
         self, frames: Tensor, weights: list[Tensor], products: str, encode: Callable[[Tensor], Tensor]
@@ -41,18 +44,21 @@ class ImageCache:
         encode   [1, 3, side, side] -> [1, tokens, M]
         returns  [n, tokens, M] without a graph
         """
-        self._forget_if_moved(weights)
         keys = [_digest(frame, products) for frame in frames]
-        found = [self._tokens.get(key) for key in keys]
-        absent = [i for i, tokens in enumerate(found) if tokens is None]
-        self.misses += len(absent)
-        self.hits += len(keys) - len(absent)
-        for i in absent:
-            found[i] = encode(frames[i : i + 1])[0]
-        for key, tokens in zip(keys, found, strict=True):
-            assert tokens is not None
-            self._keep(key, tokens)
-        return torch.stack([tokens for tokens in found if tokens is not None])
+        with self._lock:
+            self._forget_if_moved(weights)
+            made_by = self._made_by
+            found = [self._tokens.get(key) for key in keys]
+            absent = [i for i, tokens in enumerate(found) if tokens is None]
+            self.misses += len(absent)
+            self.hits += len(keys) - len(absent)
+        new = {i: encode(frames[i : i + 1])[0] for i in absent}
+        tokens = [new[i] if each is None else each for i, each in enumerate(found)]
+        with self._lock:
+            if self._made_by is made_by:  # else another thread has seen other weights meanwhile
+                for key, each in zip(keys, tokens, strict=True):
+                    self._keep(key, each)
+        return torch.stack(tokens)
 
     def _keep(self, key: bytes, tokens: Tensor) -> None:
         if key not in self._tokens:
@@ -69,7 +75,13 @@ class ImageCache:
             self.bytes, self._made_by = 0, now
 
     def to_dict(self) -> dict[str, int]:
-        return {"frames": len(self._tokens), "bytes": self.bytes, "hits": self.hits, "misses": self.misses}
+        with self._lock:
+            return dict(frames=len(self._tokens), bytes=self.bytes, hits=self.hits, misses=self.misses)
+
+    def renew_lock(self) -> None:
+        """In a forked child: a thread that is not in it may hold the lock, and have stopped half way through a sum."""
+        self._lock = threading.RLock()
+        self.bytes = sum(tokens.nbytes for tokens in self._tokens.values())
 
 
 def _digest(frame: Tensor, products: str) -> bytes:

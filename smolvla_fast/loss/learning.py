@@ -33,28 +33,40 @@ class Learning:
         self._watch: Watch | None = None
         self._told: set[str] = set()
 
-    def prepare(self, tier: Tier, backend: str, device: torch.device, cache_bytes: int) -> LossEngine:
+    def ready(
+        self, model: Any, tier: Tier, backend: str, device: torch.device, cache_bytes: int
+    ) -> tuple[LossEngine | None, str | None]:
+        """An engine that has looked at this model, and why no loss takes the fast path, or None. Cheap while nothing in the
+        model has changed.
+
+        One question under one lock: another thread forgets before it or after it, not in between.
+        """
         key = (tier, backend, device, cache_bytes)
         with self.lock:
-            if self.engine is None or self._built_for != key:
-                cache = ImageCache(cache_bytes) if cache_bytes else None
-                self.engine, self._built_for = LossEngine(tier, backend, device, cache), key
-                self._watch = None
-            return self.engine
-
-    def reason(self, model: Any, tier: Tier) -> str | None:
-        """Why no loss of this model takes the fast path, or None. Cheap while nothing in it has changed."""
-        with self.lock:
+            if self._built_for != key:
+                self.forget()
+                self._built_for = key
             watch = self._watch
             if watch is not None and watch.same_structure(model) and watch.same_memory():
-                return backward_hook_reason(model)  # which chunks do not care for, so the watch does not look
+                # Chunks do not care for backward hooks, so the watch does not look.
+                return self.engine, backward_hook_reason(model)
             self._watch = None
+            watch = _watch(model)  # before the look, so that what changes during it is looked at again
             reason = model_reason(model, tier)
-            if reason is None:
-                assert self.engine is not None, "prepared before it is asked"
-                self.engine.look(model)
-                self._watch = Watch(model)
-            return reason
+            if reason is not None:
+                return None, reason
+            if self.engine is None:
+                cache = ImageCache(cache_bytes) if cache_bytes else None
+                self.engine = LossEngine(tier, backend, device, cache)
+            self.engine.look(model)
+            self._watch = watch
+            return self.engine, None
+
+    def renew_locks(self) -> None:
+        """In a forked child: locks may be held by threads that are not in it, and a look be half done."""
+        self.lock, self._watch = threading.RLock(), None
+        if self.engine is not None and self.engine.cache is not None:
+            self.engine.cache.renew_lock()
 
     def served(self) -> None:
         with self.lock:
@@ -79,15 +91,25 @@ class Learning:
         if not told:
             logger.warning("smolvla_fast: this training step runs stock: %s", reason)
 
+    # Below, the engine is read once: another thread may forget it meanwhile.
     @property
     def passed_over(self) -> dict[str, str]:
-        return {} if self.engine is None else dict(self.engine.passed_over)
+        engine = self.engine
+        return {} if engine is None else dict(engine.passed_over)
 
     @property
     def cache(self) -> dict[str, int]:
-        cache = None if self.engine is None else self.engine.cache
-        return {} if cache is None else cache.to_dict()
+        engine = self.engine
+        return {} if engine is None or engine.cache is None else engine.cache.to_dict()
 
     def forget(self) -> None:
         with self.lock:
             self.engine, self._watch = None, None
+
+
+def _watch(model: Any) -> Watch | None:
+    """None of a foreign structure that cannot be noted: it is looked at every time, and ``model_reason`` says what it is."""
+    try:
+        return Watch(model)
+    except Exception:
+        return None

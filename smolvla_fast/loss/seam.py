@@ -17,7 +17,7 @@ from ..precision import resolve_tier
 from ..runtime import DISABLE, SETTINGS, disabled, runtime_of
 from ..weights import telling_weight
 from .engine import LossEngine
-from .guard import call_reason, model_reason, size_reason
+from .guard import call_reason, size_reason
 from .learning import Learning
 
 
@@ -41,11 +41,15 @@ class Learns:
         """As the stock method, computed by ``LossEngine`` where ``guard`` allows it."""
         images, img_masks = list(images), list(img_masks)
         given = (images, img_masks, lang_tokens, lang_masks, state, actions)
+        cls: Any = type(self)  # read once: another thread may unpatch meanwhile, or have done so by now
+        if not issubclass(cls, Learns):
+            return cls.forward(self, *given, noise, time)
+        stock: Any = cls.stock_class
         learning, engine, reason = _ready(self)
         reason = reason or call_reason(self, *given, noise, time)
         if reason is not None or engine is None:
             learning.fell_back(str(reason))
-            return self.stock_class.forward(self, *given, noise, time)
+            return stock.forward(self, *given, noise, time)
         # In stock's order, so that a seeded run draws what stock draws.
         if noise is None:
             noise = self.sample_noise(actions.shape, actions.device)
@@ -60,15 +64,13 @@ def _ready(model: Any) -> tuple[Learning, LossEngine | None, str | None]:
     """What lives beside a model, its engine, and why that cannot be used whatever the batch."""
     runtime = runtime_of(model)
     learning, settings = runtime.learning, model.__dict__.get(SETTINGS) or runtime.settings
-    assert settings is not None, "a model with this forward is patched"
     if disabled():
         return learning, None, f"{DISABLE} is set"
+    if settings is None:
+        return learning, None, "the policy was unpatched meanwhile"
     weight = telling_weight(model)
     tier = resolve_tier(settings.precision, weight.dtype)
-    if tier.stock_order or tier.quantized:
-        return learning, None, model_reason(model, tier)
-    engine = learning.prepare(tier, settings.backend, weight.device, settings.image_cache)
-    return learning, engine, learning.reason(model, tier)
+    return learning, *learning.ready(model, tier, settings.backend, weight.device, settings.image_cache)
 
 
 def training_reason(model: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -24,12 +25,20 @@ def pytest_report_header() -> str:
     return f"training: with the datasets of lerobot 0.6, installed is {_lerobot}"
 
 
-@pytest.fixture(autouse=True)
+@contextmanager
 def _one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with _one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -44,5 +53,8 @@ def bench_top(tmp_path_factory):
 def finished(bench_top):
     """A run of 4 steps with a checkpoint at 2 and at 4. Not to be changed: copy it."""
     folder = bench_top.root / "finished"
-    assert bench_top.command(folder, "--steps=4", "--save_freq=2", "--log_freq=1") == 0
+    with (
+        _one_thread()
+    ):  # made before any test's own fixtures: bits of it are compared with those of a test's run
+        assert bench_top.command(folder, "--steps=4", "--save_freq=2", "--log_freq=1") == 0
     return folder

@@ -1,0 +1,60 @@
+"""A chunk before the first real one, so that this is not slow: what is built, compiled or captured is so by then."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rtc import guidance_reason, guided
+from .runtime import uncounted
+
+
+def warm_up(policy: Any, example: Any) -> None:
+    """One chunk and, with real-time chunking on, a guided one: the two graphs that a robot replays.
+
+    None where RTC's debug tracker is on: it sends every chunk to stock, and would keep a record of these.
+    """
+    model = policy.model
+    device = model.state_proj.weight.device
+    processor = getattr(model, "rtc_processor", None)
+    if processor is not None and processor.is_debug_enabled():
+        return
+    calls: list[dict[str, Any]] = [{}]
+    # Guidance is data of one shape: leftovers are padded to a chunk, so one number stands for any of them.
+    left = dict(inference_delay=0, prev_chunk_left_over=torch.zeros(1, 1, device=device))
+    if guided(model, left) and guidance_reason(model, left) is None:
+        calls.append(left)
+    for kwargs in calls:
+        with uncounted():
+            _one(policy, example, kwargs)
+
+
+def _one(policy: Any, example: Any, kwargs: dict[str, Any]) -> None:
+    """One chunk of an example batch, or of zeros where it is True."""
+    model = policy.model
+    device, config = model.state_proj.weight.device, model.config
+    if example is True:
+        side = model.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
+        images = [torch.zeros(1, 3, side, side, device=device) for _ in config.image_features]
+        masks = [torch.ones(1, dtype=torch.bool, device=device) for _ in images]
+        tokens = torch.zeros(1, config.tokenizer_max_length, dtype=torch.long, device=device)
+        token_masks = torch.ones_like(tokens, dtype=torch.bool)
+        state = torch.zeros(1, config.max_state_dim, device=device)
+        noise = torch.zeros(1, config.chunk_size, config.max_action_dim, device=device)
+        with torch.no_grad():
+            model.sample_actions(images, masks, tokens, token_masks, state, noise=noise, **kwargs)
+    else:
+        batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in example.items()}
+        shape = (batch["observation.state"].shape[0], config.chunk_size, config.max_action_dim)
+        policy.predict_action_chunk(batch, noise=torch.zeros(shape, device=device), **kwargs)
+
+
+def took(device: torch.device, started: float, checked: float) -> str:
+    """How long a warm-up took, in its parts: a look through the model; the first chunk, which compiles and captures."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    ended = time.perf_counter()
+    return f"; warm-up {ended - started:.2f} s (checks {checked - started:.2f} s, first chunk {ended - checked:.2f} s)"
