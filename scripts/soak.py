@@ -4,8 +4,7 @@
 
 Every chunk is compared with the one that stock gave for the same input. Four threads at a time call one policy, in tiers
 exact and fp32 in turn, each with an input of its own; prompts and cameras vary, half of the chunks are guided by real-time
-chunking. Ends with counts; exit status 1 where a case does not
-match, or where memory, threads or file handles have grown.
+chunking. Ends with counts; exit status 1 where a case does not match, or where memory, threads or file handles have grown.
 """
 
 from __future__ import annotations

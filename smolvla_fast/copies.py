@@ -139,6 +139,8 @@ class Copies:
                 noted = _per_weight(sources)
                 made.copy = self.kind.rewrite(made.copy, made.make(sources))
                 made.noted = noted
+                if noted.is_cuda:  # another thread's stream may read it as soon as the lock is free
+                    torch.cuda.current_stream(noted.device).synchronize()
             self.generation += 1
 
     def _live(self) -> list[tuple[list[Tensor], _Made]]:

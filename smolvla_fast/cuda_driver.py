@@ -106,8 +106,10 @@ class CudaDriver:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def release(self) -> None:
+    def collect(self) -> None:
         gc.collect()
+
+    def release(self) -> None:
         # An error that a broken capture left behind is reported by the next call and thereby cleared.
         with torch.cuda.device(self._device), contextlib.suppress(RuntimeError):
             torch.cuda.synchronize(self._device)

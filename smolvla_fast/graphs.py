@@ -2,7 +2,7 @@
 
 A graph reads its inputs from fixed buffers and the weights where they lie, so a replay is right as long as no parameter
 has moved (``watch.py`` asks that before, and what else has changed while the GPU works). What talks to CUDA is a
-``Driver`` of six calls; tests put one in its place that records and replays on the CPU.
+``Driver`` of seven calls; tests put one in its place that records and replays on the CPU.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ class Driver(Protocol):
 
     def mark(self) -> Any:
         """A point in the caller's queue."""
+
+    def collect(self) -> None:
+        """Free what only cycles of references hold, tensors among it; may run anybody's ``__del__``."""
 
     def release(self) -> None:
         """Give memory of dropped recordings back, after a failure included, and clear the device's error state."""
@@ -121,25 +124,30 @@ class GraphCache:
                 statics = []
                 reason = f"CUDA graph capture failed: {type(error).__name__}: {_first_line(error)}"
                 self._failed[key] = reason
-                failure = CaptureFailed(reason)
+                failure: CaptureFailed | None = CaptureFailed(reason)
             else:
                 held = sum(each.nbytes for each in statics)
                 pool, nodes = getattr(recording, "bytes", 0), getattr(recording, "nodes", None)
                 graph = Graph(recording, statics, output, held + pool, nodes)
                 self._graphs[key] = graph
-                while len(self._graphs) > self._capacity:
-                    oldest = self._graphs.popitem(last=False)
-                    self._driver.release()  # waits: nothing of it is under way any more when it goes
-                    del oldest
-                return graph
+                failure = None
         # Outside the handler: the traceback that holds the attempt's tensors is gone by now.
-        self._release()
-        raise failure
+        if failure is not None:
+            self._release()
+            raise failure
+        while len(self._graphs) > self._capacity:
+            oldest = self._graphs.popitem(last=False)
+            self._release()  # waits: nothing of it is under way any more when it goes
+            del oldest
+        return graph
 
     def _release(self) -> None:
-        """Not while another thread captures: memory of the device cannot be given back then."""
+        """Not while any thread captures, this one included: memory of the device cannot be given back then."""
+        # Not under the lock: what is collected may unpatch another policy, and wait for a thread that waits for it.
+        self._driver.collect()
         with _capturing:
-            self._driver.release()
+            if not self._driver.busy():
+                self._driver.release()
 
     def clear(self) -> None:
         """Drop every graph and every memory of a failure."""

@@ -75,7 +75,7 @@ class Engine:
             self._passed_over["bf16 products"] = f"{slow}; products run in fp32"
         driver = driver_for(device) if capture else None
         self.graphs = None if driver is None else GraphCache(driver)
-        self._positions: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._positions: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._times: dict[tuple[Any, ...], Tensor] = {}
         self._workspace = Workspace() if self.ops.backend == "cpu" else None
         self._loop: Loop | None = None
@@ -249,13 +249,14 @@ class Engine:
             times = _time_embeddings(*key)
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return times  # of a caller's own capture: written when that is replayed, and not before
-            self._times[key] = times  # kept for good: a captured graph may read it
+            # Kept for good, and the first one where threads race: a captured graph may read it.
+            return self._times.setdefault(key, times)
         return self._times[key]
 
     def _patch_positions(self, vlm: Any, images: Tensor) -> Tensor:
-        key = (images.shape[-1], vlm.vision_model.embeddings.patch_embedding.weight.dtype)
-        if key not in self._positions or self._positions[key].device != images.device:
-            self._positions[key] = patch_positions(vlm, images)
+        key = (images.shape[-1], vlm.vision_model.embeddings.patch_embedding.weight.dtype, images.device)
+        if key not in self._positions:
+            return self._positions.setdefault(key, patch_positions(vlm, images))
         return self._positions[key]
 
 

@@ -206,11 +206,12 @@ def patch(
         return policy
     select(backend, weight.device, tier.stock_order, tier.quantized)
     before, settings = model.__dict__.get(SETTINGS), Settings(precision, backend, training, image_cache)
-    if before is None:
+    if before is None and runtime_of(model).settings is None:
         drop_runtime(model)  # what a call left that was under way when the policy was unpatched
     if before != settings:  # the same object else: graphs hold as long as nothing of the model is replaced
         model.__dict__[SETTINGS] = settings
-    stock: Any = model.stock_class if isinstance(model, _Accelerated) else type(model)
+    cls: Any = type(model)  # read once, as in a chunk
+    stock = cls.stock_class if issubclass(cls, _Accelerated) else cls
     model.__class__ = _accelerated(stock, training)
     runtime = runtime_of(model)
     started = time.perf_counter()

@@ -56,7 +56,7 @@ class Status:
     training_fast  losses by the fast path of ``patch(training=True)``
     training_stock losses by stock while that was asked for
     training_fallback  why stock computed the last one it did, or None      training_passed_over  as passed_over, of training
-    training_cache  of image_cache: frames and bytes held, hits, misses; empty without one
+    training_cache  of image_cache: frames and bytes held, hits, misses; empty without one, or before the first fast loss
     extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, time embeddings, on a
                    CPU the denoise loop's buffers, the graphs' memory and, in fp8 and int8 alone, copies of weights
     """
@@ -129,7 +129,9 @@ class Runtime:
                 if self.built_for and self.built_for[0] == settings:  # not patched anew, which says it itself
                     name = self.engine.ops.backend
                     logger.info("smolvla_fast: now: %s on %s, backend %s", tier.name, weight.device, name)
-                self.probed = probe(model, exact=tier.stock_order)
+                # A load in another thread may change a weight between two sides of a comparison: asked twice.
+                exact = tier.stock_order
+                self.probed = probe(model, exact=exact) and probe(model, exact=exact)
                 self.built_for = key
             return self.engine
 
@@ -150,10 +152,10 @@ class Runtime:
             if watch is not None and watch.same_structure(model) and watch.same_memory():
                 return source_reason(model)
             self.watch = None
-            try:
-                watch = Watch(model)  # before the look, so that what changes during it is looked at again
-            except Exception as error:  # as in model_reason, which may know better why
-                return model_reason(model) or f"the structure is not SmolVLA's: {error!r}"
+            reason = model_reason(model)
+            if reason is not None:
+                return reason  # cheap, for a model that stock runs is asked at every call
+            watch = Watch(model)  # before a look, so that what changes during it is looked at again
             reason = model_reason(model)
             if reason is None:
                 try:

@@ -40,7 +40,7 @@ LEROBOT_FIRST = pytest.mark.parametrize(
     "origin", ["lerobot", pytest.param("ours", marks=pytest.mark.long)], indirect=True
 )
 """For grids of many cases: on LeRobot's class in ``make test``, on both in ``make test-full``; that our own model answers as
-LeRobot's does is the business of tests/smolvla, and every other test here runs on both."""
+LeRobot's does is the business of tests/smolvla, and tests with neither of these marks run on both."""
 
 
 def make_policy(size: str, **settings: Any) -> Any:

@@ -54,7 +54,8 @@ class LossEngine:
 
     def look(self, model: Any) -> None:
         """Note, once for each state of a model, whether the engine's ops may stand in for its frozen modules."""
-        self.not_frozen = frozen_reason(model)
+        # A load in another thread may change a weight between two sides of a comparison: asked twice.
+        self.not_frozen = frozen_reason(model) and frozen_reason(model)
         instead = f"{self.not_frozen}; the modules themselves compute it"
         self._note("frozen prefix", None if self.not_frozen is None else instead)
         self._note("image cache", self._no_cache(model))

@@ -55,6 +55,8 @@ class ImageCache:
         new = {i: encode(frames[i : i + 1])[0] for i in absent}
         tokens = [new[i] if each is None else each for i, each in enumerate(found)]
         with self._lock:
+            if absent:
+                self._forget_if_moved(weights)
             if self._made_by is made_by:  # else another thread has seen other weights meanwhile
                 for key, each in zip(keys, tokens, strict=True):
                     self._keep(key, each)

@@ -51,7 +51,10 @@ class Learning:
                 # Chunks do not care for backward hooks, so the watch does not look.
                 return self.engine, backward_hook_reason(model)
             self._watch = None
-            watch = _watch(model)  # before the look, so that what changes during it is looked at again
+            reason = model_reason(model, tier)
+            if reason is not None:
+                return None, reason  # cheap, for a model that stock trains is asked at every step
+            watch = _watch(model)  # before a look, so that what changes during it is looked at again
             reason = model_reason(model, tier)
             if reason is not None:
                 return None, reason

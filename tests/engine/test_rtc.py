@@ -42,7 +42,7 @@ def _previous(*shape: int) -> Tensor:
 @pytest.mark.check(49)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("delay", [0, 1, 4, 8, 12])
-@pytest.mark.parametrize("max_weight", [1.0, 10.0])
+@pytest.mark.parametrize("max_weight", [pytest.param(1.0, marks=pytest.mark.long), 10.0])
 def test_chunk_has_stock_bits(schedule: str, delay: int, max_weight: float) -> None:
     config = _config(schedule, execution_horizon=6, max_guidance_weight=max_weight)
     stock, fast = _policies(config, "exact")
@@ -60,7 +60,7 @@ def test_chunk_has_stock_bits(schedule: str, delay: int, max_weight: float) -> N
     ids=lambda shape: "x".join(map(str, shape)),
 )
 @pytest.mark.parametrize("horizon", [None, 3, 10, 40])
-@pytest.mark.parametrize("precision", ["exact", "fp32"])
+@pytest.mark.parametrize("precision", ["exact", pytest.param("fp32", marks=pytest.mark.long)])
 def test_shapes_of_what_is_left(shape: tuple[int, ...], horizon: int | None, precision: str) -> None:
     stock, fast = _policies(_config(), precision)
     observation, noise = make_observation(stock), make_noise(stock)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import integer_products
 import pytest
 import torch
 from captured import Captured, recording
@@ -21,7 +22,7 @@ from recorder import RecorderDriver
 from torch import nn
 
 import smolvla_fast
-from smolvla_fast import copies, inference, int8, runtime
+from smolvla_fast import copies, extension, inference, runtime
 from smolvla_fast.patch import engine_of
 from smolvla_fast.testing import make_noise, make_observation
 from smolvla_fast.watch import Watch
@@ -34,17 +35,39 @@ seam: Any = sys.modules["smolvla_fast.patch"]
 MOMENT, PATIENCE = 0.3, 60
 
 
-def elsewhere(work: Callable[[], Any], wait: float = PATIENCE) -> threading.Thread:
-    """Another thread does this; by default it has done so on return."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(wait)
-    assert wait == MOMENT or not thread.is_alive(), "locked up"
+class Elsewhere(threading.Thread):
+    """Another thread does ``work``; what it raises is raised where it is awaited."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.work, self.error = work, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.work()
+        except BaseException as error:
+            self.error: BaseException | None = error
+
+    def ended(self) -> None:
+        self.join(PATIENCE)
+        assert not self.is_alive(), "locked up"
+        if self.error is not None:
+            raise self.error
+
+
+def elsewhere(work: Callable[[], Any], wait: float | None = None) -> Elsewhere:
+    """By default it has been done on return, else so much time for it is over."""
+    thread = Elsewhere(work)
+    if wait is None:
+        thread.ended()
+    else:
+        thread.join(wait)
     return thread
 
 
 def once_after(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, work: Callable[[], Any], wait: float = PATIENCE
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, work: Callable[[], Any], wait: float | None = None
 ) -> None:
     """Another thread does ``work`` right behind the first call of ``owner.name``."""
     stock, done = getattr(owner, name), []
@@ -244,8 +267,15 @@ def test_two_threads_get_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 
     made.kind = replace(copies.FLOATS, make=make)
     found.append(made.of(matrix))
-    threads[1].join(PATIENCE)
+    threads[1].ended()
     assert len(found) == 2 and found[0] is found[1]
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    if extension.why_missing("cpu"):
+        pytest.skip(str(extension.why_missing("cpu")))
+    integer_products.provide(monkeypatch)
 
 
 class _Graphs:
@@ -257,8 +287,8 @@ class _Graphs:
         pass
 
 
+@pytest.mark.usefixtures("products")
 def test_a_change_that_another_thread_saw_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "why_not", lambda device: None)
     policy, given, noise = patched("int8")
     before = chunk(policy, given, noise)
     engine_of(policy.model).graphs = _Graphs()  # type: ignore[assignment]
@@ -330,12 +360,17 @@ def _use(policy: Any, given: Any, noise: Any) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("name", ["table", "model", "training"])
+@pytest.mark.parametrize("name", ["table", "model", "training", "copies"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.usefixtures("products")
 def test_forked_while_a_thread_holds_a_lock(name: str) -> None:
-    policy, given, noise = patched()
+    policy, given, noise = patched("int8" if name == "copies" else "fp32")
     beside = runtime.runtime_of(policy.model)
-    lock = {"table": runtime._runtimes_lock, "model": beside.lock, "training": beside.learning.lock}[name]
+    if name == "copies":
+        lock = engine_of(policy.model).copies._lock  # type: ignore[union-attr]
+    else:
+        locks = {"table": runtime._runtimes_lock, "model": beside.lock, "training": beside.learning.lock}
+        lock = locks[name]
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -350,9 +385,9 @@ def test_forked_while_a_thread_holds_a_lock(name: str) -> None:
     child.start()
     child.join(PATIENCE)
     done.set()
-    hung = child.exitcode is None
+    code = child.exitcode
     child.kill()
-    assert not hung, "the child waits for a thread that it does not have"
+    assert code == 0, "the child failed, or waits for a thread that it does not have"
 
 
 def test_garbage_that_unpatches_is_collected_while_another_policy_is_patched(
@@ -369,7 +404,7 @@ def test_garbage_that_unpatches_is_collected_while_another_policy_is_patched(
         make(self)
 
     monkeypatch.setattr(runtime.Runtime, "__init__", collecting)
-    elsewhere(lambda: smolvla_fast.patch(other), wait=10)
+    elsewhere(lambda: smolvla_fast.patch(other))
     assert smolvla_fast.status(other).active and not smolvla_fast.status(policy).active
 
 
@@ -430,12 +465,69 @@ def test_no_memory_is_given_back_while_another_policy_captures(monkeypatch: pyte
     engine_of(done.policy.model).graphs._driver = Slow()  # type: ignore[union-attr]
     monkeypatch.setattr(inference, "driver_for", lambda device: Slow())
     slow = Captured(num_steps=2)
-    capturing = threading.Thread(target=slow.same, daemon=True)
-    capturing.start()
+    right: list[bool] = []
+    capturing = Elsewhere(lambda: right.append(slow.same()))
     assert begun.wait(PATIENCE)
     clearing = elsewhere(lambda: smolvla_fast.unpatch(done.policy), MOMENT)
     may_end.set()
     for thread in (capturing, clearing):
-        thread.join(PATIENCE)
-        assert not thread.is_alive(), "locked up"
-    assert released and not any(released)
+        thread.ended()
+    assert right == [True] and released and not any(released)
+
+
+@pytest.mark.usefixtures("recording")
+def test_nothing_is_given_back_inside_a_capture() -> None:
+    """Garbage that unpatches another policy may be collected there."""
+    done, slow = Captured(num_steps=2), Captured(num_steps=2)
+    assert done.same()
+    driver = done.driver
+    driver.capturing = True
+    before = driver.releases
+    smolvla_fast.unpatch(done.policy)
+    assert driver.releases == before and slow.same()
+
+
+@pytest.mark.usefixtures("recording")
+def test_garbage_that_unpatches_a_policy_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collected while another policy's graphs are dropped, it waits for a chunk, which must not wait for the drop."""
+    used, dropped = Captured(num_steps=2), Captured(num_steps=2)
+    assert used.same() and dropped.same()
+    cache = engine_of(used.policy.model).graphs
+    assert cache is not None
+    held, go = threading.Event(), threading.Event()
+    capture = used.driver.capture
+
+    def slow(run: Callable[[], Any]) -> Any:
+        held.set()
+        assert go.wait(PATIENCE)
+        return capture(run)
+
+    def collect() -> None:
+        go.set()
+        elsewhere(lambda: smolvla_fast.unpatch(used.policy))
+
+    monkeypatch.setattr(used.driver, "capture", slow)
+    monkeypatch.setattr(dropped.driver, "collect", collect)
+    chunk_of_another_shape = Elsewhere(lambda: used.same(batch=2))
+    assert held.wait(PATIENCE)
+    elsewhere(lambda: smolvla_fast.unpatch(dropped.policy))
+    chunk_of_another_shape.ended()
+
+
+def test_a_load_in_the_middle_of_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen as a difference between the modules and ours, it must not send the policy to stock for good."""
+    answers = ["of two checkpoints"]
+    monkeypatch.setattr(runtime, "probe", lambda *_, **__: answers.pop() if answers else None)
+    policy, given, noise = patched()
+    chunk(policy, given, noise)
+    assert smolvla_fast.status(policy).calls_fast == 1 and not answers
+
+
+def test_a_model_that_stock_runs_costs_no_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, given, noise = patched()
+    policy.model.vlm_with_expert.lm_expert.norm.register_forward_hook(lambda *_: None)
+    chunk(policy, given, noise)
+    made: list[Any] = []
+    monkeypatch.setattr(runtime, "Watch", lambda model: made.append(model) or Watch(model))
+    chunk(policy, given, noise)
+    assert not made and smolvla_fast.status(policy).calls_stock == 2

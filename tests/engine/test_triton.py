@@ -40,7 +40,7 @@ SMALL: dict[str, Any] = dict(
     "settings",
     [
         dict(),
-        dict(attention_mode="self_attn", num_steps=1),
+        pytest.param(dict(attention_mode="self_attn", num_steps=1), marks=pytest.mark.long),
         pytest.param(dict(cameras=2, chunk_size=7, num_steps=1), marks=pytest.mark.long),
         pytest.param(
             dict(self_attn_every_n_layers=0, expert_width_multiplier=0.5, num_steps=1), marks=pytest.mark.long

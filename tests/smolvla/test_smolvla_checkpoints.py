@@ -172,7 +172,6 @@ def _run_example(python: str, folder: Path, out: Path, extra: dict[str, str] | N
     return torch.load(out)
 
 
-@pytest.mark.long  # the test on other Pythons is of the same example, and those have no LeRobot at all
 def test_standalone_example_where_lerobot_cannot_be_imported(lerobot_checkpoint, tmp_path):
     """Raw frames, state and task to an action in the robot's units: unpatched, the very one that LeRobot takes.
 

@@ -164,6 +164,18 @@ sampling_case = pytest.mark.parametrize(
     "case", [name for name in GRID if not GRID[name].get("_no_sampling")], indirect=True
 )
 
+# All four by the first case, two in turn by the others.
+LOSS_CASES = [
+    pytest.param(
+        name, reduction, padded,
+        marks=pytest.mark.long if i and (padded == (reduction == "mean")) != bool(i % 2) else (),
+        id=f"{name}-{reduction}-{'padded' if padded else 'whole'}",
+    )
+    for i, name in enumerate(GRID)
+    for reduction in ("mean", "none")
+    for padded in (True, False)
+]  # fmt: skip
+
 # A queue is of chunks, which test_chunks compares for every case: here those that a queue can tell from others.
 QUEUES = {
     "default", "batch_of_one", "frames_with_history", "chunk_size", "chunk_of_one", "n_action_steps", "max_action_dim",
@@ -241,10 +253,8 @@ def test_actions_over_a_whole_queue(case, tally):
         tally.check("actions", case.name, stock, ours)
 
 
-@every_case
 @pytest.mark.training
-@pytest.mark.parametrize("padded", [True, False], ids=["padded", "whole"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("case", "reduction", "padded"), LOSS_CASES, indirect=["case"])
 def test_losses_and_gradients(case, tally, reduction, padded):
     batch = add_targets(case.config, case.batch())
     if not padded:

@@ -53,8 +53,7 @@ def bench_top(tmp_path_factory):
 def finished(bench_top):
     """A run of 4 steps with a checkpoint at 2 and at 4. Not to be changed: copy it."""
     folder = bench_top.root / "finished"
-    with (
-        _one_thread()
-    ):  # made before any test's own fixtures: bits of it are compared with those of a test's run
+    # Made before a test's own fixtures; its bits are compared with those of a test's run.
+    with _one_thread():
         assert bench_top.command(folder, "--steps=4", "--save_freq=2", "--log_freq=1") == 0
     return folder

@@ -291,7 +291,7 @@ def test_a_child_forked_while_the_locks_are_held(trainee: Trainee) -> None:
     assert held.wait(PATIENCE)
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
-    process.join(10)
+    process.join(60)
     ended = process.exitcode
     process.kill()
     let_go.set()
