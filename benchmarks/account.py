@@ -6,10 +6,14 @@ Activations are left out: they fit into caches.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from smolvla_fast.dims import read_dims
+from smolvla_fast.dims import Dims, read_dims
 from smolvla_fast.reference import Cost
+
+ADAMW_BYTES = 28
+"""Of a parameter: it, its gradient and both moments are read, all but the gradient written, in fp32."""
 
 
 def stage_costs(model: Any, cameras: int, language: int, itemsize: int, batch: int = 1) -> dict[str, Cost]:
@@ -17,6 +21,66 @@ def stage_costs(model: Any, cameras: int, language: int, itemsize: int, batch: i
 
     model  a ``VLAFlowMatching``      language  padded tokens      itemsize  bytes of a weight in its product
     """
+    work = _work(model, cameras, language)
+    d, steps = work.dims, model.config.num_steps
+    step_bytes = itemsize * (work.step_weights + batch * 2 * work.keys * d.kv_heads * d.head_dim)
+    return {
+        "vision": Cost(batch * work.vision_flops, float(itemsize * work.vision_weights)),
+        "prefix": Cost(batch * work.prefix_flops, float(itemsize * work.prefix_weights)),
+        "denoise": Cost(steps * batch * work.step_flops, float(steps * step_bytes)),
+    }
+
+
+def training_costs(model: Any, cameras: int, language: int, itemsize: int, batch: int = 1) -> dict[str, Cost]:
+    """Cost of "vision", "prefix", "expert" and "optimizer" of one training step of a batch, with LeRobot's defaults:
+    expert, heads and state projection learn.
+
+    A product of what learns costs three times its forward, one of the prefix once: of its rows the state's alone has a
+    gradient. Keys and values that nothing learns from have none.
+    language  tokens that any sample needs      other arguments as in ``stage_costs``
+    """
+    work = _work(model, cameras, language)
+    d, q = work.dims, work.dims.query_heads * work.dims.head_dim
+    # Inference folds the actions' half of the MLP of action and time into their projection; weights that learn cannot be.
+    halves = 2 * d.expert_width**2
+    weights = work.step_weights + halves
+    linear = 6.0 * d.chunk * (work.step_weights + halves / 2) + 4.0 * halves / 2
+    linear -= 2.0 * d.chunk * d.action_width * d.expert_width  # no gradient of actions
+    learning_keys = work.selfs * (d.chunk + 1) + work.crosses * work.prefix
+    attention = 8.0 * d.chunk * work.keys * q + 4.0 * d.chunk * learning_keys * q
+    state = 2.0 * work.prefix_weights
+    cross = 2.0 * work.prefix * work.cross_weights
+    learns = weights + work.cross_weights + d.state_width * d.text_width
+    return {
+        "vision": Cost(batch * work.vision_flops, float(itemsize * work.vision_weights)),
+        "prefix": Cost(batch * work.prefix_flops, float(itemsize * work.prefix_weights)),
+        "expert": Cost(batch * (linear + attention + state + cross), 2.0 * itemsize * weights),
+        "optimizer": Cost(0.0, float(ADAMW_BYTES * learns)),
+    }
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Operations of one sample's forward, and weights that they read; ``step`` is one pass of the expert."""
+
+    dims: Dims
+    vision_flops: float
+    vision_weights: int
+    prefix: int
+    """tokens"""
+    prefix_flops: float
+    prefix_weights: int
+    cross_weights: int
+    """of ``prefix_weights``: the expert's projections of the prefix KV in its cross-attention layers"""
+    selfs: int
+    crosses: int
+    keys: int
+    """that a suffix row sees, over all layers"""
+    step_flops: float
+    step_weights: int
+
+
+def _work(model: Any, cameras: int, language: int) -> _Work:
     d = read_dims(model)
     pair = model.vlm_with_expert
     vision = pair.get_vlm_model().vision_model
@@ -55,10 +119,7 @@ def stage_costs(model: Any, cameras: int, language: int, itemsize: int, batch: i
     step_weights = d.layers * expert_layer + selfs * 2 * d.expert_width * kv + ends
     keys = selfs * (prefix + d.chunk) + crosses * prefix
     step_flops = 2.0 * d.chunk * step_weights + 4.0 * d.chunk * keys * q
-    step_bytes = itemsize * (step_weights + batch * 2 * keys * kv)
-    steps = model.config.num_steps
-    return {
-        "vision": Cost(batch * vision_flops, float(itemsize * vision_weights)),
-        "prefix": Cost(batch * prefix_flops, float(itemsize * prefix_weights)),
-        "denoise": Cost(steps * batch * step_flops, float(steps * step_bytes)),
-    }
+    return _Work(
+        d, vision_flops, vision_weights, prefix, prefix_flops, prefix_weights, cross, selfs, crosses, keys, step_flops,
+        step_weights,
+    )  # fmt: skip

@@ -194,6 +194,8 @@ def training(data: dict[str, Any]) -> str:
                 milliseconds(bench["min_ms"]),
                 f"{1e3 * bench['batch'] / bench['p50_ms']:.3g}",
                 f"{bench['ratio']:.2f}x" if "ratio" in bench else "–",
+                milliseconds(bench["floor_ms"]),
+                f"{bench['share_of_floor']:.0%}",
                 f"{bench['gradient_rel_l2']:.1e}",
                 f"{bench['bound']:.1e}",
                 f"{bench['loss_rel']:.1e}",
@@ -203,13 +205,15 @@ def training(data: dict[str, Any]) -> str:
             for bench in benches
         ]
         columns = [
-            "", "p50 ms", "best ms", "samples/s", "ratio", "gradients, rel L2", "allowed", "loss", "peak GiB", "rounds",
+            "", "p50 ms", "best ms", "samples/s", "ratio", "floor ms", "of the roof", "gradients, rel L2", "allowed", "loss",
+            "peak GiB", "rounds",
         ]  # fmt: skip
         parts.append(f"{group.removeprefix('train: ')}\n\n{table(columns, rows)}{footnote(benches, then='')}")
     if parts:
         parts.append(
             "Before each round stock takes one, in bf16 for what runs in bf16; the ratio is the median over rounds of "
-            "stock's time by the one after it."
+            "stock's time by the one after it. The floor is the least arithmetic of a step at this machine's best rate, and "
+            "the optimizer's least traffic."
         )
     return "\n\n".join(parts)
 

@@ -16,32 +16,36 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.account import training_costs
 from benchmarks.conftest import rounds
 from benchmarks.gate import COMPILED_BOUND, Red, timed
+from benchmarks.machine import Ceilings
 from smolvla_fast.cli.measure import synchronize
 
 CAMERAS = 2
 BATCHES = {"cpu": (1, 2), "cuda": (8,)}
 COMPILED = "stock compiled"
 CACHED, NEW = "patched, frames known", "patched, frames new"
+FUSED = "patched, frames known, AdamW fused"
 STOCK = ("stock", "stock bf16")
-VARIANTS = ("stock", "patched", CACHED, NEW, COMPILED, "stock bf16", "patched bf16")
+VARIANTS = ("stock", "patched", CACHED, FUSED, NEW, COMPILED, "stock bf16", "patched bf16")
 """Those in bf16 run under autocast, as accelerate does it. CACHED and NEW have ``image_cache``: a step of a later epoch,
-which finds the image tokens of all its frames, and one of the first, which finds none."""
-CACHE_BYTES = {CACHED: 2**28, NEW: 1}
+which finds the image tokens of all its frames, and one of the first, which finds none. FUSED is CACHED with the optimizer
+that ``smolvla-fast train`` has on the fast path; all others have LeRobot's."""
+CACHE_BYTES = {CACHED: 2**28, FUSED: 2**28, NEW: 1}
 """A cache of one byte looks for every frame and keeps none."""
 # All gradients as one vector. Another order of sums moves stock's own by 5e-6 (tests/train_steps.py).
 GRADIENT_BOUND = 1e-5
 
 
 class Trainee:
-    """The subject's policy in train mode, with one optimizer, and stock's gradients by batch size."""
+    """The subject's policy in train mode, with both optimizers, and stock's gradients by batch size."""
 
     def __init__(self, subject: Any) -> None:
         self.policy, self.device = subject.policy, subject.device
         self.policy.train()
         learns = [each for each in self.policy.parameters() if each.requires_grad]
-        self.optimizer = torch.optim.AdamW(learns, lr=0.0)
+        self.optimizers = {fused: torch.optim.AdamW(learns, lr=0.0, fused=fused) for fused in (None, True)}
         self._batches: dict[int, dict[str, Tensor]] = {}
         self.truth: dict[tuple[int, bool], list[Tensor]] = {}
 
@@ -56,9 +60,10 @@ class Trainee:
             self._batches[size] = found
         return self._batches[size]
 
-    def step(self, size: int, bf16: bool) -> Tensor:
+    def step(self, size: int, bf16: bool, fused: bool | None = None) -> Tensor:
         """One step with the same noise and time as any other; its loss. Gradients stay until the next one."""
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer = self.optimizers[fused]
+        optimizer.zero_grad(set_to_none=True)
         devices = [self.device] if self.device.type == "cuda" else []
         narrow = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
         with torch.random.fork_rng(devices=devices):
@@ -66,7 +71,7 @@ class Trainee:
             with narrow:
                 loss, _ = self.policy.forward(dict(self.batch(size)))
         loss.backward()
-        self.optimizer.step()
+        optimizer.step()
         synchronize(self.device)
         return loss.detach()
 
@@ -99,7 +104,7 @@ class Trainee:
         error = _distance(found, truth)
         if variant in CACHE_BYTES:
             facts["frames_known"] = smolvla_fast.status(self.policy).training_cache["hits"] - hits
-            if facts["frames_known"] != (size * CAMERAS if variant == CACHED else 0):
+            if facts["frames_known"] != (0 if variant == NEW else size * CAMERAS):
                 raise Red(f"{facts['frames_known']} of {size * CAMERAS} frames were known")
         if bound is None:
             facts["bound"] = bound = 2 * _distance(self.stock(size, True), truth)["gradient_rel_l2"]
@@ -152,7 +157,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_train_step(benchmark, trainee, pytestconfig, subject, variant, size):
+def test_train_step(benchmark, trainee, ceilings, pytestconfig, subject, variant, size):
     import smolvla_fast
     from smolvla_fast.extension import why_bf16_is_slow
 
@@ -162,7 +167,7 @@ def test_train_step(benchmark, trainee, pytestconfig, subject, variant, size):
     if bf16 and device.type == "cpu" and why_bf16_is_slow() and subject.size == "full":
         pytest.skip(f"{why_bf16_is_slow()}: a step of stock in bf16 takes many minutes here")
     benchmark.group = f"train: {subject.group.rsplit(',', 1)[0]}, {CAMERAS} cameras, batch {size}"
-    policy = trainee.policy
+    policy, fused = trainee.policy, True if variant == FUSED else None
     if variant.startswith("patched"):
         smolvla_fast.patch(policy, training=True, image_cache=CACHE_BYTES.get(variant, 0))
     if variant == COMPILED:
@@ -191,7 +196,7 @@ def test_train_step(benchmark, trainee, pytestconfig, subject, variant, size):
 
     try:
         timed(
-            benchmark, check, lambda: trainee.step(size, bf16), rounds(pytestconfig),
+            benchmark, check, lambda: trainee.step(size, bf16, fused), rounds(pytestconfig),
             beside=None if variant in STOCK else stock_step,
         )  # fmt: skip
     finally:
@@ -202,4 +207,20 @@ def test_train_step(benchmark, trainee, pytestconfig, subject, variant, size):
     benchmark.extra_info.update(
         suite="train", variant=variant, cameras=CAMERAS, batch=size, layout=subject.layout,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        **_share(benchmark, trainee, ceilings, torch.bfloat16 if bf16 else subject.compute_dtype(variant), size,
+                 known=variant in CACHE_BYTES and variant != NEW),
     )  # fmt: skip
+
+
+def _share(
+    benchmark: Any, trainee: Trainee, ceilings: Ceilings, dtype: torch.dtype, size: int, known: bool
+) -> dict[str, float]:
+    """The least time of the step under this machine's roof, and its share of the median. ``known``: no frame is encoded."""
+    needed = trainee.batch(size)["observation.language.attention_mask"].any(dim=0)
+    costs = training_costs(trainee.policy.model, CAMERAS, int(needed.sum()), dtype.itemsize, size)
+    floor_ms = sum(
+        ceilings.floor_ms(cost.flops, cost.bytes, dtype)
+        for part, cost in costs.items()
+        if not (known and part == "vision")
+    )
+    return {"floor_ms": floor_ms, "share_of_floor": floor_ms / benchmark.extra_info["p50_ms"]}

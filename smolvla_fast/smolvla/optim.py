@@ -24,10 +24,13 @@ class AdamWConfig:
     weight_decay: float = 1e-2
     grad_clip_norm: float = 10.0
 
-    def build(self, params: Iterable[Any]) -> torch.optim.AdamW:
-        """An optimizer over parameters or parameter groups."""
+    def build(self, params: Iterable[Any], fused: bool | None = None) -> torch.optim.AdamW:
+        """An optimizer over parameters or parameter groups.
+
+        fused  one pass over memory instead of torch's dozen, in other roundings; None: torch's choice, as in LeRobot
+        """
         return torch.optim.AdamW(
-            params, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+            params, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
         )
 
 

@@ -134,7 +134,8 @@ def save_state(
     }
     save_file({name: value.contiguous() for name, value in tensors.items()}, str(folder / OPTIMIZER))
     save_file(random_state.collect(), str(folder / RANDOM))
-    _write(folder / GROUPS, state["param_groups"])
+    # How the update is computed belongs to a run, not to a checkpoint: LeRobot's file says nothing of it.
+    _write(folder / GROUPS, [{**group, "fused": None} for group in state["param_groups"]])
     _write(folder / SCHEDULER, scheduler.state_dict())
     _write(folder / STEP, {"step": step, "num_processes": 1, "batch_size": samples})
     _write(folder / RUN, run)
@@ -148,7 +149,10 @@ def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -
         for key, value in load_file(str(folder / OPTIMIZER)).items():
             _, index, name = key.split("/", 2)
             entries.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({"state": entries, "param_groups": _read(folder / GROUPS)})
+        groups = _read(folder / GROUPS)
+        for group, own in zip(groups, optimizer.param_groups, strict=True):
+            group["fused"] = own["fused"]
+        optimizer.load_state_dict({"state": entries, "param_groups": groups})
         scheduler.load_state_dict(_read(folder / SCHEDULER))
         step = int(_read(folder / STEP)["step"])
         random_state.restore(load_file(str(folder / RANDOM)))

@@ -53,8 +53,8 @@ def _lerobot(config: SmolVLAConfig) -> tuple[Any, Any]:
         return PreTrainedConfig.from_pretrained(folder), LeRobotPolicy
 
 
-def speed_up(policy: Any, settings: TrainSettings) -> str:
-    """Patches the policy for training where that is possible; returns what came of it, in words.
+def speed_up(policy: Any, settings: TrainSettings) -> tuple[bool, str]:
+    """Patches the policy for training where that is possible; returns whether it is, and what came of it in words.
 
     raises  TrainingError for ``fast="on"`` where it is not possible
     """
@@ -62,18 +62,17 @@ def speed_up(policy: Any, settings: TrainSettings) -> str:
     from ..runtime import DISABLE, disabled
 
     if settings.fast == "off":
-        return "plain, as asked for"
+        return False, "plain, as asked for"
     patch(policy, training=True, image_cache=settings.image_cache)
     now = status(policy)
     reason = f"{DISABLE} is set" if disabled() else now.training_fallback
     if reason is None:
-        return (
-            f"patched for training{_products(policy, settings)}{_cache(now.training_passed_over, settings)}"
-        )
+        passed_over = f"{_products(policy, settings)}{_cache(now.training_passed_over, settings)}"
+        return True, f"patched for training{passed_over}"
     unpatch(policy)
     if settings.fast == "on":
         raise TrainingError(f"--fast=on: {reason}; use --fast=auto, which then trains the plain policy")
-    return f"plain: {reason}"
+    return False, f"plain: {reason}"
 
 
 def _products(policy: Any, settings: TrainSettings) -> str:

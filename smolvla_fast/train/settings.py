@@ -63,7 +63,8 @@ class TrainSettings:
     policy                       every knob of SmolVLA, optimizer and schedule among them
     policy_path                  checkpoint to start from: folder or Hub id; None: fresh weights
     implementation               "ours" or "lerobot": whose ``SmolVLAPolicy`` is trained; the files are the same
-    fast                         "auto": patched for training where ``patch`` can; "on": or an error; "off": plain
+    fast                         "auto": patched for training where ``patch`` can, and AdamW fused; "on": or an error; "off":
+                                 plain
     image_cache                  bytes for tokens of frozen image frames, so that a frame of an earlier epoch is not encoded
                                  anew (``patch(image_cache=)``); 0: none
     dtype                        "bf16": matrix products under autocast; "auto": bf16 if ``policy.use_amp``, else fp32

@@ -286,6 +286,31 @@ def test_fast_is_said_and_on_is_kept(bench_top, tmp_path, capsys, monkeypatch):
     assert "SMOLVLA_FAST_DISABLE is set" in capsys.readouterr().err
 
 
+def test_the_fast_path_updates_in_one_pass_and_by_the_same_rule(bench_top, tmp_path):
+    """AdamW fused beside torch's own loop: the same gradients, weights apart by the rounding of three updates."""
+    fast = bench_top.prepare(tmp_path / "fast", "--fast=on", "--policy.optimizer_lr=0.01")
+    plain = bench_top.prepare(tmp_path / "plain", "--fast=off", "--policy.optimizer_lr=0.01")
+    assert fast.optimizer.param_groups[0]["fused"] is True
+    assert plain.optimizer.param_groups[0]["fused"] is None
+    plain.policy.load_state_dict(fast.policy.state_dict())
+    begun = {name: each.detach().clone() for name, each in fast.policy.named_parameters()}
+    batch = fast.preprocess(next(training_batches(fast.settings, fast.data.train, 0)))
+    for _ in range(3):
+        fast.optimizer.zero_grad()
+        fast.policy.forward(deepcopy(batch))[0].backward()
+        for one, two in zip(fast.policy.parameters(), plain.policy.parameters(), strict=True):
+            two.grad = None if one.grad is None else one.grad.clone()
+        fast.optimizer.step()
+        plain.optimizer.step()
+    moved = 0
+    for (name, one), two in zip(fast.policy.named_parameters(), plain.policy.parameters(), strict=True):
+        # An update is a few operations of fp32, rounded at 6e-8 each, on numbers up to the weight and its way.
+        far = (one - begun[name]).abs().max()
+        assert (one - two).abs().max() <= 1e-6 * (far + one.abs().max()), name
+        moved += bool(far > 0)
+    assert moved > 20
+
+
 @pytest.mark.parametrize("slow", [None, "no bf16 here"])
 def test_bf16_that_runs_in_fp32_is_said(bench_top, tmp_path, capsys, monkeypatch, slow):
     monkeypatch.setattr("smolvla_fast.train.policy.why_bf16_is_slow", lambda: slow)

@@ -19,9 +19,10 @@ from training_runs import go_on, resume, same, state_files, weights
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train import checkpoint as files
 from smolvla_fast.train.checkpoint import Checkpoints
+from smolvla_fast.train.data import training_batches
 from smolvla_fast.train.log import read_log
 from smolvla_fast.train.random_state import seeded
-from smolvla_fast.training import write_checkpoint
+from smolvla_fast.training import update, write_checkpoint
 
 pytestmark = pytest.mark.training
 
@@ -87,6 +88,20 @@ def test_resume_takes_weights_optimizer_schedule_random_state_and_place(bench_to
     assert same(ends.pop("nothing"), weights(finished / "checkpoints" / "000004"))
     original = weights(finished / "checkpoints" / "000004")
     assert [name for name, end in ends.items() if same(end, original)] == []
+
+
+@pytest.mark.parametrize(("begun", "gone_on"), [("on", "off"), ("off", "on")])
+def test_how_an_update_is_computed_is_the_runs_and_not_the_checkpoints(bench_top, tmp_path, begun, gone_on):
+    """AdamW's state serves either; a checkpoint says no more of ``fused`` than LeRobot's, whose default it leaves alone."""
+    run = bench_top.prepare(tmp_path / "run", f"--fast={begun}", steps=1)
+    write_checkpoint(run, folder := tmp_path / "checkpoint")
+    [group] = json.loads((folder / files.STATE / files.GROUPS).read_text())
+    assert group["fused"] is None
+    other = bench_top.prepare(tmp_path / "other", f"--fast={gone_on}")
+    assert files.load_state(folder, other.optimizer, other.scheduler) == 1
+    assert other.optimizer.param_groups[0]["fused"] is (True if gone_on == "on" else None)
+    update(other, training_batches(other.settings, other.data.train, 1))
+    assert {int(state["step"]) for state in other.optimizer.state.values()} == {2}
 
 
 def test_more_steps_are_allowed_and_anything_else_is_not(bench_top, finished, tmp_path, capsys):
