@@ -12,8 +12,8 @@ from typing import Any
 from smolvla_fast.dims import Dims, read_dims
 from smolvla_fast.reference import Cost
 
-ADAMW_BYTES = 28
-"""Of a parameter: it, its gradient and both moments are read, all but the gradient written, in fp32."""
+ADAMW_NUMBERS = 7
+"""Of a parameter: it, its gradient and both moments are read, all but the gradient written."""
 
 
 def stage_costs(model: Any, cameras: int, language: int, itemsize: int, batch: int = 1) -> dict[str, Cost]:
@@ -32,8 +32,8 @@ def stage_costs(model: Any, cameras: int, language: int, itemsize: int, batch: i
 
 
 def training_costs(model: Any, cameras: int, language: int, itemsize: int, batch: int = 1) -> dict[str, Cost]:
-    """Cost of "vision", "prefix", "expert" and "optimizer" of one training step of a batch, with LeRobot's defaults:
-    expert, heads and state projection learn.
+    """Cost of "vision", "prefix" and "expert" of one training step of a batch, with LeRobot's defaults: expert, heads and
+    state projection learn. The expert's bytes are its weights, forward and backward, and AdamW's traffic.
 
     A product of what learns costs three times its forward, one of the prefix once: of its rows the state's alone has a
     gradient. Keys and values that nothing learns from have none.
@@ -51,11 +51,12 @@ def training_costs(model: Any, cameras: int, language: int, itemsize: int, batch
     state = 2.0 * work.prefix_weights
     cross = 2.0 * work.prefix * work.cross_weights
     learns = weights + work.cross_weights + d.state_width * d.text_width
+    stored = model.vlm_with_expert.lm_expert.layers[0].mlp.gate_proj.weight.element_size()
+    expert_bytes = 2 * itemsize * weights + ADAMW_NUMBERS * stored * learns
     return {
         "vision": Cost(batch * work.vision_flops, float(itemsize * work.vision_weights)),
         "prefix": Cost(batch * work.prefix_flops, float(itemsize * work.prefix_weights)),
-        "expert": Cost(batch * (linear + attention + state + cross), 2.0 * itemsize * weights),
-        "optimizer": Cost(0.0, float(ADAMW_BYTES * learns)),
+        "expert": Cost(batch * (linear + attention + state + cross), float(expert_bytes)),
     }
 
 

@@ -194,8 +194,11 @@ def training(data: dict[str, Any]) -> str:
                 milliseconds(bench["min_ms"]),
                 f"{1e3 * bench['batch'] / bench['p50_ms']:.3g}",
                 f"{bench['ratio']:.2f}x" if "ratio" in bench else "–",
-                milliseconds(bench["floor_ms"]),
-                f"{bench['share_of_floor']:.0%}",
+                *(
+                    (milliseconds(bench["floor_ms"]), f"{bench['share_of_floor']:.0%}")
+                    if "floor_ms" in bench
+                    else ("–", "–")
+                ),
                 f"{bench['gradient_rel_l2']:.1e}",
                 f"{bench['bound']:.1e}",
                 f"{bench['loss_rel']:.1e}",
@@ -212,8 +215,8 @@ def training(data: dict[str, Any]) -> str:
     if parts:
         parts.append(
             "Before each round stock takes one, in bf16 for what runs in bf16; the ratio is the median over rounds of "
-            "stock's time by the one after it. The floor is the least arithmetic of a step at this machine's best rate, and "
-            "the optimizer's least traffic."
+            "stock's time by the one after it. The floor is the least time of a step's parts (vision, prefix, expert with "
+            "its update) under this machine's roof, for whichever of arithmetic and memory takes longer."
         )
     return "\n\n".join(parts)
 

@@ -126,12 +126,12 @@ def prepare(settings: TrainSettings, resume: Path | None = None) -> Run:
     source = resume / files.PRETRAINED if resume else settings.policy_path
     data = open_data(settings)
     policy = make_policy(settings, source)
-    fast, path = speed_up(policy, settings)
+    fused, path = speed_up(policy, settings)
     preprocess, postprocess = make_processors(settings, data.meta.stats, source, resume is not None)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     # Frozen parameters too, as LeRobot does: they get no gradient, and a checkpoint's states are numbered by place.
     preset = settings.policy.get_optimizer_preset()
-    optimizer = preset.build(policy.get_optim_params(), fused=True if fast else None)
+    optimizer = preset.build(policy.get_optim_params(), fused=fused or None)
     scheduler = settings.policy.get_scheduler_preset().build(optimizer, settings.steps)
     run = Run(settings, asked, data, policy, preprocess, postprocess, optimizer, scheduler, 0, path)
     if resume:

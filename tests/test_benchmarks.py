@@ -90,6 +90,8 @@ def test_floor_is_the_slower_of_arithmetic_and_memory() -> None:
     assert ceilings.floor_ms(2e9, 1e6, torch.float32) == pytest.approx(2.0)
     assert ceilings.floor_ms(2e9, 1e6, torch.bfloat16) == pytest.approx(0.5)
     assert ceilings.floor_ms(2e9, 1e8, torch.float32) == pytest.approx(10.0)
+    slow = Ceilings({torch.float32: 1e12, torch.bfloat16: 1e11}, bytes=1e10)  # there fp32 serves bf16
+    assert slow.floor_ms(2e9, 1e6, torch.bfloat16) == pytest.approx(2.0)
 
 
 def test_stage_costs_at_full_size() -> None:

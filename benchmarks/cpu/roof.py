@@ -25,15 +25,12 @@ class Roofs:
         return WIDTHS.get(precision, 4)
 
     def best(self, precision: str) -> float:
-        """Operations a second of the fastest product that is no narrower than the tier: wider ones may serve it, as fp32
-        serves bf16 on a processor that multiplies it no slower."""
-        width = self.itemsize(precision)
-        rates = self.ceilings.flops
-        return max(rates[dtype] for bytes_, dtype in OF_WIDTH.items() if bytes_ >= width and dtype in rates)
+        """Operations a second of the fastest product that is no narrower than the tier's."""
+        return self.ceilings.best(OF_WIDTH[self.itemsize(precision)])
 
     def floor_ms(self, flops: float, bytes_: float, precision: str) -> float:
         """The least time for so much work: whichever of arithmetic and memory takes longer."""
-        return 1e3 * max(flops / self.best(precision), bytes_ / self.ceilings.bytes)
+        return self.ceilings.floor_ms(flops, bytes_, OF_WIDTH[self.itemsize(precision)])
 
     def to_dict(self) -> dict[str, Any]:
         return self.ceilings.to_dict()

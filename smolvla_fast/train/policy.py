@@ -54,7 +54,8 @@ def _lerobot(config: SmolVLAConfig) -> tuple[Any, Any]:
 
 
 def speed_up(policy: Any, settings: TrainSettings) -> tuple[bool, str]:
-    """Patches the policy for training where that is possible; returns whether it is, and what came of it in words.
+    """Patches the policy for training where that is possible; returns whether its optimizer is to be fused, and what came
+    of it in words.
 
     raises  TrainingError for ``fast="on"`` where it is not possible
     """
@@ -68,7 +69,8 @@ def speed_up(policy: Any, settings: TrainSettings) -> tuple[bool, str]:
     reason = f"{DISABLE} is set" if disabled() else now.training_fallback
     if reason is None:
         passed_over = f"{_products(policy, settings)}{_cache(now.training_passed_over, settings)}"
-        return True, f"patched for training{passed_over}"
+        fused = torch.device(policy.config.device).type in ("cpu", "cuda")
+        return fused, f"patched for training{', AdamW fused' if fused else ''}{passed_over}"
     unpatch(policy)
     if settings.fast == "on":
         raise TrainingError(f"--fast=on: {reason}; use --fast=auto, which then trains the plain policy")

@@ -290,8 +290,8 @@ def test_the_fast_path_updates_in_one_pass_and_by_the_same_rule(bench_top, tmp_p
     """AdamW fused beside torch's own loop: the same gradients, weights apart by the rounding of three updates."""
     fast = bench_top.prepare(tmp_path / "fast", "--fast=on", "--policy.optimizer_lr=0.01")
     plain = bench_top.prepare(tmp_path / "plain", "--fast=off", "--policy.optimizer_lr=0.01")
-    assert fast.optimizer.param_groups[0]["fused"] is True
-    assert plain.optimizer.param_groups[0]["fused"] is None
+    assert fast.optimizer.param_groups[0]["fused"] is True and "AdamW fused" in fast.path
+    assert plain.optimizer.param_groups[0]["fused"] is None and "AdamW" not in plain.path
     plain.policy.load_state_dict(fast.policy.state_dict())
     begun = {name: each.detach().clone() for name, each in fast.policy.named_parameters()}
     batch = fast.preprocess(next(training_batches(fast.settings, fast.data.train, 0)))
@@ -311,11 +311,19 @@ def test_the_fast_path_updates_in_one_pass_and_by_the_same_rule(bench_top, tmp_p
     assert moved > 20
 
 
+def test_lerobots_optimizer_stays_where_the_policy_is_not_patched(bench_top, tmp_path):
+    uneven = "--policy.num_expert_layers=2", "--policy.self_attn_every_n_layers=0"
+    run = bench_top.prepare(tmp_path / "run", "--fast=auto", *uneven)
+    assert run.path.startswith("plain: ") and run.optimizer.param_groups[0]["fused"] is None
+
+
 @pytest.mark.parametrize("slow", [None, "no bf16 here"])
 def test_bf16_that_runs_in_fp32_is_said(bench_top, tmp_path, capsys, monkeypatch, slow):
     monkeypatch.setattr("smolvla_fast.train.policy.why_bf16_is_slow", lambda: slow)
     assert bench_top.command(tmp_path / "run", "--dtype=bf16", "--steps=1") == 0
-    said = "in bf16 autocast, patched for training" + (f", products in fp32 ({slow})" if slow else "\n")
+    said = "in bf16 autocast, patched for training, AdamW fused" + (
+        f", products in fp32 ({slow})" if slow else "\n"
+    )
     assert said in capsys.readouterr().out
 
 
@@ -336,7 +344,7 @@ def test_frames_of_an_earlier_epoch_are_looked_up(bench_top, tmp_path, capsys):
     # The same numbers but for the order of sums: with a cache, frames are encoded one by one.
     assert losses[10**7] == pytest.approx(losses[0], rel=1e-4)
     assert bench_top.command(tmp_path / "said", "--image_cache=2000000000", "--steps=1") == 0
-    assert "patched for training, 2 GB for image tokens" in capsys.readouterr().out
+    assert "patched for training, AdamW fused, 2 GB for image tokens" in capsys.readouterr().out
     learning = ("--policy.train_expert_only=false", "--steps=1")
     assert bench_top.command(tmp_path / "without", "--image_cache=2000000000", *learning) == 0
     said = capsys.readouterr().out
