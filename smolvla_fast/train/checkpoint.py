@@ -150,7 +150,7 @@ def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -
             _, index, name = key.split("/", 2)
             entries.setdefault(int(index), {})[name] = value
         groups = _read(folder / GROUPS)
-        for group, own in zip(groups, optimizer.param_groups, strict=True):
+        for group, own in zip(groups, optimizer.param_groups, strict=False):  # torch says it of other numbers
             group["fused"] = own["fused"]
         optimizer.load_state_dict({"state": entries, "param_groups": groups})
         scheduler.load_state_dict(_read(folder / SCHEDULER))

@@ -184,11 +184,16 @@ def test_the_documented_figures_are_of_the_committed_run() -> None:
     assert {name.replace("`image_cache`, ", "") for name, _ in rows} == {variant for variant, _ in found}
     for name, cells in rows:
         figures = cells.split(" | ")
-        for batch, (p50, ratio, error) in zip((1, 2), (figures[:3], figures[3:]), strict=True):
+        for batch, (p50, ratio, share, error) in zip((1, 2), (figures[:4], figures[4:]), strict=True):
             each = found[name.replace("`image_cache`, ", ""), batch]
             assert float(p50.replace(",", "")) == round(each["p50_ms"])
             assert float(ratio.rstrip("x")) == pytest.approx(each["ratio"], abs=0.005)
+            assert float(share.rstrip(" %")) == round(100 * each["share_of_floor"])
             assert float(error) == pytest.approx(each["gradient_rel_l2"], rel=0.05)
+    least, most = found["stock", 1]["floor_ms"], found["stock", 1]["p50_ms"]
+    assert f"is {least / 1e3:.2f} s a sample" in text
+    assert f"at most {most / least:.2f}x on stock's {most / 1e3:.2f} s" in text
+    assert found["stock", 2]["floor_ms"] == pytest.approx(2 * least, rel=0.01)  # a sample
 
 
 def test_stock_in_the_place_of_ours_is_red(trainee: Any) -> None:
