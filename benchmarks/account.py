@@ -25,8 +25,7 @@ def stage_costs(model: Any, cameras: int, language: int, itemsize: int, batch: i
     d, steps = work.dims, model.config.num_steps
     step_bytes = itemsize * (work.step_weights + batch * 2 * work.keys * d.kv_heads * d.head_dim)
     return {
-        "vision": Cost(batch * work.vision_flops, float(itemsize * work.vision_weights)),
-        "prefix": Cost(batch * work.prefix_flops, float(itemsize * work.prefix_weights)),
+        **work.before_suffix(itemsize, batch),
         "denoise": Cost(steps * batch * work.step_flops, float(steps * step_bytes)),
     }
 
@@ -54,8 +53,7 @@ def training_costs(model: Any, cameras: int, language: int, itemsize: int, batch
     stored = model.vlm_with_expert.lm_expert.layers[0].mlp.gate_proj.weight.element_size()
     expert_bytes = 2 * itemsize * weights + ADAMW_NUMBERS * stored * learns
     return {
-        "vision": Cost(batch * work.vision_flops, float(itemsize * work.vision_weights)),
-        "prefix": Cost(batch * work.prefix_flops, float(itemsize * work.prefix_weights)),
+        **work.before_suffix(itemsize, batch),
         "expert": Cost(batch * (linear + attention + state + cross), float(expert_bytes)),
     }
 
@@ -79,6 +77,12 @@ class _Work:
     """that a suffix row sees, over all layers"""
     step_flops: float
     step_weights: int
+
+    def before_suffix(self, itemsize: int, batch: int) -> dict[str, Cost]:
+        return {
+            "vision": Cost(batch * self.vision_flops, float(itemsize * self.vision_weights)),
+            "prefix": Cost(batch * self.prefix_flops, float(itemsize * self.prefix_weights)),
+        }
 
 
 def _work(model: Any, cameras: int, language: int) -> _Work:

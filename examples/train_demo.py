@@ -31,8 +31,8 @@ from smolvla_fast.train.settings import TrainSettings
 
 STEPS, SAVE = 600, 200
 SEED = 1
-"""With seeds 1 and 2 the error below is 0.22 and 0.26 of the constant's, to 0.01 whichever way an update is rounded; with
-LeRobot's 1000 it is 0.48 or 0.62, too near the margin to tell a defect from a rounding."""
+"""Not LeRobot's 1000, with which the error below hung on how an update is rounded: too near the margin to tell a defect from
+that."""
 MARKER = ".train_demo"
 """Lies in a folder that a demo may empty, because one has filled it."""
 MARGIN = 0.75

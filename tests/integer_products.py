@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolvla_fast import int8
+from smolvla_fast import extension, int8
 from smolvla_fast.reference.quantize import ZERO, IntegerRows, IntegerWeight
 
 
 def provide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets tier int8 be served here, by oneDNN where it can be and in fp64 elsewhere."""
+    """Lets tier int8 be served here, by oneDNN where it can be and in fp64 elsewhere. All but these products is compiled:
+    skips the test where that is missing."""
+    if missing := extension.why_missing("cpu"):
+        pytest.skip(missing)
     if int8.why_not(torch.device("cpu")) is None:
         return
     monkeypatch.setattr(int8, "why_not", lambda device: None)

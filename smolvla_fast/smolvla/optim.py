@@ -27,7 +27,7 @@ class AdamWConfig:
     def build(self, params: Iterable[Any], fused: bool | None = None) -> torch.optim.AdamW:
         """An optimizer over parameters or parameter groups.
 
-        fused  one pass over memory instead of torch's dozen, in other roundings; None: torch's choice, as in LeRobot
+        fused  torch's single kernel for an update, which rounds otherwise; None: torch's choice, as in LeRobot
         """
         return torch.optim.AdamW(
             params, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused

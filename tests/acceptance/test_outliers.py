@@ -16,7 +16,6 @@ from policies import chunk_in_fp64, make_policy, rel_l2, seam_inputs
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast import extension
 from smolvla_fast.outliers import heavy_tailed, sharp_attention
 from smolvla_fast.precision import TIERS
 from smolvla_fast.testing import make_noise, make_observation
@@ -83,8 +82,6 @@ def test_worst_case_of_a_tier(weights: str, layout: str) -> None:
 @torch.no_grad()
 def test_worst_case_of_int8(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held on normal weights, tails and outlier channels; on sharp attention the worst is printed."""
-    if extension.why_missing("cpu"):
-        pytest.skip(extension.why_missing("cpu"))
     integer_products.provide(monkeypatch)
     worst = dict.fromkeys(WEIGHTS, 1.0)
     for weights in WEIGHTS:

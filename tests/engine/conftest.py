@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import integer_products
 import pytest
 from policies import (
     LEROBOT_FIRST,
@@ -26,3 +27,9 @@ __all__ = [
 @pytest.fixture(autouse=True)
 def both_origins(origin: str) -> None:
     """Every test of this folder runs on LeRobot's own class and on ours, unless it is marked otherwise."""
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tier int8 is served, whatever the processor."""
+    integer_products.provide(monkeypatch)

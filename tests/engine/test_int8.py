@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import integer_products
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,14 +22,6 @@ BOUND = TIERS["int8"].cosine or 1.0
 DIGITS = 5e-3
 """Relative L2 that 8 bits cannot stay below: a step is 1/127 of the largest of a row, and a chunk goes through 8 layers and
 10 steps. fp32 against fp32 is three orders below it."""
-
-
-@pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = extension.why_missing("cpu")
-    if reason:
-        pytest.skip(reason)
-    integer_products.provide(monkeypatch)
 
 
 def cosine(x: Tensor, reference: Tensor) -> float:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import integer_products
 import pytest
 import torch
 from captured import Captured, recording
@@ -22,7 +21,7 @@ from recorder import RecorderDriver
 from torch import nn
 
 import smolvla_fast
-from smolvla_fast import copies, extension, inference, runtime
+from smolvla_fast import copies, inference, runtime
 from smolvla_fast.patch import engine_of
 from smolvla_fast.testing import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
@@ -270,13 +269,6 @@ def test_two_threads_get_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     found.append(made.of(matrix))
     threads[1].ended()
     assert len(found) == 2 and found[0] is found[1]
-
-
-@pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> None:
-    if extension.why_missing("cpu"):
-        pytest.skip(str(extension.why_missing("cpu")))
-    integer_products.provide(monkeypatch)
 
 
 class _Graphs:
