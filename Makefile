@@ -1,4 +1,4 @@
-# make demo | train-demo | test | test-full | acceptance | fuzz | soak | test-compat | simt | simt-full | lint | bench | aot | cuda | ptxas
+# make demo | train-demo | test | test-cpus | test-full | acceptance | fuzz | soak | test-compat | simt | simt-full | lint | bench | aot | cuda | ptxas
 #      | gpu-report | gpu-peers | gpu-wheels | venv | clean
 #
 # Everything happens in .venv, made on first use with the best Python found (or PYTHON=...). ARGS is passed on:
@@ -16,7 +16,7 @@ ARGS    ?=
 # Processes of `make test`; 0: one process, with live output.
 JOBS    ?= 2
 
-.PHONY: demo train-demo test test-full acceptance fuzz soak test-compat simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
+.PHONY: demo train-demo test test-cpus test-full acceptance fuzz soak test-compat simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -29,6 +29,10 @@ train-demo: venv
 test: venv
 	HF_HUB_OFFLINE=1 SMOLVLA_FAST_PYTHONS=$(wildcard $(ALONE)/bin/python) $(VENV)/bin/python -m pytest -n $(JOBS) \
 	    --no-loadscope-reorder $(ARGS)
+
+# What depends on the processor, once as each lesser one that this one can play; tests/processors.py says how.
+test-cpus: venv
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/processors.py -n $(JOBS) $(ARGS)
 
 # With the tests marked `long`: the 450M policy's peak memory, fp8 and int8, every barrier left out in turn, and the like.
 test-full: venv

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import platform
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -75,61 +74,3 @@ def _load(kind: str) -> tuple[ModuleType | None, str]:
         if not record:
             return None, f"{name} was never compiled here; {_REBUILD}"
         return None, f"{name} was compiled but does not load: {error}; {_REBUILD} with this Python"
-
-
-# Names as Linux gives them, and as people write them.
-_FEATURES = {
-    "avx2": "AVX2",
-    "fma": "FMA",
-    "f16c": "F16C",
-    "avx_vnni": "AVX-VNNI",
-    "avx512f": "AVX-512",
-    "avx512_vnni": "AVX512-VNNI",
-    "avx512_bf16": "AVX512-BF16",
-    "avx512_fp16": "AVX512-FP16",
-    "amx_tile": "AMX",
-    "amx_bf16": "AMX-BF16",
-    "amx_int8": "AMX-INT8",
-    "asimd": "NEON",
-    "asimddp": "dot product",
-    "bf16": "BF16",
-    "i8mm": "I8MM",
-    "sve": "SVE",
-}
-
-
-@cache
-def _cpuinfo() -> dict[str, str]:
-    """The fields of the first processor in /proc/cpuinfo; empty where the system has no such file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return {}
-    fields: dict[str, str] = {}
-    for key, _, value in (line.partition(":") for line in lines):
-        fields.setdefault(key.strip(), value.strip())
-    return fields
-
-
-def cpu_features() -> list[str]:
-    """The processor's vector features that matter to kernels, used by ours or not; [] where unknown."""
-    flags = set((_cpuinfo().get("flags") or _cpuinfo().get("Features", "")).split())
-    return [label for flag, label in _FEATURES.items() if flag in flags]
-
-
-def why_bf16_is_slow() -> str | None:
-    """Why this processor does not multiply bf16 faster than fp32, or None where it does (or nothing is known of it)."""
-    features, vendor = cpu_features(), _cpuinfo().get("vendor_id", "")
-    if not features or "AMX-BF16" in features or "BF16" in features:
-        return None
-    if "AVX512-BF16" not in features:
-        return "this processor has no instruction for products of bf16"
-    if vendor == "GenuineIntel":
-        # The roof that `smolvla-fast bench` measures on such a Xeon is 170 GFLOP/s in bf16 and 303 in fp32.
-        return "this processor has no AMX, and without it multiplies bf16 no faster than fp32"
-    return None
-
-
-def cpu_name() -> str:
-    """The processor's model name, as well as the system knows it."""
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()

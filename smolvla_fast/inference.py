@@ -12,11 +12,11 @@ from torch import Tensor
 from .backends import passed_over, select
 from .copies import FLOATS, KINDS, Copies, IntegerCast
 from .dims import read_dims
-from .extension import why_bf16_is_slow
 from .graphs import GraphCache, driver_for
 from .nested import flatten
 from .ops import STAGES, Ops, serving
 from .precision import Tier
+from .processor import why_bf16_is_slow
 from .reference.time_embedding import time_embedding
 from .rtc import Guidances
 from .stages.denoise import denoise

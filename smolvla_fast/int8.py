@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import compiled, cpu_quantize, extension
+from . import compiled, cpu_quantize, extension, processor
 from .reference.quantize import ZERO, IntegerRows, IntegerWeight, dequantize, quantize_weight
 
 MOST_LOST = 0.015
@@ -116,7 +116,10 @@ def pack_behind(norm_weight: Tensor, norm_bias: Tensor | None, readers: list[Ten
 
 
 def sums(x: IntegerRows, weight: Packed) -> Tensor:
-    """[..., K], [O, K] -> [..., O] fp32: exact sums, times the scale of the output channel, rounded once a term."""
+    """[..., K], [O, K] -> [..., O] fp32: sums in 32 bits, times the scale of the output channel, rounded once a term.
+
+    With AMX oneDNN rounds the sums of unsigned bytes to fp32 before it takes 128 times the weights off: 2^-24 of these.
+    """
     found = _sums_of_one_term(x, weight)
     return found if weight.rest is None else found.add_(_sums_of_one_term(x, weight.rest))
 
@@ -248,14 +251,14 @@ def why_not(device: torch.device) -> str | None:
     namespace = torch.ops.onednn
     if not (torch.backends.mkldnn.is_available() and hasattr(namespace, "qlinear_pointwise")):
         return f"torch {torch.__version__} was built without oneDNN's integer product; the builds of PyPI have it"
-    features = extension.cpu_features()
-    if features and not any(name in features for name in VNNI):
+    if processor.is_known() and not any(name in processor.features() for name in VNNI):
         # u8·s8 pairs are added in 16 bits there, and saturate; what avoids it is no faster than fp32.
-        return f"this processor multiplies no 8-bit integers; accepted are {', '.join(VNNI)}"
+        by = f" (ONEDNN_MAX_CPU_ISA={processor.limit()})" if processor.limit() else ""
+        return f"this processor multiplies no 8-bit integers{by}; accepted are {', '.join(VNNI)}"
     try:
         exact = _sums_are_exact()
     except RuntimeError as error:
         return f"oneDNN refuses the product here: {str(error).splitlines()[0]}"
     if not exact:
-        return "oneDNN's integer sums saturate here (is ONEDNN_MAX_CPU_ISA set?); accepted is VNNI"
+        return "oneDNN's integer sums saturate here; accepted is VNNI"
     return None

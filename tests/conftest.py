@@ -83,7 +83,7 @@ def _run(*command, cwd, **environment):
 
 @pytest.fixture
 def level(request):
-    """The instruction level that a test parametrised with ``levels.LEVELS`` runs the CPU kernels at."""
+    """The instruction level that a test parametrised with ``processors.LEVELS`` runs the CPU kernels at."""
     from smolvla_fast import cpu
 
     with cpu.instruction_level(request.param):

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from levels import LEVELS
 from masked import masked
+from processors import LEVELS
 
 from smolvla_fast import cpu, extension
 

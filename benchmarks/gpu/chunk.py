@@ -36,7 +36,8 @@ def plan(rehearse: bool) -> list[tuple[int, int, int | None]]:
 
 
 def variants() -> list[str]:
-    return ["stock", *TIERS]
+    """Stock, and every tier that a GPU has."""
+    return ["stock", *(name for name, tier in TIERS.items() if tier.quantized != "int8")]
 
 
 def make_subject(run: Run, layers: int | None) -> Subject:

@@ -7,12 +7,11 @@ from typing import Any
 import smolvla_fast
 from benchmarks.account import stage_costs
 from benchmarks.gate import check_chunk, timed
-from benchmarks.gpu.chunk import HEADLINE, make_subject
+from benchmarks.gpu.chunk import HEADLINE, make_subject, variants
 from benchmarks.gpu.record import Recorder, Run
 from benchmarks.gpu.timing import StageMarks, stage_marks
 from benchmarks.subject import Subject, why_not
 from smolvla_fast.cli.measure import summary
-from smolvla_fast.precision import TIERS
 from smolvla_fast.timing import stage_times
 
 ROUNDS, SECONDS = 200, 3.0
@@ -21,7 +20,7 @@ ROUNDS, SECONDS = 200, 3.0
 def stages(run: Run) -> None:
     cameras, _, layers = HEADLINE
     subject = make_subject(run, None if run.rehearse else layers)
-    for variant in ("stock", *TIERS):
+    for variant in variants():
         one(run, subject, variant, cameras)
 
 

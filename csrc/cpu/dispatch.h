@@ -1,11 +1,15 @@
-// Which instruction set an op runs with: chosen once from CPUID, or forced by a test.
+// Which instruction set an op runs with: chosen once from CPUID and ONEDNN_MAX_CPU_ISA, or forced by a test.
 //
 // The whole library is compiled for the baseline. An op writes its body once as SMOLVLA_INLINE and wraps it in one
 // function per level; inlining the body into a wrapper compiles it for that wrapper's instructions. An op that needs
 // intrinsics writes them in the wrapper instead.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <cctype>
+#include <cstdlib>
+#include <string>
 
 #define SMOLVLA_INLINE inline __attribute__((always_inline))
 
@@ -35,7 +39,20 @@ namespace smolvla::cpu {
 
 enum class Level : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
-// The highest level that both the processor and the operating system support.
+// What oneDNN's own variable leaves: a user who takes a processor for an older one means our kernels too. Its values
+// stand in smolvla_fast/processor.py.
+inline Level most_allowed() {
+    const char* set = std::getenv("ONEDNN_MAX_CPU_ISA");
+    if (!set || !*set) set = std::getenv("DNNL_MAX_CPU_ISA");
+    std::string name(set ? set : "");
+    for (char& letter : name) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
+    if (name == "SSE41" || name == "AVX") return Level::baseline;
+    if (name == "AVX2" || name == "AVX2_VNNI") return Level::avx2;
+    if (name == "AVX512_CORE" || name == "AVX512_CORE_VNNI") return Level::avx512;
+    return Level::avx512_bf16;
+}
+
+// The highest level that the processor, the operating system and the user support.
 inline Level best_level() {
 #if defined(__x86_64__)
     static const Level best = [] {
@@ -44,8 +61,11 @@ inline Level best_level() {
         const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         const bool bf16 = __builtin_cpu_supports("avx512bf16");
-        if (!avx2) return Level::baseline;
-        return !avx512 ? Level::avx2 : bf16 ? Level::avx512_bf16 : Level::avx512;
+        const Level has = !avx2     ? Level::baseline
+                          : !avx512 ? Level::avx2
+                          : bf16    ? Level::avx512_bf16
+                                    : Level::avx512;
+        return std::min(has, most_allowed());
     }();
     return best;
 #else

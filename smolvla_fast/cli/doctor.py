@@ -71,6 +71,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     rows = [
         ["processor", f"{processor}, {cores}, torch uses {threads}"],
         ["features", ", ".join(found["cpu_features"]) or "unknown"],
+        *([["limited by", f"ONEDNN_MAX_CPU_ISA={found['cpu_limit']}"]] if found["cpu_limit"] else []),
         ["GPU", "; ".join(cards) or "none that torch can use"],
         ["driver", found["driver"] or "none"],
         ["C++ compiler", found["compiler"] or "none found"],

@@ -16,7 +16,7 @@ import torch
 
 import smolvla_fast
 
-from .. import extension
+from .. import processor
 from .console import counted
 
 PACKAGES = ("torch", "transformers", "lerobot", "triton", "numpy")
@@ -109,19 +109,7 @@ def machine() -> str:
     cards, cores = gpus(), os.cpu_count()
     if cards:
         return cards[0]["name"]
-    return ", ".join([extension.cpu_name(), *([counted(cores, "core")] if cores else [])])
-
-
-def cpu_model() -> str | None:
-    """The processor's family and model numbers: virtual machines often give one name to several generations."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    fields = dict(line.replace("\t", "").split(":", 1) for line in reversed(lines) if ":" in line)
-    if "cpu family" not in fields:
-        return None
-    return f"family {fields['cpu family'].strip()}, model {fields['model'].strip()}"
+    return ", ".join([processor.name(), *([counted(cores, "core")] if cores else [])])
 
 
 def load() -> float | None:
@@ -145,9 +133,10 @@ def facts() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
-        "cpu": extension.cpu_name(),
-        "cpu_model": cpu_model(),
-        "cpu_features": extension.cpu_features(),
+        "cpu": processor.name(),
+        "cpu_model": processor.model(),
+        "cpu_features": processor.features(),
+        "cpu_limit": processor.limit() or None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus(),

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..backends import select
 from ..dims import Dims, read_dims
-from ..extension import why_bf16_is_slow
 from ..precision import Tier
+from ..processor import why_bf16_is_slow
 from ..reference.masks import block_mask
 from ..reference.rope import rope_tables
 from ..stages.observation import Observation, prepare_images, prepare_observation

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..extension import why_bf16_is_slow
+from ..processor import why_bf16_is_slow
 from ..smolvla import SmolVLAConfig, SmolVLAPolicy, make_pre_post_processors
 from ..smolvla.hub import find_file
 from ..smolvla.processor_smolvla import PREPROCESSOR_NAME

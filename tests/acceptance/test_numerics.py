@@ -15,6 +15,8 @@ import smolvla_fast
 from smolvla_fast.testing import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND, SCATTER
 
+pytestmark = pytest.mark.processor
+
 PROMPTS = ["go", "pick up the red cube", "wave", "put it into the drawer", "open the door and stop", "push"]
 
 

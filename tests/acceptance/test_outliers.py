@@ -21,6 +21,8 @@ from smolvla_fast.precision import TIERS
 from smolvla_fast.testing import make_noise, make_observation
 from smolvla_fast.verify import SCATTER, cosine
 
+pytestmark = pytest.mark.processor
+
 SEEDS = range(4)
 WEIGHTS = {
     "normal": lambda model, seed: nullcontext(),

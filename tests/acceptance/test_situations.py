@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from policies import make_policy, seam_inputs
+from processors import play
 from torch import Tensor, nn
 
 import smolvla_fast
@@ -231,8 +232,8 @@ def test_patching_in_a_situation_says_it_at_once(
 
 
 @pytest.mark.check(3)
-@pytest.mark.skipif(backends.why_not_int8(torch.device("cpu")) is None, reason="this processor has VNNI")
-def test_int8_without_vnni_is_refused_and_changes_nothing() -> None:
+def test_int8_without_vnni_is_refused_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, "Zen 1")
     policy = make_policy("tiny")
     for patched in (False, True):
         if patched:

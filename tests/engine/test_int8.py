@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from processors import play
 from torch import Tensor, nn
 
 import smolvla_fast
@@ -15,6 +16,8 @@ from smolvla_fast.precision import TIERS, resolve_tier
 from smolvla_fast.testing import make_noise, make_observation
 
 from .conftest import LEROBOT_ONLY, chunk, make_policy, rel_l2
+
+pytestmark = pytest.mark.processor
 
 CPU = torch.device("cpu")
 SERVED = pytest.mark.usefixtures("products")
@@ -269,13 +272,14 @@ def test_refusals(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         smolvla_fast.patch(policy, precision="int4")
     with pytest.raises(RuntimeError, match="precision='int8' cannot serve.*CPUs, the policy is on cuda"):
         backends.select("auto", torch.device("cuda"), False, "int8")
-    if backends.why_not_int8(CPU) is None:
+    monkeypatch.setattr(extension, "why_missing", lambda kind: "")
+    with monkeypatch.context() as patch:
+        patch.setattr(int8, "why_not", lambda device: None)
         with pytest.raises(
             RuntimeError, match="precision='int8' cannot serve.*'torch' has no kernels for it"
         ):
             smolvla_fast.patch(policy, precision="int8", backend="torch")
-    monkeypatch.setattr(extension, "why_missing", lambda kind: "")
-    monkeypatch.setattr(extension, "cpu_features", lambda: ["AVX2"])
+    play(monkeypatch, "Zen 1")
     with pytest.raises(RuntimeError, match="precision='int8' cannot serve.*accepted are AVX512-VNNI"):
         smolvla_fast.patch(policy, precision="int8")
     assert not smolvla_fast.status(policy).active

@@ -167,22 +167,6 @@ def test_where_bf16_is_slow_products_are_fp32(
     assert torch.equal(chunk(policy, given, noise), chunk(stock, given, noise))
 
 
-def test_which_processors_multiply_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    from smolvla_fast import extension
-
-    def reason(vendor: str, *features: str) -> str | None:
-        monkeypatch.setattr(extension, "_cpuinfo", lambda: {"vendor_id": vendor})
-        monkeypatch.setattr(extension, "cpu_features", lambda: list(features))
-        return extension.why_bf16_is_slow()
-
-    assert reason("AuthenticAMD", "AVX2", "AVX-512", "AVX512-BF16") is None
-    assert reason("GenuineIntel", "AVX-512", "AVX512-BF16", "AMX-BF16") is None
-    assert reason("", "NEON", "BF16") is None
-    assert "no AMX" in str(reason("GenuineIntel", "AVX-512", "AVX512-BF16"))
-    assert "no instruction" in str(reason("GenuineIntel", "AVX2", "FMA"))
-    assert reason("", *[]) is None  # nothing is known of it
-
-
 def test_bf16_text_layout_computes_vision_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy("tiny", layout="bf16_text")
     from smolvla_fast.testing import make_observation

@@ -12,12 +12,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from contract import OPS, check, inputs_in, room, run
-from levels import LEVELS
+from processors import LEVELS
 
 from smolvla_fast import cpu
 from smolvla_fast.aten import linear as aten_linear
 from smolvla_fast.backends import reference_ops, select, why_not
 from smolvla_fast.ops import NAMES
+
+pytestmark = pytest.mark.processor
 
 CPU = torch.device("cpu")
 # The references' largest cases take seconds in fp64 on one core; their shapes are covered by the whole-chunk tests.

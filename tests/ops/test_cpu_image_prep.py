@@ -7,7 +7,7 @@ from collections.abc import Callable
 import guarded
 import pytest
 import torch
-from levels import LEVELS
+from processors import LEVELS
 from torch import Tensor
 
 from smolvla_fast import compiled, cpu, extension

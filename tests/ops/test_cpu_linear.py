@@ -6,7 +6,7 @@ in another order; a factor of two separates that from a lost bit.
 
 import pytest
 import torch
-from levels import LEVELS
+from processors import LEVELS
 
 from smolvla_fast import cpu, extension
 from smolvla_fast.reference import linear as reference

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import inputs_in
-from levels import LEVELS
+from processors import LEVELS
 from torch import Tensor
 
 from smolvla_fast import compiled, extension

@@ -20,7 +20,7 @@ import smolvla_fast
 from smolvla_fast.loss import engine as loss_module
 from smolvla_fast.testing import make_policy
 
-pytestmark = pytest.mark.training
+pytestmark = [pytest.mark.training, pytest.mark.processor]
 
 ALL = dict(train_expert_only=False, freeze_vision_encoder=False)
 BIASED = dict(text=dict(attention_bias=True, mlp_bias=True))
