@@ -345,6 +345,11 @@ def make_observation(
     for key in keys:
         height, width = image_size or config.image_features[key].shape[1:]
         observation[key] = torch.stack([draw_frame(height, width, generator) for _ in range(batch)])
+    if not keys or config.robot_state_feature is None:
+        raise ValueError(
+            f"SmolVLA computes with 'observation.state' and at least one camera; the policy's configuration declares "
+            f"{list(config.input_features or {})}"
+        )
     size = config.robot_state_feature.shape[0]
     observation["observation.state"] = torch.randn(batch, size, generator=generator)
     tokens, mask = tokenize(policy, task, batch, language_length)

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from .train.data import Data, held_out_batches, open_data, to_floats, training_b
 from .train.errors import TrainingError
 from .train.evaluation import held_out_loss
 from .train.log import Log
-from .train.policy import make_policy, make_processors, speed_up
+from .train.policy import check_policy, make_policy, make_processors, speed_up
 from .train.random_state import seed_all, seeded
 from .train.settings import TrainSettings
 
@@ -118,8 +119,8 @@ def prepare(settings: TrainSettings, resume: Path | None = None) -> Run:
     ``settings`` stay as they are: the run has a copy with the features of the dataset where none were given.
     raises  TrainingError as ``train``, and for an ``output_dir`` that holds something, but to resume
     """
-    if resume is None:
-        _check_unused(settings.output_dir)
+    _check_output_dir(settings.output_dir, resume is None)
+    check_policy(settings)
     asked = files.read_run(resume).get("asked") if resume else None
     asked = asked or settings.to_dict()
     settings = replace(settings, policy=deepcopy(settings.policy))
@@ -187,11 +188,27 @@ def write_checkpoint(run: Run, folder: Path) -> None:
     files.save_state(folder, run.step, run.samples, run.optimizer, run.scheduler, facts)
 
 
-def _check_unused(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def _check_output_dir(folder: Path, new: bool) -> None:
+    """Refuses a folder that a new run would overwrite, or that cannot be written: a file is written there and removed, for
+    only that says whether checkpoints will find their place."""
+    made: list[Path] = []
+    try:
+        if new and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+            raise TrainingError(
+                f"--output_dir={folder} is there already and would be overwritten; give another, or --resume=true to go on"
+            )
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
         raise TrainingError(
-            f"--output_dir={folder} is there already and would be overwritten; give another, or --resume=true to go on"
-        )
+            f"--output_dir={folder}: cannot be written ({error}); give another folder"
+        ) from error
+    finally:
+        for path in made:
+            with suppress(OSError, ValueError):
+                path.rmdir()
 
 
 def _due(step: int, every: int) -> bool:

@@ -6,13 +6,18 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 
 from .console import CommandError, Console
 
+DEBUG = "SMOLVLA_FAST_DEBUG"
+NEEDS = {"train": "train", "serve": "callers", "bench": "bench,lerobot"}
+"""The extra that a command needs; the others need none."""
+
 COMMANDS = {
     "doctor": "what is installed, what this machine can do, and which backend serves which op",
-    "demo": "run LeRobot's SmolVLA stock and patched on one observation; times, error, chart",
+    "demo": "run SmolVLA stock and patched on one observation; times, error, chart",
     "verify": "check the patched policy against stock; exit status 1 if it fails",
     "train": "train or fine-tune SmolVLA on a LeRobotDataset, with LeRobot's flags",
     "bench": "run the benchmark suites; JSON, Markdown and chart",
@@ -45,10 +50,33 @@ def _main(argv: Sequence[str] | None) -> int:
     for name, summary in COMMANDS.items():
         # A command's module is imported only when asked for: `doctor` must work where LeRobot is missing.
         commands.add_parser(name, help=summary, add_help=False)
-    chosen, rest = parser.parse_known_args(argv)
-    module = import_module(f".{chosen.command}", __name__)
+    given = sys.argv[1:] if argv is None else list(argv)
+    name, rest = parser.parse_args(given[:1]).command, given[1:]
+    try:
+        return _run(name, rest)
+    except CommandError as error:
+        reason = str(error)
+    except KeyboardInterrupt:
+        print(f"\nsmolvla-fast {name}: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+        if isinstance(error, ModuleNotFoundError):
+            reason += f'; run `pip install "smolvla_fast[{NEEDS.get(name, "cli")}]"`'
+        else:
+            reason += f". This command did not foresee it; {DEBUG}=1 shows where it came from"
+    print(f"smolvla-fast {name}: {reason}", file=sys.stderr)
+    return 2
+
+
+def _run(name: str, rest: list[str]) -> int:
+    module = import_module(f".{name}", __name__)
     command = argparse.ArgumentParser(
-        prog=f"smolvla-fast {chosen.command}",
+        prog=f"smolvla-fast {name}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -56,14 +84,9 @@ def _main(argv: Sequence[str] | None) -> int:
     module.add_arguments(command)
     args, others = command.parse_known_args(rest)
     if others and not getattr(module, "PASSES_ON", False):
-        command.error(f"unrecognized arguments: {' '.join(others)}")
+        flag = others[0].partition("=")[0]
+        near = get_close_matches(flag, command._option_string_actions, 1)
+        hint = f"; did you mean {near[0]}?" if near else "; see --help"
+        command.error(f"unrecognized arguments: {' '.join(others)}{hint}")
     args.passed_on = others
-    console = Console()
-    try:
-        return module.run(args, console)
-    except CommandError as error:
-        print(f"smolvla-fast {chosen.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nsmolvla-fast {chosen.command}: stopped", file=sys.stderr)
-        return 130
+    return module.run(args, Console())

@@ -23,7 +23,7 @@ import smolvla_fast
 
 from . import system
 from .console import CommandError, Console, check_writable
-from .subject import positive, resolve_device
+from .subject import positive, resolve_device, threads
 
 DEFAULT_SUITES = ("chunk", "stages", "ops")
 """Those that run when none is named."""
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layout", choices=("fp32", "mixed"), help="dtypes of the weights (CPU: fp32, GPU: mixed)"
     )
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
-    parser.add_argument("--threads", type=positive, help="CPU threads (cpu suite: 2)")
+    parser.add_argument("--threads", type=threads, help="CPU threads (cpu suite: 2)")
     parser.add_argument(
         "-k", metavar="EXPRESSION", help="only the benchmarks whose names match, as in pytest"
     )
@@ -87,9 +87,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         ("pytest-benchmark", "pytest_benchmark"),
         ("lerobot", "lerobot"),
     ):
-        if find_spec(module) is None:
+        # Single ops need no policy.
+        if find_spec(module) is None and (module != "lerobot" or suites != ["ops"]):
             raise CommandError(f'{package} is not installed; run `pip install "smolvla_fast[bench,lerobot]"`')
-    path = Path(args.json).absolute() if args.json else _default_path(folder / "results")
+    path = Path(args.json).absolute() if args.json is not None else _default_path(folder / "results")
     check_writable(path, "--json")
     for suffix in (".md", ".png"):
         check_writable(path.with_suffix(suffix), "--json")

@@ -114,7 +114,7 @@ def check_writable(path: str | Path, option: str) -> None:
             pass
         if new:
             path.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise cannot_write(path, error, option) from error
 
 

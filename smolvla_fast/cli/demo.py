@@ -1,5 +1,6 @@
-"""Runs LeRobot's SmolVLA stock, then patched, on the same observation and noise: times, error, chart.
+"""Runs SmolVLA stock, then patched, on the same observation and noise: times, error, chart.
 
+Stock is LeRobot's own class, or where LeRobot is not installed smolvla_fast's own SmolVLA in plain PyTorch.
 Stock and patched rounds alternate, so that whatever else the machine does hits both; medians are compared.
 Without --policy.path the full-size policy is made offline with random weights; nothing is downloaded.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     device = subject.check(args)
     check_writable(args.json, "--json")
     check_writable(args.plot, "--plot")
+    check_plot(args.plot)
     with threads(args.threads):
         found, chunks, fast_ran = measure(args, device, console)
     found.update(error(chunks["fast"], chunks["stock"]))
@@ -79,7 +82,12 @@ def measure(
         chunks: dict[str, Tensor] = {}
         step("stock: first chunk")
         memory = PeakMemory(device)
-        warm["stock_ms"], chunks["stock"] = timed_ms(chunk, device)
+        try:
+            warm["stock_ms"], chunks["stock"] = timed_ms(chunk, device)
+        except Exception as error:  # whatever stock refuses of a configuration, it does so in ways of its own
+            raise CommandError(
+                f"stock itself computes no chunk for this policy ({type(error).__name__}: {error}); see its config.json"
+            ) from error
         peaks["stock"] = memory.bytes
         step("patch, and first chunk")
         memory.reset()
@@ -158,6 +166,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         f"SmolVLA, {policy['source']} ({dtypes}), {counted(found['cameras'], 'camera')}, "
         f"{counted(found['steps'], 'step')}, chunk of {policy['chunk_size']}, on {found['device']}"
     )
+    subject.say_whose(policy, console)
     warning = system.busy(found)
     if warning:
         console.line(warning)
@@ -196,6 +205,16 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.line(
         f"Error against stock: relative L2 {found['rel_l2']:.2e}, max abs {found['max_abs']:.2e}{same}"
     )
+
+
+def check_plot(path: str) -> None:
+    """Refuses a kind of file that matplotlib, where it is installed, does not write."""
+    try:
+        from .plot import KINDS
+    except ImportError:
+        return
+    if Path(path).suffix.lstrip(".").lower() not in KINDS:
+        raise CommandError(f"--plot {path}: no kind of picture; accepted are {', '.join(sorted(KINDS))}")
 
 
 def draw(found: dict[str, Any], path: str, console: Console) -> None:

@@ -20,11 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    if args.json:
+    if args.json is not None:
         check_writable(args.json, "--json")
     found = examine()
     show(found, console)
-    if args.json:
+    if args.json is not None:
         write_json(args.json, found)
         console.line(f"wrote {args.json}")
     return 0
@@ -112,5 +112,6 @@ def show(found: dict[str, Any], console: Console) -> None:
         console.line(f"{DISABLE} is set: every policy runs stock")
     if found["versions"]["lerobot"] is None:
         console.line(
-            'lerobot is missing: demo, verify and bench need it; `pip install "smolvla_fast[lerobot]"`'
+            "lerobot is missing: demo and verify run smolvla_fast's own SmolVLA; train, serve and bench need it; "
+            '`pip install "smolvla_fast[lerobot]"`'
         )

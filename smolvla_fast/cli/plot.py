@@ -13,6 +13,8 @@ from .console import counted
 # Told apart in grey and by colour-blind eyes.
 COLOURS = {"vision": "#4477aa", "prefix": "#66ccee", "denoise": "#ccbb44", "other": "#bbbbbb"}
 PALETTE = ("#bbbbbb", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")
+KINDS = frozenset(FigureCanvasAgg.get_supported_filetypes())
+"""What a file's name may end with."""
 
 
 def save(figure: Figure, path: str | Path) -> None:

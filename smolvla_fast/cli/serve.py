@@ -7,7 +7,10 @@ Every flag not listed here goes to the server itself, such as --host=0.0.0.0 --p
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import socket
+from typing import Any
 
 from .. import loading
 from ..backends import BACKENDS
@@ -34,10 +37,46 @@ def run(args: argparse.Namespace, console: Console) -> int:
         from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
     except ImportError as missing:
         raise CommandError(f"{missing}; `pip install 'lerobot[smolvla,async]'`") from missing
+    try:
+        config = draccus.parse(
+            policy_server.PolicyServerConfig, args=args.passed_on, prog="smolvla-fast serve"
+        )
+    except Exception as error:  # of draccus, of YAML, and of the server's own checks
+        cause = error.__cause__ or error if "instantiate" in str(error) else error
+        raise CommandError(
+            f"{' '.join(args.passed_on)}: {' '.join(str(cause).split())}; accepted are --host=NAME, --port=1 to 65535, "
+            "--fps=a whole number above 0, --inference_latency and --obs_queue_timeout=seconds"
+        ) from error
+    check_address(config.host, config.port)
     for name, wish in ((loading.PRECISION, args.precision), (loading.BACKEND, args.backend)):
         if wish is not None:
             os.environ[name] = wish
     loading.patch_as_loaded(SmolVLAPolicy)
-    config = draccus.parse(policy_server.PolicyServerConfig, args=args.passed_on)
     policy_server.serve(config)
     return 0
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuses an address that cannot be listened on. gRPC does not say it of a port that another gRPC server has."""
+    refused: list[OSError] = []
+    places: list[Any] = []
+    try:
+        places = socket.getaddrinfo(str(host).strip("[]"), port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise CommandError(
+            f"--host={host}: no such address ({error}); give another, such as localhost"
+        ) from error
+    for family, kind, protocol, _, address in places:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+                )  # as a server does after another has ended
+                probe.bind(address)
+        except OSError as error:
+            refused.append(error)
+    # A machine without IPv6 refuses one of a name's two addresses.
+    if len(refused) == len(places) or any(error.errno == errno.EADDRINUSE for error in refused):
+        raise CommandError(
+            f"--host={host} --port={port}: cannot listen there ({refused[0].strerror}); give another --port or --host"
+        )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS
+from ..backends import BACKENDS, select
 from ..precision import TIERS, resolve_tier
-from .console import CommandError
+from ..runtime import disabled
+from ..smolvla.features import ACTION, OBS_STATE
+from ..smolvla.hub import CONFIG_NAME, find_file
+from .console import CommandError, Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,16 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtypes of the weights; auto: as the checkpoint loads, or for a made policy fp32 on a CPU and "
         "LeRobot's mixed bf16 layout on a GPU",
     )  # fmt: skip
-    policy.add_argument("--cameras", type=positive, help="camera frames in the observation (made policy: 2)")
+    policy.add_argument("--cameras", type=up_to(32), help="camera frames in the observation (made policy: 2)")
     policy.add_argument(
         "--steps", type=positive, help="denoise steps, `num_steps` of the policy's configuration"
     )
-    policy.add_argument("--seed", type=int, default=0, help="of made weights, observation and noise")
+    policy.add_argument("--seed", type=seed, default=0, help="of made weights, observation and noise")
     run = parser.add_argument_group("run")
     run.add_argument("--precision", default="auto", help=f"{', '.join(('auto', *TIERS))} (default: auto)")
     run.add_argument("--backend", default="auto", help=f"{', '.join(('auto', *BACKENDS))} (default: auto)")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
-    run.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
+    run.add_argument("--threads", type=threads, help="CPU threads (default: torch's)")
     run.add_argument("--json", metavar="PATH", help="write the figures to this file")
 
 
@@ -50,18 +55,90 @@ def positive(text: str) -> int:
     return value
 
 
+def up_to(most: int) -> Callable[[str], int]:
+    """Reads a whole number from 1 to ``most``."""
+
+    def read(text: str) -> int:
+        value = positive(text)
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} is above {most}")
+        return value
+
+    return read
+
+
+def threads(text: str) -> int:
+    # Far more than cores, and the runtime ends the process as it fails to start them.
+    return up_to(4 * (os.cpu_count() or 1))(text)
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**32 - 1")
+    return value
+
+
+def why_not_lerobots() -> str | None:
+    """Why LeRobot's class does not run; None where it does."""
+    if find_spec("lerobot") is None:
+        return "LeRobot is not installed"
+    try:
+        import lerobot.policies.smolvla.modeling_smolvla  # noqa: F401
+    except Exception as error:  # a release without it, or a broken installation
+        return f"LeRobot's SmolVLA cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
 def check(args: argparse.Namespace) -> torch.device:
     """Refuses what cannot work before any weight is made; returns the device."""
     try:
-        resolve_tier(args.precision, torch.float32)
+        tier = resolve_tier(args.precision, torch.float32)
     except ValueError as error:
         raise CommandError(f"--precision: {error}") from error
-    if find_spec("lerobot") is None:
+    device = resolve_device(args.device)
+    if not disabled():
+        try:
+            select(args.backend, device, tier.stock_order, tier.quantized)
+        except (ValueError, RuntimeError) as error:
+            raise CommandError(f"--precision {args.precision} --backend {args.backend}: {error}") from error
+    if args.policy_path is not None:
+        if args.layout == "mixed":
+            raise CommandError(
+                "--layout mixed is for made policies; a checkpoint keeps the dtypes it loads with"
+            )
+        check_checkpoint(args.policy_path)
+    return device
+
+
+def check_checkpoint(path: str) -> None:
+    """Refuses what is no SmolVLA checkpoint, by its ``config.json``, before weights are read."""
+    advice = "give the folder of a saved SmolVLA policy or a Hub id such as lerobot/smolvla_base"
+    folder = Path(path).expanduser()
+    try:
+        if not folder.exists() and (path.startswith((".", "~", os.sep)) or path.count("/") != 1):
+            raise CommandError(f"--policy.path {path}: no such folder; {advice}")
+        if folder.is_file():
+            raise CommandError(f"--policy.path {path}: a file; {advice}")
+        if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
+            raise CommandError(f"--policy.path {path}: no {CONFIG_NAME} in it; {advice}")
+        config = json.loads(find_file(folder if folder.is_dir() else path, CONFIG_NAME).read_bytes())
+        if not isinstance(config, dict) or config.get("type") != "smolvla":
+            kind = config.get("type") if isinstance(config, dict) else type(config).__name__
+            raise CommandError(
+                f"--policy.path {path}: {CONFIG_NAME} is of {kind!r}, not of 'smolvla'; {advice}"
+            )
+        inputs, outputs = config.get("input_features") or {}, config.get("output_features") or {}
+        kinds = [feature["type"] for feature in inputs.values()]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise CommandError(f"--policy.path {path}: cannot read {CONFIG_NAME} ({error}); {advice}") from error
+    missing = [name for name, declared in ((OBS_STATE, inputs), (ACTION, outputs)) if name not in declared]
+    missing += ["a camera, of type VISUAL,"] if "VISUAL" not in kinds else []
+    if missing:
         raise CommandError(
-            "lerobot is not installed, and it holds the SmolVLA that is compared; "
-            'run `pip install "smolvla_fast[lerobot,cli]"`, or `make venv` in a checkout'
+            f"--policy.path {path}: {CONFIG_NAME} declares no {' and no '.join(missing)}, which SmolVLA computes with; it "
+            f"declares {[*inputs, *outputs]}. Train it on a dataset, or fill input_features and output_features"
         )
-    return resolve_device(args.device)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -86,13 +163,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def make_policy(args: argparse.Namespace, device: torch.device) -> Any:
-    """The policy that the arguments name, in eval mode on the device."""
+    """The policy that the arguments name, in eval mode on the device: of LeRobot's class where that is installed."""
     if args.policy_path is not None:
         policy = _load(args.policy_path, device)
-        if args.layout == "mixed":
-            raise CommandError(
-                "--layout mixed is for made policies; a checkpoint keeps the dtypes it loads with"
-            )
         if args.layout == "fp32":
             policy.float()
     else:
@@ -100,35 +173,29 @@ def make_policy(args: argparse.Namespace, device: torch.device) -> Any:
 
         layout = ("mixed" if device.type == "cuda" else "fp32") if args.layout == "auto" else args.layout
         policy = make_policy(
-            args.size, seed=args.seed, cameras=args.cameras or 2, layout=layout, device=device
-        )
+            args.size, origin="ours" if why_not_lerobots() else "lerobot", seed=args.seed, cameras=args.cameras or 2,
+            layout=layout, device=device,
+        )  # fmt: skip
     if args.steps is not None:
         policy.config.num_steps = args.steps
     return policy
 
 
 def _load(path: str, device: torch.device) -> Any:
-    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+    if why_not_lerobots():
+        from ..smolvla import SmolVLAPolicy
+    else:
+        from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy  # type: ignore[no-redef]
 
     folder = Path(path).expanduser()
-    if folder.exists():
-        path = str(folder)
-        if not (folder / "config.json").is_file():
-            raise CommandError(
-                f"--policy.path {path}: no config.json in it; give the folder of a saved SmolVLA policy"
-            )
-    elif path.startswith((".", "~", os.sep)) or path.count("/") != 1:
-        raise CommandError(
-            f"--policy.path {path}: no such folder; give the folder of a saved SmolVLA policy or a Hub id "
-            "such as lerobot/smolvla_base"
-        )
     try:
-        return SmolVLAPolicy.from_pretrained(path).to(device).eval()
+        return SmolVLAPolicy.from_pretrained(str(folder) if folder.is_dir() else path).to(device).eval()
     except Exception as error:
         # The Hub, safetensors, draccus and transformers each raise errors of their own, with long traces.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = error.__cause__ or error if "instantiate" in str(error) else error
+        reason = " ".join((str(cause).strip() or type(cause).__name__).split())
         raise CommandError(
-            f"--policy.path {path}: cannot load it ({type(error).__name__}: {reason}); give the folder of a "
+            f"--policy.path {path}: cannot load it ({type(cause).__name__}: {reason[:400]}); give the folder of a "
             "saved SmolVLA policy, or a Hub id if this machine can reach the Hub"
         ) from error
 
@@ -140,7 +207,11 @@ def make_observation(policy: Any, args: argparse.Namespace, seed: int) -> tuple[
     try:
         batch = testing.make_observation(policy, seed=seed, cameras=args.cameras)
     except ValueError as error:
-        raise CommandError(f"--cameras: {error}") from error
+        raise CommandError(f"--cameras {args.cameras}: {error}") from error
+    except Exception as error:  # sizes that a configuration declares and no frame or state can have
+        raise CommandError(
+            f"no observation can be made for input_features={policy.config.input_features}: {error}"
+        ) from error
     return batch, testing.make_noise(policy, seed=seed)
 
 
@@ -151,8 +222,18 @@ def describe(policy: Any, args: argparse.Namespace) -> dict[str, Any]:
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     return {
         "source": args.policy_path or f"{args.size} size, random weights, seed {args.seed}",
+        "whose": "smolvla_fast" if why_not_lerobots() else "lerobot",
         "parameters": sum(dtypes.values()),
         "dtypes": dict(dtypes),
         "chunk_size": policy.config.chunk_size,
         "batch": 1,
     }
+
+
+def say_whose(policy: dict[str, Any], console: Console) -> None:
+    """Says what "stock" is where it is not LeRobot's. ``policy`` is what ``describe`` found."""
+    if policy["whose"] != "lerobot":
+        console.line(
+            f"{why_not_lerobots()}: stock is smolvla_fast's own SmolVLA in plain PyTorch. To compare with "
+            "LeRobot's, run `pip install 'smolvla_fast[lerobot]'`"
+        )

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     import smolvla_fast
 
     device = subject.check(args)
-    if args.json:
+    if args.json is not None:
         check_writable(args.json, "--json")
     reports: list[dict[str, Any]] = []
     with threads(args.threads), console.progress("verify", 1 + args.observations) as step:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     passed = all(report["passed"] for report in reports)
     found = {**facts, "device": str(device), "policy": subject.describe(policy, args), "passed": passed}
     show({**found, "reports": reports}, console)
-    if args.json:
+    if args.json is not None:
         write_json(args.json, {**found, "reports": reports})
         console.line(f"wrote {args.json}")
     return 0 if passed else 1
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def show(found: dict[str, Any], console: Console) -> None:
     reports = found["reports"]
     console.line(system.headline(found))
+    subject.say_whose(found["policy"], console)
     columns = [
         "observation",
         "fast rel L2",

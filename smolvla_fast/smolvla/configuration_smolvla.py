@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -29,15 +30,19 @@ from .rtc import RTCConfig
 logger = logging.getLogger(__name__)
 
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+_ENDLESS = {(math.inf, "optimizer_grad_clip_norm")}  # which clips nothing
 
 
 def device_is_available(device: str) -> bool:
     """Whether tensors can live on ``device`` ("cpu", "cuda", "cuda:1", "mps", "xpu") here."""
-    kind = torch.device(device).type
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index
+    except RuntimeError:
+        kind, index = device, None
     if kind == "cpu":
         return True
     if kind == "cuda":
-        return torch.cuda.is_available()
+        return torch.cuda.is_available() and (index or 0) < torch.cuda.device_count()
     if kind == "mps":
         return torch.backends.mps.is_available()
     if kind == "xpu":
@@ -55,6 +60,20 @@ def _normalization_default() -> dict[str, NormalizationMode]:
         "STATE": NormalizationMode.MEAN_STD,
         "ACTION": NormalizationMode.MEAN_STD,
     }
+
+
+def check_kinds(settings: Any) -> None:
+    """ValueError for a field of a dataclass that holds no value of its type, or a number that is not finite."""
+    for entry in dataclasses.fields(settings):
+        kinds = [kind.strip() for kind in str(entry.type).split("|")]
+        accepted = tuple(k for kind in kinds for k in _KINDS.get(kind, ()))
+        value = getattr(settings, entry.name)
+        if not accepted or (value is None and "None" in kinds):
+            continue
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
+            raise ValueError(f"{entry.name} must be of type {entry.type}, got {value!r}")
+        if isinstance(value, float) and not (math.isfinite(value) or (value, entry.name) in _ENDLESS):
+            raise ValueError(f"{entry.name} must be a finite number, got {value!r}")
 
 
 @dataclass
@@ -146,7 +165,7 @@ class SmolVLAConfig:
 
     def __post_init__(self) -> None:
         self._parse_fields()
-        self._check_kinds()
+        check_kinds(self)
         self._check_values()
         if not self.device or not device_is_available(self.device):
             chosen = best_device()
@@ -182,16 +201,6 @@ class SmolVLAConfig:
             if any(isinstance(x, bool) or not isinstance(x, (int, kind)) for x in value):
                 raise ValueError(f"{name} must hold two values of type {kind.__name__}, got {value!r}")
             setattr(self, name, tuple(value))
-
-    def _check_kinds(self) -> None:
-        for entry in dataclasses.fields(self):
-            kinds = [kind.strip() for kind in str(entry.type).split("|")]
-            accepted = tuple(k for kind in kinds for k in _KINDS.get(kind, ()))
-            value = getattr(self, entry.name)
-            if not accepted or (value is None and "None" in kinds):
-                continue
-            if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
-                raise ValueError(f"{entry.name} must be of type {entry.type}, got {value!r}")
 
     def _check_values(self) -> None:
         at_least_one = ("chunk_size", "n_action_steps", "num_steps", "tokenizer_max_length", "max_state_dim")

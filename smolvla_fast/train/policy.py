@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,38 @@ def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
         what = "a fresh policy" if source is None else f"the policy of {source}"
         raise TrainingError(f"cannot make {what}: {error}") from error
     return policy.to(config.device).train()
+
+
+def check_policy(settings: TrainSettings) -> None:
+    """Makes the policy without its weights, in no time and no memory, before a dataset is opened for nothing.
+
+    raises  TrainingError for a backbone that is not there and for sizes that no policy, or not this machine, can have
+    """
+    config = replace(
+        settings.policy,
+        input_features={},
+        output_features={},
+        load_vlm_weights=False,
+        compile_model=False,
+        device="cpu",
+    )
+    try:
+        with torch.device("meta"):
+            sizes = [parameter.numel() for parameter in SmolVLAPolicy(config).parameters()]
+        if not all(sizes):
+            raise ValueError("some of its layers would have no weights")
+        needed, there = 4 * sum(sizes), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there:
+            raise ValueError(
+                f"its weights need {needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}"
+            )
+    except Exception as error:  # torch, transformers and the Hub each raise errors of their own
+        raise TrainingError(
+            f"no policy can be made of --policy.vlm_model_name={config.vlm_model_name}, "
+            f"--policy.num_vlm_layers={config.num_vlm_layers}, --policy.num_expert_layers={config.num_expert_layers}, "
+            f"--policy.expert_width_multiplier={config.expert_width_multiplier}, "
+            f"--policy.max_state_dim={config.max_state_dim}, --policy.max_action_dim={config.max_action_dim}: {error}"
+        ) from error
 
 
 def _lerobot(config: SmolVLAConfig) -> tuple[Any, Any]:
