@@ -1,13 +1,16 @@
 # make demo | train-demo | test | test-cpus | test-full | acceptance | fuzz | soak | test-compat | simt | simt-full | lint | bench | aot | cuda | ptxas
 #      | gpu-report | gpu-peers | gpu-wheels | venv | clean
 #
-# Everything happens in .venv, made on first use with the best Python found (or PYTHON=...). ARGS is passed on:
+# Everything happens in .venv, made on first use with the best Python found (or PYTHON=...): `make demo` installs what the
+# demo needs, everything else (`make venv`) adds what tests and lint need. The download's size is said before it begins.
+# ARGS is passed on:
 #   make demo ARGS="--precision bf16"     make test ARGS="-k patch"
 
 VENV    := .venv
 ALONE   := .venv-standalone
 COMPAT  := 0.5.1 0.4.4
-STAMP   := $(VENV)/.smolvla_fast
+DEMO    := $(VENV)/.demo
+TESTS   := $(VENV)/.tests
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -path '*/__pycache__/*' -not -path 'csrc/simt/*')
 PIP     := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
 # A bare GPU machine may have torch, Triton and nvcc but no network: there the system's Python is used as it is.
@@ -19,7 +22,10 @@ JOBS    ?= 2
 .PHONY: demo train-demo test test-cpus test-full acceptance fuzz soak test-compat simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
 .DELETE_ON_ERROR:
 
-demo: venv
+# Bytecode is made of what is imported, not of all that is installed: most of it nobody imports here.
+export PIP_COMPILE := 0
+
+demo: $(DEMO)
 	$(VENV)/bin/smolvla-fast demo $(ARGS)
 
 # A dataset written, a run killed and resumed, an evaluation, the trained policy patched; ARGS=FOLDER (outputs/train-demo)
@@ -111,8 +117,8 @@ gpu-wheels: venv
 aot: venv
 	$(VENV)/bin/python scripts/aot.py $(ARGS)
 
-# The CUDA part alone, into the checkout; needs nvcc and no GPU, recompiles what has changed. SMOLVLA_CUDA_ARCHS=90a for
-# one architecture.
+# The CUDA part alone, into the checkout, recompiling what has changed: for the GPUs that are here, for all architectures
+# without one, for one with SMOLVLA_CUDA_ARCHS=90a. Needs nvcc and no GPU.
 cuda:
 	@python="$(GPU_PYTHON)"; \
 	$$python -c 'import pybind11, setuptools' 2>/dev/null || { $(MAKE) venv && python=$(VENV)/bin/python; } || exit 1; \
@@ -123,27 +129,35 @@ cuda:
 ptxas: venv
 	$(VENV)/bin/python scripts/ptxas.py $(ARGS)
 
-venv: $(STAMP)
+venv: $(TESTS)
 
-# Built without isolation, so that a change in csrc/ recompiles what it touches and downloads nothing. The pip of
-# an older Python is replaced first: its resolver goes through LeRobot's dependencies for many minutes.
-$(STAMP): $(SOURCES)
+# The pip of an older Python is replaced first: its resolver goes through LeRobot's dependencies for many minutes.
+define install
 	@if ! $(VENV)/bin/python -c '' 2>/dev/null; then \
 	    python=$${PYTHON:-$$(scripts/find_python.sh)} && [ -n "$$python" ] || exit 1; \
 	    "$$python" -c '' || { echo "$$python does not run; name another: make venv PYTHON=..."; exit 1; }; \
 	    echo "Creating $(VENV) with $$python ($$("$$python" -V))."; \
 	    "$$python" -m venv --clear $(VENV) || exit 1; \
 	fi
-	@$(VENV)/bin/python -c 'import torch, lerobot' 2>/dev/null || echo \
-	    "Installing torch, LeRobot and tools into $(VENV). The first time downloads several GB (torch brings its CUDA" \
-	    "libraries, with or without a GPU) and takes some minutes, silently."
 	@$(PIP) "pip>=25" "setuptools>=77" wheel "pybind11>=2.13" ninja
-	@echo "Installing smolvla_fast and compiling its extensions."
-	@$(PIP) --no-build-isolation -e ".[lerobot,dev]"
+	@$(VENV)/bin/python scripts/install.py $(1)
 	@$(VENV)/bin/python -c "from smolvla_fast import extension; print(extension.summary())"
+endef
+
+$(DEMO): $(SOURCES)
+	$(call install,lerobot cli)
 	@touch $@
+
+$(TESTS): $(SOURCES)
+	$(call install,lerobot dev)
+	@touch $(DEMO) $@
+
+# Never both at once: where more than the demo is made, it finds itself installed.
+ifneq ($(filter-out demo clean,$(MAKECMDGOALS)),)
+$(DEMO): | $(TESTS)
+endif
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis demo.json demo.png
-	rm -f $(STAMP) smolvla_fast/*.so smolvla_fast/_build.json
+	rm -f $(DEMO) $(TESTS) smolvla_fast/*.so smolvla_fast/_build.json
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

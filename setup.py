@@ -1,4 +1,4 @@
-"""What is compiled: smolvla_fast._cpu everywhere, smolvla_fast._cuda where nvcc is.
+"""What is compiled: smolvla_fast._cpu everywhere, smolvla_fast._cuda for the NVIDIA GPUs that are here, or as asked.
 
 csrc/ninja_build.py says how. A compiler that is missing or fails never stops an installation: the package
 works without either extension, and `smolvla-fast doctor` reads the reason in smolvla_fast/_build.json.
@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, "csrc")
-from ninja_build import compile_extension
+from ninja_build import CUDA_ARCHS, NotAsked, compile_extension
 
 SOURCES = {
     "cpu": ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
@@ -41,14 +41,16 @@ class NinjaBuild(build_ext):
         self.record = {}
         if self.only:
             self.extensions = [ext for ext in self.extensions if kind_of(ext) == self.only]
+        folder = Path("smolvla_fast" if self.inplace else Path(self.build_lib, "smolvla_fast"))
+        path = folder / "_build.json"
+        before = json.loads(path.read_text()) if path.exists() and self.inplace else {}
+        # A checkout that has it keeps it, for what it was asked for, when something else is compiled anew there.
+        self.without_gpu = CUDA_ARCHS if self.only == "cuda" else before.get("cuda", {}).get("archs", [])
         super().run()
         # What was not built must not be looked for by the later steps of an installation.
         self.extensions = [ext for ext in self.extensions if self.record[kind_of(ext)]["built"]]
-        folder = Path("smolvla_fast" if self.inplace else Path(self.build_lib, "smolvla_fast"))
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "_build.json"
-        before = json.loads(path.read_text()) if self.only and path.exists() else {}
-        path.write_text(json.dumps({**before, **self.record}, indent=1) + "\n")
+        path.write_text(json.dumps({**(before if self.only else {}), **self.record}, indent=1) + "\n")
         if self.only:
             self.report(self.only)
 
@@ -65,9 +67,12 @@ class NinjaBuild(build_ext):
         target.unlink(missing_ok=True)  # one left by an earlier build must not be shipped if this one fails
         start = time.perf_counter()
         try:
-            facts = compile_extension(kind, ext.sources, work / target.name, work)
+            facts = compile_extension(kind, ext.sources, work / target.name, work, self.without_gpu)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(work / target.name, target)
+        except NotAsked as reason:
+            self.record[kind] = {"built": False, "reason": f"{reason}"}
+            self.announce(f"smolvla_fast._{kind} is left out: {reason}")
         except Exception as error:  # whatever it is, it must not cost the user the package
             self.record[kind] = {"built": False, "reason": f"{error}"}
             self.warn(f"smolvla_fast._{kind} is left out, everything else works: {error}")

@@ -1,8 +1,10 @@
 """How the extensions are compiled: compilers, flags and a ninja file. setup.py says what is compiled.
 
-Environment: CXX, the C++ compiler; SMOLVLA_CUDA_ARCHS, e.g. "90a;120", or "none" to leave the CUDA part out.
+Environment: CXX, the C++ compiler; SMOLVLA_CUDA_ARCHS, e.g. "90a;120", or "none" to leave the CUDA part out. Without it the
+CUDA part is compiled for the NVIDIA GPUs that are here.
 """
 
+import ctypes
 import os
 import re
 import shlex
@@ -13,6 +15,8 @@ import sysconfig
 from pathlib import Path
 
 CUDA_ARCHS = ["80", "86", "87", "89", "90a", "100a", "120"]
+OLDEST = 80
+"""The first whose tensor cores multiply bf16, as in smolvla_fast/backends.py."""
 
 # No -march: one binary serves every x86-64, and a function that needs more carries its own target attribute.
 # No contraction into fma: whether a compiler finds one must not decide the bits of a result.
@@ -36,6 +40,10 @@ rule link
 
 class Unavailable(Exception):
     """An extension cannot be compiled here; the message says why, and what would change that."""
+
+
+class NotAsked(Unavailable):
+    """Nobody asked for it: no compiler failed, and nothing is missing."""
 
 
 def run(*command, stdin=None):
@@ -95,11 +103,16 @@ def cuda_homes():
     ]
 
 
+def wished_archs():
+    """The words of SMOLVLA_CUDA_ARCHS; none where it is not set or empty."""
+    return [word for word in re.split(r"[\s;,]+", os.environ.get("SMOLVLA_CUDA_ARCHS", "")) if word]
+
+
 def nvcc_compiler():
     programs = (Path(home, "bin", "nvcc") for home in cuda_homes())
     found = shutil.which("nvcc") or next((str(path) for path in programs if path.exists()), None)
-    if os.environ.get("SMOLVLA_CUDA_ARCHS") == "none":
-        raise Unavailable("left out, as SMOLVLA_CUDA_ARCHS=none asks")
+    if wished_archs() == ["none"]:
+        raise NotAsked("left out, as SMOLVLA_CUDA_ARCHS=none asks")
     if not found:
         raise Unavailable(
             "no nvcc on PATH, in $CUDA_HOME, $CUDA_PATH or /usr/local/cuda: install the CUDA toolkit"
@@ -107,19 +120,81 @@ def nvcc_compiler():
     return found
 
 
-def cuda_archs(nvcc):
-    """What to compile for: the wish as it stands, else the common set as far as this nvcc knows it."""
+def cuda_archs(nvcc, gpus=(), without_gpu=()):
+    """What to compile for: the wish as it stands; without one what the GPUs run, given as 90 for capability 9.0; without
+    either ``without_gpu``, or the common set, as far as this nvcc knows it."""
     known = re.findall(r"compute_(\d+)", run(nvcc, "--list-gpu-arch"))
-    given = os.environ.get("SMOLVLA_CUDA_ARCHS", "")
-    wish = [word for word in re.split(r"[\s;,]+", given) if word]
+    wish = wished_archs()
     # Asked here, for nvcc's own words say nothing of the variable: 9.0 is how torch writes it, sm_90 how nvcc does.
     wrong = [word for word in wish if re.sub(r"(?<=\d)[af]$", "", word) not in known]
     if wrong:
         raise Unavailable(
-            f"SMOLVLA_CUDA_ARCHS={given!r} asks for {', '.join(wrong)}; accepted are architectures of this nvcc as in "
-            f"80;90a, which knows {', '.join(known)}, or none"
+            f"SMOLVLA_CUDA_ARCHS={os.environ['SMOLVLA_CUDA_ARCHS']!r} asks for {', '.join(wrong)}; accepted are "
+            f"architectures of this nvcc as in 80;90a, which knows {', '.join(known)}, or none"
         )
-    return wish or [arch for arch in CUDA_ARCHS if arch.rstrip("a") in known]
+    if wish or not gpus:
+        return wish or [arch for arch in without_gpu or CUDA_ARCHS if arch.rstrip("af") in known]
+    # The newest at or below each GPU: where nvcc does not know the GPU itself, the driver makes its code from PTX.
+    below = [max((int(arch) for arch in known if OLDEST <= int(arch) <= gpu), default=None) for gpu in gpus]
+    if not any(below):
+        raise Unavailable(
+            f"this nvcc knows {', '.join(known)}, none of them for a GPU of compute capability "
+            f"{', '.join(map(dotted, gpus))}: install a CUDA toolkit that does"
+        )
+    common = {int(re.sub(r"\D", "", arch)): arch for arch in CUDA_ARCHS}
+    return list(dict.fromkeys(common.get(arch, str(arch)) for arch in below if arch))
+
+
+def gpus_to_compile_for(asked):
+    """The GPUs here that the kernels run on, as ``cuda_archs`` takes them. Without any: [] where the CUDA part was asked
+    for, else raises NotAsked."""
+    found = sorted(set(smi_gpus() or driver_gpus()))
+    gpus = [gpu for gpu in found if gpu >= OLDEST]
+    if gpus or asked:
+        return gpus
+    here = "no NVIDIA GPU was found to compile it for"
+    if found:
+        here = (
+            f"it needs a GPU of compute capability {dotted(OLDEST)}, here is {', '.join(map(dotted, found))}"
+        )
+    raise NotAsked(
+        f"{here}. For another machine's GPU, say 8.0 and 9.0: `SMOLVLA_CUDA_ARCHS='80;90a' pip install .`; for "
+        f"{', '.join(CUDA_ARCHS)}: `make cuda` in a checkout"
+    )
+
+
+def dotted(capability):
+    return f"{capability // 10}.{capability % 10}"
+
+
+def smi_gpus():
+    """[90] for one of capability 9.0, as nvidia-smi tells, of a GPU cut into MIG instances too; [] where it does not."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [10 * int(major) + int(minor) for major, minor in re.findall(r"(?m)^ *(\d+)\.(\d) *$", said)]
+
+
+def driver_gpus():
+    """The same, as the driver tells: containers, Jetson and WSL may have it without nvidia-smi."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return []
+    count, device, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    found = []
+    for index in range(count.value):
+        capability = 0
+        for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+            driver.cuDeviceGet(ctypes.byref(device), index)
+            driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+            capability = 10 * capability + value.value
+        found.append(capability)
+    return found
 
 
 def arch_flags(archs):
@@ -129,11 +204,19 @@ def arch_flags(archs):
     return [*codes, f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]
 
 
-def compile_extension(kind, sources, target, work):
-    """Compiles "cpu" or "cuda" into the file `target`, objects under `work`; returns the facts to record."""
+def compile_extension(kind, sources, target, work, without_gpu=()):
+    """Compiles "cpu" or "cuda" into the file `target`, objects under `work`; returns the facts to record.
+
+    without_gpu  what to compile "cuda" for where there is no GPU and SMOLVLA_CUDA_ARCHS names none; () leaves it out
+    raises       NotAsked, Unavailable with the reason
+    """
     import pybind11
 
-    nvcc = nvcc_compiler() if kind == "cuda" else ""
+    nvcc, archs = "", []
+    if kind == "cuda":
+        gpus = [] if wished_archs() else gpus_to_compile_for(bool(without_gpu))
+        nvcc = nvcc_compiler()
+        archs = cuda_archs(nvcc, gpus, without_gpu)
     cxx = cxx_compiler()
     openmp = openmp_flags(cxx) if kind == "cpu" else []
     include = [f"-I{path}" for path in ("csrc", pybind11.get_include(), sysconfig.get_path("include"))]
@@ -144,7 +227,6 @@ def compile_extension(kind, sources, target, work):
     )
     facts = {"compiler": run(*cxx, "--version").splitlines()[0], "openmp": bool(openmp)}
     if kind == "cuda":
-        archs = cuda_archs(nvcc)
         host = ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags[".cu"] = [*CUDA_FLAGS, "--threads=2", *arch_flags(archs), *host, "-Icsrc"]
         # The static runtime looks for the driver when first called, so the module loads where there is none.

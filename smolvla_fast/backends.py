@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -214,6 +215,25 @@ def why_not(backend: str, device: torch.device) -> str | None:
     return None
 
 
+def why_not_auto(backend: str, device: torch.device) -> str | None:
+    """Why ``auto`` does not take a backend on this device: it cannot serve, or may be slower than torch. Or None."""
+    return why_not(backend, device) or (_why_slow() if backend == "cpu" else None)
+
+
+def _why_slow() -> str | None:
+    """Why the CPU kernels, running as they do here, were never measured ahead of torch, or None."""
+    reason = None
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        reason = f"its kernels have vector code for x86-64 alone, this processor is {platform.machine()}"
+    elif extension.load("cpu").levels()[-1] == "baseline":
+        reason = "its kernels have vector code from AVX2 on, which this processor has not"
+    elif not extension.build_record().get("cpu", {}).get("openmp", True):
+        reason = "its kernels were compiled without OpenMP and run on one thread"
+    return (
+        reason and f"{reason}; torch was never measured slower there, backend='cpu' takes them all the same"
+    )
+
+
 def _ops(backend: str, device: torch.device) -> Ops:
     """The table of a backend that can serve this device."""
     if backend != "cuda":
@@ -228,22 +248,39 @@ def _why_not_cuda(device: torch.device) -> str | None:
 
     if device.type == "cpu" and library.emulator is not None:
         return None
-    if device.type != "cuda":
-        return f"its kernels run on an NVIDIA GPU, the policy is on {device}"
-    missing = extension.why_missing("cuda")
-    if missing:
-        return missing
-    return _too_old(device) or library.why_no_code(device)
+    return (
+        _why_not_nvidia(device)
+        or extension.why_missing("cuda")
+        or _too_old(device)
+        or library.why_no_code(device)
+    )
 
 
 def _why_not_triton(device: torch.device) -> str | None:
     # Asked first: off a GPU nothing has to import Triton to know the answer.
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:
-        return f"its kernels run on an NVIDIA GPU, the policy is on {device}"
+    reason = None if interpreted else _why_not_nvidia(device)
+    if reason:
+        return reason
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; `pip install triton` (Linux, Windows: triton-windows)"
-    return _too_old(device) if device.type == "cuda" else None
+    try:
+        _triton()
+    except Exception as error:  # of another torch, half removed, a stub: whatever it is, torch serves
+        said = (str(error).strip() or "no message").splitlines()[0]
+        return (
+            f"Triton is installed and does not load ({type(error).__name__}: {said}); install the one that this torch "
+            "asks for, as `pip check` names it"
+        )
+    return None if interpreted else _too_old(device)
+
+
+def _why_not_nvidia(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"its kernels run on an NVIDIA GPU, the policy is on {device}"
+    if torch.version.hip:  # torch calls AMD's GPUs "cuda" too, with capabilities that look like NVIDIA's
+        return f"its kernels run on an NVIDIA GPU, this torch is built for AMD's (ROCm {torch.version.hip})"
+    return None
 
 
 def _too_old(device: torch.device) -> str | None:
@@ -257,7 +294,7 @@ def passed_over(device: torch.device) -> dict[str, str]:
     """The backends that ``auto`` would rather have taken on this device, each with the reason why it could not."""
     found: dict[str, str] = {}
     for name in _ORDER.get(device.type, ()):
-        reason = why_not(name, device)
+        reason = why_not_auto(name, device)
         if reason is None:
             return found
         found[name] = reason
@@ -286,15 +323,17 @@ _EIGHT_BITS = {"e4m3": ("fp8", "triton", why_not_fp8, _triton), "int8": ("int8",
 
 
 def why_not_eight_bits(device: torch.device) -> dict[str, str | None]:
-    """Of each tier with 8-bit matrices: why it cannot serve on this device, or None."""
-    return {tier: reason(device) for tier, _, reason, _ in _EIGHT_BITS.values()}
+    """Of each tier with 8-bit matrices: why ``auto`` cannot serve it on this device, or None."""
+    return {
+        tier: reason(device) or why_not_auto(alone, device) for tier, alone, reason, _ in _EIGHT_BITS.values()
+    }
 
 
 def select(backend: str, device: torch.device, stock_order: bool, quantized: str | None = None) -> Ops:
     """The ops for a wish.
 
-    backend      "auto": on a CPU "cpu", on an NVIDIA GPU "triton", and "torch" where these cannot serve; or a name.
-                 "cuda" has to be named: it was never measured to be ahead of Triton
+    backend      "auto": on a CPU "cpu", on an NVIDIA GPU "triton", and "torch" where these cannot serve or were never
+                 measured ahead of it; or a name. "cuda" has to be named: it was never measured to be ahead of Triton
     quantized    "e4m3", the tier ``fp8``, which Triton's kernels alone serve, or "int8", which backend ``cpu`` alone does
     stock_order  the ``exact`` tier: the references, which are stock's own ATen calls, on any device
     raises       ValueError for an unknown name, RuntimeError naming the reason where an explicit wish cannot be met
@@ -311,16 +350,17 @@ def select(backend: str, device: torch.device, stock_order: bool, quantized: str
         return reference_ops()
     if quantized:
         tier, alone, why_not_tier, ops = _EIGHT_BITS[quantized]
-        reason = why_not_tier(device) or (
-            None if backend in ("auto", alone) else f"backend={backend!r} has no kernels for it"
-        )
+        reason = why_not_tier(device)
+        if reason is None and backend != alone:
+            other = f"backend={backend!r} has no kernels for it"
+            reason = why_not_auto(alone, device) if backend == "auto" else other
         if reason:
             raise RuntimeError(
                 f"precision={tier!r} cannot serve this policy: {reason}; 'auto' takes what can"
             )
         return ops()
     if backend == "auto":
-        ready = (name for name in _ORDER.get(device.type, ()) if why_not(name, device) is None)
+        ready = (name for name in _ORDER.get(device.type, ()) if why_not_auto(name, device) is None)
         return _ops(next(ready, "torch"), device)
     reason = why_not(backend, device)
     if reason:

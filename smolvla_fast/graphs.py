@@ -200,8 +200,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def driver_for(device: torch.device) -> Driver | None:
-    """What captures on this device, or None where nothing does."""
-    if device.type != "cuda":
+    """What captures on this device, or None where nothing does: a CPU, or an AMD GPU, whose graphs nobody has tried."""
+    if device.type != "cuda" or torch.version.hip:
         return None
     from .cuda_driver import CudaDriver
 

@@ -75,6 +75,8 @@ class Engine:
             self._passed_over["bf16 products"] = f"{slow}; products run in fp32"
         driver = driver_for(device) if capture else None
         self.graphs = None if driver is None else GraphCache(driver)
+        if capture and driver is None and device.type == "cuda":
+            self._passed_over["graph"] = "chunks are captured on NVIDIA GPUs alone; the ops run one by one"
         self._positions: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._times: dict[tuple[Any, ...], Tensor] = {}
         self._workspace = Workspace() if self.ops.backend == "cpu" else None

@@ -47,7 +47,7 @@ class Status:
                    denoise loop, who ran the last one
     passed_over    backends that "auto" would rather have taken, each with the reason why it could not; "denoise_persistent":
                    why the last chunk's loop was not one launch, where the backend has a kernel for that; "int8 in one term":
-                   how many weights have two
+                   how many weights have two; "graph": why no chunk is captured on a GPU
     calls_fast     chunks served by the engine                calls_stock  chunks served by stock
     last_fallback  why stock ran the last time it did, or None
     graphs         captured CUDA graphs      graph_bytes  what they hold      graph_nodes  nodes of the one used last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections import Counter
@@ -50,6 +51,15 @@ def assert_every_input_matters(policy: Any) -> None:
         # 1e-3 is the point from which a wrong mask or scale in that part cannot hide in fp32 rounding (1e-6).
         assert relative(chunk(policy, changed, noise), want) > 1e-3, f"{keys} hardly matter"
     assert relative(chunk(policy, observation, make_noise(policy, seed=1)), want) > 1e-3
+
+
+@pytest.mark.parametrize("origin", ["lerobot", "ours"])
+def test_constructors_draw_no_random_numbers(monkeypatch: pytest.MonkeyPatch, origin: str) -> None:
+    """All of them are overwritten, and of a full-size policy they take seconds."""
+    monkeypatch.setattr(torch.random, "fork_rng", lambda **_: contextlib.nullcontext())
+    before = torch.get_rng_state()
+    make_policy("tiny", origin=origin)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_every_input_matters(policy: Any) -> None:

@@ -1,7 +1,8 @@
 """Linears through oneDNN where it serves, ``F.linear`` elsewhere.
 
 On AMD CPUs ``F.linear`` in fp32 goes to MKL, which runs there below what oneDNN reaches on the same live weight, and
-oneDNN applies bias, activation or residual to a tile while it is in cache.
+oneDNN applies bias, activation or residual to a tile while it is in cache. Off x86, and there without AVX2, oneDNN was never
+measured beside it, so stock's own call serves.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ _ATTR = {None: ("none", ""), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", ""
 
 @cache
 def onednn_serves(dtype: torch.dtype) -> bool:
-    """Whether this torch build has oneDNN's fused linear for CPU tensors of this dtype on this CPU."""
+    """Whether this torch build has oneDNN's fused linear for CPU tensors of this dtype on this CPU, and it was measured."""
     ops = torch.ops.mkldnn
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
     if not (torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")):
         return False
     if dtype is torch.bfloat16:

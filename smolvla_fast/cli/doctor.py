@@ -45,6 +45,7 @@ def examine() -> dict[str, Any]:
             for kind in extension.KINDS
         },
         "serves": serves(device),
+        "passed_over": backends.passed_over(device),
         "eight_bits": {tier: reason or "" for tier, reason in backends.why_not_eight_bits(device).items()},
         "backends": [
             {"op": row.op, "backend": row.backend, "available": row.available, "reason": row.reason}
@@ -108,6 +109,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.table(title, ["op", *names], rows, left=1 + len(names))
     for number, reason in enumerate(reasons, 1):
         console.line(f"({number}) {reason}")
+    for name, reason in found["passed_over"].items():
+        console.line(f"backend='auto' does not take {name}: {reason}")
     if found["disabled"]:
         console.line(f"{DISABLE} is set: every policy runs stock")
     if found["versions"]["lerobot"] is None:

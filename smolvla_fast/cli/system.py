@@ -37,7 +37,7 @@ def versions() -> dict[str, str | None]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name, compute capability and memory of each CUDA GPU; [] without one."""
+    """Name, compute capability (AMD: architecture) and memory of each GPU that torch calls "cuda"; [] without one."""
     if not torch.cuda.is_available():
         return []
     found = []
@@ -46,7 +46,7 @@ def gpus() -> list[dict[str, Any]]:
         found.append(
             {
                 "name": facts.name,
-                "compute_capability": f"{facts.major}.{facts.minor}",
+                "compute_capability": getattr(facts, "gcnArchName", f"{facts.major}.{facts.minor}"),
                 "bytes": facts.total_memory,
             }
         )

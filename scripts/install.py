@@ -1,0 +1,105 @@
+"""`make demo`, `make test`: smolvla_fast and its EXTRAS into the environment of the Python that runs this, editable.
+
+    python scripts/install.py lerobot cli
+
+pip chooses every release first and downloads nothing, so the size of the download is known before it begins; the extensions
+are compiled while it lasts.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+ROOT = Path(__file__).resolve().parent.parent
+PIP = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-input"]
+# Not isolated: a change in csrc/ then recompiles what it touches, and downloads nothing.
+BUILD = ["--no-build-isolation"]
+LARGE = 100e6
+"""Bytes from which on a package is named."""
+
+
+def main(*extras: str) -> int:
+    try:
+        missing = resolve(f"{ROOT}[{','.join(extras)}]")
+        compiler = subprocess.Popen([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT)
+        try:
+            if missing:
+                with ThreadPoolExecutor(16) as pool:
+                    sizes = dict(
+                        zip(
+                            (item["metadata"]["name"] for item in missing),
+                            pool.map(size_of, missing),
+                            strict=True,
+                        )
+                    )
+                print(announcement(sizes), flush=True)
+                download(missing)
+        finally:
+            compiler.wait()
+        print("Installing smolvla_fast.", flush=True)
+        # The extensions are there by now: their objects are only looked through.
+        pip(*BUILD, "--no-deps", "-e", str(ROOT))
+    except subprocess.CalledProcessError as failed:
+        print(f"pip ended with status {failed.returncode}; its reason stands above", file=sys.stderr)
+        return 1
+    return 0
+
+
+def pip(*arguments: str) -> None:
+    subprocess.run([*PIP, *arguments], check=True)
+
+
+def resolve(project: str) -> list[dict[str, Any]]:
+    """What pip would install besides the project: items of its report, without those that are here already."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.json")
+        wanted = ["--dry-run", "--report", str(report), *BUILD, "-e", project]
+        # From an index without separate metadata pip else downloads whole wheels to read what they need.
+        if subprocess.run([*PIP, "--use-feature=fast-deps", *wanted], stderr=subprocess.DEVNULL).returncode:
+            pip(*wanted)
+        found = json.loads(report.read_text())["install"]
+    return [item for item in found if "dir_info" not in item["download_info"]]
+
+
+def download(missing: list[dict[str, Any]]) -> None:
+    pins = [f"{item['metadata']['name']}=={item['metadata']['version']}" for item in missing]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "requirements.txt")
+        file.write_text("\n".join(pins) + "\n")
+        pip(*BUILD, "--no-deps", "-r", str(file))
+
+
+def size_of(item: dict[str, Any]) -> int | None:
+    """Bytes of a package as its server tells; None where it does not."""
+    try:
+        with urlopen(Request(item["download_info"]["url"], method="HEAD"), timeout=10) as answer:
+            return int(answer.headers["Content-Length"])
+    except (OSError, TypeError, ValueError):
+        return None
+
+
+def announcement(sizes: dict[str, int | None]) -> str:
+    known = {name: size for name, size in sizes.items() if size is not None}
+    unknown = len(sizes) - len(known)
+    large = sorted((name for name in known if known[name] >= LARGE), key=known.__getitem__, reverse=True)
+    parts = [
+        f"Downloading {sum(known.values()) / 1e9:.2f} GB in {len(sizes)} packages, less what pip has cached"
+    ]
+    if unknown:
+        parts.append(f", without {unknown} whose server tells no size")
+    if large:
+        parts.append(": " + ", ".join(f"{name} {known[name] / 1e9:.2f}" for name in large))
+    if any(name.startswith("nvidia-") for name in sizes):
+        parts.append(". torch brings its CUDA libraries with or without a GPU")
+    return "".join(parts) + "."
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
