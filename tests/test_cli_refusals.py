@@ -80,6 +80,7 @@ def without(*names: str) -> Callable[[Path], None]:
     return config(change)
 
 
+FEATURES = "input_features"
 DAMAGE = {
     "no config": (file("config.json", None), "no config.json"),
     "broken json": (file("config.json", b'{"type": "smol'), "cannot read config.json"),
@@ -103,8 +104,8 @@ DAMAGE = {
     "more steps than a chunk": (config(lambda values: values.update(n_action_steps=99)), "cannot load it"),
     "an unknown field": (config(lambda values: values.update(horizon=3)), "cannot load it"),
     "a state too wide": (config(lambda values: values["input_features"]["observation.state"].update(shape=[99])), ""),
-    "a camera of one number": (config(lambda values: values["input_features"]["observation.images.camera1"].update(shape=[3])), ""),
-    
+    "a camera of one number": (config(lambda values: values[FEATURES]["observation.images.camera1"].update(shape=[3])), ""),
+
 }  # fmt: skip
 
 

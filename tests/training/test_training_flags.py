@@ -24,10 +24,10 @@ pytestmark = pytest.mark.training
 OWN = ("implementation", "fast", "image_cache", "dtype", "gradient_accumulation_steps")
 """Settings that LeRobot has not."""
 HOSTILE = (
-    "abc", "-1", "0", "0.5", "1e3", "", "null", "true", "nan", ".nan", "-.inf", "[1, 2, 3]", "[", "{a: b}", "{a: b", "{a: 1}",
-    
-    "99999999999999999999999", "-99999999999999999999999", "1e400", "0,1", "[0,1", "[a, b]", "!include x", "!!python/object:x",
-    
+    "abc", "-1", "0", "0.5", "1e3", "", "null", "true", "nan", ".nan", "-.inf", "[1, 2, 3]", "[", "{a: b}", "{a: b",
+    "{a: 1}",
+    "99999999999999999999999", "-99999999999999999999999", "1e400", "0,1", "[0,1", "[a, b]", "!include x",
+    "!!python/object:x",
     "@x", "é\x00", "2024-01-01", "/proc/x", "[[]]", "- a", "&a [*a]",
 )  # fmt: skip
 # Text that lerobot-train takes, by the type of the field, in the forms in which it is met.
