@@ -374,8 +374,13 @@ def tokenize(policy: Any, task: str | Sequence[str], batch: int, length: int | N
     if len(texts) != batch:
         raise ValueError(f"{len(texts)} tasks for a batch of {batch}; give one text, or one for each sample")
     texts = [text if text.endswith("\n") else text + "\n" for text in texts]
-    processor = getattr(policy.model.vlm_with_expert, "processor", None)
-    tokenizer = getattr(processor, "tokenizer", None)
+    pair = policy.model.vlm_with_expert
+    try:
+        tokenizer = getattr(getattr(pair, "processor", None), "tokenizer", None)
+    except ImportError:  # what a backbone's processors of images and videos need; its text needs none of it
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(pair.model_id)
     if tokenizer is None:
         ids, pad = [list(text.encode()) for text in texts], 0
     else:

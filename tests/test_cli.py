@@ -283,12 +283,6 @@ def test_refusals(
     assert "Traceback" not in error
 
 
-def test_refuses_without_lerobot(hide: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    hide("lerobot")
-    assert main(["demo", *TINY]) == 2
-    assert "smolvla_fast[lerobot,cli]" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -49,8 +49,9 @@ class RTCConfig:
             RTCAttentionSchedule, self.prefix_attention_schedule, "rtc_config.prefix_attention_schedule"
         )
         for name in ("max_guidance_weight", "debug_maxlen"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"rtc_config.{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"rtc_config.{name} must be positive, got {value}")
 
     @classmethod
     def parse(cls, value: Any) -> RTCConfig | None:

@@ -24,8 +24,10 @@ pytestmark = pytest.mark.training
 OWN = ("implementation", "fast", "image_cache", "dtype", "gradient_accumulation_steps")
 """Settings that LeRobot has not."""
 HOSTILE = (
-    "abc", "-1", "0", "0.5", "1e3", "", "null", "true", "nan", ".nan", "-.inf", "[1, 2, 3]", "[", "{a: b}", "{a: b", "{a: 1}",
-    "99999999999999999999999", "-99999999999999999999999", "1e400", "0,1", "[0,1", "[a, b]", "!include x", "!!python/object:x",
+    "abc", "-1", "0", "0.5", "1e3", "", "null", "true", "nan", ".nan", "-.inf", "[1, 2, 3]", "[", "{a: b}", "{a: b",
+    "{a: 1}",
+    "99999999999999999999999", "-99999999999999999999999", "1e400", "0,1", "[0,1", "[a, b]", "!include x",
+    "!!python/object:x",
     "@x", "é\x00", "2024-01-01", "/proc/x", "[[]]", "- a", "&a [*a]",
 )  # fmt: skip
 # Text that lerobot-train takes, by the type of the field, in the forms in which it is met.
@@ -45,7 +47,8 @@ GOOD = {
 ONLY = {
     "dataset.video_backend": ("pyav", "torchcodec", "null"), "policy.attention_mode": ("self_attn",),
     "policy.pad_language_to": ("max_length",), "policy.use_peft": ("false",), "policy.max_period": ("8", "5.5"),
-    "policy.use_delta_joint_actions_aloha": ("false",), "policy.device": ("cpu", "null"), "dataset.eval_split": ("0.25", "0"),
+    "policy.use_delta_joint_actions_aloha": ("false",), "policy.device": ("cpu", "null"),
+    "dataset.eval_split": ("0.25", "0"),
     "policy.n_action_steps": ("3",), "policy.chunk_size": ("60", "1_000"), "policy.num_expert_layers": ("-1", "4"),
     "policy.empty_cameras": ("2",), "policy.pretrained_path": ("x/y",), "rename_map": ("{a: b}", '{"a": "b"}'),
     "policy.compile_mode": ("default", "reduce-overhead"), "eval_steps": ("0", "-3"), "save_freq": ("10", "-1"),
@@ -138,13 +141,16 @@ def test_a_hostile_value_is_refused_by_name_or_read(name: str, tmp_path: Path, m
 
 NEVER = [
     ("--policy.optimizer_betas=[0.9, 2]", "below 1"), ("--policy.optimizer_betas=[nan, 0.9]", "below 1"),
-    ("--policy.optimizer_lr=.nan", "finite"), ("--policy.optimizer_lr=0", "above 0"), ("--policy.optimizer_eps=-1", "at least 0"),
+    ("--policy.optimizer_lr=.nan", "finite"), ("--policy.optimizer_lr=0", "above 0"),
+    ("--policy.optimizer_eps=-1", "at least 0"),
     ("--policy.optimizer_weight_decay=.inf", "finite"), ("--policy.scheduler_decay_lr=-1", "at least 0"),
     ("--policy.scheduler_warmup_steps=-1", "at least 0"), ("--tolerance_s=.nan", "finite"), ("--seed=-1", "at least 0"),
     ("--num_workers=-1", "at least 0"), ("--num_workers=1000000", "at most"), ("--policy.chunk_size=0", "at least 1"),
     ("--policy.n_action_steps=51", "--policy.chunk_size"), ("--policy.chunk_size=1000000000", "at most"),
-    ("--dataset.episodes=[]", "at least one"), ("--dataset.episodes=[1,1]", "once"), ("--dataset.episodes=[-1]", "at least 0"),
-    ("--dataset.video_backend=vlc", "pyav"), ("--policy.device=gpu", "'cuda:N'"), ("--policy.device=cuda:99", "torch has none"),
+    ("--dataset.episodes=[]", "at least one"), ("--dataset.episodes=[1,1]", "once"),
+    ("--dataset.episodes=[-1]", "at least 0"),
+    ("--dataset.video_backend=vlc", "pyav"), ("--policy.device=gpu", "'cuda:N'"),
+    ("--policy.device=cuda:99", "torch has none"),
     ("--policy.type=act", "lerobot-train"), ("--steps=null", "int"), ("--batch_size=2.0", "a whole number"),
     ("--policy.use_delta_joint_actions_aloha=true", "not implemented"), ("--policy.rtc_config.debug_maxlen=0", "positive"),
     ("--resume=maybe", "true or false"), ("--save_checkpoint=1", "true or false"), ("--rename_map=[a]", "{a: b}"),
@@ -164,7 +170,8 @@ def test_a_value_that_cannot_work_is_refused(flag: str, says: str) -> None:
     [
         ["--seed=abc"], ["--seed=-1"], ["--policy.device=gpu"], ["--output_dir=/proc/x"], ["--output_dir=FILE"],
         ["--output_dir=FILE/x"], ["--output_dir=a\x00b"], [f"--output_dir={'x' * 5000}"], ["--dataset.episodes=0,1"],
-        ["--policy.vlm_model_name=nonsense"], ["--policy.expert_width_multiplier=1e9"], ["--policy.max_state_dim=1000000000000"],
+        ["--policy.vlm_model_name=nonsense"], ["--policy.expert_width_multiplier=1e9"],
+        ["--policy.max_state_dim=1000000000000"],
         ["--policy.expert_width_multiplier=1e-9"], ["--policy.num_expert_layers=3"], ["--seed", "abc"], ["--seed"],
         ["--sed=1"], ["--policy.lr=1"], ["--env.type=pusht"], ["--peft.r=4"], ["--policy.path=/nowhere"], ["--num_work=1"],
         ["--seed=1", "--seed=x"], ["--config_path=/nowhere.yaml"], ["stray"],
@@ -287,7 +294,8 @@ def test_a_train_config_of_lerobot_begins_a_new_run(bench_top, tmp_path: Path) -
     ("flag", "says"),
     [
         ("--policy.chunk_size=4", "policy.chunk_size (6 in the checkpoint, 4 asked for)"), ("--seed=7", "seed (1000"),
-        ("--batch_size=x", "batch_size (4 in the checkpoint"), ("--num_workers=-1", "--num_workers=-1"), ("--policy.path=x", "--policy.path"),
+        ("--batch_size=x", "batch_size (4 in the checkpoint"), ("--num_workers=-1", "--num_workers=-1"),
+        ("--policy.path=x", "--policy.path"),
         ("--policy.optimizer_betas=[0.8, 0.9]", "policy.optimizer_betas"), ("--policy.device=gpu", "--policy.device=gpu"),
     ],
 )  # fmt: skip
