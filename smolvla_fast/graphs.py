@@ -96,7 +96,7 @@ class GraphCache:
         """
         if self._driver.busy():
             return compute(list(inputs))
-        key = (key, tuple((each.shape, each.dtype, each.device) for each in inputs))
+        key = _whole(key, inputs)
         with self._lock:
             if key in self._failed:
                 raise CaptureFailed(self._failed[key])
@@ -113,6 +113,10 @@ class GraphCache:
                 chunk = graph.output.clone()
             graph.done = self._driver.mark()
             return chunk
+
+    def replays(self, key: Hashable, inputs: Sequence[Tensor]) -> bool:
+        """Whether ``run`` would replay a graph, which reads what was read when it was captured and nothing else."""
+        return not self._driver.busy() and _whole(key, inputs) in self._graphs
 
     def _capture(self, key: Hashable, inputs: Sequence[Tensor], compute: Compute) -> Graph:
         # Buffers of an inference_mode caller could not be written by a later one outside it.
@@ -177,6 +181,10 @@ class GraphCache:
         """Nodes of the graph used last."""
         with self._lock:
             return next(reversed(self._graphs.values())).nodes if self._graphs else None
+
+
+def _whole(key: Hashable, inputs: Sequence[Tensor]) -> Hashable:
+    return key, tuple((each.shape, each.dtype, each.device) for each in inputs)
 
 
 _caches: WeakSet[GraphCache] = WeakSet()

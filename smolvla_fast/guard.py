@@ -7,13 +7,17 @@ version computes inside a layer is not guessed from its number: ``probe`` runs t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from .backends import reference_ops
+from .dense import memory_reason, why_not_dense
+from .dims import read_dims
 from .fingerprints import MODEL_METHODS, PAIR_METHODS, unknown_source
 from .reference.layer_norm import layer_norm
 from .reference.linear import linear
@@ -21,8 +25,9 @@ from .reference.norm_swiglu import norm_swiglu
 from .reference.patch_embed import patch_embed
 from .reference.pixel_shuffle_linear import pixel_shuffle_linear
 from .reference.rms_norm import rms_norm
+from .rtc import guidance_reason
 from .stages.vision import patch_positions, vision_layer
-from .weights import read_patch_embedding, read_vision_layers
+from .weights import HEADS, Source, read_patch_embedding, read_vision_layers, sources
 
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
@@ -31,7 +36,13 @@ DEVICES = ("cpu", "cuda")
 def model_reason(model: Any) -> str | None:
     """Why this model is outside the engine's range, or None. Reads structure only; cheap enough for every call."""
     try:
-        return source_reason(model) or _structure_reason(model) or hook_reason(model) or _dtype_reason(model)
+        return (
+            source_reason(model)
+            or memory_reason(model)
+            or _structure_reason(model)
+            or hook_reason(model)
+            or _dtype_reason(model)
+        )
     except Exception as error:  # whatever a foreign structure raises here, stock may well run it
         return f"the structure is not SmolVLA's: {error!r}"
 
@@ -59,8 +70,9 @@ def _structure_reason(model: Any) -> str | None:
         return (
             f"{pair.num_attention_heads} query heads are no multiple of {pair.num_key_value_heads} KV heads"
         )
-    decoders = (("text_model.layers", text), ("lm_expert.layers", expert))
-    reason = parts_reason(pair.get_vlm_model(), decoders)
+    dims = read_dims(model)
+    stacks = (("text", text), ("expert", expert))
+    reason = parts_reason(pair.get_vlm_model(), sources(model, dims), stacks)
     if reason is not None:
         return reason
     if type(pair.lm_expert.norm) is not type(expert[0].input_layernorm):
@@ -68,29 +80,55 @@ def _structure_reason(model: Any) -> str | None:
     return None
 
 
-def parts_reason(vlm: Any, decoders: Sequence[tuple[str, Any]]) -> str | None:
-    """Why the weights of the vision tower and of these stacks of decoder layers cannot be read in place of calling the
-    modules, or None."""
-    for name, module in (*_decoder_parts(decoders), *_vision_parts(vlm)):
-        plain = type(module) in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Embedding)
-        if not plain or type(module.weight) not in (nn.Parameter, Tensor):
-            kind = type(module) if not plain else type(module.weight)
-            return f"{name} is a {kind.__module__}.{kind.__qualname__}, not the plain module (an adapter?)"
-        if not module.weight.is_contiguous():
-            return f"{name}.weight is not contiguous; call .contiguous() on it"
-    for name, module in _decoder_parts(decoders):
-        if module.bias is not None:
-            return f"{name} has a bias, which the kernels do not add"
-    stacks = [("text" if label.startswith("text") else "expert", stack) for label, stack in decoders]
+def parts_reason(vlm: Any, read: Iterable[Source], stacks: Sequence[tuple[str, Any]]) -> str | None:
+    """Why the parameters of these modules cannot be read in place of calling them, or None.
+
+    read    what is read      stacks  decoder layers among it, each with its name
+    """
+    for source in read:
+        reason = _source_reason(source)
+        if reason is not None:
+            return reason
     for label, stack in (("vision", vlm.vision_model.encoder.layers), *stacks):
         first = _code(stack[0])
         for i, layer in enumerate(stack):
             if _code(layer) != first:
                 return f"{label} layer {i} is not like layer 0: they are not all of one kind"
+    for label, stack in stacks:
+        # ``probe`` runs one of them.
+        if type(stack[0].input_layernorm) is not type(stack[0].post_attention_layernorm):
+            return f"the norms of a {label} layer are of two kinds"
     vision = vlm.vision_model
     for name, module in (("vision_model", vision), ("vision_model.encoder", vision.encoder)):
         if not _from_library(type(module).forward):
             return f"{name} is a {type(module).__qualname__} with a forward of its own"
+    return None
+
+
+def _source_reason(source: Source) -> str | None:
+    name, module, kind, *shapes = source
+    if kind is not None and type(module) is not kind:
+        cls = type(module)
+        return f"{name} is a {cls.__module__}.{cls.__qualname__}, not the plain module (an adapter?)"
+    for key, shape in zip(("weight", "bias"), shapes, strict=True):
+        found = getattr(module, key, None)
+        if shape is None:
+            if found is not None:
+                return f"{name} has a {key}, which the kernels do not add"
+            continue
+        # A property, or an attribute beside the parameter, is computed from something: what the module does is not known.
+        if found is None or module._parameters.get(key) is not found:
+            return f"{name}.{key} is not a parameter of it"
+        why = why_not_dense(found)
+        if why is not None:
+            return f"{name}.{key} is {why}"
+        if not found.is_contiguous():
+            return f"{name}.{key} is not contiguous; call .contiguous() on it"
+        if len(found.shape) != len(shape) or any(
+            w not in (None, n) for n, w in zip(found.shape, shape, strict=True)
+        ):
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            return f"{name}.{key} is of shape {tuple(found.shape)}; accepted is ({wanted})"
     return None
 
 
@@ -120,33 +158,6 @@ def _from_library(function: Any) -> bool:
     return "/transformers/" in source or "/smolvla_fast/" in source or "/torch/" in source
 
 
-def _decoder_parts(decoders: Sequence[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
-    """Every module of text or expert layers whose weights the engine reads in place of calling it, with its path."""
-    for label, layers in decoders:
-        for i, layer in enumerate(layers):
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                yield f"{label}.{i}.self_attn.{name}", getattr(layer.self_attn, name)
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                yield f"{label}.{i}.mlp.{name}", getattr(layer.mlp, name)
-
-
-def _vision_parts(vlm: Any) -> Iterable[tuple[str, Any]]:
-    """The same of the vision tower, the connector and the table of tokens."""
-    for i, layer in enumerate(vlm.vision_model.encoder.layers):
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield f"vision_model.encoder.layers.{i}.self_attn.{name}", getattr(layer.self_attn, name)
-        for name in ("fc1", "fc2"):
-            yield f"vision_model.encoder.layers.{i}.mlp.{name}", getattr(layer.mlp, name)
-        for name in ("layer_norm1", "layer_norm2"):
-            yield f"vision_model.encoder.layers.{i}.{name}", getattr(layer, name)
-    embeddings = vlm.vision_model.embeddings
-    yield "vision_model.embeddings.patch_embedding", embeddings.patch_embedding
-    yield "vision_model.embeddings.position_embedding", embeddings.position_embedding
-    yield "vision_model.post_layernorm", vlm.vision_model.post_layernorm
-    yield "connector.modality_projection.proj", vlm.connector.modality_projection.proj
-    yield "text_model.embed_tokens", vlm.text_model.get_input_embeddings()
-
-
 def hook_reason(model: Any) -> str | None:
     """Which forward hook or replaced ``forward`` a fused path would pass by, or None."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
@@ -166,22 +177,17 @@ def _dtype_reason(model: Any) -> str | None:
     for name, parameter in model.named_parameters():
         if parameter.dtype not in DTYPES:
             return f"{name} is {parameter.dtype}; accepted are float32 and bfloat16"
-        if not parameter.is_contiguous():
-            return f"{name} is not contiguous; call .contiguous() on it"
         if parameter.device != device:
             return f"{name} is on {parameter.device} but state_proj on {device}"
-    for name in (
-        "state_proj",
-        "action_in_proj",
-        "action_time_mlp_in",
-        "action_time_mlp_out",
-        "action_out_proj",
-    ):
-        module = getattr(model, name)
-        if type(module) is not nn.Linear or module.bias is None:
-            return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not the plain module (an adapter?)"
-        if module.weight.dtype is not torch.float32:
-            return f"{name} is {module.weight.dtype}; stock feeds it float32, and so do we"
+    return head_reason(model)
+
+
+def head_reason(model: Any) -> str | None:
+    """Which head is not fed what stock feeds it, or None."""
+    for name in HEADS:
+        dtype = getattr(model, name).weight.dtype
+        if dtype is not torch.float32:
+            return f"{name} is {dtype}; stock feeds it float32, and so do we"
     return None
 
 
@@ -193,55 +199,93 @@ def call_reason(
     token_masks: Tensor,
     state: Tensor,
     noise: Tensor | None,
+    kwargs: dict[str, Any],
 ) -> str | None:
-    """Why this call is outside the engine's range, or None."""
+    """Why this call is outside the engine's range, or None. What is accepted is said in full; whatever else a caller passes
+    is for stock to answer or to refuse."""
+    try:
+        return (
+            _circumstances(model)
+            or _inputs_reason(model, images, image_masks, tokens, token_masks, state, noise)
+            or guidance_reason(model, kwargs, len(state), state.device)
+        )
+    except Exception as error:
+        return f"the arguments are not stock's usual ones: {error!r}"
+
+
+def _circumstances(model: Any) -> str | None:
     if model.training:
         return "the model is in train mode; call policy.eval()"
-    device = state.device
-    if state.shape[:1] == (0,):
-        return "an empty batch: stock raises its own error"
-    if torch.is_autocast_enabled(device.type):
+    steps = model.config.num_steps
+    if not isinstance(steps, Integral) or steps < 1:
+        return f"num_steps={steps!r}; accepted are integers of 1 or more"
+    if torch.is_autocast_enabled(model.state_proj.weight.device.type):
         return "autocast is on: its dtypes decide, not the tier"
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return (
+            "a torch.func transform or forward-mode differentiation is on; it would not see into the kernels"
+        )
+    return None
+
+
+def _inputs_reason(
+    model: Any,
+    images: Sequence[Tensor],
+    image_masks: Sequence[Tensor],
+    tokens: Tensor,
+    token_masks: Tensor,
+    state: Tensor,
+    noise: Tensor | None,
+) -> str | None:
+    vlm, batch = model.vlm_with_expert.get_vlm_model(), state.shape[0]
+    if not isinstance(images, list | tuple) or not isinstance(image_masks, list | tuple):
+        return f"images are a {type(images).__qualname__}; accepted are lists"
+    if not images or len(images) != len(image_masks):
+        return f"{len(images)} images with {len(image_masks)} masks"
+    given = {"state": state, "tokens": tokens, "language masks": token_masks}
+    given |= {f"image {i}": image for i, image in enumerate(images)}
+    given |= {f"image mask {i}": mask for i, mask in enumerate(image_masks)}
+    given |= {} if noise is None else {"noise": noise}
+    for name, tensor in given.items():
+        why = why_not_dense(tensor)
+        if why is not None:
+            return f"{name} is {why}"
+        if tensor.device != model.state_proj.weight.device:
+            return f"{name} is on {tensor.device}, the policy on {model.state_proj.weight.device}"
+    if batch == 0:
+        return "an empty batch: stock raises its own error"
     if torch.is_grad_enabled():
         inputs = (*images, state, *([] if noise is None else [noise]))
         if any(x.requires_grad for x in inputs) or any(p.requires_grad for p in model.parameters()):
             return "autograd is on: wrap the call in torch.no_grad() unless you want gradients"
+    side = vlm.vision_model.embeddings.image_size
     as_bytes = getattr(model, "takes_bytes", False)
-    shapes = {tuple(image.shape) for image in images if not (as_bytes and image.dtype is torch.uint8)}
-    embeddings = model.vlm_with_expert.get_vlm_model().vision_model.embeddings
-    if not images or len(images) != len(image_masks):
-        return f"{len(images)} images with {len(image_masks)} masks"
-    if len(shapes) > 1:
-        return f"cameras of different shapes after preparation: {sorted(shapes)}"
-    for image in images:
-        if (
-            as_bytes
-            and image.dtype is torch.uint8
-            and (image.ndim != 4 or 3 not in (image.shape[1], image.shape[-1]))
-        ):
-            return f"frames of shape {tuple(image.shape)}; accepted are [B, 3, h, w] and [B, h, w, 3]"
-    shape = tuple(shapes.pop() if shapes else (state.shape[0], 3, *2 * [embeddings.image_size]))
-    if len(shape) != 4 or shape[-2:] != (embeddings.image_size, embeddings.image_size):
-        return f"images of shape {shape}; the vision tower is for {embeddings.image_size} x {embeddings.image_size}"
-    if not all(image.is_floating_point() or (as_bytes and image.dtype is torch.uint8) for image in images):
-        accepted = "floating point and uint8 are accepted" if as_bytes else "floating point is accepted"
-        return f"images of dtype {images[0].dtype}; {accepted}"
-    batch = state.shape[0]
-    if state.ndim != 2 or tokens.ndim != 2 or tokens.shape != token_masks.shape:
-        return "state, tokens or masks of another rank than stock's usual ones"
-    if {*(image.shape[0] for image in images), tokens.shape[0]} != {batch}:
-        return f"batch sizes differ: images {images[0].shape[0]}, tokens {tokens.shape[0]}, state {batch}"
-    if any(mask.dtype is not torch.bool or tuple(mask.shape) != (batch,) for mask in image_masks):
-        return "image masks of another shape than [batch] or another dtype than bool"
-    if token_masks.dtype is not torch.bool:
-        return f"language masks of dtype {token_masks.dtype}; accepted is bool"
-    if model.config.num_steps < 1:
-        return f"num_steps={model.config.num_steps}; accepted is 1 or more"
-    wanted = (batch, model.config.chunk_size, model.action_in_proj.weight.shape[1])
-    if noise is not None and (tuple(noise.shape) != wanted or noise.dtype is not torch.float32):
-        return f"noise {tuple(noise.shape)} {noise.dtype}; accepted is {wanted} float32"
-    if state.dtype is not torch.float32 or state.shape[1] != model.state_proj.weight.shape[1]:
-        return f"state {tuple(state.shape)} {state.dtype}; accepted is [batch, {model.state_proj.weight.shape[1]}] float32"
+    for image, mask in zip(images, image_masks, strict=True):
+        if as_bytes and image.dtype is torch.uint8:
+            if image.ndim != 4 or 3 not in (image.shape[1], image.shape[-1]) or image.shape[0] != batch:
+                return f"frames of shape {tuple(image.shape)}; accepted are [{batch}, 3, h, w] and [{batch}, h, w, 3]"
+        elif not image.is_floating_point():
+            accepted = "floating point and uint8 are accepted" if as_bytes else "floating point is accepted"
+            return f"images of dtype {image.dtype}; {accepted}"
+        elif tuple(image.shape) != (batch, 3, side, side):
+            wanted = (batch, 3, side, side)
+            return f"images of shape {tuple(image.shape)}; the vision tower is for {wanted}"
+        if mask.dtype is not torch.bool or tuple(mask.shape) != (batch,):
+            return f"image masks {tuple(mask.shape)} {mask.dtype}; accepted is ({batch},) bool"
+    if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape != token_masks.shape:
+        return f"tokens {tuple(tokens.shape)} with masks {tuple(token_masks.shape)}; accepted is ({batch}, length) for both"
+    if tokens.dtype not in (torch.int32, torch.int64) or token_masks.dtype is not torch.bool:
+        return f"tokens of {tokens.dtype}, language masks of dtype {token_masks.dtype}; accepted are int64 and bool"
+    # Masked tokens may be cut off here and are looked up by stock. On a GPU the question would wait for the device.
+    rows = vlm.text_model.get_input_embeddings().weight.shape[0]
+    if not tokens.is_cuda and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < rows:
+        return f"token ids beyond the table's {rows} rows: stock raises its own error"
+    for name, value, shape in (
+        ("noise", noise, (batch, model.config.chunk_size, model.action_in_proj.weight.shape[1])),
+        ("state", state, (batch, model.state_proj.weight.shape[1])),
+    ):
+        if value is not None and (tuple(value.shape) != shape or value.dtype is not torch.float32):
+            return f"{name} {tuple(value.shape)} {value.dtype}; accepted is {shape} float32"
     return None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .backends import passed_over, select
 from .copies import FLOATS, KINDS, Copies, IntegerCast
 from .dims import read_dims
-from .graphs import GraphCache, driver_for
+from .graphs import CaptureFailed, GraphCache, driver_for
 from .nested import flatten
 from .ops import STAGES, Ops, serving
 from .precision import Tier
@@ -24,7 +24,7 @@ from .stages.observation import Observation, prepare_images, prepare_observation
 from .stages.prefix import embed_prefix, embed_state, fill_prefix
 from .stages.vision import encode_images, patch_positions
 from .timing import is_timed, section
-from .weights import Cast, DecoderLayer, read_expert_layers, read_heads
+from .weights import Cast, DecoderLayer, keeps_kv_by_head, read_expert_layers, read_heads
 from .workspace import Workspace
 
 
@@ -101,6 +101,7 @@ class Engine:
         guidance: Guidances | None = None,
         *,
         watch: Callable[[Tensor, Tensor], None] | None = None,
+        look: Callable[[], str | None] | None = None,
     ) -> Tensor:
         """One action chunk.
 
@@ -109,8 +110,10 @@ class Engine:
         tokens       [B, T] token ids      token_masks  [B, T] bool      state  [B, R]      noise  [B, S, A] fp32
         guidance     where real-time chunking is on
         watch        called with (x, v) after every step
+        look         asked before the model's parameters are read, and not before a replay, which reads what a capture has
+                     read: why they cannot be, or None
         returns      [B, S, A] fp32, a fresh tensor
-        raises       ``graphs.CaptureFailed`` where this shape of call cannot be captured
+        raises       ``graphs.CaptureFailed`` where this shape of call cannot be captured, or ``look`` said no
         replaces     ``sample_actions`` of LeRobot's ``VLAFlowMatching``
 
         On a GPU the whole chunk is one captured graph; a watched or timed chunk runs the same ops one by one.
@@ -131,18 +134,25 @@ class Engine:
             # On a GPU the check hides behind the chunk; where nothing is captured it is as cheap before, and runs one.
             copies, late = self.copies, self.graphs is not None
             if copies is None:
-                return self._run(model, inputs, watch)
+                return self._run(model, inputs, watch, look)
             if not late:
                 copies.refreshed()
             before = copies.generation
-            chunk = self._run(model, inputs, watch)
+            chunk = self._run(model, inputs, watch, look)
             # Another thread may have seen the change first: then nothing differs any more, and this chunk is of before.
             if late and (copies.refreshed() or copies.generation != before):
-                chunk = self._run(model, inputs, watch)
+                chunk = self._run(model, inputs, watch, look)
         return chunk
 
-    def _run(self, model: Any, inputs: Inputs, watch: Callable[[Tensor, Tensor], None] | None) -> Tensor:
+    def _run(
+        self,
+        model: Any,
+        inputs: Inputs,
+        watch: Callable[[Tensor, Tensor], None] | None,
+        look: Callable[[], str | None] | None,
+    ) -> Tensor:
         if self.graphs is None or watch is not None or is_timed():
+            _ask(look)
             chunk, self._loop = self._chunk(model, inputs, watch)
             return chunk
         tensors, rebuild = flatten(inputs)
@@ -156,6 +166,8 @@ class Engine:
             chunk, self._loops[captured] = self._chunk(model, rebuild(statics))
             return chunk
 
+        if not self.graphs.replays(key, tensors):
+            _ask(look)
         chunk = self.graphs.run(key, tensors, compute)
         # A replay runs nothing here: what ran its loop is what was captured.
         self._loop = self._loops.get(captured, self._loop)
@@ -183,7 +195,8 @@ class Engine:
                     dtype=None if exact else torch.float32,
                 )  # fmt: skip
                 expert = read_expert_layers(pair, self._cast, self._widen)
-                kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert)
+                by_head = keeps_kv_by_head(pair) if exact else None
+                kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert, by_head)
             with section("denoise"):
                 times = self._time_embeddings(config, dims.expert_width, batch, noise.device)
                 refused: dict[str, str] = {}
@@ -260,6 +273,12 @@ class Engine:
         if key not in self._positions:
             return self._positions.setdefault(key, patch_positions(vlm, images))
         return self._positions[key]
+
+
+def _ask(look: Callable[[], str | None] | None) -> None:
+    reason = None if look is None else look()
+    if reason is not None:
+        raise CaptureFailed(reason)
 
 
 def _math_flags() -> tuple[Any, ...]:

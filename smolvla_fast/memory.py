@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+def empty_kv(
+    shape: tuple[int, int, int, int], by_head: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Unwritten keys or values of this shape, [B, T, K, D]; ``by_head``: laid out as [B, K, T, D]."""
+    batch, tokens, kv_heads, head_dim = shape
+    if by_head:
+        shape = (batch, kv_heads, tokens, head_dim)
+    memory = torch.empty(shape, dtype=dtype, device=device)
+    return memory.transpose(1, 2) if by_head else memory
+
+
+def with_room(x: Tensor, free: int, by_head: bool) -> Tensor:
+    """A copy of keys or values [B, T, K, D] with ``free`` unwritten tokens behind them."""
+    batch, tokens, kv_heads, head_dim = x.shape
+    roomy = empty_kv((batch, tokens + free, kv_heads, head_dim), by_head, x.dtype, x.device)
+    roomy[:, :tokens] = x
+    return roomy
 
 
 @dataclass(frozen=True)

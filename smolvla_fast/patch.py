@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from .inference import Engine
 from .loss.seam import Learns, training_reason
 from .precision import resolve_tier
 from .reference.image_prep import image_prep
-from .rtc import guidance_of, guidance_reason
+from .rtc import guidance_of
 from .runtime import (
     DISABLE,
     SETTINGS,
@@ -42,6 +43,15 @@ from .weights import telling_weight
 logger = logging.getLogger("smolvla_fast")
 
 P = TypeVar("P")
+
+
+def _is_bytes(image: Any) -> bool:
+    return isinstance(image, Tensor) and image.dtype is torch.uint8
+
+
+def _listed(given: Any) -> Any:
+    """An iterator can be gone through once, and stock may have to; what is none is for stock to refuse."""
+    return list(given) if isinstance(given, Iterator) else given
 
 
 class _Accelerated:
@@ -76,12 +86,13 @@ class _Accelerated:
             )
         runtime, stock = runtime_of(self), cls.stock_class
         takes_bytes = hasattr(stock, "takes_bytes")
-        images, img_masks = list(images), list(img_masks)
+        images, img_masks = _listed(images), _listed(img_masks)
         # On a GPU the chunk is queued first, and the model is looked through while the GPU works.
-        early = runtime.unmoved() if state.is_cuda or _CHECK_LATE else None  # a Watch, or None
+        early = (
+            runtime.unmoved() if getattr(state, "is_cuda", False) or _CHECK_LATE else None
+        )  # a Watch, or None
         reason = None if early is not None else runtime.reason(self)
-        reason = reason or call_reason(self, images, img_masks, lang_tokens, lang_masks, state, noise)
-        reason = reason or guidance_reason(self, kwargs)
+        reason = reason or call_reason(self, images, img_masks, lang_tokens, lang_masks, state, noise, kwargs)
         if reason is None:
             if noise is None:
                 shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
@@ -93,11 +104,10 @@ class _Accelerated:
             if chunk is not None:
                 return chunk
         runtime.fell_back(str(reason))
-        if takes_bytes:
+        if takes_bytes and isinstance(images, list | tuple):
             side = self.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
             images = [
-                image_prep(each, side, side, torch.float32) if each.dtype is torch.uint8 else each
-                for each in images
+                image_prep(each, side, side, torch.float32) if _is_bytes(each) else each for each in images
             ]
         return stock.sample_actions(
             self, images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs
@@ -123,7 +133,8 @@ def _run(
     early   what was noted of the model when it was last looked through, if that is to be done again behind the chunk
     """
     try:
-        chunk = (runtime.engine or runtime.prepare(model)).act(model, *inputs)
+        look = None if early is None else lambda: runtime.reason(model)
+        chunk = (runtime.engine or runtime.prepare(model)).act(model, *inputs, look=look)
         if early is not None:
             reason = runtime.reason(model)
             if reason is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .dense import why_not_dense
 from .reference.euler_step import Guidance
-from .reference.guidance import guidance_weight, prefix_weights
+from .reference.guidance import SCHEDULES, guidance_weight, prefix_weights
 
 
 class Guidances(NamedTuple):
@@ -25,14 +27,6 @@ class Guidances(NamedTuple):
         """What one denoise step needs."""
         time = 1.0 + step * (-1.0 / len(self.strengths))
         return Guidance(self.previous, self.weights, time, self.strengths[step])
-
-
-def fits(previous: Tensor, chunk: int, width: int) -> bool:
-    """Whether what is left of the previous chunk can be padded to [B, chunk, width]; stock asserts it."""
-    if previous.ndim not in (2, 3):
-        return False
-    rows, columns = previous.shape[-2:]
-    return rows <= chunk and columns <= width
 
 
 def plan_guidance(
@@ -72,20 +66,42 @@ def guided(model: Any, kwargs: dict[str, Any]) -> bool:
     return bool(model._rtc_enabled() and kwargs.get("prev_chunk_left_over") is not None)
 
 
-def guidance_reason(model: Any, kwargs: dict[str, Any]) -> str | None:
-    """Why real-time chunking sends this call to stock, or None."""
+def guidance_reason(model: Any, kwargs: dict[str, Any], batch: int, device: torch.device) -> str | None:
+    """Why real-time chunking sends this call to stock, or None. What is accepted is said in full: whatever else a caller
+    passes is for stock to answer or to refuse."""
     processor = getattr(model, "rtc_processor", None)
     if processor is not None and processor.is_debug_enabled():
         return "the RTC debug tracker records every step of stock"
+    if not model._rtc_enabled():
+        return None
+    if processor is None:
+        return "RTC without a processor: stock raises its own error"
     if not guided(model, kwargs):
         return None
-    if processor is None or kwargs.get("inference_delay") is None:
-        return "RTC without a processor or an inference_delay: stock raises its own error"
-    previous = kwargs["prev_chunk_left_over"]
-    if previous.dtype is not torch.float32:
-        return f"prev_chunk_left_over is {previous.dtype}; float32 is accepted"
-    if not fits(previous, model.config.chunk_size, model.config.max_action_dim):
-        return f"prev_chunk_left_over {tuple(previous.shape)} does not fit into a chunk: stock raises its own error"
+    config, previous = processor.rtc_config, kwargs["prev_chunk_left_over"]
+    horizon = kwargs.get("execution_horizon")
+    for name, value, least in (
+        ("inference_delay", kwargs.get("inference_delay"), 0),
+        ("execution_horizon", config.execution_horizon if horizon is None else horizon, 1),
+    ):
+        if not isinstance(value, Integral) or value < least:
+            return f"{name}={value!r}; accepted are integers of {least} or more"
+    schedule, limit = config.prefix_attention_schedule, config.max_guidance_weight
+    if getattr(schedule, "name", schedule) not in SCHEDULES:
+        return f"prefix_attention_schedule={schedule!r}; accepted are {', '.join(SCHEDULES)}"
+    if not isinstance(limit, Real):
+        return f"max_guidance_weight={limit!r}; accepted are numbers"
+    why = why_not_dense(previous)
+    if why is not None or previous.dtype is not torch.float32 or previous.device != device:
+        found = f"is {why}" if why is not None else f"is {previous.dtype} on {previous.device}"
+        return f"prev_chunk_left_over {found}; accepted is a float32 tensor on {device}"
+    chunk, width = model.config.chunk_size, model.config.max_action_dim
+    full = (batch, chunk, width)
+    shape = tuple(previous.shape) if previous.ndim == 3 else (1, *previous.shape)
+    fits = len(shape) == 3 and all(1 <= n <= most for n, most in zip(shape[1:], full[1:], strict=True))
+    # Stock pads rows and columns, and one chunk then serves a whole batch; a chunk of full size it does not spread.
+    if not fits or not (shape == full or (shape[0] in (1, batch) and shape[1:] != full[1:])):
+        return f"prev_chunk_left_over {tuple(previous.shape)} does not fit into a chunk {full}: stock has its own answer"
     return None
 
 

@@ -149,7 +149,7 @@ class Runtime:
             if not (model.__dict__.get(SETTINGS) or self.settings):
                 return "the policy was unpatched meanwhile"
             watch = self.watch
-            if watch is not None and watch.same_structure(model) and watch.same_memory():
+            if watch is not None and watch.same(model):
                 return source_reason(model)
             self.watch = None
             reason = model_reason(model)

@@ -15,17 +15,16 @@ from .runtime import uncounted
 def warm_up(policy: Any, example: Any) -> None:
     """One chunk and, with real-time chunking on, a guided one: the two graphs that a robot replays.
 
-    None where RTC's debug tracker is on: it sends every chunk to stock, and would keep a record of these.
+    None where every chunk goes to stock: RTC's debug tracker would keep a record of these, RTC without a processor raises.
     """
     model = policy.model
     device = model.state_proj.weight.device
-    processor = getattr(model, "rtc_processor", None)
-    if processor is not None and processor.is_debug_enabled():
+    if guidance_reason(model, {}, 1, device) is not None:
         return
     calls: list[dict[str, Any]] = [{}]
     # Guidance is data of one shape: leftovers are padded to a chunk, so one number stands for any of them.
     left = dict(inference_delay=0, prev_chunk_left_over=torch.zeros(1, 1, device=device))
-    if guided(model, left) and guidance_reason(model, left) is None:
+    if guided(model, left) and guidance_reason(model, left, 1, device) is None:
         calls.append(left)
     for kwargs in calls:
         with uncounted():

@@ -14,7 +14,13 @@ from typing import Any
 
 from torch.nn.modules import module as torch_module
 
-_CHILDREN = ("_modules", "_parameters")
+_CHILDREN = ("_modules", "_parameters", "_buffers")
+_READ = ("weight", "bias")
+"""What the engine reads of a module; a class that has a property of that name computes it."""
+
+
+def _code(cls: Any) -> tuple[Any, ...]:
+    return (cls.forward, *(getattr(cls, name, None) for name in _READ))
 
 
 def _settings(model: Any) -> dict[str, Any]:
@@ -46,7 +52,7 @@ class Watch:
         self._notes = [(vars(each), list(vars(each).values()), type(each)) for each in modules[1:]]
         settings = _settings(model)
         self._top = {name: id(value) for name, value in settings.items()}
-        self._classes = [(cls, cls.forward) for cls in {type(each) for each in modules}]
+        self._classes = [(cls, _code(cls)) for cls in {type(each) for each in modules}]
         self._children = [
             (table, list(table.values())) for each in modules for table in (vars(each)[k] for k in _CHILDREN)
         ]
@@ -54,13 +60,17 @@ class Watch:
         self._root = weakref.ref(modules[0])
         self._below = modules[1:]
         self._parameters = list(model.parameters())
+        self._types = [type(each) for each in self._parameters]
         self._pointers = [each.data_ptr() for each in self._parameters]
         self._layouts = self._read_layouts()
         self._use_cache = model.config.use_cache
 
     def same_memory(self) -> bool:
         """Whether every parameter lies where it lay: a captured graph may then be replayed."""
-        return [each.data_ptr() for each in self._parameters] == self._pointers
+        # The classes first: ``swap_tensors`` makes of a tensor one that may have no address to ask for.
+        return [type(each) for each in self._parameters] == self._types and (
+            [each.data_ptr() for each in self._parameters] == self._pointers
+        )
 
     def _read_layouts(self) -> tuple[list[Any], ...]:
         """What ``parameter.data = parameter.data.T`` changes, or ``[:n]``, where it leaves the pointer as it was."""
@@ -69,10 +79,11 @@ class Watch:
             [each.dtype for each in parameters],
             [each.shape for each in parameters],
             [each.is_contiguous() for each in parameters],
+            [each.is_neg() for each in parameters],
         )
 
-    def same_structure(self, model: Any) -> bool:
-        """Whether modules, parameters, settings, classes and hooks are those that were noted, and none is hooked."""
+    def same(self, model: Any) -> bool:
+        """Whether modules, parameters, their memory, settings, classes and hooks are those noted, and none is hooked."""
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return False
         root = self._root()
@@ -92,8 +103,9 @@ class Watch:
             if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
                 return False
         return (
-            self._read_layouts() == self._layouts
-            and all(cls.forward is forward for cls, forward in self._classes)
+            self.same_memory()
+            and self._read_layouts() == self._layouts
+            and all(all(map(is_, _code(cls), code)) for cls, code in self._classes)
             and all(
                 len(table) == len(values) and all(map(is_, list(table.values()), values))
                 for table, values in self._children

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from .dims import Dims
 
 
 class Affine(NamedTuple):
@@ -174,6 +176,12 @@ def is_cross(pair: Any, layer: int) -> bool:
     return "cross" in pair.attention_mode and not (every > 0 and layer % every == 0)
 
 
+def keeps_kv_by_head(pair: Any) -> bool:
+    """Whether the prefix KV of stock lies as [B, K, P, D] (transformers' cache, and ours) or as [B, P, K, D] (LeRobot before
+    0.6, whose layers take ``fill_kv_cache``)."""
+    return "fill_kv_cache" not in type(pair).forward_attn_layer.__code__.co_varnames
+
+
 def read_expert_layers(pair: Any, cast: Cast, cast_cross: Cast) -> list[DecoderLayer]:
     """All layers of the expert: every denoise step goes through them again. ``cast_cross`` is for the cross K/V."""
     crosses = [is_cross(pair, i) for i in range(len(pair.lm_expert.layers))]
@@ -195,3 +203,84 @@ def read_heads(model: Any) -> Heads:
         expert_norm=_norm(model.vlm_with_expert.lm_expert.norm),
         action_out=live(model.action_out_proj),
     )
+
+
+HEADS = ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj")
+
+
+class Source(NamedTuple):
+    """A module whose parameters are read in place of calling it.
+
+    kind    its class: None for an RMSNorm, whose class is the library's
+    weight  the shape of its weight; None in it: any size      bias  the shape of its bias, or None where it has none
+    """
+
+    name: str
+    module: Any
+    kind: type | None
+    weight: tuple[int | None, ...]
+    bias: tuple[int, ...] | None = None
+
+
+def _linear(name: str, module: Any, inputs: int, outputs: int, bias: bool = False) -> Source:
+    return Source(name, module, nn.Linear, (outputs, inputs), (outputs,) if bias else None)
+
+
+def frozen_sources(vlm: Any, dims: Dims) -> Iterator[Source]:
+    """What ``read_patch_embedding``, ``read_vision_layers``, ``read_vision_end`` and ``read_text_layers`` read."""
+    tower, side = vlm.vision_model, dims.patch
+    width, hidden = tower.post_layernorm.weight.shape[0], tower.encoder.layers[0].mlp.fc1.weight.shape[0]
+
+    def norm(name: str, module: Any) -> Source:
+        return Source(f"vision_model.{name}", module, nn.LayerNorm, (width,), (width,))
+
+    embeddings = tower.embeddings
+    path = "vision_model.embeddings."
+    yield Source(
+        f"{path}patch_embedding", embeddings.patch_embedding, nn.Conv2d, (width, 3, side, side), (width,)
+    )
+    yield Source(f"{path}position_embedding", embeddings.position_embedding, nn.Embedding, (None, width))
+    for i, layer in enumerate(tower.encoder.layers):
+        path = f"encoder.layers.{i}."
+        for each in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            module = getattr(layer.self_attn, each)
+            yield _linear(f"vision_model.{path}self_attn.{each}", module, width, width, bias=True)
+        yield _linear(f"vision_model.{path}mlp.fc1", layer.mlp.fc1, width, hidden, bias=True)
+        yield _linear(f"vision_model.{path}mlp.fc2", layer.mlp.fc2, hidden, width, bias=True)
+        yield norm(f"{path}layer_norm1", layer.layer_norm1)
+        yield norm(f"{path}layer_norm2", layer.layer_norm2)
+    yield norm("post_layernorm", tower.post_layernorm)
+    projection = vlm.connector.modality_projection.proj
+    yield _linear("connector.modality_projection.proj", projection, width * dims.shuffle**2, dims.text_width)
+    table = vlm.text_model.get_input_embeddings()
+    yield Source("text_model.embed_tokens", table, nn.Embedding, (None, dims.text_width))
+    for i, layer in enumerate(vlm.text_model.layers):
+        yield from _decoder_sources(f"text_model.layers.{i}", layer, dims, dims.text_width, cross=False)
+
+
+def sources(model: Any, dims: Dims) -> Iterator[Source]:
+    """All that a chunk reads: ``frozen_sources``, ``read_expert_layers`` and ``read_heads``."""
+    pair, expert = model.vlm_with_expert, dims.expert_width
+    yield from frozen_sources(pair.get_vlm_model(), dims)
+    for i, layer in enumerate(pair.lm_expert.layers):
+        yield from _decoder_sources(f"lm_expert.layers.{i}", layer, dims, expert, is_cross(pair, i))
+    yield Source("lm_expert.norm", pair.lm_expert.norm, None, (expert,))
+    state, action = (dims.state_width, dims.text_width), (dims.action_width, expert)
+    widths = (state, action, (2 * expert, expert), (expert, expert), action[::-1])
+    for name, (inputs, outputs) in zip(HEADS, widths, strict=True):
+        yield _linear(name, getattr(model, name), inputs, outputs, bias=True)
+
+
+def _decoder_sources(path: str, layer: Any, dims: Dims, width: int, cross: bool) -> Iterator[Source]:
+    attention, mlp = layer.self_attn, layer.mlp
+    queries, keys = dims.query_heads * dims.head_dim, dims.kv_heads * dims.head_dim
+    yield Source(f"{path}.input_layernorm", layer.input_layernorm, None, (width,))
+    yield _linear(f"{path}.self_attn.q_proj", attention.q_proj, width, queries)
+    for each in ("k_proj", "v_proj"):
+        yield _linear(f"{path}.self_attn.{each}", getattr(attention, each), keys if cross else width, keys)
+    yield _linear(f"{path}.self_attn.o_proj", attention.o_proj, queries, width)
+    yield Source(f"{path}.post_attention_layernorm", layer.post_attention_layernorm, None, (width,))
+    hidden = mlp.gate_proj.weight.shape[0]
+    yield _linear(f"{path}.mlp.gate_proj", mlp.gate_proj, width, hidden)
+    yield _linear(f"{path}.mlp.up_proj", mlp.up_proj, width, hidden)
+    yield _linear(f"{path}.mlp.down_proj", mlp.down_proj, hidden, width)

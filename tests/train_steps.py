@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from smolvla_fast.rounding import ReversedSums, fp32_bound
 from smolvla_fast.testing import make_observation
 
-WHOLE = 1e-5
-"""All gradients taken as one vector, relative L2: what the fp32 tier owes."""
 EACH = 4
 """How much farther one parameter's gradient may be: the worst of up to 113 draws."""
 FLOOR = 1e-6
@@ -77,21 +76,17 @@ def distance(gradients: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
 
 
 def other_order(policy: Any, batch: dict[str, Tensor], stock: Step, **how: Any) -> float:
-    """How far stock is from itself without oneDNN, whose patch convolution then adds up in another order.
-
-    Weights like the tiny policies' make much of a last bit: 5e-6 to 9e-6 of the gradients.
-    """
-    with torch.backends.mkldnn.flags(enabled=False):
+    """How far stock is from itself where its sums run in another order, as ``verify`` asks of chunks."""
+    with ReversedSums():
         return distance(step(policy, batch, **how).gradients, stock.gradients)
 
 
 def assert_same(ours: Step, stock: Step, noise: float = 0.0) -> None:
     """Loss, every gradient, which parameters have one, and the random state, within the bounds above.
 
-    noise  how far stock is from itself, of ``other_order``; twice that is no error of ours, who add up otherwise everywhere
+    noise  how far stock is from itself, of ``other_order``; all gradients as one vector are within ``fp32_bound`` of that
     """
-    assert noise < 2e-5, "a policy that makes so much of a last bit shows nothing"
-    bound = max(WHOLE, 2 * noise)
+    bound = fp32_bound(noise)
     assert ours.gradients.keys() == stock.gradients.keys(), ours.gradients.keys() ^ stock.gradients.keys()
     assert torch.equal(ours.random, stock.random), "another number of draws than stock's"
     # The bound of tier fp32: two orders of summation.

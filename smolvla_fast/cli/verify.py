@@ -1,7 +1,8 @@
 """Checks a patched policy against the reference on several observations and prints the report.
 
-Exit status 0 if every observation passes, 1 if one does not. The reference is stock computed in fp32; the
-bound is what stock itself loses in the tier's own dtype. `--precision exact` asks for equal bits.
+Exit status 0 if every observation passes, 1 if one does not. The reference is stock computed in fp32. The
+bound is what stock itself loses in the tier's own dtype; in fp32, three times what stock moves by ("stock moves") when
+its sums run in reverse order, from 1e-5 to 1e-4. `--precision exact` asks for equal bits.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         "fast rel L2",
         "bound",
         "stock rel L2",
+        "stock moves",
         "fast max abs",
         "stock max abs",
         "cosine",
@@ -70,6 +72,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             f"{report['rel_l2']:.2e}",
             "equal bits" if report["precision"] == "exact" else f"{report['bound']:.2e}",
             f"{report['stock_rel_l2']:.2e}",
+            "-" if report["movement"] is None else f"{report['movement']:.2e}",
             f"{report['max_abs']:.2e}",
             f"{report['stock_max_abs']:.2e}",
             f"{report['cosine']:.7f}",

@@ -13,18 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrize import is_parametrized
 
+from ..dense import memory_reason
+from ..dims import read_dims
 from ..fingerprints import LOSS_METHODS, PAIR_METHODS, unknown_source
-from ..guard import DTYPES, hook_reason, parts_reason, probe
+from ..guard import DTYPES, head_reason, hook_reason, parts_reason, probe
 from ..precision import Tier
-
-HEADS = ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj")
+from ..weights import frozen_sources
 
 
 def model_reason(model: Any, tier: Tier) -> str | None:
     """Why no loss of this model in this tier is computed by the fast path, or None. Reads structure and source only."""
     try:
-        return _tier_reason(model, tier) or _source_reason(model) or _structure_reason(model) or _hooks(model)
+        return (
+            memory_reason(model)
+            or _tier_reason(model, tier)
+            or _source_reason(model)
+            or _structure_reason(model)
+            or _hooks(model)
+        )
     except Exception as error:  # whatever a foreign structure raises here, stock may well run it
         return f"the structure is not SmolVLA's: {error!r}"
 
@@ -68,14 +76,13 @@ def _structure_reason(model: Any) -> str | None:
             return f"{name} is {parameter.dtype}; accepted are float32 and bfloat16"
         if parameter.device != device:
             return f"{name} is on {parameter.device} but action_in_proj on {device}"
-    for name in HEADS:
-        if getattr(model, name).weight.dtype is not torch.float32:
-            return f"{name} is {getattr(model, name).weight.dtype}; stock feeds it float32, and so do we"
-    return None
+    return head_reason(model)
 
 
 def _hooks(model: Any) -> str | None:
     for name, module in model.named_modules():
+        if is_parametrized(module):
+            return f"{name} is parametrized: its weight is computed as often as it is read, by stock in another order"
         if module.training and _drops(module):
             return f"{name} drops at random: the fast path would draw in another order than stock"
     return hook_reason(model) or backward_hook_reason(model)
@@ -105,7 +112,8 @@ def frozen_reason(model: Any) -> str | None:
     """Why the engine's ops cannot compute vision tower and text layers where these are frozen, or None."""
     try:
         vlm = model.vlm_with_expert.get_vlm_model()
-        reason = parts_reason(vlm, (("text_model.layers", vlm.text_model.layers),))
+        read = frozen_sources(vlm, read_dims(model))
+        reason = parts_reason(vlm, read, (("text", vlm.text_model.layers),))
         return reason or probe(model, exact=False, frozen_only=True)
     except Exception as error:
         return f"the structure is not SmolVLA's: {error!r}"

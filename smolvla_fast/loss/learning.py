@@ -47,7 +47,7 @@ class Learning:
                 self.forget()
                 self._built_for = key
             watch = self._watch
-            if watch is not None and watch.same_structure(model) and watch.same_memory():
+            if watch is not None and watch.same(model):
                 # Chunks do not care for backward hooks, so the watch does not look.
                 return self.engine, backward_hook_reason(model)
             self._watch = None

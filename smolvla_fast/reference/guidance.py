@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+SCHEDULES = ("ZEROS", "ONES", "LINEAR", "EXP")
+
 
 def prefix_weights(schedule: str, start: int, end: int, total: int) -> Tensor:
     """How strongly each of ``total`` actions is held to the previous chunk: 1 up to ``start``, 0 from ``end`` on.
@@ -29,10 +31,8 @@ def prefix_weights(schedule: str, start: int, end: int, total: int) -> Tensor:
         weights = torch.ones(total)
         weights[end:] = 0.0
         return weights
-    if schedule not in ("LINEAR", "EXP"):
-        raise ValueError(
-            f"unknown RTC schedule {schedule!r}; accepted are 'ZEROS', 'ONES', 'LINEAR' and 'EXP'"
-        )
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown RTC schedule {schedule!r}; accepted are {', '.join(SCHEDULES)}")
     steps = total - max(total - end, 0) - start
     ramp = torch.tensor([]) if end <= start or steps <= 0 else torch.linspace(1, 0, steps + 2)[1:-1]
     if schedule == "EXP":

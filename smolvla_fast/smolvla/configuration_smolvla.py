@@ -34,7 +34,7 @@ _ENDLESS = {(math.inf, "optimizer_grad_clip_norm")}  # which clips nothing
 
 
 def device_is_available(device: str) -> bool:
-    """Whether tensors can live on ``device`` ("cpu", "cuda", "cuda:1", "mps", "xpu") here."""
+    """Whether tensors can live on ``device`` here; ValueError for a name that LeRobot does not take either."""
     try:
         kind, index = torch.device(device).type, torch.device(device).index
     except RuntimeError:
@@ -105,7 +105,8 @@ class SmolVLAConfig:
       freeze_vision_encoder, train_expert_only, train_state_proj, optimizer_*, scheduler_*
 
     Raises ValueError naming the field for values that cannot work, NotImplementedError for
-    ``use_delta_joint_actions_aloha``. An unavailable ``device`` is replaced by the best one, with a warning.
+    ``use_delta_joint_actions_aloha``. An unavailable ``device`` is replaced by the best one, with a warning;
+    None stands for the best one.
     """
 
     n_obs_steps: int = 1
@@ -167,11 +168,16 @@ class SmolVLAConfig:
         self._parse_fields()
         check_kinds(self)
         self._check_values()
-        if not self.device or not device_is_available(self.device):
+        if not self.device:  # nobody asked for one, so there is nothing to warn of
+            self.device = best_device()
+            logger.info("no device is named, using %r", self.device)
+        elif not device_is_available(self.device):
             chosen = best_device()
             logger.warning("device %r is not available here, using %r", self.device, chosen)
             self.device = chosen
-        if self.use_amp and torch.device(self.device).type == "mps":
+        if self.use_amp and self.device.startswith("cuda:"):
+            raise ValueError(f"use_amp with device {self.device!r} is refused by LeRobot; accepted is 'cuda'")
+        if self.use_amp and self.device == "mps":
             logger.warning("use_amp is switched off: automatic mixed precision is not available on mps")
             self.use_amp = False
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dims import Dims
-from ..memory import LayerKV, PrefixKV
+from ..memory import LayerKV, PrefixKV, empty_kv, with_room
 from ..ops import Ops
 from ..reference.masks import block_mask
 from ..reference.rope import rope_tables
@@ -91,17 +91,18 @@ def fill_prefix(
     pad_masks: Tensor,
     att_masks: Tensor,
     expert: list[DecoderLayer],
+    stock_by_head: bool | None = None,
 ) -> PrefixKV:
     """Run the text layers for the keys and values they leave behind.
 
-    embeddings  [B, P, M]      pad_masks, att_masks  [B, P]
+    embeddings  [B, P, M]      pad_masks, att_masks  [B, P]      stock_by_head  of ``text_kv``
     returns     for each layer, prefix KV with free slots behind it (self) or the expert's projections of it (cross)
     replaces    the prefill call of ``SmolVLMWithExpertModel.forward``
 
     Of the last layer only keys and values are ever read, so its queries, attention and feed-forward are not computed.
     """
     free = [0 if partner.cross else dims.chunk for partner in expert]
-    found = text_kv(ops, vlm, cast, dims, embeddings, pad_masks, att_masks, free)
+    found = text_kv(ops, vlm, cast, dims, embeddings, pad_masks, att_masks, free, stock_by_head)
     layers = [
         LayerKV(*ops.cross_kv(k, v, partner.k, partner.v)) if partner.cross else LayerKV(k, v)
         for (k, v), partner in zip(found, expert, strict=True)
@@ -118,10 +119,14 @@ def text_kv(
     pad_masks: Tensor,
     att_masks: Tensor,
     free: Sequence[int],
+    stock_by_head: bool | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The text layers one by one, each giving its keys and values [B, P + free, K, D], the last ``free`` unwritten.
 
     embeddings  [B, P, M]      pad_masks, att_masks  [B, P]      free  slots behind the prefix, a number a layer
+    stock_by_head  the ``exact`` tier: the prefix in one piece and laid out as stock does (``keeps_kv_by_head``). Where each
+                   query head has keys of its own, attention multiplies with them where they lie, and the last bit of a
+                   product depends on that
     """
     batch, prefix = pad_masks.shape
     mask = ops.prepare_mask(block_mask(pad_masks, att_masks))
@@ -129,8 +134,9 @@ def text_kv(
     x = embeddings
     for i, (layer, slots) in enumerate(zip(read_text_layers(vlm, cast), free, strict=True)):
         last = i == dims.layers - 1
-        shape = (batch, prefix + slots, dims.kv_heads, dims.head_dim)
-        k, v = (torch.empty(shape, dtype=layer.k.dtype, device=x.device) for _ in range(2))
+        room = slots if stock_by_head is None else 0
+        shape = (batch, prefix + room, dims.kv_heads, dims.head_dim)
+        k, v = (empty_kv(shape, bool(stock_by_head), layer.k.dtype, x.device) for _ in range(2))
         q = ops.norm_qkv_rope(
             x,
             *layer.norm1,
@@ -147,4 +153,6 @@ def text_kv(
             x = ops.linear_residual(h, layer.o, x)
             h = ops.norm_swiglu(x, *layer.norm2, layer.gate, layer.up)
             x = ops.linear_residual(h, layer.down, x)
+        if slots > room:
+            k, v = (with_room(each, slots, bool(stock_by_head)) for each in (k, v))
         yield k, v

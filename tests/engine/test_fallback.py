@@ -227,7 +227,7 @@ MODELS: dict[str, tuple[Callable[[Any], None], str]] = {
     "one activation": (_one_activation, "expert layer 1"),
     "every activation": (_every_activation, "decoder MLP"),
     "vision scale": (_vision_scale, "vision layer"),
-    "connector with a bias": (_connector_bias, "the connector"),
+    "connector with a bias": (_connector_bias, "proj has a bias"),
     "decoder linear with a bias": (_decoder_bias, "has a bias"),
     "wrapped connector": (_wrapped_connector, "AttributeError"),
     "torch's RMSNorm": (_torch_norms, ""),

@@ -28,7 +28,11 @@ HEADS = (
     {},
     dict(hidden_size=40, num_attention_heads=4, num_key_value_heads=2, head_dim=16),
     dict(hidden_size=120, intermediate_size=256, num_attention_heads=15, num_key_value_heads=5, head_dim=8),
+    dict(num_key_value_heads=3),
+    dict(hidden_size=16, num_attention_heads=1, num_key_value_heads=1, head_dim=16),
+    dict(hidden_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=64),
 )
+"""Grouped heads, heads that are not, one head."""
 
 
 def policies() -> st.SearchStrategy[dict[str, Any]]:
@@ -51,7 +55,14 @@ def policies() -> st.SearchStrategy[dict[str, Any]]:
             state_dim=st.integers(1, 14),
             action_dim=st.integers(1, 14),
         )
-    )
+    ).flatmap(lambda made: st.sampled_from([made, made, {**made, **ONES}]))
+
+
+ONES = dict(
+    cameras=1, empty_cameras=0, num_vlm_layers=1, chunk_size=1, tokenizer_max_length=1, state_dim=1, action_dim=1,
+    max_state_dim=1, max_action_dim=1, prefix_length=-1, add_image_special_tokens=False,
+)  # fmt: skip
+"""Sizes of one, all together: a third of the policies has them, whatever their heads and their kinds of layers."""
 
 
 def calls() -> st.SearchStrategy[dict[str, Any]]:
@@ -64,7 +75,7 @@ def calls() -> st.SearchStrategy[dict[str, Any]]:
             image_size=st.sampled_from([None, (40, 20), (32, 32), (17, 48)]),
             image_dtype=st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16]),
             padding=st.booleans(),
-            task=st.text("abcdefg h", min_size=1, max_size=60),
+            task=st.just("") | st.text("abcdefg h", min_size=1, max_size=60),
             pad_to=st.integers(0, 8),
             num_steps=st.integers(1, 5),
             given_noise=st.booleans(),
@@ -150,7 +161,11 @@ def inputs_of(policy: Any, call: dict[str, Any]) -> tuple[dict[str, Tensor], dic
     config.rtc_config = None
     if rtc is not None:
         config.rtc_config = _rtc_config(rtc)
-        shape = (call["batch"],) * (rtc["rank"] - 2) + (rtc["rows"], rtc["width"])
+        # One more than fits is refused alike; where a size is one, most draws would be.
+        rows, width = min(rtc["rows"], config.chunk_size + 1), min(rtc["width"], config.max_action_dim + 1)
+        if (config.chunk_size, config.max_action_dim) == (1, 1):
+            rows, width = 1 + (rtc["rows"] > 11), 1
+        shape = (call["batch"],) * (rtc["rank"] - 2) + (rows, width)
         previous = torch.randn(shape, generator=torch.Generator().manual_seed(call["seed"]))
         kwargs |= dict(
             inference_delay=rtc["delay"],

@@ -220,11 +220,45 @@ def test_missing_config_file(tmp_path):
         SmolVLAConfig.from_pretrained(tmp_path, revison="main")
 
 
-def test_device_falls_back_with_a_warning(caplog):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    config = SmolVLAConfig(device="cuda")
-    assert config.device == LeRobotConfig(device="cuda").device == "cpu"
+PRESENT = {
+    "no accelerator": (),
+    "CUDA": ("torch.cuda.is_available",),
+    "MPS": ("torch.backends.mps.is_available",),
+    "XPU": ("torch.xpu.is_available",),
+}
+
+
+@pytest.mark.parametrize("use_amp", [False, True])
+@pytest.mark.parametrize("present", PRESENT)
+@pytest.mark.parametrize(
+    "device", [None, "", "cpu", "cuda", "cuda:1", "mps", "xpu", "cpu:0", "mps:0", "meta", "tpu", "CUDA"]
+)
+def test_devices_are_chosen_and_refused_as_by_lerobot(device, present, use_amp, monkeypatch, caplog):
+    """The same device and use_amp, or the same exception; a warning where LeRobot warns of a device that was named."""
+    for name in ("torch.cuda", "torch.backends.mps", "torch.xpu"):
+        there = f"{name}.is_available" in PRESENT[present]
+        monkeypatch.setattr(f"{name}.is_available", lambda there=there: there)
+
+    def outcome(cls):
+        caplog.clear()
+        try:
+            config = cls(device=device, use_amp=use_amp)
+        except Exception as error:
+            return type(error), False
+        # The root's own remark that a processor is slow is LeRobot's, about the machine.
+        warned = any(r.levelname == "WARNING" and r.name != "root" for r in caplog.records)
+        return (config.device, config.use_amp), warned
+
+    (theirs, they_warn), (ours, we_warn) = outcome(LeRobotConfig), outcome(SmolVLAConfig)
+    assert ours == theirs
+    # Where no device is named, LeRobot warns that 'None' is not available; there is nothing to warn of.
+    amp_dropped = use_amp and isinstance(ours, tuple) and not ours[1]
+    assert we_warn == (they_warn if device else amp_dropped)
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch, caplog):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    SmolVLAConfig(device="cuda")
     assert "'cuda' is not available" in caplog.text
 
 
