@@ -7,6 +7,7 @@ Without --policy.path the full-size policy is made offline with random weights; 
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 from typing import Any
 
@@ -24,6 +25,8 @@ from .console import (
     write_json,
 )
 from .measure import PeakMemory, as_stock, error, median_stages, summary, threads, timed_ms
+
+logger = logging.getLogger(__name__)
 
 STAGES = ("vision", "prefix", "denoise", "other")
 
@@ -69,6 +72,9 @@ def measure(
     with console.progress("demo", total) as step:
         step("making the policy" if args.policy_path is None else "loading the policy")
         policy = subject.make_policy(args, device)
+        fault = args.policy_path and subject.unnormalized(args.policy_path, policy.config)
+        if fault:
+            logger.warning("%s", fault)
         batch, noise = subject.make_observation(policy, args, args.seed)
 
         def chunk() -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..smolvla import FeatureType, NormalizationMode, PolicyFeature, SmolVLAConfig
 from ..smolvla.features import ACTION, OBS_STATE
-from ..smolvla.normalization import REQUIRED_STATS
+from ..smolvla.normalization import statistics_fault
 from .errors import TrainingError
 from .settings import TrainSettings
 
@@ -185,17 +185,13 @@ def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, rename
         mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
         if mode is NormalizationMode.IDENTITY or "empty_camera" in key:
             continue
-        entry = (stats or {}).get(names.get(key, key)) or {}
-        for name in REQUIRED_STATS[mode]:
-            value = np.asarray(entry.get(name, np.nan), dtype=np.float64)
-            fits = feature.type is FeatureType.VISUAL or value.size in (1, feature.shape[0])
-            if name not in entry or not np.isfinite(value).all() or not fits:
-                state = "is missing" if name not in entry else f"is {value.tolist()}"
-                raise TrainingError(
-                    f"statistic {name!r} of {key!r}, of {feature.shape[0]} values, {state} in meta/stats.json; "
-                    f"normalisation {mode.value} needs it. Compute it with `lerobot-edit-dataset --operation.type "
-                    "recompute_stats` (see its --help), or switch normalisation off with --policy.normalization_mapping"
-                )
+        fault = statistics_fault(names.get(key, key), feature, mode, stats)
+        if fault:
+            raise TrainingError(
+                f"meta/stats.json: {fault}; normalisation {mode.value} of {key!r} needs it. Compute it with "
+                "`lerobot-edit-dataset --operation.type recompute_stats` (see its --help), or switch normalisation off "
+                "with --policy.normalization_mapping"
+            )
 
 
 def check_values(dataset: Any) -> None:
