@@ -35,7 +35,7 @@ REQUIRED_STATS = {
 
 
 WAY_OUT = (
-    "It passes through as it is: a model in normalised units then reads, or gives, a robot's. Give the statistics of the "
+    "What passes through as it is reaches the model, or the robot, in units of the other. Give the statistics of the "
     "training data, dataset_stats={feature: {'mean': ..., 'std': ...}}, or IDENTITY in config.normalization_mapping if "
     "that is meant"
 )
@@ -210,9 +210,10 @@ class NormalizerProcessorStep(ProcessorStep):
                 f"missing are {absent}, given are {sorted(stats)}"
             )
         low, high = (stats[name].to(device=x.device, dtype=x.dtype) for name in REQUIRED_STATS[mode])
-        width = low.shape[-1] if kind is not FeatureType.VISUAL and low.ndim else 1
-        if width not in (1, x.shape[-1]):
-            raise ValueError(f"{key!r} has {x.shape[-1]} values, its statistics are for {width}")
+        for end in (low, high):
+            width = end.shape[-1] if kind is not FeatureType.VISUAL and end.ndim else 1
+            if width not in (1, x.shape[-1]):
+                raise ValueError(f"{key!r} has {x.shape[-1]} values, its statistics are for {width}")
         return scale(x, mode, low, high, self.eps, self.inverse)
 
     def get_config(self) -> dict[str, Any]:

@@ -102,8 +102,8 @@ def make_processors(
     preprocess, postprocess = _processors(settings, stats, source, resume)
     if faults := unnormalized(settings.policy, preprocess.steps, postprocess.steps):
         raise TrainingError(
-            f"the processors of {source} leave values as they are, {not_normalised(faults)}; take another checkpoint, remove "
-            f"{PREPROCESSOR_NAME}.json of this one to have them made from the dataset in a new run, or switch normalisation "
+            f"the processors of {source} leave values as they are, {not_normalised(faults)}; take another checkpoint, "
+            f"remove {PREPROCESSOR_NAME}.json of this one to have them made from the dataset in a new run, or switch it "
             "off with --policy.normalization_mapping"
         )
     return preprocess, postprocess
