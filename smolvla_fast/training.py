@@ -30,6 +30,7 @@ from .smolvla.features import ACTION
 from .train import checkpoint as files
 from .train.checkpoint import Checkpoints
 from .train.data import Data, held_out_batches, open_data, to_floats, training_batches
+from .train.disk import check_unused, make_folder
 from .train.errors import TrainingError
 from .train.evaluation import held_out_loss
 from .train.log import Log
@@ -119,7 +120,7 @@ def prepare(settings: TrainSettings, resume: Path | None = None) -> Run:
     raises  TrainingError as ``train``, and for an ``output_dir`` that holds something, but to resume
     """
     if resume is None:
-        _check_unused(settings.output_dir)
+        check_unused(settings.output_dir)
     asked = files.read_run(resume).get("asked") if resume else None
     asked = asked or settings.to_dict()
     settings = replace(settings, policy=deepcopy(settings.policy))
@@ -128,7 +129,7 @@ def prepare(settings: TrainSettings, resume: Path | None = None) -> Run:
     policy = make_policy(settings, source)
     fused, path = speed_up(policy, settings)
     preprocess, postprocess = make_processors(settings, data.meta.stats, source, resume is not None)
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.output_dir)
     # Frozen parameters too, as LeRobot does: they get no gradient, and a checkpoint's states are numbered by place.
     preset = settings.policy.get_optimizer_preset()
     optimizer = preset.build(policy.get_optim_params(), fused=fused or None)
@@ -185,13 +186,6 @@ def write_checkpoint(run: Run, folder: Path) -> None:
     files.write_train_config(pretrained, run.settings.to_lerobot())
     facts = {"settings": run.settings.to_dict(), "asked": run.asked, "frames": len(run.data.train)}
     files.save_state(folder, run.step, run.samples, run.optimizer, run.scheduler, facts)
-
-
-def _check_unused(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise TrainingError(
-            f"--output_dir={folder} is there already and would be overwritten; give another, or --resume=true to go on"
-        )
 
 
 def _due(step: int, every: int) -> bool:
