@@ -11,10 +11,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training_runs import resume, state_files
+from training_runs import resume
 
-from smolvla_fast.train.checkpoint import Checkpoints
-from smolvla_fast.train.log import read_log
+from smolvla_fast.train import TrainingError
+from smolvla_fast.train.checkpoint import PRETRAINED, STATE, Checkpoints
+from smolvla_fast.train.log import Log, read_log
 
 pytestmark = pytest.mark.training
 
@@ -36,6 +37,17 @@ def lacks(monkeypatch):
     return arm
 
 
+def save(output: Path, step: int) -> None:
+    """A checkpoint of two small files, through all that a run's goes through."""
+
+    def write(folder: Path) -> None:
+        for part in (PRETRAINED, STATE):
+            (folder / part).mkdir()
+            (folder / part / "file").write_text(str(step))
+
+    Checkpoints(output).save(step, 9, write)
+
+
 NO_LINKS = [errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EACCES]
 
 
@@ -44,20 +56,24 @@ def named(output: Path) -> str:
 
 
 @pytest.mark.parametrize("number", sorted(set(NO_LINKS)), ids=lambda number: errno.errorcode[number])
-def test_a_disk_without_links_keeps_every_checkpoint_and_resume_finds_the_last(
-    number, bench_top, tmp_path, lacks, caplog
-):
+def test_a_disk_without_links_keeps_every_checkpoint_and_the_last_is_found(number, tmp_path, lacks, caplog):
     lacks("symlink", number)
-    output = tmp_path / "run"
-    assert bench_top.command(output, "--save_freq=1") == 0
-    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["000001", "000002", "last.txt"]
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+        assert named(tmp_path) == f"{step:06d}"
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["000001", "000002", "000003", "last.txt"]
+    assert "000003" not in caplog.text and "symbolic link" in caplog.text
+    # It comes by a step again from an earlier one: the last is what was written last, not what has most steps.
+    save(tmp_path, 2)
+    assert named(tmp_path) == "000002"
+
+
+def test_a_run_on_a_disk_without_links_trains_and_resumes(bench_top, tmp_path, lacks, caplog):
+    lacks("symlink", errno.EPERM)
+    assert bench_top.command(tmp_path / "run", "--save_freq=1") == 0
     assert [r.levelname for r in caplog.records if "symbolic link" in r.message] == ["WARNING"]
-    assert named(output) == "000002"
-    # It comes by the steps again from an earlier one: the last is what was written last, not what has most steps.
-    config = output / "checkpoints" / "000001" / "pretrained_model" / "train_config.json"
-    shutil.rmtree(output / "checkpoints" / "000002")
-    assert resume(output, f"--config_path={config}") == 0 and named(output) == "000002"
-    assert resume(output, "--steps=3") == 0 and named(output) == "000003"
+    assert resume(tmp_path / "run", "--steps=3") == 0 and named(tmp_path / "run") == "000003"
 
 
 @pytest.mark.parametrize("before", ["link", "copy"])
@@ -69,16 +85,15 @@ def test_a_last_from_before_the_disk_lacked_links_is_not_gone_on_from(before, fi
     assert named(output) == "000005"
 
 
-def test_a_link_takes_the_place_of_a_note(bench_top, tmp_path, monkeypatch, lacks):
-    output = tmp_path / "run"
+def test_a_link_takes_the_place_of_a_note(tmp_path, monkeypatch, lacks):
     with monkeypatch.context() as patched:
         patched.setattr(
             os, "symlink", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EPERM, "no links"))
         )
-        assert bench_top.command(output) == 0
-    assert resume(output, "--steps=3") == 0
-    assert os.readlink(output / "checkpoints" / "last") == "000003" == named(output)
-    assert not (output / "checkpoints" / "last.txt").exists()
+        save(tmp_path, 2)
+    save(tmp_path, 3)
+    assert os.readlink(tmp_path / "checkpoints" / "last") == "000003" == named(tmp_path)
+    assert not (tmp_path / "checkpoints" / "last.txt").exists()
 
 
 def names_a_folder(descriptor, *_):
@@ -87,19 +102,20 @@ def names_a_folder(descriptor, *_):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="tells folders by /proc")
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF])
-def test_a_disk_that_cannot_flush_folders_is_written_to(number, bench_top, tmp_path, lacks):
+def test_a_disk_that_cannot_flush_folders_is_written_to(number, tmp_path, lacks):
     lacks("fsync", number, names_a_folder)
-    assert bench_top.command(tmp_path / "run") == 0
-    assert named(tmp_path / "run") == "000002"
+    save(tmp_path, 2)
+    assert named(tmp_path) == "000002"
 
 
 @pytest.mark.parametrize("number", [errno.EEXIST, errno.EPERM, errno.ENOTSUP, errno.EACCES])
-def test_a_disk_that_does_not_rename_onto_what_is_there_is_written_to(number, bench_top, tmp_path, lacks):
+def test_a_disk_that_does_not_rename_onto_what_is_there_is_written_to(number, tmp_path, lacks):
     lacks("replace", number, lambda _, target: os.path.lexists(target))
-    output = tmp_path / "run"
-    assert bench_top.command(output, "--save_freq=1", "--log_freq=1") == 0
-    assert resume(output, "--steps=3") == 0
-    assert named(output) == "000003" and [entry["step"] for entry in read_log(output)] == [1, 2, 3]
+    for step in (1, 2):
+        save(tmp_path, step)
+        log = Log(tmp_path, step - 1, every=1)
+        log.write({"step": step})
+    assert named(tmp_path) == "000002" and [entry["step"] for entry in read_log(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -112,17 +128,17 @@ def test_a_disk_that_does_not_rename_onto_what_is_there_is_written_to(number, be
         ("rename", errno.EDQUOT, "Free some space"),
     ],
 )
-def test_a_disk_that_refuses_is_said_and_costs_no_checkpoint(
-    call, number, says, finished, tmp_path, lacks, capsys
-):
-    output = shutil.copytree(finished, tmp_path / "run", symlinks=True)
-    before = state_files(output / "checkpoints" / "000004")
+def test_a_disk_that_refuses_is_said_and_costs_no_checkpoint(call, number, says, tmp_path, lacks):
+    save(tmp_path, 4)
     lacks(call, number)
-    assert resume(output, "--steps=5") == (2 if says else 0)
-    message = capsys.readouterr().err
-    assert says is None or (says in message and "--resume=true" in message and "000004, is whole" in message)
-    assert state_files(output / "checkpoints" / "000004") == before
-    assert named(output) == ("000004" if says else "000005")
+    if says is None:
+        save(tmp_path, 5)
+        assert named(tmp_path) == "000005"
+        return
+    with pytest.raises(TrainingError, match=f"000004, is whole.*{says}" if says[0] in "MF" else says):
+        save(tmp_path, 5)
+    assert named(tmp_path) == "000004"
+    assert (tmp_path / "checkpoints" / "000004" / STATE / "file").read_text() == "4"
 
 
 @pytest.mark.parametrize("place", ["below-a-file", "below-proc", "too-long"])
