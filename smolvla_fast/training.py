@@ -19,7 +19,6 @@ from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from .smolvla.features import ACTION
 from .train import checkpoint as files
 from .train.checkpoint import Checkpoints
 from .train.data import Data, held_out_batches, open_data, to_floats, training_batches
+from .train.disk import check_output_dir, make_folder
 from .train.errors import TrainingError
 from .train.evaluation import held_out_loss
 from .train.log import Log
@@ -119,7 +119,7 @@ def prepare(settings: TrainSettings, resume: Path | None = None) -> Run:
     ``settings`` stay as they are: the run has a copy with the features of the dataset where none were given.
     raises  TrainingError as ``train``, and for an ``output_dir`` that holds something, but to resume
     """
-    _check_output_dir(settings.output_dir, resume is None)
+    check_output_dir(settings.output_dir, resume is None)
     check_policy(settings)
     asked = files.read_run(resume).get("asked") if resume else None
     asked = asked or settings.to_dict()
@@ -129,7 +129,7 @@ def prepare(settings: TrainSettings, resume: Path | None = None) -> Run:
     policy = make_policy(settings, source)
     fused, path = speed_up(policy, settings)
     preprocess, postprocess = make_processors(settings, data.meta.stats, source, resume is not None)
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.output_dir)
     # Frozen parameters too, as LeRobot does: they get no gradient, and a checkpoint's states are numbered by place.
     preset = settings.policy.get_optimizer_preset()
     optimizer = preset.build(policy.get_optim_params(), fused=fused or None)
@@ -186,29 +186,6 @@ def write_checkpoint(run: Run, folder: Path) -> None:
     files.write_train_config(pretrained, run.settings.to_lerobot())
     facts = {"settings": run.settings.to_dict(), "asked": run.asked, "frames": len(run.data.train)}
     files.save_state(folder, run.step, run.samples, run.optimizer, run.scheduler, facts)
-
-
-def _check_output_dir(folder: Path, new: bool) -> None:
-    """Refuses a folder that a new run would overwrite, or that cannot be written: a file is written there and removed, for
-    only that says whether checkpoints will find their place."""
-    made: list[Path] = []
-    try:
-        if new and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
-            raise TrainingError(
-                f"--output_dir={folder} is there already and would be overwritten; give another, or --resume=true to go on"
-            )
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except (OSError, ValueError) as error:
-        raise TrainingError(
-            f"--output_dir={folder}: cannot be written ({error}); give another folder"
-        ) from error
-    finally:
-        for path in made:
-            with suppress(OSError, ValueError):
-                path.rmdir()
 
 
 def _due(step: int, every: int) -> bool:

@@ -8,6 +8,7 @@ Without --policy.path the full-size policy is made offline with random weights; 
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from .console import (
     write_json,
 )
 from .measure import PeakMemory, as_stock, error, median_stages, summary, threads, timed_ms
+
+logger = logging.getLogger(__name__)
 
 STAGES = ("vision", "prefix", "denoise", "other")
 
@@ -73,6 +76,9 @@ def measure(
     with console.progress("demo", total) as step:
         step("making the policy" if args.policy_path is None else "loading the policy")
         policy = subject.make_policy(args, device)
+        fault = args.policy_path and subject.unnormalized(args.policy_path, policy.config)
+        if fault:
+            logger.warning("%s", fault)
         batch, noise = subject.make_observation(policy, args, args.seed)
 
         def chunk() -> Tensor:

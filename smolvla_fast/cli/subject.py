@@ -200,6 +200,29 @@ def _load(path: str, device: torch.device) -> Any:
         ) from error
 
 
+def unnormalized(path: str, config: Any) -> str | None:
+    """What a checkpoint's own processors do not normalise although its configuration has a mode for it, as a message.
+
+    raises  CommandError for files of processors that cannot be read
+    """
+    from ..smolvla.processor_smolvla import not_normalised, unnormalized_in
+
+    path = str(Path(path).expanduser())
+    try:
+        faults = unnormalized_in(config, path)
+    except (OSError, ValueError) as error:
+        if not Path(path).is_dir() and isinstance(error, OSError):
+            return None  # a Hub that cannot be reached says nothing of processors
+        raise CommandError(f"--policy.path {path}: cannot read its processors: {error}") from error
+    if not faults:
+        return None
+    return (
+        f"--policy.path {path}: its processors leave a robot's values as they are, {not_normalised(faults)}; save them "
+        "again with the statistics of the training data (make_pre_post_processors(config, folder, dataset_stats=...) and "
+        "save_pretrained), or say IDENTITY in normalization_mapping of config.json and of the processors if that is meant"
+    )
+
+
 def make_observation(policy: Any, args: argparse.Namespace, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     """One structured observation and its noise."""
     from .. import testing

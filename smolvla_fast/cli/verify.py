@@ -32,6 +32,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with threads(args.threads), console.progress("verify", 1 + args.observations) as step:
         step("making the policy" if args.policy_path is None else "loading the policy")
         policy = subject.make_policy(args, device)
+        fault = args.policy_path and subject.unnormalized(args.policy_path, policy.config)
+        if fault:
+            raise CommandError(fault)
         try:
             smolvla_fast.patch(policy, precision=args.precision, backend=args.backend)
             for index in range(args.observations):

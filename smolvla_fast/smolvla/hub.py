@@ -23,6 +23,21 @@ def split_hub_options(kwargs: dict[str, Any], where: str) -> dict[str, Any]:
     return options
 
 
+def is_absent(source: str | Path, name: str, **options: Any) -> bool:
+    """Whether a folder or Hub repository is known to have no file ``name``; a Hub that cannot be reached says nothing."""
+    try:
+        find_file(source, name, **options)
+    except FileNotFoundError as error:
+        if error.__cause__ is None:
+            return True
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        return isinstance(error.__cause__, EntryNotFoundError) and not isinstance(
+            error.__cause__, LocalEntryNotFoundError
+        )
+    return False
+
+
 def find_file(source: str | Path, name: str, **options: Any) -> Path:
     """The local path of file ``name`` of a folder or Hub repository, downloaded if need be.
 

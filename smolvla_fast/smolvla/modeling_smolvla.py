@@ -22,6 +22,7 @@ from .features import ACTION, OBS_IMAGES, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGU
 from .flow_model import VLAFlowMatching
 from .hub import WEIGHTS_NAME, find_file, split_hub_options
 from .rtc import RTCProcessor
+from .statistics_names import split_buffers
 from .weights_io import load_weights, read_safetensors, write_weights
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class SmolVLAPolicy(nn.Module):
 
         config  instead of the checkpoint's own ``config.json``
         strict  True: RuntimeError when a weight is missing, unexpected or misshapen (LeRobot only logs the first two)
+        A file from before LeRobot 0.4 has statistics among its weights; they are left to ``make_pre_post_processors``.
         raises  FileNotFoundError for missing files, ValueError for an unreadable configuration or weights file
         """
         options = split_hub_options(hub_options, "SmolVLAPolicy.from_pretrained")
@@ -87,7 +89,14 @@ class SmolVLAPolicy(nn.Module):
             config = SmolVLAConfig.from_pretrained(pretrained_name_or_path, **options)
         path = find_file(pretrained_name_or_path, WEIGHTS_NAME, **options)
         policy = cls(config)
-        load_weights(policy, read_safetensors(path), strict=strict, source=str(path))
+        weights, buffers = split_buffers(read_safetensors(path))
+        load_weights(policy, weights, strict=strict, source=str(path))
+        if buffers:
+            logger.warning(
+                "%s dates from before LeRobot 0.4: the statistics among its weights, %s, are not the policy's but of its "
+                "processors, which make_pre_post_processors(policy.config, %r) makes of them",
+                path, sorted(buffers), str(pretrained_name_or_path),
+            )  # fmt: skip
         policy.to(config.device)
         policy.eval()
         return policy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,9 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .features import ACTION, FeatureType, NormalizationMode, PolicyFeature, parse_enum, parse_features
+from .features import (
+    ACTION,
+    OBS_STATE,
+    FeatureType,
+    NormalizationMode,
+    PolicyFeature,
+    parse_enum,
+    parse_features,
+)
 from .processor_steps import ProcessorStep
+from .statistics_names import other_names
 from .transition import Transition, TransitionKey
+
+logger = logging.getLogger(__name__)
 
 REQUIRED_STATS = {
     NormalizationMode.MEAN_STD: ("mean", "std"),
@@ -20,6 +32,13 @@ REQUIRED_STATS = {
     NormalizationMode.QUANTILES: ("q01", "q99"),
     NormalizationMode.QUANTILE10: ("q10", "q90"),
 }
+
+
+WAY_OUT = (
+    "What passes through as it is reaches the model, or the robot, in units of the other. Give the statistics of the "
+    "training data, dataset_stats={feature: {'mean': ..., 'std': ...}}, or IDENTITY in config.normalization_mapping if "
+    "that is meant"
+)
 
 
 def scale(x: Tensor, mode: NormalizationMode, low: Tensor, high: Tensor, eps: float, inverse: bool) -> Tensor:
@@ -62,9 +81,37 @@ def _to_tensor(value: Any) -> Tensor:
     return torch.as_tensor(value) if exact else torch.tensor(value, dtype=torch.float64)
 
 
+def statistics_fault(
+    key: str, feature: PolicyFeature, mode: NormalizationMode, stats: Mapping[str, Any] | None
+) -> str | None:
+    """Why ``stats`` cannot normalise a feature; None where they can. They must be there, finite and of its size."""
+    if mode is NormalizationMode.IDENTITY:
+        return None
+    entry = (stats or {}).get(key)
+    hint = other_names(key, stats or {}) if entry is None else ""
+    size = None if feature.type is FeatureType.VISUAL else feature.shape[-1]
+    for name in REQUIRED_STATS[mode]:
+        value = entry.get(name) if isinstance(entry, Mapping) else None
+        fault = "is missing" if value is None else _value_fault(value, size)
+        if fault:
+            return f"statistic {name!r} of {key!r}, of {feature.shape[-1]} values, {fault}{hint}"
+    return None
+
+
+def _value_fault(value: Any, size: int | None) -> str | None:
+    try:
+        tensor = _to_tensor(value).double()
+    except (TypeError, ValueError, RuntimeError):
+        return f"is {value!r}, no numbers"
+    fits = size is None or tensor.numel() == 1 or (tensor.numel() == size == tensor.shape[-1])
+    return None if tensor.numel() and tensor.isfinite().all() and fits else f"is {tensor.tolist()}"
+
+
 @dataclass
 class NormalizerProcessorStep(ProcessorStep):
     """Observations and actions scaled by the mode of their kind; kinds and features without statistics pass through.
+
+    A state or action that passes through although its kind has a mode is warned of, once.
 
     features  name -> ``PolicyFeature`` (or its JSON)        norm_map  kind of feature -> mode
     stats     name -> {"mean": ..., "std": ..., "min": ..., ...}; given here they outlast ``load_state_dict``
@@ -81,6 +128,7 @@ class NormalizerProcessorStep(ProcessorStep):
     eps: float = 1e-8
     normalize_observation_keys: set[str] | None = None
     _given: bool = field(default=False, init=False, repr=False)
+    _checked: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.features = parse_features(self.features, f"{self.registry_name}.features") or {}
@@ -102,6 +150,35 @@ class NormalizerProcessorStep(ProcessorStep):
                 for name, value in stats.get(key, {}).items():
                     stats[key][name] = value.reshape(-1, 1, 1) if value.ndim == 1 else value
         self.stats = stats
+        self._checked.clear()
+
+    def fault(self, key: str, feature: PolicyFeature) -> str | None:
+        """Why this step passes a feature on as it is, or cannot scale it; None where it scales it."""
+        if feature.type is not FeatureType.ACTION:
+            if key not in (self.features or {}):
+                return (
+                    f"{key!r} is not among the features {sorted(self.features or {})} of {self.registry_name}"
+                )
+            if self.normalize_observation_keys is not None and key not in self.normalize_observation_keys:
+                return f"{key!r} is not among normalize_observation_keys={sorted(self.normalize_observation_keys)}"
+        mode = self.norm_map.get(feature.type, NormalizationMode.IDENTITY)
+        if mode is NormalizationMode.IDENTITY:
+            return f"{self.registry_name} has IDENTITY for {feature.type.value}"
+        return statistics_fault(key, feature, mode, self.stats)
+
+    def skip_check(self, key: str) -> None:
+        """Has the step say nothing of a feature: who made it has said it."""
+        self._checked.add(key)
+
+    def _check(self, key: str, kind: FeatureType, x: Any) -> None:
+        if key in self._checked:
+            return
+        self._checked.add(key)
+        if self.norm_map.get(kind, NormalizationMode.IDENTITY) is NormalizationMode.IDENTITY:
+            return
+        fault = self.fault(key, PolicyFeature(kind, tuple(x.shape)[-1:] or (1,)))
+        if fault:
+            logger.warning("%s is not normalised: %s. %s", key, fault, WAY_OUT)
 
     def __call__(self, transition: Transition) -> Transition:
         transition = dict(transition)
@@ -112,10 +189,13 @@ class NormalizerProcessorStep(ProcessorStep):
                 chosen = self.normalize_observation_keys is None or key in self.normalize_observation_keys
                 if chosen and feature.type is not FeatureType.ACTION and key in observation:
                     observation[key] = self._scale(torch.as_tensor(observation[key]), key, feature.type)
+            if not self.inverse and isinstance(observation.get(OBS_STATE), Tensor):
+                self._check(OBS_STATE, FeatureType.STATE, observation[OBS_STATE])
             transition[TransitionKey.OBSERVATION] = observation
         action = transition.get(TransitionKey.ACTION)
         if action is not None:
             transition[TransitionKey.ACTION] = self._scale(action, ACTION, FeatureType.ACTION)
+            self._check(ACTION, FeatureType.ACTION, action)
         return transition
 
     def _scale(self, x: Tensor, key: str, kind: FeatureType) -> Tensor:
@@ -130,9 +210,10 @@ class NormalizerProcessorStep(ProcessorStep):
                 f"missing are {absent}, given are {sorted(stats)}"
             )
         low, high = (stats[name].to(device=x.device, dtype=x.dtype) for name in REQUIRED_STATS[mode])
-        width = low.shape[-1] if kind is not FeatureType.VISUAL and low.ndim else 1
-        if width not in (1, x.shape[-1]):
-            raise ValueError(f"{key!r} has {x.shape[-1]} values, its statistics are for {width}")
+        for end in (low, high):
+            width = end.shape[-1] if kind is not FeatureType.VISUAL and end.ndim else 1
+            if width not in (1, x.shape[-1]):
+                raise ValueError(f"{key!r} has {x.shape[-1]} values, its statistics are for {width}")
         return scale(x, mode, low, high, self.eps, self.inverse)
 
     def get_config(self) -> dict[str, Any]:
@@ -160,7 +241,11 @@ class NormalizerProcessorStep(ProcessorStep):
             return
         stats: dict[str, dict[str, Tensor]] = {}
         for flat, value in state.items():
-            key, name = flat.rsplit(".", 1)
+            key, dot, name = flat.rpartition(".")
+            if not dot:
+                raise ValueError(
+                    f"statistics are named FEATURE.STATISTIC, such as 'action.mean'; {flat!r} has no dot"
+                )
             stats.setdefault(key, {})[name] = value.to(device=self.device, dtype=torch.float32)
         self._set_stats(stats)
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -123,27 +123,58 @@ class PolicyProcessorPipeline:
             raise KeyError(f"overrides for steps {unused}, which {path} does not have; its steps are {names}")
         steps = [_make_step(entry, overrides.get(entry["registry_name"], {}), path) for entry in entries]
         for step, entry in zip(steps, entries, strict=True):
-            if entry.get("state_file"):
-                state = find_file(pretrained_model_name_or_path, entry["state_file"], **options)
-                step.load_state_dict(read_safetensors(state))
+            _load_state(step, entry, pretrained_model_name_or_path, options)
         return cls(steps, name, to_transition or batch_to_transition, to_output or transition_to_batch)
+
+
+def read_normalizers(
+    source: str | Path, config_filename: str, **options: Any
+) -> list[NormalizerProcessorStep]:
+    """The steps of a saved pipeline that normalise, with their statistics; of other steps nothing is asked or loaded.
+
+    raises  as ``PolicyProcessorPipeline.from_pretrained``
+    """
+    path = find_file(source, config_filename, **options)
+    steps: list[NormalizerProcessorStep] = []
+    for entry in _read_steps(path)[1]:
+        if entry.get("registry_name") in ("normalizer_processor", "unnormalizer_processor"):
+            step = _make_step(entry, {}, path)
+            _load_state(step, entry, source, options)
+            steps.append(cast(NormalizerProcessorStep, step))
+    return steps
+
+
+def _load_state(
+    step: ProcessorStep, entry: dict[str, Any], source: str | Path, options: dict[str, Any]
+) -> None:
+    if entry.get("state_file"):
+        path = find_file(source, entry["state_file"], **options)
+        try:
+            step.load_state_dict(read_safetensors(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _read_entries(path: Path) -> tuple[str, list[dict[str, Any]]]:
     """Name and steps of a pipeline file, checked."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    entries = config.get("steps") if isinstance(config, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path} is not a processor pipeline: it must have 'steps', a list of objects")
+    name, entries = _read_steps(path)
     for entry in entries:
         if entry.get("registry_name") not in STEPS:
             shown = entry.get("registry_name", entry.get("class"))
             raise ValueError(
                 f"{path} has a step {shown!r} that SmolVLA does not use; accepted are {sorted(STEPS)}"
             )
+    return name, entries
+
+
+def _read_steps(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    entries = config.get("steps") if isinstance(config, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path} is not a processor pipeline: it must have 'steps', a list of objects")
     return config.get("name", "DataProcessorPipeline"), entries
 
 

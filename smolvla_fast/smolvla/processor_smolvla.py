@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,10 @@ import numpy as np
 import torch
 
 from .configuration_smolvla import SmolVLAConfig
-from .normalization import NormalizerProcessorStep, UnnormalizerProcessorStep
-from .pipeline import PolicyProcessorPipeline
+from .features import FeatureType, NormalizationMode, parse_enum, parse_features
+from .hub import is_absent
+from .normalization import WAY_OUT, NormalizerProcessorStep, UnnormalizerProcessorStep
+from .pipeline import PolicyProcessorPipeline, read_normalizers
 from .processor_steps import (
     AddBatchDimensionProcessorStep,
     DeviceProcessorStep,
@@ -18,7 +23,11 @@ from .processor_steps import (
     RenameObservationsProcessorStep,
     TokenizerProcessorStep,
 )
+from .statistics_names import buffers_to_stats
 from .transition import policy_action_to_transition, transition_to_policy_action
+from .weights_io import read_buffers
+
+logger = logging.getLogger(__name__)
 
 PREPROCESSOR_NAME = "policy_preprocessor"
 POSTPROCESSOR_NAME = "policy_postprocessor"
@@ -35,8 +44,16 @@ def make_smolvla_pre_post_processors(
     everything to ``config.device`` and normalises states and actions. The postprocessor takes the model's action back
     to the data's units and to the CPU.
 
-    dataset_stats  feature -> {"mean": ..., "std": ...}; without statistics nothing is scaled
+    dataset_stats  feature -> {"mean": ..., "std": ...}; what has none is not scaled, which is warned of
     """
+    processors = _fresh(config, dataset_stats)
+    _warn(config, *processors)
+    return processors
+
+
+def _fresh(
+    config: SmolVLAConfig, dataset_stats: Stats | None
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     device = config.device or "cpu"
     inputs, outputs = config.input_features or {}, config.output_features or {}
     norm_map: Any = config.normalization_mapping
@@ -76,16 +93,31 @@ def make_pre_post_processors(
 
     The preprocessor moves data to ``policy_cfg.device``, whatever device the file names: a checkpoint trained on a
     GPU runs on a CPU. Overrides are those of ``PolicyProcessorPipeline.from_pretrained``. ``dataset_stats`` replace
-    the statistics of the files.
+    the statistics of the files. A checkpoint from before LeRobot 0.4 has no such files: its processors are made anew,
+    of the statistics among its weights.
+
+    What is not scaled although ``policy_cfg`` has a mode for it is warned of.
+    raises  ValueError where the statistics among the weights leave a choice or lack a feature
     """
     if pretrained_path is None:
         return make_smolvla_pre_post_processors(policy_cfg, dataset_stats)
+    if _has_no_processors(pretrained_path, hub_options) and (
+        buffers := read_buffers(pretrained_path, **hub_options)
+    ):
+        stats = dataset_stats or _stats_of_buffers(policy_cfg, buffers, pretrained_path)
+        with tempfile.TemporaryDirectory() as folder:
+            for pipeline in _fresh(policy_cfg, stats):
+                pipeline.save_pretrained(folder)
+            return make_pre_post_processors(
+                policy_cfg, folder, dataset_stats=stats, preprocessor_overrides=preprocessor_overrides,
+                postprocessor_overrides=postprocessor_overrides,
+            )  # fmt: skip
     before = {"device_processor": {"device": policy_cfg.device}, **(preprocessor_overrides or {})}
     after = dict(postprocessor_overrides or {})
     if dataset_stats is not None:
         before["normalizer_processor"] = {"stats": dataset_stats, **before.get("normalizer_processor", {})}
         after["unnormalizer_processor"] = {"stats": dataset_stats, **after.get("unnormalizer_processor", {})}
-    return (
+    processors = (
         PolicyProcessorPipeline.from_pretrained(
             pretrained_path, f"{PREPROCESSOR_NAME}.json", overrides=before, **hub_options
         ),
@@ -98,6 +130,94 @@ def make_pre_post_processors(
             **hub_options,
         ),
     )
+    _warn(policy_cfg, *processors)
+    return processors
+
+
+def unnormalized(config: Any, before: Iterable[Any], after: Iterable[Any]) -> dict[str, str]:
+    """Feature -> why it is not normalised, of those for which ``config.normalization_mapping`` has a mode.
+
+    config         ours or LeRobot's        before, after  the steps, or only those that normalise, of both pipelines
+    """
+    inputs = parse_features(config.input_features, "input_features") or {}
+    outputs = parse_features(config.output_features, "output_features") or {}
+    modes = {FeatureType(kind): mode for kind, mode in (config.normalization_mapping or {}).items()}
+    faults: dict[str, str] = {}
+    for steps, features, kind in (
+        (before, {**inputs, **outputs}, NormalizerProcessorStep),
+        (after, outputs, UnnormalizerProcessorStep),
+    ):
+        found = [step for step in steps if type(step) is kind]
+        for key, feature in features.items():
+            mode = parse_enum(NormalizationMode, modes.get(feature.type, "IDENTITY"), "normalization_mapping")
+            if mode is NormalizationMode.IDENTITY or "empty_camera" in key:
+                continue
+            reasons = [step.fault(key, feature) for step in found] or [
+                f"there is no {kind.registry_name} in its pipeline"
+            ]
+            if all(reasons):
+                faults.setdefault(key, str(reasons[0]))
+    return faults
+
+
+def unnormalized_in(config: Any, source: str | Path, **hub_options: Any) -> dict[str, str]:
+    """``unnormalized`` of the processors in a checkpoint, read without their tokenizer.
+
+    Empty too for a checkpoint without processors, unless there are unclear statistics among its weights.
+    raises  FileNotFoundError, ValueError for files that are missing or cannot be read
+    """
+    if not _has_no_processors(source, hub_options):
+        names = (f"{PREPROCESSOR_NAME}.json", f"{POSTPROCESSOR_NAME}.json")
+        return unnormalized(config, *(read_normalizers(source, name, **hub_options) for name in names))
+    buffers = read_buffers(source, **hub_options)
+    return _read_stats(config, buffers)[1] if buffers else {}
+
+
+def not_normalised(faults: dict[str, str]) -> str:
+    """A sentence without its end."""
+    return f"not normalised: {'; '.join(f'{key} ({reason})' for key, reason in faults.items())}"
+
+
+def _warn(config: SmolVLAConfig, before: PolicyProcessorPipeline, after: PolicyProcessorPipeline) -> None:
+    faults = unnormalized(config, before.steps, after.steps)
+    if faults:
+        logger.warning("%s. %s", not_normalised(faults), WAY_OUT)
+    for step in (*before.steps, *after.steps):
+        if isinstance(step, NormalizerProcessorStep):
+            for key in faults:
+                step.skip_check(key)
+
+
+def _has_no_processors(source: str | Path, hub_options: dict[str, Any]) -> bool:
+    return all(
+        is_absent(source, f"{name}.json", **hub_options) for name in (PREPROCESSOR_NAME, POSTPROCESSOR_NAME)
+    )
+
+
+def _read_stats(config: Any, buffers: dict[str, Any]) -> tuple[Stats, dict[str, str]]:
+    """Statistics by feature, and features without clear ones with the reason."""
+    features = {**(config.input_features or {}), **(config.output_features or {})}
+    stats, unclear = buffers_to_stats(buffers, features)
+    step = NormalizerProcessorStep(features, config.normalization_mapping, stats)
+    faults = unnormalized(config, [step], [UnnormalizerProcessorStep(features, step.norm_map, stats)])
+    for key in set(faults) & set(unclear):
+        faults[key] = f"there are several: {unclear[key]}"
+    return stats, faults
+
+
+def _stats_of_buffers(config: SmolVLAConfig, buffers: dict[str, Any], source: str | Path) -> Stats:
+    stats, faults = _read_stats(config, buffers)
+    if faults:
+        raise ValueError(
+            f"{source} has no processors, and of the statistics among its weights, {sorted(buffers)}, none can be made: "
+            f"{not_normalised(faults)}. Pass those of the training data as dataset_stats={{feature: {{'mean': ..., "
+            "'std': ...}}}}"
+        )
+    logger.warning(
+        "%s has no processors, as before LeRobot 0.4: they are made of its configuration and of the statistics among its "
+        "weights, %s", source, sorted(buffers),
+    )  # fmt: skip
+    return stats
 
 
 def prepare_observation_for_inference(

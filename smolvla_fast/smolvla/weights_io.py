@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hub import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, find_file
+from .hub import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, find_file, is_absent
+from .statistics_names import is_buffer, split_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,21 @@ def read_safetensors(path: str | Path, device: str | torch.device = "cpu") -> di
             f"{path} is not a complete safetensors file ({error}); copy or download it again, "
             f"its size here is {Path(path).stat().st_size} bytes"
         ) from error
+
+
+def read_buffers(source: str | Path, **options: Any) -> dict[str, dict[str, Tensor]]:
+    """The statistics among the weights of a checkpoint, by the name of their buffer; no other tensor is read."""
+    from safetensors import SafetensorError, safe_open
+
+    if is_absent(source, WEIGHTS_NAME, **options):
+        return {}
+    path = find_file(source, WEIGHTS_NAME, **options)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = filter(is_buffer, file.keys())
+            return split_buffers({name: file.get_tensor(name) for name in names})[1]
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
 
 
 def read_backbone(source: str | Path, **options: Any) -> dict[str, Tensor]:
@@ -85,8 +101,11 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], *, strict: bool,
     absences += [f"unexpected: {_listed(unexpected)}"] if unexpected else []
     if problems or (strict and absences):
         hint = "the checkpoint was made with another configuration (see config.json)"
-        if any(name.startswith(("normalize_", "unnormalize_")) for name in unexpected):
-            hint = "it dates from before LeRobot 0.4: migrate it with lerobot's migrate_policy_normalization"
+        if any(map(is_buffer, unexpected)):
+            hint = (
+                "it dates from before LeRobot 0.4 and its statistics are not whole, so they cannot be taken for the "
+                "processors: remove them from the file, and give the training data's as dataset_stats"
+            )
         elif any("._orig_mod." in name for name in unexpected):
             hint = "it was saved from a compiled module, which puts '_orig_mod.' into the names"
         lenient = "" if problems else "; strict=False loads what fits and leaves the rest as initialised"

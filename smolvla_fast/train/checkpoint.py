@@ -2,7 +2,7 @@
 
     output_dir/checkpoints/000100/pretrained_model/   config.json, model.safetensors, processors, train_config.json
                                   training_state/     optimizer, scheduler, random state, step, run.json
-                           last -> 000100
+                           last -> 000100, or last.txt with that name on a disk without symbolic links
 
 A checkpoint is written beside its place, flushed to the disk, and only then renamed; `last` is replaced in one step. So a
 process killed at any point, or a disk that fills up, leaves the checkpoints before it as they were.
@@ -11,9 +11,11 @@ process killed at any point, or a disk that fills up, leaves the checkpoints bef
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import random_state
+from .disk import advice, flush, flush_entry, replace
 from .errors import TrainingError
 
-PRETRAINED, STATE, LAST = "pretrained_model", "training_state", "last"
+logger = logging.getLogger(__name__)
+
+PRETRAINED, STATE, LAST, NOTE = "pretrained_model", "training_state", "last", "last.txt"
 OPTIMIZER, GROUPS = "optimizer_state.safetensors", "optimizer_param_groups.json"
 SCHEDULER, RANDOM, STEP, RUN = (
     "scheduler_state.json",
@@ -45,6 +50,7 @@ class Checkpoints:
 
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / "checkpoints"
+        self._warned = False
 
     def save(self, step: int, total_steps: int, write: Callable[[Path], None]) -> Path:
         """Has ``write(folder)`` fill a folder, makes it the checkpoint of ``step`` and points `last` at it.
@@ -58,7 +64,7 @@ class Checkpoints:
             self._clear()
             aside.mkdir()
             write(aside)
-            _flush(aside)
+            flush(aside)
             self._put(aside, final)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -70,12 +76,34 @@ class Checkpoints:
         if final.exists():  # a run that went on from an earlier step comes by again
             os.rename(final, old)
         os.rename(aside, final)
-        link = self.folder / f".{LAST}{PARTIAL}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        os.replace(link, self.folder / LAST)
-        _flush_entry(self.folder)
+        self._point_at(final.name)
+        flush_entry(self.folder)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _point_at(self, name: str) -> None:
+        """Has `last` name a checkpoint: a link, or where there can be none a note. Never both, or one would be of old."""
+        link, note, aside = (self.folder / entry for entry in (LAST, NOTE, f".{LAST}{PARTIAL}"))
+        aside.unlink(missing_ok=True)
+        try:
+            aside.symlink_to(name)
+            replace(aside, link)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            aside.write_text(name, encoding="utf-8")
+            flush_entry(aside)
+            replace(aside, note)
+            with suppress(OSError):
+                if link.is_symlink():
+                    link.unlink()
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "%s cannot be made a symbolic link (%s); %s names the last checkpoint instead. --resume=true reads it, "
+                    "other programs want the folder of a step", link, error.strerror or error, note,
+                )  # fmt: skip
+        else:
+            if note.exists():
+                note.unlink()
 
     def _clear(self) -> None:
         """Removes what a killed process left half written; a checkpoint moved out of the way goes back."""
@@ -83,40 +111,37 @@ class Checkpoints:
             place = path.with_name(path.name[1 : -len(OLD)])
             shutil.rmtree(path) if place.exists() else os.rename(path, place)
         for path in self.folder.glob(f".*{PARTIAL}"):
-            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _refused(self, final: Path, error: Exception) -> str:
         last = self.last()
         kept = f"the last checkpoint, {last}, is whole" if last else "there is no checkpoint before it"
         free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
         return (
-            f"cannot write checkpoint {final}: {error} ({free / 2**20:,.0f} MiB free there); {kept}. Free some space and go "
-            "on with --resume=true and the same --output_dir"
+            f"cannot write checkpoint {final}: {error} ({free / 2**20:,.0f} MiB free there); {kept}. "
+            f"{advice(error).capitalize()} and go on with --resume=true and the same --output_dir"
         )
 
     def last(self) -> Path | None:
-        """The newest whole checkpoint: what `last` points at, or where a kill left that dangling, the highest step."""
-        link = self.folder / LAST
-        if (link / STATE).is_dir():
-            return self.folder / os.readlink(link) if link.is_symlink() else link
+        """The newest whole checkpoint: what `last` names, or where a kill left that dangling, the highest step."""
+        link, note = self.folder / LAST, self.folder / NOTE
+        name = os.readlink(link) if link.is_symlink() else _text(note).strip()
+        if name and (self.folder / name / STATE).is_dir():
+            return self.folder / name
         steps = [p for p in self.folder.glob("[0-9]*") if p.name.isdigit() and (p / STATE).is_dir()]
         # By step, then whole before moved aside: `_put` was stopped between its two renames.
         steps += [p for p in self.folder.glob(f".[0-9]*{OLD}") if (p / STATE).is_dir()]
-        return max(steps, key=lambda p: int("".join(filter(str.isdigit, p.name))), default=None)
+        # A copy of the folder that followed links has a folder in the place of the link.
+        copied = link if (link / STATE).is_dir() else None
+        return max(steps, key=lambda p: int("".join(filter(str.isdigit, p.name))), default=copied)
 
 
-def _flush(folder: Path) -> None:
-    """Everything below a folder onto the disk: a rename may get there before the bytes of what it names."""
-    for path in [*folder.rglob("*"), folder, folder.parent]:
-        _flush_entry(path)
-
-
-def _flush_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _text(path: Path) -> str:
+    """Of a file that need not be there."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def save_state(

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from torch.utils.data import DataLoader, Subset
 
 from ..smolvla import FeatureType, NormalizationMode, PolicyFeature, SmolVLAConfig
 from ..smolvla.features import ACTION, OBS_STATE
-from ..smolvla.normalization import REQUIRED_STATS
+from ..smolvla.normalization import statistics_fault
+from .dataset_files import check_backend, check_files, find_fault, first_line
 from .errors import TrainingError
+from .readable import Batches, Collate, Readable
 from .settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -44,12 +47,15 @@ def open_data(settings: TrainSettings) -> Data:
             values that are not finite
     """
     LeRobotDataset, LeRobotDatasetMetadata, resolve_delta_timestamps = _lerobot()
+    from .reader import read_by_column
+
     wanted, policy = settings.dataset, settings.policy
     where = dict(root=wanted.root, revision=wanted.revision)
     try:
         meta = LeRobotDatasetMetadata(wanted.repo_id, **where)
         # PyAV is named for a dataset without videos, which need no decoder: choosing one loads FFmpeg, or says at length
         # that it cannot.
+        check_backend(wanted.video_backend, bool(meta.video_keys))
         backend = wanted.video_backend or (None if meta.video_keys else "pyav")
         train_episodes, eval_episodes = split_episodes(settings, meta)
 
@@ -62,22 +68,32 @@ def open_data(settings: TrainSettings) -> Data:
         fill_features(policy, meta.features, settings.rename_map)
         check_statistics(policy, meta.stats, settings.rename_map)
         data = Data(read(train_episodes), read(eval_episodes) if eval_episodes else None)
+        for part in filter(None, (data.train, data.held_out)):
+            check_files(part)
+            check_values(part)
+            read_by_column(part)
+            if wanted.use_imagenet_stats:
+                _take_imagenet_stats(part.meta)
     except TrainingError:
         raise
     except Exception as error:
         # The Hub, datasets, pyarrow and LeRobot each raise errors of their own.
-        raise TrainingError(
-            f"cannot open the dataset {wanted.repo_id} ({wanted.root or 'no --dataset.root'}): {type(error).__name__}: "
-            f"{error}. Give the Hub id of a LeRobotDataset v3.0, or its folder (the one that holds meta/) as --dataset.root"
-        ) from error
-    from .reader import read_by_column
-
-    for part in filter(None, (data.train, data.held_out)):
-        check_values(part)
-        read_by_column(part)
-        if wanted.use_imagenet_stats:
-            _take_imagenet_stats(part.meta)
+        raise TrainingError(_not_opened(settings, error)) from error
     return data
+
+
+def _not_opened(settings: TrainSettings, error: Exception) -> str:
+    from lerobot.utils.constants import HF_LEROBOT_HOME
+
+    wanted = settings.dataset
+    root = Path(wanted.root or HF_LEROBOT_HOME / wanted.repo_id).expanduser()
+    # Where a file is missing LeRobot asks the Hub for it, so its error may be of the network.
+    fault = find_fault(root, wanted.episodes) if wanted.root or root.is_dir() else None
+    return (
+        f"cannot open the dataset {wanted.repo_id} ({wanted.root or 'no --dataset.root'}): "
+        + (f"in {root}, {fault}" if fault else first_line(error))
+        + ". Accepted is the Hub id of a LeRobotDataset v3.0, or its folder (the one that holds meta/) as --dataset.root"
+    )
 
 
 def _lerobot() -> tuple[Any, Any, Any]:
@@ -185,17 +201,13 @@ def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, rename
         mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
         if mode is NormalizationMode.IDENTITY or "empty_camera" in key:
             continue
-        entry = (stats or {}).get(names.get(key, key)) or {}
-        for name in REQUIRED_STATS[mode]:
-            value = np.asarray(entry.get(name, np.nan), dtype=np.float64)
-            fits = feature.type is FeatureType.VISUAL or value.size in (1, feature.shape[0])
-            if name not in entry or not np.isfinite(value).all() or not fits:
-                state = "is missing" if name not in entry else f"is {value.tolist()}"
-                raise TrainingError(
-                    f"statistic {name!r} of {key!r}, of {feature.shape[0]} values, {state} in meta/stats.json; "
-                    f"normalisation {mode.value} needs it. Compute it with `lerobot-edit-dataset --operation.type "
-                    "recompute_stats` (see its --help), or switch normalisation off with --policy.normalization_mapping"
-                )
+        fault = statistics_fault(names.get(key, key), feature, mode, stats)
+        if fault:
+            raise TrainingError(
+                f"meta/stats.json: {fault}; normalisation {mode.value} of {key!r} needs it. Compute it with "
+                "`lerobot-edit-dataset --operation.type recompute_stats` (see its --help), or switch normalisation off "
+                "with --policy.normalization_mapping"
+            )
 
 
 def check_values(dataset: Any) -> None:
@@ -243,21 +255,21 @@ def training_batches(settings: TrainSettings, dataset: Any, first: int) -> Itera
     )
     epoch, batches = divmod(first, math.ceil(len(sampler) / settings.batch_size))
     sampler.load_state_dict({"epoch": epoch, "start_index": batches * settings.batch_size})
-    loader = _loader(settings, dataset, dataset.meta, sampler=sampler)
+    loader = _loader(settings, Readable(dataset), dataset.meta, sampler=sampler)
     while True:
         yield from loader
 
 
-def held_out_batches(settings: TrainSettings, dataset: Any) -> DataLoader:
+def held_out_batches(settings: TrainSettings, dataset: Any) -> Batches:
     """Batches of the held-out frames in order; of more than ``max_eval_samples`` frames that many, evenly spread."""
     count, most = len(dataset), settings.max_eval_samples
     chosen = (
         np.linspace(0, count - 1, most).round().astype(int).tolist() if 0 < most < count else range(count)
     )
-    return _loader(settings, Subset(dataset, chosen), dataset.meta)
+    return _loader(settings, Subset(Readable(dataset), chosen), dataset.meta)
 
 
-def _loader(settings: TrainSettings, dataset: Any, meta: Any, **options: Any) -> DataLoader:
+def _loader(settings: TrainSettings, dataset: Any, meta: Any, **options: Any) -> Batches:
     from lerobot.utils.collate import lerobot_collate_fn
 
     workers = settings.num_workers
@@ -265,16 +277,17 @@ def _loader(settings: TrainSettings, dataset: Any, meta: Any, **options: Any) ->
         options |= dict(persistent_workers=True, prefetch_factor=4)
         if meta.video_keys:
             options["multiprocessing_context"] = "spawn"  # decoders do not survive a fork
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_size=settings.batch_size,
         num_workers=workers,
         pin_memory=torch.device(settings.policy.device or "cpu").type == "cuda",
-        collate_fn=lerobot_collate_fn if meta.has_language_columns else None,
+        collate_fn=Collate(lerobot_collate_fn if meta.has_language_columns else None),
         # Its own, or every epoch would take a number from the generator that noise is drawn from.
         generator=torch.Generator().manual_seed(settings.seed or 0),
         **options,
     )
+    return Batches(loader)
 
 
 def to_floats(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:

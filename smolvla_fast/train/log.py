@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .disk import advice, replace
 from .errors import TrainingError
 
 NAME = "train_log.jsonl"
@@ -45,7 +45,10 @@ class Log:
             kept = [entry for entry in read_log(output_dir) if entry["step"] <= step]
             aside = self.path.with_suffix(".partial")
             self._write(aside, "w", kept)
-            os.replace(aside, self.path)
+            try:
+                replace(aside, self.path)
+            except OSError as error:
+                raise self._refused(self.path, error) from error
 
     def add(self, step: int, samples: int, **facts: float) -> None:
         """Takes note of a step, and writes the means since the last line when one is due."""
@@ -68,9 +71,12 @@ class Log:
             with path.open(mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
         except OSError as error:
-            raise TrainingError(
-                f"cannot write the log {path}: {error.strerror or error}; free some space and resume"
-            ) from error
+            raise self._refused(path, error) from error
+
+    def _refused(self, path: Path, error: OSError) -> TrainingError:
+        return TrainingError(
+            f"cannot write the log {path}: {error.strerror or error}; {advice(error)} and resume"
+        )
 
 
 def read_log(output_dir: Path) -> list[dict[str, Any]]:

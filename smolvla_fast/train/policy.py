@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 
 from ..processor import why_bf16_is_slow
 from ..smolvla import SmolVLAConfig, SmolVLAPolicy, make_pre_post_processors
-from ..smolvla.hub import find_file
-from ..smolvla.processor_smolvla import PREPROCESSOR_NAME
+from ..smolvla.hub import is_absent
+from ..smolvla.processor_smolvla import PREPROCESSOR_NAME, not_normalised, unnormalized
 from ..smolvla.processor_steps import RenameObservationsProcessorStep
 from .errors import TrainingError
 from .settings import TrainSettings
@@ -130,11 +130,25 @@ def make_processors(
     """Pre- and postprocessor: fresh; a checkpoint's with this dataset's statistics; or, on resume, exactly its own.
 
     Fresh ones too for a checkpoint without any, as LeRobot wrote them before version 0.4.
-    raises  TrainingError for files that cannot be read, and on resume for missing ones
+    raises  TrainingError for files that cannot be read, on resume for missing ones, and for processors that leave something
+            as it is which the configuration has them normalise
     """
+    preprocess, postprocess = _processors(settings, stats, source, resume)
+    if faults := unnormalized(settings.policy, preprocess.steps, postprocess.steps):
+        raise TrainingError(
+            f"the processors of {source} leave values as they are, {not_normalised(faults)}; take another checkpoint, "
+            f"remove {PREPROCESSOR_NAME}.json of this one to have them made from the dataset in a new run, or switch it "
+            "off with --policy.normalization_mapping"
+        )
+    return preprocess, postprocess
+
+
+def _processors(
+    settings: TrainSettings, stats: dict[str, Any], source: str | Path | None, resume: bool
+) -> tuple[Any, Any]:
     config = settings.policy
     stats = {settings.rename_map.get(key, key): entry for key, entry in stats.items()}
-    if source is not None and not resume and _has_no_processors(source):
+    if source is not None and not resume and is_absent(source, f"{PREPROCESSOR_NAME}.json"):
         logger.warning(
             "%s has no %s.json: processors are made from its configuration and the dataset's statistics",
             source, PREPROCESSOR_NAME,
@@ -156,21 +170,6 @@ def make_processors(
             else f"copy or download them again, or remove {PREPROCESSOR_NAME}.json to have them made from the dataset"
         )
         raise TrainingError(f"cannot read the processors of {source}: {error}; {way_out}") from error
-
-
-def _has_no_processors(source: str | Path) -> bool:
-    """Whether it is known that there are none: a Hub that cannot be reached says nothing."""
-    try:
-        find_file(source, f"{PREPROCESSOR_NAME}.json")
-    except FileNotFoundError as error:
-        if error.__cause__ is None:
-            return True
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-        return isinstance(error.__cause__, EntryNotFoundError) and not isinstance(
-            error.__cause__, LocalEntryNotFoundError
-        )
-    return False
 
 
 def _overrides(settings: TrainSettings) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from training_runs import refused
+from safetensors.torch import load_file, save_file
+from training_runs import refused, resume
 
 from smolvla_fast.train.data import to_floats, training_batches
 from smolvla_fast.training import update
@@ -93,3 +94,45 @@ def test_a_checkpoint_cut_short_is_said(name, bench_top, finished, tmp_path, cap
     )  # whose reader of weights raises errors of its own
     message = refused(bench_top, tmp_path / "run", capsys, *flags)
     assert str(broken) in message and ("copy or download them again" in message or "model" in name)
+
+
+@pytest.mark.parametrize("names", ["0.3", "robot types"])
+@pytest.mark.parametrize("implementation", ["ours", "lerobot"])
+def test_a_checkpoint_with_statistics_among_its_weights_trains(
+    names, implementation, bench_top, finished, tmp_path, caplog
+):
+    """From before LeRobot 0.4. The dataset's statistics take the place of its own, as they do of any checkpoint's."""
+    old = shutil.copytree(finished / "checkpoints" / "last" / "pretrained_model", tmp_path / "old")
+    for path in old.glob("policy_*"):
+        path.unlink()
+    tensors = {name: value.clone() for name, value in load_file(old / "model.safetensors").items()}
+    whole = {"mean": torch.zeros(6), "std": torch.ones(6)}
+    stems = {
+        "0.3": ["normalize_inputs.buffer_observation_state", "unnormalize_outputs.buffer_action"],
+        "robot types": ["so100.buffer.action", "normalize_targets.so100-red_buffer_action"],
+    }
+    for stem in stems[names]:
+        tensors |= {f"{stem}.{name}": value.clone() for name, value in whole.items()}
+    save_file(tensors, old / "model.safetensors", {"format": "pt"})
+    flags = (f"--policy.path={old}", f"--implementation={implementation}", "--fast=off")
+    run = bench_top.prepare(tmp_path / "run", *flags)
+    assert f"{old} has no policy_preprocessor.json" in caplog.text
+    state = run.policy.state_dict()
+    assert state.keys() <= tensors.keys() and all(torch.equal(tensors[key], state[key]) for key in state)
+    mean = torch.as_tensor(run.data.meta.stats["action"]["mean"], dtype=torch.float32)
+    assert torch.allclose(
+        run.postprocess(torch.zeros(1, 6)), mean, atol=1e-6
+    )  # fp64 statistics, rounded once
+
+
+def test_processors_that_leave_an_action_as_it_is_are_refused_on_resume(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    path = next((run / "checkpoints" / "last" / "pretrained_model").glob("policy_post*.safetensors"))
+    stats = {
+        name.replace("action", "so100.buffer.action"): value.clone()
+        for name, value in load_file(path).items()
+    }
+    save_file(stats, path)
+    assert resume(run, "--steps=5") == 2
+    message = capsys.readouterr().err
+    assert "action (" in message and "'so100'" in message and "normalization_mapping" in message

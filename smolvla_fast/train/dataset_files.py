@@ -1,0 +1,233 @@
+"""The files of a LeRobotDataset v3.0 on this machine: what is missing, cut off or garbage, said by name.
+
+meta/info.json, stats.json, tasks.parquet, episodes/chunk-000/file-000.parquet
+data/chunk-000/file-000.parquet         videos/CAMERA/chunk-000/file-000.mp4
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import TrainingError
+
+INFO, STATS, TASKS, EPISODES = "meta/info.json", "meta/stats.json", "meta/tasks.parquet", "meta/episodes"
+AGAIN = "download or copy the dataset again"
+BACKENDS = ("torchcodec", "pyav", "video_reader")
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message, with its type: libraries below have long ones."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """``0 to 3, 7``"""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in found)
+
+
+def check_backend(name: str | None, videos: bool) -> None:
+    """TrainingError for a decoder that is not known or, where there are videos, cannot be loaded."""
+    if name is not None and name not in BACKENDS:
+        raise TrainingError(f"dataset.video_backend={name!r}: accepted are {', '.join(BACKENDS)}")
+    if name == "torchcodec" and videos:
+        try:
+            import torchcodec.decoders  # noqa: F401
+        except (ImportError, OSError, RuntimeError) as error:
+            raise TrainingError(
+                f"dataset.video_backend=torchcodec cannot be loaded ({first_line(error)}); give "
+                "--dataset.video_backend=pyav, or install torchcodec and FFmpeg, whose libraries it loads"
+            ) from error
+
+
+def find_fault(root: Path, episodes: list[int] | None) -> str | None:
+    """The first thing wrong with a dataset that cannot be opened, and what to do; None where nothing is found.
+
+    episodes  those that are wanted; None: all
+    """
+    try:
+        return next(_faults(root, episodes), None)
+    except OSError as error:
+        return f"{error.filename or root} cannot be read ({first_line(error)})"
+
+
+def _faults(root: Path, episodes: list[int] | None) -> Iterator[str]:
+    from lerobot.datasets import io_utils
+
+    if not root.is_dir():
+        yield "it is no folder" if root.exists() else "there is no such folder"
+        return
+    if not (root / INFO).exists():
+        held = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+        yield f"{INFO} is missing, so it is not known to be a LeRobotDataset; it holds {held}"
+        return
+    yield from _version(root / INFO)
+    info, fault = _read(root, INFO, lambda: io_utils.load_info(root))
+    yield from fault
+    if info.total_episodes < 1:
+        yield f"{INFO} says that it has no episodes; record some"
+    yield from _read(root, TASKS, lambda: io_utils.load_tasks(root))[1]
+    yield from _read(root, STATS, lambda: io_utils.load_stats(root))[1]
+    yield from _tables(root, EPISODES)
+    table, fault = _read(root, EPISODES, lambda: io_utils.load_episodes(root))
+    yield from fault
+    if len(table) != info.total_episodes:
+        yield f"{EPISODES} describes {len(table)} episodes and {INFO} {info.total_episodes}; {AGAIN}"
+    videos = [key for key, feature in info.features.items() if feature.get("dtype") == "video"]
+    wanted = range(len(table)) if episodes is None else episodes
+    files: dict[str, list[int]] = {}
+    for index in wanted:
+        for path in (
+            _data_file(info, table[index]),
+            *(_video_file(info, table[index], key) for key in videos),
+        ):
+            files.setdefault(path, []).append(index)
+    for name, held_in in sorted(files.items()):
+        if not (root / name).is_file():
+            yield f"{name} of the {_episodes(held_in)} is missing; {_ways_out(held_in, len(table))}"
+        elif name.endswith(".mp4") and (fault_of := video_fault(root / name)):
+            yield f"{name} of the {_episodes(held_in)} {fault_of}; {_ways_out(held_in, len(table))}"
+    yield from _tables(root, "data")
+
+
+def _data_file(info: Any, episode: dict[str, Any]) -> str:
+    chunk, file = episode["data/chunk_index"], episode["data/file_index"]
+    return str(info.data_path.format(chunk_index=chunk, file_index=file))
+
+
+def _video_file(info: Any, episode: dict[str, Any], key: str) -> str:
+    chunk, file = (episode[f"videos/{key}/{what}_index"] for what in ("chunk", "file"))
+    return str(info.video_path.format(video_key=key, chunk_index=chunk, file_index=file))
+
+
+def _episodes(indices: list[int]) -> str:
+    return f"episode{'s' if len(indices) > 1 else ''} {spans(indices)}"
+
+
+def _ways_out(indices: list[int], of: int) -> str:
+    leave_out = ", or leave them out with --dataset.episodes" if len(indices) < of else ""
+    return AGAIN + leave_out
+
+
+def _version(path: Path) -> Iterator[str]:
+    try:
+        version = json.loads(path.read_text(encoding="utf-8"))["codebase_version"]
+        major = int(str(version).lstrip("v").split(".")[0])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{INFO} cannot be read ({first_line(error)}); {AGAIN}"
+        return
+    if major < 3:
+        yield (
+            f"it is a LeRobotDataset {version}, and v3.0 is read; convert it with `python -m lerobot.scripts."
+            f"convert_dataset_v21_to_v30 --repo-id=ID --root={path.parent.parent} --push-to-hub=false`"
+        )
+    elif major > 3:
+        yield f"it is a LeRobotDataset {version}, and v3.0 is read; install a newer LeRobot"
+
+
+def _read(root: Path, name: str, read: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """What ``read`` gives, and what is wrong with the file it reads."""
+    try:
+        return read(), []
+    except Exception as error:  # of json, pandas, pyarrow, datasets and LeRobot
+        missing = not (root / name).exists()
+        state = "is missing" if missing else f"cannot be read ({first_line(error)})"
+        return None, [f"{name} {state}; {AGAIN}"]
+
+
+def _tables(root: Path, folder: str) -> Iterator[str]:
+    """What is wrong with parquet files: LeRobot reads all there are, whichever are asked for."""
+    import pyarrow.parquet as pq
+
+    paths = sorted((root / folder).glob("*/*.parquet"))
+    if not paths:
+        yield f"{folder}/chunk-*/file-*.parquet is missing; {AGAIN}"
+    for path in paths:
+        try:
+            with path.open("rb") as file:  # or a folder would be read as a table of many files
+                pq.read_table(file)
+        except Exception as error:
+            yield f"{path.relative_to(root)} cannot be read ({first_line(error)}); {AGAIN}"
+
+
+def video_fault(path: Path) -> str | None:
+    """What is wrong with a video, as far as it shows without decoding it; None where nothing does."""
+    import av
+
+    try:
+        if not path.exists():
+            return "is missing"
+        if not path.stat().st_size:
+            return "is empty"
+        if _is_cut_off(path):
+            return f"is cut off at {path.stat().st_size} bytes"
+        with av.open(str(path)) as container:
+            found = bool(container.streams.video)
+        return None if found else "has no video in it"
+    except (OSError, ValueError) as error:  # PyAV's are both
+        return f"cannot be read ({first_line(error)})"
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether the parts of an mp4, each with its size at its head, reach beyond the end of the file."""
+    end, at = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while at < end:
+            file.seek(at)
+            head = file.read(16)
+            size = int.from_bytes(head[:4], "big")
+            if size == 1:
+                size = int.from_bytes(head[8:16], "big")
+            if size < 8 or not head[4:8].isalnum():
+                return False  # to the end of the file, or no mp4 at all
+            at += size
+    return at > end
+
+
+def check_files(dataset: Any) -> None:
+    """TrainingError unless an open ``LeRobotDataset`` has every row that its episodes name, and their videos are whole."""
+    meta, columns = dataset.meta, dataset.hf_dataset.data
+    chosen = sorted(dataset.episodes if dataset.episodes is not None else range(meta.total_episodes))
+    begins, ends = (np.asarray(meta.episodes[f"dataset_{side}_index"]) for side in ("from", "to"))
+    wanted = np.concatenate([np.arange(begins[index], ends[index]) for index in chosen])
+    found = columns.column("index").to_numpy()
+    if not np.array_equal(np.sort(found), wanted) or (dataset.episodes is None and found[0] != 0):
+        episode, counts = next(_miscounted(found, chosen, begins, ends), (chosen[0], "other rows"))
+        raise TrainingError(
+            f"{meta.get_data_file_path(episode)} of {meta.root} does not hold what {EPISODES} says: episode {episode} has "
+            f"{counts}; {AGAIN}"
+        )
+    tasks = columns.column("task_index").to_numpy()
+    if tasks.min() < 0 or tasks.max() >= len(meta.tasks):
+        raise TrainingError(
+            f"{TASKS} of {meta.root} has {len(meta.tasks)} tasks, the data names task {tasks.max()}; {AGAIN}"
+        )
+    files: dict[tuple[str, Path], list[int]] = {}
+    for index in chosen:
+        for key in meta.video_keys:
+            files.setdefault((key, meta.get_video_file_path(index, key)), []).append(index)
+    for (_, name), held_in in files.items():
+        if fault := video_fault(meta.root / name):
+            raise TrainingError(
+                f"{name} of the {_episodes(held_in)} in {meta.root} {fault}; {_ways_out(held_in, meta.total_episodes)}"
+            )
+
+
+def _miscounted(found: Any, chosen: list[int], begins: Any, ends: Any) -> Iterator[tuple[int, str]]:
+    for index in chosen:
+        count = int(((found >= begins[index]) & (found < ends[index])).sum())
+        if count != ends[index] - begins[index]:
+            yield index, f"{count} rows instead of {ends[index] - begins[index]}"

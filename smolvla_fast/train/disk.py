@@ -1,0 +1,90 @@
+"""What a run asks of a disk, and how it gets on where a file system does not have it: vfat, exFAT, SMB, FUSE."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from .errors import TrainingError
+
+LACKING = {errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What file systems answer to a call that they do not have."""
+
+READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of a run and tries whether a file can be written there. TrainingError where not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"--output_dir={folder} cannot be written to ({getattr(error, 'strerror', None) or error}); "
+            f"{advice(error)}, or give another"
+        ) from error
+
+
+def check_output_dir(folder: Path, new: bool) -> None:
+    """TrainingError for a folder that a ``new`` run would overwrite, or that cannot be written to. Leaves nothing behind."""
+    made: list[Path] = []
+    try:
+        used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"--output_dir={folder} cannot be read ({error}); give another") from error
+    if used and new:
+        raise TrainingError(
+            f"--output_dir={folder} is there already and would be overwritten; give another, or --resume=true to go on"
+        )
+    try:
+        make_folder(folder)
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def advice(error: BaseException) -> str:
+    """What to do about a disk that refuses."""
+    return "make it writable" if getattr(error, "errno", None) in READ_ONLY else "free some space"
+
+
+def replace(source: Path, target: Path) -> None:
+    """``os.replace``; where a file system does not rename onto what is there, that is removed first."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno not in LACKING | {errno.EEXIST, errno.EACCES} or _is_folder(target):
+            raise
+        target.unlink(missing_ok=True)
+        os.rename(source, target)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def flush(folder: Path) -> None:
+    """Everything below a folder onto the disk: a rename may get there before the bytes of what it names."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        flush_entry(path)
+
+
+def flush_entry(path: Path) -> None:
+    """A file, or the names in a folder, onto the disk, as far as its file system can be told to."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Folders cannot be opened everywhere.
+        unheard = LACKING | ({errno.EACCES, errno.EISDIR, errno.EBADF} if path.is_dir() else set())
+        if error.errno not in unheard:
+            raise
