@@ -33,9 +33,10 @@ from .train.data import Data, held_out_batches, open_data, to_floats, training_b
 from .train.errors import TrainingError
 from .train.evaluation import held_out_loss
 from .train.log import Log
-from .train.policy import make_policy, make_processors, speed_up
+from .train.policy import make_optimizer, make_policy, make_processors, speed_up
 from .train.random_state import seed_all, seeded
 from .train.settings import TrainSettings
+from .train.trial import try_step
 
 logger = logging.getLogger(__name__)
 
@@ -126,13 +127,13 @@ def prepare(settings: TrainSettings, resume: Path | None = None) -> Run:
     source = resume / files.PRETRAINED if resume else settings.policy_path
     data = open_data(settings)
     policy = make_policy(settings, source)
+    preprocess, postprocess = make_processors(settings, data.stats, source, resume is not None)
+    try_step(
+        settings, data, policy, preprocess, _autocast(settings)
+    )  # plain, for nothing must be captured or kept
     fused, path = speed_up(policy, settings)
-    preprocess, postprocess = make_processors(settings, data.meta.stats, source, resume is not None)
+    optimizer, scheduler = make_optimizer(policy, settings, fused)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    # Frozen parameters too, as LeRobot does: they get no gradient, and a checkpoint's states are numbered by place.
-    preset = settings.policy.get_optimizer_preset()
-    optimizer = preset.build(policy.get_optim_params(), fused=fused or None)
-    scheduler = settings.policy.get_scheduler_preset().build(optimizer, settings.steps)
     run = Run(settings, asked, data, policy, preprocess, postprocess, optimizer, scheduler, 0, path)
     if resume:
         run.step = files.load_state(resume, optimizer, scheduler)
@@ -189,8 +190,13 @@ def write_checkpoint(run: Run, folder: Path) -> None:
 
 def _check_unused(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        go_on = (
+            "or --resume=true to go on"
+            if Checkpoints(folder).last()
+            else "for it holds no checkpoint from which --resume=true could go on"
+        )
         raise TrainingError(
-            f"--output_dir={folder} is there already and would be overwritten; give another, or --resume=true to go on"
+            f"--output_dir={folder} is there already and would be overwritten; give another, {go_on}"
         )
 
 
