@@ -34,9 +34,10 @@ from .train.disk import check_output_dir, make_folder
 from .train.errors import TrainingError
 from .train.evaluation import held_out_loss
 from .train.log import Log
-from .train.policy import check_policy, make_policy, make_processors, speed_up
+from .train.policy import check_policy, make_optimizer, make_policy, make_processors, speed_up
 from .train.random_state import seed_all, seeded
 from .train.settings import TrainSettings
+from .train.trial import try_step
 
 logger = logging.getLogger(__name__)
 
@@ -127,13 +128,13 @@ def prepare(settings: TrainSettings, resume: Path | None = None) -> Run:
     source = resume / files.PRETRAINED if resume else settings.policy_path
     data = open_data(settings)
     policy = make_policy(settings, source)
+    preprocess, postprocess = make_processors(settings, data.stats, source, resume is not None)
+    try_step(
+        settings, data, policy, preprocess, _autocast(settings)
+    )  # plain, for nothing must be captured or kept
     fused, path = speed_up(policy, settings)
-    preprocess, postprocess = make_processors(settings, data.meta.stats, source, resume is not None)
     make_folder(settings.output_dir)
-    # Frozen parameters too, as LeRobot does: they get no gradient, and a checkpoint's states are numbered by place.
-    preset = settings.policy.get_optimizer_preset()
-    optimizer = preset.build(policy.get_optim_params(), fused=fused or None)
-    scheduler = settings.policy.get_scheduler_preset().build(optimizer, settings.steps)
+    optimizer, scheduler = make_optimizer(policy, settings, fused)
     run = Run(settings, asked, data, policy, preprocess, postprocess, optimizer, scheduler, 0, path)
     if resume:
         run.step = files.load_state(resume, optimizer, scheduler)

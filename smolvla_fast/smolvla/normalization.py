@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -89,21 +90,26 @@ def statistics_fault(
         return None
     entry = (stats or {}).get(key)
     hint = other_names(key, stats or {}) if entry is None else ""
-    size = None if feature.type is FeatureType.VISUAL else feature.shape[-1]
+    shape = None if feature.type is FeatureType.VISUAL else feature.shape
     for name in REQUIRED_STATS[mode]:
         value = entry.get(name) if isinstance(entry, Mapping) else None
-        fault = "is missing" if value is None else _value_fault(value, size)
+        fault = "is missing" if value is None else _value_fault(value, shape)
         if fault:
             return f"statistic {name!r} of {key!r}, of {feature.shape[-1]} values, {fault}{hint}"
     return None
 
 
-def _value_fault(value: Any, size: int | None) -> str | None:
+def _value_fault(value: Any, shape: tuple[int, ...] | None) -> str | None:
     try:
         tensor = _to_tensor(value).double()
     except (TypeError, ValueError, RuntimeError):
         return f"is {value!r}, no numbers"
-    fits = size is None or tensor.numel() == 1 or (tensor.numel() == size == tensor.shape[-1])
+    # Of matrices LeRobot has one number a column.
+    fits = (
+        shape is None
+        or tensor.numel() == 1
+        or (tensor.shape[-1:] == shape[-1:] and tensor.numel() in (shape[-1], math.prod(shape)))
+    )
     return None if tensor.numel() and tensor.isfinite().all() and fits else f"is {tensor.tolist()}"
 
 

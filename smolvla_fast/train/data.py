@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from ..smolvla import FeatureType, NormalizationMode, PolicyFeature, SmolVLAConfig
-from ..smolvla.features import ACTION, OBS_STATE
+from ..smolvla import NormalizationMode, SmolVLAConfig
+from ..smolvla.features import ACTION, OBS_PREFIX, OBS_STATE
 from ..smolvla.normalization import statistics_fault
 from .dataset_files import check_backend, check_files, find_fault, first_line
 from .errors import TrainingError
+from .features import fill_features, policy_names
 from .readable import Batches, Collate, Readable
 from .settings import TrainSettings
 
@@ -30,14 +31,21 @@ class Data:
     """What a run reads.
 
     train, held_out  ``LeRobotDataset`` with ``delta_timestamps``; held_out is None without ``dataset.eval_split``
+    names            of the dataset's features in the policy, as ``policy_names`` has them
     """
 
     train: Any
     held_out: Any | None
+    names: dict[str, str]
 
     @property
     def meta(self) -> Any:
         return self.train.meta
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """The dataset's statistics under the policy's names."""
+        return {self.names[key]: entry for key, entry in (self.meta.stats or {}).items() if key in self.names}
 
 
 def open_data(settings: TrainSettings) -> Data:
@@ -65,15 +73,17 @@ def open_data(settings: TrainSettings) -> Data:
                 delta_timestamps=resolve_delta_timestamps(policy, meta), return_uint8=True,
             )  # fmt: skip
 
-        fill_features(policy, meta.features, settings.rename_map)
-        check_statistics(policy, meta.stats, settings.rename_map)
-        data = Data(read(train_episodes), read(eval_episodes) if eval_episodes else None)
+        names = policy_names(meta.features, settings.rename_map)
+        fill_features(settings, meta.features, names)
+        data = Data(read(train_episodes), read(eval_episodes) if eval_episodes else None, names)
         for part in filter(None, (data.train, data.held_out)):
             check_files(part)
-            check_values(part)
+            check_values(part, names)
             read_by_column(part)
             if wanted.use_imagenet_stats:
                 _take_imagenet_stats(part.meta)
+        check_statistics(policy, meta.stats, names)
+        _say_what_is_scaled(policy, names)
     except TrainingError:
         raise
     except Exception as error:
@@ -127,81 +137,26 @@ def split_episodes(settings: TrainSettings, meta: Any) -> tuple[list[int] | None
         train += episodes[:kept]
         held_out += episodes[kept:]
     if not train:
+        several = any(len(episodes) > 1 for episodes in by_task.values())
         raise TrainingError(
-            f"dataset.eval_split={settings.dataset.eval_split} leaves no episode to learn from; give a smaller share"
+            f"dataset.eval_split={settings.dataset.eval_split} leaves no episode to learn from; "
+            + (
+                "give a smaller share"
+                if several
+                else "leave it out, for no task has a second episode to hold out"
+            )
         )
     return train, held_out
 
 
-def fill_features(config: SmolVLAConfig, features: dict[str, Any], rename_map: dict[str, str]) -> None:
-    """Takes empty ``input_features`` and ``output_features`` from the dataset; what is declared is compared with it."""
-    found = policy_features(features, rename_map)
-    if not config.output_features:
-        config.output_features = {k: f for k, f in found.items() if f.type is FeatureType.ACTION}
-    if not config.input_features:
-        config.input_features = {k: f for k, f in found.items() if f.type is not FeatureType.ACTION}
-    cameras = [key for key, feature in found.items() if feature.type is FeatureType.VISUAL]
-    expected = [key for key in config.image_features if "empty_camera" not in key]
-    missing = [key for key in expected if key not in found]
-    if not cameras:
-        raise TrainingError(
-            f"the dataset has no camera, SmolVLA needs at least one; its features are {sorted(found)}"
-        )
-    left_out = missing[config.empty_cameras :]
-    if left_out and rename_map and set(cameras) <= set(expected):
-        # Each of the dataset's cameras has been given its place. LeRobot trains so too, and leaves the others out.
-        logger.warning(
-            "the dataset lacks the cameras %s of the policy, which is trained without them; --policy.empty_cameras=%d puts "
-            "masked blank frames in their place",
-            left_out, len(missing),
-        )  # fmt: skip
-    elif left_out:
-        raise TrainingError(
-            f"the dataset lacks the cameras {missing} of the policy; it has {cameras}. Give --rename_map "
-            f'\'{{"{cameras[0]}": "{missing[0]}"}}\' if cameras have other names (with each of '
-            f"them renamed, the policy is trained without the rest), --policy.empty_cameras={len(missing)} to "
-            "train with blank frames in their place, or --policy.input_features=null to take the dataset's features"
-        )
-    for key, declared, limit in (
-        (ACTION, config.action_feature, "max_action_dim"),
-        (OBS_STATE, config.robot_state_feature, "max_state_dim"),
-    ):
-        if key not in found:
-            raise TrainingError(
-                f"the dataset has no {key!r}, which SmolVLA learns from; it has {sorted(found)}"
-            )
-        size = found[key].shape[0]
-        if declared is not None and declared.shape[0] != size:
-            field = "output_features" if key == ACTION else "input_features"
-            raise TrainingError(
-                f"{key!r} has {size} values in the dataset and {declared.shape[0]} in the policy's configuration. To train "
-                f"for another robot than the checkpoint's, give --policy.{field}=null, which takes the dataset's features"
-            )
-        if size > getattr(config, limit):
-            raise TrainingError(
-                f"{key!r} has {size} values in the dataset, the policy accepts at most {limit}={getattr(config, limit)}; "
-                f"give --policy.{limit}={size} (fresh weights only)"
-            )
-
-
-def policy_features(features: dict[str, Any], rename_map: dict[str, str]) -> dict[str, PolicyFeature]:
-    """The dataset's features as a policy has them: cameras as (channels, height, width), names after ``rename_map``."""
-    from lerobot.utils.feature_utils import dataset_to_policy_features
-
-    return {
-        rename_map.get(key, key): PolicyFeature(FeatureType(feature.type.value), tuple(feature.shape))
-        for key, feature in dataset_to_policy_features(features).items()
-    }
-
-
-def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, rename_map: dict[str, str]) -> None:
-    """TrainingError unless every feature that is normalised has finite statistics of its size."""
-    names = {new: old for old, new in rename_map.items()}
+def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, names: dict[str, str]) -> None:
+    """TrainingError unless every feature of the dataset that is normalised has finite statistics of its size."""
+    sources = {new: old for old, new in names.items()}
     for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
         mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
-        if mode is NormalizationMode.IDENTITY or "empty_camera" in key:
+        if mode is NormalizationMode.IDENTITY or key not in sources:
             continue
-        fault = statistics_fault(names.get(key, key), feature, mode, stats)
+        fault = statistics_fault(sources[key], feature, mode, stats)
         if fault:
             raise TrainingError(
                 f"meta/stats.json: {fault}; normalisation {mode.value} of {key!r} needs it. Compute it with "
@@ -210,12 +165,35 @@ def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, rename
             )
 
 
-def check_values(dataset: Any) -> None:
-    """TrainingError for the first state or action with NaN or infinity. One pass over the columns, without the images."""
+def _say_what_is_scaled(config: SmolVLAConfig, names: dict[str, str]) -> None:
+    """LeRobot 0.6.1 looks for the statistics of a renamed feature under its new name, and so does not scale it."""
+    features, modes = config.input_features or {}, config.normalization_mapping
+    scaled = [
+        old
+        for old, new in names.items()
+        if old != new and new in features and modes.get(features[new].type.value, "IDENTITY") != "IDENTITY"
+    ]
+    if scaled:
+        logger.warning(
+            "%s, renamed, are normalised by their statistics, as under the policy's own names; lerobot-train 0.6.1 trains "
+            "on renamed features as they are", scaled,
+        )  # fmt: skip
+
+
+def check_values(dataset: Any, names: dict[str, str]) -> None:
+    """TrainingError for an observation that is no number, and for the first state or action with NaN or infinity.
+
+    One pass over the columns, without the images.
+    """
     from .reader import numbers
 
-    for key in (OBS_STATE, ACTION):
-        values = numbers(dataset.hf_dataset, key).flatten(1)
+    for key, name in names.items():
+        if key in dataset.meta.camera_keys or not (key == ACTION or key.startswith(OBS_PREFIX)):
+            continue
+        values = numbers(dataset.hf_dataset, key)
+        if name not in (OBS_STATE, ACTION):  # SmolVLA does not learn from it
+            continue
+        values = values.reshape(len(values), -1)
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             row, column = bad[0].tolist()
@@ -232,7 +210,7 @@ def check_values(dataset: Any) -> None:
 def _take_imagenet_stats(meta: Any) -> None:
     from lerobot.utils.constants import IMAGENET_STATS
 
-    for key in set(meta.camera_keys) & set(meta.stats or {}):
+    for key in (set(meta.camera_keys) - set(meta.depth_keys)) & set(meta.stats or {}):
         meta.stats[key].update(
             {name: torch.tensor(v, dtype=torch.float32) for name, v in IMAGENET_STATS.items()}
         )
@@ -258,6 +236,12 @@ def training_batches(settings: TrainSettings, dataset: Any, first: int) -> Itera
     loader = _loader(settings, Readable(dataset), dataset.meta, sampler=sampler)
     while True:
         yield from loader
+
+
+def few_samples(settings: TrainSettings, dataset: Any) -> dict[str, Any]:
+    """A batch of the first and the last frame, read in this process."""
+    alone = replace(settings, num_workers=0, batch_size=2)
+    return next(iter(_loader(alone, Subset(dataset, [0, len(dataset) - 1]), dataset.meta)))
 
 
 def held_out_batches(settings: TrainSettings, dataset: Any) -> Batches:

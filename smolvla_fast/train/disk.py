@@ -38,8 +38,11 @@ def check_output_dir(folder: Path, new: bool) -> None:
     except (OSError, ValueError) as error:
         raise TrainingError(f"--output_dir={folder} cannot be read ({error}); give another") from error
     if used and new:
+        go_on = "for it holds no checkpoint from which --resume=true could go on"
+        if any(folder.glob("checkpoints/[0-9]*")):
+            go_on = "or --resume=true to go on"
         raise TrainingError(
-            f"--output_dir={folder} is there already and would be overwritten; give another, or --resume=true to go on"
+            f"--output_dir={folder} is there already and would be overwritten; give another, {go_on}"
         )
     try:
         make_folder(folder)

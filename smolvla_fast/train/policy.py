@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..processor import why_bf16_is_slow
 from ..smolvla import SmolVLAConfig, SmolVLAPolicy, make_pre_post_processors
@@ -39,10 +40,22 @@ def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
         policy = (
             policy_class(config) if source is None else policy_class.from_pretrained(source, config=config)
         )
-    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        return policy.to(config.device).train()
+    except Exception as error:
+        # A file, the Hub, safetensors, a configuration that fits together nowhere, a device: each has errors of its own.
         what = "a fresh policy" if source is None else f"the policy of {source}"
-        raise TrainingError(f"cannot make {what}: {error}") from error
-    return policy.to(config.device).train()
+        raise TrainingError(f"cannot make {what}: {error or type(error).__name__}") from error
+
+
+def make_optimizer(policy: Any, settings: TrainSettings, fused: bool) -> tuple[Optimizer, LRScheduler]:
+    """AdamW and its schedule as the policy's configuration has them. TrainingError for values that AdamW refuses."""
+    config = settings.policy
+    try:
+        # Frozen parameters too, as LeRobot does: they get no gradient, and a checkpoint's states are numbered by place.
+        optimizer = config.get_optimizer_preset().build(policy.get_optim_params(), fused=fused or None)
+    except ValueError as error:
+        raise TrainingError(f"the flags --policy.optimizer_* make no AdamW: {error}") from error
+    return optimizer, config.get_scheduler_preset().build(optimizer, settings.steps)
 
 
 def check_policy(settings: TrainSettings) -> None:
@@ -129,6 +142,8 @@ def make_processors(
 ) -> tuple[Any, Any]:
     """Pre- and postprocessor: fresh; a checkpoint's with this dataset's statistics; or, on resume, exactly its own.
 
+    stats  of the dataset, under the policy's names
+
     Fresh ones too for a checkpoint without any, as LeRobot wrote them before version 0.4.
     raises  TrainingError for files that cannot be read, on resume for missing ones, and for processors that leave something
             as it is which the configuration has them normalise
@@ -147,7 +162,6 @@ def _processors(
     settings: TrainSettings, stats: dict[str, Any], source: str | Path | None, resume: bool
 ) -> tuple[Any, Any]:
     config = settings.policy
-    stats = {settings.rename_map.get(key, key): entry for key, entry in stats.items()}
     if source is not None and not resume and is_absent(source, f"{PREPROCESSOR_NAME}.json"):
         logger.warning(
             "%s has no %s.json: processors are made from its configuration and the dataset's statistics",

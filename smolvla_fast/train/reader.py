@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from lerobot.datasets.dataset_reader import DatasetReader
 from torch import Tensor
+
+from .errors import TrainingError
 
 
 class ColumnReader(DatasetReader):
@@ -45,9 +48,32 @@ def read_by_column(dataset: Any) -> None:
 
 
 def numbers(hf_dataset: Any, key: str) -> Tensor:
-    """A numeric column as a tensor [frames, ...]; a missing number is NaN."""
-    column = hf_dataset.data.column(key).combine_chunks()
-    shape = np.shape(column[0].as_py())
-    for _ in shape:
+    """A column [frames, ...] in the dtype that LeRobot reads it in, whichever of its kind the file has: floats as fp32,
+    integers as int64, truth values as bool. A missing number is NaN.
+
+    raises  TrainingError for text, and for rows of several lengths
+    """
+    column = hf_dataset.data.column(key)
+    if isinstance(column.type, pa.BaseExtensionType):  # how datasets keeps arrays of two and more dimensions
+        column = column.cast(column.type.storage_type)
+    column = column.combine_chunks()
+    shape: list[int] = []
+    while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        lengths = pc.list_value_length(column).unique().to_pylist()
+        if len(lengths) != 1 or lengths[0] is None:
+            raise TrainingError(_not_numbers(key, f"lists of the lengths {lengths}"))
+        shape += lengths
         column = column.flatten()
-    return torch.tensor(column.to_numpy(zero_copy_only=False)).reshape(-1, *shape)
+    values = column.to_numpy(zero_copy_only=False)
+    dtypes = {"f": torch.get_default_dtype(), "i": torch.int64, "u": torch.int64, "b": torch.bool}
+    if values.dtype.kind not in dtypes:
+        raise TrainingError(_not_numbers(key, str(column.type)))
+    return torch.tensor(values).to(dtypes[values.dtype.kind]).reshape(-1, *shape)
+
+
+def _not_numbers(key: str, found: str) -> str:
+    return (
+        f"{key!r} holds {found}; accepted as observation or action are numbers, of one shape in all frames. Take the "
+        f"feature out with `lerobot-edit-dataset --operation.type remove_feature --operation.feature_names \"['{key}']\"` "
+        "(see its --help)"
+    )

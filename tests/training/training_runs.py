@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from smolvla_fast import training
 from smolvla_fast.cli import main
 from smolvla_fast.cli import train as command
 from smolvla_fast.testing import TINY_TEXT, TINY_VISION, TINY_VOCAB, make_vlm_folder
 from smolvla_fast.testing_dataset import REPO_ID, write_dataset
+from smolvla_fast.train import random_state
 from smolvla_fast.train.data import training_batches
 from smolvla_fast.training import Run, prepare, train, update
 
@@ -101,3 +107,83 @@ def state_files(checkpoint: Path) -> dict[str, bytes]:
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name not in ("train_config.json", "run.json")
     }
+
+
+def record(root: Path, features: dict[str, Any], episodes: int = 2, frames: int = 8) -> str:
+    """Writes a dataset of any features, {name: (dtype, shape)}, and returns its flag. Images and depth have a dtype of
+    their own here; values are drawn by a feature's place in the list, so that one under another name has the same.
+    """
+    from lerobot.datasets import LeRobotDataset
+
+    from smolvla_fast.testing_dataset import _quiet
+
+    declared, draws = {}, []
+    for name, (dtype, shape) in features.items():
+        picture = dtype in ("image", "depth")
+        declared[name] = {
+            "dtype": "image" if picture else dtype, "shape": shape,
+            "names": ["height", "width", "channels"] if picture else None, "info": {"is_depth_map": dtype == "depth"},
+        }  # fmt: skip
+        draws.append(lambda rng, dtype=dtype, shape=shape: _draw(rng, dtype, shape))
+    dataset = LeRobotDataset.create(REPO_ID, 10, declared, root=root, use_videos=False, video_backend="pyav")
+    rngs = [np.random.default_rng(place) for place in range(len(draws))]
+    with _quiet():
+        for _ in range(episodes):
+            for _ in range(frames):
+                values = [draw(rng) for draw, rng in zip(draws, rngs, strict=True)]
+                dataset.add_frame({**dict(zip(declared, values, strict=True)), "task": "pick the cube"})
+            dataset.save_episode()
+        dataset.finalize()
+    return f"--dataset.root={root}"
+
+
+def _draw(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> Any:
+    if dtype == "string":
+        return "gently"
+    if dtype in ("image", "depth"):
+        return rng.integers(0, 255, shape).astype("uint8" if dtype == "image" else "uint16")
+    if dtype == "bool":
+        return rng.integers(0, 2, shape).astype(bool)
+    return (rng.standard_normal(shape) if "float" in dtype else rng.integers(0, 100, shape)).astype(dtype)
+
+
+def seeded_losses(monkeypatch, module: Any, name: str, read: Callable[[Any], tuple[float, float]]) -> list:
+    """Has ``module.name``, the update of a loop, draw step n's noise from seed n; returns the list that its losses and
+    gradient norms go to."""
+    update, losses = getattr(module, name), []
+
+    def step(*given: Any, **options: Any) -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(len(losses))
+            result = update(*given, **options)
+        losses.append(read(result))
+        return result
+
+    monkeypatch.setattr(module, name, step)
+    return losses
+
+
+def lerobot_train(monkeypatch, flags: list[str]) -> list[tuple[float, float]]:
+    """Losses and gradient norms of LeRobot's own command under these flags, in this process, which stays as it was."""
+    from lerobot.scripts import lerobot_train as stock
+
+    root, backends = logging.getLogger(), (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = root.handlers[:], root.level, backends[0].benchmark, backends[1].allow_tf32
+    losses = seeded_losses(monkeypatch, stock, "update_policy", lambda r: (r[0].loss.val, r[0].grad_norm.val))
+    given = {flag.split("=")[0]: flag for flag in flags}  # draccus knows no flag twice
+    more = ["--policy.push_to_hub=false", "--save_checkpoint=false", "--dataset.video_backend=pyav"]
+    monkeypatch.setattr(sys, "argv", ["lerobot-train", *given.values(), *more])
+    try:
+        with random_state.seeded(0):
+            stock.train()
+    finally:
+        root.handlers[:], level, backends[0].benchmark, backends[1].allow_tf32 = before
+        root.setLevel(level)
+    return losses
+
+
+def own_train(monkeypatch, settings: Any) -> list[tuple[float, float]]:
+    """The same of ours."""
+    losses = seeded_losses(monkeypatch, training, "update", lambda facts: (facts["loss"], facts["grad_norm"]))
+    train(settings)
+    return losses

@@ -1,0 +1,152 @@
+"""A dataset's features beside a policy's: whose name is whose, and whether the policy finds what it learns from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from ..smolvla import FeatureType, PolicyFeature
+from ..smolvla.features import ACTION, OBS_PREFIX, OBS_STATE
+from .errors import TrainingError
+from .settings import TrainSettings
+
+logger = logging.getLogger(__name__)
+
+
+def policy_names(names: Iterable[str], rename_map: dict[str, str]) -> dict[str, str]:
+    """{name in the dataset: name in the policy}. Observations alone are renamed, as the preprocessor does it.
+
+    raises  TrainingError for two features under one name
+    """
+    renamed = {name: rename_map.get(name, name) if name.startswith(OBS_PREFIX) else name for name in names}
+    sources: dict[str, str] = {}
+    for old, new in renamed.items():
+        if sources.setdefault(new, old) != old:
+            both = (sources[new], old)
+            spare = next((name for name in both if name not in rename_map), None)
+            flag = (
+                _as_flag({**rename_map, spare: f"{spare}_unused"}) if spare else "a name of its own for each"
+            )
+            raise TrainingError(
+                f"both {both[0]!r} and {both[1]!r} of the dataset would be the policy's {new!r}; give --rename_map {flag}"
+                + (f" to leave {spare!r} out" if spare else "")
+            )
+    return renamed
+
+
+def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict[str, str]) -> None:
+    """Takes empty ``input_features`` and ``output_features`` from the dataset; what is declared is compared with it.
+
+    names  of the dataset's features in the policy
+    """
+    config, found = settings.policy, policy_features(features, names)
+    if not config.output_features:
+        config.output_features = {k: f for k, f in found.items() if f.type is FeatureType.ACTION}
+    if not config.input_features:
+        config.input_features = {k: f for k, f in found.items() if f.type is not FeatureType.ACTION}
+    _check_cameras(settings, found, names)
+    for key, declared, limit in (
+        (ACTION, config.action_feature, "max_action_dim"),
+        (OBS_STATE, config.robot_state_feature, "max_state_dim"),
+    ):
+        if key not in found:
+            has = [name for name, new in names.items() if new in found]
+            states = [name for name in has if found[names[name]].type in (FeatureType.STATE, FeatureType.ENV)]
+            states.sort(key=lambda name: declared is None or found[names[name]].shape != declared.shape)
+            advice = ""
+            if key == OBS_STATE and states and settings.policy_path:
+                flag = _as_flag({**settings.rename_map, states[0]: key})
+                advice = f". Give --rename_map {flag} if that is the robot's state"
+            raise TrainingError(
+                f"the dataset has no {key!r}, which SmolVLA learns from; it has {has}{advice}"
+            )
+        shape = found[key].shape
+        size, field = size_of(shape), "output_features" if key == ACTION else "input_features"
+        if key == ACTION and (len(shape) > 1 or shape == (1,)):
+            raise TrainingError(
+                f"{key!r} has {size} values in the dataset, SmolVLA learns vectors of at least 2 (LeRobot reads one value "
+                "as a number without a dimension): record it as one vector, a lone value beside a constant one"
+            )
+        if declared is not None and declared.shape != shape:
+            raise TrainingError(
+                f"{key!r} has {size} values in the dataset and {size_of(declared.shape)} in the policy's configuration. To "
+                f"train for another robot than the checkpoint's, give --policy.{field}=null, which takes the dataset's "
+                "features"
+            )
+        if shape[-1] > getattr(config, limit):
+            where = (
+                "without --policy.path: a checkpoint's weights have its width" if settings.policy_path else ""
+            )
+            raise TrainingError(
+                f"{key!r} has {size} values in the dataset, the policy accepts at most {limit}={getattr(config, limit)}; "
+                f"give --policy.{limit}={shape[-1]} (fresh weights only{', ' if where else ''}{where})"
+            )
+
+
+def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], names: dict[str, str]) -> None:
+    """TrainingError unless a camera of the policy is in the dataset and, renamed ones aside, all are that it wants."""
+    config = settings.policy
+    cameras = {old: new for old, new in names.items() if _is(found.get(new), FeatureType.VISUAL)}
+    if not cameras:
+        raise TrainingError(
+            f"the dataset has no camera, SmolVLA needs at least one; its features are {sorted(names)}"
+        )
+    expected = [key for key in config.image_features if "empty_camera" not in key]
+    missing = [key for key in expected if key not in cameras.values()]
+    left_out = missing[config.empty_cameras :]
+    present = set(cameras.values()) & set(config.image_features)
+    if present and not left_out:
+        return
+    if present and settings.rename_map and set(cameras.values()) <= set(expected):
+        # Each of the dataset's cameras has been given its place. LeRobot trains so too, and leaves the others out.
+        logger.warning(
+            "the dataset lacks the cameras %s of the policy, which is trained without them; --policy.empty_cameras=%d puts "
+            "masked blank frames in their place",
+            left_out, len(missing),
+        )  # fmt: skip
+        return
+    ways = ["--policy.input_features=null to take the dataset's features"]
+    if present:  # a blank frame stands beside real ones
+        ways.insert(0, f"--policy.empty_cameras={len(missing)} to train with blank frames in their place")
+    if missing and settings.policy_path:
+        unplaced = [old for old, new in cameras.items() if new not in expected] or list(cameras)
+        flag = _as_flag({**settings.rename_map, **dict(zip(unplaced, missing, strict=False))})
+        ways.insert(
+            0,
+            f"--rename_map {flag} if cameras have other names (with each of them renamed, the policy is trained without "
+            "the rest)",
+        )
+    raise TrainingError(
+        (
+            f"the dataset lacks the cameras {missing} of the policy"
+            if missing
+            else "the policy declares no camera"
+        )
+        + f"; it has {list(cameras)}. Give {', or '.join(ways)}"
+    )
+
+
+def size_of(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _is(feature: PolicyFeature | None, kind: FeatureType) -> bool:
+    return feature is not None and feature.type is kind
+
+
+def _as_flag(value: Any) -> str:
+    """As it is typed on a command line."""
+    return f"'{json.dumps(value)}'"
+
+
+def policy_features(features: dict[str, Any], names: dict[str, str]) -> dict[str, PolicyFeature]:
+    """The dataset's features as a policy has them: under its names, cameras as (channels, height, width)."""
+    from lerobot.utils.feature_utils import dataset_to_policy_features
+
+    renamed = {names[key]: feature for key, feature in features.items()}
+    return {
+        key: PolicyFeature(FeatureType(feature.type.value), tuple(feature.shape))
+        for key, feature in dataset_to_policy_features(renamed).items()
+    }

@@ -1,0 +1,125 @@
+"""Two samples through reading, preprocessing and loss before a run begins: whatever a step would fail on is said then.
+
+The trial decides, not a list of what is accepted: what LeRobot's policy can compute is trained. The list explains.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..smolvla import FeatureType, NormalizationMode, PolicyFeature, SmolVLAConfig
+from ..smolvla.features import ACTION, OBS_STATE
+from .data import Data, few_samples, to_floats
+from .errors import TrainingError
+from .random_state import seeded
+from .settings import TrainSettings
+
+ACCEPTED = (
+    "cameras [batch, 1, 3, height, width], 'observation.state' [batch, 1, n] with n <= policy.max_state_dim and 'action' "
+    "[batch, policy.chunk_size, n] with n <= policy.max_action_dim, all of numbers"
+)
+
+
+@torch.no_grad()
+def try_step(
+    settings: TrainSettings, data: Data, policy: Any, preprocess: Any, autocast: AbstractContextManager
+) -> None:
+    """Computes the loss of the first and the last sample, in noise of its own; nothing of it stays.
+
+    raises  TrainingError with the features that are the cause, where they are known, and what to do about them
+    """
+    with seeded(0), autocast, torch.compiler.set_stance("force_eager"):
+        raw: dict[str, Any] = {}
+        try:
+            raw = few_samples(settings, data.train)
+            policy.forward(preprocess(to_floats(raw, settings.policy.device or "cpu")))
+        except TrainingError:
+            raise
+        except Exception as error:
+            # Reader, processors and two implementations of the policy each raise errors of their own.
+            raise TrainingError(_message(settings, policy, raw, error)) from error
+
+
+def _message(settings: TrainSettings, policy: Any, raw: dict[str, Any], error: Exception) -> str:
+    names = settings.rename_map
+    given = {names.get(key, key): value for key, value in raw.items() if isinstance(value, Tensor)}
+    causes = [*_features(settings.policy, given), *_frames(settings.policy, policy, given)]
+    if not causes:
+        wanted = [*(settings.policy.input_features or {}), ACTION]
+        shapes = [f"{k!r} {list(v.shape)} {_name(v.dtype)}" for k, v in given.items() if k in wanted]
+        read = f"Read were {', '.join(shapes)}; accepted are {ACCEPTED}" if raw else "No sample could be read"
+        causes = [f"{read}. Mend the dataset, or set --policy.* to fit it"]
+    said = (str(error).splitlines() or [""])[0].rstrip(".")
+    return (
+        f"a step on this dataset fails with {type(error).__name__}: {said}. {'; '.join(causes)}. Nothing was trained or "
+        "written"
+    )
+
+
+def _features(config: SmolVLAConfig, given: dict[str, Tensor]) -> Iterator[str]:
+    """What is wrong with the features that the policy declares."""
+    declared = {**(config.input_features or {}), **(config.output_features or {})}
+    bad = dict(_bad_features(config, declared, given))
+    yield from bad.values()
+    if not bad:
+        return
+    left = {key: feature for key, feature in (config.input_features or {}).items() if key not in bad}
+    cameras = [key for key in left if left[key].type is FeatureType.VISUAL and key in given]
+    if OBS_STATE in left and ACTION not in bad and cameras:
+        features = {k: {"type": f.type.value, "shape": list(f.shape)} for k, f in left.items()}
+        yield f"give --policy.input_features='{json.dumps(features)}' to train without {', '.join(map(repr, bad))}"
+
+
+def _bad_features(
+    config: SmolVLAConfig, declared: dict[str, PolicyFeature], given: dict[str, Tensor]
+) -> Iterator[tuple[str, str]]:
+    for key, feature in declared.items():
+        value = given.get(key)
+        if value is None:
+            continue
+        mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
+        if feature.type is FeatureType.VISUAL:
+            if value.shape[-3] != 3:
+                yield key, f"{key!r} is a camera of {value.shape[-3]} channel(s), SmolVLA reads 3 (RGB)"
+        elif mode is not NormalizationMode.IDENTITY and value.dtype is torch.bool:
+            yield (
+                key,
+                f"{key!r} is of truth values, normalisation {mode.value} is for numbers: record it as float32",
+            )
+        elif (
+            key in (OBS_STATE, ACTION)
+            and not value.is_floating_point()
+            and mode is NormalizationMode.IDENTITY
+        ):
+            yield key, f"{key!r} is {_name(value.dtype)}, and without normalisation the policy needs float32"
+        elif key == OBS_STATE and value.ndim > 4:
+            yield (
+                key,
+                f"{key!r} has the shape {list(feature.shape)}, the policy reads vectors [n] or matrices [m, n]",
+            )
+
+
+def _frames(config: SmolVLAConfig, policy: Any, given: dict[str, Tensor]) -> Iterator[str]:
+    """What is wrong with the size in which frames reach the vision tower."""
+    vlm = policy.model.vlm_with_expert.get_vlm_model()
+    step = vlm.vision_model.embeddings.patch_size * vlm.connector.scale_factor
+    side = vlm.vision_model.embeddings.image_size
+    size = config.resize_imgs_with_padding
+    sizes = {key: size or given[key].shape[:-3:-1] for key in config.image_features if key in given}
+    bad = {key: (w, h) for key, (w, h) in sizes.items() if w != h or w % step}
+    if bad:
+        frames = ", ".join(f"{key!r} {width} x {height}" for key, (width, height) in bad.items())
+        yield (
+            f"resize_imgs_with_padding={size} makes frames of width x height: {frames}; the vision tower takes squares "
+            f"whose side is a multiple of {step}, such as --policy.resize_imgs_with_padding=[{side},{side}]"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
