@@ -92,7 +92,9 @@ def train(
             # What stopped the run is what has to be heard of, a disk too full for another line is not.
             with suppress(TrainingError):
                 log.close()
-            raise worker_died(error) or error
+            if died := worker_died(error):
+                raise died from error
+            raise
         log.close()
     return run
 

@@ -93,7 +93,9 @@ class Batches:
             except StopIteration:
                 return
             except RuntimeError as error:
-                raise (worker_died(error) or error) from error
+                if died := worker_died(error):
+                    raise died from error
+                raise
             if isinstance(batch, Unreadable):
                 raise TrainingError(batch.message)
             yield batch
