@@ -36,6 +36,7 @@ from .train.evaluation import held_out_loss
 from .train.log import Log
 from .train.policy import check_policy, make_optimizer, make_policy, make_processors, speed_up
 from .train.random_state import seed_all, seeded
+from .train.readable import worker_died
 from .train.settings import TrainSettings
 from .train.trial import try_step
 
@@ -88,10 +89,12 @@ def train(
         log = Log(settings.output_dir, run.step, settings.log_freq)
         try:
             _steps(run, log, on_step)
-        except BaseException:
+        except BaseException as error:
             # What stopped the run is what has to be heard of, a disk too full for another line is not.
             with suppress(TrainingError):
                 log.close()
+            if died := worker_died(error):
+                raise died from error
             raise
         log.close()
     return run

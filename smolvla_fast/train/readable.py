@@ -93,15 +93,22 @@ class Batches:
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise TrainingError(
-                    f"a process that reads data died ({first_line(error)}), often for want of memory; go on with "
-                    "--resume=true and a smaller --num_workers, 0 reads in the process that trains"
-                ) from error
+                if died := worker_died(error):
+                    raise died from error
+                raise
             if isinstance(batch, Unreadable):
                 raise TrainingError(batch.message)
             yield batch
+
+
+def worker_died(error: BaseException) -> TrainingError | None:
+    """For torch's error of a worker that died, which comes by a signal and so in the midst of anything; None for others."""
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
+        return None
+    return TrainingError(
+        f"a process that reads data died ({first_line(error)}), often for want of memory; go on with --resume=true and a "
+        "smaller --num_workers, 0 reads in the process that trains"
+    )
 
 
 def describe(dataset: Any, row: int, error: Exception) -> str:

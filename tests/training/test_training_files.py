@@ -308,7 +308,8 @@ def test_frames_of_two_sizes_are_named(bench_top, tmp_path):
     replace_column(root / DATA, "observation.images.front", change)
     settings = bench_top.settings(tmp_path / "run", f"--dataset.root={root}")
     with pytest.raises(
-        TrainingError, match=r"make no batch: observation\.images\.front of \[3, 16, 24\] and \[3, 8, 8\]"
+        TrainingError,
+        match=r"make no batch: observation\.images\.front of \[1, 3, 16, 24\] and \[1, 3, 8, 8\]",
     ):
         for _ in zip(range(99), training_batches(settings, open_data(settings).train, 0), strict=False):
             pass
