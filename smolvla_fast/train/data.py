@@ -150,7 +150,8 @@ def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, names:
                 raise TrainingError(
                     f"statistic {name!r} of {sources[key]!r}, of {size_of(feature.shape)} values, {state} in "
                     f"meta/stats.json; normalisation {mode.value} needs it. Compute it with `lerobot-edit-dataset "
-                    "--operation.type recompute_stats` (see its --help), or switch normalisation off with --policy.normalization_mapping"
+                    "--operation.type recompute_stats` (see its --help), or switch normalisation off with "
+                    "--policy.normalization_mapping"
                 )
 
 
