@@ -38,6 +38,7 @@ def model_reason(model: Any) -> str | None:
     try:
         return (
             source_reason(model)
+            or _device_reason(model)
             or memory_reason(model)
             or _structure_reason(model)
             or hook_reason(model)
@@ -170,10 +171,13 @@ def hook_reason(model: Any) -> str | None:
     return None
 
 
+def _device_reason(model: Any) -> str | None:
+    device = model.state_proj.weight.device
+    return None if device.type in DEVICES else f"the policy is on {device}; accepted are {' and '.join(DEVICES)}"
+
+
 def _dtype_reason(model: Any) -> str | None:
     device = model.state_proj.weight.device
-    if device.type not in DEVICES:
-        return f"the policy is on {device}; accepted are {' and '.join(DEVICES)}"
     for name, parameter in model.named_parameters():
         if parameter.dtype not in DTYPES:
             return f"{name} is {parameter.dtype}; accepted are float32 and bfloat16"
