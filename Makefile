@@ -22,8 +22,10 @@ JOBS    ?= 2
 .PHONY: demo train-demo test test-cpus test-full acceptance fuzz soak test-compat simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
 .DELETE_ON_ERROR:
 
-# Bytecode is made of what is imported, not of all that is installed: most of it nobody imports here.
+# Bytecode is made of what is imported, not of all that is installed: most of it nobody imports here. Where Python is told to
+# keep none, as in many containers, every process would compile torch and LeRobot anew, for half a minute.
 export PIP_COMPILE := 0
+export PYTHONDONTWRITEBYTECODE :=
 
 demo: $(DEMO)
 	$(VENV)/bin/smolvla-fast demo $(ARGS)

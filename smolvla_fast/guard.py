@@ -173,7 +173,9 @@ def hook_reason(model: Any) -> str | None:
 
 def _device_reason(model: Any) -> str | None:
     device = model.state_proj.weight.device
-    return None if device.type in DEVICES else f"the policy is on {device}; accepted are {' and '.join(DEVICES)}"
+    return (
+        None if device.type in DEVICES else f"the policy is on {device}; accepted are {' and '.join(DEVICES)}"
+    )
 
 
 def _dtype_reason(model: Any) -> str | None:
