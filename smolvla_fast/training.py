@@ -34,7 +34,7 @@ from .train.disk import check_output_dir, make_folder
 from .train.errors import TrainingError
 from .train.evaluation import held_out_loss
 from .train.log import Log
-from .train.policy import check_policy, make_optimizer, make_policy, make_processors, speed_up
+from .train.policy import check_policy, make_policy, make_processors, speed_up
 from .train.random_state import seed_all, seeded
 from .train.readable import worker_died
 from .train.settings import TrainSettings
@@ -82,7 +82,7 @@ def train(
     """
     _refuse_many_processes()
     with seeded(settings.seed):
-        run = prepare(settings, resume)
+        run = prepare(settings, resume, trial=True)
         if resume is None:
             seed_all(settings.seed)  # or noise would depend on how many numbers a constructor drew
         on_begin(run)
@@ -117,10 +117,11 @@ def _steps(run: Run, log: Log, on_step: Callable[[int, dict[str, float]], None])
             checkpoints.save(run.step, settings.steps, lambda folder: write_checkpoint(run, folder))
 
 
-def prepare(settings: TrainSettings, resume: Path | None = None) -> Run:
+def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool = False) -> Run:
     """Data, policy, processors, optimizer and schedule, fresh or as a checkpoint left them.
 
     ``settings`` stay as they are: the run has a copy with the features of the dataset where none were given.
+    trial   whether the loss of two samples is computed before ``output_dir`` is made, as ``train`` does
     raises  TrainingError as ``train``, and for an ``output_dir`` that holds something, but to resume
     """
     check_output_dir(settings.output_dir, resume is None)
@@ -132,12 +133,14 @@ def prepare(settings: TrainSettings, resume: Path | None = None) -> Run:
     data = open_data(settings)
     policy = make_policy(settings, source)
     preprocess, postprocess = make_processors(settings, data.stats, source, resume is not None)
-    try_step(
-        settings, data, policy, preprocess, _autocast(settings)
-    )  # plain, for nothing must be captured or kept
+    if trial:  # of the plain policy, for what is patched keeps count and image tokens
+        try_step(settings, data, policy, preprocess, _autocast(settings))
     fused, path = speed_up(policy, settings)
     make_folder(settings.output_dir)
-    optimizer, scheduler = make_optimizer(policy, settings, fused)
+    # Frozen parameters too, as LeRobot does: they get no gradient, and a checkpoint's states are numbered by place.
+    preset = settings.policy.get_optimizer_preset()
+    optimizer = preset.build(policy.get_optim_params(), fused=fused or None)
+    scheduler = settings.policy.get_scheduler_preset().build(optimizer, settings.steps)
     run = Run(settings, asked, data, policy, preprocess, postprocess, optimizer, scheduler, 0, path)
     if resume:
         run.step = files.load_state(resume, optimizer, scheduler)

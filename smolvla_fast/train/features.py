@@ -27,7 +27,7 @@ def policy_names(names: Iterable[str], rename_map: dict[str, str]) -> dict[str, 
             both = (sources[new], old)
             spare = next((name for name in both if name not in rename_map), None)
             flag = (
-                _as_flag({**rename_map, spare: f"{spare}_unused"}) if spare else "a name of its own for each"
+                as_flag({**rename_map, spare: f"{spare}_unused"}) if spare else "a name of its own for each"
             )
             raise TrainingError(
                 f"both {both[0]!r} and {both[1]!r} of the dataset would be the policy's {new!r}; give --rename_map {flag}"
@@ -57,7 +57,7 @@ def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict
             states.sort(key=lambda name: declared is None or found[names[name]].shape != declared.shape)
             advice = ""
             if key == OBS_STATE and states and settings.policy_path:
-                flag = _as_flag({**settings.rename_map, states[0]: key})
+                flag = as_flag({**settings.rename_map, states[0]: key})
                 advice = f". Give --rename_map {flag} if that is the robot's state"
             raise TrainingError(
                 f"the dataset has no {key!r}, which SmolVLA learns from; it has {has}{advice}"
@@ -112,7 +112,7 @@ def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], nam
         ways.insert(0, f"--policy.empty_cameras={len(missing)} to train with blank frames in their place")
     if missing and settings.policy_path:
         unplaced = [old for old, new in cameras.items() if new not in expected] or list(cameras)
-        flag = _as_flag({**settings.rename_map, **dict(zip(unplaced, missing, strict=False))})
+        flag = as_flag({**settings.rename_map, **dict(zip(unplaced, missing, strict=False))})
         ways.insert(
             0,
             f"--rename_map {flag} if cameras have other names (with each of them renamed, the policy is trained without "
@@ -128,6 +128,14 @@ def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], nam
     )
 
 
+def how_to_remove(names: list[str]) -> str:
+    """Advice: features taken out of the dataset."""
+    return (
+        "take it out of the dataset with `lerobot-edit-dataset --operation.type remove_feature "
+        f'--operation.feature_names "{names}"` (see its --help)'
+    )
+
+
 def size_of(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
@@ -136,7 +144,7 @@ def _is(feature: PolicyFeature | None, kind: FeatureType) -> bool:
     return feature is not None and feature.type is kind
 
 
-def _as_flag(value: Any) -> str:
+def as_flag(value: Any) -> str:
     """As it is typed on a command line."""
     return f"'{json.dumps(value)}'"
 

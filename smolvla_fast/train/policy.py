@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from ..processor import why_bf16_is_slow
 from ..smolvla import SmolVLAConfig, SmolVLAPolicy, make_pre_post_processors
@@ -45,17 +43,6 @@ def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
         # A file, the Hub, safetensors, a configuration that fits together nowhere, a device: each has errors of its own.
         what = "a fresh policy" if source is None else f"the policy of {source}"
         raise TrainingError(f"cannot make {what}: {error or type(error).__name__}") from error
-
-
-def make_optimizer(policy: Any, settings: TrainSettings, fused: bool) -> tuple[Optimizer, LRScheduler]:
-    """AdamW and its schedule as the policy's configuration has them. TrainingError for values that AdamW refuses."""
-    config = settings.policy
-    try:
-        # Frozen parameters too, as LeRobot does: they get no gradient, and a checkpoint's states are numbered by place.
-        optimizer = config.get_optimizer_preset().build(policy.get_optim_params(), fused=fused or None)
-    except ValueError as error:
-        raise TrainingError(f"the flags --policy.optimizer_* make no AdamW: {error}") from error
-    return optimizer, config.get_scheduler_preset().build(optimizer, settings.steps)
 
 
 def check_policy(settings: TrainSettings) -> None:

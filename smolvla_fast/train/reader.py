@@ -15,6 +15,7 @@ from lerobot.datasets.dataset_reader import DatasetReader
 from torch import Tensor
 
 from .errors import TrainingError
+from .features import how_to_remove
 
 
 class ColumnReader(DatasetReader):
@@ -73,7 +74,6 @@ def numbers(hf_dataset: Any, key: str) -> Tensor:
 
 def _not_numbers(key: str, found: str) -> str:
     return (
-        f"{key!r} holds {found}; accepted as observation or action are numbers, of one shape in all frames. Take the "
-        f"feature out with `lerobot-edit-dataset --operation.type remove_feature --operation.feature_names \"['{key}']\"` "
-        "(see its --help)"
+        f"{key!r} holds {found}; accepted as observation or action are numbers, of one shape in all frames. To train "
+        f"without it, {how_to_remove([key])}"
     )

@@ -5,7 +5,6 @@ The trial decides, not a list of what is accepted: what LeRobot's policy can com
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,6 +16,7 @@ from ..smolvla import FeatureType, NormalizationMode, PolicyFeature, SmolVLAConf
 from ..smolvla.features import ACTION, OBS_STATE
 from .data import Data, few_samples, to_floats
 from .errors import TrainingError
+from .features import as_flag, how_to_remove
 from .random_state import seeded
 from .settings import TrainSettings
 
@@ -49,7 +49,7 @@ def try_step(
 def _message(settings: TrainSettings, policy: Any, raw: dict[str, Any], error: Exception) -> str:
     names = settings.rename_map
     given = {names.get(key, key): value for key, value in raw.items() if isinstance(value, Tensor)}
-    causes = [*_features(settings.policy, given), *_frames(settings.policy, policy, given)]
+    causes = [*_features(settings, given), *_frames(settings.policy, policy, given)]
     if not causes:
         wanted = [*(settings.policy.input_features or {}), ACTION]
         shapes = [f"{k!r} {list(v.shape)} {_name(v.dtype)}" for k, v in given.items() if k in wanted]
@@ -62,18 +62,22 @@ def _message(settings: TrainSettings, policy: Any, raw: dict[str, Any], error: E
     )
 
 
-def _features(config: SmolVLAConfig, given: dict[str, Tensor]) -> Iterator[str]:
-    """What is wrong with the features that the policy declares."""
+def _features(settings: TrainSettings, given: dict[str, Tensor]) -> Iterator[str]:
+    """What is wrong with the features that the policy declares, and how to train without them."""
+    config = settings.policy
     declared = {**(config.input_features or {}), **(config.output_features or {})}
     bad = dict(_bad_features(config, declared, given))
     yield from bad.values()
-    if not bad:
-        return
     left = {key: feature for key, feature in (config.input_features or {}).items() if key not in bad}
     cameras = [key for key in left if left[key].type is FeatureType.VISUAL and key in given]
-    if OBS_STATE in left and ACTION not in bad and cameras:
+    if not bad or OBS_STATE in bad or ACTION in bad or not cameras:
+        return
+    if settings.policy_path:  # a flag would add to the features of its configuration
+        sources = {new: old for old, new in settings.rename_map.items()}
+        yield f"to train without it, {how_to_remove([sources.get(key, key) for key in bad])}"
+    else:
         features = {k: {"type": f.type.value, "shape": list(f.shape)} for k, f in left.items()}
-        yield f"give --policy.input_features='{json.dumps(features)}' to train without {', '.join(map(repr, bad))}"
+        yield f"give --policy.input_features={as_flag(features)} to train without {', '.join(map(repr, bad))}"
 
 
 def _bad_features(

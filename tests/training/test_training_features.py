@@ -7,9 +7,10 @@ import re
 import shlex
 import shutil
 
+import draccus
 import pytest
 import torch
-from lerobot.scripts.lerobot_edit_dataset import EditDatasetConfig, RemoveFeatureConfig, handle_remove_feature
+from lerobot.scripts.lerobot_edit_dataset import EditDatasetConfig, handle_remove_feature
 from training_runs import go_on, lerobot_train, own_train, record, refused, same, seeded_losses, weights
 
 from smolvla_fast import training
@@ -178,30 +179,40 @@ STEPS = {
     "oblong": ({}, ["--policy.resize_imgs_with_padding=[32,24]"], ["(32, 24)", "multiple of 16"], 1),
     "as-recorded": ({}, ["--policy.resize_imgs_with_padding=null"], [FRONT, WRIST, "24 x 16", "multiple of 16"], 1),
     "aloha": ({}, ["--policy.adapt_to_pi_aloha=true"], ["14 motors", "'observation.state' [2, 1, 6] float32"], 0),
-    "betas": ({}, ["--policy.optimizer_betas=[1.5,0.9]"], ["--policy.optimizer_*", "1.5"], 0),
-    "layers": ({}, ["--policy.num_expert_layers=3", "--implementation=lerobot"], ["cannot make", "num_expert_layers"], 0),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("member", STEPS)
-def test_train_says_what_a_step_would_fail_on_before_it(member, bench_top, plain, blank, tmp_path, capsys):
+def test_train_says_what_a_step_would_fail_on_before_it(member, bench_top, plain, tmp_path, capsys):
     """Named with what is accepted, nothing written; and with the flag that the message advises, the run trains."""
     features, flags, says, ways = STEPS[member]
     root = record(tmp_path / "data", {**PLAIN, **features}) if features else plain
-    start = [] if member == "layers" else [blank]
-    message = refused(bench_top, tmp_path / "run", capsys, root, *start, *flags)
+    message = refused(bench_top, tmp_path / "run", capsys, root, *flags)
     assert all(part in message for part in says), message
     if ways:
-        follow(message, bench_top, tmp_path, root, *start, *flags, ways=ways)
+        follow(message, bench_top, tmp_path, root, *flags, ways=ways)
 
 
-def test_a_feature_of_text_can_be_taken_out_as_advised(bench_top, blank, tmp_path):
-    record(tmp_path / "data", {**PLAIN, "observation.note": ("string", (1,))})
-    out = RemoveFeatureConfig(feature_names=["observation.note"])
-    handle_remove_feature(
-        EditDatasetConfig(operation=out, repo_id=REPO_ID, root=str(tmp_path / "data"),
-                          new_repo_id="x/y", new_root=str(tmp_path / "less"))
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    "key, entry",
+    [
+        ("observation.note", ("string", (1,))),
+        ("observation.grip", ("bool", (1,))),
+        pytest.param(DEPTH, ("depth", (16, 24, 1)), id="depth"),
+    ],
+)
+def test_a_feature_can_be_taken_out_of_the_dataset_as_advised(key, entry, bench_top, blank, tmp_path, capsys):
+    """Of a checkpoint's run, which has features of its own that a flag would add to."""
+    root = record(tmp_path / "data", {**PLAIN, key: entry})
+    message = refused(bench_top, tmp_path / "run", capsys, root, blank)
+    words = shlex.split(re.search(r"`lerobot-edit-dataset ([^`]*)`", message)[1])
+    where = dict(
+        repo_id=REPO_ID, root=str(tmp_path / "data"), new_repo_id="x/y", new_root=str(tmp_path / "less")
+    )
+    edit = draccus.parse(
+        EditDatasetConfig, args=[*words, *(f"--{name}={value}" for name, value in where.items())]
+    )
+    handle_remove_feature(edit)
     assert bench_top.command(tmp_path / "run", f"--dataset.root={tmp_path / 'less'}", blank) == 0
 
 
@@ -224,9 +235,10 @@ def test_a_feature_of_text_can_be_taken_out_as_advised(bench_top, blank, tmp_pat
 )  # fmt: skip
 def test_the_advice_about_names_works(features, flags, bench_top, checkpoint, tmp_path, capsys):
     recorded = {key: entry for key, entry in {**PLAIN, **features}.items() if entry}
+    start = () if flags and "input_features" in flags[0] else (checkpoint,)
     root = record(tmp_path / "data", recorded)
-    message = refused(bench_top, tmp_path / "run", capsys, root, checkpoint, *flags)
-    follow(message, bench_top, tmp_path, root, checkpoint, *flags)
+    message = refused(bench_top, tmp_path / "run", capsys, root, *start, *flags)
+    follow(message, bench_top, tmp_path, root, *start, *flags)
 
 
 def test_a_split_that_holds_every_episode_out_is_said_so(bench_top, blank, tmp_path, capsys):
