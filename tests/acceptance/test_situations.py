@@ -170,7 +170,7 @@ SITUATIONS: dict[Situation, tuple[str, bool]] = {
     unknown_source: ("apply_rope", MODEL),
     double_weights: ("torch.float64", MODEL),
     train_mode: ("train mode", CALL),
-    another_image_size: ("the vision tower is for 32 x 32", CALL),
+    another_image_size: ("the vision tower is for (1, 3, 32, 32)", CALL),
     autograd: ("autograd is on", CALL),
     autocast: ("autocast is on", CALL),
     double_noise: ("noise (1, 10, 32) torch.float64", CALL),
