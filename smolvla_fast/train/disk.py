@@ -6,7 +6,7 @@ import errno
 import os
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import NamedTemporaryFile
 
 from .errors import TrainingError
 
@@ -20,7 +20,7 @@ def make_folder(folder: Path) -> None:
     """Makes the folder of a run and tries whether a file can be written there. TrainingError where not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder) as file:
+        with NamedTemporaryFile(dir=folder) as file:
             file.write(b"0")
     except (OSError, ValueError) as error:
         raise TrainingError(
