@@ -285,7 +285,7 @@ def test_a_change_that_another_thread_saw_first(monkeypatch: pytest.MonkeyPatch)
     policy, given, noise = patched("int8")
     before = chunk(policy, given, noise)
     engine_of(policy.model).graphs = _Graphs()  # type: ignore[assignment]
-    plain = lambda self, model, inputs, watch: self._chunk(model, inputs, watch)[0]  # noqa: E731
+    plain = lambda self, model, inputs, watch, look: self._chunk(model, inputs, watch)[0]  # noqa: E731
     monkeypatch.setattr(inference.Engine, "_run", plain)
     policy.load_state_dict(make_policy("tiny", num_steps=2, seed=1).state_dict())
     other: list[Any] = []
@@ -342,7 +342,7 @@ def test_an_attribute_that_comes_while_the_model_is_watched() -> None:
 
     attributes[Comparing("telling")] = None
     watch = Watch(policy.model)
-    assert not watch.same_structure(policy.model)
+    assert not watch.same(policy.model)
 
 
 def _use(policy: Any, given: Any, noise: Any) -> None:

@@ -32,7 +32,13 @@ def test_a_short_soak(soak: Any, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "chunks 200 of 200, mismatches 0" in said and "grown: nothing" in said
     assert re.search(r"drawn\ncases [1-9]\d*, mismatches 0", said)
-    assert "served by exact, reference: 100" in said and "served by fp32, " in said and "stock, " not in said
+    # Some of the drawn policies are stock's affair; the chunks of the soak itself are the engine's.
+    chunks = said.partition("drawn\n")[0]
+    assert (
+        "served by exact, reference: 100" in chunks
+        and "served by fp32, " in chunks
+        and "stock, " not in chunks
+    )
     for what in ("resident MiB", "threads", "file handles"):
         assert re.search(rf"{what} first \d+, last \d+", said)
 

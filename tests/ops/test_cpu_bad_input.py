@@ -65,7 +65,12 @@ def test_strides_do_not_matter(op: str, case: dict[str, int], dtype: torch.dtype
 def test_nan_goes_where_it_goes_in_the_reference(
     op: str, case: dict[str, int], dtype: torch.dtype, ops: Any
 ) -> None:
-    inputs, _ = inputs_in(op, case, dtype, seed=1)
+    """Where it goes in fp64, and nowhere else but where stock's own call of the dtype has it too.
+
+    With AMX, oneDNN's bf16 product reads on into the next row where a row's length is no multiple of 32, and multiplies
+    what it finds there by zero: a NaN there shows a row too early, in stock as in backend torch.
+    """
+    inputs, wide = inputs_in(op, case, dtype, seed=1)
     for name, value in tensors(inputs).items():
         # torch's backend adds its mask to the scores, for filling takes it several times as long: NaN in a hidden key shows.
         adds = ops.backend == "torch" and op == "masked_attention" and name == "k"
@@ -73,9 +78,12 @@ def test_nan_goes_where_it_goes_in_the_reference(
             continue
         poisoned = value.clone()
         poisoned.view(-1)[value.numel() // 2] = torch.nan
-        got, want = (run(table, op, {**inputs, name: poisoned}) for table in (ops, reference_ops()))
-        for key in want:
-            assert torch.equal(got[key].isnan(), want[key].isnan()), f"{op}.{key} with NaN in {name}"
+        truth = run(reference_ops(), op, {**wide, name: poisoned.double()})
+        stock, got = (run(table, op, {**inputs, name: poisoned}) for table in (reference_ops(), ops))
+        for key, want in truth.items():
+            least, most = want.isnan(), want.isnan() | stock[key].isnan()
+            here = got[key].isnan()
+            assert (least <= here).all() and (here <= most).all(), f"{op}.{key} with NaN in {name}"
 
 
 @AT_CASES
