@@ -10,6 +10,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 def test_the_account_is_what_its_script_prints(compiled: Any) -> None:
     """Its plan of shared memory is the launcher's own, so a changed plan is red here until the page says so."""
     script = str(ROOT / "scripts" / "denoise_account.py")
