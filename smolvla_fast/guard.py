@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .backends import reference_ops
 from .dense import memory_reason, why_not_dense
@@ -39,9 +42,9 @@ def model_reason(model: Any) -> str | None:
         return (
             source_reason(model)
             or _device_reason(model)
+            or hook_reason(model)
             or memory_reason(model)
             or _structure_reason(model)
-            or hook_reason(model)
             or _dtype_reason(model)
         )
     except Exception as error:  # whatever a foreign structure raises here, stock may well run it
@@ -111,6 +114,8 @@ def _source_reason(source: Source) -> str | None:
     if kind is not None and type(module) is not kind:
         cls = type(module)
         return f"{name} is a {cls.__module__}.{cls.__qualname__}, not the plain module (an adapter?)"
+    if getattr(module, "max_norm", None) is not None:
+        return f"{name} renormalises its rows (max_norm={module.max_norm}), which the engine does not"
     for key, shape in zip(("weight", "bias"), shapes, strict=True):
         found = getattr(module, key, None)
         if shape is None:
@@ -227,6 +232,13 @@ def _circumstances(model: Any) -> str | None:
         return f"num_steps={steps!r}; accepted are integers of 1 or more"
     if torch.is_autocast_enabled(model.state_proj.weight.device.type):
         return "autocast is on: its dtypes decide, not the tier"
+    if torch.get_default_dtype() is not torch.float32:
+        return f"torch's default dtype is {torch.get_default_dtype()}; stock computes RTC weights and times in it"
+    device = model.state_proj.weight.device
+    for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
+        # A default device is a mode too: of the policy's own kind it changes nothing.
+        if not (isinstance(mode, DeviceContext) and mode.device.type == device.type):
+            return f"a {type(mode).__qualname__} is on; it would not see into the kernels"
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return (
             "a torch.func transform or forward-mode differentiation is on; it would not see into the kernels"

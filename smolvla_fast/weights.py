@@ -86,10 +86,11 @@ def telling_weight(model: Any) -> Tensor:
     that layer is wrapped by something without a ``weight``, any of a floating dtype; ``guard`` then has its say."""
     layer = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj
     weight = getattr(layer, "weight", None)
-    if isinstance(weight, Tensor):
+    if isinstance(weight, Tensor) and not weight.is_meta:
         return weight
-    parameters = [*layer.parameters(), *model.parameters()]
-    return next(each for each in parameters if each.is_floating_point())
+    found = [*(layer.parameters() if isinstance(layer, nn.Module) else ()), *model.parameters()]
+    floats = [each for each in found if each.is_floating_point()]
+    return next((each for each in floats if not each.is_meta), floats[0])
 
 
 def _affine(module: Any, cast: Cast) -> Affine:

@@ -27,26 +27,27 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_kernels = pytest.mark.skipif(not extension.available("cpu"), reason=extension.why_missing("cpu"))
 
 
-def machine(name: str) -> Any:
-    return lambda monkeypatch: monkeypatch.setattr(platform, "machine", lambda: name)
+def place(name: str = "x86_64", best: str = "avx2", openmp: bool = True) -> Any:
+    """All that is asked of a machine, so that this one has no say."""
 
+    def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(platform, "machine", lambda: name)
+        monkeypatch.setattr(
+            extension.load("cpu"), "levels", lambda: ["baseline", *([best] if best != "baseline" else [])]
+        )
+        monkeypatch.setattr(extension, "build_record", lambda: {"cpu": {"built": True, "openmp": openmp}})
 
-def without_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "build_record", lambda: {"cpu": {"built": True, "openmp": False}})
-
-
-def without_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension.load("cpu"), "levels", lambda: ["baseline"])
+    return elsewhere
 
 
 PLACES = {
-    "Linux on ARM": (machine("aarch64"), "this processor is aarch64"),
-    "Apple": (machine("arm64"), "this processor is arm64"),
-    "POWER": (machine("ppc64le"), "this processor is ppc64le"),
-    "RISC-V": (machine("riscv64"), "this processor is riscv64"),
-    "unknown": (machine(""), "for x86-64 alone"),
-    "no OpenMP": (without_openmp, "compiled without OpenMP and run on one thread"),
-    "no AVX2": (without_avx2, "from AVX2 on, which this processor has not"),
+    "Linux on ARM": (place("aarch64"), "this processor is aarch64"),
+    "Apple": (place("arm64"), "this processor is arm64"),
+    "POWER": (place("ppc64le"), "this processor is ppc64le"),
+    "RISC-V": (place("riscv64"), "this processor is riscv64"),
+    "unknown": (place(""), "for x86-64 alone"),
+    "no OpenMP": (place(openmp=False), "compiled without OpenMP and run on one thread"),
+    "no AVX2": (place(best="baseline"), "from AVX2 on, which this processor has not"),
 }
 
 

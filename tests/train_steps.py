@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smolvla_fast.rounding import ReversedSums, fp32_bound
+from smolvla_fast.rounding import OtherSums, fp32_bound
 from smolvla_fast.testing import make_observation
 
 EACH = 4
@@ -77,7 +77,7 @@ def distance(gradients: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
 
 def other_order(policy: Any, batch: dict[str, Tensor], stock: Step, **how: Any) -> float:
     """How far stock is from itself where its sums run in another order, as ``verify`` asks of chunks."""
-    with ReversedSums():
+    with OtherSums():
         return distance(step(policy, batch, **how).gradients, stock.gradients)
 
 
