@@ -241,7 +241,7 @@ def training_batches(settings: TrainSettings, dataset: Any, first: int) -> Itera
 def few_samples(settings: TrainSettings, dataset: Any) -> dict[str, Any]:
     """A batch of the first and the last frame, read in this process."""
     alone = replace(settings, num_workers=0, batch_size=2)
-    return next(iter(_loader(alone, Subset(dataset, [0, len(dataset) - 1]), dataset.meta)))
+    return next(iter(_loader(alone, Subset(Readable(dataset), [0, len(dataset) - 1]), dataset.meta)))
 
 
 def held_out_batches(settings: TrainSettings, dataset: Any) -> Batches:

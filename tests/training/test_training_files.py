@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -241,6 +242,28 @@ def test_a_broken_picture_is_named_and_the_checkpoints_stay(workers, bench_top, 
     assert resume(output, "--steps=3") == 0 and state_files(output / "checkpoints" / "000002") == before
 
 
+@pytest.mark.parametrize("row", [0, -1])
+def test_a_picture_that_is_broken_at_either_end_is_named_before_the_first_step(
+    row, bench_top, tmp_path, capsys
+):
+    root = root_of(bench_top.data, tmp_path)
+    break_a_picture(root, row)
+    message = refused(bench_top, tmp_path / "run", capsys, f"--dataset.root={root}")
+    episode = 0 if row == 0 else 3
+    assert re.search(rf"observation\.images\.wrist at frame \d+ of episode {episode} ", message), message
+    assert DATA in message and "--dataset.episodes" in message and message.count("\n") == 1, message
+
+
+@pytest.mark.parametrize("seconds", [0.07, -0.03])
+def test_timestamps_that_are_off_are_named_at_their_frame(seconds, bench_top, filmed, tmp_path, capsys):
+    root = root_of(filmed, tmp_path)
+    shift(root, seconds)
+    flags = (f"--dataset.root={root}", "--dataset.video_backend=pyav")
+    message = refused(bench_top, tmp_path / "run", capsys, *flags)
+    assert re.search(r"observation\.images\.front at frame \d+ of episode \d", message), message
+    assert FRONT in message and "--tolerance_s" in message and message.count("\n") == 1, message
+
+
 def test_timestamps_that_are_off_name_the_tolerance_that_takes_them(bench_top, filmed, tmp_path, capsys):
     root = root_of(filmed, tmp_path)
     shift(root, 0.03)
@@ -249,11 +272,9 @@ def test_timestamps_that_are_off_name_the_tolerance_that_takes_them(bench_top, f
         "--dataset.video_backend=pyav",
         "--steps=1",
     )
-    assert bench_top.command(tmp_path / "run", *flags) == 2
-    message = capsys.readouterr().err
+    message = refused(bench_top, tmp_path / "run", capsys, *flags)
     assert "observation.images.front at frame" in message and FRONT in message and "off by 0.03 s" in message
     assert "--tolerance_s=0.033" in message and "Traceback" not in message and message.count("\n") == 1
-    shutil.rmtree(tmp_path / "run")
     assert bench_top.command(tmp_path / "run", *flags, "--tolerance_s=0.033") == 0
 
 
