@@ -222,7 +222,7 @@ def _load(path: str, device: torch.device) -> Any:
     except Exception as error:
         # The Hub, safetensors, draccus and transformers each raise errors of their own, with long traces.
         cause = error.__cause__ or error if "instantiate" in str(error) else error
-        reason = " ".join((str(cause).strip() or type(cause).__name__).split())
+        reason = " ".join((str(getattr(cause, "what", cause)).strip() or type(cause).__name__).split())
         raise CommandError(
             f"--policy.path {path}: cannot load it ({type(cause).__name__}: {reason[:400]}); give the folder of a "
             "saved SmolVLA policy, or a Hub id if this machine can reach the Hub"
