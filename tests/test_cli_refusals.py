@@ -189,12 +189,20 @@ def test_damaged_processors_are_refused_with_a_way_out(
     folder = shutil.copytree(saved, tmp_path / "damaged")
     damage(folder)
     refuses(
-        [command, "--policy.path", str(folder), "--threads", "1"], capsys, says, "copy or download", "dataset_stats"
+        [command, "--policy.path", str(folder), "--threads", "1"],
+        capsys,
+        says,
+        "copy or download",
+        "dataset_stats",
     )
 
 
-@pytest.mark.parametrize("buffers", [{}, {"normalize_inputs.buffer_observation_state.mean": 6}], ids=["none", "half"])
-def test_verify_refuses_a_policy_without_processors_or_statistics(buffers, saved: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(
+    "buffers", [{}, {"normalize_inputs.buffer_observation_state.mean": 6}], ids=["none", "half"]
+)
+def test_verify_refuses_a_policy_without_processors_or_statistics(
+    buffers, saved: Path, tmp_path: Path, capsys
+) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(saved, tmp_path / "bare")
@@ -206,7 +214,9 @@ def test_verify_refuses_a_policy_without_processors_or_statistics(buffers, saved
     command = ["verify", "--policy.path", str(folder), "--threads", "1", "--observations", "1"]
     refuses(command, capsys, "observation.state (", "action (", "dataset_stats", "IDENTITY")
     if not buffers:
-        config(lambda values: values.update(normalization_mapping={"STATE": "IDENTITY", "ACTION": "IDENTITY"}))(folder)
+        config(
+            lambda values: values.update(normalization_mapping={"STATE": "IDENTITY", "ACTION": "IDENTITY"})
+        )(folder)
         assert main(command) == 0
 
 
@@ -220,9 +230,16 @@ def test_verify_says_what_stock_itself_refuses(saved: Path, capsys, monkeypatch)
     for module, name in (("modeling_smolvla", "SmolVLAPolicy"),):
         for package in ("smolvla_fast.smolvla", "lerobot.policies.smolvla"):
             with contextlib.suppress(ImportError):
-                monkeypatch.setattr(getattr(import_module(f"{package}.{module}"), name), "predict_action_chunk", fail)
+                monkeypatch.setattr(
+                    getattr(import_module(f"{package}.{module}"), name), "predict_action_chunk", fail
+                )
     monkeypatch.setattr(smolvla_fast, "verify", fail)
-    refuses(["verify", "--policy.path", str(saved), "--threads", "1"], capsys, "stock itself computes no chunk", "ZeroDiv")
+    refuses(
+        ["verify", "--policy.path", str(saved), "--threads", "1"],
+        capsys,
+        "stock itself computes no chunk",
+        "ZeroDiv",
+    )
 
 
 SUBJECT = [
@@ -291,7 +308,8 @@ def test_an_argument_that_cannot_work_is_refused(
         (["--port=abc"], "--port=abc"), (["--port=99999999"], "between 1 and 65535"), (["--port=0"], "between 1 and 65535"),
         (["--port=TAKEN"], "cannot listen there"), (["--port=null"], "--port=null"), (["--port=[1"], "--port=[1"),
         (["--host=no.such.host.invalid"], "--host=no.such.host.invalid"), (["--host=203.0.113.7"], "cannot listen there"),
-        (["--fps=0"], "--fps=0"), (["--fps=x"], "--fps=x"), (["--inference_latency=-1"], "--inference_latency=-1"),
+        (["--fps=0"], "fps must be above 0, got 0"), (["--fps=x"], "--fps=x"),
+        (["--inference_latency=-1"], "--inference_latency=-1"),
         (["--precision", "fp4"], "--precision"), (["--backend", "abacus"], "--backend"), (["--prt=1"], "--prt"),
         (["--port"], "--port"),
         (["--config_path=/nowhere"], "/nowhere"),

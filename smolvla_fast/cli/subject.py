@@ -22,8 +22,14 @@ from ..smolvla.features import ACTION, OBS_STATE
 from ..smolvla.hub import CONFIG_NAME, find_file
 from .console import CommandError, Console
 
-
-COUNTS = ("num_steps", "chunk_size", "n_action_steps", "max_state_dim", "max_action_dim", "tokenizer_max_length")
+COUNTS = (
+    "num_steps",
+    "chunk_size",
+    "n_action_steps",
+    "max_state_dim",
+    "max_action_dim",
+    "tokenizer_max_length",
+)
 """Fields of config.json that nothing can be computed with at 0."""
 
 
@@ -136,7 +142,9 @@ def check_checkpoint(path: str) -> None:
             )
         inputs, outputs = config.get("input_features") or {}, config.get("output_features") or {}
         cameras = [
-            key for key, feature in inputs.items() if feature["type"] == "VISUAL" and "empty_camera" not in key
+            key
+            for key, feature in inputs.items()
+            if feature["type"] == "VISUAL" and "empty_camera" not in key
         ]
         kinds = {key: feature["type"] for key, feature in (*inputs.items(), *outputs.items())}
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:

@@ -169,6 +169,10 @@ def read_settings(given: dict[str, Any]) -> tuple[TrainSettings, Path | None]:
     source = policy.pop("path", None)
     if source is None:  # LeRobot's name for weights to start from with the configuration that is given here
         source = policy.get("pretrained_path")
+    elif not str(source):
+        raise TrainingError(
+            "--policy.path is empty: give a checkpoint's folder or Hub id, or leave the flag out for fresh weights"
+        )
     elif "type" in wish:
         raise TrainingError("--policy.path and --policy.type: give one; a checkpoint says its own type")
     else:

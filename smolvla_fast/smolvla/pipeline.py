@@ -179,7 +179,8 @@ def _read_steps(path: Path) -> tuple[str, list[dict[str, Any]]]:
         for key, kind, accepted in (("config", dict, "an object"), ("state_file", str, "a file's name")):
             if not isinstance(entry.get(key, kind()), kind):
                 raise ValueError(
-                    f"step {entry.get('registry_name')!r} of {path} has {key} {json.dumps(entry[key])}; accepted is {accepted}"
+                    f"step {entry.get('registry_name')!r} of {path} has {key} {json.dumps(entry[key])}; accepted is "
+                    f"{accepted}"
                 )
     return config.get("name", "DataProcessorPipeline"), entries
 

@@ -147,7 +147,8 @@ def damage_stats(bench_top, tmp_path, change):
         pytest.param(lambda s: s["action"].update(std=[1.0, 1.0]), "[1.0, 1.0]", id="size"),
         pytest.param(
             lambda s: s.update({"so100.buffer.action": s.pop("action")}),
-            "rename that entry to 'action' in meta/stats.json", id="robot-type",
+            "rename that entry to 'action' in meta/stats.json",
+            id="robot-type",
         ),
     ],
 )
@@ -183,7 +184,9 @@ def test_a_null_among_statistics_that_are_not_used_stops_no_run(change, imagenet
 def test_weights_that_are_not_finite_are_not_saved(flag, bench_top, tmp_path, capsys):
     assert bench_top.command(tmp_path / "run", flag, "--save_freq=1", "--steps=3") == 2
     message = capsys.readouterr().err
-    assert "trained weights are not finite" in message and "there is no checkpoint before it" in message, message
+    assert "trained weights are not finite" in message and "there is no checkpoint before it" in message, (
+        message
+    )
     assert Checkpoints(tmp_path / "run").last() is None and "--policy.optimizer_lr" in message
 
 
@@ -195,7 +198,9 @@ def test_the_checkpoint_before_weights_that_are_not_finite_stays_the_last(bench_
             next(p for p in runs[0].policy.parameters() if p.requires_grad).data.view(-1)[0] = np.nan
 
     settings = bench_top.settings(tmp_path / "run", "--save_freq=1", "--steps=3")
-    with pytest.raises(TrainingError, match=r"step 2: 1 of \d+ trained weights.*checkpoints/000001, is as it was"):
+    with pytest.raises(
+        TrainingError, match=r"step 2: 1 of \d+ trained weights.*checkpoints/000001, is as it was"
+    ):
         train(settings, on_begin=runs.append, on_step=spoil)
     assert Checkpoints(tmp_path / "run").last().name == "000001"
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.name.endswith("2")] == []
@@ -235,6 +240,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bench_top, tmp_path):
         (["--policy.chunk_size=0"], ["chunk_size must be at least 1"]),
         (["--policy.optimizer_lr=fast"], ["--policy.optimizer_lr=fast", "a number"]),
         (["--policy.attention_mode=none"], ["'cross_attn' or 'self_attn'"]),
+        (["--policy.path="], ["--policy.path is empty"]),
         (["--policy.path=/no/such/checkpoint"], ["--policy.path", "config.json"]),
         (["--policy.vlm_model_name=/no/such/vlm"], ["/no/such/vlm"]),
         (["--policy.push_to_hub=true"], ["uploads nothing"]),
@@ -246,6 +252,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bench_top, tmp_path):
 def test_flags_that_cannot_be(flags, says, bench_top, tmp_path, capsys):
     message = refused(bench_top, tmp_path / "run", capsys, *flags)
     assert all(part in message for part in says), message
+
+
+def test_the_listing_of_a_folder_that_is_no_checkpoint_is_short(bench_top, tmp_path, capsys):
+    for index in range(30):
+        (tmp_path / f"file{index:02}").touch()
+    message = refused(bench_top, tmp_path / "run", capsys, f"--policy.path={tmp_path}")
+    assert "file07 and 22 more" in message and "file08" not in message
 
 
 def test_a_checkpoint_of_other_sizes_is_named(bench_top, checkpoint, tmp_path, capsys):
