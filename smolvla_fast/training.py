@@ -77,7 +77,8 @@ def train(
 
     resume    checkpoint folder to go on from; ``settings`` must be those it was written with (``check_same``)
     on_begin  called once before the first step          on_step  called after each with loss, grad_norm, lr, seconds
-    raises    TrainingError for what makes a run impossible; checkpoints that were written stay
+    raises    TrainingError for what makes a run impossible, and for weights that are not finite, which are not saved;
+              checkpoints that were written stay
     The caller's random state comes back as it was.
     """
     _refuse_many_processes()
@@ -114,6 +115,7 @@ def _steps(run: Run, log: Log, on_step: Callable[[int, dict[str, float]], None])
             loss = held_out_loss(run.policy, run.preprocess, held_out, _autocast(settings))
             log.write({"step": run.step, "eval_loss": loss})
         if settings.save_checkpoint and (_due(run.step, settings.save_freq) or run.step == settings.steps):
+            _refuse_weights_that_are_none(run, checkpoints.last())
             checkpoints.save(run.step, settings.steps, lambda folder: write_checkpoint(run, folder))
 
 
@@ -232,6 +234,19 @@ def _not_finite(run: Run, loss: float, grad_norm: float, batches: list[dict[str,
         f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}; {cause}. The step was not taken, and the "
         "checkpoints before it are as they were"
     )
+
+
+def _refuse_weights_that_are_none(run: Run, last: Path | None) -> None:
+    """TrainingError for trained weights that are not finite: a checkpoint of them could only be thrown away."""
+    trained = [(name, p) for name, p in run.policy.named_parameters() if p.requires_grad]
+    bad = [name for name, parameter in trained if not parameter.isfinite().all()]
+    if bad:
+        kept = f"the last checkpoint, {last}, is as it was" if last else "there is no checkpoint before it"
+        raise TrainingError(
+            f"step {run.step}: {len(bad)} of {len(trained)} trained weights are not finite, the first is {bad[0]}. Nothing "
+            f"was saved, {kept}. Try a lower --policy.optimizer_lr, more --policy.scheduler_warmup_steps, or a larger "
+            "--policy.optimizer_eps"
+        )
 
 
 def _refuse_many_processes() -> None:

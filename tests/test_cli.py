@@ -239,11 +239,18 @@ def test_verify_fails_with_status_1(
     assert "FAILED" in capsys.readouterr().out
 
 
+def save_unscaled(policy: Any, folder: Path) -> None:
+    """A checkpoint that needs no processors: nothing of it is normalised."""
+    modes = policy.config.normalization_mapping
+    policy.config.normalization_mapping = dict.fromkeys(modes, type(modes["STATE"])("IDENTITY"))
+    policy.save_pretrained(folder)
+
+
 @pytest.mark.parametrize("layout", ["auto", "fp32"])
 def test_a_saved_policy(lerobot: None, tmp_path: Path, layout: str) -> None:
     from smolvla_fast.testing import make_policy
 
-    make_policy("tiny", folder=tmp_path / "vlm", cameras=3).save_pretrained(tmp_path / "policy")
+    save_unscaled(make_policy("tiny", folder=tmp_path / "vlm", cameras=3), tmp_path / "policy")
     path, options = tmp_path / "verify.json", ["--observations", "1", "--cameras", "2", "--layout", layout]
     command = ["verify", "--policy.path", str(tmp_path / "policy"), "--threads", "1", "--json", str(path)]
     assert main([*command, *options]) == 0
@@ -275,7 +282,7 @@ def test_refusals(
     if "TINY" in arguments:
         from smolvla_fast.testing import make_policy
 
-        make_policy("tiny", folder=tmp_path / "vlm").save_pretrained(tmp_path / "policy")
+        save_unscaled(make_policy("tiny", folder=tmp_path / "vlm"), tmp_path / "policy")
     folders = {"EMPTY": str(tmp_path), "TINY": str(tmp_path / "policy")}
     assert main([folders.get(argument, argument) for argument in arguments]) == 2
     error = capsys.readouterr().err

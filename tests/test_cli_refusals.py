@@ -5,6 +5,7 @@ One table a command, of arguments and of damaged checkpoints; a case that would 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,10 +13,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from smolvla_fast.cli import COMMANDS, DEBUG, main
 
@@ -25,10 +28,16 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny policy in a folder, of our own class, so that this runs without LeRobot too."""
+    from smolvla_fast.smolvla import make_smolvla_pre_post_processors
     from smolvla_fast.testing import make_policy
 
     root = tmp_path_factory.mktemp("policy")
-    make_policy("tiny", origin="ours", folder=root / "vlm").save_pretrained(root / "saved")
+    policy = make_policy("tiny", origin="ours", folder=root / "vlm")
+    policy.save_pretrained(root / "saved")
+    sizes = {"observation.state": policy.config.robot_state_feature, "action": policy.config.action_feature}
+    stats = {key: {"mean": [0.0] * f.shape[0], "std": [1.0] * f.shape[0]} for key, f in sizes.items()}
+    for pipeline in make_smolvla_pre_post_processors(policy.config, stats):
+        pipeline.save_pretrained(root / "saved")
     return root / "saved"
 
 
@@ -63,6 +72,35 @@ def file(name: str, content: bytes | None) -> Callable[[Path], None]:
         (folder / name).unlink()
         if content is not None:
             (folder / name).write_bytes(content)
+
+    return damage
+
+
+def shaped(name: str, shape: Any, kind: str | None = None) -> Callable[[Path], None]:
+    """Another shape, and type, of a feature that a config.json declares."""
+    field = "output_features" if name == "action" else "input_features"
+    more = {"shape": shape, **({"type": kind} if kind else {})}
+    return config(lambda values: values[field][name].update(more))
+
+
+def blank(folder: Path) -> None:
+    """A configuration with no camera but an empty one."""
+
+    def change(values: dict[str, Any]) -> None:
+        cameras = [values["input_features"].pop(k) for k in [*values["input_features"]] if ".images." in k]
+        values["input_features"]["observation.images.empty_camera_0"] = cameras[0]
+
+    config(change)(folder)
+
+
+def step(**more: Any) -> Callable[[Path], None]:
+    """Other entries of the preprocessor's step that normalises."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "policy_preprocessor.json"
+        values = json.loads(path.read_text())
+        next(s for s in values["steps"] if s["registry_name"] == "normalizer_processor").update(more)
+        path.write_text(json.dumps(values))
 
     return damage
 
@@ -104,8 +142,16 @@ DAMAGE = {
     "more steps than a chunk": (config(lambda values: values.update(n_action_steps=99)), "cannot load it"),
     "an unknown field": (config(lambda values: values.update(horizon=3)), "cannot load it"),
     "a state too wide": (config(lambda values: values["input_features"]["observation.state"].update(shape=[99])), ""),
-    "a camera of one number": (config(lambda values: values[FEATURES]["observation.images.camera1"].update(shape=[3])), ""),
-
+    "a camera of one number": (shaped("observation.images.camera1", [3]), "[channels, height, width]"),
+    "a camera of two numbers": (shaped("observation.images.camera1", [16, 24]), "[channels, height, width]"),
+    "a camera without shape": (shaped("observation.images.camera1", None), "[channels, height, width]"),
+    "a state of no dimension": (shaped("observation.state", []), "has the shape []; accepted is [n]"),
+    "a state of 0": (shaped("observation.state", [0]), "has the shape [0]; accepted is [n]"),
+    "an action of no dimension": (shaped("action", []), "output_features['action'] has the shape []"),
+    "a state among the cameras": (shaped("observation.state", [6], "VISUAL"), "no observation.state of type STATE"),
+    "only empty cameras": (blank, "not an empty one"),
+    "no denoise steps": (config(lambda values: values.update(num_steps=0)), "num_steps is 0"),
+    "words for a chunk": (config(lambda values: values.update(chunk_size="fifty")), "chunk_size is 'fifty'"),
 }  # fmt: skip
 
 
@@ -122,6 +168,78 @@ def test_a_damaged_checkpoint_is_refused(
         [command, "--policy.path", str(folder), "--threads", "1"], capsys, f"smolvla-fast {command}: ", says
     )
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+@pytest.mark.parametrize("command", ["verify", "demo"])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (step(config=None), "has config null; accepted is an object"),
+        (step(config=[]), "has config []; accepted is an object"),
+        (step(state_file=3), "has state_file 3; accepted is a file's name"),
+        (step(config={"features": {}, "norm_map": None}), "refuses its settings"),
+        (file("policy_preprocessor.json", b'{"steps": null}'), "must have 'steps'"),
+        (file("policy_postprocessor.json", None), "policy_postprocessor.json not found"),
+    ],
+    ids=["null", "a-list", "state-file", "null-map", "no-steps", "one-missing"],
+)  # fmt: skip
+def test_damaged_processors_are_refused_with_a_way_out(
+    damage, says, command: str, saved: Path, tmp_path: Path, capsys
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "damaged")
+    damage(folder)
+    refuses(
+        [command, "--policy.path", str(folder), "--threads", "1"],
+        capsys,
+        says,
+        "copy or download",
+        "dataset_stats",
+    )
+
+
+@pytest.mark.parametrize(
+    "buffers", [{}, {"normalize_inputs.buffer_observation_state.mean": 6}], ids=["none", "half"]
+)
+def test_verify_refuses_a_policy_without_processors_or_statistics(
+    buffers, saved: Path, tmp_path: Path, capsys
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(saved, tmp_path / "bare")
+    for path in folder.glob("policy_*"):
+        path.unlink()
+    weights = folder / "model.safetensors"
+    more = {name: torch.ones(size) for name, size in buffers.items()}
+    save_file({**{k: v.clone() for k, v in load_file(weights).items()}, **more}, weights, {"format": "pt"})
+    command = ["verify", "--policy.path", str(folder), "--threads", "1", "--observations", "1"]
+    refuses(command, capsys, "observation.state (", "action (", "dataset_stats", "IDENTITY")
+    if not buffers:
+        config(
+            lambda values: values.update(normalization_mapping={"STATE": "IDENTITY", "ACTION": "IDENTITY"})
+        )(folder)
+        assert main(command) == 0
+
+
+def test_verify_says_what_stock_itself_refuses(saved: Path, capsys, monkeypatch) -> None:
+    """An error of stock's that nobody foresaw, as demo has it."""
+    import smolvla_fast
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("float division by zero")
+
+    for module, name in (("modeling_smolvla", "SmolVLAPolicy"),):
+        for package in ("smolvla_fast.smolvla", "lerobot.policies.smolvla"):
+            with contextlib.suppress(ImportError):
+                monkeypatch.setattr(
+                    getattr(import_module(f"{package}.{module}"), name), "predict_action_chunk", fail
+                )
+    monkeypatch.setattr(smolvla_fast, "verify", fail)
+    refuses(
+        ["verify", "--policy.path", str(saved), "--threads", "1"],
+        capsys,
+        "stock itself computes no chunk",
+        "ZeroDiv",
+    )
 
 
 SUBJECT = [
@@ -190,7 +308,8 @@ def test_an_argument_that_cannot_work_is_refused(
         (["--port=abc"], "--port=abc"), (["--port=99999999"], "between 1 and 65535"), (["--port=0"], "between 1 and 65535"),
         (["--port=TAKEN"], "cannot listen there"), (["--port=null"], "--port=null"), (["--port=[1"], "--port=[1"),
         (["--host=no.such.host.invalid"], "--host=no.such.host.invalid"), (["--host=203.0.113.7"], "cannot listen there"),
-        (["--fps=0"], "--fps=0"), (["--fps=x"], "--fps=x"), (["--inference_latency=-1"], "--inference_latency=-1"),
+        (["--fps=0"], "fps must be above 0, got 0"), (["--fps=x"], "--fps=x"),
+        (["--inference_latency=-1"], "--inference_latency=-1"),
         (["--precision", "fp4"], "--precision"), (["--backend", "abacus"], "--backend"), (["--prt=1"], "--prt"),
         (["--port"], "--port"),
         (["--config_path=/nowhere"], "/nowhere"),
@@ -227,8 +346,6 @@ def test_a_free_port_is_served(monkeypatch) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_error_that_nobody_foresaw_is_a_sentence(command: str, capsys, monkeypatch) -> None:
-    from importlib import import_module
-
     def fail(*_: Any) -> None:
         raise RuntimeError("the sky\nfell")
 

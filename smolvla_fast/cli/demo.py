@@ -91,10 +91,8 @@ def measure(
         memory = PeakMemory(device)
         try:
             warm["stock_ms"], chunks["stock"] = timed_ms(chunk, device)
-        except Exception as error:  # whatever stock refuses of a configuration, it does so in ways of its own
-            raise CommandError(
-                f"stock itself computes no chunk for this policy ({type(error).__name__}: {error}); see its config.json"
-            ) from error
+        except Exception as error:
+            raise subject.stock_fails(error) from error
         peaks["stock"] = memory.bytes
         step("patch, and first chunk")
         memory.reset()

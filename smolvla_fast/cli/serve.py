@@ -43,6 +43,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         )
     except Exception as error:  # of draccus, of YAML, and of the server's own checks
         cause = error.__cause__ or error if "instantiate" in str(error) else error
+        if isinstance(cause, ZeroDivisionError):  # of LeRobot's 1 / fps
+            cause = ValueError("fps must be above 0, got 0")
         raise CommandError(
             f"{' '.join(args.passed_on)}: {' '.join(str(cause).split())}; accepted are --host=NAME, --port=1 to 65535, "
             "--fps=a whole number above 0, --inference_latency and --obs_queue_timeout=seconds"

@@ -22,6 +22,16 @@ from ..smolvla.features import ACTION, OBS_STATE
 from ..smolvla.hub import CONFIG_NAME, find_file
 from .console import CommandError, Console
 
+COUNTS = (
+    "num_steps",
+    "chunk_size",
+    "n_action_steps",
+    "max_state_dim",
+    "max_action_dim",
+    "tokenizer_max_length",
+)
+"""Fields of config.json that nothing can be computed with at 0."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     policy = parser.add_argument_group("policy")
@@ -116,6 +126,8 @@ def check_checkpoint(path: str) -> None:
     advice = "give the folder of a saved SmolVLA policy or a Hub id such as lerobot/smolvla_base"
     folder = Path(path).expanduser()
     try:
+        if not path:
+            raise CommandError(f"--policy.path is empty; {advice}")
         if not folder.exists() and (path.startswith((".", "~", os.sep)) or path.count("/") != 1):
             raise CommandError(f"--policy.path {path}: no such folder; {advice}")
         if folder.is_file():
@@ -129,16 +141,41 @@ def check_checkpoint(path: str) -> None:
                 f"--policy.path {path}: {CONFIG_NAME} is of {kind!r}, not of 'smolvla'; {advice}"
             )
         inputs, outputs = config.get("input_features") or {}, config.get("output_features") or {}
-        kinds = [feature["type"] for feature in inputs.values()]
+        cameras = [
+            key
+            for key, feature in inputs.items()
+            if feature["type"] == "VISUAL" and "empty_camera" not in key
+        ]
+        kinds = {key: feature["type"] for key, feature in (*inputs.items(), *outputs.items())}
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise CommandError(f"--policy.path {path}: cannot read {CONFIG_NAME} ({error}); {advice}") from error
-    missing = [name for name, declared in ((OBS_STATE, inputs), (ACTION, outputs)) if name not in declared]
-    missing += ["a camera, of type VISUAL,"] if "VISUAL" not in kinds else []
+    own = ((OBS_STATE, "STATE", inputs), (ACTION, "ACTION", outputs))
+    missing = [
+        name if name not in declared else f"{name} of type {kind}"
+        for name, kind, declared in own
+        if name not in declared or kinds[name] != kind
+    ]
+    missing += [] if cameras else ["a camera, of type VISUAL and not an empty one,"]
     if missing:
         raise CommandError(
             f"--policy.path {path}: {CONFIG_NAME} declares no {' and no '.join(missing)}, which SmolVLA computes with; it "
-            f"declares {[*inputs, *outputs]}. Train it on a dataset, or fill input_features and output_features"
+            f"declares {kinds}. Train it on a dataset, or fill input_features and output_features"
         )
+    for field, features in (("input_features", inputs), ("output_features", outputs)):
+        for key in (*cameras, OBS_STATE, ACTION):
+            shape, camera = features[key].get("shape") if key in features else [1], key in cameras
+            whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+            if key in features and not (whole and (len(shape) == 3 if camera else shape)):
+                accepted = "[channels, height, width]" if camera else "[n]"
+                raise CommandError(
+                    f"--policy.path {path}: {CONFIG_NAME}: {field}[{key!r}] has the shape {shape}; accepted is {accepted}, "
+                    "whole numbers above 0"
+                )
+    for name in COUNTS:
+        if name in config and not (type(config[name]) is int and config[name] > 0):
+            raise CommandError(
+                f"--policy.path {path}: {CONFIG_NAME}: {name} is {config[name]!r}; accepted is a whole number above 0"
+            )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -193,11 +230,17 @@ def _load(path: str, device: torch.device) -> Any:
     except Exception as error:
         # The Hub, safetensors, draccus and transformers each raise errors of their own, with long traces.
         cause = error.__cause__ or error if "instantiate" in str(error) else error
-        reason = " ".join((str(cause).strip() or type(cause).__name__).split())
+        reason = " ".join((str(getattr(cause, "what", cause)).strip() or type(cause).__name__).split())
         raise CommandError(
             f"--policy.path {path}: cannot load it ({type(cause).__name__}: {reason[:400]}); give the folder of a "
             "saved SmolVLA policy, or a Hub id if this machine can reach the Hub"
         ) from error
+
+
+SAVE = (
+    "save processors anew with the statistics of the training data (make_pre_post_processors(config, dataset_stats=...) and "
+    "save_pretrained of both)"
+)
 
 
 def unnormalized(path: str, config: Any) -> str | None:
@@ -213,13 +256,14 @@ def unnormalized(path: str, config: Any) -> str | None:
     except (OSError, ValueError) as error:
         if not Path(path).is_dir() and isinstance(error, OSError):
             return None  # a Hub that cannot be reached says nothing of processors
-        raise CommandError(f"--policy.path {path}: cannot read its processors: {error}") from error
+        raise CommandError(
+            f"--policy.path {path}: cannot read its processors: {error}; copy or download the checkpoint again, or {SAVE}"
+        ) from error
     if not faults:
         return None
     return (
-        f"--policy.path {path}: its processors leave a robot's values as they are, {not_normalised(faults)}; save them "
-        "again with the statistics of the training data (make_pre_post_processors(config, folder, dataset_stats=...) and "
-        "save_pretrained), or say IDENTITY in normalization_mapping of config.json and of the processors if that is meant"
+        f"--policy.path {path}: its processors leave a robot's values as they are, {not_normalised(faults)}; {SAVE}, "
+        "or say IDENTITY in normalization_mapping of config.json and of the processors if that is meant"
     )
 
 
@@ -229,13 +273,20 @@ def make_observation(policy: Any, args: argparse.Namespace, seed: int) -> tuple[
 
     try:
         batch = testing.make_observation(policy, seed=seed, cameras=args.cameras)
-    except ValueError as error:
-        raise CommandError(f"--cameras {args.cameras}: {error}") from error
     except Exception as error:  # sizes that a configuration declares and no frame or state can have
+        if args.cameras is not None and str(error).startswith("cameras="):
+            raise CommandError(f"--cameras {args.cameras}: {error}") from error
         raise CommandError(
-            f"no observation can be made for input_features={policy.config.input_features}: {error}"
+            f"no observation can be made for input_features={policy.config.input_features} of {CONFIG_NAME}: {error}"
         ) from error
     return batch, testing.make_noise(policy, seed=seed)
+
+
+def stock_fails(error: Exception) -> CommandError:
+    """Of an error of stock's: whatever it refuses of a configuration, it does so in ways of its own."""
+    return CommandError(
+        f"stock itself computes no chunk for this policy ({type(error).__name__}: {error}); see its {CONFIG_NAME}"
+    )
 
 
 def describe(policy: Any, args: argparse.Namespace) -> dict[str, Any]:

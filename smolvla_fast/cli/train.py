@@ -147,6 +147,8 @@ def read_settings(given: dict[str, Any]) -> tuple[TrainSettings, Path | None]:
         checkpoint = _checkpoint(asked, config_path)
         facts = read_run(checkpoint)
         saved = facts["settings"]
+        if "path" in wish:  # under the name that a run keeps it by
+            asked["policy_path"] = wish.pop("path")
         # With the flags as they were given: features that were left to the dataset are filled in by now.
         settings = go_on(saved, facts.get("asked", saved), asked, checkpoint)
         if (
@@ -169,6 +171,10 @@ def read_settings(given: dict[str, Any]) -> tuple[TrainSettings, Path | None]:
     source = policy.pop("path", None)
     if source is None:  # LeRobot's name for weights to start from with the configuration that is given here
         source = policy.get("pretrained_path")
+    elif not str(source):
+        raise TrainingError(
+            "--policy.path is empty: give a checkpoint's folder or Hub id, or leave the flag out for fresh weights"
+        )
     elif "type" in wish:
         raise TrainingError("--policy.path and --policy.type: give one; a checkpoint says its own type")
     else:

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import subject, system
 from .console import CommandError, Console, check_writable, counted, write_json
-from .measure import threads
+from .measure import as_stock, threads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
             for index in range(args.observations):
                 step(f"observation {index + 1} of {args.observations}")
                 batch, noise = subject.make_observation(policy, args, args.seed + index)
-                reports.append(smolvla_fast.verify(policy, batch, noise=noise).to_dict())
+                try:
+                    reports.append(smolvla_fast.verify(policy, batch, noise=noise).to_dict())
+                except Exception:
+                    _try_stock(policy, batch, noise)
+                    raise
         except (ValueError, RuntimeError) as reason:
             raise CommandError(str(reason)) from reason
         facts = system.facts()
@@ -51,6 +55,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
         write_json(args.json, {**found, "reports": reports})
         console.line(f"wrote {args.json}")
     return 0 if passed else 1
+
+
+def _try_stock(policy: Any, batch: dict[str, Any], noise: Any) -> None:
+    """CommandError where stock computes no chunk either: then the fault is not the patch's."""
+    try:
+        with as_stock(policy):
+            policy.predict_action_chunk(dict(batch), noise=noise.clone())
+    except Exception as error:
+        raise subject.stock_fails(error) from error
 
 
 def show(found: dict[str, Any], console: Console) -> None:

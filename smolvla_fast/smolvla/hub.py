@@ -9,6 +9,8 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 
+SHOWN = 8
+"""Names of a folder that a message lists."""
 HUB_OPTIONS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
 """Keyword arguments that are handed on to ``huggingface_hub.hf_hub_download``."""
 
@@ -43,10 +45,16 @@ def find_file(source: str | Path, name: str, **options: Any) -> Path:
 
     Raises FileNotFoundError saying what was looked for, where, and what would be accepted.
     """
+    if not str(source):  # or it would be the folder that the process is in
+        raise FileNotFoundError(f"no {name} of '': give a folder or a Hub repository id 'owner/name'")
     folder = Path(source)
     if folder.is_dir():
         if not (folder / name).is_file():
-            present = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+            held = sorted(p.name for p in folder.iterdir())
+            present = ", ".join(held[:SHOWN]) + (
+                f" and {len(held) - SHOWN} more" if len(held) > SHOWN else ""
+            )
+            present = present or "nothing"
             raise FileNotFoundError(f"{name} not found in {folder.resolve()}, which holds {present}")
         return folder / name
     # Imported here so that local folders work without huggingface_hub being able to reach its cache.

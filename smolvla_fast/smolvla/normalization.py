@@ -83,19 +83,28 @@ def _to_tensor(value: Any) -> Tensor:
 
 
 def statistics_fault(
-    key: str, feature: PolicyFeature, mode: NormalizationMode, stats: Mapping[str, Any] | None
+    key: str,
+    feature: PolicyFeature,
+    mode: NormalizationMode,
+    stats: Mapping[str, Any] | None,
+    file: str | None = None,
 ) -> str | None:
-    """Why ``stats`` cannot normalise a feature; None where they can. They must be there, finite and of its size."""
+    """Why ``stats`` cannot normalise a feature; None where they can. They must be there, finite and of its size.
+
+    file  that they are read from, as ``other_names`` has it
+    """
     if mode is NormalizationMode.IDENTITY:
         return None
     entry = (stats or {}).get(key)
-    hint = other_names(key, stats or {}) if entry is None else ""
-    shape = None if feature.type is FeatureType.VISUAL else feature.shape
+    hint = other_names(key, stats or {}, file) if entry is None else ""
+    camera = feature.type is FeatureType.VISUAL
+    shape = None if camera else feature.shape
+    size = f"{feature.shape[0]} channels" if camera else f"{feature.shape[-1]} values"
     for name in REQUIRED_STATS[mode]:
         value = entry.get(name) if isinstance(entry, Mapping) else None
         fault = "is missing" if value is None else _value_fault(value, shape)
         if fault:
-            return f"statistic {name!r} of {key!r}, of {feature.shape[-1]} values, {fault}{hint}"
+            return f"statistic {name!r} of {key!r}, of {size}, {fault}{hint}"
     return None
 
 

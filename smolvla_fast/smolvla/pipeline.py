@@ -175,6 +175,13 @@ def _read_steps(path: Path) -> tuple[str, list[dict[str, Any]]]:
     entries = config.get("steps") if isinstance(config, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path} is not a processor pipeline: it must have 'steps', a list of objects")
+    for entry in entries:
+        for key, kind, accepted in (("config", dict, "an object"), ("state_file", str, "a file's name")):
+            if not isinstance(entry.get(key, kind()), kind):
+                raise ValueError(
+                    f"step {entry.get('registry_name')!r} of {path} has {key} {json.dumps(entry[key])}; accepted is "
+                    f"{accepted}"
+                )
     return config.get("name", "DataProcessorPipeline"), entries
 
 
@@ -182,7 +189,7 @@ def _make_step(entry: dict[str, Any], overrides: dict[str, Any], path: Path) -> 
     settings = {**entry.get("config", {}), **overrides}
     try:
         return STEPS[entry["registry_name"]](**settings)
-    except (TypeError, ValueError, OSError) as error:
+    except Exception as error:  # steps read what a file has, whatever its kind, and fail in ways of their own
         raise ValueError(
             f"step {entry['registry_name']!r} of {path} refuses its settings {settings}: {error}"
         ) from error

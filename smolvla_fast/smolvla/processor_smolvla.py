@@ -163,14 +163,16 @@ def unnormalized(config: Any, before: Iterable[Any], after: Iterable[Any]) -> di
 def unnormalized_in(config: Any, source: str | Path, **hub_options: Any) -> dict[str, str]:
     """``unnormalized`` of the processors in a checkpoint, read without their tokenizer.
 
-    Empty too for a checkpoint without processors, unless there are unclear statistics among its weights.
+    Of a checkpoint without processors, those that are made of the statistics among its weights.
     raises  FileNotFoundError, ValueError for files that are missing or cannot be read
     """
     if not _has_no_processors(source, hub_options):
         names = (f"{PREPROCESSOR_NAME}.json", f"{POSTPROCESSOR_NAME}.json")
         return unnormalized(config, *(read_normalizers(source, name, **hub_options) for name in names))
-    buffers = read_buffers(source, **hub_options)
-    return _read_stats(config, buffers)[1] if buffers else {}
+    if buffers := read_buffers(source, **hub_options):
+        return _read_stats(config, buffers)[1]
+    reason = "there are neither processors nor, as before LeRobot 0.4, whole statistics among the weights"
+    return dict.fromkeys(unnormalized(config, (), ()), reason)
 
 
 def not_normalised(faults: dict[str, str]) -> str:

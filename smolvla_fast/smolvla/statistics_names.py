@@ -34,8 +34,11 @@ def robot_type(name: str, feature: str) -> str | None:
     return None if "buffer" in prefix else prefix  # what follows "buffer" is the name of a longer feature
 
 
-def other_names(feature: str, names: Iterable[str]) -> str:
-    """For a message: which of the names look like this feature's, and what to do; empty where none does."""
+def other_names(feature: str, names: Iterable[str], file: str | None = None) -> str:
+    """For a message: which of the names look like this feature's, and what to do; empty where none does.
+
+    file  that the statistics are read from, to be mended there; None: they are given as ``dataset_stats``
+    """
     found = {name: robot_type(name, feature) for name in names if name != feature}
     found = {name: robot for name, robot in found.items() if robot is not None}
     if not found:
@@ -44,7 +47,10 @@ def other_names(feature: str, names: Iterable[str]) -> str:
         f"{name!r}" + (f" of robot type {robot!r}" if robot else "") for name, robot in sorted(found.items())
     )
     which = "them" if len(found) == 1 else "those of your robot"
-    return f"; like it are {shown}: if they are meant, pass {which} as dataset_stats={{{feature!r}: ...}}"
+    if file is None:
+        return f"; like it are {shown}: if they are meant, pass {which} as dataset_stats={{{feature!r}: ...}}"
+    entry = "that entry" if len(found) == 1 else "that of your robot"
+    return f"; like it are {shown}: if they are meant, rename {entry} to {feature!r} in {file}"
 
 
 def split_buffers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:

@@ -80,10 +80,21 @@ def _shared_names(module: nn.Module) -> dict[str, str]:
     return shared
 
 
+class WeightsError(RuntimeError):
+    """Weights that do not fit a model.
+
+    what  the message without what a caller from Python can do about it
+    """
+
+    def __init__(self, what: str, lenient: str) -> None:
+        super().__init__(f"{what}{lenient}.")
+        self.what = what
+
+
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], *, strict: bool, source: str) -> None:
     """Copy ``tensors`` into ``module``, each rounded to the dtype its parameter has.
 
-    strict  True: a missing, unexpected or misshapen tensor is a RuntimeError that names it, and nothing is copied.
+    strict  True: a missing, unexpected or misshapen tensor is a WeightsError that names it, and nothing is copied.
             False: missing and unexpected ones are logged, as LeRobot does; a wrong shape stays an error.
     """
     state = module.state_dict()
@@ -104,13 +115,13 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], *, strict: bool,
         if any(map(is_buffer, unexpected)):
             hint = (
                 "it dates from before LeRobot 0.4 and its statistics are not whole, so they cannot be taken for the "
-                "processors: remove them from the file, and give the training data's as dataset_stats"
+                "processors: remove them from the file, and make its processors of the training data's"
             )
         elif any("._orig_mod." in name for name in unexpected):
             hint = "it was saved from a compiled module, which puts '_orig_mod.' into the names"
         lenient = "" if problems else "; strict=False loads what fits and leaves the rest as initialised"
-        raise RuntimeError(
-            f"{source} does not fit the model, {'; '.join(problems + absences)}. Probably {hint}{lenient}."
+        raise WeightsError(
+            f"{source} does not fit the model, {'; '.join(problems + absences)}. Probably {hint}", lenient
         )
     if absences:
         logger.warning("%s does not fit the model exactly, %s", source, "; ".join(absences))

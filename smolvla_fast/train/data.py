@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,16 @@ class Data:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """The dataset's statistics under the policy's names."""
-        return {self.names[key]: entry for key, entry in (self.meta.stats or {}).items() if key in self.names}
+        """The dataset's statistics under the policy's names, those that are numbers."""
+        return {
+            self.names[key]: {name: value for name, value in entry.items() if _are_numbers(value)}
+            for key, entry in (self.meta.stats or {}).items()
+            if key in self.names and isinstance(entry, Mapping)
+        }
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, Tensor) or np.asarray(value).dtype.kind in "biuf"
 
 
 def open_data(settings: TrainSettings) -> Data:
@@ -156,7 +164,7 @@ def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, names:
         mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
         if mode is NormalizationMode.IDENTITY or key not in sources:
             continue
-        fault = statistics_fault(sources[key], feature, mode, stats)
+        fault = statistics_fault(sources[key], feature, mode, stats, "meta/stats.json")
         if fault:
             raise TrainingError(
                 f"meta/stats.json: {fault}; normalisation {mode.value} of {key!r} needs it. Compute it with "
@@ -211,9 +219,9 @@ def _take_imagenet_stats(meta: Any) -> None:
     from lerobot.utils.constants import IMAGENET_STATS
 
     for key in (set(meta.camera_keys) - set(meta.depth_keys)) & set(meta.stats or {}):
-        meta.stats[key].update(
-            {name: torch.tensor(v, dtype=torch.float32) for name, v in IMAGENET_STATS.items()}
-        )
+        own = meta.stats[key] if isinstance(meta.stats[key], Mapping) else {}
+        imagenet = {name: torch.tensor(v, dtype=torch.float32) for name, v in IMAGENET_STATS.items()}
+        meta.stats[key] = {**own, **imagenet}
 
 
 def training_batches(settings: TrainSettings, dataset: Any, first: int) -> Iterator[dict[str, Any]]:

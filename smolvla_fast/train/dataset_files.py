@@ -21,11 +21,17 @@ BACKENDS = ("torchcodec", "pyav", "video_reader")
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's message, with its type: libraries below have long ones."""
+    """Of the message of an error's first cause, with its type: libraries below have long ones.
+
+    A line that ends in a colon goes on in the next.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    more = next((index for index, line in enumerate(lines) if not line.endswith(":")), len(lines))
+    return f"{type(error).__name__}: {' '.join(lines[: more + 1])}" if lines else type(error).__name__
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -53,6 +59,16 @@ def check_backend(name: str | None, videos: bool) -> None:
             ) from error
 
 
+def other_backend(name: str | None) -> str | None:
+    """Another decoder than this one, that can be loaded."""
+    other = "pyav" if name == "torchcodec" else "torchcodec"
+    try:
+        check_backend(other, videos=True)
+    except TrainingError:
+        return None
+    return other
+
+
 def find_fault(root: Path, episodes: list[int] | None) -> str | None:
     """The first thing wrong with a dataset that cannot be opened, and what to do; None where nothing is found.
 
@@ -62,6 +78,8 @@ def find_fault(root: Path, episodes: list[int] | None) -> str | None:
         return next(_faults(root, episodes), None)
     except OSError as error:
         return f"{error.filename or root} cannot be read ({first_line(error)})"
+    except Exception as error:  # of files that hold other kinds of values than a dataset's
+        return f"its files do not fit together ({first_line(error)}); {AGAIN}"
 
 
 def _faults(root: Path, episodes: list[int] | None) -> Iterator[str]:
@@ -86,6 +104,7 @@ def _faults(root: Path, episodes: list[int] | None) -> Iterator[str]:
     yield from fault
     if len(table) != info.total_episodes:
         yield f"{EPISODES} describes {len(table)} episodes and {INFO} {info.total_episodes}; {AGAIN}"
+    yield from _features(info.features)
     videos = [key for key, feature in info.features.items() if feature.get("dtype") == "video"]
     wanted = range(len(table)) if episodes is None else episodes
     files: dict[str, list[int]] = {}
@@ -101,6 +120,59 @@ def _faults(root: Path, episodes: list[int] | None) -> Iterator[str]:
         elif name.endswith(".mp4") and (fault_of := video_fault(root / name)):
             yield f"{name} of the {_episodes(held_in)} {fault_of}; {_ways_out(held_in, len(table))}"
     yield from _tables(root, "data")
+    for parquet in sorted((root / "data").glob("*/*.parquet")):
+        for unlike in _columns(parquet, info.features):
+            yield f"{parquet.relative_to(root)} does not fit {INFO}: {unlike}; mend {INFO}, or {AGAIN}"
+
+
+def _features(features: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the features that are declared, beside the data."""
+    for key, feature in features.items():
+        if not isinstance(feature.get("shape"), (list, tuple)):
+            yield f"{INFO} has shape {json.dumps(feature.get('shape'))} for {key!r}; accepted is a list such as [6]"
+        if feature.get("dtype") not in ("image", "video"):
+            continue
+        for what in ("shape", "names"):
+            if not isinstance(feature.get(what), (list, tuple)) or len(feature[what]) != 3:
+                yield (
+                    f"{INFO} has {what} {json.dumps(feature.get(what))} for the camera {key!r}; accepted are three, such as "
+                    + ("[480, 640, 3]" if what == "shape" else '["height", "width", "channels"]')
+                )
+
+
+def _columns(path: Path, features: dict[str, Any]) -> Iterator[str]:
+    """What of the features is not in a table of data, or not in the shape that is declared."""
+    import pyarrow.parquet as pq
+
+    with path.open("rb") as file:
+        table = pq.read_table(file)
+    for key, feature in features.items():
+        dtype, declared = feature.get("dtype"), feature.get("shape")
+        if dtype == "video":
+            continue
+        if key not in table.column_names:
+            yield f"the column {key!r} is missing, there are {table.column_names}"
+        elif dtype not in ("image", "string", "language"):
+            found = _shape(table.column(key))
+            if found is not None and list(declared or []) not in (found, found or [1]):
+                yield f"{key!r} has the shape {list(declared or [])} there and {found or 'of one number'} in the data"
+
+
+def _shape(column: Any) -> list[int] | None:
+    """Of the values of a column of lists; None for lists of several lengths."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if isinstance(column.type, pa.BaseExtensionType):
+        column = column.cast(column.type.storage_type)
+    column, shape = column.combine_chunks(), []
+    while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        lengths = pc.list_value_length(column).unique().to_pylist()
+        if len(lengths) != 1 or lengths[0] is None:
+            return None
+        shape += lengths
+        column = column.flatten()
+    return shape
 
 
 def _data_file(info: Any, episode: dict[str, Any]) -> str:
@@ -215,6 +287,7 @@ def check_files(dataset: Any) -> None:
         raise TrainingError(
             f"{TASKS} of {meta.root} has {len(meta.tasks)} tasks, the data names task {tasks.max()}; {AGAIN}"
         )
+    _check_nulls(meta, columns)
     files: dict[tuple[str, Path], list[int]] = {}
     for index in chosen:
         for key in meta.video_keys:
@@ -223,6 +296,26 @@ def check_files(dataset: Any) -> None:
         if fault := video_fault(meta.root / name):
             raise TrainingError(
                 f"{name} of the {_episodes(held_in)} in {meta.root} {fault}; {_ways_out(held_in, meta.total_episodes)}"
+            )
+
+
+def _check_nulls(meta: Any, columns: Any) -> None:
+    """TrainingError for a column of nulls, which is what datasets reads where a file has none, and for a missing picture."""
+    for key in sorted(set(columns.column_names) & set(meta.features) - set(meta.video_keys)):
+        column = columns.column(key)
+        if column.null_count and column.null_count == len(column):
+            raise TrainingError(
+                f"the column {key!r} that {INFO} of {meta.root} declares is missing from its data, or empty; "
+                f"mend {INFO}, or {AGAIN}"
+            )
+        if column.null_count and key in meta.image_keys:
+            row = int(np.asarray(column.is_null()).argmax())
+            episode, frame = (
+                int(columns.column(name)[row].as_py()) for name in ("episode_index", "frame_index")
+            )
+            raise TrainingError(
+                f"{key} at frame {frame} of episode {episode} is null in {meta.get_data_file_path(episode)} of {meta.root}, "
+                f"as {column.null_count} are; {AGAIN}, or leave such episodes out with --dataset.episodes"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from ..smolvla import FeatureType, PolicyFeature
@@ -15,16 +15,26 @@ from .settings import TrainSettings
 logger = logging.getLogger(__name__)
 
 
-def policy_names(names: Iterable[str], rename_map: dict[str, str]) -> dict[str, str]:
+def policy_names(features: Mapping[str, Any], rename_map: dict[str, str]) -> dict[str, str]:
     """{name in the dataset: name in the policy}. Observations alone are renamed, as the preprocessor does it.
 
+    features  of the dataset, as its info.json has them
     raises  TrainingError for two features under one name
     """
-    renamed = {name: rename_map.get(name, name) if name.startswith(OBS_PREFIX) else name for name in names}
+    renamed = {name: rename_map.get(name, name) if name.startswith(OBS_PREFIX) else name for name in features}
     sources: dict[str, str] = {}
     for old, new in renamed.items():
         if sources.setdefault(new, old) != old:
             both = (sources[new], old)
+            cameras = [name for name in both if features[name].get("dtype") in ("image", "video")]
+            if len(cameras) == 1:
+                other = next(name for name in both if name not in cameras)
+                left = {name: to for name, to in rename_map.items() if to != new}
+                raise TrainingError(
+                    f"--rename_map gives {cameras[0]!r}, a camera, and {other!r}, which is none, the same name {new!r}; "
+                    f"leave out the one that is no {'camera' if new in cameras or '.image' in new else 'state'}"
+                    + (f": --rename_map {as_flag(left)}" if left else "")
+                )
             spare = next((name for name in both if name not in rename_map), None)
             flag = (
                 as_flag({**rename_map, spare: f"{spare}_unused"}) if spare else "a name of its own for each"

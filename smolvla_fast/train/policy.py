@@ -17,6 +17,7 @@ from ..smolvla import SmolVLAConfig, SmolVLAPolicy, make_pre_post_processors
 from ..smolvla.hub import is_absent
 from ..smolvla.processor_smolvla import PREPROCESSOR_NAME, not_normalised, unnormalized
 from ..smolvla.processor_steps import RenameObservationsProcessorStep
+from ..smolvla.weights_io import WeightsError
 from .errors import TrainingError
 from .settings import TrainSettings
 
@@ -42,7 +43,8 @@ def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
     except Exception as error:
         # A file, the Hub, safetensors, a configuration that fits together nowhere, a device: each has errors of its own.
         what = "a fresh policy" if source is None else f"the policy of {source}"
-        raise TrainingError(f"cannot make {what}: {error or type(error).__name__}") from error
+        said = error.what if isinstance(error, WeightsError) else error
+        raise TrainingError(f"cannot make {what}: {said or type(error).__name__}") from error
 
 
 def check_policy(settings: TrainSettings) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .dataset_files import AGAIN, first_line, video_fault
+from .dataset_files import AGAIN, first_line, other_backend, video_fault
 from .errors import TrainingError
 
 
@@ -125,9 +125,9 @@ def describe(dataset: Any, row: int, error: Exception) -> str:
         return f"{what}: it {fault}; {AGAIN}, or {leave_out}"
     if type(error).__name__ == "FrameTimestampError":
         return f"{what}: {_off(error, meta.fps, dataset.tolerance_s)}, or {leave_out}"
-    backend = getattr(dataset.reader, "_video_backend", None)
-    decoder = f", try --dataset.video_backend={'pyav' if backend == 'torchcodec' else 'torchcodec'}"
-    return f"{what} ({first_line(error)}); {AGAIN}{decoder if key in meta.video_keys else ''}, or {leave_out}"
+    other = other_backend(getattr(dataset.reader, "_video_backend", None)) if key in meta.video_keys else None
+    decoder = f", try --dataset.video_backend={other}" if other else ""
+    return f"{what} ({first_line(error)}); {AGAIN}{decoder}, or {leave_out}"
 
 
 def _culprit(dataset: Any, row: int, episode: int, error: Exception) -> tuple[str | None, str, Exception]:

@@ -23,13 +23,14 @@ CHOICES = {
 }
 MANY = 2**31 - 1
 # Least and most of a setting. The most is what the machine can count, start or hold at all: a typing error that passes
-# would fill its memory, and the machine with it, before anyone could say what was wrong.
+# would fill its memory, and the machine with it, before anyone could say what was wrong. AdamW divides by eps alone where a
+# gradient is 0, so it must be a number above 0 in fp32 too.
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1), "batch_size": (1, 2**20), "gradient_accumulation_steps": (1, 2**20), "steps": (1, MANY),
     "num_workers": (0, 1024), "image_cache": (0, 2**50), "log_freq": (-MANY, MANY), "save_freq": (-MANY, MANY),
     "eval_steps": (-MANY, MANY), "max_eval_samples": (-MANY, MANY), "tolerance_s": (0, math.inf),
     "policy.chunk_size": (1, 10_000), "policy.empty_cameras": (0, 100), "policy.prefix_length": (-MANY, 2**16),
-    "policy.tokenizer_max_length": (1, 2**16), "policy.optimizer_eps": (0, math.inf),
+    "policy.tokenizer_max_length": (1, 2**16), "policy.optimizer_eps": (1e-37, math.inf),
     "policy.optimizer_weight_decay": (0, math.inf), "policy.scheduler_warmup_steps": (0, MANY),
     "policy.scheduler_decay_steps": (1, MANY), "policy.scheduler_decay_lr": (0, math.inf),
 }  # fmt: skip

@@ -241,6 +241,21 @@ def test_the_advice_about_names_works(features, flags, bench_top, checkpoint, tm
     follow(message, bench_top, tmp_path, root, *start, *flags)
 
 
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ({OBS_STATE: FRONT}, ["'observation.state', which is none", "no camera"]),
+        ({FRONT: OBS_STATE}, ["'observation.images.front', a camera", "no state"]),
+        ({OBS_STATE: FRONT, WRIST: "observation.images.side"}, ["no camera", f'{{"{WRIST}": "observation.images.side"}}']),
+    ],
+)  # fmt: skip
+def test_a_camera_and_a_state_under_one_name_are_not_told_to_change_places(
+    names, says, bench_top, checkpoint, tmp_path, capsys
+):
+    message = refused(bench_top, tmp_path / "run", capsys, checkpoint, f"--rename_map={json.dumps(names)}")
+    assert all(part in message for part in ["--rename_map", *says]) and "_unused" not in message, message
+
+
 def test_a_split_that_holds_every_episode_out_is_said_so(bench_top, blank, tmp_path, capsys):
     root = record(tmp_path / "data", PLAIN, episodes=1)
     message = refused(bench_top, tmp_path / "run", capsys, root, blank, "--dataset.eval_split=0.1")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import importlib.abc
 import json
 import os
+import re
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,8 @@ from training_runs import refused, resume, state_files
 from smolvla_fast.testing_dataset import write_dataset
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.data import held_out_batches, open_data, training_batches
-from smolvla_fast.train.readable import Batches
+from smolvla_fast.train.dataset_files import check_backend
+from smolvla_fast.train.readable import Batches, Readable
 
 pytestmark = pytest.mark.training
 
@@ -131,6 +136,18 @@ def lose_episodes(root: Path) -> None:
     pq.write_table(pq.read_table(root / EPISODES).slice(0, 2), root / EPISODES)
 
 
+def feature(name: str, **entries):
+    """Another declaration of a feature in meta/info.json; without entries a camera with no column."""
+
+    def change(root: Path) -> None:
+        values = json.loads((root / "meta/info.json").read_text())
+        own = values["features"].get(name, values["features"]["observation.images.front"])
+        values["features"][name] = {**own, **entries}
+        (root / "meta/info.json").write_text(json.dumps(values))
+
+    return change
+
+
 def of_version(version: str):
     def change(root: Path) -> None:
         values = json.loads((root / "meta/info.json").read_text())
@@ -145,6 +162,31 @@ def of_version(version: str):
         pytest.param(lose_rows, ["data/chunk-000/file-000.parquet", "episode 3 has", "rows instead of"], id="rows"),
         pytest.param(lose_tasks, ["meta/tasks.parquet", "0 tasks"], id="tasks"),
         pytest.param(lose_episodes, ["meta/episodes describes 2 episodes", "meta/info.json 4"], id="episodes"),
+        pytest.param(
+            feature("observation.state", shape=[7]),
+            [DATA, "meta/info.json: 'observation.state' has the shape [7] there and [6] in the data"], id="state-shape",
+        ),
+        pytest.param(
+            feature("action", shape=[5]), ["meta/info.json: 'action' has the shape [5] there and [6] in the data"],
+            id="action-shape",
+        ),
+        pytest.param(
+            feature("observation.images.top"),
+            ["meta/info.json", "the column 'observation.images.top' that", "is missing from its data"], id="no-column",
+        ),
+        pytest.param(
+            feature("observation.images.front", names=None),
+            ["names null for the camera 'observation.images.front'", '"height", "width", "channels"'], id="no-names",
+        ),
+        pytest.param(
+            feature("observation.images.front", names=["height"]),
+            ['names ["height"] for the camera', '"height", "width", "channels"'], id="one-name",
+        ),
+        pytest.param(
+            feature("observation.images.front", shape=[16, 24]),
+            ["shape [16, 24] for the camera 'observation.images.front'", "[480, 640, 3]"], id="camera-shape",
+        ),
+        pytest.param(feature("action", shape=6), ["meta/info.json", "'action'"], id="no-shape"),
         pytest.param(of_version("v2.1"), ["v2.1", "convert_dataset_v21_to_v30"], id="v2.1"),
         pytest.param(of_version("latest"), ["meta/info.json cannot be read"], id="no-version"),
         pytest.param(lambda root: shutil.rmtree(root / "meta"), ["meta/info.json is missing", "holds data"], id="meta"),
@@ -190,6 +232,46 @@ def test_a_decoder_that_cannot_be_loaded_is_refused_with_another(
     message = refused(bench_top, tmp_path / "run", capsys, *flags)
     assert "dataset.video_backend" in message and backend in message and "pyav" in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_another_decoder_is_advised_only_where_it_can_be_loaded(
+    loads, bench_top, filmed, tmp_path, monkeypatch
+):
+    """Read by pyav; torchcodec as it is where it loads, and as it is without FFmpeg."""
+    root = root_of(filmed, tmp_path)
+    data = open_data(
+        bench_top.settings(tmp_path / "run", f"--dataset.root={root}", "--dataset.video_backend=pyav")
+    )
+
+    def fail(*_):
+        raise ValueError("Invalid data found when processing input")
+
+    monkeypatch.setattr(data.train.reader, "_query_videos", fail)
+
+    package = types.ModuleType("torchcodec")
+    package.__path__ = []
+    monkeypatch.setitem(sys.modules, "torchcodec", package)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", types.ModuleType("torchcodec.decoders"))
+    if not loads:
+        monkeypatch.delitem(sys.modules, "torchcodec.decoders")
+        monkeypatch.setattr(sys, "meta_path", [NoFFmpeg(), *sys.meta_path])
+    message = Readable(data.train)[0].message
+    assert "observation.images.front at frame 0 of episode 0" in message and "Invalid data" in message
+    assert ("try --dataset.video_backend=torchcodec" in message) is loads
+    if not loads:
+        with pytest.raises(TrainingError, match=r"Likely causes: 1\. FFmpeg is not properly installed\."):
+            check_backend("torchcodec", True)
+
+
+class NoFFmpeg(importlib.abc.MetaPathFinder):
+    """Has torchcodec fail as it does where FFmpeg is not installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchcodec.decoders":
+            raise RuntimeError(
+                "Could not load libtorchcodec. Likely causes:\n\n  1. FFmpeg is not properly installed.\n  2. None fits."
+            )
 
 
 # --- Found at a frame, in this process or in a worker
@@ -241,6 +323,41 @@ def test_a_broken_picture_is_named_and_the_checkpoints_stay(workers, bench_top, 
     assert resume(output, "--steps=3") == 0 and state_files(output / "checkpoints" / "000002") == before
 
 
+def lose_a_picture(root: Path, row: int) -> None:
+    """Null in the place of a PNG, of the wrist camera."""
+
+    def change(values):
+        values[row] = None
+        return values
+
+    replace_column(root / DATA, "observation.images.wrist", change)
+
+
+@pytest.mark.parametrize("damage_at", [break_a_picture, lose_a_picture])
+@pytest.mark.parametrize("row", [0, -1])
+def test_a_picture_that_is_broken_at_either_end_is_named_before_the_first_step(
+    row, damage_at, bench_top, tmp_path, capsys
+):
+    root = root_of(bench_top.data, tmp_path)
+    damage_at(root, row)
+    message = refused(bench_top, tmp_path / "run", capsys, f"--dataset.root={root}")
+    episode = 0 if row == 0 else 3
+    assert re.search(
+        rf"observation\.images\.wrist at frame \d+ of episode {episode} (cannot be read|is null)", message
+    ), message
+    assert DATA in message and "--dataset.episodes" in message and message.count("\n") == 1, message
+
+
+@pytest.mark.parametrize("seconds", [0.07, -0.03])
+def test_timestamps_that_are_off_are_named_at_their_frame(seconds, bench_top, filmed, tmp_path, capsys):
+    root = root_of(filmed, tmp_path)
+    shift(root, seconds)
+    flags = (f"--dataset.root={root}", "--dataset.video_backend=pyav")
+    message = refused(bench_top, tmp_path / "run", capsys, *flags)
+    assert re.search(r"observation\.images\.front at frame \d+ of episode \d", message), message
+    assert FRONT in message and "--tolerance_s" in message and message.count("\n") == 1, message
+
+
 def test_timestamps_that_are_off_name_the_tolerance_that_takes_them(bench_top, filmed, tmp_path, capsys):
     root = root_of(filmed, tmp_path)
     shift(root, 0.03)
@@ -249,11 +366,9 @@ def test_timestamps_that_are_off_name_the_tolerance_that_takes_them(bench_top, f
         "--dataset.video_backend=pyav",
         "--steps=1",
     )
-    assert bench_top.command(tmp_path / "run", *flags) == 2
-    message = capsys.readouterr().err
+    message = refused(bench_top, tmp_path / "run", capsys, *flags)
     assert "observation.images.front at frame" in message and FRONT in message and "off by 0.03 s" in message
     assert "--tolerance_s=0.033" in message and "Traceback" not in message and message.count("\n") == 1
-    assert not (tmp_path / "run").exists()
     assert bench_top.command(tmp_path / "run", *flags, "--tolerance_s=0.033") == 0
 
 

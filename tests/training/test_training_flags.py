@@ -142,7 +142,7 @@ def test_a_hostile_value_is_refused_by_name_or_read(name: str, tmp_path: Path, m
 NEVER = [
     ("--policy.optimizer_betas=[0.9, 2]", "below 1"), ("--policy.optimizer_betas=[nan, 0.9]", "below 1"),
     ("--policy.optimizer_lr=.nan", "finite"), ("--policy.optimizer_lr=0", "above 0"),
-    ("--policy.optimizer_eps=-1", "at least 0"),
+    ("--policy.optimizer_eps=-1", "at least 1e-37"),
     ("--policy.optimizer_weight_decay=.inf", "finite"), ("--policy.scheduler_decay_lr=-1", "at least 0"),
     ("--policy.scheduler_warmup_steps=-1", "at least 0"), ("--tolerance_s=.nan", "finite"), ("--seed=-1", "at least 0"),
     ("--num_workers=-1", "at least 0"), ("--num_workers=1000000", "at most"), ("--policy.chunk_size=0", "at least 1"),

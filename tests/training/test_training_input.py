@@ -15,8 +15,9 @@ from training_runs import read, refused
 from smolvla_fast.smolvla import SmolVLAPolicy
 from smolvla_fast.testing_dataset import write_dataset
 from smolvla_fast.train import TrainingError
+from smolvla_fast.train.checkpoint import Checkpoints
 from smolvla_fast.train.data import open_data, training_batches
-from smolvla_fast.training import update
+from smolvla_fast.training import train, update
 
 pytestmark = pytest.mark.training
 
@@ -144,11 +145,65 @@ def damage_stats(bench_top, tmp_path, change):
         ),
         pytest.param(lambda s: s["action"]["mean"].__setitem__(0, float("nan")), "nan", id="nan"),
         pytest.param(lambda s: s["action"].update(std=[1.0, 1.0]), "[1.0, 1.0]", id="size"),
+        pytest.param(
+            lambda s: s.update({"so100.buffer.action": s.pop("action")}),
+            "rename that entry to 'action' in meta/stats.json",
+            id="robot-type",
+        ),
     ],
 )
 def test_statistics_that_cannot_be_used(change, says, bench_top, tmp_path, capsys):
     message = refused(bench_top, tmp_path / "run", capsys, damage_stats(bench_top, tmp_path, change))
     assert says in message and "recompute_stats" in message and "normalization_mapping" in message
+    assert "dataset_stats" not in message  # which no flag gives
+
+
+def test_a_camera_without_statistics_is_counted_in_channels(bench_top, tmp_path, capsys):
+    root = damage_stats(bench_top, tmp_path, lambda s: s.pop("observation.images.front"))
+    modes = "--policy.normalization_mapping={VISUAL: MEAN_STD, STATE: MEAN_STD, ACTION: MEAN_STD}"
+    message = refused(bench_top, tmp_path / "run", capsys, root, modes)
+    assert "'mean' of 'observation.images.front', of 3 channels, is missing" in message
+
+
+@pytest.mark.parametrize("imagenet", ["true", "false"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda s: s.update({"observation.images.front": None}), id="camera"),
+        pytest.param(lambda s: s["observation.images.front"].update(mean=None), id="entry-of-a-camera"),
+        pytest.param(lambda s: s["action"].update(max=None), id="entry-not-used"),
+        pytest.param(lambda s: s.update(timestamp=None, index=3), id="not-the-policy-s"),
+    ],
+)
+def test_a_null_among_statistics_that_are_not_used_stops_no_run(change, imagenet, bench_top, tmp_path):
+    flags = (damage_stats(bench_top, tmp_path, change), f"--dataset.use_imagenet_stats={imagenet}")
+    bench_top.prepare(tmp_path / "run", *flags)
+
+
+@pytest.mark.parametrize("flag", ["--policy.optimizer_lr=1e39", "--policy.optimizer_weight_decay=1e44"])
+def test_weights_that_are_not_finite_are_not_saved(flag, bench_top, tmp_path, capsys):
+    assert bench_top.command(tmp_path / "run", flag, "--save_freq=1", "--steps=3") == 2
+    message = capsys.readouterr().err
+    assert "trained weights are not finite" in message and "there is no checkpoint before it" in message, (
+        message
+    )
+    assert Checkpoints(tmp_path / "run").last() is None and "--policy.optimizer_lr" in message
+
+
+def test_the_checkpoint_before_weights_that_are_not_finite_stays_the_last(bench_top, tmp_path):
+    runs = []
+
+    def spoil(step, facts):
+        if step == 2:
+            next(p for p in runs[0].policy.parameters() if p.requires_grad).data.view(-1)[0] = np.nan
+
+    settings = bench_top.settings(tmp_path / "run", "--save_freq=1", "--steps=3")
+    with pytest.raises(
+        TrainingError, match=r"step 2: 1 of \d+ trained weights.*checkpoints/000001, is as it was"
+    ):
+        train(settings, on_begin=runs.append, on_step=spoil)
+    assert Checkpoints(tmp_path / "run").last().name == "000001"
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.name.endswith("2")] == []
 
 
 def test_no_statistics_at_all(bench_top, tmp_path, capsys):
@@ -179,10 +234,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bench_top, tmp_path):
         (["--dataset.eval_split=0.99"], ["leaves no episode"]),
         (["--eval_steps=1"], ["dataset.eval_split"]),
         (["--batch_size=0"], ["batch_size=0", "at least 1"]),
+        (["--policy.optimizer_eps=0"], ["--policy.optimizer_eps=0", "at least 1e-37"]),
+        (["--policy.optimizer_eps=1e-60"], ["--policy.optimizer_eps=1e-60", "at least 1e-37"]),
         (["--steps=many"], ["--steps=many", "a whole number"]),
         (["--policy.chunk_size=0"], ["chunk_size must be at least 1"]),
         (["--policy.optimizer_lr=fast"], ["--policy.optimizer_lr=fast", "a number"]),
         (["--policy.attention_mode=none"], ["'cross_attn' or 'self_attn'"]),
+        (["--policy.path="], ["--policy.path is empty"]),
         (["--policy.path=/no/such/checkpoint"], ["--policy.path", "config.json"]),
         (["--policy.vlm_model_name=/no/such/vlm"], ["/no/such/vlm"]),
         (["--policy.push_to_hub=true"], ["uploads nothing"]),
@@ -194,6 +252,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bench_top, tmp_path):
 def test_flags_that_cannot_be(flags, says, bench_top, tmp_path, capsys):
     message = refused(bench_top, tmp_path / "run", capsys, *flags)
     assert all(part in message for part in says), message
+
+
+def test_the_listing_of_a_folder_that_is_no_checkpoint_is_short(bench_top, tmp_path, capsys):
+    for index in range(30):
+        (tmp_path / f"file{index:02}").touch()
+    message = refused(bench_top, tmp_path / "run", capsys, f"--policy.path={tmp_path}")
+    assert "file07 and 22 more" in message and "file08" not in message
 
 
 def test_a_checkpoint_of_other_sizes_is_named(bench_top, checkpoint, tmp_path, capsys):

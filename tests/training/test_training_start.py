@@ -125,6 +125,22 @@ def test_a_checkpoint_with_statistics_among_its_weights_trains(
     )  # fp64 statistics, rounded once
 
 
+def test_a_checkpoint_with_half_of_its_statistics_trains_once_they_are_removed(
+    bench_top, finished, tmp_path, capsys
+):
+    old = shutil.copytree(finished / "checkpoints" / "last" / "pretrained_model", tmp_path / "old")
+    for path in old.glob("policy_*"):
+        path.unlink()
+    tensors = {name: value.clone() for name, value in load_file(old / "model.safetensors").items()}
+    half = {**tensors, "normalize_inputs.buffer_observation_state.mean": torch.zeros(6)}
+    save_file(half, old / "model.safetensors", {"format": "pt"})
+    message = refused(bench_top, tmp_path / "run", capsys, f"--policy.path={old}")
+    assert "before LeRobot 0.4" in message and "remove them from the file" in message
+    assert "dataset_stats" not in message and "strict=" not in message  # no flags of the command
+    save_file(tensors, old / "model.safetensors", {"format": "pt"})
+    assert bench_top.command(tmp_path / "run", f"--policy.path={old}", "--steps=1") == 0
+
+
 def test_processors_that_leave_an_action_as_it_is_are_refused_on_resume(finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run", symlinks=True)
     path = next((run / "checkpoints" / "last" / "pretrained_model").glob("policy_post*.safetensors"))
