@@ -216,6 +216,7 @@ def test_report_says_when_the_machine_was_busy() -> None:
     assert "load 7.5 on 2 cores" in report.markdown(data)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_red_engine_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """End to end: with a wrong engine the stock rows stay, the engine's rows are missing, and the status is 1."""

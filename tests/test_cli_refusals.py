@@ -407,6 +407,7 @@ def test_demo_runs_without_lerobot(saved: Path, tmp_path: Path) -> None:
     demonstrates(tmp_path, saved, sys.executable)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_command_without_lerobot_runs_or_says_what_to_install(saved: Path, tmp_path: Path) -> None:
     """In the environment of `make venv-standalone`, and where LeRobot is hidden."""

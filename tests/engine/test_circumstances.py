@@ -1,4 +1,4 @@
-"""What is on around a call and would not see into the kernels, or changes what stock computes in: stock runs, with a reason."""
+"""What is on around a call and would not see into the kernels, or changes stock: stock runs, with a receipt."""
 
 from __future__ import annotations
 

@@ -185,6 +185,7 @@ def test_bf16_in_fp32_where_the_processor_is_slow(monkeypatch: pytest.MonkeyPatc
     }
 
 
+@pytest.mark.long
 def test_a_loss_curve_is_stocks() -> None:
     """200 steps of AdamW from one seed. Rounding grows with the steps: stock begun one ulp beside itself is the bound."""
     curves = {}

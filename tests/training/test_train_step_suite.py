@@ -31,6 +31,7 @@ pytestmark = pytest.mark.training
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_suite(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
