@@ -114,7 +114,7 @@ def source_tree(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def installed(source_tree, tmp_path_factory):
-    """A folder with the package as pip installs it; CUDA for one target, where this checkout has the part and its objects."""
+    """A folder with the package as pip installs it; CUDA for one target, where this checkout has that part."""
     from smolvla_fast import extension
 
     if "PYTEST_XDIST_WORKER" in os.environ:
