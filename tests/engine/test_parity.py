@@ -12,7 +12,7 @@ import torch
 
 import smolvla_fast
 from smolvla_fast import inference
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.testing import TINY_TEXT, make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
 from .conftest import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, rel_l2
@@ -74,6 +74,11 @@ GRID: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "min_period, max_period": (dict(min_period=1e-2, max_period=2.0), {}),
     "heads 15/5": (dict(text=HEADS_15_5), {}),
     "heads 4/4": (dict(text=HEADS_4_4), {}),
+    # Where keys are multiplied as they lie, stock's layout of memory decides last bits; with one query another call is made.
+    "chunk_size=1, heads not grouped": (
+        dict(cameras=1, text={**TINY_TEXT, "num_key_value_heads": 3}, chunk_size=1, n_action_steps=1),
+        dict(batch=2),
+    ),
     "heads 4/2, batch=2": (dict(text=HEADS_4_2), dict(batch=2)),
     "vision 64 pixels, patch 8": (dict(vision=dict(image_size=64, patch_size=8)), {}),
     "vision heads 4, MLP 40": (dict(vision=dict(num_attention_heads=4, intermediate_size=40)), {}),
