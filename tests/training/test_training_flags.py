@@ -112,7 +112,18 @@ def test_a_flag_reads_what_lerobot_train_reads(name: str) -> None:
     assert len(SETTINGS) > 70 and seen
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, "policy.type", "resume"])
+# Flags of one type are read by the same lines: two of each here, and in make test-full all.
+OF_TYPE: dict[str, list[str]] = {}
+for name, entry in SETTINGS.items():
+    OF_TYPE.setdefault(str(entry.type), []).append(name)
+FIRST = {"policy.type", "resume", *(name for names in OF_TYPE.values() for name in names[:2])}
+HOSTILE = [
+    pytest.param(name, marks=() if name in FIRST else pytest.mark.long)
+    for name in (*SETTINGS, "policy.type", "resume")
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_value_is_refused_by_name_or_read(name: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     refusals = 0

@@ -231,14 +231,14 @@ def test_what_changes_during_a_look_is_looked_at_again(
 
 
 def test_a_structure_that_cannot_be_noted_keeps_its_reason(trainee: Trainee) -> None:
-    """A parameter without memory yet has no address to note; that it is hooked is what stock runs for."""
+    """A parameter without memory yet has no address to note; that is what stock runs for."""
     trainee.model.extra = nn.LazyLinear(3)
     with pytest.raises(ValueError, match="uninitialized parameter"):
         Watch(trainee.model)
     smolvla_fast.patch(trainee.policy, training=True)
     trainee.loss()
     now = smolvla_fast.status(trainee.policy)
-    assert now.training_stock == 1 and "extra has a forward hook" in str(now.training_fallback)
+    assert now.training_stock == 1 and "extra.weight is a" in str(now.training_fallback)
 
 
 @pytest.mark.parametrize("place", ["before all", "runtime_of", "call_reason"])
