@@ -14,6 +14,7 @@ LACKING = {errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTS
 """What file systems answer to a call that they do not have."""
 
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def make_folder(folder: Path) -> None:
@@ -54,7 +55,10 @@ def check_output_dir(folder: Path, new: bool) -> None:
 
 def advice(error: BaseException) -> str:
     """What to do about a disk that refuses."""
-    return "make it writable" if getattr(error, "errno", None) in READ_ONLY else "free some space"
+    number = getattr(error, "errno", None)
+    if number in READ_ONLY:
+        return "make it writable"
+    return "free some space" if number in FULL else "mend that"
 
 
 def replace(source: Path, target: Path) -> None:
