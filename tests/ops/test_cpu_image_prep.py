@@ -42,12 +42,22 @@ def random_bytes(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+def close(got: Tensor, want: Tensor, dtype: torch.dtype, truth: Tensor | None = None) -> None:
     assert got.dtype is dtype and got.shape == want.shape
     error = (got.double() - want.double()).abs().max().item()
     # In 16 bits both sides round values within BOUND of each other: at most to neighbours.
     allowed = BOUND if dtype is F32 else torch.finfo(dtype).eps / 2
+    if error > allowed and truth is not None:
+        # torch's code for processors without AVX2 rounds positions otherwise: then each side is held to the truth.
+        error = (got.double() - truth).abs().max().item()
+        allowed += 2 * (want.double() - truth).abs().max().item()
     assert error <= allowed, f"{error / EPS:.2f} of 2⁻²³, allowed {allowed / EPS:.2f}"
+
+
+def in_fp64(frames: Tensor, height: int, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    if frames.dtype is torch.uint8:  # channels last
+        frames = frames.permute(0, 3, 1, 2) / torch.tensor(255.0, dtype=torch.float64)
+    return reference(frames.double(), height, width, torch.float64)
 
 
 @AT_LEVELS
@@ -61,7 +71,7 @@ def test_against_the_reference(
     case: dict[str, int], dtype: torch.dtype, level: str, image_prep: Callable[..., Tensor]
 ) -> None:
     inputs = make_inputs(case, dtype, torch.Generator().manual_seed(1))
-    close(image_prep(**inputs), reference(**inputs), dtype)
+    close(image_prep(**inputs), reference(**inputs), dtype, in_fp64(**inputs))
 
 
 @AT_LEVELS
@@ -71,9 +81,9 @@ def test_odd_sizes(
     frame: tuple[int, int], size: tuple[int, int], level: str, image_prep: Callable[..., Tensor]
 ) -> None:
     frames = random(2, 3, *frame, seed=1)
-    close(image_prep(frames, *size, F32), reference(frames, *size, F32), F32)
+    close(image_prep(frames, *size, F32), reference(frames, *size, F32), F32, in_fp64(frames, *size))
     frames = random_bytes(2, *frame, 3, seed=1)
-    close(image_prep(frames, *size, F32), reference(frames, *size, F32), F32)
+    close(image_prep(frames, *size, F32), reference(frames, *size, F32), F32, in_fp64(frames, *size))
 
 
 @AT_LEVELS
