@@ -11,7 +11,7 @@ ALONE   := .venv-standalone
 COMPAT  := 0.5.1 0.4.4
 DEMO    := $(VENV)/.demo
 TESTS   := $(VENV)/.tests
-SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -path '*/__pycache__/*' -not -path 'csrc/simt/*')
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -path '*/__pycache__/*')
 PIP     := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
 # A bare GPU machine may have torch, Triton and nvcc but no network: there the system's Python is used as it is.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
@@ -79,7 +79,7 @@ test-compat: $(COMPAT:%=.venv-lerobot-%/.ready)
 acceptance: venv
 	$(VENV)/bin/python scripts/acceptance.py
 
-# CUDA C++ kernels run on the host, by the emulator of csrc/simt: without the slow ones, and with them.
+# CUDA C++ kernels run on the host, by the emulator of tests/simt/emulator: without the slow ones, and with them.
 simt: venv
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/simt -m "simt and not slow" $(ARGS)
 
@@ -143,7 +143,7 @@ define install
 	fi
 	@$(PIP) "pip>=25" "setuptools>=77" wheel "pybind11>=2.13" ninja
 	@$(VENV)/bin/python scripts/install.py $(1)
-	@$(VENV)/bin/python -c "from smolvla_fast import extension; print(extension.summary())"
+	@$(VENV)/bin/python -c "from smolvla_fast.ops import extension; print(extension.summary())"
 endef
 
 $(DEMO): $(SOURCES)

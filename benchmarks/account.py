@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from smolvla_fast.dims import Dims, read_dims
-from smolvla_fast.reference import Cost
+from smolvla_fast.model.dims import Dims, read_dims
+from smolvla_fast.ops.reference import Cost
 
 ADAMW_NUMBERS = 7
 """Of a parameter: it, its gradient and both moments are read, all but the gradient written."""

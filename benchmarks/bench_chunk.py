@@ -9,7 +9,7 @@ from benchmarks.account import stage_costs
 from benchmarks.conftest import rounds
 from benchmarks.gate import COMPILED_BOUND, check_chunk, timed
 from benchmarks.subject import why_not
-from smolvla_fast.precision import TIERS
+from smolvla_fast.model.precision import TIERS
 
 COMPILED = "stock compiled"
 

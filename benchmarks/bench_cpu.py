@@ -21,12 +21,12 @@ from benchmarks.cpu import openvino_peer, overhead, scaling
 from benchmarks.cpu.checks import check_all, check_heavy, loss_of_bf16_stock
 from benchmarks.cpu.contestants import CPU, Arena, Contestant, chunk, first_chunk
 from benchmarks.cpu.roof import Roofs, measure_roofs
-from smolvla_fast import extension
-from smolvla_fast.cli import system
-from smolvla_fast.cli.console import write_json
-from smolvla_fast.cli.measure import median_stages, percentile, side_by_side, summary, timed_ms
-from smolvla_fast.outliers import heavy_tailed
-from smolvla_fast.timing import stage_times
+from smolvla_fast.engine.timing import stage_times
+from smolvla_fast.measure import system
+from smolvla_fast.measure.console import write_json
+from smolvla_fast.measure.rounds import median_stages, percentile, side_by_side, summary, timed_ms
+from smolvla_fast.ops import extension
+from smolvla_fast.testing.outliers import heavy_tailed
 
 LEAST_ROUNDS = 3
 MAIN_SECONDS, SCALING_SECONDS = 270.0, 150.0

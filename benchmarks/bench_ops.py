@@ -1,6 +1,6 @@
 """Single ops: case by dtype by backend, each checked against fp64 before it is timed, under the roof.
 
-Cases, inputs and costs come from ``smolvla_fast/reference/<op>.py``, the check from ``tests/contract.py``: an
+Cases, inputs and costs come from ``smolvla_fast/ops/reference/<op>.py``, the check from ``tests/contract.py``: an
 op that is added there is timed here. Rounds go through several copies of the inputs, as a chunk goes through
 its layers; weights that one op leaves in the caches would flatter it.
 """
@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.calls import OPS, REAL_FLOPS, check, cold_calls, figures, room
 from benchmarks.gate import timed
-from smolvla_fast import backends
-from smolvla_fast.cli.measure import synchronize
+from smolvla_fast.measure.rounds import synchronize
+from smolvla_fast.ops import select as backends
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -8,9 +8,9 @@ from benchmarks.account import stage_costs
 from benchmarks.conftest import rounds
 from benchmarks.gate import check_chunk, timed
 from benchmarks.subject import why_not
-from smolvla_fast.cli.measure import summary
-from smolvla_fast.precision import TIERS
-from smolvla_fast.timing import stage_times
+from smolvla_fast.engine.timing import stage_times
+from smolvla_fast.measure.rounds import summary
+from smolvla_fast.model.precision import TIERS
 
 CAMERAS = 2
 

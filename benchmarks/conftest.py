@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.machine import Ceilings, measure_ceilings
 from benchmarks.subject import Subject
-from smolvla_fast.cli import system
+from smolvla_fast.measure import system
 
 HEADER: pytest.StashKey[Any] = pytest.StashKey()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smolvla_fast.cli.measure import error, side_by_side, summary, timed_ms
+from smolvla_fast.measure.rounds import error, side_by_side, summary, timed_ms
 
 # The compiler may reorder every sum. fp32: 1e-4 is far above what that can do, far below a wrong mask;
 # mixed: bf16 rounds at 4e-3, and 26 layers and 10 steps of other roundings stay below 5e-2.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from smolvla_fast.cli.measure import synchronize
+from smolvla_fast.measure.rounds import synchronize
 
 # Large enough to reach a machine's top speed, small enough for a second on two cores.
 GEMM_SIDE = {"cpu": 2048, "cuda": 8192}

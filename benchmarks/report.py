@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.cpu import sections as cpu
 from benchmarks.gpu import sections
-from smolvla_fast.cli import system
-from smolvla_fast.cli.console import milliseconds
+from smolvla_fast.measure import system
+from smolvla_fast.measure.console import milliseconds
 
 # Below this many rounds the highest percentiles are the slowest round; a table would claim too much.
 TAIL_ROUNDS = 20
@@ -266,7 +266,7 @@ def draw(data: dict[str, Any], path: Path) -> bool:
     matplotlib.
     """
     try:
-        from smolvla_fast.cli import plot
+        from smolvla_fast.measure import plot
     except ImportError:
         return False
     subtitle = _subtitle(data)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.gate import check_chunk, check_report
-from smolvla_fast.cli.measure import as_stock, synchronize
+from smolvla_fast.measure.rounds import as_stock, synchronize
 
 
 def why_not(variant: str, device: torch.device, backend: str = "auto") -> str | None:
     """Why a tier cannot be served on this device by a backend, or None; None for what is no tier too."""
-    from smolvla_fast.backends import select
-    from smolvla_fast.precision import TIERS
+    from smolvla_fast.model.precision import TIERS
+    from smolvla_fast.ops.select import select
 
     tier = TIERS.get(variant)
     try:
@@ -41,12 +41,12 @@ class Subject:
         steps: int | None = None,
         layers: int | None = None,
     ) -> None:
-        from smolvla_fast import testing
+        from smolvla_fast.testing import policies
 
         self.layout = layout or ("mixed" if device.type == "cuda" else "fp32")
         self.device, self.size = device, size
         config = {} if layers is None else {"num_vlm_layers": layers}
-        self.policy = testing.make_policy(size, cameras=3, layout=self.layout, device=device, **config)
+        self.policy = policies.make_policy(size, cameras=3, layout=self.layout, device=device, **config)
         if steps:
             self.policy.config.num_steps = steps
         self._observations: dict[tuple[int, int], tuple[dict[str, Tensor], Tensor]] = {}
@@ -64,15 +64,15 @@ class Subject:
         return self._given(cameras, batch)[0]
 
     def noise(self, batch: int = 1) -> Tensor:
-        from smolvla_fast import testing
+        from smolvla_fast.testing import policies
 
-        return testing.make_noise(self.policy, batch=batch)
+        return policies.make_noise(self.policy, batch=batch)
 
     def _given(self, cameras: int, batch: int) -> tuple[dict[str, Tensor], Tensor]:
-        from smolvla_fast import testing
+        from smolvla_fast.testing import policies
 
         if (cameras, batch) not in self._observations:
-            observation = testing.make_observation(self.policy, cameras=cameras, batch=batch)
+            observation = policies.make_observation(self.policy, cameras=cameras, batch=batch)
             self._observations[cameras, batch] = observation, self.noise(batch)
         return self._observations[cameras, batch]
 
@@ -115,7 +115,7 @@ class Subject:
 
     def compute_dtype(self, variant: str) -> torch.dtype:
         """The dtype of a variant's large matrix products."""
-        from smolvla_fast.precision import TIERS
+        from smolvla_fast.model.precision import TIERS
 
         stored = torch.float32 if self.layout == "fp32" else torch.bfloat16
         tier = TIERS.get(variant)

@@ -20,7 +20,7 @@ from benchmarks.account import training_costs
 from benchmarks.conftest import rounds
 from benchmarks.gate import COMPILED_BOUND, Red, timed
 from benchmarks.machine import Ceilings
-from smolvla_fast.cli.measure import synchronize
+from smolvla_fast.measure.rounds import synchronize
 
 CAMERAS = 2
 BATCHES = {"cpu": (1, 2), "cuda": (8,)}
@@ -55,10 +55,10 @@ class Trainee:
         self.truth: dict[tuple[int, bool], list[Tensor]] = {}
 
     def batch(self, size: int) -> dict[str, Tensor]:
-        from smolvla_fast import testing
+        from smolvla_fast.testing import policies
 
         if size not in self._batches:
-            found = testing.make_observation(self.policy, cameras=CAMERAS, batch=size)
+            found = policies.make_observation(self.policy, cameras=CAMERAS, batch=size)
             config = self.policy.config
             shape = (size, config.chunk_size, config.action_feature.shape[0])
             found["action"] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
@@ -173,7 +173,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_train_step(benchmark, trainee, ceilings, pytestconfig, subject, variant, size):
     import smolvla_fast
-    from smolvla_fast.processor import why_bf16_is_slow
+    from smolvla_fast.ops.cpu.processor import why_bf16_is_slow
 
     bf16, device = variant.endswith("bf16"), trainee.device
     if variant == COMPILED and not pytestconfig.getoption("--with-compile"):

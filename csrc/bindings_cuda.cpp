@@ -1,4 +1,4 @@
-// smolvla_fast._cuda: CUDA C++ kernels on raw addresses; nothing is checked here, smolvla_fast/cuda/ checks and is the
+// smolvla_fast._cuda: CUDA C++ kernels on raw addresses; nothing is checked here, smolvla_fast/ops/cuda/ checks and is the
 // only caller. Loads on a machine without a GPU or a driver. The host emulator compiles the same file under its own name.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,7 +12,7 @@
 #include "cuda/masked_attention.h"
 
 #if defined(SMOLVLA_SIMT)
-#include "simt/module.h"
+#include "emulator/module.h"
 #endif
 
 #ifndef SMOLVLA_MODULE

@@ -16,7 +16,7 @@ from pathlib import Path
 
 CUDA_ARCHS = ["80", "86", "87", "89", "90a", "100a", "120"]
 OLDEST = 80
-"""The first whose tensor cores multiply bf16, as in smolvla_fast/backends.py."""
+"""The first whose tensor cores multiply bf16, as in smolvla_fast/ops/select.py."""
 
 # No -march: one binary serves every x86-64, and a function that needs more carries its own target attribute.
 # No contraction into fma: whether a compiler finds one must not decide the bits of a result.
@@ -97,7 +97,7 @@ def openmp_flags(cxx):
 
 
 def cuda_homes():
-    """Where nvcc is looked for after the PATH, best first: as in smolvla_fast/cli/system.py, for `doctor`."""
+    """Where nvcc is looked for after the PATH, best first: as in smolvla_fast/measure/system.py, for `doctor`."""
     return [
         home for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda") if home
     ]

@@ -22,8 +22,8 @@ import torch
 import smolvla_fast
 from smolvla_fast.cli import main as smolvla_fast_command
 from smolvla_fast.smolvla import SmolVLAPolicy, make_pre_post_processors
-from smolvla_fast.testing import make_policy
-from smolvla_fast.testing_dataset import REPO_ID, write_dataset
+from smolvla_fast.testing.dataset import REPO_ID, write_dataset
+from smolvla_fast.testing.policies import make_policy
 from smolvla_fast.train.checkpoint import Checkpoints, read_run
 from smolvla_fast.train.data import held_out_batches, open_data, to_floats
 from smolvla_fast.train.evaluation import action_error

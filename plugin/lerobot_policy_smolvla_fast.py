@@ -6,7 +6,7 @@ patches what it has loaded. No other policy is touched, and a command without a 
 
 A class attribute of LeRobot is changed here, which ``smolvla_fast.patch`` itself never does. Installing this distribution
 is how you say yes to that; ``SMOLVLA_FAST_DISABLE=1`` says no for one run, uninstalling it says no for good.
-``smolvla_fast/loading.py`` has the rest, ``SMOLVLA_FAST_PRECISION``, ``SMOLVLA_FAST_BACKEND`` and ``SMOLVLA_FAST_WARMUP``
+``smolvla_fast/auto_patch.py`` has the rest, ``SMOLVLA_FAST_PRECISION``, ``SMOLVLA_FAST_BACKEND`` and ``SMOLVLA_FAST_WARMUP``
 among it.
 """
 
@@ -19,7 +19,7 @@ import wrapt
 @wrapt.when_imported("lerobot.policies.smolvla.modeling_smolvla")
 def _patch_as_loaded(module: Any) -> None:
     try:
-        from smolvla_fast.loading import patch_as_loaded
+        from smolvla_fast.auto_patch import patch_as_loaded
 
         patch_as_loaded(module.SmolVLAPolicy)
     except Exception as error:  # a robot must not stop because smolvla_fast is broken

@@ -27,7 +27,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.ahead_of_time import KIB, Cell, Rows, compiling
-from smolvla_fast.reference.quantize import quantize_rows
+from smolvla_fast.ops.reference.quantize import quantize_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = (80, 86, 87, 89, 90, 100, 120)
@@ -83,7 +83,7 @@ def ops() -> list[str]:
 
 
 def room(op: str) -> Any:
-    return importlib.import_module(f"smolvla_fast.reference.{op}")
+    return importlib.import_module(f"smolvla_fast.ops.reference.{op}")
 
 
 def cases(op: str) -> list[dict[str, int]]:
@@ -131,12 +131,12 @@ def _ways(op: str, case: dict[str, int], dtype: torch.dtype) -> dict[str, dict[s
 
 def call(op: str, inputs: dict[str, Any]) -> None:
     """The op as the Triton backend serves it: where torch serves a dtype or size, no kernel is launched."""
-    from smolvla_fast.aten.suffix import suffix_fold
+    from smolvla_fast.ops.torch.suffix import suffix_fold
 
     inputs = dict(inputs)
     launcher = getattr(importlib.import_module(f"smolvla_fast.kernels.{op}"), op)
     with contextlib.suppress(ImportError):
-        fused = importlib.import_module("smolvla_fast.fused")
+        fused = importlib.import_module("smolvla_fast.ops.triton.ops")
         launcher = getattr(fused, op, launcher)
     if op == "suffix_embed":
         names = ("times", "in_weight", "in_bias", "mlp_in_weight", "mlp_in_bias")

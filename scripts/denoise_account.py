@@ -3,7 +3,7 @@
     python scripts/denoise_account.py
 
 Counted from the sizes alone, as csrc/cuda/denoise_plan.cuh deals them out; nothing here is measured. The plan of shared
-memory is asked of the launcher itself, compiled for the host emulator (csrc/simt).
+memory is asked of the launcher itself, compiled for the host emulator (tests/simt/emulator).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def shared_memory() -> None:
-    from csrc.simt import build
+    from simt.emulator import build
 
     library = build.library()
     print(

@@ -100,7 +100,7 @@ def together(outcomes: list[Outcome]) -> Outcome:
 
 def sanitizer(context: Context, seconds: float) -> Outcome:
     """compute-sanitizer over every CUDA C++ kernel: memcheck and racecheck."""
-    from smolvla_fast.cli.system import cuda_homes
+    from smolvla_fast.measure.system import cuda_homes
 
     places = ["compute-sanitizer", *(f"{home}/bin/compute-sanitizer" for home in cuda_homes())]
     if not any(map(shutil.which, places)):

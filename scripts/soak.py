@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from fuzz.cases import WEIGHTS, Tally, attempt, calls, compare, inputs_of, policies, rel_l2, twins
 
 import smolvla_fast
-from smolvla_fast.testing import make_policy
+from smolvla_fast.testing.policies import make_policy
 from smolvla_fast.verify import FP32_BOUND
 
 FLOOR = 768 * 2**10

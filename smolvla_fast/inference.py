@@ -9,23 +9,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import passed_over, select
-from .copies import FLOATS, KINDS, Copies, IntegerCast
-from .dims import read_dims
-from .graphs import CaptureFailed, GraphCache, driver_for
-from .nested import flatten
-from .ops import STAGES, Ops, serving
-from .precision import Tier
-from .processor import why_bf16_is_slow
-from .reference.time_embedding import time_embedding
-from .rtc import Guidances
+from .engine.cuda_graphs import CaptureFailed, GraphCache, driver_for
+from .engine.nested import flatten
+from .engine.quantized_weights import FLOATS, KINDS, Copies, IntegerCast
+from .engine.timing import is_timed, section
+from .model.dims import read_dims
+from .model.precision import Tier
+from .model.weights import Cast, DecoderLayer, keeps_kv_by_head, read_expert_layers, read_heads
+from .ops.cpu.processor import why_bf16_is_slow
+from .ops.cpu.workspace import Workspace
+from .ops.reference.time_embedding import time_embedding
+from .ops.select import passed_over, select
+from .ops.table import STAGES, Ops, serving
+from .patching.rtc import Guidances
 from .stages.denoise import denoise
 from .stages.observation import Observation, prepare_images, prepare_observation
 from .stages.prefix import embed_prefix, embed_state, fill_prefix
 from .stages.vision import encode_images, patch_positions
-from .timing import is_timed, section
-from .weights import Cast, DecoderLayer, keeps_kv_by_head, read_expert_layers, read_heads
-from .workspace import Workspace
 
 
 class Inputs(NamedTuple):

@@ -18,27 +18,18 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .backends import select
-from .graphs import CaptureFailed, not_capturing
-from .guard import call_reason
+from .engine.cuda_graphs import CaptureFailed, not_capturing
 from .inference import Engine
-from .loss.seam import Learns, training_reason
-from .precision import resolve_tier
-from .reference.image_prep import image_prep
-from .rtc import guidance_of
-from .runtime import (
-    DISABLE,
-    SETTINGS,
-    Runtime,
-    Settings,
-    Status,
-    disabled,
-    drop_runtime,
-    runtime_of,
-)
-from .warmup import took, warm_up
-from .watch import Watch
-from .weights import telling_weight
+from .model.precision import resolve_tier
+from .model.weights import telling_weight
+from .ops.reference.image_prep import image_prep
+from .ops.select import select
+from .patching.change_detector import Watch
+from .patching.eligibility import call_reason
+from .patching.rtc import guidance_of
+from .patching.runtime import DISABLE, SETTINGS, Runtime, Settings, Status, disabled, drop_runtime, runtime_of
+from .patching.training_forward import Learns, training_reason
+from .patching.warmup import took, warm_up
 
 logger = logging.getLogger("smolvla_fast")
 

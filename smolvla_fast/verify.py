@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from .inference import Engine
+from .measure.rounding import FP32_BOUND, ORDERS, OtherSums, fp32_bound
+from .model.weights import is_cross
+from .ops.reference.patch_embed import patch_embed
 from .patch import engine_of, find_policy, status
-from .reference.patch_embed import patch_embed
-from .rounding import FP32_BOUND, ORDERS, OtherSums, fp32_bound
 from .stages.vision import patch_positions
-from .weights import is_cross
 
 SCATTER = 1.5
 """How far one observation may exceed stock's own loss in the same dtype. Rounding errors of two orders of computation

@@ -12,7 +12,7 @@ from recorder import RecorderDriver
 
 import smolvla_fast
 from smolvla_fast import inference
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 seam = smolvla_fast.patch.__globals__
 RTC = ("inference_delay", "prev_chunk_left_over", "execution_horizon")

@@ -84,7 +84,7 @@ def _run(*command, cwd, **environment):
 @pytest.fixture
 def level(request):
     """The instruction level that a test parametrised with ``processors.LEVELS`` runs the CPU kernels at."""
-    from smolvla_fast import cpu
+    from smolvla_fast.ops.cpu import kernels as cpu
 
     with cpu.instruction_level(request.param):
         yield request.param
@@ -115,7 +115,7 @@ def source_tree(tmp_path_factory):
 @pytest.fixture(scope="session")
 def installed(source_tree, tmp_path_factory):
     """A folder with the package as pip installs it; CUDA for one target, where this checkout has that part."""
-    from smolvla_fast import extension
+    from smolvla_fast.ops import extension
 
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Processes' folders lie side by side; a second process that builds the package, against TOGETHER, fails here.

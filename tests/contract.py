@@ -34,7 +34,7 @@ OPS = (
 
 def room(op: str) -> Any:
     """The reference module of an op: its function, CASES, make_inputs and cost."""
-    return importlib.import_module(f"smolvla_fast.reference.{op}")
+    return importlib.import_module(f"smolvla_fast.ops.reference.{op}")
 
 
 def run(ops: Any, op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:

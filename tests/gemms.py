@@ -13,9 +13,9 @@ from contract import inputs_in, room, to_device
 from guarded import DEVICE, guarded
 from torch import Tensor
 
-from smolvla_fast.aten import decoder, vision
-from smolvla_fast.aten import linear as aten_linear
 from smolvla_fast.kernels import tuning
+from smolvla_fast.ops.torch import decoder, vision
+from smolvla_fast.ops.torch import linear as aten_linear
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAMES = (

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolvla_fast import backends, extension, int8
-from smolvla_fast.reference.quantize import ZERO, IntegerRows, IntegerWeight
+from smolvla_fast.ops import extension
+from smolvla_fast.ops import select as backends
+from smolvla_fast.ops.cpu import int8
+from smolvla_fast.ops.reference.quantize import ZERO, IntegerRows, IntegerWeight
 
 
 def provide(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import sys
 from functools import cache
 from typing import Any
 
-from smolvla_fast import extension
+from smolvla_fast.ops import extension
 
 # The extension alone, on addresses: it needs no torch. tests/aarch64.cpp makes the same calls.
 MASKED = """

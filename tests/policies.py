@@ -14,9 +14,10 @@ pytest.importorskip(
     "lerobot.policies.smolvla.modeling_smolvla", reason="parity is against LeRobot's own classes"
 )
 
-from smolvla_fast import inference, testing
-from smolvla_fast.precision import Tier
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast import inference
+from smolvla_fast.model.precision import Tier
+from smolvla_fast.testing import policies
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 TIERS = ["exact", "fp32", "bf16"]
 _origin = "lerobot"
@@ -44,15 +45,15 @@ LeRobot's does is the business of tests/smolvla, and tests with neither of these
 
 
 def make_policy(size: str, **settings: Any) -> Any:
-    """``smolvla_fast.testing.make_policy`` of the class under test; common ones are copies of one made before."""
+    """``smolvla_fast.testing.policies.make_policy`` of the class under test; common ones are copies of one made before."""
     if size == "tiny" and settings.keys() <= {"num_steps", "layout", "seed", "cameras"}:
         return copy.deepcopy(_made(_origin, **settings))
-    return testing.make_policy(size, origin=_origin, **settings)
+    return policies.make_policy(size, origin=_origin, **settings)
 
 
 @lru_cache(maxsize=32)
 def _made(origin: str, **settings: Any) -> Any:
-    return testing.make_policy("tiny", origin=origin, **settings)
+    return policies.make_policy("tiny", origin=origin, **settings)
 
 
 def rel_l2(x: Tensor, reference: Tensor) -> float:

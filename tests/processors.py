@@ -1,6 +1,6 @@
 """The processors that the suite plays: this one, and lesser ones by leaving out what they lack.
 
-``ONEDNN_MAX_CPU_ISA`` limits oneDNN, our kernels and what a tier asks of the processor (smolvla_fast/processor.py); torch's
+``ONEDNN_MAX_CPU_ISA`` limits oneDNN, our kernels and what a tier asks of the processor; torch's
 own loops and MKL have variables of their own. All are read when a process starts: ``make test-cpus`` runs the tests marked
 ``cpu_kernels`` or ``processor`` once under each of MASKS that this processor carries, and says which these were.
 """
@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 import pytest
 
-from smolvla_fast import cpu, extension, processor
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.cpu import processor
 
 
 class Mask(NamedTuple):

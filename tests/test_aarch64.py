@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from masked import masked
 
-from smolvla_fast import extension
+from smolvla_fast.ops import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "csrc"))

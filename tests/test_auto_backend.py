@@ -14,12 +14,15 @@ import pytest
 import torch
 
 import smolvla_fast
-from smolvla_fast import backends, extension, graphs
-from smolvla_fast.aten import linear as aten_linear
-from smolvla_fast.cli import main, system
+from smolvla_fast.cli import main
+from smolvla_fast.engine import cuda_graphs as graphs
 from smolvla_fast.inference import Engine
-from smolvla_fast.precision import TIERS, resolve_tier
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.measure import system
+from smolvla_fast.model.precision import TIERS, resolve_tier
+from smolvla_fast.ops import extension
+from smolvla_fast.ops import select as backends
+from smolvla_fast.ops.torch import linear as aten_linear
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -80,7 +83,7 @@ def test_int8_is_refused_there_unless_its_kernels_are_named(
     """It was asked for to be faster; torch has nothing that it could be served by instead."""
     elsewhere, words = PLACES[place]
     elsewhere(monkeypatch)
-    monkeypatch.setattr("smolvla_fast.int8.why_not", lambda device: None)
+    monkeypatch.setattr("smolvla_fast.ops.cpu.int8.why_not", lambda device: None)
     with pytest.raises(RuntimeError, match=f"precision='int8' cannot serve this policy: .*{words}"):
         backends.select("auto", CPU, False, "int8")
     assert words in str(backends.why_not_eight_bits(CPU)["int8"])
@@ -181,7 +184,7 @@ BROKEN = {
 }
 ASK = """
 import torch
-from smolvla_fast import backends
+from smolvla_fast.ops import select as backends
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 cuda = torch.device("cuda")
 print(backends.select("auto", cuda, False).backend)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import smolvla_fast
-from smolvla_fast import testing
 from smolvla_fast.cli import main
-from smolvla_fast.cli.measure import error
+from smolvla_fast.measure.rounds import error
+from smolvla_fast.testing import policies
 from smolvla_fast.verify import FP32_BOUND
 
 pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the policy is LeRobot's")
@@ -25,7 +25,7 @@ from benchmarks.cpu.contestants import Arena, Contestant, chunk
 from benchmarks.cpu.roof import Roofs
 from benchmarks.gate import COMPILED_BOUND, Red
 from benchmarks.machine import Ceilings
-from smolvla_fast.outliers import OUTLIER, heavy_tailed
+from smolvla_fast.testing.outliers import OUTLIER, heavy_tailed
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def run_by(policy: Any, make: Any, inputs: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("config", [{}, {"self_attn_every_n_layers": 0}, {"attention_mode": "self_attn"}])
 def test_restructured_modules_compute_stocks_chunk(config: dict[str, Any]) -> None:
-    policy = testing.make_policy("tiny", cameras=2, num_steps=3, **config)
+    policy = policies.make_policy("tiny", cameras=2, num_steps=3, **config)
     tasks = ["go", "pick up the cube"]
-    inputs = testing.make_observation(policy, batch=2, task=tasks), testing.make_noise(policy, batch=2)
+    inputs = policies.make_observation(policy, batch=2, task=tasks), policies.make_noise(policy, batch=2)
     ours = run_by(policy, lambda model: runner.Runner(model, runner.plain), inputs)
     # The bound of our own fp32 tier: the same sums in another order.
     assert error(ours, chunk(policy, inputs))["rel_l2"] <= FP32_BOUND
@@ -52,7 +52,7 @@ def test_restructured_modules_compute_stocks_chunk(config: dict[str, Any]) -> No
 def test_openvino_computes_stocks_chunk() -> None:
     pytest.importorskip("openvino", reason="the peer is OpenVINO")
     # A self and a cross layer; each further one only costs time of its compiler.
-    policy = testing.make_policy("tiny", cameras=1, num_steps=2, num_vlm_layers=2)
+    policy = policies.make_policy("tiny", cameras=1, num_steps=2, num_vlm_layers=2)
     made: list[Any] = []
 
     def make(model: Any) -> Any:
@@ -60,7 +60,7 @@ def test_openvino_computes_stocks_chunk() -> None:
         return made[0]
 
     for seed in range(2):  # the second on what was compiled for the first
-        inputs = testing.make_observation(policy, seed=seed), testing.make_noise(policy, seed=seed)
+        inputs = policies.make_observation(policy, seed=seed), policies.make_noise(policy, seed=seed)
         ours = run_by(policy, lambda model: made[0] if made else make(model), inputs)
         # It may reorder every sum and replace exp, tanh and rsqrt, as a compiler may.
         assert error(ours, chunk(policy, inputs))["rel_l2"] <= COMPILED_BOUND["fp32"]
@@ -93,7 +93,7 @@ def test_heavy_tails_come_and_go_without_a_trace(arena: Arena) -> None:
 
 
 def test_outliers_alone_leave_the_function_what_it_was(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smolvla_fast.outliers._tails", lambda *_: None)
+    monkeypatch.setattr("smolvla_fast.testing.outliers._tails", lambda *_: None)
     inputs = arena.inputs()
     before = chunk(arena.policy, inputs)
     with heavy_tailed(arena.policy.model):
@@ -194,7 +194,7 @@ def test_a_step_that_allocates_more_shows(arena: Arena) -> None:
         torch.empty(1000)
         return step(*args)
 
-    engine.ops = smolvla_fast.ops.Ops(**{**vars(engine.ops), "euler_step": wasteful})
+    engine.ops = smolvla_fast.ops.table.Ops(**{**vars(engine.ops), "euler_step": wasteful})
     after = overhead.step_allocations(policy, inputs)
     assert after["step_allocations"] == before["step_allocations"] + 1
     assert after["step_bytes"] >= before["step_bytes"] + 4000

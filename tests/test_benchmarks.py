@@ -16,7 +16,7 @@ pytest.importorskip("pytest_benchmark")
 from benchmarks import report
 from benchmarks.gate import Red, check_chunk, check_report, timed
 from benchmarks.machine import Ceilings
-from smolvla_fast.cli import measure
+from smolvla_fast.measure import rounds as measure
 
 
 class Recorder:

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from smolvla_fast.backends import BACKENDS
-from smolvla_fast.cli import main, system
-from smolvla_fast.cli.console import Console, check_writable, plain_table
-from smolvla_fast.cli.measure import as_stock, percentile
-from smolvla_fast.precision import TIERS
+from smolvla_fast.cli import main
+from smolvla_fast.measure import system
+from smolvla_fast.measure.console import Console, check_writable, plain_table
+from smolvla_fast.measure.rounds import as_stock, percentile
+from smolvla_fast.model.precision import TIERS
+from smolvla_fast.ops.select import BACKENDS
 
 TINY = ["--size", "tiny", "--threads", "1"]
 
@@ -45,7 +46,9 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(
             "smolvla_fast.cli.subject.find_spec", lambda name: None if name in names else find(name)
         )
-        for module in [m for m in sys.modules if m.split(".")[0] in names or m == "smolvla_fast.cli.plot"]:
+        for module in [
+            m for m in sys.modules if m.split(".")[0] in names or m == "smolvla_fast.measure.plot"
+        ]:
             monkeypatch.delitem(sys.modules, module)
 
     return hidden
@@ -94,7 +97,7 @@ def test_doctor_without_lerobot_compiler_and_extension(
 ) -> None:
     from importlib import metadata
 
-    from smolvla_fast import extension
+    from smolvla_fast.ops import extension
 
     version = metadata.version
 
@@ -104,7 +107,7 @@ def test_doctor_without_lerobot_compiler_and_extension(
         return version(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    monkeypatch.setattr("smolvla_fast.cli.system.first_line", lambda *args: None)
+    monkeypatch.setattr("smolvla_fast.measure.system.first_line", lambda *args: None)
     monkeypatch.setattr(extension, "available", lambda kind: False)
     monkeypatch.setattr(extension, "why_missing", lambda kind: f"no {kind} compiler on this path")
     assert main(["doctor"]) == 0
@@ -248,7 +251,7 @@ def save_unscaled(policy: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["auto", "fp32"])
 def test_a_saved_policy(lerobot: None, tmp_path: Path, layout: str) -> None:
-    from smolvla_fast.testing import make_policy
+    from smolvla_fast.testing.policies import make_policy
 
     save_unscaled(make_policy("tiny", folder=tmp_path / "vlm", cameras=3), tmp_path / "policy")
     path, options = tmp_path / "verify.json", ["--observations", "1", "--cameras", "2", "--layout", layout]
@@ -280,7 +283,7 @@ def test_refusals(
     lerobot: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     if "TINY" in arguments:
-        from smolvla_fast.testing import make_policy
+        from smolvla_fast.testing.policies import make_policy
 
         save_unscaled(make_policy("tiny", folder=tmp_path / "vlm"), tmp_path / "policy")
     folders = {"EMPTY": str(tmp_path), "TINY": str(tmp_path / "policy")}
@@ -368,7 +371,7 @@ def test_refuses_a_file_it_cannot_write_before_any_work(
         pytest.fail("worked before it looked at the path")
 
     monkeypatch.setattr("smolvla_fast.cli.subject.make_policy", work)
-    monkeypatch.setattr("smolvla_fast.cli.system.facts", work)
+    monkeypatch.setattr("smolvla_fast.measure.system.facts", work)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     for path, reason in [
@@ -445,7 +448,7 @@ def test_percentile() -> None:
 def test_peak_memory_forgets_what_was_before() -> None:
     """In a process of its own: this one's allocator may serve a block from pages it has touched before."""
     code = (
-        "import torch; from smolvla_fast.cli.measure import PeakMemory;"
+        "import torch; from smolvla_fast.measure.rounds import PeakMemory;"
         "large = torch.ones(2**26); del large;"
         "memory = PeakMemory('cpu'); before = memory.bytes; block = torch.ones(2**25);"
         "print(memory.bytes - before, block.nbytes)"
@@ -458,7 +461,7 @@ def test_peak_memory_forgets_what_was_before() -> None:
 
 def test_as_stock_runs_stock_and_comes_back(lerobot: None) -> None:
     import smolvla_fast
-    from smolvla_fast.testing import make_noise, make_observation, make_policy
+    from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
     policy = make_policy("tiny")
     batch, noise = make_observation(policy), make_noise(policy)

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny policy in a folder, of our own class, so that this runs without LeRobot too."""
     from smolvla_fast.smolvla import make_smolvla_pre_post_processors
-    from smolvla_fast.testing import make_policy
+    from smolvla_fast.testing.policies import make_policy
 
     root = tmp_path_factory.mktemp("policy")
     policy = make_policy("tiny", origin="ours", folder=root / "vlm")

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from smolvla_fast import cpu, extension, processor
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.cpu import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -194,7 +196,7 @@ def test_the_cuda_part_compiles_and_loads_without_a_driver(installed, python):
     assert record["built"], record["reason"]
     assert record["archs"] == ["90a"]
     code = """
-from smolvla_fast import extension
+from smolvla_fast.ops import extension
 cuda = extension.load("cuda")
 print(cuda.runtime_version(), cuda.driver_version(), cuda.device_count())
 try:

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu import result, run
 from benchmarks.gpu.run import Context, Outcome, Part
-from smolvla_fast.extension import available, why_missing
+from smolvla_fast.ops.extension import available, why_missing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 

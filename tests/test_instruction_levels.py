@@ -17,7 +17,8 @@ import pytest
 from masked import masked
 from processors import LEVELS
 
-from smolvla_fast import cpu, extension
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import kernels as cpu
 
 X86 = pytest.mark.skipif(
     "x86_64" not in sysconfig.get_platform(), reason="the levels above the baseline are those of x86-64"

@@ -11,7 +11,8 @@ import pytest
 import torch
 from processors import MASKS, SEEN, Mask, carried, play
 
-from smolvla_fast import extension, int8, processor
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import int8, processor
 
 pytestmark = pytest.mark.processor
 
@@ -75,7 +76,7 @@ LEVEL_OF = {
 }  # fmt: skip
 ASK = """
 import json, torch
-from smolvla_fast import cpu, processor
+from smolvla_fast.ops.cpu import kernels as cpu, processor
 print(json.dumps([cpu.instruction_levels()[-1], torch.backends.cpu.get_cpu_capability(), processor.features()]))
 """
 

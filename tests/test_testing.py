@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the policies are LeRobot's")
 
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -176,7 +176,7 @@ import sys
 for name in {names}:
     sys.modules[name] = None
 import torch
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 torch.set_num_threads(1)
 """
 
@@ -227,7 +227,7 @@ def test_observation(policy: Any) -> None:
 
 def test_frames_have_structure() -> None:
     """Flat areas and edges: most neighbours differ by the sensor noise alone, some by far more."""
-    from smolvla_fast.frames import draw_frame
+    from smolvla_fast.testing.frames import draw_frame
 
     frame = draw_frame(120, 160, torch.Generator().manual_seed(0))
     steps = frame.diff(dim=2).abs()

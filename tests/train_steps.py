@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smolvla_fast.rounding import OtherSums, fp32_bound
-from smolvla_fast.testing import make_observation
+from smolvla_fast.measure.rounding import OtherSums, fp32_bound
+from smolvla_fast.testing.policies import make_observation
 
 EACH = 4
 """How much farther one parameter's gradient may be: the worst of up to 113 draws."""

@@ -10,7 +10,7 @@ from torch import Tensor
 import smolvla_fast
 from benchmarks.cpu.contestants import Contestant, chunk
 from benchmarks.gate import COMPILED_BOUND, Red
-from smolvla_fast.cli.measure import error
+from smolvla_fast.measure.rounds import error
 from smolvla_fast.verify import FP32_BOUND, cosine
 
 LOSS_OF_STOCK = 2.0

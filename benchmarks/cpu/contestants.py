@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast import testing
-from smolvla_fast.cli.measure import PeakMemory, timed_ms
-from smolvla_fast.precision import TIERS
+from smolvla_fast.measure.rounds import PeakMemory, timed_ms
+from smolvla_fast.model.precision import TIERS
+from smolvla_fast.testing import policies
 
 CPU = torch.device("cpu")
 MOST_CAMERAS = 4
@@ -62,14 +62,14 @@ class Arena:
 
     def __init__(self, size: str, cameras: int, steps: int | None) -> None:
         self.size, self.cameras = size, cameras
-        self.policy = testing.make_policy(size, cameras=MOST_CAMERAS)
+        self.policy = policies.make_policy(size, cameras=MOST_CAMERAS)
         if steps:
             self.policy.config.num_steps = steps
 
     def inputs(self, cameras: int | None = None, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
         """A structured observation and its noise."""
-        observation = testing.make_observation(self.policy, cameras=cameras or self.cameras, seed=seed)
-        return observation, testing.make_noise(self.policy, seed=seed)
+        observation = policies.make_observation(self.policy, cameras=cameras or self.cameras, seed=seed)
+        return observation, policies.make_noise(self.policy, seed=seed)
 
     def stock(self) -> Contestant:
         return Contestant("stock", "stock", "stock", self.policy)

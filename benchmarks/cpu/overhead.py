@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.cpu.contestants import CPU, chunk
-from smolvla_fast import ops, testing
-from smolvla_fast.cli.measure import percentile, timed_ms
+from smolvla_fast.measure.rounds import percentile, timed_ms
+from smolvla_fast.ops import table
 from smolvla_fast.patch import engine_of, patch
+from smolvla_fast.testing import policies
 
 OFF_LOOP = 1
 """The fewest denoise steps: what a chunk of so many allocates is not the loop's."""
@@ -43,7 +44,7 @@ def watched(policy: Any) -> Iterator[Stopwatch]:
     """Inside, all ops of a patched policy's engine are timed; yields the stopwatch."""
     engine, inside = engine_of(policy.model), Stopwatch()
     before = engine.ops
-    served = {name: getattr(before, name) for name in ops.NAMES}
+    served = {name: getattr(before, name) for name in table.NAMES}
     engine.ops = replace(before, **{name: inside.around(op) for name, op in served.items() if op is not None})
     try:
         yield inside
@@ -93,7 +94,7 @@ def narrow_policy(policy: Any) -> Any:
     """As many layers, actions and steps, cameras too, at widths and images that hardly cost arithmetic."""
     config = policy.config
     vlm = policy.model.vlm_with_expert.get_vlm_model()
-    return testing.make_policy(
+    return policies.make_policy(
         "tiny",
         cameras=len(config.image_features),
         vision={"num_hidden_layers": len(vlm.vision_model.encoder.layers)},
@@ -110,7 +111,9 @@ def narrow_ms(policy: Any, precision: str, cameras: int, rounds: int) -> float:
     start and end of parallel work, and what little arithmetic is left. So an upper bound of the Python in a chunk."""
     narrow = narrow_policy(policy)
     patch(narrow, precision=precision)
-    sample = sampler(narrow, (testing.make_observation(narrow, cameras=cameras), testing.make_noise(narrow)))
+    sample = sampler(
+        narrow, (policies.make_observation(narrow, cameras=cameras), policies.make_noise(narrow))
+    )
     sample()
     return percentile([timed_ms(sample, CPU)[0] for _ in range(rounds)], 0.5)
 

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smolvla_fast.aten.vision import patch_embed
-from smolvla_fast.dims import Dims, read_dims
-from smolvla_fast.weights import (
+from smolvla_fast.model.dims import Dims, read_dims
+from smolvla_fast.model.weights import (
     DecoderLayer,
     VisionLayer,
     read_expert_layers,
@@ -27,6 +26,7 @@ from smolvla_fast.weights import (
     read_vision_end,
     read_vision_layers,
 )
+from smolvla_fast.ops.torch.vision import patch_embed
 
 NOT_SEEN = -1e9
 """Added to the score of a masked key: its weight is 0 in fp32, and bf16 can hold the number."""

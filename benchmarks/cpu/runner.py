@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.cpu.restructured import Prefix, Step, Vision, added_mask
-from smolvla_fast.aten.suffix import suffix_fold
-from smolvla_fast.dims import read_dims
 from smolvla_fast.inference import _time_embeddings as time_embeddings
-from smolvla_fast.reference.masks import block_mask
-from smolvla_fast.reference.rope import rope_tables
+from smolvla_fast.model.dims import read_dims
+from smolvla_fast.model.weights import read_heads
+from smolvla_fast.ops.reference.masks import block_mask
+from smolvla_fast.ops.reference.rope import rope_tables
+from smolvla_fast.ops.torch.suffix import suffix_fold
 from smolvla_fast.stages.observation import prepare_observation
 from smolvla_fast.stages.prefix import embed_prefix, embed_state
 from smolvla_fast.stages.vision import patch_positions
-from smolvla_fast.weights import read_heads
 
 Compile = Callable[[torch.nn.Module, tuple[Tensor, ...]], Callable[..., tuple[Any, ...]]]
 """A module and an example of its inputs -> the same on inputs of the same shapes; outputs may be another runtime's."""

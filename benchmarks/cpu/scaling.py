@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.cpu.checks import check_point
 from benchmarks.cpu.contestants import CPU, MOST_CAMERAS, Arena, Contestant, chunk
 from benchmarks.gate import Red
-from smolvla_fast.cli.measure import summary, threads, timed_ms
+from smolvla_fast.measure.rounds import summary, threads, timed_ms
 
 CAMERAS = tuple(range(1, MOST_CAMERAS + 1))
 STEPS = (1, 2, 5, 10)

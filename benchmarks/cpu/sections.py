@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from smolvla_fast.cli.console import counted, mebibytes, milliseconds
+from smolvla_fast.measure.console import counted, mebibytes, milliseconds
 
 TARGETS = {"fp32": (2.5, 2.7), "bf16": (4.5, 5.0), "int8": (5.5, 7.0)}
 """Ratios to LeRobot eager in fp32 that the tiers are built for, at full size with 2 cameras and 10 steps, and those that
@@ -219,7 +219,7 @@ def chart_path(path: Path) -> Path:
 
 def draw(data: dict[str, Any], subtitle: str, path: Path) -> bool:
     """The bars of the table. False: nothing to draw. Needs matplotlib."""
-    from smolvla_fast.cli import plot
+    from smolvla_fast.measure import plot
 
     benches = rows_of(data)
     if benches:
@@ -232,7 +232,7 @@ def draw(data: dict[str, Any], subtitle: str, path: Path) -> bool:
 
 def draw_curves(data: dict[str, Any], subtitle: str, path: Path) -> bool:
     """One panel for each axis. False: nothing to draw. Needs matplotlib."""
-    from smolvla_fast.cli import plot
+    from smolvla_fast.measure import plot
 
     found = curves(data)
     if found:

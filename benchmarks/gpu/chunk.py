@@ -17,8 +17,8 @@ from benchmarks.gate import COMPILED_BOUND, check_chunk, timed
 from benchmarks.gpu.record import Recorder, Run
 from benchmarks.gpu.timing import device_rounds
 from benchmarks.subject import Subject, why_not
-from smolvla_fast.cli.measure import PeakMemory, summary
-from smolvla_fast.precision import TIERS
+from smolvla_fast.measure.rounds import PeakMemory, summary
+from smolvla_fast.model.precision import TIERS
 
 HEADLINE = (2, 1, 16)
 """cameras, batch, layers of the case that targets are stated for"""

@@ -10,8 +10,8 @@ import torch
 from benchmarks.calls import OPS, REAL_FLOPS, check, cold_calls, figures, room
 from benchmarks.gate import timed
 from benchmarks.gpu.record import Recorder, Run
-from smolvla_fast import backends
-from smolvla_fast.cli.measure import summary, synchronize
+from smolvla_fast.measure.rounds import summary, synchronize
+from smolvla_fast.ops import select as backends
 
 ROUNDS, SECONDS = 50, 0.5
 DTYPES = (torch.bfloat16, torch.float32)

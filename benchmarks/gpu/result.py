@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from smolvla_fast.cli import bench, system
+from smolvla_fast.cli import bench
+from smolvla_fast.measure import system
 
 SCHEMA = 1
 STATUSES = ("green", "red", "skipped")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from smolvla_fast.cli.console import milliseconds
+from smolvla_fast.measure.console import milliseconds
 
 REHEARSAL = (
     "**A rehearsal**: a tiny policy on a CPU, in few rounds. It shows that the report can be made; its times say "
@@ -85,7 +85,7 @@ def denoise(data: dict[str, Any]) -> str:
 def draw_stages(data: dict[str, Any], subtitle: str, path: Any) -> bool:
     """Bars by stage against the floor, of the tiers; stock is of another order and stands in the table."""
     from benchmarks.report import suite
-    from smolvla_fast.cli import plot
+    from smolvla_fast.measure import plot
 
     bars: dict[str, dict[str, float]] = {}
     floors: dict[str, dict[str, float]] = {}

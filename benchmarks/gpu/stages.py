@@ -11,8 +11,8 @@ from benchmarks.gpu.chunk import HEADLINE, make_subject, variants
 from benchmarks.gpu.record import Recorder, Run
 from benchmarks.gpu.timing import StageMarks, stage_marks
 from benchmarks.subject import Subject, why_not
-from smolvla_fast.cli.measure import summary
-from smolvla_fast.timing import stage_times
+from smolvla_fast.engine.timing import stage_times
+from smolvla_fast.measure.rounds import summary
 
 ROUNDS, SECONDS = 200, 3.0
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from smolvla_fast.timing import STAGES
+from smolvla_fast.engine.timing import STAGES
 
 
 def device_rounds(

@@ -1,5 +1,5 @@
 // From one step to the next, a block a row: final norm, velocity, guidance and Euler; then the hidden layer of the next
-// step's suffix embedding, folded as in aten/suffix.py. All in fp32 on plain cores; the weights are small and in L2.
+// step's suffix embedding, folded as in ops/torch/suffix.py. All in fp32 on plain cores; the weights are small and in L2.
 #pragma once
 
 #include "cuda/denoise_gemm.cuh"

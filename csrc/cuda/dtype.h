@@ -1,4 +1,4 @@
-// How Python names element types to this library: the place in smolvla_fast.cuda.library.DTYPES, bytes last.
+// How Python names element types to this library: the place in smolvla_fast.ops.cuda.library.DTYPES, bytes last.
 #pragma once
 
 namespace smolvla::cuda {

@@ -1,4 +1,4 @@
-// How a kernel is started, here and in the host emulator of csrc/simt, which takes the place of CUDA's headers where
+// How a kernel is started, here and in the host emulator of tests/simt/emulator, which takes the place of CUDA's headers where
 // SMOLVLA_SIMT is defined. Kernels use dynamic shared memory alone, so that the emulator can give each block its own.
 #pragma once
 
@@ -6,7 +6,7 @@
 #include <string>
 
 #if defined(SMOLVLA_SIMT)
-#include "simt/cuda.h"
+#include "emulator/cuda.h"
 #else
 #include <cuda_runtime.h>
 #define SMOLVLA_SHARED(name) extern __shared__ __align__(128) unsigned char name[]

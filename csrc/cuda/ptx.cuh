@@ -1,5 +1,5 @@
 // The instructions that CUDA C++ has no words for, each as a function of its own name. The host emulator has the same
-// functions in simt/ptx.h. Baseline is sm_80.
+// functions in tests/simt/emulator/ptx.h. Baseline is sm_80.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct fp16 {
 }  // namespace smolvla::cuda
 
 #if defined(SMOLVLA_SIMT)
-#include "simt/ptx.h"
+#include "emulator/ptx.h"
 #else
 
 namespace smolvla::cuda {

@@ -1,4 +1,4 @@
-// Rotary position embedding: the angle of a position, as reference/rope.py has it, with its sine and cosine.
+// Rotary position embedding: the angle of a position, as ops/reference/rope.py has it, with its sine and cosine.
 #pragma once
 
 #include "cuda/ptx.cuh"

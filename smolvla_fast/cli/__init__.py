@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
-from .console import CommandError, Console
+from ..measure.console import CommandError, Console
 
 DEBUG = "SMOLVLA_FAST_DEBUG"
 NEEDS = {"train": "train", "serve": "callers", "bench": "bench,lerobot"}

@@ -21,8 +21,8 @@ from typing import Any
 
 import smolvla_fast
 
-from . import system
-from .console import CommandError, Console, check_writable
+from ..measure import system
+from ..measure.console import CommandError, Console, check_writable
 from .subject import positive, resolve_device, threads
 
 DEFAULT_SUITES = ("chunk", "stages", "ops")

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import subject, system
-from .console import (
+from ..measure import system
+from ..measure.console import (
     CommandError,
     Console,
     cannot_write,
@@ -26,7 +26,8 @@ from .console import (
     milliseconds,
     write_json,
 )
-from .measure import PeakMemory, as_stock, error, median_stages, summary, threads, timed_ms
+from ..measure.rounds import PeakMemory, as_stock, error, median_stages, summary, threads, timed_ms
+from . import subject
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def measure(
 ) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
     """Times stock and patched rounds in turn. Returns figures, a chunk of each, whether the engine served."""
     import smolvla_fast
-    from smolvla_fast.timing import stage_times
+    from smolvla_fast.engine.timing import stage_times
 
     facts = system.facts()
     # A GPU runs a chunk as one graph, which has no stages: they are timed in rounds of their own.
@@ -224,7 +225,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 def check_plot(path: str) -> None:
     """Refuses a kind of file that matplotlib, where it is installed, does not write."""
     try:
-        from .plot import KINDS
+        from ..measure.plot import KINDS
     except ImportError:
         return
     if Path(path).suffix.lstrip(".").lower() not in KINDS:
@@ -234,7 +235,7 @@ def check_plot(path: str) -> None:
 def draw(found: dict[str, Any], path: str, console: Console) -> None:
     """Saves the chart, or says why there is none."""
     try:
-        from .plot import stage_bars
+        from ..measure.plot import stage_bars
     except ImportError:
         console.line('no chart: matplotlib is not installed; run `pip install "smolvla_fast[cli]"`')
         return

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from .. import backends, extension
-from ..runtime import DISABLE, disabled
-from . import system
-from .console import Console, check_writable, counted, write_json
+from ..measure import system
+from ..measure.console import Console, check_writable, counted, write_json
+from ..ops import extension
+from ..ops import select as backends
+from ..patching.runtime import DISABLE, disabled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,10 +12,10 @@ import os
 import socket
 from typing import Any
 
-from .. import loading
-from ..backends import BACKENDS
-from ..precision import TIERS
-from .console import CommandError, Console
+from .. import auto_patch
+from ..measure.console import CommandError, Console
+from ..model.precision import TIERS
+from ..ops.select import BACKENDS
 
 PASSES_ON = True
 """Flags that are not ours are LeRobot's."""
@@ -23,10 +23,12 @@ PASSES_ON = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--precision", choices=("auto", *TIERS), help=f"the tier (default: {loading.PRECISION}, or auto)"
+        "--precision", choices=("auto", *TIERS), help=f"the tier (default: {auto_patch.PRECISION}, or auto)"
     )
     parser.add_argument(
-        "--backend", choices=("auto", *BACKENDS), help=f"who computes (default: {loading.BACKEND}, or auto)"
+        "--backend",
+        choices=("auto", *BACKENDS),
+        help=f"who computes (default: {auto_patch.BACKEND}, or auto)",
     )
 
 
@@ -50,10 +52,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
             "--fps=a whole number above 0, --inference_latency and --obs_queue_timeout=seconds"
         ) from error
     check_address(config.host, config.port)
-    for name, wish in ((loading.PRECISION, args.precision), (loading.BACKEND, args.backend)):
+    for name, wish in ((auto_patch.PRECISION, args.precision), (auto_patch.BACKEND, args.backend)):
         if wish is not None:
             os.environ[name] = wish
-    loading.patch_as_loaded(SmolVLAPolicy)
+    auto_patch.patch_as_loaded(SmolVLAPolicy)
     policy_server.serve(config)
     return 0
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS, select
-from ..precision import TIERS, resolve_tier
-from ..runtime import disabled
+from ..measure.console import CommandError, Console
+from ..model.precision import TIERS, resolve_tier
+from ..ops.select import BACKENDS, select
+from ..patching.runtime import disabled
 from ..smolvla.features import ACTION, OBS_STATE
 from ..smolvla.hub import CONFIG_NAME, find_file
-from .console import CommandError, Console
 
 COUNTS = (
     "num_steps",
@@ -206,7 +206,7 @@ def make_policy(args: argparse.Namespace, device: torch.device) -> Any:
         if args.layout == "fp32":
             policy.float()
     else:
-        from ..testing import make_policy
+        from ..testing.policies import make_policy
 
         layout = ("mixed" if device.type == "cuda" else "fp32") if args.layout == "auto" else args.layout
         policy = make_policy(
@@ -269,17 +269,17 @@ def unnormalized(path: str, config: Any) -> str | None:
 
 def make_observation(policy: Any, args: argparse.Namespace, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     """One structured observation and its noise."""
-    from .. import testing
+    from ..testing import policies
 
     try:
-        batch = testing.make_observation(policy, seed=seed, cameras=args.cameras)
+        batch = policies.make_observation(policy, seed=seed, cameras=args.cameras)
     except Exception as error:  # sizes that a configuration declares and no frame or state can have
         if args.cameras is not None and str(error).startswith("cameras="):
             raise CommandError(f"--cameras {args.cameras}: {error}") from error
         raise CommandError(
             f"no observation can be made for input_features={policy.config.input_features} of {CONFIG_NAME}: {error}"
         ) from error
-    return batch, testing.make_noise(policy, seed=seed)
+    return batch, policies.make_noise(policy, seed=seed)
 
 
 def stock_fails(error: Exception) -> CommandError:

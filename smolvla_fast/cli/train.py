@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..measure.console import CommandError, Console
 from ..smolvla import SmolVLAConfig
 from ..smolvla.configuration_smolvla import best_device, device_is_available
 from ..smolvla.hub import find_file
@@ -27,7 +28,6 @@ from ..train.errors import TrainingError
 from ..train.log import Window, read_log
 from ..train.settings import CHOICES, TrainSettings, accepted, flags, go_on, shown
 from ..training import Run, train
-from .console import CommandError, Console
 
 logger = logging.getLogger(__name__)
 
@@ -357,7 +357,7 @@ class Progress:
 def draw(output_dir: Path, console: Console) -> None:
     """Saves the loss curve beside the log, or says why there is none."""
     try:
-        from .plot import loss_curve
+        from ..measure.plot import loss_curve
     except ImportError:
         console.line('no curve: matplotlib is not installed; run `pip install "smolvla_fast[cli]"`')
         return

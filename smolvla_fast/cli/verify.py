@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from . import subject, system
-from .console import CommandError, Console, check_writable, counted, write_json
-from .measure import as_stock, threads
+from ..measure import system
+from ..measure.console import CommandError, Console, check_writable, counted, write_json
+from ..measure.rounds import as_stock, threads
+from . import subject
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import select
-from ..dims import Dims, read_dims
-from ..precision import Tier
-from ..processor import why_bf16_is_slow
-from ..reference.masks import block_mask
-from ..reference.rope import rope_tables
+from ..model.dims import Dims, read_dims
+from ..model.precision import Tier
+from ..model.weights import is_cross
+from ..ops.cpu.processor import why_bf16_is_slow
+from ..ops.reference.masks import block_mask
+from ..ops.reference.rope import rope_tables
+from ..ops.select import select
+from ..patching.training_eligibility import frozen_reason
 from ..stages.observation import Observation, prepare_images, prepare_observation
 from ..stages.prefix import embed_prefix, text_kv
 from ..stages.vision import encode_images, encode_patches, patch_positions
-from ..weights import is_cross
-from .guard import frozen_reason
 from .image_cache import ImageCache
 from .layers import Rows, expert_layers, state_rows, text_layers
 

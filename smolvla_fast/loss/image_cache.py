@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..copies import fingerprint
+from ..engine.quantized_weights import fingerprint
 
 
 class ImageCache:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import Ops
-from ..weights import is_cross
+from ..model.weights import is_cross
+from ..ops.table import Ops
 
 Rope = tuple[Tensor, Tensor]
 

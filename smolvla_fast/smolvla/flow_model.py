@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..reference.masks import block_mask
-from ..reference.time_embedding import time_embedding
+from ..ops.reference.masks import block_mask
+from ..ops.reference.time_embedding import time_embedding
 from .configuration_smolvla import SmolVLAConfig
 from .flow_matching import euler_integrate, sample_noise, sample_time
 from .kv_cache import KVCache

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..reference.image_prep import as_floats, resize_with_pad
+from ..ops.reference.image_prep import as_floats, resize_with_pad
 from . import aloha
 from .configuration_smolvla import SmolVLAConfig
 from .features import ACTION, OBS_IMAGES, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE

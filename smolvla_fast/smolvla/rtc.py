@@ -1,6 +1,6 @@
 """Real-time chunking (RTC, arXiv 2506.07339): the settings, the guided denoising step, and its debug record.
 
-The maths is in ``smolvla_fast.reference.guidance``. LeRobot obtains the correction by differentiating ``x - t·v``
+The maths is in ``smolvla_fast.ops.reference.guidance``. LeRobot obtains the correction by differentiating ``x - t·v``
 with ``v`` held constant; that Jacobian is the identity, so no gradient is taken here and RTC also works where
 autograd is off (``torch.inference_mode``).
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.guidance import guidance_weight, guide, prefix_weights
+from ..ops.reference.guidance import guidance_weight, guide, prefix_weights
 from .features import parse_enum
 
 

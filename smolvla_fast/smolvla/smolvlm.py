@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..reference.rms_norm import rms_norm
+from ..ops.reference.rms_norm import rms_norm
 from .vlm_config import LlamaConfig, SmolVLMConfig, SmolVLMVisionConfig
 
 

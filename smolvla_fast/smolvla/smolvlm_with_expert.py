@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reference.masked_attention import masked_attention
-from ..reference.rope import apply_rope, rope_tables
+from ..ops.reference.masked_attention import masked_attention
+from ..ops.reference.rope import apply_rope, rope_tables
 from .hub import CONFIG_NAME, find_file
 from .kv_cache import KVCache
 from .smolvlm import (

@@ -8,14 +8,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ..dims import Dims
-from ..memory import PrefixKV
-from ..ops import Ops
-from ..reference.masks import block_mask
-from ..reference.rope import rope_tables
-from ..rtc import Guidances
-from ..weights import DecoderLayer, Heads
-from ..workspace import Workspace
+from ..model.dims import Dims
+from ..model.kv_cache import PrefixKV
+from ..model.weights import DecoderLayer, Heads
+from ..ops.cpu.workspace import Workspace
+from ..ops.reference.masks import block_mask
+from ..ops.reference.rope import rope_tables
+from ..ops.table import Ops
+from ..patching.rtc import Guidances
 
 
 def denoise(

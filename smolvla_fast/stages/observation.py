@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import Ops
+from ..ops.table import Ops
 
 LANGUAGE_MULTIPLE = 16
 """Language widths are multiples of this, so prompts of similar length share shapes."""

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dims import Dims
-from ..memory import LayerKV, PrefixKV, empty_kv, with_room
-from ..ops import Ops
-from ..reference.masks import block_mask
-from ..reference.rope import rope_tables
-from ..weights import Affine, Cast, DecoderLayer, read_text_layers
+from ..model.dims import Dims
+from ..model.kv_cache import LayerKV, PrefixKV, empty_kv, with_room
+from ..model.weights import Affine, Cast, DecoderLayer, read_text_layers
+from ..ops.reference.masks import block_mask
+from ..ops.reference.rope import rope_tables
+from ..ops.table import Ops
 from .observation import Observation
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..dims import Dims
-from ..ops import Ops
-from ..reference.quantize import operand_dtype
-from ..weights import Cast, VisionLayer, read_patch_embedding, read_vision_end, read_vision_layers
+from ..model.dims import Dims
+from ..model.weights import Cast, VisionLayer, read_patch_embedding, read_vision_end, read_vision_layers
+from ..ops.reference.quantize import operand_dtype
+from ..ops.table import Ops
 
 
 def encode_images(ops: Ops, vlm: Any, cast: Cast, dims: Dims, images: Tensor, position_ids: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..processor import why_bf16_is_slow
+from ..ops.cpu.processor import why_bf16_is_slow
 from ..smolvla import SmolVLAConfig, SmolVLAPolicy, make_pre_post_processors
 from ..smolvla.hub import is_absent
 from ..smolvla.processor_smolvla import PREPROCESSOR_NAME, not_normalised, unnormalized
@@ -96,7 +96,7 @@ def speed_up(policy: Any, settings: TrainSettings) -> tuple[bool, str]:
     raises  TrainingError for ``fast="on"`` where it is not possible
     """
     from ..patch import patch, status, unpatch
-    from ..runtime import DISABLE, disabled
+    from ..patching.runtime import DISABLE, disabled
 
     if settings.fast == "off":
         return False, "plain, as asked for"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
 pytest.importorskip("lerobot.rollout", reason="the rollout engines came with LeRobot 0.6")
 pytest.importorskip("datasets", reason="LeRobot's callers need lerobot[dataset]")

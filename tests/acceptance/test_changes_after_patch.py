@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import smolvla_fast
 from smolvla_fast import inference
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
 

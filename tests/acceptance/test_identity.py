@@ -19,7 +19,7 @@ from policies import LEROBOT_ONLY, chunk, make_policy, rel_l2
 from torch import Tensor, nn
 
 import smolvla_fast
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 
 def _seen(policy: Any) -> tuple[Any, ...]:

@@ -15,8 +15,10 @@ from policies import LEROBOT_ONLY, TIERS, chunk, make_policy, rel_l2
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast import backends, fingerprints
 from smolvla_fast.cli import main
+from smolvla_fast.ops import select as backends
+from smolvla_fast.patching import source_digests
+from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
 ROOT = TESTS.parent
@@ -43,7 +45,7 @@ if torch.cuda.is_initialized():
     seen.append("CUDA")
 if before != (threading.active_count(), list(warnings.filters), logging.getLogger().handlers[:], dict(os.environ)):
     seen.append("threads, filters, handlers or environment")
-from smolvla_fast import extension
+from smolvla_fast.ops import extension
 ready = time.perf_counter()
 extension.available("cpu")
 print(imported - started, time.perf_counter() - ready, *seen)
@@ -81,7 +83,7 @@ import smolvla_fast
 sys.platform = platform
 missing -= unix
 sys.modules.update({name: module for name, module in kept.items() if module})
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 torch.set_num_threads(1)
 policy = make_policy("tiny", origin="ours", num_steps=2)
 given, noise = make_observation(policy), make_noise(policy)
@@ -157,7 +159,10 @@ def test_doctor_says_what_status_says(
 def test_exact_and_stock_have_the_same_bits(layout: str, caplog: pytest.LogCaptureFixture) -> None:
     """On a CPU a patched policy is accelerated: its bits are stock's in tier ``exact``, and wherever stock runs instead."""
     stock = make_policy("tiny", layout=layout)
-    observation, noise = smolvla_fast.testing.make_observation(stock), smolvla_fast.testing.make_noise(stock)
+    observation, noise = (
+        make_observation(stock),
+        make_noise(stock),
+    )
     wanted = chunk(stock, observation, noise)
     fast = smolvla_fast.patch(stock, precision="exact")
     assert torch.equal(chunk(fast, observation, noise), wanted)
@@ -220,8 +225,8 @@ def test_no_global_state_moves() -> None:
         )
 
     policy = make_policy("tiny")
-    observation = smolvla_fast.testing.make_observation(policy)
-    noise = smolvla_fast.testing.make_noise(policy)
+    observation = make_observation(policy)
+    noise = make_noise(policy)
     before = seen()
     for precision in TIERS:
         smolvla_fast.patch(policy, precision=precision, warmup=True)
@@ -238,10 +243,10 @@ def test_another_source_runs_stock_and_is_named(
     policy: Any, observation: dict[str, Tensor], noise: Tensor, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    assert fingerprints.unknown_source(policy.model) is None, "the installed LeRobot is known"
+    assert source_digests.unknown_source(policy.model) is None, "the installed LeRobot is known"
     stock = chunk(policy, observation, noise)
-    known = {version: {**table, "apply_rope": "0" * 12} for version, table in fingerprints.KNOWN.items()}
-    monkeypatch.setattr(fingerprints, "KNOWN", known)
+    known = {version: {**table, "apply_rope": "0" * 12} for version, table in source_digests.KNOWN.items()}
+    monkeypatch.setattr(source_digests, "KNOWN", known)
     smolvla_fast.patch(policy)
     assert torch.equal(chunk(policy, observation, noise), stock)
     now = smolvla_fast.status(policy)

@@ -12,7 +12,7 @@ from policies import LEROBOT_ONLY, TIERS, chunk, chunk_in_fp64, make_policy, rel
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND, SCATTER
 
 pytestmark = pytest.mark.processor

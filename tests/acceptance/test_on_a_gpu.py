@@ -14,8 +14,8 @@ import torch
 from policies import chunk, rel_l2
 
 import smolvla_fast
-from smolvla_fast.cli.measure import percentile
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.measure.rounds import percentile
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import SCATTER
 
 pytestmark = pytest.mark.gpu

@@ -16,9 +16,9 @@ from policies import chunk_in_fp64, make_policy, rel_l2, seam_inputs
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast.outliers import heavy_tailed, sharp_attention
-from smolvla_fast.precision import TIERS
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.model.precision import TIERS
+from smolvla_fast.testing.outliers import heavy_tailed, sharp_attention
+from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import SCATTER, cosine
 
 pytestmark = pytest.mark.processor

@@ -24,9 +24,9 @@ import pytest
 import torch
 
 import smolvla_fast
-from smolvla_fast import loading
+from smolvla_fast import auto_patch
 from smolvla_fast.cli import main
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 pytest.importorskip("lerobot.rollout", reason="lerobot-rollout came with LeRobot 0.6")
 pytest.importorskip("grpc", reason="LeRobot's policy server needs grpcio")
@@ -109,7 +109,7 @@ def readme_line(beginning: str) -> str:
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The plugin's module, imported as LeRobot imports it; what it did is undone afterwards."""
-    for name in (loading.PRECISION, loading.BACKEND, loading.WARMUP, "SMOLVLA_FAST_DISABLE"):
+    for name in (auto_patch.PRECISION, auto_patch.BACKEND, auto_patch.WARMUP, "SMOLVLA_FAST_DISABLE"):
         monkeypatch.delenv(name, raising=False)
     spec = importlib.util.spec_from_file_location(
         "a_plugin", ROOT / "plugin" / "lerobot_policy_smolvla_fast.py"
@@ -215,7 +215,7 @@ def test_lerobot_eval_gives_stocks_rewards(
     rewards: dict[str, list[float]] = {}
     for wish in ("stock", "exact", "auto"):
         monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1" if wish == "stock" else "")
-        monkeypatch.setenv(loading.PRECISION, "auto" if wish == "stock" else wish)
+        monkeypatch.setenv(auto_patch.PRECISION, "auto" if wish == "stock" else wish)
         line = f"lerobot-eval --policy.path={checkpoint.path} --env.type=tiny --output_dir=out/{wish}"
         settings = "--eval.n_episodes=5 --eval.batch_size=3 --eval.use_async_envs=false --seed=1"
         monkeypatch.setattr(sys, "argv", [*line.split(), *settings.split()])
@@ -313,7 +313,7 @@ def test_nothing_else_is_touched(plugin: Any, checkpoint: Checkpoint) -> None:
     fresh = SmolVLAPolicy(checkpoint.load().config)
     assert smolvla_fast.status(fresh).last_fallback == "the policy is not patched"
     once = SmolVLAPolicy.from_pretrained.__func__
-    loading.patch_as_loaded(SmolVLAPolicy)
+    auto_patch.patch_as_loaded(SmolVLAPolicy)
     assert SmolVLAPolicy.from_pretrained.__func__ is once
 
 
@@ -321,14 +321,14 @@ def test_nothing_else_is_touched(plugin: Any, checkpoint: Checkpoint) -> None:
 def test_the_environment_chooses(
     plugin: Any, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setenv(loading.PRECISION, "bf16")
-    monkeypatch.setenv(loading.BACKEND, "torch")
+    monkeypatch.setenv(auto_patch.PRECISION, "bf16")
+    monkeypatch.setenv(auto_patch.BACKEND, "torch")
     now = smolvla_fast.status(checkpoint.load())
     assert (now.precision, now.backend) == ("bf16", "torch")
     with caplog.at_level(logging.INFO, "smolvla_fast"):
         checkpoint.load()
         assert "warm-up" not in caplog.text
-        monkeypatch.setenv(loading.WARMUP, "1")
+        monkeypatch.setenv(auto_patch.WARMUP, "1")
         checkpoint.load()
         assert "; warm-up " in caplog.text
     monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
@@ -349,13 +349,13 @@ def test_a_fault_gives_stock_and_one_warning(
         raise KeyError("broken")
 
     if fault == "unknown precision":
-        monkeypatch.setenv(loading.PRECISION, "fp12")
+        monkeypatch.setenv(auto_patch.PRECISION, "fp12")
     elif fault == "unknown wish":
-        monkeypatch.setenv(loading.WARMUP, "perhaps")
+        monkeypatch.setenv(auto_patch.WARMUP, "perhaps")
     elif fault == "patching raises":
-        monkeypatch.setattr(loading, "patch", broken)
+        monkeypatch.setattr(auto_patch, "patch", broken)
     else:
-        monkeypatch.setattr(loading, "runtime_of", broken)
+        monkeypatch.setattr(auto_patch, "runtime_of", broken)
     policy = checkpoint.load()
     (record,) = [
         each for each in caplog.records if each.levelno >= logging.WARNING and each.name == "smolvla_fast"
@@ -368,7 +368,7 @@ def test_a_fault_gives_stock_and_one_warning(
 def test_a_broken_smolvla_fast_gives_stock_and_one_warning(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setitem(sys.modules, "smolvla_fast.loading", None)
+    monkeypatch.setitem(sys.modules, "smolvla_fast.auto_patch", None)
     path = ROOT / "plugin" / "lerobot_policy_smolvla_fast.py"
     spec = importlib.util.spec_from_file_location("a_plugin", path)
     assert spec is not None and spec.loader is not None
@@ -380,9 +380,9 @@ def test_moving_to_where_a_wish_cannot_be_met_gives_stock(
     plugin: Any, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wish is met where the policy is loaded; LeRobot may move it afterwards. The robot goes on, on stock."""
-    from smolvla_fast import backends
+    from smolvla_fast.ops import select as backends
 
-    monkeypatch.setenv(loading.BACKEND, "torch")
+    monkeypatch.setenv(auto_patch.BACKEND, "torch")
     policy = checkpoint.load()
     observation, noise = make_observation(policy), make_noise(policy)
     assert smolvla_fast.status(policy).active
@@ -416,14 +416,14 @@ def test_serve_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
     seen: list[Any] = []
     monkeypatch.setattr(policy_server, "serve", seen.append)
-    for name in (loading.PRECISION, loading.BACKEND):
+    for name in (auto_patch.PRECISION, auto_patch.BACKEND):
         monkeypatch.setenv(name, "")
     try:
         assert main(["serve", "--precision=exact", "--host=0.0.0.0", "--port", "9", "--fps=7"]) == 0
     finally:
         del SmolVLAPolicy.from_pretrained
     assert (seen[0].host, seen[0].port, seen[0].fps) == ("0.0.0.0", 9, 7)
-    assert os.environ[loading.PRECISION] == "exact" and os.environ[loading.BACKEND] == ""
+    assert os.environ[auto_patch.PRECISION] == "exact" and os.environ[auto_patch.BACKEND] == ""
 
 
 def test_serve_without_grpc_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

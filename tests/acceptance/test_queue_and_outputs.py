@@ -15,7 +15,7 @@ from policies import LEROBOT_ONLY, TIERS, chunk, make_policy
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 
 @pytest.mark.check(20)

@@ -11,7 +11,7 @@ from captured import Captured
 from policies import chunk, make_policy, rel_l2
 
 import smolvla_fast
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
 SCHEDULES = ("ZEROS", "ONES", "LINEAR", "EXP")

@@ -15,8 +15,9 @@ from processors import play
 from torch import Tensor, nn
 
 import smolvla_fast
-from smolvla_fast import backends, fingerprints
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.ops import select as backends
+from smolvla_fast.patching import source_digests
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 
 class Call:
@@ -106,8 +107,8 @@ def compiled_step(call: Call) -> Iterator[None]:
 @contextmanager
 def unknown_source(call: Call) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        tables = {v: {**table, "apply_rope": "0" * 12} for v, table in fingerprints.KNOWN.items()}
-        patch.setattr(fingerprints, "KNOWN", tables)
+        tables = {v: {**table, "apply_rope": "0" * 12} for v, table in source_digests.KNOWN.items()}
+        patch.setattr(source_digests, "KNOWN", tables)
         yield
 
 

@@ -19,9 +19,11 @@ from checks import TESTS
 from policies import TIERS, chunk, make_policy
 
 import smolvla_fast
-from smolvla_fast import cpu, inference, runtime
+from smolvla_fast import inference
 from smolvla_fast.cli import main
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.patching import runtime
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 ROOT = TESTS.parent
 

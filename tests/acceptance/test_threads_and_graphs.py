@@ -19,8 +19,9 @@ from recorder import RecorderDriver
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast import graphs, inference
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast import inference
+from smolvla_fast.engine import cuda_graphs as graphs
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 PATIENCE = 60
 """Seconds after which a thread or a process counts as locked up; the machine may be busy."""

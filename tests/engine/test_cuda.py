@@ -17,12 +17,14 @@ from recorder import RecorderDriver
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast import backends, extension, inference
-from smolvla_fast.backends import select, table, why_not
-from smolvla_fast.cuda import library
-from smolvla_fast.ops import Ops, serving
+from smolvla_fast import inference
+from smolvla_fast.ops import extension
+from smolvla_fast.ops import select as backends
+from smolvla_fast.ops.cuda import library
+from smolvla_fast.ops.select import select, table, why_not
+from smolvla_fast.ops.table import Ops, serving
 from smolvla_fast.stages.denoise import denoise
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 from .conftest import LEROBOT_ONLY, chunk, make_policy
 

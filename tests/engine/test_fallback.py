@@ -14,7 +14,7 @@ from policies import seam_inputs
 from torch import Tensor, nn
 
 import smolvla_fast
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 from .conftest import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy
 
@@ -382,7 +382,7 @@ def test_a_wrapped_first_layer_runs_stock(
 
 def test_disabled_asks_nothing_of_this_machine(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable may have been set because the machine has changed: a wish that cannot be met must not raise then."""
-    monkeypatch.setattr("smolvla_fast.int8.why_not", lambda device: "no such instruction")
+    monkeypatch.setattr("smolvla_fast.ops.cpu.int8.why_not", lambda device: "no such instruction")
     with pytest.raises(RuntimeError, match="no such instruction"):
         smolvla_fast.patch(policy, precision="int8")
     monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
@@ -400,7 +400,7 @@ def test_unpatched_by_another_thread_in_mid_call(
     def fell_back(self: Any, reason: str) -> None:  # where the other thread gets in
         smolvla_fast.unpatch(policy)
 
-    monkeypatch.setattr("smolvla_fast.runtime.Runtime.fell_back", fell_back)
+    monkeypatch.setattr("smolvla_fast.patching.runtime.Runtime.fell_back", fell_back)
     assert torch.equal(chunk(policy, observation, noise), wanted)
 
 

@@ -13,8 +13,9 @@ from recorder import RecorderDriver
 from torch import nn
 
 import smolvla_fast
-from smolvla_fast import graphs, guard
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.engine import cuda_graphs as graphs
+from smolvla_fast.patching import eligibility
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 from .conftest import LEROBOT_FIRST, chunk, make_policy
 
@@ -193,8 +194,8 @@ def test_nothing_but_ops_runs_in_a_layer(monkeypatch: pytest.MonkeyPatch) -> Non
     """Five ops a layer and one at each end of a step, and not a single torch kernel between them."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from smolvla_fast.backends import select
-    from smolvla_fast.ops import NAMES
+    from smolvla_fast.ops.select import select
+    from smolvla_fast.ops.table import NAMES
 
     ops = select("torch", torch.device("cpu"), False)
     inside = [0]
@@ -233,7 +234,7 @@ def test_nothing_but_ops_runs_in_a_layer(monkeypatch: pytest.MonkeyPatch) -> Non
     smolvla_fast.patch(policy, precision="fp32", backend="torch")
     engine = seam["engine_of"](policy.model)
     engine.graphs, engine.ops = None, counting
-    monkeypatch.setattr(guard, "_get_current_dispatch_mode_stack", list)  # this one only looks
+    monkeypatch.setattr(eligibility, "_get_current_dispatch_mode_stack", list)  # this one only looks
     with Between():
         chunk(policy, make_observation(policy), make_noise(policy))
     steps, layers = policy.config.num_steps, 4
@@ -247,7 +248,7 @@ def test_nothing_but_ops_runs_in_a_layer(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("broken", [False, True], ids=["capture survives", "capture broken"])
 def test_recording_tells_what_broke_it(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of the work, not that of ending the capture; what a broken one leaves behind is undone once."""
-    from smolvla_fast import cuda_driver
+    from smolvla_fast.engine import cuda_driver
 
     class Graph:
         begun = ended = 0

@@ -11,9 +11,11 @@ from processors import play
 from torch import Tensor, nn
 
 import smolvla_fast
-from smolvla_fast import backends, extension, int8
-from smolvla_fast.precision import TIERS, resolve_tier
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.model.precision import TIERS, resolve_tier
+from smolvla_fast.ops import extension
+from smolvla_fast.ops import select as backends
+from smolvla_fast.ops.cpu import int8
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 from .conftest import LEROBOT_ONLY, chunk, make_policy, rel_l2
 

@@ -18,10 +18,9 @@ from torch.nn.utils import parametrize
 from train_steps import make_batch, step
 
 import smolvla_fast
-from smolvla_fast.dense import why_not_dense
-from smolvla_fast.dims import read_dims
-from smolvla_fast.testing import make_noise, make_observation
-from smolvla_fast.weights import (
+from smolvla_fast.model.dense import why_not_dense
+from smolvla_fast.model.dims import read_dims
+from smolvla_fast.model.weights import (
     read_expert_layers,
     read_heads,
     read_patch_embedding,
@@ -30,6 +29,7 @@ from smolvla_fast.weights import (
     read_vision_layers,
     sources,
 )
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 from .conftest import LEROBOT_FIRST, chunk, make_policy
 

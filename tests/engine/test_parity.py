@@ -12,7 +12,7 @@ import torch
 
 import smolvla_fast
 from smolvla_fast import inference
-from smolvla_fast.testing import TINY_TEXT, make_noise, make_observation
+from smolvla_fast.testing.policies import TINY_TEXT, make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
 from .conftest import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, rel_l2
@@ -220,7 +220,7 @@ def test_fp32_within_bound_as_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatc
 def test_block_mask_is_stocks() -> None:
     from lerobot.policies.smolvla.modeling_smolvla import make_att_2d_masks
 
-    from smolvla_fast.reference.masks import block_mask
+    from smolvla_fast.ops.reference.masks import block_mask
 
     generator = torch.Generator().manual_seed(0)
     pad, att = (torch.rand(3, 9, generator=generator) < share for share in (0.7, 0.3))
@@ -234,9 +234,9 @@ def test_fp8_full_size_as_torch_emulates_it() -> None:
     """The same quantised products in plain torch on the 450M model: within the tier's bound, by random and sharp weights."""
     from dataclasses import replace
 
-    from smolvla_fast.backends import reference_ops
-    from smolvla_fast.copies import Copies
-    from smolvla_fast.precision import TIERS
+    from smolvla_fast.engine.quantized_weights import Copies
+    from smolvla_fast.model.precision import TIERS
+    from smolvla_fast.ops.select import reference_ops
 
     policy = make_policy("full")
     given, noise = make_observation(policy), make_noise(policy)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import smolvla_fast
 from smolvla_fast.patch import engine_of
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 from .conftest import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, rel_l2
 
@@ -174,8 +174,8 @@ def test_peak_memory_full_size() -> None:
     import sys
 
     code = (
-        "import sys, torch, smolvla_fast; from smolvla_fast.testing import *;"
-        "from smolvla_fast.cli.measure import PeakMemory;"
+        "import sys, torch, smolvla_fast; from smolvla_fast.testing.policies import *;"
+        "from smolvla_fast.measure.rounds import PeakMemory;"
         "p = make_policy('full', num_steps=1); o = make_observation(p);"
         "smolvla_fast.patch(p, precision=sys.argv[1]) if sys.argv[1] != 'stock' else None;"
         "memory = PeakMemory('cpu'); p.predict_action_chunk(o, noise=make_noise(p)); print(memory.bytes)"

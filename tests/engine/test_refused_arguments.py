@@ -17,7 +17,7 @@ from policies import seam_inputs
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
 from .conftest import LEROBOT_FIRST, make_policy, rel_l2

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast import backends, fingerprints, timing
-from smolvla_fast.precision import TIERS, resolve_tier
-from smolvla_fast.reference import rope
-from smolvla_fast.testing import make_noise
+from smolvla_fast.engine import timing
+from smolvla_fast.model.precision import TIERS, resolve_tier
+from smolvla_fast.ops import select as backends
+from smolvla_fast.ops.reference import rope
+from smolvla_fast.patching import source_digests
+from smolvla_fast.testing.policies import make_noise
 
 from .conftest import LEROBOT_ONLY, chunk, make_policy, rel_l2
 
@@ -101,7 +103,7 @@ def test_fingerprints_ignore_layout_and_see_maths(tmp_path: Any, monkeypatch: py
     def digest_of(source: str, name: str) -> str:
         (tmp_path / f"{name}.py").write_text(source)
         importlib.invalidate_caches()
-        return fingerprints.digest(importlib.import_module(name).f)
+        return source_digests.digest(importlib.import_module(name).f)
 
     monkeypatch.syspath_prepend(tmp_path)
     plain = digest_of("def f(x):\n    return x * 2\n", "fp_plain")
@@ -114,11 +116,11 @@ def test_fingerprints_ignore_layout_and_see_maths(tmp_path: Any, monkeypatch: py
 @LEROBOT_ONLY
 def test_functions_of_two_versions_do_not_mix(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table = next(
-        t for t in fingerprints.KNOWN.values() if fingerprints.digest(_rope(policy)) == t["apply_rope"]
+        t for t in source_digests.KNOWN.values() if source_digests.digest(_rope(policy)) == t["apply_rope"]
     )
     halves = [dict(list(table.items())[:12]), dict(list(table.items())[12:])]
-    monkeypatch.setattr(fingerprints, "KNOWN", {"first": halves[0], "second": halves[1]})
-    assert fingerprints.unknown_source(policy.model) is not None
+    monkeypatch.setattr(source_digests, "KNOWN", {"first": halves[0], "second": halves[1]})
+    assert source_digests.unknown_source(policy.model) is not None
 
 
 def _rope(policy: Any) -> Any:
@@ -148,7 +150,7 @@ def test_where_bf16_is_slow_products_are_fp32(
 ) -> None:
     """Said in ``status``, nearer to fp32 than bf16 products are, and never for ``exact``."""
     from smolvla_fast import inference
-    from smolvla_fast.testing import make_observation
+    from smolvla_fast.testing.policies import make_observation
 
     policy = make_policy("tiny", layout=layout)
     given, noise = make_observation(policy), make_noise(policy)
@@ -169,7 +171,7 @@ def test_where_bf16_is_slow_products_are_fp32(
 
 def test_bf16_text_layout_computes_vision_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy("tiny", layout="bf16_text")
-    from smolvla_fast.testing import make_observation
+    from smolvla_fast.testing.policies import make_observation
 
     smolvla_fast.patch(policy)
     seen: set[torch.dtype] = set()

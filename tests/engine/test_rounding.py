@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import smolvla_fast
-from smolvla_fast import backends, testing
-from smolvla_fast.rounding import FP32_BOUND, MOVEMENTS, ORDERS, OtherSums, fp32_bound
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.measure.rounding import FP32_BOUND, MOVEMENTS, ORDERS, OtherSums, fp32_bound
+from smolvla_fast.ops import select as backends
+from smolvla_fast.testing import policies
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 from .conftest import LEROBOT_FIRST
 
@@ -29,7 +30,7 @@ SEEDS = [
 
 def _deep(seed: int, sharp: float) -> Any:
     """32 layers at tiny widths whose sharp attention makes much of a last bit."""
-    policy = testing.make_policy(
+    policy = policies.make_policy(
         "tiny", seed=seed, num_vlm_layers=32, text={"num_hidden_layers": 32}, num_steps=4
     )
     with torch.no_grad():

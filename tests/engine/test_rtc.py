@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
 from .conftest import LEROBOT_FIRST, chunk, make_policy, rel_l2

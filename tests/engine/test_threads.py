@@ -21,11 +21,13 @@ from recorder import RecorderDriver
 from torch import nn
 
 import smolvla_fast
-from smolvla_fast import copies, inference, runtime
+from smolvla_fast import inference
+from smolvla_fast.engine import quantized_weights
 from smolvla_fast.patch import engine_of
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.patching import runtime
+from smolvla_fast.patching.change_detector import Watch
+from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
-from smolvla_fast.watch import Watch
 
 from .conftest import LEROBOT_ONLY, chunk, make_policy, rel_l2
 
@@ -222,11 +224,11 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("anew", [False, True])
 def test_a_load_while_a_copy_is_made_is_seen(anew: bool) -> None:
-    made, loaded, matrix = copies.Copies(torch.bfloat16), weight(1), weight(0)
+    made, loaded, matrix = quantized_weights.Copies(torch.bfloat16), weight(1), weight(0)
     if anew:
         made.of(matrix)
         matrix.data.mul_(2)
-    plain, done = copies.FLOATS.make, []
+    plain, done = quantized_weights.FLOATS.make, []
 
     def make(source: Any, dtype: torch.dtype) -> Any:
         found = plain(source, dtype)
@@ -235,7 +237,7 @@ def test_a_load_while_a_copy_is_made_is_seen(anew: bool) -> None:
             elsewhere(lambda: matrix.data.copy_(loaded.data))
         return found
 
-    made.kind = replace(copies.FLOATS, make=make)
+    made.kind = replace(quantized_weights.FLOATS, make=make)
     if anew:
         assert made.refreshed()
     else:
@@ -245,10 +247,10 @@ def test_a_load_while_a_copy_is_made_is_seen(anew: bool) -> None:
 
 
 def test_copies_are_made_while_others_are_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, matrices = copies.Copies(torch.bfloat16), [weight(seed) for seed in range(4)]
+    made, matrices = quantized_weights.Copies(torch.bfloat16), [weight(seed) for seed in range(4)]
     made.of(matrices[0])
     made.of(matrices[1])
-    once_after(monkeypatch, copies._Made, "live", lambda: made.of(matrices[2]), MOMENT)
+    once_after(monkeypatch, quantized_weights._Made, "live", lambda: made.of(matrices[2]), MOMENT)
     assert not made.refreshed()
     kept = made.of(matrices[2])
     assert made.of(matrices[2]) is kept and made.bytes == 3 * kept.nbytes
@@ -256,8 +258,8 @@ def test_copies_are_made_while_others_are_looked_through(monkeypatch: pytest.Mon
 
 def test_two_threads_get_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph may have captured either, so both have to follow the weight."""
-    made, matrix, found = copies.Copies(torch.bfloat16), weight(0), []
-    plain, threads = copies.FLOATS.make, []
+    made, matrix, found = quantized_weights.Copies(torch.bfloat16), weight(0), []
+    plain, threads = quantized_weights.FLOATS.make, []
 
     def make(source: Any, dtype: torch.dtype) -> Any:
         if not threads:
@@ -265,7 +267,7 @@ def test_two_threads_get_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
             threads.append(elsewhere(lambda: found.append(made.of(matrix)), MOMENT))
         return plain(source, dtype)
 
-    made.kind = replace(copies.FLOATS, make=make)
+    made.kind = replace(quantized_weights.FLOATS, make=make)
     found.append(made.of(matrix))
     threads[1].ended()
     assert len(found) == 2 and found[0] is found[1]

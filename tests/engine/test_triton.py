@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import smolvla_fast
-from smolvla_fast import fused
-from smolvla_fast.backends import OLDEST, _triton, passed_over, select, why_not
-from smolvla_fast.testing import make_noise, make_observation
+from smolvla_fast.ops.select import OLDEST, _triton, passed_over, select, why_not
+from smolvla_fast.ops.triton import ops as fused
+from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
 from .conftest import LEROBOT_ONLY, chunk, make_policy, rel_l2
@@ -120,7 +120,7 @@ def test_fp8_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Near stock, far from equal to it, and the next chunk after an averaging of weights is computed from new copies."""
     from dataclasses import replace
 
-    from smolvla_fast.precision import TIERS
+    from smolvla_fast.model.precision import TIERS
 
     if DEVICE == "cpu":  # the interpreter cannot multiply bf16, the dtype of all the rest in this tier
         monkeypatch.setitem(TIERS, "fp8", replace(TIERS["fp8"], gemm_dtype=torch.float32))

@@ -13,10 +13,11 @@ import torch
 
 import smolvla_fast
 from benchmarks.cpu import overhead
-from smolvla_fast import cpu, extension
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.cpu.workspace import Workspace
 from smolvla_fast.patch import engine_of
-from smolvla_fast.testing import make_noise, make_observation
-from smolvla_fast.workspace import Workspace
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 from .conftest import LEROBOT_ONLY, chunk, make_policy
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast.rounding import FP32_BOUND, OtherSums, fp32_bound
-from smolvla_fast.testing import make_noise, make_observation, make_policy
-from smolvla_fast.weights import is_cross
+from smolvla_fast.measure.rounding import FP32_BOUND, OtherSums, fp32_bound
+from smolvla_fast.model.weights import is_cross
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
 CASES = int(os.environ.get("SMOLVLA_FAST_FUZZ", "100"))
 """Chunks compared in a run: 100, or as many as ``make fuzz`` asks for."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import FP32_BOUND
 
 from .cases import attempt, rel_l2

@@ -20,8 +20,8 @@ from hypothesis.stateful import (
 )
 
 import smolvla_fast
-from smolvla_fast.runtime import DISABLE
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.patching.runtime import DISABLE
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import FP32_BOUND
 
 from .cases import CASES, attempt, rel_l2

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from contract import check, room
 
-from smolvla_fast.backends import reference_ops, select
-from smolvla_fast.cuda import library
-from smolvla_fast.ops import Ops
+from smolvla_fast.ops.cuda import library
+from smolvla_fast.ops.select import reference_ops, select
+from smolvla_fast.ops.table import Ops
 
 SMALL_FLOPS = 3e7
 """Under a sanitizer a kernel takes tens to hundreds of times as long; of these sizes it is done in seconds."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import smolvla_fast
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import FP32_BOUND, rel_l2
 
 pytestmark = pytest.mark.gpu
@@ -161,7 +161,7 @@ def test_capture_beside_another_user_of_the_gpu() -> None:
 @pytest.mark.check(53)
 def test_out_of_memory_at_capture_is_stock_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The card has too little left for a capture; stock, which needs less at a time, serves."""
-    from smolvla_fast import cuda_driver
+    from smolvla_fast.engine import cuda_driver
 
     stock = make(dict(size="tiny", layout="mixed"))
     fast = smolvla_fast.patch(copy.deepcopy(stock))
@@ -195,7 +195,7 @@ def test_out_of_memory_at_capture_is_stock_and_leaves_nothing(monkeypatch: pytes
 @pytest.mark.check(48, 53)
 def test_a_broken_capture_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting for the device breaks a capture; random numbers and later captures work all the same."""
-    from smolvla_fast import cuda_driver
+    from smolvla_fast.engine import cuda_driver
 
     stock = make(dict(size="tiny", layout="mixed"))
     fast = smolvla_fast.patch(copy.deepcopy(stock))

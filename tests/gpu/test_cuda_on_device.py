@@ -10,8 +10,8 @@ import torch
 from contract import check, inputs_in, room, run, to_device
 
 import smolvla_fast
-from smolvla_fast.backends import reference_ops, select, why_not
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.ops.select import reference_ops, select, why_not
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import rel_l2
 
 pytestmark = pytest.mark.gpu

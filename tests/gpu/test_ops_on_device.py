@@ -8,7 +8,7 @@ import pytest
 import torch
 from contract import OPS, check, inputs_in, room, run, to_device
 
-from smolvla_fast.backends import reference_ops, select, why_not
+from smolvla_fast.ops.select import reference_ops, select, why_not
 
 pytestmark = pytest.mark.gpu
 CASES = [(op, case) for op in OPS for case in room(op).CASES]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from smolvla_fast.backends import why_not
-from smolvla_fast.cli.system import cuda_homes
+from smolvla_fast.measure.system import cuda_homes
+from smolvla_fast.ops.select import why_not
 
 pytestmark = pytest.mark.gpu
 SCRIPT = Path(__file__).with_name("every_kernel.py")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smolvla_fast.testing import make_policy
+from smolvla_fast.testing.policies import make_policy
 
 TASK = "pick up the red cube"
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from smolvla_fast import cpu
-from smolvla_fast.reference.add_rms_norm import CASES, add_rms_norm, make_inputs
+from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.reference.add_rms_norm import CASES, add_rms_norm, make_inputs
 
 ODD = (
     {"rows": 3, "width": 1},

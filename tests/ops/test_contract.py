@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from contract import OPS, check, inputs_in, room, run
 from processors import LEVELS
 
-from smolvla_fast import cpu
-from smolvla_fast.aten import linear as aten_linear
-from smolvla_fast.backends import reference_ops, select, why_not
-from smolvla_fast.ops import NAMES
+from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.select import reference_ops, select, why_not
+from smolvla_fast.ops.table import NAMES
+from smolvla_fast.ops.torch import linear as aten_linear
 
 pytestmark = pytest.mark.processor
 
@@ -126,7 +126,7 @@ def test_masked_keys_have_no_influence(backend: str) -> None:
 
 
 def test_rope_depends_on_distance_only() -> None:
-    from smolvla_fast.reference.rope import apply_rope, rope_tables
+    from smolvla_fast.ops.reference.rope import apply_rope, rope_tables
 
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 9, 2, 16, generator=generator) for _ in range(2))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from processors import LEVELS
 
-from smolvla_fast import cpu, extension
-from smolvla_fast.reference.masked_attention import CASES, make_inputs, masked_attention
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.reference.masked_attention import CASES, make_inputs, masked_attention
 
 pytestmark = [
     pytest.mark.cpu_kernels,

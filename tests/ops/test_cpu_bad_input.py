@@ -9,8 +9,8 @@ import torch
 from contract import OPS, inputs_in, room, run
 from torch import Tensor
 
-from smolvla_fast import cpu
-from smolvla_fast.backends import reference_ops, select, why_not
+from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.select import reference_ops, select, why_not
 
 CPU = torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -10,10 +10,12 @@ import torch
 from processors import LEVELS
 from torch import Tensor
 
-from smolvla_fast import compiled, cpu, extension
-from smolvla_fast.cpu_image_prep import image_prep as unguarded
-from smolvla_fast.reference.image_prep import CASES, make_inputs
-from smolvla_fast.reference.image_prep import image_prep as reference
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.cpu import ops as compiled
+from smolvla_fast.ops.cpu.image_prep import image_prep as unguarded
+from smolvla_fast.ops.reference.image_prep import CASES, make_inputs
+from smolvla_fast.ops.reference.image_prep import image_prep as reference
 
 pytestmark = [
     pytest.mark.cpu_kernels,

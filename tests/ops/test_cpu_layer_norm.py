@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smolvla_fast import cpu, extension
-from smolvla_fast.reference.layer_norm import layer_norm
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.reference.layer_norm import layer_norm
 
 pytestmark = [
     pytest.mark.cpu_kernels,

@@ -8,10 +8,11 @@ import pytest
 import torch
 from processors import LEVELS
 
-from smolvla_fast import cpu, extension
-from smolvla_fast.reference import linear as reference
-from smolvla_fast.reference.norm_swiglu import norm_swiglu
-from smolvla_fast.reference.rms_norm import rms_norm
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.reference import linear as reference
+from smolvla_fast.ops.reference.norm_swiglu import norm_swiglu
+from smolvla_fast.ops.reference.rms_norm import rms_norm
 
 pytestmark = [
     pytest.mark.cpu_kernels,

@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from processors import play
 from torch import Tensor
 
-from smolvla_fast import backends, cpu, cpu_quantize, extension, int8
-from smolvla_fast.reference.linear import linear as reference_linear
-from smolvla_fast.reference.quantize import (
+from smolvla_fast.ops import extension
+from smolvla_fast.ops import select as backends
+from smolvla_fast.ops.cpu import int8, quantize
+from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.reference.linear import linear as reference_linear
+from smolvla_fast.ops.reference.quantize import (
     SMALLEST,
     IntegerRows,
     dequantize,
@@ -65,7 +68,7 @@ def test_rows_have_the_bits_of_the_reference(rows: int, width: int, dtype: torch
     x = _x(rows, width, dtype)
     want = quantize_activations(x)
     assert want.data.dtype is torch.uint8 and want.scale.dtype is F32
-    assert all(_same(found, want) for found in _everywhere(lambda: cpu_quantize.quantize_rows(x)))
+    assert all(_same(found, want) for found in _everywhere(lambda: quantize.quantize_rows(x)))
     # Half a step, and what fp32 loses on a number of 127 steps.
     assert ((dequantize(want) - x.float()).abs() <= want.scale[:, None] * (0.5 + 127 * EPS)).all()
 
@@ -84,7 +87,7 @@ def test_rows_of_every_kind() -> None:
     want = quantize_activations(x)
     assert want.scale[[0, 5]].eq(0).all() and want.scale[1:5].isnan().all() and want.scale[6:].gt(0).all()
     assert want.data[:6].eq(128).all() and want.data[6, 18] == 255 and want.data[7, 0] == 1
-    assert all(_same(found, want) for found in _everywhere(lambda: cpu_quantize.quantize_rows(x)))
+    assert all(_same(found, want) for found in _everywhere(lambda: quantize.quantize_rows(x)))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -93,10 +96,10 @@ def test_norms_give_the_rows_of_what_they_compute(rows: int, width: int, dtype: 
     x, generator = _x(rows, width, dtype), torch.Generator().manual_seed(1)
     weight, bias = (torch.randn(width, generator=generator) for _ in range(2))
     plain = quantize_activations(cpu.layer_norm(x.float(), weight, bias, 1e-6))
-    for found in _everywhere(lambda: cpu_quantize.layer_norm_rows(x, weight, bias, 1e-6)):
+    for found in _everywhere(lambda: quantize.layer_norm_rows(x, weight, bias, 1e-6)):
         assert _same(found, plain)
     plain = quantize_activations(cpu.add_rms_norm(x.float(), None, weight, 1e-5)[0])
-    found = list(_everywhere(lambda: cpu_quantize.rms_norm_rows(x, weight, 1e-5)))
+    found = list(_everywhere(lambda: quantize.rms_norm_rows(x, weight, 1e-5)))
     assert all(_same(each, found[0]) for each in found)
     # The two kernels order their factors differently: rounding of fp32, which may turn a tie into the next step.
     assert (found[0].data.int() - plain.data.int()).abs().max() <= 1
@@ -115,19 +118,19 @@ def test_finish(rows: int, width: int, activation: str | None) -> None:
     def want(kind: torch.dtype) -> Tensor:
         return act(sums.to(kind) * scale[:, None].to(kind) + bias.to(kind)) + residual.to(kind)
 
-    found = list(_everywhere(lambda: cpu_quantize.finish(sums.clone(), scale, bias, activation, residual)))
+    found = list(_everywhere(lambda: quantize.finish(sums.clone(), scale, bias, activation, residual)))
     assert all(torch.equal(found[0], each) for each in found)
     if rows:
         truth = want(torch.float64)
         error, eager = ((y.double() - truth).abs().max().item() for y in (found[0], want(F32)))
         assert error <= 2 * eager + EPS * truth.abs().max().item()  # the contract's bound
-    hidden = quantize_activations(cpu_quantize.finish(sums.clone(), scale, bias, activation))
+    hidden = quantize_activations(quantize.finish(sums.clone(), scale, bias, activation))
     up = _x(rows, width).neg()
-    gated = cpu_quantize.finish(sums.clone(), scale, None, activation) * (up * scale[:, None])
+    gated = quantize.finish(sums.clone(), scale, None, activation) * (up * scale[:, None])
     for found_rows, product in _everywhere(
         lambda: (
-            cpu_quantize.finish_rows(sums.clone(), scale, bias, activation),
-            cpu_quantize.finish_rows(sums.clone(), scale, None, activation, up.clone()),
+            quantize.finish_rows(sums.clone(), scale, bias, activation),
+            quantize.finish_rows(sums.clone(), scale, None, activation, up.clone()),
         )
     ):
         assert _same(found_rows, hidden) and _same(product, quantize_activations(gated))
@@ -137,7 +140,7 @@ def test_activations_far_out_and_nan() -> None:
     far = torch.tensor([[-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30]])
     one = torch.ones(1)
     for silu, gelu in _everywhere(
-        lambda: tuple(cpu_quantize.finish(far.clone(), one, None, name) for name in ("silu", "gelu_tanh"))
+        lambda: tuple(quantize.finish(far.clone(), one, None, name) for name in ("silu", "gelu_tanh"))
     ):
         assert torch.equal(silu[0, 3:], far[0, 3:]) and torch.equal(gelu[0, 3:], far[0, 3:])
         # exp(-88) is 6e-39: below it the true value is a subnormal or zero times the argument.
@@ -146,8 +149,8 @@ def test_activations_far_out_and_nan() -> None:
     scale = torch.tensor([1.0, torch.nan, 1.0])
     for y, rows in _everywhere(
         lambda: (
-            cpu_quantize.finish(x.clone(), scale, None, "silu"),
-            cpu_quantize.finish_rows(x.clone(), scale, None, "gelu_tanh"),
+            quantize.finish(x.clone(), scale, None, "silu"),
+            quantize.finish_rows(x.clone(), scale, None, "gelu_tanh"),
         )
     ):
         assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
@@ -157,21 +160,21 @@ def test_activations_far_out_and_nan() -> None:
 def test_refusals() -> None:
     x, scale = _x(4, 32), torch.ones(4)
     with pytest.raises(TypeError, match=r"quantize_rows: x has dtype torch.float16; accepted are"):
-        cpu_quantize.quantize_rows(x.half())
+        quantize.quantize_rows(x.half())
     with pytest.raises(ValueError, match="contiguous"):
-        cpu_quantize.quantize_rows(x.t())
+        quantize.quantize_rows(x.t())
     with pytest.raises(ValueError, match="K at least 1"):
-        cpu_quantize.quantize_rows(x[:, :0])
+        quantize.quantize_rows(x[:, :0])
     with pytest.raises(ValueError, match="bias has shape"):
-        cpu_quantize.layer_norm_rows(x, x[0], x[0, :3], 1e-6)
+        quantize.layer_norm_rows(x, x[0], x[0, :3], 1e-6)
     with pytest.raises(ValueError, match="unknown activation 'relu'; accepted are"):
-        cpu_quantize.finish(x.clone(), scale, None, "relu")
+        quantize.finish(x.clone(), scale, None, "relu")
     with pytest.raises(ValueError, match="scale has shape"):
-        cpu_quantize.finish(x.clone(), scale[:3])
+        quantize.finish(x.clone(), scale[:3])
     with pytest.raises(TypeError, match="residual has dtype"):
-        cpu_quantize.finish(x.clone(), scale, residual=x.double())
+        quantize.finish(x.clone(), scale, residual=x.double())
     with pytest.raises(RuntimeError, match="wants a gradient"):
-        cpu_quantize.quantize_rows(x.clone().requires_grad_())
+        quantize.quantize_rows(x.clone().requires_grad_())
 
 
 # Products -------------------------------------------------------------------------------------------------------------
@@ -241,7 +244,7 @@ def test_linear_is_the_reference(rows: int, inputs: int, outputs: int) -> None:
         dequantize(quantize_activations(x)).abs() @ dequantize(weight).abs().t() + bias.abs() + residual.abs()
     )
     assert ((found - want).abs() <= 4 * EPS * size).all()
-    assert torch.equal(int8.linear(cpu_quantize.quantize_rows(x), packed, bias, None, residual), found)
+    assert torch.equal(int8.linear(quantize.quantize_rows(x), packed, bias, None, residual), found)
     hidden = int8.linear(x, packed, bias, "gelu_tanh")
     whole = int8.linear(x, packed, bias, "gelu_tanh", torch.zeros_like(residual))
     assert isinstance(hidden, IntegerRows) and _same(hidden, quantize_activations(whole))
@@ -270,7 +273,7 @@ def test_smoothing_saves_digits_behind_a_loud_norm() -> None:
     truth = cpu.add_rms_norm(x, None, norm, 1e-5)[0].double() @ reader.double().t()
 
     def error(weight: Tensor, packed: int8.Packed) -> float:
-        y = int8.linear(cpu_quantize.rms_norm_rows(x, weight, 1e-5), packed)
+        y = int8.linear(quantize.rms_norm_rows(x, weight, 1e-5), packed)
         return float((y.double() - truth).norm() / truth.norm())
 
     behind = int8.pack_behind(norm, None, [reader])

@@ -8,9 +8,10 @@ from contract import inputs_in
 from processors import LEVELS
 from torch import Tensor
 
-from smolvla_fast import compiled, extension
-from smolvla_fast.cpu_rope import rope
-from smolvla_fast.reference.rope import apply_rope, rope_tables
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import ops as compiled
+from smolvla_fast.ops.cpu.rope import rope
+from smolvla_fast.ops.reference.rope import apply_rope, rope_tables
 
 pytestmark = [
     pytest.mark.cpu_kernels,

@@ -14,15 +14,15 @@ pytest.importorskip("triton")
 from contract import check, inputs_in, to_device
 from guarded import DEVICE, guarded
 
-from smolvla_fast.aten.masked_attention import learning_attention as by_torch
-from smolvla_fast.backends import reference_ops
 from smolvla_fast.kernels import flow_loss as flow_module
 from smolvla_fast.kernels import masked_attention_backward as attention_module
 from smolvla_fast.loss.layers import rotate
-from smolvla_fast.reference.flow_loss import flow_loss, flow_point
-from smolvla_fast.reference.masked_attention import masked_attention
-from smolvla_fast.reference.masked_attention_backward import masked_attention_backward
-from smolvla_fast.reference.rope import apply_rope, rope_tables
+from smolvla_fast.ops.reference.flow_loss import flow_loss, flow_point
+from smolvla_fast.ops.reference.masked_attention import masked_attention
+from smolvla_fast.ops.reference.masked_attention_backward import masked_attention_backward
+from smolvla_fast.ops.reference.rope import apply_rope, rope_tables
+from smolvla_fast.ops.select import reference_ops
+from smolvla_fast.ops.torch.masked_attention import learning_attention as by_torch
 
 pytestmark = [pytest.mark.triton, pytest.mark.training]
 # The interpreter's bf16 products are wrong, so bf16 is a device's to judge.

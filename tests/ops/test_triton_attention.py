@@ -12,12 +12,12 @@ pytest.importorskip("triton")
 from contract import check, inputs_in, run
 from guarded import DEVICE, guarded
 
-from smolvla_fast.backends import reference_ops
 from smolvla_fast.kernels import attention as vision_module
 from smolvla_fast.kernels import masked_attention as module
 from smolvla_fast.kernels.tuning import AttentionTile
-from smolvla_fast.reference.masked_attention import masked_attention as reference
-from smolvla_fast.reference.masks import block_mask
+from smolvla_fast.ops.reference.masked_attention import masked_attention as reference
+from smolvla_fast.ops.reference.masks import block_mask
+from smolvla_fast.ops.select import reference_ops
 
 pytestmark = pytest.mark.triton
 

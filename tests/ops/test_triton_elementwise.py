@@ -13,14 +13,14 @@ pytest.importorskip("triton")
 from contract import check, inputs_in
 from guarded import DEVICE, guarded
 
-from smolvla_fast.aten.suffix import Folded, suffix_fold
-from smolvla_fast.backends import reference_ops
 from smolvla_fast.kernels import euler_step as euler_module
 from smolvla_fast.kernels import layer_norm as norm_module
 from smolvla_fast.kernels import suffix_embed as suffix_module
-from smolvla_fast.reference.euler_step import euler_step as euler_reference
-from smolvla_fast.reference.guidance import guide
-from smolvla_fast.reference.layer_norm import layer_norm as norm_reference
+from smolvla_fast.ops.reference.euler_step import euler_step as euler_reference
+from smolvla_fast.ops.reference.guidance import guide
+from smolvla_fast.ops.reference.layer_norm import layer_norm as norm_reference
+from smolvla_fast.ops.select import reference_ops
+from smolvla_fast.ops.torch.suffix import Folded, suffix_fold
 
 pytestmark = pytest.mark.triton
 

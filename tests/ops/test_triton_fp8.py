@@ -9,9 +9,9 @@ import torch
 from contract import inputs_in, room, run, to_device
 from torch import Tensor
 
-from smolvla_fast.backends import reference_ops, select
-from smolvla_fast.copies import Copies
-from smolvla_fast.reference.quantize import E4M3, Quantized, dequantize, product, quantize_rows
+from smolvla_fast.engine.quantized_weights import Copies
+from smolvla_fast.ops.reference.quantize import E4M3, Quantized, dequantize, product, quantize_rows
+from smolvla_fast.ops.select import reference_ops, select
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.triton

@@ -10,7 +10,7 @@ from contract import room, run, to_device
 from gemms import ATEN, DTYPES, F32, OPS, TRITON, assert_no_worse, inputs_of, module, widened
 from guarded import DEVICE
 
-from smolvla_fast.backends import reference_ops
+from smolvla_fast.ops.select import reference_ops
 
 pytestmark = [
     pytest.mark.triton,

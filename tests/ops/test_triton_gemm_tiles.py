@@ -12,8 +12,8 @@ from contract import check, inputs_in, run
 from gemms import F16, F32, TRITON, inputs_of, module, with_tile
 from guarded import DEVICE
 
-from smolvla_fast.backends import reference_ops
 from smolvla_fast.kernels import common, tuning
+from smolvla_fast.ops.select import reference_ops
 
 INTERPRETED = DEVICE == "cpu"
 pytestmark = pytest.mark.triton

@@ -23,7 +23,7 @@ from gemms import (
 )
 from guarded import DEVICE
 
-from smolvla_fast.backends import reference_ops
+from smolvla_fast.ops.select import reference_ops
 
 INTERPRETED = DEVICE == "cpu"
 pytestmark = [

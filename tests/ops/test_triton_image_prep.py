@@ -11,9 +11,9 @@ from guarded import DEVICE, guarded
 
 from smolvla_fast.kernels import image_prep as image_module
 from smolvla_fast.kernels.tuning import PlainTile
-from smolvla_fast.reference.image_prep import CASES as IMAGES
-from smolvla_fast.reference.image_prep import image_prep as image_reference
-from smolvla_fast.reference.image_prep import make_inputs as image_inputs
+from smolvla_fast.ops.reference.image_prep import CASES as IMAGES
+from smolvla_fast.ops.reference.image_prep import image_prep as image_reference
+from smolvla_fast.ops.reference.image_prep import make_inputs as image_inputs
 
 pytestmark = pytest.mark.triton
 

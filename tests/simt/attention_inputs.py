@@ -10,7 +10,7 @@ from contract import inputs_in
 from guarded import guarded
 from torch import Tensor
 
-from smolvla_fast.cuda import masked_attention as module
+from smolvla_fast.ops.cuda import masked_attention as module
 
 masked_attention = guarded(module.masked_attention)
 cross_attention, suffix_attention = guarded(module.cross_attention), guarded(module.suffix_attention)

@@ -1,12 +1,12 @@
-"""CUDA C++ on the host: every test in this folder is marked `simt`, and runs kernels on the emulator of csrc/simt."""
+"""CUDA C++ on the host: every test in this folder is marked `simt`, and runs kernels on the emulator."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from simt.emulator import build
 
-from csrc.simt import build
-from smolvla_fast.cuda import library
+from smolvla_fast.ops.cuda import library
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from simt.emulator import build
 from test_denoise_persistent import CASES, HEADS_BOUND, SHARED, errors, heads_error, inputs, ours
 
-from csrc.simt import build
-from smolvla_fast.cuda import library
-from smolvla_fast.reference import denoise_persistent as reference
+from smolvla_fast.ops.cuda import library
+from smolvla_fast.testing import denoise_loop as reference
 
 CUDA = build.CSRC / "cuda"
 INLINED = re.compile(r'#include "cuda/((?:denoise_|attention_|grid_barrier)[a-z_]*\.cuh)"\n')

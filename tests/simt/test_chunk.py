@@ -12,8 +12,8 @@ from torch import Tensor
 
 import smolvla_fast
 from smolvla_fast import inference
-from smolvla_fast.cuda import library
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.ops.cuda import library
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import rel_l2
 
 pytestmark = pytest.mark.usefixtures("emulator", "bf16_products")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from contract import OPS, check, inputs_in, room, run
 
-from smolvla_fast.backends import reference_ops, select, why_not
+from smolvla_fast.ops.select import reference_ops, select, why_not
 
 CPU = torch.device("cpu")
 MORE = {
@@ -48,7 +48,7 @@ def test_equal_bits_whatever_the_order(op: str, over_seeds: Any) -> None:
 
 def test_fp32_queries_are_served_beside(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernel has no code, in fp32 and for a head size of 12, the other backend's op gets its own kind of mask."""
-    from smolvla_fast.cuda import ops as cuda
+    from smolvla_fast.ops.cuda import ops as cuda
 
     ops = select("cuda", CPU, False)
     launched: list[Any] = []

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from smolvla_fast import backends
-from smolvla_fast.cuda.denoise_persistent import denoise_persistent, why_not_persistent
-from smolvla_fast.memory import LayerKV, PrefixKV
-from smolvla_fast.reference import denoise_persistent as reference
+from smolvla_fast.model.kv_cache import LayerKV, PrefixKV
+from smolvla_fast.ops import select as backends
+from smolvla_fast.ops.cuda.denoise_persistent import denoise_persistent, why_not_persistent
 from smolvla_fast.stages.denoise import denoise
+from smolvla_fast.testing import denoise_loop as reference
 
 TINY = reference.CASES[-1]
 SHARED = 101376  # of sm_86, 89 and 120
@@ -147,7 +147,7 @@ def _shared_for(emulator: Any, given: dict[str, Any], slabs: float) -> int:
 
 
 def sizes_of(given: dict[str, Any]) -> list[int]:
-    from smolvla_fast.cuda import denoise_persistent as module
+    from smolvla_fast.ops.cuda import denoise_persistent as module
 
     names = ("dims", "expert", "heads", "kv", "noise", "times")
     return module._sizes(*(given[name] for name in names))

@@ -4,8 +4,7 @@ import re
 
 import pytest
 import torch
-
-from csrc.simt import build
+from simt.emulator import build
 
 PRIMITIVES = (
     "mma_bf16",

@@ -12,11 +12,11 @@ from contract import check, inputs_in
 from guarded import guarded
 from torch import Tensor
 
-from smolvla_fast.backends import reference_ops
-from smolvla_fast.cuda import euler_step as module
-from smolvla_fast.cuda import library
-from smolvla_fast.reference.euler_step import CASES, Guidance
-from smolvla_fast.reference.euler_step import euler_step as reference
+from smolvla_fast.ops.cuda import euler_step as module
+from smolvla_fast.ops.cuda import library
+from smolvla_fast.ops.reference.euler_step import CASES, Guidance
+from smolvla_fast.ops.reference.euler_step import euler_step as reference
+from smolvla_fast.ops.select import reference_ops
 
 euler_step = guarded(module.euler_step)
 SMALL = dict(B=2, S=7, E=48, A=5)

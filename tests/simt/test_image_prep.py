@@ -10,11 +10,11 @@ from contract import check, inputs_in
 from guarded import guarded
 from torch import Tensor
 
-from smolvla_fast.backends import reference_ops
-from smolvla_fast.cuda import image_prep as module
-from smolvla_fast.cuda import library
-from smolvla_fast.reference.image_prep import CASES
-from smolvla_fast.reference.image_prep import image_prep as reference
+from smolvla_fast.ops.cuda import image_prep as module
+from smolvla_fast.ops.cuda import library
+from smolvla_fast.ops.reference.image_prep import CASES
+from smolvla_fast.ops.reference.image_prep import image_prep as reference
+from smolvla_fast.ops.select import reference_ops
 
 EPS = torch.finfo(torch.float32).eps
 FLOATS = pytest.mark.parametrize("dtype", library.DTYPES, ids=str)

@@ -22,12 +22,13 @@ from attention_inputs import (
     wide,
 )
 from contract import check
+from simt.emulator import build
 from torch import Tensor
 
-from smolvla_fast.reference.masked_attention import CASES as REAL
-from smolvla_fast.reference.masked_attention import masked_attention as reference
-from smolvla_fast.reference.masks import block_mask
-from smolvla_fast.reference.rope import apply_rope, rope_tables
+from smolvla_fast.ops.reference.masked_attention import CASES as REAL
+from smolvla_fast.ops.reference.masked_attention import masked_attention as reference
+from smolvla_fast.ops.reference.masks import block_mask
+from smolvla_fast.ops.reference.rope import apply_rope, rope_tables
 
 pytestmark = [pytest.mark.simt, pytest.mark.usefixtures("emulator")]
 
@@ -190,10 +191,8 @@ def test_angles_are_those_of_rope_tables(tmp_path: Path) -> None:
         "    smolvla::cuda::sin_cos(smolvla::cuda::rope_angle(position, i, head_dim), to[0], to[1]);\n"
         "}\n"
     )
-    csrc = Path(__file__).parents[2] / "csrc"
     command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-DSMOLVLA_SIMT"]
-    includes = [f"-I{csrc}", f"-I{csrc / 'simt' / 'include'}"]
-    subprocess.run([*command, *includes, str(source), "-o", str(library)], check=True)
+    subprocess.run([*command, *build.INCLUDES, str(source), "-o", str(library)], check=True)
     rotate = ctypes.CDLL(str(library)).rotate
     buffer = (ctypes.c_float * 2)()
     for head_dim in (8, 64, 128):

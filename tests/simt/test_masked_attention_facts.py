@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_inputs import DTYPES, PAIRED, SMALL, inputs, masked_attention
 
-from smolvla_fast.cuda import masked_attention as module
+from smolvla_fast.ops.cuda import masked_attention as module
 
 pytestmark = [pytest.mark.simt, pytest.mark.usefixtures("emulator")]
 

@@ -19,7 +19,7 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy as LeRobotPo
 from torch import Tensor, nn
 
 from smolvla_fast.smolvla import SmolVLAConfig, SmolVLAPolicy
-from smolvla_fast.testing import make_vlm_folder
+from smolvla_fast.testing.policies import make_vlm_folder
 
 TEXT = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=4,

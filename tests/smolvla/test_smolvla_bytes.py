@@ -11,7 +11,7 @@ from torch import Tensor
 
 import smolvla_fast
 from smolvla_fast.smolvla import prepare_observation_for_inference
-from smolvla_fast.testing import make_noise, make_observation, make_policy
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
 CAMERAS = ("observation.images.camera1", "observation.images.camera2")
 

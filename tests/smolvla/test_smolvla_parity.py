@@ -504,7 +504,7 @@ def test_rtc_works_where_autograd_is_off(backbones):
 def test_full_size(tmp_path_factory, tally, monkeypatch):
     """One chunk of the 450 million parameter model, two cameras of 480x640, ten steps, in one batch."""
     from smolvla_fast.smolvla import SmolVLAPolicy
-    from smolvla_fast.testing import make_vlm_folder
+    from smolvla_fast.testing.policies import make_vlm_folder
 
     torch.set_num_threads(2)
     # Random values are about to be replaced, and LeRobot builds all of the backbone's layers before it cuts them.

@@ -16,11 +16,7 @@ from safetensors.torch import load_file, save_file
 from smolvla_pairs import ACTION, STATE, lerobot_config, make_pair, our_config
 
 from smolvla_fast.cli import main
-from smolvla_fast.smolvla import (
-    SmolVLAPolicy,
-    make_pre_post_processors,
-    make_smolvla_pre_post_processors,
-)
+from smolvla_fast.smolvla import SmolVLAPolicy, make_pre_post_processors, make_smolvla_pre_post_processors
 from smolvla_fast.smolvla.normalization import NormalizerProcessorStep
 
 pytestmark = pytest.mark.reference

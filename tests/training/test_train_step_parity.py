@@ -18,7 +18,7 @@ from train_steps import assert_same, copied, distance, gradients_of, make_batch,
 
 import smolvla_fast
 from smolvla_fast.loss import engine as loss_module
-from smolvla_fast.testing import make_policy
+from smolvla_fast.testing.policies import make_policy
 
 pytestmark = [pytest.mark.training, pytest.mark.processor]
 

@@ -25,7 +25,7 @@ from train_steps import Step, assert_same, copied, distance, gradients_of, make_
 
 import smolvla_fast
 from smolvla_fast.loss import engine as loss_module
-from smolvla_fast.testing import make_policy
+from smolvla_fast.testing.policies import make_policy
 
 pytestmark = pytest.mark.training
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +130,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path[:0] = [{root!r}, {tests!r}]
 from train_steps import copied, distance, gradients_of, make_batch
 import smolvla_fast
-from smolvla_fast.testing import make_policy
+from smolvla_fast.testing.policies import make_policy
 
 torch.set_num_threads(1)
 rank = int(sys.argv[1])

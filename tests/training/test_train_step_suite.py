@@ -24,8 +24,8 @@ from benchmarks.account import training_costs
 from benchmarks.gate import Red
 from benchmarks.subject import Subject
 from smolvla_fast.loss.image_cache import ImageCache
+from smolvla_fast.model.weights import is_cross
 from smolvla_fast.stages.observation import LANGUAGE_MULTIPLE
-from smolvla_fast.weights import is_cross
 
 pytestmark = pytest.mark.training
 ROOT = Path(__file__).resolve().parents[2]

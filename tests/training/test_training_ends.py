@@ -13,8 +13,8 @@ import pytest
 from training_runs import resume, state_files
 
 from smolvla_fast.cli import main
-from smolvla_fast.cli.console import Console
 from smolvla_fast.cli.train import draw
+from smolvla_fast.measure.console import Console
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.data import training_batches
 from smolvla_fast.train.log import Window, read_log

@@ -15,7 +15,7 @@ from training_runs import go_on, lerobot_train, own_train, record, refused, same
 
 from smolvla_fast import training
 from smolvla_fast.smolvla.features import ACTION, OBS_STATE
-from smolvla_fast.testing_dataset import REPO_ID
+from smolvla_fast.testing.dataset import REPO_ID
 from smolvla_fast.train.random_state import collect
 
 pytestmark = pytest.mark.training

@@ -19,7 +19,7 @@ import pytest
 import torch
 from training_runs import refused, resume, state_files
 
-from smolvla_fast.testing_dataset import write_dataset
+from smolvla_fast.testing.dataset import write_dataset
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.data import held_out_batches, open_data, training_batches
 from smolvla_fast.train.dataset_files import check_backend

@@ -14,7 +14,7 @@ from training_runs import same, weights
 import smolvla_fast
 from smolvla_fast.cli.train import draw
 from smolvla_fast.smolvla.features import ACTION
-from smolvla_fast.testing_dataset import REPO_ID, write_dataset
+from smolvla_fast.testing.dataset import REPO_ID, write_dataset
 from smolvla_fast.train.data import held_out_batches, open_data, training_batches
 from smolvla_fast.train.evaluation import action_error, held_out_loss
 from smolvla_fast.train.log import read_log
@@ -216,7 +216,7 @@ def test_epochs_are_whole_and_in_another_order(bench_top, tmp_path):
 def test_the_curve_is_drawn_or_it_is_said_why_not(finished, tmp_path, capsys):
     from PIL import Image
 
-    from smolvla_fast.cli.console import Console
+    from smolvla_fast.measure.console import Console
 
     assert Image.open(finished / "train_log.png").size[0] > 600
     draw(tmp_path, Console(rich=False))

@@ -13,7 +13,7 @@ import torch
 from training_runs import read, refused
 
 from smolvla_fast.smolvla import SmolVLAPolicy
-from smolvla_fast.testing_dataset import write_dataset
+from smolvla_fast.testing.dataset import write_dataset
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.checkpoint import Checkpoints
 from smolvla_fast.train.data import open_data, training_batches

@@ -130,7 +130,7 @@ def test_more_steps_are_allowed_and_anything_else_is_not(bench_top, finished, tm
 
 
 def test_resume_on_other_data_is_refused(bench_top, finished, tmp_path, capsys):
-    from smolvla_fast.testing_dataset import write_dataset
+    from smolvla_fast.testing.dataset import write_dataset
 
     folder = tmp_path / "run"
     shutil.copytree(finished, folder, symlinks=True)

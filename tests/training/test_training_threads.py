@@ -23,11 +23,11 @@ from train_steps import make_batch
 
 import smolvla_fast
 from smolvla_fast.loss import engine as loss_module
-from smolvla_fast.loss import seam
 from smolvla_fast.loss.image_cache import ImageCache
-from smolvla_fast.loss.learning import Learning, Watch
-from smolvla_fast.runtime import runtime_of
-from smolvla_fast.testing import make_policy
+from smolvla_fast.patching import training_forward
+from smolvla_fast.patching.runtime import runtime_of
+from smolvla_fast.patching.training_runtime import Learning, Watch
+from smolvla_fast.testing.policies import make_policy
 
 pytestmark = pytest.mark.training
 PATIENCE = 60
@@ -252,10 +252,10 @@ def test_unpatched_in_the_middle_of_a_loss(
     if place == "before all":
         elsewhere(unpatch)
     elif place == "runtime_of":
-        let_in(monkeypatch, seam, place, unpatch, "before")
+        let_in(monkeypatch, training_forward, place, unpatch, "before")
     else:
-        monkeypatch.setattr(seam, place, lambda *_: "not this batch")
-        let_in(monkeypatch, seam, place, unpatch, "after")
+        monkeypatch.setattr(training_forward, place, lambda *_: "not this batch")
+        let_in(monkeypatch, training_forward, place, unpatch, "after")
     with torch.no_grad():
         assert torch.equal(forward(*trainee.given), stock)
     receipt = "this training step runs stock: the policy was unpatched meanwhile"

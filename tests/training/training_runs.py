@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from smolvla_fast import training
 from smolvla_fast.cli import main
 from smolvla_fast.cli import train as command
-from smolvla_fast.testing import TINY_TEXT, TINY_VISION, TINY_VOCAB, make_vlm_folder
-from smolvla_fast.testing_dataset import REPO_ID, write_dataset
+from smolvla_fast.testing.dataset import REPO_ID, write_dataset
+from smolvla_fast.testing.policies import TINY_TEXT, TINY_VISION, TINY_VOCAB, make_vlm_folder
 from smolvla_fast.train import random_state
 from smolvla_fast.train.data import training_batches
 from smolvla_fast.training import Run, prepare, train, update
@@ -115,7 +115,7 @@ def record(root: Path, features: dict[str, Any], episodes: int = 2, frames: int 
     """
     from lerobot.datasets import LeRobotDataset
 
-    from smolvla_fast.testing_dataset import _quiet
+    from smolvla_fast.testing.dataset import _quiet
 
     declared, draws = {}, []
     for name, (dtype, shape) in features.items():

@@ -4,7 +4,7 @@
 #include <stdexcept>
 
 #include "planted.h"
-#include "simt/module.h"
+#include "emulator/module.h"
 
 namespace py = pybind11;
 

@@ -1,3 +1,0 @@
-// Found in place of CUDA's own header in a build for the emulator.
-#pragma once
-#include "simt/cuda.h"

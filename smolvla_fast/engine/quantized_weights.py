@@ -1,0 +1,188 @@
+"""Copies of weights in a form that no checkpoint has: made once, checked at every chunk, made anew where a weight changed.
+
+Every other tier reads live weights. A quantised copy cannot, so it carries a fingerprint of what it was made from: sums
+over a sixteenth of the rows, a fraction of the bytes. Loading, training, merging and averaging change every row; who edits
+a few elements by hand calls ``refresh``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from ..ops.cpu import int8
+from ..ops.reference.quantize import Quantized, quantize_rows
+
+EVERY = 16
+
+
+def fingerprint(weights: list[Tensor]) -> Tensor:
+    """[2n] fp32: sums of magnitudes and of squares over the first sixteenth of the rows of each weight."""
+    # Leading rows lie side by side, so that a few launches serve all weights.
+    samples = [weight[: max(1, len(weight) // EVERY)] for weight in weights]
+    norms = [torch._foreach_norm(samples, order, dtype=torch.float32) for order in (1, 2)]
+    return torch.stack([each for found in norms for each in found]).nan_to_num()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How copies are made, and made anew.
+
+    make      weight, dtype of products with the copy -> copy, with ``nbytes``
+    behind    norm weight, its bias or None, the weights of the products that read the norm -> ``int8.Behind``; None where
+              norms stay as they are
+    rewrite   old copy, new copy -> what is read from now on: the old one with the new numbers where its memory has to stay
+    """
+
+    make: Callable[[Tensor, torch.dtype], Any]
+    behind: Callable[[Tensor, Tensor | None, list[Tensor]], int8.Behind] | None
+    rewrite: Callable[[Any, Any], Any]
+
+
+def _in_place(old: Quantized, new: Quantized) -> Quantized:
+    old.data.copy_(new.data)
+    old.scale.copy_(new.scale)
+    return old
+
+
+FLOATS = Kind(quantize_rows, None, _in_place)
+"""e4m3 for GPUs: a captured graph reads them where they lie."""
+INTEGERS = Kind(lambda weight, dtype: int8.pack(weight), int8.pack_behind, lambda old, new: new)
+"""int8 for CPUs, packed in a layout that only oneDNN knows; nothing is captured there, so memory may move."""
+KINDS = {"e4m3": FLOATS, "int8": INTEGERS}
+
+
+@dataclass
+class _Made:
+    """One copy: what it was made of, where that lay, how to make it again, and the fingerprint of then, [n, 2]."""
+
+    sources: list[ref[Tensor]]
+    addresses: list[int]
+    make: Callable[[list[Tensor]], Any]
+    copy: Any
+    noted: Tensor
+
+    def live(self) -> list[Tensor] | None:
+        """The sources, or None where one is gone."""
+        found = [source() for source in self.sources]
+        return None if any(each is None for each in found) else [each for each in found if each is not None]
+
+
+class Copies:
+    """Quantised copies of one model's matrices; threads may share them.
+
+    dtype  of products with them      kind  what is made of a matrix      generation  how often copies were made anew
+    """
+
+    def __init__(self, dtype: torch.dtype, kind: Kind = FLOATS) -> None:
+        self._dtype, self.kind = dtype, kind
+        self.generation = 0
+        self._made: dict[tuple[int, ...], _Made] = {}
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """In a forked child: the parent's may be held by a thread that is not in the child."""
+        self._lock = threading.RLock()
+
+    def of(self, weight: Tensor) -> Any:
+        """The copy of this weight; of ``FLOATS`` the same memory at every call, so that a captured graph may read it."""
+        return self._copy([weight], lambda sources: self.kind.make(sources[0], self._dtype))
+
+    def behind(self, weight: Tensor, bias: Tensor | None, readers: list[Tensor]) -> int8.Behind:
+        """The copies of what reads a norm, with the norm that they are made for."""
+        smooth = self.kind.behind
+        assert smooth is not None, "this kind leaves norms as they are"
+        first = 1 if bias is None else 2
+
+        def make(sources: list[Tensor]) -> int8.Behind:
+            return smooth(sources[0], sources[1] if first == 2 else None, sources[first:])
+
+        return self._copy([weight, *([] if bias is None else [bias]), *readers], make)
+
+    def _copy(self, sources: list[Tensor], make: Callable[[list[Tensor]], Any]) -> Any:
+        key = tuple(map(id, sources))
+        with self._lock:
+            found = self._made.get(key)
+            addresses = [source.data_ptr() for source in sources]
+            if found is None or found.live() is None or found.addresses != addresses:
+                # Tensors of an inference_mode caller could not be written by a later one outside it.
+                with torch.inference_mode(False), torch.no_grad():
+                    detached = [source.detach() for source in sources]
+                    refs = [ref(source) for source in sources]
+                    noted = _per_weight(detached)  # before the copy: what is loaded meanwhile differs from it
+                    found = _Made(refs, addresses, make, make(detached), noted)
+                self._made[key] = found
+            return found.copy
+
+    def refreshed(self) -> bool:
+        """Make copies anew if any weight has changed since they were made; whether that was so."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            live = self._live()
+            if not live:
+                return False
+            now = _per_weight([source for sources, _ in live for source in sources])
+            if torch.equal(now, torch.cat([made.noted for _, made in live])):
+                return False
+            self.refresh()
+            return True
+
+    def refresh(self) -> None:
+        """Make every copy anew."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            for sources, made in self._live():
+                noted = _per_weight(sources)
+                made.copy = self.kind.rewrite(made.copy, made.make(sources))
+                made.noted = noted
+                if noted.is_cuda:  # another thread's stream may read it as soon as the lock is free
+                    torch.cuda.current_stream(noted.device).synchronize()
+            self.generation += 1
+
+    def _live(self) -> list[tuple[list[Tensor], _Made]]:
+        """Copies whose weights are still there, with those; the others are dropped."""
+        pairs = {key: (made.live(), made) for key, made in self._made.items()}
+        self._made = {key: made for key, (sources, made) in pairs.items() if sources is not None}
+        return [
+            ([s.detach() for s in sources], made) for sources, made in pairs.values() if sources is not None
+        ]
+
+    @property
+    def bytes(self) -> int:
+        return sum(made.copy.nbytes for made in list(self._made.values()))
+
+    @property
+    def passed_over(self) -> dict[str, str]:
+        """What the kind would rather have made of some weights, with the reason."""
+        found = [made.copy for made in list(self._made.values())]
+        why = int8.why_two_terms(found) if self.kind is INTEGERS else None
+        return {} if why is None else {"int8 in one term": why}
+
+
+class IntegerCast:
+    """Reads a layer's matrices as integers, and its norms as these want them; see ``weights.Cast``.
+
+    plain  what is done with all else: biases, convolutions, the connector
+    """
+
+    def __init__(self, copies: Copies, plain: Callable[[Tensor], Tensor]) -> None:
+        self._copies, self.plain = copies, plain
+
+    def __call__(self, matrix: Tensor) -> Any:
+        return self._copies.of(matrix) if matrix.ndim == 2 else self.plain(matrix)
+
+    def behind(self, norm: Any, readers: list[Tensor]) -> tuple[Any, list[Any]]:
+        """norm, a NamedTuple with weight and maybe bias -> the same with others of these, and packed readers."""
+        bias = getattr(norm, "bias", None)
+        made = self._copies.behind(norm.weight, bias, readers)
+        norm = norm._replace(weight=made.weight)
+        return (norm if bias is None else norm._replace(bias=made.bias)), list(made.packed)
+
+
+def _per_weight(weights: list[Tensor]) -> Tensor:
+    """[n, 2]: the fingerprint, a row a weight."""
+    return fingerprint(weights).view(2, -1).t()

@@ -1,0 +1,1 @@
+"""Rounds, machine facts, charts and the console, shared by the commands."""

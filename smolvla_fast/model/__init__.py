@@ -1,0 +1,1 @@
+"""Typed views of a live SmolVLA: sizes, weights, tiers, the KV cache."""

@@ -1,0 +1,266 @@
+"""Tier ``int8`` on a CPU: the ops of backend ``cpu`` with the matrices of a chunk as integers of 8 bits.
+
+Weights have a scale an output channel and are packed once (``copies.py``), in two terms where their tails are heavy;
+activations get a scale a row when they are made: behind a norm, or behind an activation, in the pass that computes them.
+The product is oneDNN's as torch ships it.
+What is no such matrix goes to ``compiled.py``: attention, norms and softmax are fp32 as ever, and so is the connector, whose
+rows of 12288 lose the most to one scale and take the least of the time.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import extension
+from ..reference.quantize import ZERO, IntegerRows, IntegerWeight, dequantize, quantize_weight
+from . import ops as compiled
+from . import processor, quantize
+
+MOST_LOST = 0.015
+"""The most of its length that a weight may lose to one step a row, before what it loses is kept in a second term. Normal
+weights stay below it, Student's t with 3 degrees of freedom does not (``tests/ops/test_cpu_quantize.py``)."""
+
+
+class Packed(NamedTuple):
+    """A weight [O, K] as oneDNN wants it.
+
+    data  opaque      scale  [O] fp32      zero  [O] int64, zeros      rest  what these lose, where that is much
+    """
+
+    data: Tensor
+    scale: Tensor
+    zero: Tensor
+    shape: torch.Size
+    rest: Any = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what a product with it gives."""
+        return torch.float32
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    @property
+    def nbytes(self) -> int:
+        own = self.shape.numel() + self.scale.nbytes + self.zero.nbytes
+        return own if self.rest is None else own + self.rest.nbytes
+
+
+def pack(weight: Tensor) -> Packed:
+    """[O, K] any float dtype -> packed; in two terms, each with its scales, where one loses more than ``MOST_LOST``."""
+    first = quantize_weight(weight)
+    lost = weight.float() - dequantize(first)
+    packed = pack_integers(first)
+    if not lost.norm() > MOST_LOST * weight.float().norm():  # so written that NaN has one term
+        return packed
+    return packed._replace(rest=pack_integers(quantize_weight(lost)))
+
+
+def pack_integers(weight: IntegerWeight) -> Packed:
+    """[O, K] -> packed."""
+    # Without a shape of x, oneDNN chooses a layout that serves any number of rows.
+    data = torch.ops.onednn.qlinear_prepack(weight.data.contiguous(), None)
+    return Packed(data, weight.scale, torch.zeros(len(weight.scale), dtype=torch.int64), weight.data.shape)
+
+
+class Behind(NamedTuple):
+    """Matrices that read one norm, and the weight and bias of the norm that they are made for, fp32."""
+
+    weight: Tensor
+    bias: Tensor | None
+    packed: tuple[Packed, ...]
+
+    @property
+    def nbytes(self) -> int:
+        norm = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        return norm + sum(each.nbytes for each in self.packed)
+
+
+def why_two_terms(copies: list[Any]) -> str | None:
+    """Of ``Packed`` and ``Behind``: how many weights needed a second term, or None where none did."""
+    packed = [one for each in copies for one in (each.packed if isinstance(each, Behind) else [each])]
+    twice = sum(each.rest is not None for each in packed)
+    if not twice:
+        return None
+    return (
+        f"{twice} of {len(packed)} weights lose more than {100 * MOST_LOST:g} % to one step a row; "
+        "they have a second term, for twice their bytes and time"
+    )
+
+
+def smoothing(norm_weight: Tensor, norm_bias: Tensor | None, readers: list[Tensor]) -> Tensor:
+    """[K] fp32: what the norm's channels are divided by, and the columns of its readers multiplied by.
+
+    All values of a row share one step, so a channel far above the others takes the others their digits. How large a channel
+    gets is known from the norm's own weight, without data; balancing it against the weights that read it is SmoothQuant's
+    rule (arXiv 2211.10438, alpha = 1/2). It costs nothing at run time: the norm multiplies by something in any case.
+    """
+    size = norm_weight.float().abs() + (0.0 if norm_bias is None else norm_bias.float().abs())
+    squares = sum((reader.float().square().sum(0) for reader in readers), torch.zeros_like(size))
+    ratio = size / squares.sqrt()
+    usable = ratio.isfinite() & (ratio > 0)
+    # Relative to the middle one, and bounded: a column of zeros has no say, and no channel may leave fp32.
+    middle = ratio[usable].median() if bool(usable.any()) else torch.ones(())
+    return torch.where(usable, ratio / middle, 1.0).sqrt().clamp(2.0**-12, 2.0**12)
+
+
+def pack_behind(norm_weight: Tensor, norm_bias: Tensor | None, readers: list[Tensor]) -> Behind:
+    """See ``smoothing``; the products are the same but for rounding."""
+    by = smoothing(norm_weight, norm_bias, readers)
+    bias = None if norm_bias is None else norm_bias.float() / by
+    return Behind(norm_weight.float() / by, bias, tuple(pack(reader.float() * by) for reader in readers))
+
+
+def sums(x: IntegerRows, weight: Packed) -> Tensor:
+    """[..., K], [O, K] -> [..., O] fp32: sums in 32 bits, times the scale of the output channel, rounded once a term.
+
+    With AMX oneDNN rounds the sums of unsigned bytes to fp32 before it takes 128 times the weights off: 2^-24 of these.
+    """
+    found = _sums_of_one_term(x, weight)
+    return found if weight.rest is None else found.add_(_sums_of_one_term(x, weight.rest))
+
+
+def _sums_of_one_term(x: IntegerRows, weight: Packed) -> Tensor:
+    return torch.ops.onednn.qlinear_pointwise(
+        x.data, 1.0, ZERO, weight.data, weight.scale, weight.zero, None,
+        1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+
+
+Weight = Tensor | Packed
+Rows = Tensor | IntegerRows
+Next = Any
+"""What the next product reads: ``Rows``. The table of ops knows tensors alone, and stages hand these on unseen."""
+
+
+def _rows(x: Rows) -> IntegerRows:
+    return x if isinstance(x, IntegerRows) else quantize.quantize_rows(x.contiguous())
+
+
+def _plain(weight: Weight | None) -> Tensor | None:
+    assert weight is None or isinstance(weight, Tensor), "q, k and v of a layer are of one kind"
+    return weight
+
+
+def _project(x: IntegerRows, weight: Packed) -> Tensor:
+    return quantize.finish(sums(x, weight), x.scale)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Next:
+    """See ``reference.layer_norm``; for ``dtype`` uint8 straight to the rows of the next product."""
+    if dtype is torch.uint8:
+        return quantize.layer_norm_rows(x.contiguous(), weight, bias, eps)
+    return compiled.layer_norm(x, weight, bias, eps, dtype)
+
+
+def linear(
+    x: Rows,
+    weight: Weight,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Next:
+    """See ``reference.linear``; with an activation and no residual, rows of 8 bits: the hidden layer of an MLP."""
+    if not isinstance(weight, Packed):
+        assert isinstance(x, Tensor), "rows of integers meet weights of integers"
+        return compiled.linear(x, weight, bias, activation, residual)
+    rows = _rows(x)
+    if activation is not None and residual is None:
+        return quantize.finish_rows(sums(rows, weight), rows.scale, bias, activation)
+    return quantize.finish(sums(rows, weight), rows.scale, bias, activation, residual)
+
+
+def norm_qkv_rope(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    q_weight: Weight | None,
+    k_weight: Weight | None,
+    v_weight: Weight | None,
+    rope: tuple[Tensor, Tensor],
+    k_out: Tensor | None,
+    v_out: Tensor | None,
+    head_dim: int,
+) -> Tensor | None:
+    """See ``reference.norm_qkv_rope``; one quantised x for all three."""
+    if not any(isinstance(weight, Packed) for weight in (q_weight, k_weight, v_weight)):
+        q, k, v = (_plain(weight) for weight in (q_weight, k_weight, v_weight))
+        return compiled.norm_qkv_rope(x, norm_weight, eps, q, k, v, rope, k_out, v_out, head_dim)
+    rows = quantize.rms_norm_rows(x.contiguous(), norm_weight, eps)
+
+    def project(weight: Weight) -> Tensor:
+        assert isinstance(weight, Packed), "q, k and v of a layer are of one kind"
+        return _project(rows, weight).view(*x.shape[:-1], -1, head_dim)
+
+    if k_weight is not None and v_weight is not None and k_out is not None and v_out is not None:
+        compiled.rotate(project(k_weight), *rope, out=k_out)
+        v_out.copy_(project(v_weight))
+    if q_weight is None:
+        return None
+    q = project(q_weight)
+    return compiled.rotate(q, *rope, out=q)
+
+
+def linear_residual(x: Rows, weight: Weight, residual: Tensor) -> Tensor:
+    """See ``reference.linear_residual``."""
+    if not isinstance(weight, Packed):
+        assert isinstance(x, Tensor), "rows of integers meet weights of integers"
+        return compiled.linear_residual(x, weight, residual)
+    rows = _rows(x)
+    return quantize.finish(sums(rows, weight), rows.scale, residual=residual.contiguous())
+
+
+def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Weight, up_weight: Weight) -> Next:
+    """See ``reference.norm_swiglu``; the result in rows of 8 bits, for ``down_proj`` is what reads it."""
+    if not (isinstance(gate_weight, Packed) and isinstance(up_weight, Packed)):
+        assert isinstance(gate_weight, Tensor) and isinstance(up_weight, Tensor), (
+            "gate and up are of one kind"
+        )
+        return compiled.norm_swiglu(x, norm_weight, eps, gate_weight, up_weight)
+    rows = quantize.rms_norm_rows(x.contiguous(), norm_weight, eps)
+    gate, up = sums(rows, gate_weight), sums(rows, up_weight)
+    return quantize.finish_rows(gate, rows.scale, None, "silu", up)
+
+
+CHECKED = 64
+"""Inputs of the product that decides whether sums are exact: pairs of the largest values overflow 16 bits at two."""
+
+
+@cache
+def _sums_are_exact() -> bool:
+    data = torch.full((2, CHECKED), 255, dtype=torch.uint8)
+    weight = IntegerWeight(torch.full((16, CHECKED), 127, dtype=torch.int8), torch.ones(16))
+    found = sums(IntegerRows(data, torch.ones(2)), pack_integers(weight))
+    return bool((found == CHECKED * 127 * 127).all())
+
+
+VNNI = ("AVX512-VNNI", "AVX-VNNI", "AMX-INT8")
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why integers of 8 bits cannot be multiplied quickly and exactly on this device, or None."""
+    if device.type != "cpu":
+        return f"its products are oneDNN's for CPUs, the policy is on {device}"
+    missing = extension.why_missing("cpu")
+    if missing:
+        return missing
+    namespace = torch.ops.onednn
+    if not (torch.backends.mkldnn.is_available() and hasattr(namespace, "qlinear_pointwise")):
+        return f"torch {torch.__version__} was built without oneDNN's integer product; the builds of PyPI have it"
+    if processor.is_known() and not any(name in processor.features() for name in VNNI):
+        # u8·s8 pairs are added in 16 bits there, and saturate; what avoids it is no faster than fp32.
+        by = f" (ONEDNN_MAX_CPU_ISA={processor.limit()})" if processor.limit() else ""
+        return f"this processor multiplies no 8-bit integers{by}; accepted are {', '.join(VNNI)}"
+    try:
+        exact = _sums_are_exact()
+    except RuntimeError as error:
+        return f"oneDNN refuses the product here: {str(error).splitlines()[0]}"
+    if not exact:
+        return "oneDNN's integer sums saturate here; accepted is VNNI"
+    return None

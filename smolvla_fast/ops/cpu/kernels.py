@@ -1,0 +1,353 @@
+"""The compiled CPU kernels as functions on tensors: all checks are made here, the extension gets addresses.
+
+Same names and signatures as the references, plus ``out``, the buffers to write into. Forward passes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .. import extension
+from .workspace import buffer
+
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+"""All instruction levels that the kernels are compiled for, each with what the one before it has."""
+
+# dtype -> how the kernels for it end
+_KERNELS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_LAYER_NORMS = ((torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``r = x + residual;  y = weight · r / sqrt(mean(r²) + eps)`` on CPU tensors.
+
+    x, residual  [..., M]  fp32 | bf16, contiguous; without a residual r is x itself
+    weight       [M], same dtype
+    out          (y, r) to write into, overlapping no input; allocated where it is None; r is left alone where
+                 there is no residual
+    returns      y, r  [..., M], dtype of x
+    numerics     sums and products in fp32, y from the unrounded sum, one rounding each; equal bits at every
+                 instruction level
+    errors       TypeError, ValueError naming the tensor; RuntimeError where a gradient is wanted;
+                 extension.ExtensionUnavailable where nothing was compiled
+    replaces     the residual add and ``input_layernorm`` / ``post_attention_layernorm`` of a layer
+    """
+    dtype, shape = x.dtype, x.shape
+    if dtype not in _KERNELS:
+        raise TypeError(f"add_rms_norm: x has dtype {dtype}; accepted are {', '.join(map(str, _KERNELS))}")
+    if not shape:
+        raise ValueError("add_rms_norm: x has no dimensions; accepted is [..., M]")
+    _check(
+        "add_rms_norm",
+        dtype,
+        {"x": (x, shape), "residual": (residual, shape), "weight": (weight, shape[-1:])},
+    )
+    if out is None:
+        y = torch.empty_like(x)
+        r = x if residual is None else torch.empty_like(x)
+    else:
+        y, r = out[0], x if residual is None else out[1]
+        _check("add_rms_norm", dtype, {"out[0]": (y, shape), "out[1]": (r, shape)})
+        _check_apart("add_rms_norm", [y] if r is x else [y, r], [x, residual, weight])
+    if x.numel():
+        kernel = getattr(extension.load("cpu"), "add_rms_norm_" + _KERNELS[dtype])
+        residual_address = 0 if residual is None else residual.data_ptr()
+        addresses = (x.data_ptr(), residual_address, weight.data_ptr(), y.data_ptr(), r.data_ptr())
+        kernel(*addresses, x.numel() // shape[-1], shape[-1], eps, torch.get_num_threads())
+    return y, r
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """``y = (x - mean(x)) / sqrt(var(x) + eps) · weight + bias`` on CPU tensors.
+
+    x             [..., W]  fp32 | bf16, contiguous      weight, bias  [W]  fp32 | bf16
+    out_dtype     fp32 or bf16 for fp32 x; bf16 for bf16 x; the dtype of x where None
+    returns       [..., W]  out_dtype
+    numerics      all in fp32, one rounding; equal bits at every instruction level
+    errors        as ``add_rms_norm``
+    replaces      ``layer_norm1`` / ``layer_norm2`` / ``post_layernorm`` of SigLIP
+    """
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if (x.dtype, out_dtype) not in _LAYER_NORMS:
+        accepted = ", ".join(f"{a} -> {b}" for a, b in _LAYER_NORMS)
+        raise TypeError(f"layer_norm: x has dtype {x.dtype}, the result {out_dtype}; accepted are {accepted}")
+    if not x.shape:
+        raise ValueError("layer_norm: x has no dimensions; accepted is [..., W]")
+    _check("layer_norm", x.dtype, {"x": (x, x.shape)})
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
+        _check_one("layer_norm", name, tensor, dtype, "a norm", x.shape[-1:])
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    y = torch.empty_like(x, dtype=out_dtype)
+    if x.numel():
+        kernel = getattr(extension.load("cpu"), f"layer_norm_{_KERNELS[x.dtype]}_{_KERNELS[out_dtype]}")
+        addresses = (x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr())
+        kernel(*addresses, x.numel() // x.shape[-1], x.shape[-1], eps, torch.get_num_threads())
+    return y
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """``softmax(q·kᵀ / sqrt(D), where mask) · v``, each KV head serving ``H / K`` query heads in turn.
+
+    q         [B, T, H, D]      k, v  [B, S, K, D]      fp32 | bf16, any strides but the last, which is 1
+    mask      None, or [B, T, S] bool of any strides; a row with no True looks at every key alike
+    out       where to write, contiguous, overlapping no input
+    returns   [B, T, H, D]  dtype of q
+    numerics  scores, softmax, sums in fp32. With bf16, the level "avx512_bf16" rounds probabilities to bf16
+              and takes subnormals for zero; other levels widen. Bits independent of the number of threads
+    errors    as ``add_rms_norm``
+    replaces  ``F.scaled_dot_product_attention`` of the vision tower, ``eager_attention_forward`` elsewhere
+    """
+    dtype = q.dtype
+    if dtype not in _KERNELS:
+        raise TypeError(f"attention: q has dtype {dtype}; accepted are {', '.join(map(str, _KERNELS))}")
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(
+            f"attention: q has shape {list(q.shape)}, k {list(k.shape)}; accepted are [B, T, H, D], [B, S, K, D]"
+        )
+    (batch, queries, heads, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
+    if not keys or not head_dim or not kv_heads or heads % kv_heads:
+        raise ValueError(
+            f"attention: q has shape {list(q.shape)}, k {list(k.shape)}; S and D must be at least 1, H a multiple of K"
+        )
+    for name, tensor, shape in (
+        ("q", q, q.shape),
+        ("k", k, (batch, keys, kv_heads, head_dim)),
+        ("v", v, k.shape),
+    ):
+        _check_one("attention", name, tensor, dtype, "q", shape)
+        if tensor.stride(3) != 1:
+            raise ValueError(f"attention: {name} has strides {tensor.stride()}; the last must be 1")
+    strides = q.stride()[:3] + k.stride()[:3] + v.stride()[:3]
+    mask_address = 0
+    if mask is None:
+        strides += (0, 0, 0)
+    else:
+        _check_one("attention", "mask", mask, torch.bool, "a mask", (batch, queries, keys))
+        strides, mask_address = strides + mask.stride(), mask.data_ptr()
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    else:
+        _check("attention", dtype, {"out": (out, q.shape)})
+        _check_apart("attention", [out], [q, k, v, mask])
+    if q.numel():
+        kernel = getattr(extension.load("cpu"), "attention_" + _KERNELS[dtype])
+        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), mask_address, out.data_ptr())
+        sizes = (batch, queries, keys, heads, kv_heads, head_dim)
+        kernel(*addresses, sizes, strides, head_dim**-0.5, torch.get_num_threads())
+    return out
+
+
+_ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``y = residual + act(h·weightᵀ + bias)``, made for the 50 rows of an action chunk.
+
+    x          [..., I]  dtype of weight, or fp32 with a bf16 weight: a residual stream, rounded on the way in
+    weight     [O, I]  fp32 | bf16, as ``nn.Linear`` holds it, read where it lies      bias  [O], same dtype
+    norm       (weight [I] fp32 | bf16, eps): ``h = rms_norm(x)``, rounded once to the dtype of weight;
+               else ``h = x``
+    activation None | "silu" | "gelu_tanh"
+    residual   [..., O]  dtype of y, added in fp32
+    out_dtype  fp32, or the dtype of weight; where None, that of residual, else that of weight
+    out        where to write; may be ``residual`` itself, else overlapping no input
+    returns    [..., O]  out_dtype
+    numerics   sums and epilogue in fp32, one rounding; bits independent of the number of threads and of rows
+    errors     as ``add_rms_norm``; ValueError for another activation
+    replaces   q/k/v, ``o_proj``, ``down_proj`` of an expert layer, with the norm before or the addition after
+    """
+    return _linear("linear", x, weight, None, bias, activation, residual, out_dtype, norm, out)
+
+
+def swiglu(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``y = silu(h·gate_weightᵀ) · (h·up_weightᵀ)`` (arXiv 2002.05202); the rest as in ``linear``.
+
+    x  [..., I]      gate_weight, up_weight  [O, I]      returns  [..., O]  out_dtype
+    replaces  ``post_attention_layernorm`` and ``mlp`` up to its ``down_proj``
+    """
+    return _linear("swiglu", x, gate_weight, up_weight, None, "silu", None, out_dtype, norm, out)
+
+
+def _linear(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    up_weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype | None,
+    norm: tuple[Tensor, float] | None,
+    out: Tensor | None,
+) -> Tensor:
+    dtype = weight.dtype
+    if dtype not in _KERNELS:
+        raise TypeError(f"{op}: weight has dtype {dtype}; accepted are {', '.join(map(str, _KERNELS))}")
+    if weight.dim() != 2 or not weight.shape[1]:
+        raise ValueError(f"{op}: weight has shape {list(weight.shape)}; accepted is [O, I], I at least 1")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{op}: unknown activation {activation!r}; accepted are None, 'silu', 'gelu_tanh'")
+    outputs, inputs = weight.shape
+    if out_dtype is None:
+        out_dtype = residual.dtype if residual is not None else out.dtype if out is not None else dtype
+    if out_dtype not in (dtype, torch.float32):
+        raise TypeError(
+            f"{op}: weight has dtype {dtype}; the result can be that or torch.float32, not {out_dtype}"
+        )
+    norm_weight, eps = (None, 0.0) if norm is None else norm
+    shape = (*x.shape[:-1], outputs)
+    x_dtype = torch.float32 if x.dtype == torch.float32 else dtype
+    _check_one(op, "x", x, x_dtype, "weight", (*x.shape[:-1], inputs))
+    _check_contiguous(op, "x", x)
+    for name, tensor, wanted in (
+        ("weight", weight, (outputs, inputs)),
+        ("up_weight", up_weight, (outputs, inputs)),
+        ("bias", bias, (outputs,)),
+    ):
+        if tensor is not None:
+            _check_one(op, name, tensor, dtype, "weight", wanted)
+            _check_contiguous(op, name, tensor)
+    if norm_weight is not None:
+        norm_dtype = torch.bfloat16 if norm_weight.dtype == torch.bfloat16 else torch.float32
+        _check_one(op, "norm weight", norm_weight, norm_dtype, "a norm", (inputs,))
+        if norm_dtype is not torch.float32 or not norm_weight.is_contiguous():
+            norm_weight = buffer("norm weight", norm_weight.shape, torch.float32).copy_(norm_weight)
+    if residual is not None:
+        _check_one(op, "residual", residual, out_dtype, "the result", shape)
+        _check_contiguous(op, "residual", residual)
+    if out is None:
+        out = x.new_empty(shape, dtype=out_dtype)
+    else:
+        _check_one(op, "out", out, out_dtype, "the result", shape)
+        _check_contiguous(op, "out", out)
+        in_place = residual is not None and out.data_ptr() == residual.data_ptr()
+        _check_apart(op, [out], [x, weight, up_weight, bias, norm_weight, None if in_place else residual])
+    if out.numel():
+        dtypes = (_KERNELS[x_dtype], _KERNELS[dtype], _KERNELS[out_dtype])
+        kernel = getattr(extension.load("cpu"), "linear_" + "_".join(dtypes))
+        kernel(
+            x.data_ptr(),
+            0 if norm_weight is None else norm_weight.data_ptr(),
+            weight.data_ptr(),
+            0 if up_weight is None else up_weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            out.numel() // outputs,
+            inputs,
+            outputs,
+            _ACTIVATIONS[activation],
+            eps,
+            torch.get_num_threads(),
+        )
+    return out
+
+
+@contextmanager
+def instruction_level(name: str) -> Iterator[None]:
+    """For tests: run the CPU kernels at one of ``instruction_levels()``, in the whole process."""
+    kernels = extension.load("cpu")
+    if name not in kernels.levels():
+        raise ValueError(
+            f"level {name!r} does not run here; this processor has {', '.join(kernels.levels())}"
+        )
+    before = kernels.level()
+    kernels.set_level(name)
+    try:
+        yield
+    finally:
+        kernels.set_level(before)
+
+
+def instruction_levels() -> list[str]:
+    """What this processor runs of ``LEVELS``, lowest first. The kernels use the last."""
+    return extension.load("cpu").levels()
+
+
+def supported(level: str = "baseline") -> bool:
+    """Whether the kernels were compiled and this processor runs them at ``level``."""
+    return extension.available("cpu") and level in instruction_levels()
+
+
+def _check(op: str, dtype: torch.dtype, tensors: dict[str, tuple[Tensor | None, torch.Size]]) -> None:
+    """Raises unless each is a contiguous CPU tensor of this dtype and its shape, and wants no gradient."""
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None:
+            _check_one(op, name, tensor, dtype, "x", shape)
+            _check_contiguous(op, name, tensor)
+
+
+def _check_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} is not contiguous; call .contiguous() first")
+
+
+def _check_one(
+    op: str, name: str, tensor: Tensor, dtype: torch.dtype, model: str, shape: tuple[int, ...]
+) -> None:
+    """The same for one tensor of any strides; ``model`` is what it takes its dtype from."""
+    if not tensor.is_cpu:
+        raise ValueError(f"{op}: {name} is on {tensor.device}; this kernel takes CPU tensors")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, {model} has {dtype}; they must be equal")
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; accepted is {list(shape)}")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: {name} wants a gradient, this kernel has none; call it under torch.no_grad()"
+        )
+
+
+def _check_apart(op: str, outputs: list[Tensor], inputs: list[Tensor | None]) -> None:
+    """Inputs are read again after outputs are written, so an output may overlap no other tensor."""
+    spans = [_span(t) for t in inputs if t is not None]
+    for index, tensor in enumerate(outputs):
+        begin, end = _span(tensor)
+        if any(begin < other_end and other_begin < end for other_begin, other_end in spans):
+            raise ValueError(
+                f"{op}: out[{index}] overlaps another tensor of the call; give it memory of its own"
+            )
+        spans.append((begin, end))
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First and last address + 1; by strides, as a view reaches further than its elements and an expanded one less."""
+    begin, size = tensor.data_ptr(), tensor.element_size()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.numel() * size
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return begin, begin + size * (1 + sum((count - 1) * stride for count, stride in steps))

@@ -1,0 +1,129 @@
+"""What stands before and behind an integer product on a CPU, as functions on tensors; checked here as in ``cpu.py``.
+
+The product itself is torch's, in ``int8.py``. Numbers come in as fp32 or bf16 and go out as rows of unsigned bytes with a
+scale each (``reference.quantize.IntegerRows``); what the product leaves comes in as fp32. Equal bits at every instruction
+level and for any number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import extension
+from ..reference.quantize import IntegerRows
+from .kernels import _ACTIVATIONS, _KERNELS, _check_contiguous, _check_one
+
+_NONE, _LAYER, _RMS = range(3)
+
+
+def quantize_rows(x: Tensor) -> IntegerRows:
+    """See ``reference.quantize.quantize_activations``.
+
+    x        [..., K]  fp32 | bf16, contiguous
+    errors   as ``cpu.add_rms_norm``
+    """
+    return _quantize("quantize_rows", _NONE, x, None, None, 0.0)
+
+
+def layer_norm_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> IntegerRows:
+    """``cpu.layer_norm`` in fp32, and its rows at once in 8 bits: the same bits as one after the other."""
+    return _quantize("layer_norm_rows", _LAYER, x, weight, bias, eps)
+
+
+def rms_norm_rows(x: Tensor, weight: Tensor, eps: float) -> IntegerRows:
+    """``cpu.add_rms_norm`` of fp32 x without a residual, and its rows at once in 8 bits."""
+    return _quantize("rms_norm_rows", _RMS, x, weight, None, eps)
+
+
+def _quantize(
+    op: str, norm: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> IntegerRows:
+    if x.dtype not in _KERNELS:
+        raise TypeError(f"{op}: x has dtype {x.dtype}; accepted are {', '.join(map(str, _KERNELS))}")
+    if not x.shape or not x.shape[-1]:
+        raise ValueError(f"{op}: x has shape {list(x.shape)}; accepted is [..., K], K at least 1")
+    _check_one(op, "x", x, x.dtype, "x", x.shape)
+    _check_contiguous(op, "x", x)
+    addresses = []
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
+            _check_one(op, name, tensor, dtype, "a norm", x.shape[-1:])
+            tensor = tensor.float().contiguous()
+        addresses.append(tensor)
+    out = IntegerRows(torch.empty_like(x, dtype=torch.uint8), torch.empty(x.shape[:-1], dtype=torch.float32))
+    if x.numel():
+        kernel = getattr(extension.load("cpu"), "quantize_rows_" + _KERNELS[x.dtype])
+        pointers = (_address(x), *map(_address, addresses), _address(out.data), _address(out.scale))
+        kernel(norm, *pointers, x.numel() // x.shape[-1], x.shape[-1], eps, torch.get_num_threads())
+    return out
+
+
+def finish(
+    sums: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``sums <- residual + act(sums · scale + bias)``, in place, and returns it.
+
+    sums       [..., O] fp32, contiguous: integer sums times the scales of the weight      scale  [...] fp32, of x's rows
+    bias       [O] fp32      residual  [..., O] fp32
+    activation None | "silu" | "gelu_tanh"
+    errors     as ``cpu.add_rms_norm``; ValueError for another activation
+    """
+    _check_sums("finish", sums, scale, bias, activation)
+    if residual is not None:
+        _check_fp32("finish", "residual", residual, sums.shape)
+    if sums.numel():
+        pointers = map(_address, (sums, scale, bias, residual))
+        extension.load("cpu").finish_sums(
+            *pointers, _ACTIVATIONS[activation], scale.numel(), sums.shape[-1], torch.get_num_threads()
+        )
+    return sums
+
+
+def finish_rows(
+    sums: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    up: Tensor | None = None,
+) -> IntegerRows:
+    """``act(sums · scale + bias)``, times ``up · scale`` where there is that, in 8 bits for the next product.
+
+    up       [..., O] fp32, sums of a second product of the same x      the rest as in ``finish``
+    sums is overwritten
+    """
+    _check_sums("finish_rows", sums, scale, bias, activation)
+    if up is not None:
+        _check_fp32("finish_rows", "up", up, sums.shape)
+    out = IntegerRows(torch.empty_like(sums, dtype=torch.uint8), torch.empty_like(scale))
+    if sums.numel():
+        pointers = map(_address, (sums, scale, bias, up, out.data, out.scale))
+        extension.load("cpu").quantize_sums(
+            *pointers, _ACTIVATIONS[activation], scale.numel(), sums.shape[-1], torch.get_num_threads()
+        )
+    return out
+
+
+def _check_sums(op: str, sums: Tensor, scale: Tensor, bias: Tensor | None, activation: str | None) -> None:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{op}: unknown activation {activation!r}; accepted are None, 'silu', 'gelu_tanh'")
+    if not sums.shape or not sums.shape[-1]:
+        raise ValueError(f"{op}: sums has shape {list(sums.shape)}; accepted is [..., O], O at least 1")
+    _check_fp32(op, "sums", sums, sums.shape)
+    _check_fp32(op, "scale", scale, sums.shape[:-1])
+    if bias is not None:
+        _check_fp32(op, "bias", bias, sums.shape[-1:])
+
+
+def _check_fp32(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    _check_one(op, name, tensor, torch.float32, "this kernel", shape)
+    _check_contiguous(op, name, tensor)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,85 @@
+"""What all wrappers share: the compiled library for a device, addresses, streams, and checks of arguments."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import extension
+
+emulator: ModuleType | None = None
+"""The same library compiled for the host emulator (tests/simt/emulator): serves tensors on the CPU. Set by tests alone."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def library(device: torch.device) -> ModuleType:
+    """The compiled kernels for this device. Raises RuntimeError for a device that has none."""
+    if device.type == "cuda":
+        return extension.load("cuda")
+    if device.type == "cpu" and emulator is not None:
+        return emulator
+    raise RuntimeError(f"CUDA C++ kernels run on an NVIDIA GPU, the tensors are on {device}")
+
+
+def why_no_code(device: torch.device) -> str | None:
+    """Why a GPU takes none of the codes in this build, in CUDA's own words, or None. Starts a CUDA context."""
+    return _why_no_code(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _why_no_code(index: int) -> str | None:
+    try:
+        extension.load("cuda").device(index)
+    except RuntimeError as error:
+        archs = extension.build_record().get("cuda", {}).get("archs", [])
+        built = f"; it was compiled for {', '.join(f'sm_{arch}' for arch in archs)}" if archs else ""
+        return f"smolvla_fast._cuda does not run on this GPU: {error}{built}"
+    return None
+
+
+def address(tensor: Tensor | None) -> int:
+    """The address of the first element, 0 for None; the emulator is told what may be read and written there."""
+    if tensor is None:
+        return 0
+    if tensor.device.type == "cpu" and emulator is not None and tensor.numel():
+        span = 1 + sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        emulator.allow(tensor.data_ptr(), span * tensor.element_size())
+    return tensor.data_ptr()
+
+
+def stream(device: torch.device) -> int:
+    """The handle of the stream that torch works on now."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def check(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    like: Tensor | None = None,
+    contiguous: bool = True,
+    aligned: int = 1,
+) -> None:
+    """Raise ValueError unless the tensor has this shape, one of the dtypes, the device of ``like``, and, where asked
+    for, contiguous elements and an address that is a multiple of ``aligned`` bytes."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; accepted is {list(shape)}")
+    if tensor.dtype not in dtypes:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{op}: {name} is {str(tensor.dtype).removeprefix('torch.')}; accepted: {accepted}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}; accepted is {like.device}, as the others are")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} has strides {tensor.stride()}; call .contiguous() on it")
+    if tensor.data_ptr() % aligned:
+        raise ValueError(
+            f"{op}: {name} begins at an address that is no multiple of {aligned} bytes; call .clone() on it"
+        )

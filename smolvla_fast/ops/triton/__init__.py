@@ -1,0 +1,1 @@
+"""Backend ``triton``: the kernels of kernels/ under the signatures of the ops."""

@@ -1,0 +1,205 @@
+"""Which source the engine stands in for: digests of the LeRobot functions whose work it takes over.
+
+A version string says little (forks, editable installs, a patched method); the source says it all. A function whose
+digest is not listed, a subclass that overrides one, or a method replaced on an instance sends every call to stock.
+``python -m smolvla_fast.patching.source_digests`` prints the table for the LeRobot that is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import textwrap
+import tokenize
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+MODEL_METHODS = ("sample_actions", "embed_prefix", "embed_suffix", "denoise_step", "_rtc_enabled")
+LOSS_METHODS = ("forward", "embed_prefix", "embed_suffix")
+"""What the fast training step stands in for, or calls."""
+PAIR_METHODS = (
+    "forward",
+    "forward_attn_layer",
+    "forward_cross_attn_layer",
+    "embed_image",
+    "embed_language_tokens",
+    "get_vlm_model",
+    "get_model_layers",
+    "get_attention_interface",
+    "eager_attention_forward",
+)
+RTC_METHODS = (
+    "denoise_step",
+    "get_prefix_weights",
+    "_linweights",
+    "_add_trailing_zeros",
+    "_add_leading_ones",
+)
+FUNCTIONS = (
+    "apply_rope",
+    "create_sinusoidal_pos_embedding",
+    "euler_integrate",
+    "make_att_2d_masks",
+    "pad_tensor",
+)
+"""Module-level functions that the methods call; looked up where the methods find them."""
+
+_LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
+
+KNOWN: dict[str, dict[str, str]] = {
+    # In 0.5.1 not one of these functions differs: its own change to SmolVLA is in the training loss.
+    "0.4.4, 0.5.1": {
+        "RTCProcessor._add_leading_ones": "5619d89cd659",
+        "RTCProcessor._add_trailing_zeros": "e7ce01f827a4",
+        "RTCProcessor._linweights": "2d2a1c55926e",
+        "RTCProcessor.denoise_step": "a9cd6317fdef",
+        "RTCProcessor.get_prefix_weights": "f1b46736e57e",
+        "SmolVLMWithExpertModel.eager_attention_forward": "7fddedc99721",
+        "SmolVLMWithExpertModel.embed_image": "135638df1260",
+        "SmolVLMWithExpertModel.embed_language_tokens": "b4e3334ea714",
+        "SmolVLMWithExpertModel.forward": "49ca3d941ecf",
+        "SmolVLMWithExpertModel.forward_attn_layer": "4359f8148fd2",
+        "SmolVLMWithExpertModel.forward_cross_attn_layer": "b20c09b231fb",
+        "SmolVLMWithExpertModel.get_attention_interface": "2f02728799fe",
+        "SmolVLMWithExpertModel.get_model_layers": "42d5fc98970c",
+        "SmolVLMWithExpertModel.get_vlm_model": "210012569b60",
+        "VLAFlowMatching._rtc_enabled": "d83e24688bde",
+        "VLAFlowMatching.denoise_step": "4a2b507a4003",
+        "VLAFlowMatching.embed_prefix": "488b16ee9bc0",
+        "VLAFlowMatching.embed_suffix": "8459142fe124",
+        "VLAFlowMatching.forward": "3439b0f47889",
+        "VLAFlowMatching.sample_actions": "3671145bae24",
+        "apply_rope": "9deaa642c2e6",
+        "create_sinusoidal_pos_embedding": "55da88f020a7",
+        "make_att_2d_masks": "48addca29b91",
+        "pad_tensor": "12e2a2c60647",
+    },
+    "0.6.1": {
+        "RTCProcessor._add_leading_ones": "5619d89cd659",
+        "RTCProcessor._add_trailing_zeros": "e7ce01f827a4",
+        "RTCProcessor._linweights": "2d2a1c55926e",
+        "RTCProcessor.denoise_step": "a9cd6317fdef",
+        "RTCProcessor.get_prefix_weights": "f1b46736e57e",
+        "SmolVLMWithExpertModel.eager_attention_forward": "7fddedc99721",
+        "SmolVLMWithExpertModel.embed_image": "135638df1260",
+        "SmolVLMWithExpertModel.embed_language_tokens": "b4e3334ea714",
+        "SmolVLMWithExpertModel.forward": "6eb353741f80",
+        "SmolVLMWithExpertModel.forward_attn_layer": "5dd704fc1765",
+        "SmolVLMWithExpertModel.forward_cross_attn_layer": "5786cdd82d34",
+        "SmolVLMWithExpertModel.get_attention_interface": "2f02728799fe",
+        "SmolVLMWithExpertModel.get_model_layers": "42d5fc98970c",
+        "SmolVLMWithExpertModel.get_vlm_model": "210012569b60",
+        "VLAFlowMatching._rtc_enabled": "d83e24688bde",
+        "VLAFlowMatching.denoise_step": "6b0a4a498a3f",
+        "VLAFlowMatching.embed_prefix": "488b16ee9bc0",
+        "VLAFlowMatching.embed_suffix": "8459142fe124",
+        "VLAFlowMatching.forward": "17fe20e6a941",
+        "VLAFlowMatching.sample_actions": "8c0b9f66f469",
+        "apply_rope": "9deaa642c2e6",
+        "create_sinusoidal_pos_embedding": "78b4eda5b0f2",
+        "euler_integrate": "5951c1df6e60",
+        "make_att_2d_masks": "6db0c597725e",
+        "pad_tensor": "12e2a2c60647",
+    },
+}
+
+
+@cache
+def digest(function: Callable[..., Any]) -> str:
+    """First 12 hex digits of the SHA-256 of a function's source, without docstrings, comments and white space."""
+    if hasattr(function, "__wrapped__"):
+        return "wrapped"  # its source is the inner function's, what it does is not
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (OSError, TypeError, SyntaxError, tokenize.TokenError):
+        return "no source"
+    kept: list[str] = []
+    statement_begins = True
+    for token, following in zip(tokens, tokens[1:] + tokens[-1:], strict=True):
+        if token.type in _LAYOUT:
+            statement_begins = statement_begins or token.type != tokenize.NL
+            continue
+        docstring = statement_begins and token.type == tokenize.STRING and following.type == tokenize.NEWLINE
+        if token.type != tokenize.COMMENT and not docstring:
+            kept.append(token.string)
+        statement_begins = False
+    return hashlib.sha256("".join(kept).encode()).hexdigest()[:12]
+
+
+def _functions(model: Any, rtc: Any | None, methods: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
+    found: dict[str, Callable[..., Any]] = {}
+    owners = (
+        ("VLAFlowMatching", model, methods),
+        ("SmolVLMWithExpertModel", model.vlm_with_expert, PAIR_METHODS),
+        ("RTCProcessor", rtc, RTC_METHODS),
+    )
+    for label, owner, names in owners:
+        for name in names if owner is not None else ():
+            method = owner.__dict__.get(name) or _stock_attribute(type(owner), name)
+            if method is not None:
+                method = getattr(method, "__func__", method)
+                found[f"{label}.{name}"] = method
+                for helper in FUNCTIONS:
+                    if helper in getattr(method, "__globals__", {}):
+                        found[helper] = method.__globals__[helper]
+    return found
+
+
+def _stock_class(cls: type) -> type:
+    """The class a policy had before it was patched."""
+    return getattr(cls, "stock_class", cls)
+
+
+def _stock_attribute(cls: type, name: str) -> Any:
+    return getattr(_stock_class(cls), name, None)
+
+
+def unknown_source(
+    model: Any, rtc: Any | None = None, methods: tuple[str, ...] = MODEL_METHODS
+) -> str | None:
+    """None if every function the engine stands in for is one it knows, else which one is not.
+
+    model  a ``VLAFlowMatching``      rtc  its ``RTCProcessor``, or None      methods  of the model
+    """
+    versions: set[str] | None = None
+    for name, function in _functions(model, rtc, methods).items():
+        if getattr(function, "__module__", "").startswith("smolvla_fast."):
+            continue
+        mark = digest(function)
+        fits = {version for version, table in KNOWN.items() if table.get(name) == mark}
+        versions = fits if versions is None else versions & fits
+        if not versions:
+            accepted = ", ".join(KNOWN)
+            found = f"{function.__module__}.{getattr(function, '__qualname__', name)}"
+            return f"{name} is {found}, not the source this release knows (lerobot {accepted})"
+    return None
+
+
+def _print_table() -> None:
+    from importlib.metadata import version
+
+    from lerobot.policies.rtc.modeling_rtc import RTCProcessor
+    from lerobot.policies.smolvla import modeling_smolvla
+
+    class _Instance:
+        """Stands for an object of a class without building the model."""
+
+    def stand_in(cls: type, **attributes: Any) -> Any:
+        made: Any = object.__new__(type(cls.__name__, (_Instance,), {"stock_class": cls}))
+        made.__dict__.update(attributes)
+        return made
+
+    pair = stand_in(modeling_smolvla.SmolVLMWithExpertModel)
+    model = stand_in(modeling_smolvla.VLAFlowMatching, vlm_with_expert=pair)
+    found = _functions(model, stand_in(RTCProcessor), (*MODEL_METHODS, "forward"))
+    print(f'    "{version("lerobot")}": {{')
+    for name in sorted(found):
+        print(f'        "{name}": "{digest(found[name])}",')
+    print("    },")
+
+
+if __name__ == "__main__":
+    _print_table()

@@ -1,0 +1,1 @@
+"""Policies, frames and datasets made offline, for tests, benchmarks and the demo."""

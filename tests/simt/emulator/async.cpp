@@ -1,0 +1,74 @@
+// cp.async. The copy is done at once, at some later cp.async instruction of the thread, or only when the thread waits for
+// it: the seed decides. From issue to wait nobody may touch the destination or change the source.
+#include <cstring>
+
+#include "emulator/ptx.h"
+#include "emulator/runtime.h"
+
+namespace simt {
+namespace {
+
+uintptr_t number(const void* at) { return reinterpret_cast<uintptr_t>(at); }
+
+void perform(AsyncCopy& copy) {
+    copy.done = true;
+    if (copy.from)
+        std::memcpy(copy.to, copy.from, 16);
+    else
+        std::memset(copy.to, 0, 16);
+}
+
+void perform_some(Thread& thread) {
+    for (AsyncCopy& copy : thread.copies)
+        if (!copy.done && draw(4) == 0) perform(copy);
+}
+
+}  // namespace
+
+void copy_async(void* shared, const void* global, bool wanted) {
+    Thread& thread = *current;
+    void* site = SMOLVLA_SIMT_SITE;
+    if (number(shared) % 16 || (wanted && number(global) % 16))
+        fail("misaligned cp.async: both addresses are multiples of 16 bytes", site);
+    if (wanted && thread.block->shared.holds(number(global)))
+        fail("cp.async from shared memory; the source is in global memory", site);
+    AsyncCopy copy{static_cast<unsigned char*>(shared), nullptr, {}, false, thread.group, site};
+    if (wanted) {
+        access(number(global), 16, READ, Path::l2, site);
+        copy.from = static_cast<const unsigned char*>(global);
+        std::memcpy(copy.source, copy.from, 16);
+    }
+    begin_async_write(number(shared), 16, site);
+    ++statistics.async_copies;
+    perform_some(thread);
+    if (draw(3) == 0) perform(copy);
+    thread.copies.push_back(copy);
+}
+
+void copy_async_commit() {
+    ++current->group;
+    perform_some(*current);
+}
+
+void copy_async_wait(int pending) {
+    Thread& thread = *current;
+    pause();  // others may find the copies still under way
+    size_t kept = 0;
+    for (AsyncCopy& copy : thread.copies) {
+        if (copy.group + static_cast<unsigned>(pending) >= thread.group) {
+            thread.copies[kept++] = copy;
+            continue;
+        }
+        if (copy.from) {
+            // Read again, as late as it may be: a write since the issue is a race, or shows in the bytes.
+            access(number(copy.from), 16, READ, Path::l2, copy.site);
+            if (std::memcmp(copy.source, copy.from, 16))
+                fail("the source of a cp.async changed while it was under way", copy.site);
+        }
+        if (!copy.done) perform(copy);
+        end_async_write(number(copy.to), 16, copy.site);
+    }
+    thread.copies.resize(kept);
+}
+
+}  // namespace simt

@@ -1,0 +1,3 @@
+// Found in place of CUDA's own header in a build for the emulator.
+#pragma once
+#include "emulator/cuda.h"
