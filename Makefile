@@ -38,9 +38,9 @@ test: venv
 	HF_HUB_OFFLINE=1 SMOLVLA_FAST_PYTHONS=$(wildcard $(ALONE)/bin/python) $(VENV)/bin/python -m pytest -n $(JOBS) \
 	    --no-loadscope-reorder $(ARGS)
 
-# What depends on the processor, once as each lesser one that this one can play; tests/processors.py says how.
+# What depends on the processor, once as each lesser one that this one can play; tests/support/processors.py says how.
 test-cpus: venv
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/processors.py -n $(JOBS) $(ARGS)
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/support/processors.py -n $(JOBS) $(ARGS)
 
 # With the tests marked `long`: the 450M policy's peak memory, fp8 and int8, every barrier left out in turn, and the like.
 test-full: venv
@@ -60,7 +60,7 @@ test-compat: $(COMPAT:%=.venv-lerobot-%/.ready)
 	@for version in $(COMPAT); do \
 	    echo "LeRobot $$version"; \
 	    HF_HUB_OFFLINE=1 .venv-lerobot-$$version/bin/python -m pytest -q -p no:cacheprovider -m "not slow" \
-	        tests/engine/test_parity.py tests/engine/test_patch.py tests/engine/test_rtc.py tests/engine/test_fallback.py \
+	        tests/inference/test_inference.py tests/patching/test_patch.py tests/patching/test_rtc.py tests/patching/test_eligibility.py \
 	        $(ARGS) || exit 1; \
 	done
 

@@ -1,6 +1,6 @@
 """Single ops: case by dtype by backend, each checked against fp64 before it is timed, under the roof.
 
-Cases, inputs and costs come from ``smolvla_fast/ops/reference/<op>.py``, the check from ``tests/contract.py``: an
+Cases, inputs and costs come from ``smolvla_fast/ops/reference/<op>.py``, the check from ``tests/support/contract.py``: an
 op that is added there is timed here. Rounds go through several copies of the inputs, as a chunk goes through
 its layers; weights that one op leaves in the caches would flatter it.
 """

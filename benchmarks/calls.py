@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from contract import OPS, check, inputs_in, room, to_device
+from support.contract import OPS, check, inputs_in, room, to_device
 
 __all__ = ["OPS", "REAL_FLOPS", "check", "cold_calls", "figures", "room"]
 

@@ -34,7 +34,7 @@ which finds the image tokens of all its frames, and one of the first, which find
 that ``smolvla-fast train`` has on the fast path; all others have LeRobot's."""
 CACHE_BYTES = {CACHED: 2**28, FUSED: 2**28, NEW: 1}
 """A cache of one byte looks for every frame and keeps none."""
-# All gradients as one vector. Another order of sums moves stock's own by 5e-6 (tests/train_steps.py).
+# All gradients as one vector. Another order of sums moves stock's own by 5e-6 (tests/support/train_steps.py).
 GRADIENT_BOUND = 1e-5
 
 

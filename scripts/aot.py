@@ -3,7 +3,7 @@
 The ordinary launchers run on CPU tensors; what they launch is compiled for the target and not run, so no signature stands
 here a second time. Writes benchmarks/results/aot.md: registers a thread, spilled bytes and shared memory, by op, case and
 target. Exits with 1 where a limit is passed or a kernel does not compile. Nothing in the file depends on the day or the
-machine, so what a fresh run writes is compared with what is committed (tests/test_aot.py).
+machine, so what a fresh run writes is compared with what is committed (tests/bench/test_aot.py).
 """
 
 from __future__ import annotations

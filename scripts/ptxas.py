@@ -2,7 +2,7 @@
 
 Writes benchmarks/results/ptxas.md from `-Xptxas -v` and the disassembled code. Exits with 1 where a hot kernel spills or
 lacks the instructions that it is built on. Nothing in the file depends on the day or the machine, so what a fresh run
-writes is compared with what is committed (tests/test_ptxas.py).
+writes is compared with what is committed (tests/bench/test_ptxas.py).
 """
 
 from __future__ import annotations

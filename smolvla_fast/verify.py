@@ -20,7 +20,7 @@ from .stages.vision import patch_positions
 
 SCATTER = 1.5
 """How far one observation may exceed stock's own loss in the same dtype. Rounding errors of two orders of computation
-scatter against each other, so a single one may lie above. tests/engine/test_parity.py holds the sum over six policies
+scatter against each other, so a single one may lie above. tests/inference/test_inference.py holds the sum over six policies
 to stock's own."""
 
 

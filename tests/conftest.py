@@ -19,7 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = pytest.mark.skip(reason="no CUDA GPU here")
 LONG = pytest.mark.skip(reason="minutes on a small machine: make test-full")
 
@@ -28,8 +28,8 @@ LONG = pytest.mark.skip(reason="minutes on a small machine: make test-full")
 TOGETHER = {
     "tests/smolvla/": "smolvla",
     "tests/simt/": "simt",
-    "tests/test_extension.py": "installed",
-    "tests/test_packaging.py": "installed",
+    "tests/installation/test_extension.py": "installed",
+    "tests/installation/test_packaging.py": "installed",
 }
 
 

@@ -6,9 +6,9 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
-from captured import recording
-from checks import NO_TEST, STATEMENTS, line_of, where
-from policies import bf16_products, few_threads, make_policy, noise, observation, origin
+from support.captured import recording
+from support.checks import NO_TEST, STATEMENTS, line_of, where
+from support.policies import bf16_products, few_threads, make_policy, noise, observation, origin
 
 __all__ = ["bf16_products", "few_threads", "noise", "observation", "origin", "recording"]
 

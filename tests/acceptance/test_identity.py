@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from captured import Captured
-from policies import LEROBOT_ONLY, chunk, make_policy, rel_l2
+from support.captured import Captured
+from support.policies import LEROBOT_ONLY, chunk, make_policy, rel_l2
 from torch import Tensor, nn
 
 import smolvla_fast

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from checks import TESTS
-from policies import LEROBOT_ONLY, TIERS, chunk, make_policy, rel_l2
+from support.checks import TESTS
+from support.policies import LEROBOT_ONLY, TIERS, chunk, make_policy, rel_l2
 from torch import Tensor
 
 import smolvla_fast

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from captured import Captured
-from policies import LEROBOT_ONLY, TIERS, chunk, chunk_in_fp64, make_policy, rel_l2, seam_inputs
+from support.captured import Captured
+from support.policies import LEROBOT_ONLY, TIERS, chunk, chunk_in_fp64, make_policy, rel_l2, seam_inputs
 from torch import Tensor
 
 import smolvla_fast

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from policies import chunk, rel_l2
+from support.policies import chunk, rel_l2
 
 import smolvla_fast
 from smolvla_fast.measure.rounds import percentile

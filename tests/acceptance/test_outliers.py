@@ -9,10 +9,10 @@ import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import integer_products
 import pytest
 import torch
-from policies import chunk_in_fp64, make_policy, rel_l2, seam_inputs
+from support import integer_products
+from support.policies import chunk_in_fp64, make_policy, rel_l2, seam_inputs
 from torch import Tensor
 
 import smolvla_fast
@@ -102,7 +102,7 @@ def test_worst_case_of_int8(layout: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert bound is not None
     assert worst["normal"] >= bound, worst
     # A tiny policy's rows have 48 columns to average over, not 720 and more: one cosine of four may fall this low, and does
-    # with weights that lose too little for a second term. Full size has the tier's bound: tests/engine/test_int8.py.
+    # with weights that lose too little for a second term. Full size has the bound: tests/inference/test_int8_chunk.py.
     assert worst["Student t, channels x50"] >= 0.997, worst
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from captured import Captured
-from policies import LEROBOT_ONLY, TIERS, chunk, make_policy
+from support.captured import Captured
+from support.policies import LEROBOT_ONLY, TIERS, chunk, make_policy
 from torch import Tensor
 
 import smolvla_fast

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from captured import Captured
-from policies import chunk, make_policy, rel_l2
+from support.captured import Captured
+from support.policies import chunk, make_policy, rel_l2
 
 import smolvla_fast
 from smolvla_fast.testing.policies import make_noise, make_observation
@@ -42,7 +42,7 @@ def _guided(schedule: str, weight: float, **fields: Any) -> Any:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("weight", [1.0, 10.0])
 def test_real_time_chunking(schedule: str, weight: float) -> None:
-    """None, 2-D and 3-D, shorter, as long and as wide as a chunk; the whole grid is in tests/engine/test_rtc.py."""
+    """None, 2-D and 3-D, shorter, as long and as wide as a chunk; the whole grid is in tests/patching/test_rtc.py."""
     stock = _guided(schedule, weight)
     given, noise = make_observation(stock), make_noise(stock)
     exact, fp32 = (smolvla_fast.patch(copy.deepcopy(stock), precision=tier) for tier in ("exact", "fp32"))

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from policies import make_policy, seam_inputs
-from processors import play
+from support.policies import make_policy, seam_inputs
+from support.processors import play
 from torch import Tensor, nn
 
 import smolvla_fast

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from checks import TESTS
-from policies import TIERS, chunk, make_policy
+from support.checks import TESTS
+from support.policies import TIERS, chunk, make_policy
 
 import smolvla_fast
 from smolvla_fast import inference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from checks import (
+from support.checks import (
     CPU,
     DOCUMENT,
     DRIVER,

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from captured import Captured
-from policies import chunk, make_policy
-from recorder import RecorderDriver
+from support.captured import Captured
+from support.policies import chunk, make_policy
+from support.recorder import RecorderDriver
 from torch import Tensor
 
 import smolvla_fast

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.fuzz_cases import attempt, rel_l2
 from torch import Tensor
 
 import smolvla_fast
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import FP32_BOUND
-
-from .cases import attempt, rel_l2
 
 IMAGE, STATE = "observation.images.camera1", "observation.state"
 TOKENS, MASK = "observation.language.tokens", "observation.language.attention_mask"

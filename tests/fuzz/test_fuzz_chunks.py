@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from support import fuzz_cases as cases
+from support.fuzz_cases import CALLS, CASES, WORST, Loss, Tally, calls, compare, policies, twins
 
 import smolvla_fast
 from smolvla_fast.verify import SCATTER
-
-from . import cases
-from .cases import CALLS, CASES, WORST, Loss, Tally, calls, compare, policies, twins
 
 pytest.importorskip("lerobot.policies.rtc.configuration_rtc")
 

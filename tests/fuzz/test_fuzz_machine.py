@@ -18,13 +18,12 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from support.fuzz_cases import CASES, attempt, rel_l2
 
 import smolvla_fast
 from smolvla_fast.patching.runtime import DISABLE
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import FP32_BOUND
-
-from .cases import CASES, attempt, rel_l2
 
 TIERS = st.sampled_from(["exact", "fp32"])
 _made: dict[int, Any] = {}

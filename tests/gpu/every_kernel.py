@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from contract import check, room
+from support.contract import check, room
 
 from smolvla_fast.ops.cuda import library
 from smolvla_fast.ops.select import reference_ops, select

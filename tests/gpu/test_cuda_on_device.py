@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import check, inputs_in, room, run, to_device
+from support.contract import check, inputs_in, room, run, to_device
 
 import smolvla_fast
 from smolvla_fast.ops.select import reference_ops, select, why_not

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import OPS, check, inputs_in, room, run, to_device
+from support.contract import OPS, check, inputs_in, room, run, to_device
 
 from smolvla_fast.ops.select import reference_ops, select, why_not
 

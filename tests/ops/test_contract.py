@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from contract import OPS, check, inputs_in, room, run
-from processors import LEVELS
+from support.contract import OPS, check, inputs_in, room, run
+from support.processors import LEVELS
 
 from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.select import reference_ops, select, why_not
@@ -37,7 +32,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def test_every_op_has_a_reference() -> None:
-    # The whole loop is all ops of its stage at once: tests/simt and tests/engine/test_cuda.py compare it with these.
+    # The whole loop is all ops of its stage at once: tests/simt and test_cuda_chunk.py compare it with these.
     helpers = {"prepare_mask", "suffix_fold", "denoise_persistent", "flow_point", "learning_attention"}
     assert set(OPS) | helpers == set(NAMES)
     for op in OPS:

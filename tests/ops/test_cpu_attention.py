@@ -6,7 +6,7 @@ in another order; a factor of two separates that from a lost bit.
 
 import pytest
 import torch
-from processors import LEVELS
+from support.processors import LEVELS
 
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.cpu import kernels as cpu

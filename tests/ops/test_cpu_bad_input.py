@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import OPS, inputs_in, room, run
+from support.contract import OPS, inputs_in, room, run
 from torch import Tensor
 
 from smolvla_fast.ops.cpu import kernels as cpu

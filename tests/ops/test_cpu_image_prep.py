@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import guarded
 import pytest
 import torch
-from processors import LEVELS
+from support import guarded
+from support.processors import LEVELS
 from torch import Tensor
 
 from smolvla_fast.ops import extension

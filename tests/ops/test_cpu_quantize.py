@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import integer_products
 import pytest
 import torch
 import torch.nn.functional as F
-from processors import play
+from support import integer_products
+from support.processors import play
 from torch import Tensor
 
 from smolvla_fast.ops import extension

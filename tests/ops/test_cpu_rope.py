@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import inputs_in
-from processors import LEVELS
+from support.contract import inputs_in
+from support.processors import LEVELS
 from torch import Tensor
 
 from smolvla_fast.ops import extension

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from contract import check, inputs_in, to_device
-from guarded import DEVICE, guarded
+from support.contract import check, inputs_in, to_device
+from support.guarded import DEVICE, guarded
 
 from smolvla_fast.kernels import flow_loss as flow_module
 from smolvla_fast.kernels import masked_attention_backward as attention_module

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from contract import check, inputs_in, run
-from guarded import DEVICE, guarded
+from support.contract import check, inputs_in, run
+from support.guarded import DEVICE, guarded
 
 from smolvla_fast.kernels import attention as vision_module
 from smolvla_fast.kernels import masked_attention as module

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from contract import check, inputs_in
-from guarded import DEVICE, guarded
+from support.contract import check, inputs_in
+from support.guarded import DEVICE, guarded
 
 from smolvla_fast.kernels import euler_step as euler_module
 from smolvla_fast.kernels import layer_norm as norm_module

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import inputs_in, room, run, to_device
+from support.contract import inputs_in, room, run, to_device
 from torch import Tensor
 
 from smolvla_fast.engine.quantized_weights import Copies

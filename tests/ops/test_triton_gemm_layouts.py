@@ -6,9 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from contract import room, run, to_device
-from gemms import ATEN, DTYPES, F32, OPS, TRITON, assert_no_worse, inputs_of, module, widened
-from guarded import DEVICE
+from support.contract import room, run, to_device
+from support.gemms import ATEN, DTYPES, F32, OPS, TRITON, assert_no_worse, inputs_of, module, widened
+from support.guarded import DEVICE
 
 from smolvla_fast.ops.select import reference_ops
 

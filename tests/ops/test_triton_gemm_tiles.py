@@ -8,9 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from contract import check, inputs_in, run
-from gemms import F16, F32, TRITON, inputs_of, module, with_tile
-from guarded import DEVICE
+from support.contract import check, inputs_in, run
+from support.gemms import F16, F32, TRITON, inputs_of, module, with_tile
+from support.guarded import DEVICE
 
 from smolvla_fast.kernels import common, tuning
 from smolvla_fast.ops.select import reference_ops

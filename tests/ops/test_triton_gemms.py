@@ -6,8 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from contract import check, inputs_in, room, run
-from gemms import (
+from support.contract import check, inputs_in, room, run
+from support.gemms import (
     ATEN,
     BF16,
     DTYPES,
@@ -21,7 +21,7 @@ from gemms import (
     module,
     widened,
 )
-from guarded import DEVICE
+from support.guarded import DEVICE
 
 from smolvla_fast.ops.select import reference_ops
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from guarded import DEVICE, guarded
+from support.guarded import DEVICE, guarded
 
 from smolvla_fast.kernels import image_prep as image_module
 from smolvla_fast.kernels.tuning import PlainTile

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from recorder import RecordedLibrary, RecorderDriver
+from support.recorder import RecordedLibrary, RecorderDriver
 from torch import Tensor
 
 import smolvla_fast

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import OPS, check, inputs_in, room, run
+from support.contract import OPS, check, inputs_in, room, run
 
 from smolvla_fast.ops.select import reference_ops, select, why_not
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from contract import check, inputs_in
-from guarded import guarded
+from support.contract import check, inputs_in
+from support.guarded import guarded
 from torch import Tensor
 
 from smolvla_fast.ops.cuda import euler_step as module

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from contract import check, inputs_in
-from guarded import guarded
+from support.contract import check, inputs_in
+from support.guarded import guarded
 from torch import Tensor
 
 from smolvla_fast.ops.cuda import image_prep as module

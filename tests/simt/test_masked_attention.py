@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_inputs import (
+from simt.emulator import build
+from support.attention_inputs import (
     DTYPES,
     PAIRED,
     SMALL,
@@ -21,8 +22,7 @@ from attention_inputs import (
     suffix_attention,
     wide,
 )
-from contract import check
-from simt.emulator import build
+from support.contract import check
 from torch import Tensor
 
 from smolvla_fast.ops.reference.masked_attention import CASES as REAL

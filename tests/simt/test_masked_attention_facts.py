@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_inputs import DTYPES, PAIRED, SMALL, inputs, masked_attention
+from support.attention_inputs import DTYPES, PAIRED, SMALL, inputs, masked_attention
 
 from smolvla_fast.ops.cuda import masked_attention as module
 

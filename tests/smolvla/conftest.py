@@ -34,7 +34,7 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory):
     """kind -> folder of a tiny backbone, made on first use."""
-    from smolvla_pairs import make_backbone
+    from support.smolvla_pairs import make_backbone
 
     root = tmp_path_factory.mktemp("backbones")
     return lambda kind="plain": make_backbone(root, kind)
@@ -42,6 +42,6 @@ def backbones(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tally():
-    from smolvla_pairs import Tally
+    from support.smolvla_pairs import Tally
 
     return Tally()

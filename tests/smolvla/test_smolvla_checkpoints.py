@@ -18,7 +18,7 @@ from lerobot.policies.smolvla.processor_smolvla import (
 )
 from lerobot.policies.utils import prepare_observation_for_inference
 from safetensors.torch import load_file, save_file
-from smolvla_pairs import (
+from support.smolvla_pairs import (
     ACTION,
     CAMERAS,
     STATE,

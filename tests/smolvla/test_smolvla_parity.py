@@ -12,7 +12,7 @@ import pytest
 import torch
 from lerobot.policies.rtc.configuration_rtc import RTCConfig as LeRobotRTCConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig as LeRobotConfig
-from smolvla_pairs import (
+from support.smolvla_pairs import (
     ACTION,
     CAMERAS,
     STATE,

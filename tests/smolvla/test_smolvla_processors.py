@@ -18,7 +18,7 @@ from lerobot.policies.smolvla.processor_smolvla import (
 from lerobot.policies.utils import prepare_observation_for_inference as lerobot_prepare
 from lerobot.processor import PolicyProcessorPipeline as LeRobotPipeline
 from lerobot.processor.converters import policy_action_to_transition, transition_to_policy_action
-from smolvla_pairs import ACTION, CAMERAS, STATE, copied, lerobot_config, our_config
+from support.smolvla_pairs import ACTION, CAMERAS, STATE, copied, lerobot_config, our_config
 
 from smolvla_fast.smolvla import (
     make_pre_post_processors,

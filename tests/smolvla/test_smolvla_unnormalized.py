@@ -13,7 +13,7 @@ from lerobot.policies.smolvla.processor_smolvla import (
     make_smolvla_pre_post_processors as make_lerobot_processors,
 )
 from safetensors.torch import load_file, save_file
-from smolvla_pairs import ACTION, STATE, lerobot_config, make_pair, our_config
+from support.smolvla_pairs import ACTION, STATE, lerobot_config, make_pair, our_config
 
 from smolvla_fast.cli import main
 from smolvla_fast.smolvla import SmolVLAPolicy, make_pre_post_processors, make_smolvla_pre_post_processors

@@ -1,0 +1,474 @@
+"""The commands on a tiny policy, through ``main``: what they print, write and return, and how they refuse."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from smolvla_fast.cli import main
+from smolvla_fast.measure import system
+from smolvla_fast.measure.console import Console, check_writable, plain_table
+from smolvla_fast.measure.rounds import as_stock, percentile
+from smolvla_fast.model.precision import TIERS
+from smolvla_fast.ops.select import BACKENDS
+
+TINY = ["--size", "tiny", "--threads", "1"]
+
+
+@pytest.fixture
+def lerobot() -> None:
+    pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the policy is LeRobot's")
+
+
+@pytest.fixture
+def hide(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """hide(*names): importing these fails, as where they are not installed."""
+
+    def hidden(*names: str) -> None:
+        real, find = builtins.__import__, sys.modules["importlib.util"].find_spec
+
+        def fail(name: str, *args: Any, **kwargs: Any) -> Any:
+            if name.split(".")[0] in names:
+                raise ImportError(f"No module named {name!r}")
+            return real(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", fail)
+        monkeypatch.setattr(
+            "smolvla_fast.cli.subject.find_spec", lambda name: None if name in names else find(name)
+        )
+        for module in [
+            m for m in sys.modules if m.split(".")[0] in names or m == "smolvla_fast.measure.plot"
+        ]:
+            monkeypatch.delitem(sys.modules, module)
+
+    return hidden
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command lines with which `bench` would have started pytest. None is started, so nothing is timed."""
+    commands: list[list[str]] = []
+
+    def record(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("smolvla_fast.cli.bench.subprocess", SimpleNamespace(run=record))
+    monkeypatch.setattr("smolvla_fast.cli.bench.find_spec", lambda name: name)
+    return commands
+
+
+@pytest.mark.check(3)
+def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json", str(tmp_path / "doctor.json")]) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    assert list(found["eight_bits"]) == ["fp8", "int8"]
+    for word in (
+        "torch",
+        "lerobot",
+        "C++ compiler",
+        "nvcc",
+        "cpu extension",
+        "masked_attention",
+        found["serves"],
+    ):
+        assert word in out
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"op", "backend", "available", "reason"} == set(found["backends"][0])
+    for cell in found["backends"]:
+        assert cell["available"] or cell["reason"], (
+            f"{cell['op']} on {cell['backend']}: empty without a reason"
+        )
+
+
+def test_doctor_without_lerobot_compiler_and_extension(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from importlib import metadata
+
+    from smolvla_fast.ops import extension
+
+    version = metadata.version
+
+    def missing(name: str) -> str:
+        if name == "lerobot":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    monkeypatch.setattr("smolvla_fast.measure.system.first_line", lambda *args: None)
+    monkeypatch.setattr(extension, "available", lambda kind: False)
+    monkeypatch.setattr(extension, "why_missing", lambda kind: f"no {kind} compiler on this path")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "not installed" in out and "none found" in out
+    assert "no cpu compiler on this path" in out
+    assert "smolvla_fast[lerobot]" in out
+
+
+@pytest.mark.parametrize(("number", "words"), [(1, "torch uses 1 thread"), (3, "torch uses 3 threads")])
+def test_doctor_counts_threads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, words: str
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: number)
+    monkeypatch.setattr("smolvla_fast.cli.Console", lambda: Console(rich=False))
+    assert main(["doctor"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("processor"))
+    assert row.endswith(words)
+
+
+@pytest.mark.parametrize("command", ["doctor", "--help"])
+def test_a_reader_that_has_seen_enough(command: str) -> None:
+    """As under `doctor | head -1`, with the pipe closed before the first line, so that no race decides."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = f"import sys; sys.modules['rich'] = None; from smolvla_fast.cli import main; sys.exit(main([{command!r}]))"
+    # Buffered, as on a terminal's pipe: what is left in the buffer is written once more when the interpreter exits.
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("place", ["PATH", "CUDA_HOME", "CUDA_PATH"])
+def test_doctor_and_build_find_the_same_nvcc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    spec = spec_from_file_location("ninja_build", Path(__file__).parents[2] / "csrc" / "ninja_build.py")
+    assert spec is not None and spec.loader is not None
+    build = module_from_spec(spec)
+    spec.loader.exec_module(build)
+    program = tmp_path / "bin" / "nvcc"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho Cuda compilation tools, release 99.5\n")
+    program.chmod(0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH", "SMOLVLA_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv(place, str(program.parent if place == "PATH" else tmp_path))
+    assert system.nvcc() == "Cuda compilation tools, release 99.5"
+    assert build.nvcc_compiler() == str(program)
+    # The last place is a fixed folder, which a test cannot fill: that both look there is seen in the lists alone.
+    assert system.cuda_homes() == build.cuda_homes()
+    assert build.cuda_homes()[-1] == "/usr/local/cuda"
+
+
+KEYS = {
+    "lerobot_version", "torch_version", "precision", "backend", "stock_ms", "fast_ms", "ratio", "rel_l2", "max_abs",
+    "stages", "machine", "cpu", "threads", "cameras", "steps", "raw", "peak_bytes", "date", "commit", "status",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("auto", 1e-5), ("exact", 0.0), ("bf16", 0.1)])
+def test_demo(
+    lerobot: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str, bound: float
+) -> None:
+    path, plot = tmp_path / "out" / "demo.json", tmp_path / "out" / "demo.png"
+    before = torch.get_num_threads()
+    options = ["--precision", precision, "--rounds", "2", "--steps", "3", "--cameras", "1"]
+    assert main(["demo", *TINY, *options, "--json", str(path), "--plot", str(plot)]) == 0
+    assert torch.get_num_threads() == before
+    found = json.loads(path.read_text())
+    assert set(found) >= KEYS
+    assert found["precision"] == {"auto": "fp32"}.get(precision, precision)
+    assert (found["cameras"], found["steps"], found["threads"]) == (1, 3, 1)
+    assert len(found["raw"]["stock_ms"]) == len(found["raw"]["fast_ms"]) == 2
+    assert found["ratio"] == pytest.approx(found["stock_ms"] / found["fast_ms"])
+    # bf16 rounds at 4e-3 and a tiny policy amplifies it over three steps; fp32 sums in another order.
+    assert found["rel_l2"] <= bound and (found["rel_l2"] > 0 or precision == "exact")
+    assert set(found["stages"]) == {"vision", "prefix", "denoise", "other"}
+    assert all(figures["stock_ms"] >= 0 and figures["fast_ms"] >= 0 for figures in found["stages"].values())
+    assert found["status"]["active"] and found["status"]["calls_stock"] == 0
+    if find_spec("matplotlib"):
+        assert plot.read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr()
+    assert "whole chunk" in out.out and "Error against stock" in out.out
+    assert "round 2 of 2" in out.err
+    assert ("every bit the same" in out.out) == (precision == "exact")
+
+
+def test_demo_says_when_the_fast_path_did_not_run(
+    lerobot: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
+    files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    assert main(["demo", *TINY, "--rounds", "1", *files]) == 1
+    assert "SMOLVLA_FAST_DISABLE" in capsys.readouterr().out
+
+
+def test_demo_without_rich_and_matplotlib(
+    lerobot: None, tmp_path: Path, hide: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hide("rich", "matplotlib")
+    files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    assert main(["demo", *TINY, "--rounds", "1", *files]) == 0
+    out = capsys.readouterr().out
+    assert "matplotlib is not installed" in out and "smolvla_fast[cli]" in out
+    assert "----" in out, "the plain table's rule"
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_verify(lerobot: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "verify.json"
+    assert main(["verify", *TINY, "--observations", "2", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["passed"] and len(found["reports"]) == 2
+    first, second = (report["rel_l2"] for report in found["reports"])
+    assert first != second, "two observations, not one twice"
+    assert "2 of 2 observations passed" in capsys.readouterr().out
+
+
+def test_verify_fails_with_status_1(
+    lerobot: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong operation of the engine, here a value off by a thousandth, must show in the exit status."""
+    from smolvla_fast.inference import Engine
+
+    act = Engine.act
+    monkeypatch.setattr(Engine, "act", lambda *args, **kwargs: 1.001 * act(*args, **kwargs))
+    assert main(["verify", *TINY, "--observations", "1"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def save_unscaled(policy: Any, folder: Path) -> None:
+    """A checkpoint that needs no processors: nothing of it is normalised."""
+    modes = policy.config.normalization_mapping
+    policy.config.normalization_mapping = dict.fromkeys(modes, type(modes["STATE"])("IDENTITY"))
+    policy.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("layout", ["auto", "fp32"])
+def test_a_saved_policy(lerobot: None, tmp_path: Path, layout: str) -> None:
+    from smolvla_fast.testing.policies import make_policy
+
+    save_unscaled(make_policy("tiny", folder=tmp_path / "vlm", cameras=3), tmp_path / "policy")
+    path, options = tmp_path / "verify.json", ["--observations", "1", "--cameras", "2", "--layout", layout]
+    command = ["verify", "--policy.path", str(tmp_path / "policy"), "--threads", "1", "--json", str(path)]
+    assert main([*command, *options]) == 0
+    assert json.loads(path.read_text())["policy"]["source"] == str(tmp_path / "policy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--precision", "fp4"], "'exact', 'fp32', 'bf16'"),
+        (["demo", "--policy.path", "./nowhere"], "no such folder"),
+        (["demo", "--policy.path", "a/b/c"], "no such folder"),
+        (["demo", "--policy.path", "EMPTY"], "no config.json"),
+        (["demo", "--device", "tpu9000"], "accepted are auto, cpu, cuda, cuda:N"),
+        (["verify", "--device", "mps"], "accepted are auto, cpu, cuda, cuda:N"),
+        (["verify", "--device", "meta"], "accepted are auto, cpu, cuda, cuda:N"),
+        (["verify", "--device", "cuda:first"], "accepted are auto, cpu, cuda, cuda:N"),
+        (["demo", *TINY, "--backend", "abacus", "--rounds", "1"], "'torch'"),
+        (["verify", *TINY, "--backend", "abacus"], "'torch'"),
+        (["verify", *TINY, "--cameras", "2", "--policy.path", "TINY", "--layout", "mixed"], "made policies"),
+        (["verify", "--cameras", "5", "--policy.path", "TINY"], "the policy has"),
+        (["bench", "speed"], "chunk, stages, ops"),
+        (["bench", "--suite", "speed"], "no suite 'speed'; accepted are chunk, stages, ops"),
+    ],
+)
+def test_refusals(
+    lerobot: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    if "TINY" in arguments:
+        from smolvla_fast.testing.policies import make_policy
+
+        save_unscaled(make_policy("tiny", folder=tmp_path / "vlm"), tmp_path / "policy")
+    folders = {"EMPTY": str(tmp_path), "TINY": str(tmp_path / "policy")}
+    assert main([folders.get(argument, argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert f"smolvla-fast {arguments[0]}: " in error and message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "--device tpu: not a device; accepted are auto, cpu, cuda, cuda:N"),
+        (["--cameras", "abc"], "--cameras abc: not counts of cameras; accepted are whole numbers above 0"),
+        (["--cameras", "0"], "--cameras 0: not counts of cameras"),
+        (["--cameras", "1,,2"], "--cameras 1,,2: not counts of cameras"),
+    ],
+)
+def test_bench_refuses_before_it_starts_pytest(
+    started: list[list[str]], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not started
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_refuses_a_gpu_that_is_not_there(
+    lerobot: None,
+    started: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([command, "--device", "cuda"]) == 2
+    assert "--device cuda: torch sees no CUDA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    # The second is more than torch.device itself can hold.
+    for name in ("cuda:2", "cuda:99999999999"):
+        assert main([command, "--device", name]) == 2
+        assert f"--device {name}: no such GPU; accepted here are cuda:0 to cuda:1" in capsys.readouterr().err
+    assert not started
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suites"),
+    [
+        ([], ["chunk", "stages", "ops"]),
+        (["ops"], ["ops"]),
+        (["--suite", "ops"], ["ops"]),
+        (["--suite", "ops", "--suite", "chunk"], ["ops", "chunk"]),
+        (["ops", "stages", "--suite", "ops"], ["ops", "stages"]),
+    ],
+)
+def test_bench_suites_by_place_and_by_option(
+    started: list[list[str]], tmp_path: Path, arguments: list[str], suites: list[str]
+) -> None:
+    assert main(["bench", *arguments, "--json", str(tmp_path / "a.json")]) == 2, "nothing was timed"
+    files = [Path(word).name for word in started[0] if Path(word).name.startswith("bench_")]
+    assert files == [f"bench_{name}.py" for name in suites]
+
+
+def test_bench_hands_on_device_and_cameras(started: list[list[str]], tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--cameras", "1, 3", "--json", str(tmp_path / "a.json")]
+    assert main(["bench", *arguments]) == 2, "nothing was timed"
+    assert {"--device=cpu", "--cameras=1,3"} <= set(started[0])
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("doctor", "--json"), ("demo", "--json"), ("demo", "--plot"), ("verify", "--json"), ("bench", "--json")],
+)
+def test_refuses_a_file_it_cannot_write_before_any_work(
+    lerobot: None,
+    started: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    option: str,
+) -> None:
+    def work(*_: Any, **__: Any) -> Any:
+        pytest.fail("worked before it looked at the path")
+
+    monkeypatch.setattr("smolvla_fast.cli.subject.make_policy", work)
+    monkeypatch.setattr("smolvla_fast.measure.system.facts", work)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for path, reason in [
+        (tmp_path / "file" / "a.json", "File exists|Not a directory"),
+        (tmp_path, "Is a directory"),
+        (Path("/"), "Is a directory"),
+        (Path("/proc/no/such.json"), "No such file"),
+    ]:
+        assert main([command, option, str(path)]) == 2
+        error = capsys.readouterr().err
+        assert f"cannot write {path}: " in error and f"give another {option} PATH" in error
+        assert any(word in error for word in reason.split("|"))
+    assert not started
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}, "looking at a path leaves no file behind"
+
+
+def test_looking_at_a_path_keeps_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.json"
+    check_writable(path, "--json")
+    assert not path.exists()
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("earlier figures")
+    check_writable(path, "--json")
+    assert path.read_text() == "earlier figures"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["dance"], [], ["demo", "--rounds", "0"], ["demo", "--rounds", "many"]]
+)
+def test_usage_errors_have_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["doctor", "demo", "verify", "bench"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["demo", "verify"])
+def test_help_names_every_backend_and_tier(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"{', '.join(('auto', *BACKENDS))} (default: auto)" in text
+    assert f"{', '.join(('auto', *TIERS))} (default: auto)" in text
+
+
+def test_plain_table() -> None:
+    text = plain_table("Title", ["name", "ms"], [["a", "1.5"], ["longer", "12"]])
+    assert text.splitlines() == ["Title", "name     ms", "------  ---", "a       1.5", "longer   12"]
+
+
+def test_tables_are_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    for rich in (None, False):
+        Console(rich).table("T", ["a", "b"], [["x" * 60, 1], ["y", None]])
+        assert "x" * 60 in capsys.readouterr().out
+
+
+def test_percentile() -> None:
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
+    assert percentile(list(map(float, range(101))), 0.99) == 99.0
+    assert percentile([7.0], 0.95) == 7.0
+    with pytest.raises(ValueError, match="no rounds"):
+        percentile([], 0.5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak")
+def test_peak_memory_forgets_what_was_before() -> None:
+    """In a process of its own: this one's allocator may serve a block from pages it has touched before."""
+    code = (
+        "import torch; from smolvla_fast.measure.rounds import PeakMemory;"
+        "large = torch.ones(2**26); del large;"
+        "memory = PeakMemory('cpu'); before = memory.bytes; block = torch.ones(2**25);"
+        "print(memory.bytes - before, block.nbytes)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    grown, wanted = map(int, done.stdout.split())
+    # The peak of the freed, larger block would hide all of the growth; the rest of the process may shrink meanwhile.
+    assert grown > wanted / 2
+
+
+def test_as_stock_runs_stock_and_comes_back(lerobot: None) -> None:
+    import smolvla_fast
+    from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
+
+    policy = make_policy("tiny")
+    batch, noise = make_observation(policy), make_noise(policy)
+    stock = policy.predict_action_chunk(dict(batch), noise=noise)
+    smolvla_fast.patch(policy, precision="bf16")
+    with as_stock(policy):
+        assert torch.equal(policy.predict_action_chunk(dict(batch), noise=noise), stock)
+    assert not torch.equal(policy.predict_action_chunk(dict(batch), noise=noise), stock)
+    status = smolvla_fast.status(policy)
+    assert (status.calls_fast, status.calls_stock) == (1, 0)

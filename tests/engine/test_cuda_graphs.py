@@ -1,0 +1,281 @@
+"""Captured chunks without a GPU: the graph cache, its keys and its end, against a driver that records on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.captured import Captured, recording, seam
+from support.policies import LEROBOT_FIRST, chunk, make_policy
+from support.recorder import RecorderDriver
+from torch import nn
+
+import smolvla_fast
+from smolvla_fast.engine import cuda_graphs as graphs
+from smolvla_fast.patching import eligibility
+from smolvla_fast.testing.policies import make_noise, make_observation
+
+TIERS = ["exact", "fp32", "bf16"]
+pytestmark = pytest.mark.usefixtures("recording")
+__all__ = ["recording"]
+
+
+@LEROBOT_FIRST
+@pytest.mark.parametrize("precision", TIERS)
+@pytest.mark.parametrize("layout", ["fp32", "mixed"])
+def test_a_replay_has_the_bits_of_a_plain_run(precision: str, layout: str) -> None:
+    pair = Captured(precision, layout=layout)
+    for seed in range(3):
+        assert pair.same(seed=seed)
+    assert (pair.driver.captures, pair.driver.replays) == (1, 3)
+    assert pair.status.calls_fast == 3 and pair.status.graphs == 1 and pair.status.graph_nodes > 100
+
+
+def _edit(policy: Any) -> Any:
+    return policy.model.vlm_with_expert.lm_expert.layers[1].mlp.up_proj
+
+
+def _copy_(policy: Any) -> None:
+    for parameter in policy.parameters():
+        parameter.data.copy_(parameter.data * 1.01)
+
+
+def _load(policy: Any) -> None:
+    policy.load_state_dict({name: value * 1.01 for name, value in policy.state_dict().items()})
+
+
+def _step(policy: Any) -> None:
+    layer = _edit(policy)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    torch.optim.SGD([layer.weight], lr=0.01).step()
+    layer.weight.grad = None
+
+
+def _data(policy: Any) -> None:
+    _edit(policy).weight.data = _edit(policy).weight.data * 1.5
+
+
+def _parameter(policy: Any) -> None:
+    _edit(policy).weight = nn.Parameter(_edit(policy).weight.detach() * 1.5)
+
+
+def _assign(policy: Any) -> None:
+    policy.load_state_dict({n: v * 1.01 for n, v in policy.state_dict().items()}, assign=True)
+
+
+def _module(policy: Any) -> None:
+    mlp = policy.model.vlm_with_expert.lm_expert.layers[1].mlp
+    with torch.no_grad():
+        new = nn.Linear(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False)
+        new.weight.copy_(mlp.up_proj.weight * 1.5)
+    mlp.up_proj = new.eval()
+
+
+def _double_and_back(policy: Any) -> None:
+    policy.double()
+    policy.float()
+
+
+def _eps(policy: Any) -> None:
+    for layer in policy.model.vlm_with_expert.lm_expert.layers:
+        layer.input_layernorm.variance_epsilon = 0.1
+
+
+@LEROBOT_FIRST
+@pytest.mark.check(37, 38, 39)
+@pytest.mark.parametrize(
+    ("change", "captures"),
+    [(_copy_, 1), (_load, 1), (_step, 1)]
+    + [(change, 2) for change in (_data, _parameter, _assign, _module, _double_and_back)]
+    + [(_eps, 1)],  # another setting of a layer: another engine, with graphs of its own
+)
+def test_every_way_weights_change(change: Callable[[Any], None], captures: int) -> None:
+    """Values in place are read live; what moves or is replaced asks for another capture. Never an old chunk."""
+    pair = Captured()
+    assert pair.same()
+    before = chunk(pair.policy, make_observation(pair.plain), make_noise(pair.plain))
+    for policy in (pair.plain, pair.policy):
+        change(policy)
+    assert pair.same() and pair.driver.captures == captures
+    after = chunk(pair.policy, make_observation(pair.plain), make_noise(pair.plain))
+    assert torch.equal(before, after) is (change is _double_and_back), "the change has no effect: no test"
+    assert pair.status.calls_stock == 0
+
+
+@pytest.mark.check(19)
+def test_a_hook_sends_the_call_under_way_to_stock() -> None:
+    """It is found behind the replay; the chunk is thrown away and noise is not drawn twice."""
+    pair = Captured()
+    assert pair.same()
+    hooks = [
+        policy.model.vlm_with_expert.lm_expert.norm.register_forward_hook(lambda *_: None)
+        for policy in (pair.plain, pair.policy)
+    ]
+    given = make_observation(pair.plain)
+    chunks = []
+    for policy in (pair.plain, pair.policy):
+        torch.manual_seed(3)
+        chunks += [chunk(policy, given), chunk(policy, given)]
+    assert torch.equal(chunks[0], chunks[2]) and torch.equal(chunks[1], chunks[3])
+    assert pair.status.calls_stock == 2 and "hook" in pair.status.last_fallback
+    for hook in hooks:
+        hook.remove()
+    assert pair.same() and pair.status.calls_fast == 2
+
+
+def test_stale_graphs_do_not_come_back() -> None:
+    """Fast, then stock while a weight moves, then fast again."""
+    pair = Captured()
+    assert pair.same()
+    norm = pair.policy.model.vlm_with_expert.lm_expert.norm
+    hook = norm.register_forward_hook(lambda *_: None)
+    assert pair.same()
+    for policy in (pair.plain, pair.policy):
+        _parameter(policy)
+    hook.remove()
+    assert pair.same() and pair.driver.captures == 2
+
+
+def test_waiting_for_the_device_or_host_constants_would_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorder is as strict as a capture: else the tests here prove nothing."""
+    for illegal in (
+        lambda: torch.ones(1).item(),
+        lambda: torch.tensor([1.0, 2.0]),
+        lambda: torch.ones(2).nonzero(),
+    ):
+        driver = RecorderDriver()
+        with pytest.raises(RuntimeError, match="waits for|host constant|depends on data"):
+            driver.capture(lambda illegal=illegal: (illegal(), torch.ones(1))[1])
+
+
+def test_inside_a_callers_own_capture_nothing_is_captured() -> None:
+    pair = Captured()
+    pair.driver.capturing = True
+    assert pair.same() and pair.driver.captures == 0 and pair.status.calls_fast == 1
+
+
+@pytest.mark.check(51)
+def test_inference_mode_and_plain_calls_share_a_graph() -> None:
+    pair = Captured()
+    with torch.inference_mode():
+        assert pair.same()
+    assert pair.same()
+    with torch.inference_mode():
+        assert pair.same(seed=4)
+    assert pair.driver.captures == 1
+
+
+@pytest.mark.check(16)
+def test_copies_capture_for_themselves() -> None:
+    pair = Captured()
+    assert pair.same()
+    twin = copy.deepcopy(pair.policy)
+    _parameter(twin)
+    given, noise = make_observation(pair.plain), make_noise(pair.plain)
+    assert not torch.equal(chunk(twin, given, noise), chunk(pair.plain, given, noise))
+    assert pair.same() and pair.driver.captures == 1
+
+
+def test_reading_a_timed_or_verified_chunk_captures_nothing() -> None:
+    pair = Captured("fp32")
+    report = smolvla_fast.verify(pair.policy, make_observation(pair.plain))
+    assert report.passed and len(report.velocity_rel_l2) == pair.policy.config.num_steps
+
+
+def test_the_driver_of_a_cpu_is_none() -> None:
+    assert graphs.driver_for(torch.device("cpu")) is None
+
+
+def test_nothing_but_ops_runs_in_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five ops a layer and one at each end of a step, and not a single torch kernel between them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from smolvla_fast.ops.select import select
+    from smolvla_fast.ops.table import NAMES
+
+    ops = select("torch", torch.device("cpu"), False)
+    inside = [0]
+    counts: dict[str, int] = {}
+    between: list[str] = []
+
+    class Between(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            views = func.is_view or func.namespace == "prim"
+            if not inside[0] and not views and watching[0]:
+                between.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    watching = [False]
+
+    def counted(name: str) -> Callable[..., Any]:
+        function = getattr(ops, name)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if name == "suffix_embed":
+                watching[0] = True
+            counts[name] = counts.get(name, 0) + watching[0]
+            inside[0] += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                inside[0] -= 1
+
+        return run
+
+    import dataclasses
+
+    policy = make_policy("tiny")
+    own = {name: counted(name) for name in NAMES if getattr(ops, name) is not None}
+    counting = dataclasses.replace(ops, **own, single_launch=True, leaves_to_torch=lambda *_: False)
+    smolvla_fast.patch(policy, precision="fp32", backend="torch")
+    engine = seam["engine_of"](policy.model)
+    engine.graphs, engine.ops = None, counting
+    monkeypatch.setattr(eligibility, "_get_current_dispatch_mode_stack", list)  # this one only looks
+    with Between():
+        chunk(policy, make_observation(policy), make_noise(policy))
+    steps, layers = policy.config.num_steps, 4
+    assert between == []
+    assert (
+        sum(counts.values()) == steps * (2 + 5 * layers) == steps * smolvla_fast.status(policy).step_launches
+    )
+
+
+@pytest.mark.check(53)
+@pytest.mark.parametrize("broken", [False, True], ids=["capture survives", "capture broken"])
+def test_recording_tells_what_broke_it(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of the work, not that of ending the capture; what a broken one leaves behind is undone once."""
+    from smolvla_fast.engine import cuda_driver
+
+    class Graph:
+        begun = ended = 0
+
+        def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+            assert capture_error_mode == "thread_local" and pool == "pool"
+            self.begun += 1
+
+        def capture_end(self) -> None:
+            self.ended += 1
+            if broken:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    mended: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(cuda_driver.CudaDriver, "_mend", lambda self, pool: mended.append(pool))
+    driver = cuda_driver.CudaDriver(torch.device("cuda", 0))
+
+    def fails() -> torch.Tensor:
+        raise ValueError("a tile that does not fit")
+
+    graph = Graph()
+    with pytest.raises(ValueError, match="does not fit"):
+        driver._record(graph, fails)  # type: ignore[arg-type]
+    assert (graph.begun, graph.ended, mended) == (1, 1, ["pool"] if broken else [])
+    graph = Graph()
+    if broken:
+        with pytest.raises(RuntimeError, match="previous error"):
+            driver._record(graph, lambda: torch.ones(1))  # type: ignore[arg-type]
+    else:
+        assert driver._record(graph, lambda: torch.ones(1)) is not None  # type: ignore[arg-type]

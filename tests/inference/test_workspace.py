@@ -1,0 +1,126 @@
+"""Nothing in the denoise loop of backend ``cpu`` asks torch for memory, and what it uses again is nobody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.policies import LEROBOT_ONLY, chunk, make_policy
+
+import smolvla_fast
+from benchmarks.cpu import overhead
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.cpu.workspace import Workspace
+from smolvla_fast.patch import engine_of
+from smolvla_fast.testing.policies import make_noise, make_observation
+
+pytestmark = [
+    LEROBOT_ONLY,
+    pytest.mark.cpu_kernels,
+    pytest.mark.skipif(not cpu.supported(), reason=extension.why_missing("cpu") or "built"),
+]
+# Steps enough that one allocation in each could not be taken for anything else.
+SHAPE = dict(chunk_size=10, n_action_steps=10, num_steps=5)
+
+
+def patched(precision: str = "fp32", **settings: Any) -> Any:
+    policy = make_policy("tiny", **SHAPE, **settings)
+    smolvla_fast.patch(policy, precision=precision, backend="cpu")
+    return policy
+
+
+@pytest.mark.parametrize("layout", ["fp32", "mixed"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_denoise_step_allocates_nothing(precision: str, layout: str) -> None:
+    policy = patched(precision, layout=layout)
+    found = overhead.step_allocations(policy, (make_observation(policy), make_noise(policy)))
+    assert found["step_allocations"] == 0, found
+    assert smolvla_fast.status(policy).calls_stock == 0
+
+
+def test_also_for_a_batch_whose_cache_slots_are_in_pieces() -> None:
+    policy = patched()
+    inputs = make_observation(policy, batch=2), make_noise(policy, batch=2)
+    assert overhead.step_allocations(policy, inputs)["step_allocations"] == 0
+
+
+def test_chunks_are_fresh_and_of_the_bits_without_a_workspace() -> None:
+    policy = patched()
+    observation, noises = make_observation(policy), [make_noise(policy, seed=seed) for seed in range(3)]
+    kept = [chunk(policy, observation, noise) for noise in noises]
+    copies = [each.clone() for each in kept]
+    again = [chunk(policy, observation, noise) for noise in noises]
+    engine = engine_of(policy.model)
+    engine._workspace = None
+    for one, copy, other, noise in zip(kept, copies, again, noises, strict=True):
+        assert torch.equal(one, copy), "a later chunk was written over it"
+        assert torch.equal(one, other)
+        assert torch.equal(one, chunk(policy, observation, noise))
+
+
+def test_noise_is_not_written_to() -> None:
+    policy = patched()
+    noise = make_noise(policy)
+    before = noise.clone()
+    chunk(policy, make_observation(policy), noise)
+    assert torch.equal(noise, before)
+
+
+def test_threads_have_memory_of_their_own() -> None:
+    policy = patched()
+    observation, noises = make_observation(policy), [make_noise(policy, seed=seed) for seed in range(4)]
+    # New threads take OpenMP's own count, not this one's, and the order of a library's sums may depend on it.
+    threads = torch.get_num_threads()
+    want = [chunk(policy, observation, noise) for noise in noises]
+    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        for _ in range(5):
+            got = list(pool.map(lambda noise: chunk(policy, observation, noise), noises))
+            assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+class _Taken(Workspace):
+    """Memory that another thread takes and writes to at the very moment it is given back."""
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        with super().lent():
+            yield
+        for buffers in self._free:
+            for each in buffers.values():
+                each.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("layout", ["fp32", "mixed"])
+def test_a_chunk_is_copied_before_its_memory_is_given_back(layout: str) -> None:
+    policy = patched(layout=layout)
+    observation, noise = make_observation(policy), make_noise(policy)
+    want = chunk(policy, observation, noise)
+    engine_of(policy.model)._workspace = _Taken()
+    for _ in range(2):
+        assert torch.equal(chunk(policy, observation, noise), want), "another thread's numbers"
+
+
+def test_a_chunk_that_fails_gives_the_memory_back() -> None:
+    policy = patched()
+    observation, noise = make_observation(policy), make_noise(policy)
+    want = chunk(policy, observation, noise)
+    engine = engine_of(policy.model)
+    ops, held = engine.ops, engine._workspace.bytes
+    assert held > 0 and smolvla_fast.status(policy).extra_bytes >= held
+
+    def failing(*args: Any) -> Any:
+        raise RuntimeError("on purpose")
+
+    engine.ops = replace(ops, euler_step=failing)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="on purpose"):
+            chunk(policy, observation, noise)
+    engine.ops = ops
+    assert torch.equal(chunk(policy, observation, noise), want)
+    assert engine._workspace.bytes == held, "each failure left a set of buffers behind"

@@ -1,0 +1,121 @@
+"""What is shipped, what an import costs, and that an installation never depends on a compiler."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = {path.name for path in (ROOT / "kernels").glob("*.py")}
+SOURCES = {
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "csrc").rglob("*")
+    if path.suffix in (".cpp", ".cu", ".h", ".cuh")
+}
+MODULES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "smolvla_fast").rglob("*.py")}
+
+
+def files_under(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_kernels_folder_is_no_package_by_itself():
+    assert KERNELS, "no Triton kernel to ship"
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow the package of that name on PyPI"
+
+
+def test_sdist_holds_what_is_built(source_tree):
+    files = files_under(source_tree)
+    assert {f"kernels/{name}" for name in KERNELS} <= files
+    assert files >= SOURCES | {"csrc/ninja_build.py", "setup.py", "pyproject.toml", "LICENSE"}
+    # The pointer is for checkouts alone: in a wheel the kernels themselves take its place.
+    assert MODULES - files == {"smolvla_fast/kernels/__init__.py"}
+
+
+def test_installation_from_the_sdist_holds_every_kernel_and_source(installed):
+    files = files_under(installed)
+    assert {f"smolvla_fast/kernels/{name}" for name in KERNELS} <= files
+    assert {f"smolvla_fast/{name}" for name in SOURCES} <= files
+    assert MODULES - files == {"smolvla_fast/kernels/__init__.py"}
+    top = {path.name for path in installed.iterdir() if ".dist-info" not in path.name}
+    assert top - {"bin"} == {"smolvla_fast"}, (
+        "nothing but the package may land beside other people's packages"
+    )
+
+
+def test_installed_kernels_are_imported_from_the_package(installed, python):
+    pytest.importorskip("triton")
+    code = "import smolvla_fast.kernels.add_rms_norm as k; print(k.__file__)"
+    assert python(code, [installed]) == str(installed / "smolvla_fast" / "kernels" / "add_rms_norm.py")
+
+
+def test_another_package_called_kernels_wins_in_a_checkout(python, tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("whose = 'theirs'\n")
+    code = "import kernels, smolvla_fast.kernels.tuning; print(kernels.whose)"
+    pytest.importorskip("triton")
+    assert python(code, [ROOT, tmp_path]) == "theirs"
+
+
+def test_metadata(installed):
+    text = next(installed.glob("smolvla_fast-*.dist-info/METADATA")).read_text()
+    fields = [line.split(": ", 1) for line in text.split("\n\n", 1)[0].splitlines() if ": " in line]
+    assert ["Requires-Python", ">=3.10"] in fields
+    assert ["License-Expression", "Apache-2.0"] in fields
+    needed = {
+        value.split(";")[0].strip()
+        for key, value in fields
+        if key == "Requires-Dist" and "extra" not in value
+    }
+    assert {requirement.split(">")[0] for requirement in needed} == {
+        "torch",
+        "numpy",
+        "safetensors",
+        "transformers",
+    }
+    extras = {value for key, value in fields if key == "Provides-Extra"}
+    assert extras >= {"lerobot", "train", "bench", "test", "flash", "cli"}
+    entry = next(installed.glob("smolvla_fast-*.dist-info/entry_points.txt")).read_text()
+    assert "smolvla-fast = smolvla_fast.cli:main" in entry
+
+
+@pytest.mark.parametrize(
+    "environment, reason",
+    [
+        pytest.param(
+            {"CC": "/bin/false", "CXX": "/bin/false"}, "/bin/false does not compile C++",
+            marks=pytest.mark.long, id="failing",
+        ),
+        pytest.param({"PATH": "", "CXX": ""}, "no C++ compiler", id="missing"),
+    ],
+)  # fmt: skip
+def test_without_a_compiler_it_installs_and_says_why(install_again, python, environment, reason):
+    folder = install_again(**environment)
+    record = json.loads((folder / "smolvla_fast" / "_build.json").read_text())
+    assert record["cpu"]["built"] is False
+    assert reason in record["cpu"]["reason"]
+    assert not list(folder.glob("smolvla_fast/*.so"))
+    code = """
+import torch, smolvla_fast
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import kernels as cpu
+assert not extension.available("cpu")
+try:
+    cpu.add_rms_norm(torch.ones(2, 4), None, torch.ones(4), 1e-5)
+except extension.ExtensionUnavailable as error:
+    print(error)
+"""
+    assert reason in python(code, [folder])
+
+
+def test_kernels_are_found_when_nothing_is_installed(python):
+    pytest.importorskip("triton")
+    code = """
+import sys
+# an editable installation would find the kernels by itself
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]
+import smolvla_fast.kernels.tuning as tuning
+print(tuning.__file__)
+"""
+    assert os.path.samefile(python(code, [ROOT]), ROOT / "kernels" / "tuning.py")

@@ -1,0 +1,1 @@
+"""What tests share: policies, inputs, contracts, and what plays a GPU or another processor."""

@@ -1,0 +1,30 @@
+"""Fixtures of the folders whose tests run on LeRobot's own class and on ours, unless they are marked otherwise."""
+
+from __future__ import annotations
+
+import pytest
+
+from support import integer_products
+from support.policies import bf16_products, few_threads, noise, observation, origin, policy
+
+__all__ = [
+    "bf16_products",
+    "both_origins",
+    "few_threads",
+    "noise",
+    "observation",
+    "origin",
+    "policy",
+    "products",
+]
+
+
+@pytest.fixture(autouse=True)
+def both_origins(origin: str) -> None:
+    """Every test of the folder runs on both."""
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tier int8 is served, whatever the processor."""
+    integer_products.provide(monkeypatch)

@@ -1,0 +1,46 @@
+"""Triton launchers with their outputs between guards: memory that was not written, or written beside, shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from support.contract import to_device
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GUARD = 64
+"""Elements before and behind an output; a multiple of 16 bytes in every dtype, as the allocator aligns."""
+
+
+def guarded(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher on the test device for inputs on the host, its results back there.
+
+    What it allocates starts as NaN with NaN around it, and the NaN around it must stay.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        wholes: list[Tensor] = []
+        allocate = torch.empty
+
+        def empty(*shape: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+            numel = allocate(*shape, device="meta").numel()
+            whole = torch.full((numel + 2 * GUARD,), torch.nan, dtype=dtype, device=device)
+            wholes.append(whole)
+            return whole[GUARD : GUARD + numel].view(*shape)
+
+        def empty_like(like: Tensor) -> Tensor:
+            return empty(like.shape, dtype=like.dtype, device=like.device)
+
+        args, kwargs = to_device(args, DEVICE), to_device(kwargs, DEVICE)
+        with patch.object(torch, "empty", empty), patch.object(torch, "empty_like", empty_like):
+            out = launcher(*args, **kwargs)
+        assert wholes, "the launcher allocated nothing"
+        for whole in wholes:
+            assert whole[:GUARD].isnan().all() and whole[-GUARD:].isnan().all(), "wrote beside its output"
+        return to_device(out, "cpu")
+
+    return call

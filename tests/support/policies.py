@@ -1,0 +1,114 @@
+"""Tiny SmolVLA policies, LeRobot's and ours, and what they are fed: shared by the folders that test the engine."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip(
+    "lerobot.policies.smolvla.modeling_smolvla", reason="parity is against LeRobot's own classes"
+)
+
+from smolvla_fast import inference
+from smolvla_fast.model.precision import Tier
+from smolvla_fast.testing import policies
+from smolvla_fast.testing.policies import make_noise, make_observation
+
+TIERS = ["exact", "fp32", "bf16"]
+_origin = "lerobot"
+
+
+@pytest.fixture(params=["lerobot", "ours"])
+def origin(request: pytest.FixtureRequest) -> Any:
+    """Whose class ``make_policy`` builds; a test that asks for ``policy`` runs on both."""
+    global _origin
+    _origin = request.param
+    yield _origin
+    _origin = "lerobot"
+
+
+LEROBOT_ONLY = pytest.mark.parametrize("origin", ["lerobot"], indirect=True)
+"""For what is true of LeRobot's classes alone: their base class, their source, their looser checks. Our own model also
+shares its maths with the references, so a change to those cannot be told apart from it."""
+
+
+LEROBOT_FIRST = pytest.mark.parametrize(
+    "origin", ["lerobot", pytest.param("ours", marks=pytest.mark.long)], indirect=True
+)
+"""For grids of many cases: on LeRobot's class in ``make test``, on both in ``make test-full``; that our own model answers as
+LeRobot's does is the business of tests/smolvla, and tests with neither of these marks run on both."""
+
+
+def make_policy(size: str, **settings: Any) -> Any:
+    """``smolvla_fast.testing.policies.make_policy`` of the class under test; common ones are copies of one made before."""
+    if size == "tiny" and settings.keys() <= {"num_steps", "layout", "seed", "cameras"}:
+        return copy.deepcopy(_made(_origin, **settings))
+    return policies.make_policy(size, origin=_origin, **settings)
+
+
+@lru_cache(maxsize=32)
+def _made(origin: str, **settings: Any) -> Any:
+    return policies.make_policy("tiny", origin=origin, **settings)
+
+
+def rel_l2(x: Tensor, reference: Tensor) -> float:
+    return float((x.double() - reference.double()).norm() / reference.double().norm())
+
+
+def chunk(policy: Any, observation: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """One chunk from copies of the inputs, since Aloha policies flip the state they are given in place."""
+    copies = {key: value.clone() for key, value in observation.items()}
+    return policy.predict_action_chunk(copies, noise=noise, **kwargs)
+
+
+def seam_inputs(policy: Any, observation: dict[str, Tensor]) -> tuple[Any, ...]:
+    """What ``policy.model.sample_actions`` takes: images, their masks, tokens, their masks, state."""
+    images, masks = policy.prepare_images(observation)
+    tokens, token_masks = (
+        observation[f"observation.language.{name}"] for name in ("tokens", "attention_mask")
+    )
+    return images, masks, tokens, token_masks, policy.prepare_state(observation)
+
+
+def chunk_in_fp64(model: Any, inputs: tuple[Any, ...], noise: Tensor) -> Tensor:
+    """The truth for a chunk from ``seam_inputs``: the references follow the dtype they are given."""
+    images, masks, tokens, token_masks, state = inputs
+    engine = inference.Engine(Tier("fp64", gemm_dtype=None, stock_order=True), "auto", torch.device("cpu"))
+    wide = [image.double() for image in images]
+    model = copy.deepcopy(model).double()
+    return engine.act(model, wide, masks, tokens, token_masks, state.double(), noise.double())
+
+
+@pytest.fixture
+def policy(origin: str) -> Any:
+    return make_policy("tiny")
+
+
+@pytest.fixture
+def observation(policy: Any) -> dict[str, Tensor]:
+    return make_observation(policy)
+
+
+@pytest.fixture
+def noise(policy: Any) -> Tensor:
+    return make_noise(policy)
+
+
+@pytest.fixture(autouse=True)
+def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of the bf16 tier in bf16 on every processor, so that its numerics are tested everywhere."""
+    monkeypatch.setattr(inference, "why_bf16_is_slow", lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> Any:
+    """Tiny matrices on one thread: the tests are then an order of magnitude faster on a shared machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

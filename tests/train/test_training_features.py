@@ -1,0 +1,292 @@
+"""Datasets of any names, dtypes, shapes: what ``lerobot-train`` reads is trained, what no step takes is said before it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+
+import draccus
+import pytest
+import torch
+from lerobot.scripts.lerobot_edit_dataset import EditDatasetConfig, handle_remove_feature
+from support.training_runs import (
+    go_on,
+    lerobot_train,
+    own_train,
+    record,
+    refused,
+    same,
+    seeded_losses,
+    weights,
+)
+
+from smolvla_fast import training
+from smolvla_fast.smolvla.features import ACTION, OBS_STATE
+from smolvla_fast.testing.dataset import REPO_ID
+from smolvla_fast.train.random_state import collect
+
+pytestmark = pytest.mark.training
+
+FRONT, WRIST, DEPTH = (f"observation.images.{name}" for name in ("front", "wrist", "depth"))
+FRAME, VECTOR = ("image", (16, 24, 3)), ("float32", (6,))
+PLAIN = {FRONT: FRAME, WRIST: FRAME, OBS_STATE: VECTOR, ACTION: VECTOR}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(finished):
+    return f"--policy.path={finished / 'checkpoints' / 'last' / 'pretrained_model'}"
+
+
+@pytest.fixture(scope="module")
+def blank(finished, tmp_path_factory):
+    """The same checkpoint, declaring no inputs: it takes the dataset's, in LeRobot and here."""
+    folder = tmp_path_factory.mktemp("blank") / "pretrained_model"
+    shutil.copytree(finished / "checkpoints" / "last" / "pretrained_model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "input_features": {}}))
+    return f"--policy.path={folder}"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return record(tmp_path_factory.mktemp("plain") / "data", PLAIN)
+
+
+def renamed(names):
+    """``PLAIN`` and an environment state in other words, and the flag that puts these back."""
+    plain = {**PLAIN, "observation.environment_state": ("float32", (3,))}
+    back = {new: old for old, new in names.items()}
+    return (
+        plain,
+        {names.get(key, key): entry for key, entry in plain.items()},
+        f"--rename_map={json.dumps(back)}",
+    )
+
+
+ALL = {
+    OBS_STATE: "observation.q", FRONT: "observation.images.a", WRIST: "observation.images.b",
+    "observation.environment_state": "observation.z",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names, fast",
+    [
+        pytest.param({OBS_STATE: "observation.joint_positions"}, "off", id="state"),
+        pytest.param(
+            {OBS_STATE: "observation.environment_state", "observation.environment_state": OBS_STATE}, "off", id="swapped"
+        ),
+        pytest.param(ALL, "off", id="all"),
+        pytest.param(ALL, "on", id="all-fast"),
+    ],
+)  # fmt: skip
+def test_train_reads_renamed_features(names, fast, bench_top, checkpoint, tmp_path):
+    """To the bit what is trained on the same recording under the policy's own names, held-out loss included."""
+    plain, other, flag = renamed(names)
+    ends = []
+    for name, features, flags in (("plain", plain, []), ("renamed", other, [flag])):
+        root = record(tmp_path / f"data_{name}", features)
+        more = ("--dataset.eval_split=0.5", "--eval_steps=1")
+        bench_top.train(tmp_path / name, root, checkpoint, f"--fast={fast}", *more, *flags)
+        log = [json.loads(line) for line in (tmp_path / name / "train_log.jsonl").read_text().splitlines()]
+        losses = [{k: e[k] for k in ("loss", "grad_norm", "eval_loss") if k in e} for e in log]
+        ends.append((losses, weights(tmp_path / name / "checkpoints" / "last")))
+    assert ends[0][0] == ends[1][0] and sum("eval_loss" in entry for entry in ends[0][0]) == 2
+    assert same(ends[0][1], ends[1][1])
+
+
+def test_a_resumed_run_reads_renamed_features(bench_top, checkpoint, tmp_path):
+    _, other, flag = renamed({OBS_STATE: "observation.q", FRONT: "observation.images.a"})
+    flags = (record(tmp_path / "data", other), checkpoint, flag)
+    bench_top.train(tmp_path / "whole", *flags, "--steps=3")
+    bench_top.train(tmp_path / "half", *flags, "--steps=3", "--save_freq=1")
+    last = tmp_path / "half" / "checkpoints" / "last"
+    last.unlink()
+    last.symlink_to("000001")
+    go_on(tmp_path / "half")
+    assert same(*(weights(tmp_path / name / "checkpoints" / "last") for name in ("whole", "half")))
+
+
+def test_train_names_the_dataset_s_feature_in_what_it_refuses(bench_top, checkpoint, tmp_path, capsys):
+    _, other, flag = renamed({OBS_STATE: "observation.q"})
+    root = record(tmp_path / "data", other)
+    stats = tmp_path / "data" / "meta" / "stats.json"
+    entries = json.loads(stats.read_text())
+    del entries["observation.q"]["std"]
+    stats.write_text(json.dumps(entries))
+    message = refused(bench_top, tmp_path / "run", capsys, root, checkpoint, flag)
+    assert "'std' of 'observation.q'" in message
+
+
+MEMBERS = {
+    "float64": {OBS_STATE: ("float64", (6,)), ACTION: ("float64", (6,))},
+    "float16-int32": {OBS_STATE: ("float16", (6,)), ACTION: ("int32", (6,))},
+    "uint8-float16": {OBS_STATE: ("uint8", (6,)), ACTION: ("float16", (6,))},
+    "int64-uint8": {OBS_STATE: ("int64", (6,)), ACTION: ("uint8", (6,))},
+    "state-of-one": {OBS_STATE: ("float32", (1,))},
+    "state-matrix": {OBS_STATE: ("float64", (4, 4))},
+    "beside-the-state": {
+        "observation.pose": ("float32", (4, 4)), "observation.poses": ("float64", (2, 3, 4)),
+        "observation.count": ("int64", (1,)), "observation.environment_state": ("float64", (3,)),
+        "note": ("string", (1,)), "success": ("bool", (1,)), "map": ("uint8", (2, 2)), "action.raw": ("float64", (3,)),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_train_reads_every_dtype_and_shape_as_lerobot_train(member, bench_top, blank, tmp_path, monkeypatch):
+    """The bits of ``lerobot-train``'s losses and gradient norms."""
+    flags = (record(tmp_path / "data", {**PLAIN, **MEMBERS[member]}), blank)
+    theirs = lerobot_train(monkeypatch, bench_top.flags(tmp_path / "theirs", *flags))
+    ours = own_train(monkeypatch, bench_top.settings(tmp_path / "ours", *flags, "--fast=off"))
+    assert ours == theirs and len(ours) == 2
+
+
+def test_train_renames_cameras_as_lerobot_train(bench_top, checkpoint, tmp_path, monkeypatch):
+    _, other, flag = renamed({FRONT: "observation.images.up", WRIST: FRONT})
+    flags = (record(tmp_path / "data", other), checkpoint, flag)
+    theirs = lerobot_train(monkeypatch, bench_top.flags(tmp_path / "theirs", *flags))
+    ours = own_train(monkeypatch, bench_top.settings(tmp_path / "ours", *flags, "--fast=off"))
+    assert ours == theirs and len(ours) == 2
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_train_refuses_a_dataset_without_a_camera_of_the_policy(
+    empty, bench_top, checkpoint, tmp_path, capsys
+):
+    """Blank frames stand beside a real one, so that none is advised here, and none helps."""
+    root = record(tmp_path / "data", {"observation.images.top": FRAME, OBS_STATE: VECTOR, ACTION: VECTOR})
+    message = refused(
+        bench_top, tmp_path / "run", capsys, root, checkpoint, f"--policy.empty_cameras={empty}"
+    )
+    assert "observation.images.top" in message and "--policy.empty_cameras" not in message
+    follow(message, bench_top, tmp_path, root, checkpoint, f"--policy.empty_cameras={empty}", ways=2)
+
+
+def follow(message, bench_top, tmp_path, *flags, ways=1):
+    """Runs the command with each flag that the message advises, as a shell reads it."""
+    found = re.findall(r"--(?:policy|rename)[\w.]*[= ](?:'[^']*'|\[[^]]*\]|[^\s;,]+)", message)
+    assert len(found) >= ways, message
+    for number, way in enumerate(found):
+        words = "=".join(shlex.split(way))
+        run = tmp_path / f"followed{number}"
+        assert bench_top.command(run, *flags, words, "--steps=1", "--save_checkpoint=false") == 0, words
+
+
+IDENTITY = '--policy.normalization_mapping={"VISUAL":"IDENTITY","STATE":"IDENTITY","ACTION":"MEAN_STD"}'
+STEPS = {
+    "depth": ({DEPTH: ("depth", (16, 24, 1))}, [], [DEPTH, "1 channel", "3 (RGB)"], 1),
+    "bool-observation": ({"observation.grip": ("bool", (1,))}, [], ["'observation.grip'", "float32"], 1),
+    "bool-state": ({OBS_STATE: ("bool", (6,))}, [], ["'observation.state'", "float32"], 0),
+    "int-state-as-it-is": ({OBS_STATE: ("int64", (6,))}, [IDENTITY], ["'observation.state' is int64", "float32"], 0),
+    "tensor-state": ({OBS_STATE: ("float32", (2, 3, 4))}, [], ["'observation.state'", "[2, 3, 4]", "[m, n]"], 0),
+    "lone-action": ({ACTION: ("float32", (1,))}, [], ["'action' has 1 values", "at least 2"], 0),
+    "matrix-action": ({ACTION: ("float32", (2, 3))}, [], ["'action' has 2 x 3 values", "one vector"], 0),
+    "text": ({"observation.note": ("string", (1,))}, [], ["'observation.note' holds string", "remove_feature"], 0),
+    "oblong": ({}, ["--policy.resize_imgs_with_padding=[32,24]"], ["(32, 24)", "multiple of 16"], 1),
+    "as-recorded": ({}, ["--policy.resize_imgs_with_padding=null"], [FRONT, WRIST, "24 x 16", "multiple of 16"], 1),
+    "aloha": ({}, ["--policy.adapt_to_pi_aloha=true"], ["14 motors", "'observation.state' [2, 1, 6] float32"], 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("member", STEPS)
+def test_train_says_what_a_step_would_fail_on_before_it(member, bench_top, plain, tmp_path, capsys):
+    """Named with what is accepted, nothing written; and with the flag that the message advises, the run trains."""
+    features, flags, says, ways = STEPS[member]
+    root = record(tmp_path / "data", {**PLAIN, **features}) if features else plain
+    message = refused(bench_top, tmp_path / "run", capsys, root, *flags)
+    assert all(part in message for part in says), message
+    if ways:
+        follow(message, bench_top, tmp_path, root, *flags, ways=ways)
+
+
+@pytest.mark.parametrize(
+    "key, entry",
+    [
+        ("observation.note", ("string", (1,))),
+        ("observation.grip", ("bool", (1,))),
+        pytest.param(DEPTH, ("depth", (16, 24, 1)), id="depth"),
+    ],
+)
+def test_a_feature_can_be_taken_out_of_the_dataset_as_advised(key, entry, bench_top, blank, tmp_path, capsys):
+    """Of a checkpoint's run, which has features of its own that a flag would add to."""
+    root = record(tmp_path / "data", {**PLAIN, key: entry})
+    message = refused(bench_top, tmp_path / "run", capsys, root, blank)
+    words = shlex.split(re.search(r"`lerobot-edit-dataset ([^`]*)`", message)[1])
+    where = dict(
+        repo_id=REPO_ID, root=str(tmp_path / "data"), new_repo_id="x/y", new_root=str(tmp_path / "less")
+    )
+    edit = draccus.parse(
+        EditDatasetConfig, args=[*words, *(f"--{name}={value}" for name, value in where.items())]
+    )
+    handle_remove_feature(edit)
+    assert bench_top.command(tmp_path / "run", f"--dataset.root={tmp_path / 'less'}", blank) == 0
+
+
+@pytest.mark.parametrize(
+    "features, flags",
+    [
+        pytest.param(
+            {"observation.joints": VECTOR}, ['--rename_map={"observation.joints":"observation.state"}'], id="two-states"
+        ),
+        pytest.param({OBS_STATE: None, "observation.q": VECTOR}, [], id="no-state"),
+        pytest.param({WRIST: None, "observation.images.side": FRAME}, [], id="a-camera-of-another-name"),
+        pytest.param(
+            {FRONT: None, WRIST: None, "observation.images.a": FRAME, "observation.images.b": FRAME},
+            ['--rename_map={"observation.images.a":"observation.images.front"}'], id="one-of-two-renamed",
+        ),
+        pytest.param(
+            {}, ['--policy.input_features={"observation.state":{"type":"STATE","shape":[6]}}'], id="no-camera-declared"
+        ),
+    ],
+)  # fmt: skip
+def test_the_advice_about_names_works(features, flags, bench_top, checkpoint, tmp_path, capsys):
+    recorded = {key: entry for key, entry in {**PLAIN, **features}.items() if entry}
+    start = () if flags and "input_features" in flags[0] else (checkpoint,)
+    root = record(tmp_path / "data", recorded)
+    message = refused(bench_top, tmp_path / "run", capsys, root, *start, *flags)
+    follow(message, bench_top, tmp_path, root, *start, *flags)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ({OBS_STATE: FRONT}, ["'observation.state', which is none", "no camera"]),
+        ({FRONT: OBS_STATE}, ["'observation.images.front', a camera", "no state"]),
+        ({OBS_STATE: FRONT, WRIST: "observation.images.side"}, ["no camera", f'{{"{WRIST}": "observation.images.side"}}']),
+    ],
+)  # fmt: skip
+def test_a_camera_and_a_state_under_one_name_are_not_told_to_change_places(
+    names, says, bench_top, checkpoint, tmp_path, capsys
+):
+    message = refused(bench_top, tmp_path / "run", capsys, checkpoint, f"--rename_map={json.dumps(names)}")
+    assert all(part in message for part in ["--rename_map", *says]) and "_unused" not in message, message
+
+
+def test_a_split_that_holds_every_episode_out_is_said_so(bench_top, blank, tmp_path, capsys):
+    root = record(tmp_path / "data", PLAIN, episodes=1)
+    message = refused(bench_top, tmp_path / "run", capsys, root, blank, "--dataset.eval_split=0.1")
+    assert "leave it out" in message and "smaller" not in message
+
+
+def test_a_folder_without_a_checkpoint_is_not_to_be_resumed(bench_top, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("kept")
+    assert bench_top.command(tmp_path / "run") == 2
+    assert "give another, for it holds no checkpoint" in capsys.readouterr().err
+
+
+def test_the_trial_leaves_nothing_behind(bench_top, checkpoint, tmp_path, monkeypatch):
+    """Neither gradients nor random numbers nor a training step, and it computes what a step computes."""
+    from smolvla_fast.train.trial import try_step
+
+    run = bench_top.prepare(tmp_path / "run", checkpoint, "--fast=off")
+    before, state = collect(), {k: v.clone() for k, v in run.policy.state_dict().items()}
+    seen = seeded_losses(monkeypatch, run.policy, "forward", lambda result: (result[0].item(), len(result)))
+    try_step(run.settings, run.data, run.policy, run.preprocess, training._autocast(run.settings))
+    after = collect()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert same(state, run.policy.state_dict()) and all(p.grad is None for p in run.policy.parameters())
+    assert len(seen) == 1 and seen[0][0] > 0
