@@ -173,7 +173,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_train_step(benchmark, trainee, ceilings, pytestconfig, subject, variant, size):
     import smolvla_fast
-    from smolvla_fast.ops.cpu.processor import why_bf16_is_slow
+    from smolvla_fast.ops.processor import why_bf16_is_slow
 
     bf16, device = variant.endswith("bf16"), trainee.device
     if variant == COMPILED and not pytestconfig.getoption("--with-compile"):

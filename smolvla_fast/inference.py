@@ -16,12 +16,12 @@ from .engine.timing import is_timed, section
 from .model.dims import read_dims
 from .model.precision import Tier
 from .model.weights import Cast, DecoderLayer, keeps_kv_by_head, read_expert_layers, read_heads
-from .ops.cpu.processor import why_bf16_is_slow
 from .ops.cpu.workspace import Workspace
+from .ops.processor import why_bf16_is_slow
+from .ops.reference.euler_step import Guidances
 from .ops.reference.time_embedding import time_embedding
 from .ops.select import passed_over, select
 from .ops.table import STAGES, Ops, serving
-from .patching.rtc import Guidances
 from .stages.denoise import denoise
 from .stages.observation import Observation, prepare_images, prepare_observation
 from .stages.prefix import embed_prefix, embed_state, fill_prefix

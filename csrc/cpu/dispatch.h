@@ -40,7 +40,7 @@ namespace smolvla::cpu {
 enum class Level : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 // What oneDNN's own variable leaves: a user who takes a processor for an older one means our kernels too. Its values
-// stand in smolvla_fast/ops/cpu/processor.py.
+// stand in smolvla_fast/ops/processor.py.
 inline Level most_allowed() {
     const char* set = std::getenv("ONEDNN_MAX_CPU_ISA");
     if (!set || !*set) set = std::getenv("DNNL_MAX_CPU_ISA");

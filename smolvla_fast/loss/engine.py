@@ -18,7 +18,7 @@ from torch import Tensor
 from ..model.dims import Dims, read_dims
 from ..model.precision import Tier
 from ..model.weights import is_cross
-from ..ops.cpu.processor import why_bf16_is_slow
+from ..ops.processor import why_bf16_is_slow
 from ..ops.reference.masks import block_mask
 from ..ops.reference.rope import rope_tables
 from ..ops.select import select

@@ -16,7 +16,7 @@ import torch
 
 import smolvla_fast
 
-from ..ops.cpu import processor
+from ..ops import processor
 from .console import counted
 
 PACKAGES = ("torch", "transformers", "lerobot", "triton", "numpy")

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model.dense import why_not_dense
-from ..ops.reference.euler_step import Guidance
+from ..ops.reference.euler_step import Guidances
 from ..ops.reference.guidance import SCHEDULES, guidance_weight, prefix_weights
-
-
-class Guidances(NamedTuple):
-    """``Guidance`` for all steps of a chunk as data: nothing in it changes a captured graph.
-
-    previous   [B, S, A]  fp32      weights  [1, S, 1]  fp32      strengths  [N]  fp32, ``guidance_weight`` of each step
-    """
-
-    previous: Tensor
-    weights: Tensor
-    strengths: Tensor
-
-    def at(self, step: int) -> Guidance:
-        """What one denoise step needs."""
-        time = 1.0 + step * (-1.0 / len(self.strengths))
-        return Guidance(self.previous, self.weights, time, self.strengths[step])
 
 
 def plan_guidance(

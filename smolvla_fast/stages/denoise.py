@@ -12,10 +12,10 @@ from ..model.dims import Dims
 from ..model.kv_cache import PrefixKV
 from ..model.weights import DecoderLayer, Heads
 from ..ops.cpu.workspace import Workspace
+from ..ops.reference.euler_step import Guidances
 from ..ops.reference.masks import block_mask
 from ..ops.reference.rope import rope_tables
 from ..ops.table import Ops
-from ..patching.rtc import Guidances
 
 
 def denoise(

@@ -9,7 +9,7 @@ from ..model.dims import Dims
 from ..model.kv_cache import LayerKV, PrefixKV
 from ..model.weights import Affine, DecoderLayer, Heads, Norm
 from ..ops.reference import Cost, randn
-from ..patching.rtc import Guidances
+from ..ops.reference.euler_step import Guidances
 from ..stages.denoise import denoise
 
 # G: 1 where real-time chunking guides the loop. Z: masked tokens in the middle of the prefix. Every Y-th layer is a

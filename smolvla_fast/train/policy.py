@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..ops.cpu.processor import why_bf16_is_slow
+from ..ops.processor import why_bf16_is_slow
 from ..smolvla import SmolVLAConfig, SmolVLAPolicy, make_pre_post_processors
 from ..smolvla.hub import is_absent
 from ..smolvla.processor_smolvla import PREPROCESSOR_NAME, not_normalised, unnormalized

@@ -41,7 +41,11 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         rest = include if source.stem == "bindings" else ["-c", "-o", str(target)]
         return target, subprocess.run([*common, *rest, str(source)], text=True, capture_output=True)
 
-    sources = [ROOT / "csrc/bindings.cpp", *sorted(ROOT.glob("csrc/cpu/*.cpp")), ROOT / "tests/installation/aarch64.cpp"]
+    sources = [
+        ROOT / "csrc/bindings.cpp",
+        *sorted(ROOT.glob("csrc/cpu/*.cpp")),
+        ROOT / "tests/installation/aarch64.cpp",
+    ]
     with ThreadPoolExecutor() as pool:
         done = list(pool.map(compile_one, sources))
     for target, result in done:

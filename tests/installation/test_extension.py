@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from smolvla_fast.ops import extension
+from smolvla_fast.ops import extension, processor
 from smolvla_fast.ops.cpu import kernels as cpu
-from smolvla_fast.ops.cpu import processor
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from support.processors import MASKS, SEEN, Mask, carried, play
 
-from smolvla_fast.ops import extension
-from smolvla_fast.ops.cpu import int8, processor
+from smolvla_fast.ops import extension, processor
+from smolvla_fast.ops.cpu import int8
 
 pytestmark = pytest.mark.processor
 
@@ -76,7 +76,8 @@ LEVEL_OF = {
 }  # fmt: skip
 ASK = """
 import json, torch
-from smolvla_fast.ops.cpu import kernels as cpu, processor
+from smolvla_fast.ops import processor
+from smolvla_fast.ops.cpu import kernels as cpu
 print(json.dumps([cpu.instruction_levels()[-1], torch.backends.cpu.get_cpu_capability(), processor.features()]))
 """
 

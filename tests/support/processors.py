@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
-from smolvla_fast.ops import extension
+from smolvla_fast.ops import extension, processor
 from smolvla_fast.ops.cpu import kernels as cpu
-from smolvla_fast.ops.cpu import processor
 
 
 class Mask(NamedTuple):

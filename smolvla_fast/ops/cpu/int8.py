@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import extension
+from .. import extension, processor
 from ..reference.quantize import ZERO, IntegerRows, IntegerWeight, dequantize, quantize_weight
 from . import ops as compiled
-from . import processor, quantize
+from . import quantize
 
 MOST_LOST = 0.015
 """The most of its length that a weight may lose to one step a row, before what it loses is kept in a second term. Normal

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...model.dims import Dims
 from ...model.kv_cache import PrefixKV
 from ...model.weights import DecoderLayer, Heads
-from ...patching.rtc import Guidances
+from ..reference.euler_step import Guidances
 from ..reference.rope import rope_tables
 from ..torch.suffix import suffix_fold
 from . import library

@@ -30,6 +30,22 @@ class Guidance(NamedTuple):
     weight: Tensor
 
 
+class Guidances(NamedTuple):
+    """``Guidance`` for all steps of a chunk as data: nothing in it changes a captured graph.
+
+    previous   [B, S, A]  fp32      weights  [1, S, 1]  fp32      strengths  [N]  fp32, ``guidance_weight`` of each step
+    """
+
+    previous: Tensor
+    weights: Tensor
+    strengths: Tensor
+
+    def at(self, step: int) -> Guidance:
+        """What one denoise step needs."""
+        time = 1.0 + step * (-1.0 / len(self.strengths))
+        return Guidance(self.previous, self.weights, time, self.strengths[step])
+
+
 def euler_step(
     h: Tensor,
     norm_weight: Tensor,
