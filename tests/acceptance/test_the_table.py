@@ -9,9 +9,7 @@ from support.checks import (
     DRIVER,
     GPU,
     NO_TEST,
-    NOT_SHOWN,
     STATEMENTS,
-    TESTS,
     line_of,
     markdown,
     places,
@@ -28,17 +26,10 @@ def test_the_table_is_what_the_tests_say() -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == markdown(), "run `make acceptance`"
 
 
-def test_readme_names_what_is_not_shown() -> None:
-    readme = (TESTS.parent / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## What is promised")[1].split("\n## ")[0]
-    for number in NOT_SHOWN:
-        assert f"| {number} |" in section, f"check {number}: {NOT_SHOWN[number]}"
-
-
 def test_places_are_read_from_the_sources() -> None:
     found = {(place.number, place.path.split("/")[-1], place.where) for place in places()}
     assert (53, "test_threads_and_graphs.py", DRIVER) in found, "usefixtures of a test"
-    assert (16, "test_graphs.py", DRIVER) in found, "usefixtures of a module"
+    assert (16, "test_cuda_graphs.py", DRIVER) in found, "usefixtures of a module"
     assert (53, "test_chunk_on_device.py", GPU) in found, "a mark of a module"
     assert (24, "test_queue_and_outputs.py", CPU) in found
     assert {place.number for place in places() if place.test == "test_lora_as_lerobot_wraps_it"} == {17}
