@@ -25,7 +25,7 @@ ROOMS = (
     ("ops.torch",),
     ("kernels",),
     ("model", "smolvla", "measure"),
-    ("ops.extension", "ops.processor", "ops.reference"),
+    ("ops.extension", "ops.memory", "ops.processor", "ops.reference"),
 )
 """From what is read first to what all else stands on. A file imports from its own room and from those behind it."""
 
