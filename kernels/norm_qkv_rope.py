@@ -134,16 +134,16 @@ def norm_qkv_rope(
     head_dim = 2 * rope[0].shape[-1]
     has_kv = not (k_weight is None or v_weight is None or slots is None)
     k_out, v_out = slots if has_kv and slots is not None else (None, None)
-    weights = [w for w in ((q_weight, k_weight, v_weight) if has_kv else (q_weight,)) if w is not None]
-    if not weights:
+    used = [w for w in ((q_weight, k_weight, v_weight) if has_kv else (q_weight,)) if w is not None]
+    if not used:
         raise ValueError(f"{op} needs a weight of q, or weights and slots of k and v, or all; got neither")
-    dtype = weights[0].dtype
+    dtype = used[0].dtype
     check(op, "x", x, (batch, tokens, inputs))
     check(op, "norm.weight", norm_weight, (inputs,), like=x)
-    pairs = [parts(op, "a weight", w, (w.shape[0] // head_dim * head_dim, inputs), like=x) for w in weights]
-    weights, scales = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    weight = weights[0]
-    for w in weights:
+    pairs = [parts(op, "a weight", w, (w.shape[0] // head_dim * head_dim, inputs), like=x) for w in used]
+    used, scales = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    weight = used[0]
+    for w in used:
         if w.dtype is not weight.dtype:
             raise ValueError(f"{op}: weights are {weight.dtype} and {w.dtype}; accepted is one dtype for all")
     sin, cos = rope
@@ -157,9 +157,9 @@ def norm_qkv_rope(
     q_heads = 0 if q_weight is None else q_weight.shape[0] // head_dim
     kv_heads = k_weight.shape[0] // head_dim if has_kv and k_weight is not None else 0
     if k_out is not None and v_out is not None:
-        if tuple(weights[-1].shape) != (kv_heads * head_dim, inputs):
+        if tuple(used[-1].shape) != (kv_heads * head_dim, inputs):
             raise ValueError(
-                f"{op}: weights.v has shape {list(weights[-1].shape)}; accepted is {[kv_heads * head_dim, inputs]}"
+                f"{op}: weights.v has shape {list(used[-1].shape)}; accepted is {[kv_heads * head_dim, inputs]}"
             )
         check(op, "slots.k", k_out, (batch, tokens, kv_heads, head_dim), like=x)
         check(op, "slots.v", v_out, (batch, tokens, kv_heads, head_dim), like=x)
@@ -177,8 +177,8 @@ def norm_qkv_rope(
         q = torch.empty((batch, tokens, q_heads, head_dim), dtype=dtype, device=x.device)
     if x.shape[0] and tokens and inputs:
         x = as_rows(x)
-        if any(w.stride(0) != weight.stride(0) for w in weights):
-            weights = [w.contiguous() for w in weights]
+        if any(w.stride(0) != weight.stride(0) for w in used):
+            used = [w.contiguous() for w in used]
         rows, half, heads = x.shape[0], head_dim // 2, q_heads + 2 * kv_heads
         tile = gemm_tile(
             rows, inputs, half, capability(x.device), x.itemsize, weight.itemsize, products=2, segments=heads
@@ -186,9 +186,9 @@ def norm_qkv_rope(
         _norm_qkv_rope_fwd[(triton.cdiv(rows, tile.rows) * heads * triton.cdiv(half, tile.cols),)](
             x,
             norm_weight,
-            weights[0],
-            weights[-2 if has_kv else 0],
-            weights[-1],
+            used[0],
+            used[-2 if has_kv else 0],
+            used[-1],
             scales[0],
             scales[-2 if has_kv else 0],
             scales[-1],
@@ -204,7 +204,7 @@ def norm_qkv_rope(
             kv_heads,
             eps,
             x.stride(0),
-            weights[0].stride(0),
+            used[0].stride(0),
             0 if sin.shape[0] == 1 else sin.stride(0),
             0 if k_out is None else k_out.stride(0),
             0 if k_out is None else k_out.stride(1),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..model.weights import is_cross
 from .frames import draw_frame
 
 TASK = "pick up the red cube"
@@ -297,9 +298,8 @@ def _cast(policy: Any, layout: str) -> None:
         for name, parameter in policy.model.named_parameters():
             if not name.startswith("vlm_with_expert."):
                 stays.add(id(parameter))
-        every = pair.self_attn_every_n_layers
         for index, layer in enumerate(pair.lm_expert.layers):
-            if "cross" in pair.attention_mode and not (every > 0 and index % every == 0):
+            if is_cross(pair, index):
                 for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
                     stays.update(map(id, projection.parameters()))
     if layout == "bf16_text":
