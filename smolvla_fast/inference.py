@@ -16,11 +16,11 @@ from .engine.timing import is_timed, section
 from .model.dims import read_dims
 from .model.precision import Tier
 from .model.weights import Cast, DecoderLayer, keeps_kv_by_head, read_expert_layers, read_heads
-from .ops.cpu.workspace import Workspace
+from .ops.memory import Workspace
 from .ops.processor import why_bf16_is_slow
 from .ops.reference.euler_step import Guidances
 from .ops.reference.time_embedding import time_embedding
-from .ops.select import passed_over, select
+from .ops.select import fallback_reasons, select
 from .ops.table import STAGES, Ops, serving
 from .stages.denoise import denoise
 from .stages.observation import Observation, prepare_images, prepare_observation
@@ -67,7 +67,7 @@ class Engine:
         self.ops = select(backend, device, tier.stock_order, tier.quantized)
         self._gemm_dtype = tier.gemm_dtype
         wished = backend != "auto" or tier.stock_order
-        self._passed_over = {} if wished else passed_over(device)
+        self._passed_over = {} if wished else fallback_reasons(device)
         narrow = tier.name not in ("exact", "fp32", "int8")
         slow = why_bf16_is_slow() if narrow and device.type == "cpu" else None
         if slow is not None:  # wider products err less and are faster, so they serve the narrower tier

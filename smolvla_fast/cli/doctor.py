@@ -46,7 +46,7 @@ def examine() -> dict[str, Any]:
             for kind in extension.KINDS
         },
         "serves": serves(device),
-        "passed_over": backends.passed_over(device),
+        "passed_over": backends.fallback_reasons(device),
         "eight_bits": {tier: reason or "" for tier, reason in backends.why_not_eight_bits(device).items()},
         "backends": [
             {"op": row.op, "backend": row.backend, "available": row.available, "reason": row.reason}

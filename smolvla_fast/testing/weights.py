@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..model.weights import is_cross
+
 LAYOUTS = ("fp32", "mixed", "bf16_text", "bf16")
 
 
@@ -66,9 +68,8 @@ def cast(policy: Any, layout: str) -> None:
         for name, parameter in policy.model.named_parameters():
             if not name.startswith("vlm_with_expert."):
                 stays.add(id(parameter))
-        every = pair.self_attn_every_n_layers
         for index, layer in enumerate(pair.lm_expert.layers):
-            if "cross" in pair.attention_mode and not (every > 0 and index % every == 0):
+            if is_cross(pair, index):
                 for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
                     stays.update(map(id, projection.parameters()))
     if layout == "bf16_text":

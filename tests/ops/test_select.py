@@ -110,7 +110,7 @@ def test_auto_takes_the_kernels_where_they_were_measured(monkeypatch: pytest.Mon
     monkeypatch.setattr(extension.load("cpu"), "levels", lambda: ["baseline", "avx2"])
     for name in ("x86_64", "AMD64", "amd64"):
         monkeypatch.setattr(platform, "machine", lambda name=name: name)
-        assert backends.select("auto", CPU, False).backend == "cpu" and backends.passed_over(CPU) == {}
+        assert backends.select("auto", CPU, False).backend == "cpu" and backends.fallback_reasons(CPU) == {}
 
 
 @pytest.mark.parametrize("capability", ["DEFAULT", "NO AVX", "NEON", "SVE256", "VSX", "Z VECTOR"])
@@ -137,7 +137,7 @@ def rocm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def test_auto_takes_torch_on_an_amd_gpu(rocm: str) -> None:
     assert backends.select("auto", CUDA, False).backend == "torch"
     assert backends.select("auto", CUDA, True).backend == "reference"
-    assert backends.passed_over(CUDA) == {"triton": rocm}
+    assert backends.fallback_reasons(CUDA) == {"triton": rocm}
     assert {row.reason for row in backends.table(CUDA) if row.backend in ("triton", "cuda")} == {rocm}
 
 
@@ -188,7 +188,7 @@ from smolvla_fast.ops import select as backends
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 cuda = torch.device("cuda")
 print(backends.select("auto", cuda, False).backend)
-print(backends.passed_over(cuda)["triton"])
+print(backends.fallback_reasons(cuda)["triton"])
 """
 
 
