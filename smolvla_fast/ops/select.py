@@ -290,7 +290,7 @@ def _too_old(device: torch.device) -> str | None:
     return f"compute capability {have[0]}.{have[1]} has no bf16 tensor cores; accepted is 8.0 and later"
 
 
-def passed_over(device: torch.device) -> dict[str, str]:
+def fallback_reasons(device: torch.device) -> dict[str, str]:
     """The backends that ``auto`` would rather have taken on this device, each with the reason why it could not."""
     found: dict[str, str] = {}
     for name in _ORDER.get(device.type, ()):

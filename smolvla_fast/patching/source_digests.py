@@ -1,4 +1,4 @@
-"""Which source the engine stands in for: digests of the LeRobot functions whose work it takes over.
+"""Which source the engine replaces: digests of the LeRobot functions whose work it takes over.
 
 A version string says little (forks, editable installs, a patched method); the source says it all. A function whose
 digest is not listed, a subclass that overrides one, or a method replaced on an instance sends every call to stock.
@@ -18,7 +18,7 @@ from typing import Any
 
 MODEL_METHODS = ("sample_actions", "embed_prefix", "embed_suffix", "denoise_step", "_rtc_enabled")
 LOSS_METHODS = ("forward", "embed_prefix", "embed_suffix")
-"""What the fast training step stands in for, or calls."""
+"""What the fast training step replaces, or calls."""
 PAIR_METHODS = (
     "forward",
     "forward_attn_layer",
@@ -160,7 +160,7 @@ def _stock_attribute(cls: type, name: str) -> Any:
 def unknown_source(
     model: Any, rtc: Any | None = None, methods: tuple[str, ...] = MODEL_METHODS
 ) -> str | None:
-    """None if every function the engine stands in for is one it knows, else which one is not.
+    """None if every function the engine replaces is one it knows, else which one is not.
 
     model  a ``VLAFlowMatching``      rtc  its ``RTCProcessor``, or None      methods  of the model
     """

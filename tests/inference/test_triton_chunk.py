@@ -9,7 +9,7 @@ import torch
 from support.policies import LEROBOT_ONLY, chunk, make_policy, rel_l2
 
 import smolvla_fast
-from smolvla_fast.ops.select import OLDEST, _triton, passed_over, select, why_not
+from smolvla_fast.ops.select import OLDEST, _triton, fallback_reasons, select, why_not
 from smolvla_fast.ops.triton import ops as fused
 from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
@@ -102,15 +102,15 @@ def test_the_table_says_who_serves_and_why_not(monkeypatch: pytest.MonkeyPatch) 
         select("triton", cpu, stock_order=False)
     capability = [OLDEST]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[0])
-    assert select("auto", cuda, False).backend == "triton" and passed_over(cuda) == {}
+    assert select("auto", cuda, False).backend == "triton" and fallback_reasons(cuda) == {}
     capability[0] = (7, 5)
     assert select("auto", cuda, False).backend == "torch"
-    assert passed_over(cuda) == {
+    assert fallback_reasons(cuda) == {
         "triton": "compute capability 7.5 has no bf16 tensor cores; accepted is 8.0 and later"
     }
     capability[0] = OLDEST
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "Triton is not installed" in passed_over(cuda)["triton"]
+    assert "Triton is not installed" in fallback_reasons(cuda)["triton"]
 
 
 @pytest.mark.long
