@@ -280,7 +280,7 @@ def _flatten(inputs: Inputs) -> tuple[list[Tensor], Hashable, Callable[[list[Ten
         given = iter(others)
         return tree_unflatten([next(given) if each is Tensor else each[1] for each in plain], spec)
 
-    return tensors, (plain, repr(spec)), rebuild  # a TreeSpec of torch before 2.7 has no hash
+    return tensors, (plain, repr(spec)), rebuild  # not every torch since 2.4 can hash a TreeSpec
 
 
 def _math_flags() -> tuple[Any, ...]:

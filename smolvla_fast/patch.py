@@ -37,10 +37,6 @@ logger = logging.getLogger("smolvla_fast")
 P = TypeVar("P")
 
 
-def _is_bytes(image: Any) -> bool:
-    return isinstance(image, Tensor) and image.dtype is torch.uint8
-
-
 def _listed(given: Any) -> Any:
     """An iterator can be gone through once, and stock may have to; what is none is for stock to refuse."""
     return list(given) if isinstance(given, Iterator) else given
@@ -101,7 +97,10 @@ class _Accelerated:
         if takes_bytes and isinstance(images, list | tuple):
             side = self.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
             images = [
-                image_prep(each, side, side, torch.float32) if _is_bytes(each) else each for each in images
+                image_prep(each, side, side, torch.float32)
+                if getattr(each, "dtype", None) is torch.uint8
+                else each
+                for each in images
             ]
         return stock.sample_actions(self, images, *others, noise=noise, **kwargs)
 

@@ -26,7 +26,7 @@ from ..stages.observation import Observation, prepare_images, prepare_observatio
 from ..stages.prefix import embed_prefix, text_kv
 from ..stages.vision import encode_images, encode_patches, patch_positions
 from .image_cache import ImageCache
-from .layers import Rows, expert_layers, state_rows, text_layers
+from .layers import Rows, expert_layers, text_layers
 
 Prefix = Iterator[tuple[Tensor, Tensor]]
 """Keys and values [B, P, K, D] of each text layer, rotated."""
@@ -198,7 +198,9 @@ class LossEngine:
             embedded, pad_masks, att_masks = embed(state_token=state_token)
             rows = _rows(torch.cumsum(pad_masks, dim=1) - 1, block_mask(pad_masks, att_masks), dims)
             joint_end = not is_cross(model.vlm_with_expert, len(layers) - 1)
-            return pad_masks, text_layers(self.ops, layers, embedded, rows, dims.head_dim, joint_end)
+            return pad_masks, text_layers(
+                self.ops, layers, embedded, rows, dims.head_dim, joint_end=joint_end
+            )
 
         apart = state_token.requires_grad
         with _frozen(device):
@@ -213,7 +215,7 @@ class LossEngine:
         place = torch.sum(pad_masks, dim=1, keepdim=True)
         pad_masks = torch.cat([pad_masks, own], dim=1)
         rows = _rows(place, pad_masks[:, None], dims)
-        return pad_masks, state_rows(self.ops, layers, state_token, rows, dims.head_dim, kept)
+        return pad_masks, text_layers(self.ops, layers, state_token, rows, dims.head_dim, kept)
 
     def _patch_positions(self, vlm: Any, images: Tensor) -> Tensor:
         key = (images.shape[-1], vlm.vision_model.embeddings.patch_embedding.weight.dtype)

@@ -46,37 +46,17 @@ class Call(NamedTuple):
         return found | {name: each for name, each in optional.items() if each is not None}
 
 
-def eval_mode(model: Any, call: Call) -> str | None:
-    return "the model is in train mode; call policy.eval()" if model.training else None
-
-
-def steps(model: Any, call: Call) -> str | None:
-    number = model.config.num_steps
-    if not isinstance(number, Integral) or number < 1:
-        return f"num_steps={number!r}; accepted are integers of 1 or more"
-    return None
-
-
-def no_autocast(model: Any, call: Call) -> str | None:
-    on = torch.is_autocast_enabled(model.state_proj.weight.device.type)
-    return "autocast is on: its dtypes decide, not the tier" if on else None
-
-
-def autocast_in_bf16(model: Any, call: Call) -> str | None:
-    kind = model.state_proj.weight.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is not torch.bfloat16:
-        return f"autocast is on in {torch.get_autocast_dtype(kind)}; accepted is bfloat16"
-    return None
-
-
-def default_dtype(model: Any, call: Call) -> str | None:
+def circumstances(model: Any, call: Call) -> str | None:
+    """Of a chunk: what is set around the call and would not see into the kernels, or changes stock."""
+    steps, kind = model.config.num_steps, model.state_proj.weight.device.type
+    if model.training:
+        return "the model is in train mode; call policy.eval()"
+    if not isinstance(steps, Integral) or steps < 1:
+        return f"num_steps={steps!r}; accepted are integers of 1 or more"
+    if torch.is_autocast_enabled(kind):
+        return "autocast is on: its dtypes decide, not the tier"
     if torch.get_default_dtype() is not torch.float32:
         return f"torch's default dtype is {torch.get_default_dtype()}; stock computes RTC weights and times in it"
-    return None
-
-
-def modes(model: Any, call: Call) -> str | None:
-    kind = model.state_proj.weight.device.type
     for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
         # A default device is a mode too: of the policy's own kind it changes nothing.
         if not (isinstance(mode, DeviceContext) and mode.device.type == kind):
@@ -88,31 +68,32 @@ def modes(model: Any, call: Call) -> str | None:
     return None
 
 
-def lists(model: Any, call: Call) -> str | None:
-    images, masks = call.images, call.image_masks
-    if not isinstance(images, list | tuple) or not isinstance(masks, list | tuple):
-        return f"images are a {type(images).__qualname__}; accepted are lists"
-    if not images or len(images) != len(masks):
-        return f"{len(images)} images with {len(masks)} masks"
+def autocast_in_bf16(model: Any, call: Call) -> str | None:
+    """Of a loss."""
+    kind = model.state_proj.weight.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is not torch.bfloat16:
+        return f"autocast is on in {torch.get_autocast_dtype(kind)}; accepted is bfloat16"
     return None
 
 
 def dense(model: Any, call: Call) -> str | None:
-    device = model.state_proj.weight.device
+    """Lists of as many masks as images, and every tensor dense, on the policy's device, of one sample or more."""
+    images, masks, device = call.images, call.image_masks, model.state_proj.weight.device
+    if not isinstance(images, list | tuple) or not isinstance(masks, list | tuple):
+        return f"images are a {type(images).__qualname__}; accepted are lists"
+    if not images or len(images) != len(masks):
+        return f"{len(images)} images with {len(masks)} masks"
     for name, tensor in call.tensors().items():
         why = why_not_dense(tensor)
         if why is not None:
             return f"{name} is {why}"
         if tensor.device != device:
             return f"{name} is on {tensor.device}, the policy on {device}"
-    return None
-
-
-def batch(model: Any, call: Call) -> str | None:
     return "an empty batch: stock raises its own error" if len(call.state) == 0 else None
 
 
 def no_gradients(model: Any, call: Call) -> str | None:
+    """Of a chunk."""
     read = (*call.tensors().values(), *model.parameters())
     if torch.is_grad_enabled() and any(each.requires_grad for each in read):
         return "autograd is on: wrap the call in torch.no_grad() unless you want gradients"
@@ -120,9 +101,9 @@ def no_gradients(model: Any, call: Call) -> str | None:
 
 
 def constants(model: Any, call: Call) -> str | None:
-    if torch.is_grad_enabled() and any(
-        each.requires_grad for name, each in call.tensors().items() if name != "state"
-    ):
+    """Of a loss."""
+    read = [each for name, each in call.tensors().items() if name != "state"]
+    if torch.is_grad_enabled() and any(each.requires_grad for each in read):
         return "images, actions, noise or time require a gradient; the fast path takes them for constants"
     return None
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.dense import memory_reason
-from . import call_rules, model_rules
+from . import call_rules
+from . import model_rules as rules
 from .call_rules import Call
 from .rtc import guidance_reason
 
@@ -56,58 +57,28 @@ def _first(foreign: str, rules: tuple[Callable[..., str | None], ...], *given: A
 
 INFERENCE = Eligibility(
     model=(
-        model_rules.chunk_source,
-        model_rules.device,
-        model_rules.forward_hooks,
-        memory_reason,
-        model_rules.cache_is_used,
-        model_rules.layers_match,
-        model_rules.parts,
-        model_rules.dtypes,
-        model_rules.heads,
+        rules.chunk_source, rules.device, rules.forward_hooks, memory_reason, rules.layers_match, rules.parts,
+        rules.dtypes,
     ),
-    live=(model_rules.chunk_source,),
+    live=(rules.chunk_source,),
     call=(
-        call_rules.eval_mode,
-        call_rules.steps,
-        call_rules.no_autocast,
-        call_rules.default_dtype,
-        call_rules.modes,
-        call_rules.lists,
-        call_rules.dense,
-        call_rules.batch,
-        call_rules.no_gradients,
-        call_rules.images,
-        call_rules.tokens,
+        call_rules.circumstances, call_rules.dense, call_rules.no_gradients, call_rules.images, call_rules.tokens,
         call_rules.floats,
         lambda model, call: guidance_reason(model, call.kwargs or {}, len(call.state), call.state.device),
     ),
-)
+)  # fmt: skip
 """An action chunk. The engine reads every parameter in place of calling modules."""
 
 TRAINING = Eligibility(
     model=(
-        memory_reason,
-        model_rules.loss_source,
-        model_rules.layers_match,
-        model_rules.dtypes,
-        model_rules.heads,
-        model_rules.no_parametrization,
-        model_rules.no_dropout,
-        model_rules.forward_hooks,
-        model_rules.backward_hooks,
+        memory_reason, rules.loss_source, rules.layers_match, rules.dtypes, rules.modules_are_fixed, rules.forward_hooks,
+        rules.backward_hooks,
     ),
-    live=(model_rules.loss_source, model_rules.backward_hooks),
+    live=(rules.loss_source, rules.backward_hooks),
     call=(
-        call_rules.autocast_in_bf16,
-        call_rules.lists,
-        call_rules.dense,
-        call_rules.batch,
-        call_rules.constants,
-        call_rules.images,
-        call_rules.tokens,
+        call_rules.autocast_in_bf16, call_rules.dense, call_rules.constants, call_rules.images, call_rules.tokens,
         call_rules.floats,
     ),
-)
+)  # fmt: skip
 """A training loss. It asks for less: what is differentiated runs through the live modules, so adapters and biases are
 theirs. Whether the engine's ops may compute what is frozen is asked apart (``probe.frozen_reason``)."""

@@ -68,15 +68,11 @@ def backward_hooks(model: Any) -> str | None:
     return None
 
 
-def no_parametrization(model: Any) -> str | None:
+def modules_are_fixed(model: Any) -> str | None:
+    """Of a loss: no weight that is computed when it is read, and no dropout."""
     for name, module in model.named_modules():
         if is_parametrized(module):
             return f"{name} is parametrized: its weight is computed as often as it is read, by stock in another order"
-    return None
-
-
-def no_dropout(model: Any) -> str | None:
-    for name, module in model.named_modules():
         if module.training and _drops(module):
             return f"{name} drops at random: the fast path would draw in another order than stock"
     return None
@@ -92,10 +88,6 @@ def _drops(module: Any) -> bool:
     return vision and isinstance(dropout, float) and dropout > 0
 
 
-def cache_is_used(model: Any) -> str | None:
-    return None if model.config.use_cache else "use_cache=False: stock has no such path either"
-
-
 def layers_match(model: Any) -> str | None:
     pair = model.vlm_with_expert
     text, expert = len(pair.get_vlm_model().text_model.layers), len(pair.lm_expert.layers)
@@ -106,9 +98,11 @@ def layers_match(model: Any) -> str | None:
 
 
 def parts(model: Any) -> str | None:
-    """Why the parameters of this model cannot be read in place of calling its modules."""
+    """Of a chunk: why the parameters of this model cannot be read in place of calling its modules."""
     pair = model.vlm_with_expert
     vlm, expert = pair.get_vlm_model(), pair.lm_expert
+    if not model.config.use_cache:
+        return "use_cache=False: stock has no such path either"
     stacks = (("text", vlm.text_model.layers), ("expert", expert.layers))
     reason = parts_reason(vlm, sources(model, read_dims(model)), stacks)
     if reason is None and type(expert.norm) is not type(expert.layers[0].input_layernorm):
@@ -203,10 +197,6 @@ def dtypes(model: Any) -> str | None:
             return f"{name} is {parameter.dtype}; accepted are float32 and bfloat16"
         if parameter.device != home:
             return f"{name} is on {parameter.device} but state_proj on {home}"
-    return None
-
-
-def heads(model: Any) -> str | None:
     for name in HEADS:
         dtype = getattr(model, name).weight.dtype
         if dtype is not torch.float32:

@@ -378,6 +378,21 @@ def test_what_changes_later_is_noticed(policy: Any, name: str) -> None:
     assert (now.training_fast, now.training_stock) == (1, 1) and re.search(reason, str(now.training_fallback))
 
 
+@pytest.mark.parametrize("name", ["embed_prefix", "embed_suffix", "sample_time"])
+def test_a_method_replaced_on_the_class_is_noticed(
+    policy: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two steps, as a plugin does it: what the fast path replaces sends it to stock, what it calls does not."""
+    batch, cls = make_batch(policy), type(policy.model)
+    smolvla_fast.patch(policy, training=True)
+    step(policy, batch)
+    stock = getattr(cls, name)
+    monkeypatch.setattr(cls, name, lambda self, *args, **kwargs: stock(self, *args, **kwargs))
+    step(policy, batch)
+    now = smolvla_fast.status(policy)
+    assert (now.training_fast, now.training_stock) == ((2, 0) if name == "sample_time" else (1, 1))
+
+
 CALLS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a frame that learns": (lambda given: given["images"][0].requires_grad_(), "require a gradient"),
     "actions that learn": (lambda given: given["actions"].requires_grad_(), "require a gradient"),
