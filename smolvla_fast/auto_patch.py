@@ -24,7 +24,8 @@ from contextlib import suppress
 from typing import Any
 
 from .patch import patch, unpatch
-from .patching.runtime import Runtime, disabled, runtime_of
+from .patching.runtime import Runtime, runtime_of
+from .patching.settings import disabled
 
 logger = logging.getLogger("smolvla_fast")
 
@@ -74,12 +75,12 @@ def _warmup() -> bool:
 
 def _report(runtime: Runtime) -> None:
     """Says when a policy goes, or the program ends, who computed its chunks."""
-    if not (runtime.calls_fast or runtime.calls_stock):
+    if not (runtime.fast or runtime.stock):
         # Compiled before it was patched, or copied: then its chunks went past this, or are counted by the copy.
         why = runtime.last_fallback or "a copy computed them, or nobody asked for one"
         logger.info("smolvla_fast: saw no chunk of this policy: %s", why)
         return
-    why = f" (the last: {runtime.last_fallback})" if runtime.calls_stock else ""
+    why = f" (the last: {runtime.last_fallback})" if runtime.stock else ""
     logger.info(
-        "smolvla_fast: served %d chunks, left %d to stock%s", runtime.calls_fast, runtime.calls_stock, why
+        "smolvla_fast: served %d chunks, left %d to stock%s", runtime.fast, runtime.stock, why
     )

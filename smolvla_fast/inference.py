@@ -1,28 +1,28 @@
-"""The score for acting: observation -> image tokens -> prefix KV -> denoise -> action chunk."""
+"""An action chunk: observation -> image tokens -> prefix KV -> denoise -> action chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .engine.cuda_graphs import CaptureFailed, GraphCache, driver_for
-from .engine.nested import flatten
-from .engine.quantized_weights import FLOATS, KINDS, Copies, IntegerCast
+from .engine.cuda_graphs import GraphCache, driver_for
+from .engine.quantized_weights import FLOATS, KINDS, IntegerCast, QuantizedWeights
 from .engine.timing import is_timed, section
 from .model.dims import read_dims
 from .model.precision import Tier
-from .model.weights import Cast, DecoderLayer, keeps_kv_by_head, read_expert_layers, read_heads
+from .model.weights import Cast, keeps_kv_by_head, read_expert_layers, read_heads
 from .ops.memory import Workspace
 from .ops.processor import why_bf16_is_slow
 from .ops.reference.euler_step import Guidances
 from .ops.reference.time_embedding import time_embedding
 from .ops.select import fallback_reasons, select
-from .ops.table import STAGES, Ops, serving
-from .stages.denoise import denoise
+from .ops.table import STAGES, serving
+from .stages.denoise import LoopReport, denoise
 from .stages.observation import Observation, prepare_images, prepare_observation
 from .stages.prefix import embed_prefix, embed_state, fill_prefix
 from .stages.vision import encode_images, patch_positions
@@ -42,24 +42,26 @@ class Inputs(NamedTuple):
     image_ends: tuple[Tensor, Tensor] | None
 
 
-class Loop(NamedTuple):
-    """What ran the denoise loop of one chunk.
+class Ineligible(RuntimeError):
+    """What was found behind the first gate: why the engine cannot compute this chunk."""
 
-    launches     kernel launches of one step: 0 where the whole loop is one launch, None where ops are not one launch each
-    persistent   whether the whole loop was one launch
-    passed_over  why it was not, where the backend has a kernel for that
+
+class Validator(NamedTuple):
+    """One thing that a chunk relies on and that may change under it.
+
+    noted  what it was as the chunk began
+    check  mends what it can and returns what it is now; raises ``Ineligible`` where the engine cannot serve any more
     """
 
-    launches: int | None
-    persistent: bool
-    passed_over: dict[str, str]
+    noted: Any
+    check: Callable[[], Any]
 
 
 class Engine:
     """Computes action chunks for one model in one tier. Weights are read from the model at each call.
 
-    copies  quantised weights, in the tiers that have them
-    graphs  the captured chunks, or None where nothing is captured (a CPU, or graphs switched off)
+    quantized_weights  of the tiers that have them
+    graphs             the captured chunks, or None where nothing is captured (a CPU, or graphs switched off)
     """
 
     def __init__(self, tier: Tier, backend: str, device: torch.device, capture: bool = True) -> None:
@@ -67,27 +69,29 @@ class Engine:
         self.ops = select(backend, device, tier.stock_order, tier.quantized)
         self._gemm_dtype = tier.gemm_dtype
         wished = backend != "auto" or tier.stock_order
-        self._passed_over = {} if wished else fallback_reasons(device)
+        self._fallback_reasons = {} if wished else fallback_reasons(device)
         narrow = tier.name not in ("exact", "fp32", "int8")
         slow = why_bf16_is_slow() if narrow and device.type == "cpu" else None
         if slow is not None:  # wider products err less and are faster, so they serve the narrower tier
             self._gemm_dtype = torch.float32
-            self._passed_over["bf16 products"] = f"{slow}; products run in fp32"
+            self._fallback_reasons["bf16 products"] = f"{slow}; products run in fp32"
         driver = driver_for(device) if capture else None
         self.graphs = None if driver is None else GraphCache(driver)
         if capture and driver is None and device.type == "cuda":
-            self._passed_over["graph"] = "chunks are captured on NVIDIA GPUs alone; the ops run one by one"
+            self._fallback_reasons["graph"] = (
+                "chunks are captured on NVIDIA GPUs alone; the ops run one by one"
+            )
         self._positions: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._times: dict[tuple[Any, ...], Tensor] = {}
         self._workspace = Workspace() if self.ops.backend == "cpu" else None
-        self._loop: Loop | None = None
-        self._loops: dict[Any, Loop] = {}
-        self.copies: Copies | None = None
+        self._loop: LoopReport | None = None
+        self.quantized_weights: QuantizedWeights | None = None
         self._cast: Cast = self._narrow
         if tier.quantized:
-            self.copies = Copies(tier.gemm_dtype or torch.bfloat16, KINDS[tier.quantized])
-            if self.copies.kind is not FLOATS:
-                self._cast = IntegerCast(self.copies, self._narrow)
+            kind = KINDS[tier.quantized]
+            self.quantized_weights = QuantizedWeights(tier.gemm_dtype or torch.bfloat16, kind)
+            if kind is not FLOATS:
+                self._cast = IntegerCast(self.quantized_weights, self._narrow)
 
     def act(
         self,
@@ -100,8 +104,8 @@ class Engine:
         noise: Tensor,
         guidance: Guidances | None = None,
         *,
-        watch: Callable[[Tensor, Tensor], None] | None = None,
-        look: Callable[[], str | None] | None = None,
+        observe: Callable[[Tensor, Tensor], None] | None = None,
+        validators: Sequence[Validator] = (),
     ) -> Tensor:
         """One action chunk.
 
@@ -109,14 +113,15 @@ class Engine:
         images       C of [B, 3, side, side] in [-1, 1], or uint8 frames of any size      image_masks  C of [B] bool
         tokens       [B, T] token ids      token_masks  [B, T] bool      state  [B, R]      noise  [B, S, A] fp32
         guidance     where real-time chunking is on
-        watch        called with (x, v) after every step
-        look         asked before the model's parameters are read, and not before a replay, which reads what a capture has
-                     read: why they cannot be, or None
+        observe      called with (x, v) after every step
+        validators   of what the chunk relies on; the quantized weights' is added here
         returns      [B, S, A] fp32, a fresh tensor
-        raises       ``graphs.CaptureFailed`` where this shape of call cannot be captured, or ``look`` said no
+        raises       ``CaptureFailed`` where this shape of call cannot be captured, ``Ineligible`` of a validator
         replaces     ``sample_actions`` of LeRobot's ``VLAFlowMatching``
 
-        On a GPU the whole chunk is one captured graph; a watched or timed chunk runs the same ops one by one.
+        On a GPU the whole chunk is one captured graph; an observed or timed chunk runs the same ops one by one.
+        Validators are asked before a run, which reads parameters. A replay reads what a capture has read, so they are asked
+        behind it, while the GPU works; if anything has changed, the chunk is computed once more.
         """
         inputs = Inputs(
             prepare_observation(
@@ -129,54 +134,50 @@ class Engine:
             guidance,
             _image_ends(model, state.device),
         )  # fmt: skip
+        if self.quantized_weights is not None:
+            quantized = self.quantized_weights
+            validators = (*validators, Validator(quantized.generation, quantized.checked))
         # Triton launches on the current device, whatever device its tensors are on.
         with torch.cuda.device(state.device) if state.is_cuda else nullcontext():
-            # On a GPU the check hides behind the chunk; where nothing is captured it is as cheap before, and runs one.
-            copies, late = self.copies, self.graphs is not None
-            if copies is None:
-                return self._run(model, inputs, watch, look)
-            if not late:
-                copies.refreshed()
-            before = copies.generation
-            chunk = self._run(model, inputs, watch, look)
-            # Another thread may have seen the change first: then nothing differs any more, and this chunk is of before.
-            if late and (copies.refreshed() or copies.generation != before):
-                chunk = self._run(model, inputs, watch, look)
+            run, is_replay = self._prepare(model, inputs, observe)
+            if not is_replay:
+                for each in validators:
+                    each.check()
+            chunk = run()
+            # Compared with what was noted: another thread may have seen the change first.
+            if is_replay and [each.check() for each in validators] != [each.noted for each in validators]:
+                chunk = run()
         return chunk
 
-    def _run(
-        self,
-        model: Any,
-        inputs: Inputs,
-        watch: Callable[[Tensor, Tensor], None] | None,
-        look: Callable[[], str | None] | None,
-    ) -> Tensor:
-        if self.graphs is None or watch is not None or is_timed():
-            _ask(look)
-            chunk, self._loop = self._chunk(model, inputs, watch)
-            return chunk
-        tensors, rebuild = flatten(inputs)
+    def _prepare(
+        self, model: Any, inputs: Inputs, observe: Callable[[Tensor, Tensor], None] | None
+    ) -> tuple[Callable[[], Tensor], bool]:
+        """What computes the chunk, and whether that would be a replay of a graph."""
+        graphs = self.graphs
+        if graphs is None or observe is not None or is_timed():
+
+            def run() -> Tensor:
+                chunk, self._loop = self._chunk(model, inputs, observe)
+                return chunk
+
+            return run, False
+
+        tensors, structure, rebuild = _flatten(inputs)
         # The rest of what the captured work depends on; shapes and dtypes of the inputs are the cache's affair.
         config = model.config
         settings = (config.num_steps, config.min_period, config.max_period, model.prefix_length)
-        key = (*settings, rebuild.key, _math_flags())
-        captured = (key, tuple(each.shape for each in tensors))
+        key = (*settings, structure, _math_flags())
 
-        def compute(statics: list[Tensor]) -> Tensor:
-            chunk, self._loops[captured] = self._chunk(model, rebuild(statics))
+        def replay() -> Tensor:
+            chunk, self._loop = graphs.run(key, tensors, lambda statics: self._chunk(model, rebuild(statics)))
             return chunk
 
-        if not self.graphs.replays(key, tensors):
-            _ask(look)
-        chunk = self.graphs.run(key, tensors, compute)
-        # A replay runs nothing here: what ran its loop is what was captured.
-        self._loop = self._loops.get(captured, self._loop)
-        return chunk
+        return replay, graphs.replays(key, tensors)
 
     def _chunk(
-        self, model: Any, inputs: Inputs, watch: Callable[[Tensor, Tensor], None] | None = None
-    ) -> tuple[Tensor, Loop]:
-        """The score itself, and what ran its loop: device work alone, so that it can be captured."""
+        self, model: Any, inputs: Inputs, observe: Callable[[Tensor, Tensor], None] | None = None
+    ) -> tuple[Tensor, LoopReport]:
+        """The stages, and what ran the loop: device work alone, so that it can be captured."""
         pair, config = model.vlm_with_expert, model.config
         vlm, dims, ops, exact = pair.get_vlm_model(), read_dims(model), self.ops, self.tier.stock_order
         heads, observation, noise = read_heads(model), inputs.observation, inputs.noise
@@ -199,27 +200,14 @@ class Engine:
                 kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert, by_head)
             with section("denoise"):
                 times = self._time_embeddings(config, dims.expert_width, batch, noise.device)
-                refused: dict[str, str] = {}
-                chunk = denoise(
-                    ops,
-                    dims,
-                    expert,
-                    heads,
-                    kv,
-                    noise,
-                    times,
-                    inputs.guidance,
-                    watch,
-                    refused,
-                    self._workspace,
+                return denoise(
+                    ops, dims, expert, heads, kv, noise, times, inputs.guidance, observe, self._workspace
                 )
-                persistent = ops.denoise_persistent is not None and watch is None and not refused
-                launches = 0 if persistent else _launches(ops, expert, batch * dims.chunk)
-                return chunk, Loop(launches, persistent, refused)
 
     def _narrow(self, matrix: Tensor) -> Any:
-        if self.copies is not None and self.copies.kind is FLOATS and matrix.ndim == 2:
-            return self.copies.of(matrix)
+        quantized = self.quantized_weights
+        if quantized is not None and quantized.kind is FLOATS and matrix.ndim == 2:
+            return quantized.of(matrix)
         dtype = self._gemm_dtype
         return matrix if dtype is None or matrix.dtype is dtype else matrix.to(dtype)
 
@@ -229,8 +217,7 @@ class Engine:
 
     @property
     def step_launches(self) -> int | None:
-        """Kernel launches of one denoise step of the last chunk: two at its ends, five a layer; 0 where the whole loop is
-        one launch; None where ops are not one launch each."""
+        """Kernel launches of one denoise step of the last chunk; see ``LoopReport``."""
         return None if self._loop is None else self._loop.launches
 
     @property
@@ -242,21 +229,27 @@ class Engine:
         return found
 
     @property
-    def passed_over(self) -> dict[str, str]:
-        """What would rather have been taken, with the reasons: by "auto" as backend, for copies of weights, and for the last
-        chunk's loop."""
-        copies = {} if self.copies is None else self.copies.passed_over
-        return {**self._passed_over, **copies, **({} if self._loop is None else self._loop.passed_over)}
+    def fallback_reasons(self) -> dict[str, str]:
+        """What the engine does without, with the reasons; the loop's is of the last chunk."""
+        copies = {} if self.quantized_weights is None else self.quantized_weights.fallback_reasons
+        return {
+            **self._fallback_reasons,
+            **copies,
+            **({} if self._loop is None else self._loop.fallback_reasons),
+        }
 
     @property
     def bytes(self) -> int:
         """What the engine holds between chunks: position ids of the patches, time embeddings, buffers of the denoise loop,
-        and quantised weights where there are any."""
-        copies = 0 if self.copies is None else self.copies.bytes
-        buffers = 0 if self._workspace is None else self._workspace.bytes
-        return (
-            copies + buffers + sum(each.nbytes for each in (*self._positions.values(), *self._times.values()))
+        and quantized weights where there are any."""
+        holders = (self.quantized_weights, self._workspace, *self._positions.values(), *self._times.values())
+        return sum(
+            each.nbytes if isinstance(each, Tensor) else each.bytes for each in holders if each is not None
         )
+
+    def after_fork(self) -> None:
+        if self.quantized_weights is not None:
+            self.quantized_weights.renew_lock()
 
     def _time_embeddings(self, config: Any, width: int, batch: int, device: torch.device) -> Tensor:
         key = (config.num_steps, config.min_period, config.max_period, width, batch, device)
@@ -275,10 +268,19 @@ class Engine:
         return self._positions[key]
 
 
-def _ask(look: Callable[[], str | None] | None) -> None:
-    reason = None if look is None else look()
-    if reason is not None:
-        raise CaptureFailed(reason)
+def _flatten(inputs: Inputs) -> tuple[list[Tensor], Hashable, Callable[[list[Tensor]], Inputs]]:
+    """The tensors in order, all else as a key, and the way back from other tensors."""
+    leaves, spec = tree_flatten(inputs)
+    tensors = [each for each in leaves if isinstance(each, Tensor)]
+    plain: tuple[Any, ...] = tuple(
+        Tensor if isinstance(each, Tensor) else (type(each), each) for each in leaves
+    )
+
+    def rebuild(others: list[Tensor]) -> Inputs:
+        given = iter(others)
+        return tree_unflatten([next(given) if each is Tensor else each[1] for each in plain], spec)
+
+    return tensors, (plain, repr(spec)), rebuild  # not every torch since 2.4 can hash a TreeSpec
 
 
 def _math_flags() -> tuple[Any, ...]:
@@ -288,11 +290,6 @@ def _math_flags() -> tuple[Any, ...]:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
-
-
-def _launches(ops: Ops, expert: list[DecoderLayer], rows: int) -> int | None:
-    single = ops.single_launch and not ops.leaves_to_torch(expert[0].gate.dtype, rows)
-    return 2 + 5 * len(expert) if single else None
 
 
 def _image_ends(model: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:

@@ -1,8 +1,8 @@
 """``patch(policy)``: where LeRobot's policy and the engine meet.
 
-The seam is ``policy.model.sample_actions``, the one call whose meaning is the same from lerobot 0.3.3 to main. What lies
-above it (queues, padding, Aloha) stays stock; what lies below is computed by the engine. The policy object is not
-touched: its ``model`` is given a subclass of its own class, made on demand and rebuilt by name when it is unpickled, and
+The override point is ``policy.model.sample_actions``, the one call whose meaning is the same from lerobot 0.3.3 to main.
+What lies above it (queues, padding, Aloha) stays stock; what lies below is computed by the engine. The policy object is
+not touched: its ``model`` is given a subclass of its own class, made on demand and rebuilt by name when it is unpickled, and
 one small attribute with the settings. Engines and counters live outside, so copies, pickles and threads are safe.
 """
 
@@ -19,25 +19,22 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .engine.cuda_graphs import CaptureFailed, not_capturing
-from .inference import Engine
+from .inference import Engine, Ineligible
 from .model.precision import resolve_tier
-from .model.weights import telling_weight
+from .model.weights import representative_weight
 from .ops.reference.image_prep import image_prep
 from .ops.select import select
-from .patching.change_detector import Watch
-from .patching.eligibility import call_reason
+from .patching.call_rules import Call
+from .patching.eligibility import INFERENCE
 from .patching.rtc import guidance_of
-from .patching.runtime import DISABLE, SETTINGS, Runtime, Settings, Status, disabled, drop_runtime, runtime_of
-from .patching.training_forward import Learns, training_reason
+from .patching.runtime import Status, drop_runtime, runtime_of
+from .patching.settings import DISABLE, SETTINGS, Settings, disabled
+from .patching.training_forward import TrainingMixin, training_reason
 from .patching.warmup import took, warm_up
 
 logger = logging.getLogger("smolvla_fast")
 
 P = TypeVar("P")
-
-
-def _is_bytes(image: Any) -> bool:
-    return isinstance(image, Tensor) and image.dtype is torch.uint8
 
 
 def _listed(given: Any) -> Any:
@@ -68,7 +65,7 @@ class _Accelerated:
         noise: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As the stock method, computed by the engine where ``guard`` allows it."""
+        """As the stock method, computed by the engine where it may."""
         # Read once: another thread may unpatch meanwhile, or have done so by now.
         cls: Any = type(self)
         if not issubclass(cls, _Accelerated):
@@ -77,70 +74,46 @@ class _Accelerated:
             )
         runtime, stock = runtime_of(self), cls.stock_class
         takes_bytes = hasattr(stock, "takes_bytes")
-        images, img_masks = _listed(images), _listed(img_masks)
-        # On a GPU the chunk is queued first, and the model is looked through while the GPU works.
-        early = (
-            runtime.unmoved() if getattr(state, "is_cuda", False) or _CHECK_LATE else None
-        )  # a Watch, or None
-        reason = None if early is not None else runtime.reason(self)
-        reason = reason or call_reason(self, images, img_masks, lang_tokens, lang_masks, state, noise, kwargs)
-        if reason is None:
+        given = (_listed(images), _listed(img_masks), lang_tokens, lang_masks, state)
+        engine, reason, validators = runtime.gate(self)
+        reason = reason or INFERENCE.call_reason(
+            self, Call(*given, noise, kwargs=kwargs, takes_bytes=takes_bytes)
+        )
+        if reason is None and engine is not None:
             if noise is None:
                 shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
                 with not_capturing():
                     noise = self.sample_noise(shape, state.device)
-            guidance = guidance_of(self, kwargs, noise)
-            inputs = (images, img_masks, lang_tokens, lang_masks, state, noise.contiguous(), guidance)
-            chunk, reason = _run(runtime, self, inputs, early)
-            if chunk is not None:
+            try:
+                guidance = guidance_of(self, kwargs, noise)
+                chunk = engine.act(self, *given, noise.contiguous(), guidance, validators=validators)
+            except (CaptureFailed, Ineligible) as refusal:
+                reason = str(refusal)
+            else:
+                runtime.served()
                 return chunk
         runtime.fell_back(str(reason))
+        images, *others = given
         if takes_bytes and isinstance(images, list | tuple):
             side = self.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
             images = [
-                image_prep(each, side, side, torch.float32) if _is_bytes(each) else each for each in images
+                image_prep(each, side, side, torch.float32)
+                if getattr(each, "dtype", None) is torch.uint8
+                else each
+                for each in images
             ]
-        return stock.sample_actions(
-            self, images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs
-        )
+        return stock.sample_actions(self, images, *others, noise=noise, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         cls = type(self)  # read once, as above
         if not issubclass(cls, _Accelerated):
             return object.__reduce_ex__(self, protocol)
-        return _restore, (cls.stock_class, issubclass(cls, Learns)), self.__dict__
-
-
-_CHECK_LATE = False
-"""For tests without a GPU: check behind the chunk on a CPU too."""
-
-
-def _run(
-    runtime: Runtime, model: Any, inputs: tuple[Any, ...], early: Watch | None
-) -> tuple[Tensor | None, str | None]:
-    """The chunk, or None and why stock has to run.
-
-    inputs  of ``Engine.act`` behind the model
-    early   what was noted of the model when it was last looked through, if that is to be done again behind the chunk
-    """
-    try:
-        look = None if early is None else lambda: runtime.reason(model)
-        chunk = (runtime.engine or runtime.prepare(model)).act(model, *inputs, look=look)
-        if early is not None:
-            reason = runtime.reason(model)
-            if reason is not None:
-                return None, reason
-            if runtime.watch is not early:  # something moved: that chunk may be of before
-                chunk = runtime.prepare(model).act(model, *inputs)
-    except CaptureFailed as failure:
-        return None, str(failure)
-    runtime.served()
-    return chunk, None
+        return _restore, (cls.stock_class, issubclass(cls, TrainingMixin)), self.__dict__
 
 
 @cache
 def _accelerated(stock: type, training: bool) -> type:
-    bases = (Learns, _Accelerated, stock) if training else (_Accelerated, stock)
+    bases = (TrainingMixin, _Accelerated, stock) if training else (_Accelerated, stock)
     return type(stock.__name__, bases, {"stock_class": stock, "__module__": stock.__module__})
 
 
@@ -193,7 +166,7 @@ def patch(
     """
     found = find_policy(policy)
     model = found.model
-    weight = telling_weight(model)
+    weight = representative_weight(model)
     tier = resolve_tier(precision, weight.dtype)
     if not (warmup is None or isinstance(warmup, bool | dict)):
         raise TypeError(
@@ -217,11 +190,10 @@ def patch(
     model.__class__ = _accelerated(stock, training)
     runtime = runtime_of(model)
     started = time.perf_counter()
-    reason = runtime.reason(model)
+    reason = runtime.look(model)[1]
     checked = time.perf_counter()
     if reason is not None:
-        runtime.last_fallback = reason
-        runtime.told.add(reason)
+        runtime.note(reason)
     timed = ""
     if warmup is not None and warmup is not False:
         was_training = found.training
@@ -246,13 +218,13 @@ def patch(
         logger.warning("smolvla_fast: stock runs: %s%s", reason, timed)
     else:
         now = status(policy)
-        instead = "".join(f"; not {name}: {why}" for name, why in now.passed_over.items())
+        instead = "".join(f"; not {name}: {why}" for name, why in now.fallback_reasons.items())
         logger.info(
             "smolvla_fast: on: %s on %s, backend %s for %s%s%s",
             now.precision, weight.device, now.backend, _shared(now), instead, timed,
         )  # fmt: skip
     if training:
-        runtime.learning.announce(training_reason(model))
+        runtime.training.announce(training_reason(model))
     return policy
 
 
@@ -275,8 +247,11 @@ def unpatch(policy: P) -> P:
 
 
 def engine_of(model: Any) -> Engine:
-    """The engine that serves a patched model."""
-    return runtime_of(model).prepare(model)
+    """The engine that serves a patched model; raises RuntimeError where stock does."""
+    engine, reason = runtime_of(model).look(model)
+    if engine is None:
+        raise RuntimeError(str(reason))
+    return engine
 
 
 def refresh(policy: Any) -> None:
@@ -294,4 +269,4 @@ def status(policy: Any) -> Status:
     if not isinstance(model, _Accelerated):
         return Status(last_fallback=f"{DISABLE} is set" if disabled() else "the policy is not patched")
     runtime = runtime_of(model)
-    return runtime.status(runtime.reason(model))
+    return runtime.status(runtime.look(model)[1])

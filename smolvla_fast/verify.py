@@ -171,8 +171,8 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
     stock = _stock_chunk(model, tier.gemm_dtype, inputs, noise)[0]
     velocities: list[Tensor] = []
     engine = Engine(tier, "auto" if tier.stock_order else now.backend, state.device, capture=False)
-    fast = engine.act(model, *inputs, noise, watch=lambda _, v: velocities.append(v))
-    # What the caller gets is judged: a replay, and a loop in one launch, which cannot be watched.
+    fast = engine.act(model, *inputs, noise, observe=lambda _, v: velocities.append(v))
+    # What the caller gets is judged: a replay, and a loop in one launch, which cannot be observed.
     if served.graphs is not None or served.ops.denoise_persistent is not None:
         fast = served.act(model, *inputs, noise)
 

@@ -53,7 +53,7 @@ def _check_status(contestant: Contestant) -> None:
     contestant.facts.update(
         backend=status.backend,
         stage_backends=status.stages,
-        passed_over=status.passed_over,
+        fallback_reasons=status.fallback_reasons,
         extra_bytes=status.extra_bytes,
     )
 

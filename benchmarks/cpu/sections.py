@@ -88,17 +88,17 @@ def tiers(data: dict[str, Any]) -> str:
         parts.append(
             f"{MARK} unsteady: the median is more than {UNSTEADY:g} times the best round, so other work disturbed it."
         )
-    parts += passed_over(benches)
+    parts += fallback_reasons(benches)
     parts += level_with(benches)
     parts += not_timed(data)
     return "\n\n".join(parts)
 
 
-def passed_over(benches: list[dict[str, Any]]) -> list[str]:
+def fallback_reasons(benches: list[dict[str, Any]]) -> list[str]:
     return [
         f"{bench['variant']}, {name}: {reason}"
         for bench in benches
-        for name, reason in bench.get("passed_over", {}).items()
+        for name, reason in bench.get("fallback_reasons", bench.get("passed_over", {})).items()  # older results
     ]
 
 

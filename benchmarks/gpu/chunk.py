@@ -92,7 +92,7 @@ def one(run: Run, subject: Subject, variant: str, cameras: int, batch: int, head
                 "step_launches",
                 "extra_bytes",
                 "stages",
-                "passed_over",
+                "fallback_reasons",
             )
             info["status"] = {key: status[key] for key in wanted if key in status}
             assert status["calls_stock"] == 0, f"stock ran in between: {status['last_fallback']}"

@@ -74,7 +74,7 @@ def denoise(data: dict[str, Any]) -> str:
                 group.removeprefix("stages: "), bench["variant"], status["stages"]["denoise"],
                 "–" if launches is None else "one for all steps" if launches == 0 else f"{launches}",
                 milliseconds(loop["p50_ms"]), ratio(first, loop), milliseconds(loop["floor_ms"]),
-                f"{loop['share_of_floor']:.0%}", status["passed_over"].get("denoise_persistent", ""),
+                f"{loop['share_of_floor']:.0%}", status["fallback_reasons"].get("denoise_persistent", ""),
             ])  # fmt: skip
     columns = [
         "", "", "run by", "launches a step", "p50 ms", "ratio", "floor ms", "of the roof", "not in one launch, for",

@@ -64,7 +64,7 @@ def one(
         with stage_marks(subject.policy, run.device) as marks:
             timed(recorder, lambda: subject.check(variant, cameras, batch), once, rounds)
             status = smolvla_fast.status(subject.policy)
-        served = ("stages", "step_launches", "graph_nodes", "passed_over")
+        served = ("stages", "step_launches", "graph_nodes", "fallback_reasons")
         recorder.extra_info["status"] = {key: getattr(status, key) for key in served}
         describe(recorder)
 

@@ -13,7 +13,7 @@ from ..measure import system
 from ..measure.console import Console, check_writable, counted, write_json
 from ..ops import extension
 from ..ops import select as backends
-from ..patching.runtime import DISABLE, disabled
+from ..patching.settings import DISABLE, disabled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def examine() -> dict[str, Any]:
             for kind in extension.KINDS
         },
         "serves": serves(device),
-        "passed_over": backends.fallback_reasons(device),
+        "fallback_reasons": backends.fallback_reasons(device),
         "eight_bits": {tier: reason or "" for tier, reason in backends.why_not_eight_bits(device).items()},
         "backends": [
             {"op": row.op, "backend": row.backend, "available": row.available, "reason": row.reason}
@@ -110,7 +110,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.table(title, ["op", *names], rows, left=1 + len(names))
     for number, reason in enumerate(reasons, 1):
         console.line(f"({number}) {reason}")
-    for name, reason in found["passed_over"].items():
+    for name, reason in found["fallback_reasons"].items():
         console.line(f"backend='auto' does not take {name}: {reason}")
     if found["disabled"]:
         console.line(f"{DISABLE} is set: every policy runs stock")

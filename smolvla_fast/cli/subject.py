@@ -18,7 +18,7 @@ from torch import Tensor
 from ..measure.console import CommandError, Console
 from ..model.precision import TIERS, resolve_tier
 from ..ops.select import BACKENDS, select
-from ..patching.runtime import disabled
+from ..patching.settings import disabled
 from ..smolvla.features import ACTION, OBS_STATE
 from ..smolvla.hub import CONFIG_NAME, find_file
 

@@ -1,4 +1,4 @@
-"""The CUDA side of ``graphs.py``: capture on a stream and in a memory pool of its own, replay on the caller's stream."""
+"""The CUDA side of ``cuda_graphs``: capture on a stream and in a memory pool of its own, replay on the caller's stream."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _streams: dict[int, torch.cuda.Stream] = {}
 
 
 class CudaDriver:
-    """See ``graphs.Driver``. Captures of a device share one stream; ``graphs`` lets one run at a time."""
+    """See ``cuda_graphs.Driver``. Captures of a device share one stream; ``GraphCache`` lets one run at a time."""
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index

@@ -1,7 +1,7 @@
 """CUDA graphs of whole chunks: captured once for each shape of call, replayed for every call of that shape.
 
 A graph reads its inputs from fixed buffers and the weights where they lie, so a replay is right as long as no parameter
-has moved (``watch.py`` asks that before, and what else has changed while the GPU works). What talks to CUDA is a
+has moved (``change_detector`` asks that before, and what else has changed while the GPU works). What talks to CUDA is a
 ``Driver`` of seven calls; tests put one in its place that records and replays on the CPU.
 """
 
@@ -23,8 +23,9 @@ CAPACITY = 6
 """Graphs kept for one policy; the one unused for longest goes first. LeRobot's callers need one or two at a time, an
 evaluation whose last batch is ragged three."""
 
-Compute = Callable[[list[Tensor]], Tensor]
-"""From the static inputs to the chunk, in device work alone: no host constants, no waiting."""
+Compute = Callable[[list[Tensor]], tuple[Tensor, Any]]
+"""From the static inputs to the chunk, in device work alone: no host constants, no waiting; and a report of how it is
+computed, which every replay gives again."""
 
 
 class CaptureFailed(RuntimeError):
@@ -58,13 +59,15 @@ class Driver(Protocol):
 
 @dataclass
 class Graph:
-    """One recording. bytes: its memory pool and static inputs; nodes: launches and copies in it, None where unknown."""
+    """One recording. bytes: its memory pool and static inputs; nodes: launches and copies in it, None where unknown; report:
+    as ``Compute`` gave it."""
 
     recording: Any
     inputs: list[Tensor]
     output: Tensor
     bytes: int
     nodes: int | None
+    report: Any
     done: Any = None
 
 
@@ -88,8 +91,8 @@ class GraphCache:
         self._lock = threading.RLock()
         _caches.add(self)
 
-    def run(self, key: Hashable, inputs: Sequence[Tensor], compute: Compute) -> Tensor:
-        """The chunk for these inputs: a fresh tensor, ordered behind the caller's stream.
+    def run(self, key: Hashable, inputs: Sequence[Tensor], compute: Compute) -> tuple[Tensor, Any]:
+        """The chunk for these inputs, a fresh tensor ordered behind the caller's stream, and its report.
 
         key      all that the work depends on besides the values of ``inputs``; their shapes and dtypes are added here
         raises   CaptureFailed where this shape cannot be captured, at once after the first time
@@ -112,18 +115,25 @@ class GraphCache:
                 self._driver.replay(graph.recording)
                 chunk = graph.output.clone()
             graph.done = self._driver.mark()
-            return chunk
+            return chunk, graph.report
 
     def replays(self, key: Hashable, inputs: Sequence[Tensor]) -> bool:
         """Whether ``run`` would replay a graph, which reads what was read when it was captured and nothing else."""
         return not self._driver.busy() and _whole(key, inputs) in self._graphs
 
     def _capture(self, key: Hashable, inputs: Sequence[Tensor], compute: Compute) -> Graph:
+        reports: list[Any] = []
+
+        def record() -> Tensor:
+            chunk, report = compute(statics)
+            reports.append(report)
+            return chunk
+
         # Buffers of an inference_mode caller could not be written by a later one outside it.
         with torch.inference_mode(False), torch.no_grad(), _capturing:
             try:
                 statics = [value.clone() for value in inputs]
-                recording, output = self._driver.capture(lambda: compute(statics))
+                recording, output = self._driver.capture(record)
             except Exception as error:
                 statics = []
                 reason = f"CUDA graph capture failed: {type(error).__name__}: {_first_line(error)}"
@@ -132,7 +142,7 @@ class GraphCache:
             else:
                 held = sum(each.nbytes for each in statics)
                 pool, nodes = getattr(recording, "bytes", 0), getattr(recording, "nodes", None)
-                graph = Graph(recording, statics, output, held + pool, nodes)
+                graph = Graph(recording, statics, output, held + pool, nodes, reports[-1])
                 self._graphs[key] = graph
                 failure = None
         # Outside the handler: the traceback that holds the attempt's tensors is gone by now.

@@ -74,7 +74,7 @@ class _Made:
         return None if any(each is None for each in found) else [each for each in found if each is not None]
 
 
-class Copies:
+class QuantizedWeights:
     """Quantised copies of one model's matrices; threads may share them.
 
     dtype  of products with them      kind  what is made of a matrix      generation  how often copies were made anew
@@ -132,6 +132,11 @@ class Copies:
             self.refresh()
             return True
 
+    def checked(self) -> int:
+        """The generation, after copies have been compared with their weights."""
+        self.refreshed()
+        return self.generation
+
     def refresh(self) -> None:
         """Make every copy anew."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -156,8 +161,8 @@ class Copies:
         return sum(made.copy.nbytes for made in list(self._made.values()))
 
     @property
-    def passed_over(self) -> dict[str, str]:
-        """What the kind would rather have made of some weights, with the reason."""
+    def fallback_reasons(self) -> dict[str, str]:
+        """What the kind does without for some weights, with the reason."""
         found = [made.copy for made in list(self._made.values())]
         why = int8.why_two_terms(found) if self.kind is INTEGERS else None
         return {} if why is None else {"int8 in one term": why}
@@ -169,7 +174,7 @@ class IntegerCast:
     plain  what is done with all else: biases, convolutions, the connector
     """
 
-    def __init__(self, copies: Copies, plain: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, copies: QuantizedWeights, plain: Callable[[Tensor], Tensor]) -> None:
         self._copies, self.plain = copies, plain
 
     def __call__(self, matrix: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""The score of a training step's forward: observation -> prefix KV without a graph -> state -> expert -> flow loss.
+"""A training step's forward: observation -> prefix KV without a graph -> state -> expert -> flow loss.
 
 What is frozen is computed once without a graph by the engine's ops. By default that is everything but the expert, the heads
 and one token: images and language do not see the state, so of the whole prefix only the state's own row depends on a
@@ -23,12 +23,11 @@ from ..ops.reference.masks import block_mask
 from ..ops.reference.rope import rope_tables
 from ..ops.reference.suffix_tokens import suffix_tokens
 from ..ops.select import select
-from ..patching.training_eligibility import frozen_reason
 from ..stages.observation import Observation, prepare_images, prepare_observation
 from ..stages.prefix import embed_prefix, text_kv
 from ..stages.vision import encode_images, encode_patches, patch_positions
 from .image_cache import ImageCache
-from .layers import Rows, expert_layers, state_rows, text_layers
+from .layers import Rows, expert_layers, text_layers
 
 Prefix = Iterator[tuple[Tensor, Tensor]]
 """Keys and values [B, P, K, D] of each text layer, rotated."""
@@ -38,8 +37,8 @@ class LossEngine:
     """Computes training losses for one model in one tier. Weights are read from the model at each call, and what holds for
     one call alone is handed down as an argument: threads with and without autocast may share an engine.
 
-    passed_over  what the tier would rather have done, with the reasons: as the last look and the last loss had it
-    cache        of image tokens, or None
+    fallback_reasons  what the tier does without, with the reasons: as the last look and the last loss had it
+    cache             of image tokens, or None
     """
 
     def __init__(
@@ -48,15 +47,14 @@ class LossEngine:
         self.tier = tier
         self.ops = select(backend, device, False, None)
         self.cache = cache
-        self.passed_over: dict[str, str] = {}
+        self.fallback_reasons: dict[str, str] = {}
         self.not_frozen: str | None = None
         self._slow_bf16 = why_bf16_is_slow() if device.type == "cpu" else None
         self._positions: dict[tuple[int, torch.dtype], Tensor] = {}
 
-    def look(self, model: Any) -> None:
-        """Note, once for each state of a model, whether the engine's ops may stand in for its frozen modules."""
-        # A load in another thread may change a weight between two sides of a comparison: asked twice.
-        self.not_frozen = frozen_reason(model) and frozen_reason(model)
+    def look(self, model: Any, not_frozen: str | None) -> None:
+        """Note, once for each state of a model, why the engine's ops cannot replace its frozen modules, or None."""
+        self.not_frozen = not_frozen
         instead = f"{self.not_frozen}; the modules themselves compute it"
         self._note("frozen prefix", None if self.not_frozen is None else instead)
         self._note("image cache", self._no_cache(model))
@@ -64,9 +62,9 @@ class LossEngine:
     def _note(self, what: str, reason: str | None) -> None:
         """A receipt goes when its cause does."""
         if reason is None:
-            self.passed_over.pop(what, None)
+            self.fallback_reasons.pop(what, None)
         else:
-            self.passed_over[what] = reason
+            self.fallback_reasons[what] = reason
 
     def _no_cache(self, model: Any) -> str | None:
         """Why a cache that was asked for cannot serve, or None. Without gradients too: weights that learn move."""
@@ -78,6 +76,10 @@ class LossEngine:
         if self.not_frozen is not None:
             return f"{self.not_frozen}; the modules themselves make the tokens, at every step"
         return None
+
+    def after_fork(self) -> None:
+        if self.cache is not None:
+            self.cache.renew_lock()
 
     def losses(
         self,
@@ -197,7 +199,9 @@ class LossEngine:
             embedded, pad_masks, att_masks = embed(state_token=state_token)
             rows = _rows(torch.cumsum(pad_masks, dim=1) - 1, block_mask(pad_masks, att_masks), dims)
             joint_end = not is_cross(model.vlm_with_expert, len(layers) - 1)
-            return pad_masks, text_layers(self.ops, layers, embedded, rows, dims.head_dim, joint_end)
+            return pad_masks, text_layers(
+                self.ops, layers, embedded, rows, dims.head_dim, joint_end=joint_end
+            )
 
         apart = state_token.requires_grad
         with _frozen(device):
@@ -212,7 +216,7 @@ class LossEngine:
         place = torch.sum(pad_masks, dim=1, keepdim=True)
         pad_masks = torch.cat([pad_masks, own], dim=1)
         rows = _rows(place, pad_masks[:, None], dims)
-        return pad_masks, state_rows(self.ops, layers, state_token, rows, dims.head_dim, kept)
+        return pad_masks, text_layers(self.ops, layers, state_token, rows, dims.head_dim, kept)
 
     def _patch_positions(self, vlm: Any, images: Tensor) -> Tensor:
         key = (images.shape[-1], vlm.vision_model.embeddings.patch_embedding.weight.dtype)

@@ -56,36 +56,22 @@ class _Beside(torch.autograd.Function):
 
 
 def text_layers(
-    ops: Ops, layers: Any, x: Tensor, rows: Rows, head_dim: int, joint_end: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys and values [B, P, K, D] of each text layer over a whole prefix x [B, P, M]; of the last nothing else is read.
-
-    joint_end  the last layer is of self-attention: stock's softmax then has rows for the prefix as well, so that its
-               queries, which nobody reads, get a gradient of zeros, and DDP waits for it
-    """
-    return _text(ops, layers, x, rows, head_dim, None, joint_end)
-
-
-def state_rows(
-    ops: Ops, layers: Any, x: Tensor, rows: Rows, head_dim: int, frozen: list[tuple[Tensor, Tensor]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same where all but the last tokens of the prefix are frozen: they see nothing of what comes behind them.
-
-    x        [B, n, M]  the tokens behind the frozen ones      frozen  their keys and values, a pair a layer
-    returns  keys and values of the whole prefix, whose last n rows alone have a gradient
-    """
-    return _text(ops, layers, x, rows, head_dim, frozen)
-
-
-def _text(
     ops: Ops,
     layers: Any,
     x: Tensor,
     rows: Rows,
     head_dim: int,
-    frozen: list[tuple[Tensor, Tensor]] | None,
+    frozen: list[tuple[Tensor, Tensor]] | None = None,
     joint_end: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and values [B, P, K, D] of each text layer over a whole prefix; of the last nothing else is read.
+
+    x          [B, P, M], or [B, n, M] of the last n tokens where the others are frozen: those see nothing of what comes
+               behind them
+    frozen     keys and values of the others, a pair a layer; the last n rows alone then have a gradient
+    joint_end  the last layer is of self-attention: stock's softmax then has rows for the prefix as well, so that its
+               queries, which nobody reads, get a gradient of zeros, and DDP waits for it
+    """
     for i, layer in enumerate(layers):
         h = _normed(layer, x)
         last = i == len(layers) - 1

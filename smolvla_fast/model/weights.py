@@ -37,8 +37,8 @@ class LayerNorm(NamedTuple):
 NormT = TypeVar("NormT", Norm, LayerNorm)
 Cast = Callable[[Tensor], Any]
 """Gives a matrix in the dtype that a tier wants for its products: the matrix itself where it has it already. One with an
-attribute ``behind`` (``copies.IntegerCast``) gives what reads a norm together with a norm that suits it, and has ``plain``
-for matrices that are to stay as wide as they were."""
+attribute ``behind`` (``quantized_weights.IntegerCast``) gives what reads a norm together with a norm that suits it, and has
+``plain`` for matrices that are to stay as wide as they were."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Heads:
     action_out: Affine
 
 
-def telling_weight(model: Any) -> Tensor:
+def representative_weight(model: Any) -> Tensor:
     """The parameter whose dtype and device are taken for the model's: a text layer's, for those of heads may be wider. Where
-    that layer is wrapped by something without a ``weight``, any of a floating dtype; ``guard`` then has its say."""
+    that layer is wrapped by something without a ``weight``, any of a floating dtype; the eligibility rules then decide."""
     layer = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and not weight.is_meta:

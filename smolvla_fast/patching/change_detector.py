@@ -1,7 +1,7 @@
 """What the engine relies on in a live model, noted once, so that asking whether all of it still holds is cheap.
 
-``guard`` reads a whole model and takes milliseconds, a chunk on a GPU not many more. So it is asked once, and then only
-when something here has moved: an attribute of any module, a submodule, a parameter, a hook, a class's ``forward``.
+``Eligibility`` reads a whole model and takes milliseconds, a chunk on a GPU not many more. So it is asked once, and then
+only when something here has moved: an attribute of any module, a submodule, a parameter, a hook, a class's ``forward``.
 Values inside a parameter are not looked at, for the engine reads them live.
 """
 
@@ -39,7 +39,7 @@ def _held(values: Iterable[Any]) -> tuple[list[Any], list[weakref.ref[Any]]]:
     return strong, weak
 
 
-class Watch:
+class ChangeDetector:
     """Compares by identity and holds a reference to all it compares, so that no address can be taken twice.
 
     The root, and what hangs on it, is held weakly where Python can: whoever keeps this keeps it by model and must not keep
@@ -111,3 +111,11 @@ class Watch:
                 for table, values in self._children
             )
         )
+
+
+def detector_of(model: Any) -> ChangeDetector | None:
+    """None of a foreign structure that cannot be noted: it is looked at every time, and the look says what it is."""
+    try:
+        return ChangeDetector(model)
+    except Exception:
+        return None

@@ -13,38 +13,6 @@ from ..ops.reference.euler_step import Guidances
 from ..ops.reference.guidance import SCHEDULES, guidance_weight, prefix_weights
 
 
-def plan_guidance(
-    config: Any,
-    previous: Tensor,
-    delay: int,
-    horizon: int | None,
-    shape: torch.Size,
-    device: torch.device,
-    steps: int,
-) -> Guidances:
-    """Guidance for every step of one chunk.
-
-    config    the live ``RTCConfig``: schedule, execution_horizon, max_guidance_weight
-    previous  [T, a] or [B, T, a]  unexecuted actions of the previous chunk, T <= S and a <= A; padded with zeros
-    delay     actions that will have run before this chunk arrives        horizon  overrides the config's where given
-    shape     [B, S, A] of the chunk
-    replaces  the first half of ``RTCProcessor.denoise_step`` of LeRobot
-    """
-    batch, chunk, width = shape
-    previous = (previous if previous.ndim == 3 else previous[None]).to(device)
-    horizon = min(config.execution_horizon if horizon is None else horizon, previous.shape[1])
-    if previous.shape[1] < chunk or previous.shape[2] < width:
-        padded = torch.zeros(batch, chunk, width, device=device)
-        padded[:, : previous.shape[1], : previous.shape[2]] = previous
-        previous = padded
-    schedule = config.prefix_attention_schedule
-    weights = prefix_weights(getattr(schedule, "name", schedule), delay, horizon, chunk)[None, :, None]
-    weights = weights.to(device, non_blocking=True)
-    times = (1.0 + step * (-1.0 / steps) for step in range(steps))
-    strengths = torch.stack([guidance_weight(time, config.max_guidance_weight) for time in times])
-    return Guidances(previous, weights, strengths.to(device, non_blocking=True))
-
-
 def guided(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether this call of ``sample_actions`` is guided by what is left of the chunk before."""
     return bool(model._rtc_enabled() and kwargs.get("prev_chunk_left_over") is not None)
@@ -90,15 +58,26 @@ def guidance_reason(model: Any, kwargs: dict[str, Any], batch: int, device: torc
 
 
 def guidance_of(model: Any, kwargs: dict[str, Any], noise: Tensor) -> Guidances | None:
-    """``plan_guidance`` for one call, or None where it is not guided."""
+    """Guidance for every step of one chunk, or None where it is not guided.
+
+    kwargs    as ``guidance_reason`` lets them pass: prev_chunk_left_over [T, a] or [B, T, a], the unexecuted
+              actions of the previous chunk, T <= S and a <= A, padded here with zeros; inference_delay, actions that will
+              have run before this chunk arrives; execution_horizon, in place of the config's where given
+    noise     [B, S, A] of the chunk
+    replaces  the first half of ``RTCProcessor.denoise_step`` of LeRobot
+    """
     if not guided(model, kwargs):
         return None
-    return plan_guidance(
-        model.rtc_processor.rtc_config,
-        kwargs["prev_chunk_left_over"],
-        kwargs["inference_delay"],
-        kwargs.get("execution_horizon"),
-        noise.shape,
-        noise.device,
-        model.config.num_steps,
-    )
+    config, steps, device = model.rtc_processor.rtc_config, model.config.num_steps, noise.device
+    previous, horizon = kwargs["prev_chunk_left_over"].to(device), kwargs.get("execution_horizon")
+    previous = previous if previous.ndim == 3 else previous[None]
+    horizon = min(config.execution_horizon if horizon is None else horizon, previous.shape[1])
+    if previous.shape[1] < noise.shape[1] or previous.shape[2] < noise.shape[2]:
+        padded = torch.zeros(noise.shape, device=device)
+        padded[:, : previous.shape[1], : previous.shape[2]] = previous
+        previous = padded
+    schedule = getattr(config.prefix_attention_schedule, "name", config.prefix_attention_schedule)
+    weights = prefix_weights(schedule, kwargs["inference_delay"], horizon, noise.shape[1])[None, :, None]
+    times = (1.0 + step * (-1.0 / steps) for step in range(steps))
+    strengths = torch.stack([guidance_weight(time, config.max_guidance_weight) for time in times])
+    return Guidances(previous, weights.to(device, non_blocking=True), strengths.to(device, non_blocking=True))

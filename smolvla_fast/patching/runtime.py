@@ -1,71 +1,63 @@
-"""What lives beside a patched model: its engine, its counters, what was said about it; never copied, never pickled."""
+"""What is kept beside a patched model: what serves its chunks and its losses, and what ``status`` says of both."""
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..engine.timing import STAGES
-from ..inference import Engine
+from ..inference import Engine, Ineligible, Validator
 from ..model.precision import resolve_tier
-from ..model.weights import telling_weight
-from .change_detector import Watch
-from .eligibility import model_reason, probe, probed_code, source_reason
-from .training_runtime import Learning
-
-logger = logging.getLogger("smolvla_fast")
-
-DISABLE = "SMOLVLA_FAST_DISABLE"
-SETTINGS = "_smolvla_fast"
-"""The attribute of a patched model that holds its ``Settings``."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What ``patch`` was asked for; travels with copies and pickles of the model."""
-
-    precision: str
-    backend: str
-    training: bool = False
-    image_cache: int = 0
+from ..model.weights import representative_weight
+from .change_detector import ChangeDetector
+from .eligibility import INFERENCE
+from .probe import probe, probed_code
+from .served import Served, logger
+from .settings import Settings
+from .training_runtime import TrainingRuntime
 
 
 @dataclass
 class Status:
     """What a patched policy is doing.
 
-    active         chunks are served by the engine (False: stock runs, see last_fallback)
-    precision      the tier: "exact", "fp32", "bf16", "fp8" or "int8"    backend  who computes
-    stages         stage -> backend, or backends where one serves what the other has no kernel for: "cuda, triton"; of the
-                   denoise loop, who ran the last one
-    passed_over    backends that "auto" would rather have taken, each with the reason why it could not; "denoise_persistent":
-                   why the last chunk's loop was not one launch, where the backend has a kernel for that; "int8 in one term":
-                   how many weights have two; "graph": why no chunk is captured on a GPU
-    calls_fast     chunks served by the engine                calls_stock  chunks served by stock
-    last_fallback  why stock ran the last time it did, or None
-    graphs         captured CUDA graphs      graph_bytes  what they hold      graph_nodes  nodes of the one used last
-    step_launches  kernel launches of one denoise step, where the backend's ops are one launch each, else None; 0 where all
-                   steps are one launch
-    training_fast  losses by the fast path of ``patch(training=True)``
-    training_stock losses by stock while that was asked for
-    training_fallback  why stock computed the last one it did, or None      training_passed_over  as passed_over, of training
-    training_cache  of image_cache: frames and bytes held, hits, misses; empty without one, or before the first fast loss
-    extra_bytes    bytes held between chunks beyond the policy's own: the patches' position ids, time embeddings, on a
-                   CPU the denoise loop's buffers, the graphs' memory and, in fp8 and int8 alone, copies of weights
+    active            True: the engine serves chunks. False: stock runs; last_fallback says why
+    precision         the tier: "exact", "fp32", "bf16", "fp8" or "int8"
+    backend           who computes: "torch", "cpu", "triton" or "cuda"
+    stages            stage -> backend; two where one has no kernel for some ops: "cuda, triton"; the denoise loop's is
+                      of the last chunk
+    fallback_reasons  what the engine does without, each with the reason:
+                      a backend               "auto" prefers it, and it cannot serve here
+                      "bf16 products"         they run in fp32, which is faster on this processor
+                      "int8 in one term"      some weights have two 8-bit terms
+                      "graph"                 chunks are not captured on this GPU
+                      "denoise_persistent"    the last chunk's loop was not one launch, for which the backend has a kernel
+    calls_fast        chunks served by the engine
+    calls_stock       chunks served by stock
+    last_fallback     why stock ran the last time it did, or None
+    graphs            captured CUDA graphs
+    graph_bytes       bytes that they hold
+    graph_nodes       nodes of the one used last, or None
+    step_launches     kernel launches of one denoise step; 0: the whole loop is one launch; None: ops are not one launch each
+    extra_bytes       bytes held between chunks beyond the policy's own: position ids, time embeddings, the denoise loop's
+                      buffers on a CPU, graphs, and in fp8 and int8 quantized weights
+    training_fast     losses by the fast path of ``patch(training=True)``
+    training_stock    losses by stock while that was asked for
+    training_fallback why stock computed the last one it did, or None
+    training_fallback_reasons  as fallback_reasons, of training: "bf16 products" as above;
+                      "frozen prefix"         the policy's own modules compute what is frozen
+                      "image cache"           image tokens are made at every step
+    training_cache    of image_cache: frames and bytes held, hits, misses; empty without one, or before the first fast loss
     """
 
     active: bool = False
     precision: str = "stock"
     backend: str = "stock"
     stages: dict[str, str] = field(default_factory=lambda: dict.fromkeys(STAGES, "stock"))
-    passed_over: dict[str, str] = field(default_factory=dict)
+    fallback_reasons: dict[str, str] = field(default_factory=dict)
     calls_fast: int = 0
     calls_stock: int = 0
     last_fallback: str | None = None
@@ -77,141 +69,98 @@ class Status:
     training_fast: int = 0
     training_stock: int = 0
     training_fallback: str | None = None
-    training_passed_over: dict[str, str] = field(default_factory=dict)
+    training_fallback_reasons: dict[str, str] = field(default_factory=dict)
     training_cache: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def disabled() -> bool:
-    return os.environ.get(DISABLE, "").lower() not in ("", "0", "false", "no", "off")
+class Runtime(Served[Engine]):
+    """What serves chunks, and beside it what serves losses."""
 
-
-class Runtime:
-    """Engine, counters and messages of one patched model."""
+    eligibility, work = INFERENCE, "chunk"
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
-        # Of the last chunk: another thread may unpatch while one is computed.
-        self.settings: Settings | None = None
-        self.engine: Engine | None = None
-        self.built_for: tuple[Any, ...] = ()
-        self.probed: str | None = None
-        self.watch: Watch | None = None
-        self.calls_fast = 0
-        self.calls_stock = 0
-        self.last_fallback: str | None = None
-        self.learning = Learning()
-        self.told: set[str] = set()
+        super().__init__()
+        self.training = TrainingRuntime()
+        self._built_for: tuple[Any, ...] = ()
+        self._probed: tuple[Any, str | None] = (None, None)
 
-    def renew_locks(self) -> None:
-        self.lock = threading.RLock()
-        self.learning.renew_locks()
-        if self.engine is not None and self.engine.copies is not None:
-            self.engine.copies.renew_lock()
+    def prepare(self, model: Any, settings: Settings) -> str | None:
+        weight = representative_weight(model)
+        # All dtypes and devices: a model that is looked at while another thread moves it is another one afterwards.
+        key = (settings, weight.dtype, weight.device, *((x.dtype, x.device) for x in model.parameters()))
+        if self.engine is not None and self.engine.graphs is not None:
+            self.engine.graphs.clear()  # they hold addresses and settings of before
+        if self.engine is None or self._built_for != key:
+            tier = resolve_tier(settings.precision, weight.dtype)
+            self.engine = Engine(tier, settings.backend, weight.device)
+            if self._built_for and self._built_for[0] == settings:  # not patched anew, which says it itself
+                name = self.engine.ops.backend
+                logger.info("smolvla_fast: now: %s on %s, backend %s", tier.name, weight.device, name)
+            self._built_for = key
+        code = (key, probed_code(model))
+        if self._probed[0] != code:
+            # A load in another thread may change a weight between two sides of a comparison: asked twice.
+            exact = self.engine.tier.stock_order
+            self._probed = (code, probe(model, exact=exact) and probe(model, exact=exact))
+        return self._probed[1]
 
-    def prepare(self, model: Any) -> Engine:
-        """The engine for the dtypes and device the model has now."""
+    def gate(self, model: Any) -> tuple[Engine | None, str | None, tuple[Validator, ...]]:
+        """May it: an engine or why not, and what is still to be checked of the model when the chunk is queued.
+
+        Where chunks are captured and no parameter has moved since the last look, the model is looked through while the GPU
+        works. Else now.
+        """
         with self.lock:
-            settings = model.__dict__.get(SETTINGS) or self.settings
-            assert settings is not None, "a runtime is of a patched model"
-            self.settings = settings
-            weight = telling_weight(model)
-            # All dtypes and devices: a model that is looked at while another thread moves it is another one afterwards.
-            parts = tuple((each.dtype, each.device) for each in model.parameters())
-            key = (settings, weight.dtype, weight.device, parts, probed_code(model))
-            if self.engine is None or self.built_for != key:
-                if self.engine is not None and self.engine.graphs is not None:
-                    self.engine.graphs.clear()
-                tier = resolve_tier(settings.precision, weight.dtype)
-                self.engine = Engine(tier, settings.backend, weight.device)
-                if self.built_for and self.built_for[0] == settings:  # not patched anew, which says it itself
-                    name = self.engine.ops.backend
-                    logger.info("smolvla_fast: now: %s on %s, backend %s", tier.name, weight.device, name)
-                # A load in another thread may change a weight between two sides of a comparison: asked twice.
-                exact = tier.stock_order
-                self.probed = probe(model, exact=exact) and probe(model, exact=exact)
-                self.built_for = key
-            return self.engine
+            engine, noted = self.engine, self.detector
+            captured = engine is not None and engine.graphs is not None and self._refusal is None
+            if captured and noted is not None and noted.same_memory():
+                return engine, None, (Validator(noted, lambda: self._checked(model)),)
+            return (*self.look(model), ())
 
-    def unmoved(self) -> Watch | None:
-        """What was noted at the last full check, if every parameter still lies where it lay: graphs may be replayed."""
+    def _checked(self, model: Any) -> ChangeDetector | None:
         with self.lock:
-            watch = self.watch
-            return watch if watch is not None and watch.same_memory() else None
-
-    def reason(self, model: Any) -> str | None:
-        """Why this model runs stock whatever the call, or None. Cheap while nothing in it has changed."""
-        if disabled():
-            return f"{DISABLE} is set"
-        with self.lock:
-            if not (model.__dict__.get(SETTINGS) or self.settings):
-                return "the policy was unpatched meanwhile"
-            watch = self.watch
-            if watch is not None and watch.same(model):
-                return source_reason(model)
-            self.watch = None
-            reason = model_reason(model)
+            reason = self.look(model)[1]
             if reason is not None:
-                return reason  # cheap, for a model that stock runs is asked at every call
-            watch = Watch(model)  # before a look, so that what changes during it is looked at again
-            reason = model_reason(model)
-            if reason is None:
-                try:
-                    self.prepare(model)
-                    reason = self.probed
-                except RuntimeError as error:  # the policy has moved to where an explicit wish cannot be met
-                    reason = str(error)
-            if reason is None:
-                if self.engine is not None and self.engine.graphs is not None:
-                    self.engine.graphs.clear()  # they hold addresses and settings of before
-                self.watch = watch
-            return reason
-
-    def served(self) -> None:
-        with self.lock:
-            self.calls_fast += _counts.get()
-
-    def fell_back(self, reason: str) -> None:
-        with self.lock:
-            self.calls_stock += _counts.get()
-            self.last_fallback = reason
-            told = reason in self.told
-            self.told.add(reason)
-        if not told:
-            logger.warning("smolvla_fast: this chunk runs stock: %s", reason)
+                raise Ineligible(reason)
+            return self.detector
 
     def forget(self) -> None:
-        """Drop the engine with its graphs; the next call builds another."""
+        """Drops the engines with their graphs."""
         with self.lock:
             if self.engine is not None and self.engine.graphs is not None:
                 self.engine.graphs.clear()
-            self.engine, self.watch = None, None
-            self.learning.forget()
+            super().forget()
+        self.training.forget()
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        self.training.after_fork()
 
     def status(self, reason: str | None) -> Status:
         counters: dict[str, Any] = dict(
-            calls_fast=self.calls_fast,
-            calls_stock=self.calls_stock,
+            calls_fast=self.fast,
+            calls_stock=self.stock,
             last_fallback=reason or self.last_fallback,
-            training_fast=self.learning.fast,
-            training_stock=self.learning.stock,
-            training_fallback=self.learning.fallback,
-            training_passed_over=self.learning.passed_over,
-            training_cache=self.learning.cache,
+            training_fast=self.training.fast,
+            training_stock=self.training.stock,
+            training_fallback=self.training.last_fallback,
+            training_fallback_reasons=self.training.fallback_reasons,
+            training_cache=self.training.cache,
         )
         engine = self.engine
         if reason is not None or engine is None:
             return Status(**counters)
-        name, graphs = engine.ops.backend, engine.graphs
+        graphs = engine.graphs
         held = 0 if graphs is None else graphs.bytes
         return Status(
             active=True,
             precision=engine.tier.name,
-            backend=name,
+            backend=engine.ops.backend,
             stages=engine.stages,
-            passed_over=engine.passed_over,
+            fallback_reasons=engine.fallback_reasons,
             graphs=0 if graphs is None else graphs.count,
             graph_bytes=held,
             graph_nodes=None if graphs is None else graphs.nodes,
@@ -219,19 +168,6 @@ class Runtime:
             extra_bytes=engine.bytes + held,
             **counters,
         )
-
-
-_counts: ContextVar[bool] = ContextVar("smolvla_fast_counts", default=True)
-
-
-@contextmanager
-def uncounted() -> Iterator[None]:
-    """Chunks of this thread inside are a warm-up's, not the robot's."""
-    token = _counts.set(False)
-    try:
-        yield
-    finally:
-        _counts.reset(token)
 
 
 _runtimes: WeakKeyDictionary[Any, Runtime] = WeakKeyDictionary()
@@ -244,7 +180,7 @@ def _after_fork() -> None:
     global _runtimes_lock
     _runtimes_lock = threading.RLock()
     for runtime in list(_runtimes.values()):
-        runtime.renew_locks()
+        runtime.after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,4 +1,4 @@
-"""Which source the engine stands in for: digests of the LeRobot functions whose work it takes over.
+"""Which source the engine replaces: digests of the LeRobot functions whose work it takes over.
 
 A version string says little (forks, editable installs, a patched method); the source says it all. A function whose
 digest is not listed, a subclass that overrides one, or a method replaced on an instance sends every call to stock.
@@ -18,7 +18,7 @@ from typing import Any
 
 MODEL_METHODS = ("sample_actions", "embed_prefix", "embed_suffix", "denoise_step", "_rtc_enabled")
 LOSS_METHODS = ("forward", "embed_prefix", "embed_suffix")
-"""What the fast training step stands in for, or calls."""
+"""What the fast training step replaces, or calls."""
 PAIR_METHODS = (
     "forward",
     "forward_attn_layer",
@@ -48,60 +48,48 @@ FUNCTIONS = (
 
 _LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
 
+_SAME_SINCE_0_4_4 = {
+    "RTCProcessor._add_leading_ones": "5619d89cd659",
+    "RTCProcessor._add_trailing_zeros": "e7ce01f827a4",
+    "RTCProcessor._linweights": "2d2a1c55926e",
+    "RTCProcessor.denoise_step": "a9cd6317fdef",
+    "RTCProcessor.get_prefix_weights": "f1b46736e57e",
+    "SmolVLMWithExpertModel.eager_attention_forward": "7fddedc99721",
+    "SmolVLMWithExpertModel.embed_image": "135638df1260",
+    "SmolVLMWithExpertModel.embed_language_tokens": "b4e3334ea714",
+    "SmolVLMWithExpertModel.get_attention_interface": "2f02728799fe",
+    "SmolVLMWithExpertModel.get_model_layers": "42d5fc98970c",
+    "SmolVLMWithExpertModel.get_vlm_model": "210012569b60",
+    "VLAFlowMatching._rtc_enabled": "d83e24688bde",
+    "VLAFlowMatching.embed_prefix": "488b16ee9bc0",
+    "VLAFlowMatching.embed_suffix": "8459142fe124",
+    "apply_rope": "9deaa642c2e6",
+    "pad_tensor": "12e2a2c60647",
+}
 KNOWN: dict[str, dict[str, str]] = {
     # In 0.5.1 not one of these functions differs: its own change to SmolVLA is in the training loss.
     "0.4.4, 0.5.1": {
-        "RTCProcessor._add_leading_ones": "5619d89cd659",
-        "RTCProcessor._add_trailing_zeros": "e7ce01f827a4",
-        "RTCProcessor._linweights": "2d2a1c55926e",
-        "RTCProcessor.denoise_step": "a9cd6317fdef",
-        "RTCProcessor.get_prefix_weights": "f1b46736e57e",
-        "SmolVLMWithExpertModel.eager_attention_forward": "7fddedc99721",
-        "SmolVLMWithExpertModel.embed_image": "135638df1260",
-        "SmolVLMWithExpertModel.embed_language_tokens": "b4e3334ea714",
+        **_SAME_SINCE_0_4_4,
         "SmolVLMWithExpertModel.forward": "49ca3d941ecf",
         "SmolVLMWithExpertModel.forward_attn_layer": "4359f8148fd2",
         "SmolVLMWithExpertModel.forward_cross_attn_layer": "b20c09b231fb",
-        "SmolVLMWithExpertModel.get_attention_interface": "2f02728799fe",
-        "SmolVLMWithExpertModel.get_model_layers": "42d5fc98970c",
-        "SmolVLMWithExpertModel.get_vlm_model": "210012569b60",
-        "VLAFlowMatching._rtc_enabled": "d83e24688bde",
         "VLAFlowMatching.denoise_step": "4a2b507a4003",
-        "VLAFlowMatching.embed_prefix": "488b16ee9bc0",
-        "VLAFlowMatching.embed_suffix": "8459142fe124",
         "VLAFlowMatching.forward": "3439b0f47889",
         "VLAFlowMatching.sample_actions": "3671145bae24",
-        "apply_rope": "9deaa642c2e6",
         "create_sinusoidal_pos_embedding": "55da88f020a7",
         "make_att_2d_masks": "48addca29b91",
-        "pad_tensor": "12e2a2c60647",
     },
     "0.6.1": {
-        "RTCProcessor._add_leading_ones": "5619d89cd659",
-        "RTCProcessor._add_trailing_zeros": "e7ce01f827a4",
-        "RTCProcessor._linweights": "2d2a1c55926e",
-        "RTCProcessor.denoise_step": "a9cd6317fdef",
-        "RTCProcessor.get_prefix_weights": "f1b46736e57e",
-        "SmolVLMWithExpertModel.eager_attention_forward": "7fddedc99721",
-        "SmolVLMWithExpertModel.embed_image": "135638df1260",
-        "SmolVLMWithExpertModel.embed_language_tokens": "b4e3334ea714",
+        **_SAME_SINCE_0_4_4,
         "SmolVLMWithExpertModel.forward": "6eb353741f80",
         "SmolVLMWithExpertModel.forward_attn_layer": "5dd704fc1765",
         "SmolVLMWithExpertModel.forward_cross_attn_layer": "5786cdd82d34",
-        "SmolVLMWithExpertModel.get_attention_interface": "2f02728799fe",
-        "SmolVLMWithExpertModel.get_model_layers": "42d5fc98970c",
-        "SmolVLMWithExpertModel.get_vlm_model": "210012569b60",
-        "VLAFlowMatching._rtc_enabled": "d83e24688bde",
         "VLAFlowMatching.denoise_step": "6b0a4a498a3f",
-        "VLAFlowMatching.embed_prefix": "488b16ee9bc0",
-        "VLAFlowMatching.embed_suffix": "8459142fe124",
         "VLAFlowMatching.forward": "17fe20e6a941",
         "VLAFlowMatching.sample_actions": "8c0b9f66f469",
-        "apply_rope": "9deaa642c2e6",
         "create_sinusoidal_pos_embedding": "78b4eda5b0f2",
         "euler_integrate": "5951c1df6e60",
         "make_att_2d_masks": "6db0c597725e",
-        "pad_tensor": "12e2a2c60647",
     },
 }
 
@@ -138,7 +126,9 @@ def _functions(model: Any, rtc: Any | None, methods: tuple[str, ...]) -> dict[st
     )
     for label, owner, names in owners:
         for name in names if owner is not None else ():
-            method = owner.__dict__.get(name) or _stock_attribute(type(owner), name)
+            # The class a policy had before it was patched.
+            cls = getattr(type(owner), "stock_class", type(owner))
+            method = owner.__dict__.get(name) or getattr(cls, name, None)
             if method is not None:
                 method = getattr(method, "__func__", method)
                 found[f"{label}.{name}"] = method
@@ -148,19 +138,10 @@ def _functions(model: Any, rtc: Any | None, methods: tuple[str, ...]) -> dict[st
     return found
 
 
-def _stock_class(cls: type) -> type:
-    """The class a policy had before it was patched."""
-    return getattr(cls, "stock_class", cls)
-
-
-def _stock_attribute(cls: type, name: str) -> Any:
-    return getattr(_stock_class(cls), name, None)
-
-
 def unknown_source(
     model: Any, rtc: Any | None = None, methods: tuple[str, ...] = MODEL_METHODS
 ) -> str | None:
-    """None if every function the engine stands in for is one it knows, else which one is not.
+    """None if every function the engine replaces is one it knows, else which one is not.
 
     model  a ``VLAFlowMatching``      rtc  its ``RTCProcessor``, or None      methods  of the model
     """

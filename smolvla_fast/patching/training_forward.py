@@ -13,15 +13,13 @@ from typing import Any
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from ..loss.engine import LossEngine
-from ..model.precision import resolve_tier
-from ..model.weights import telling_weight
-from .runtime import DISABLE, SETTINGS, disabled, runtime_of
-from .training_eligibility import call_reason, size_reason
-from .training_runtime import Learning
+from .call_rules import Call
+from .eligibility import TRAINING
+from .model_rules import size_reason
+from .runtime import runtime_of
 
 
-class Learns:
+class TrainingMixin:
     """Put before ``_Accelerated`` by ``patch(training=True)``; overrides ``forward`` and nothing else."""
 
     stock_class: type
@@ -38,41 +36,27 @@ class Learns:
         noise: Tensor | None = None,
         time: Tensor | None = None,
     ) -> Tensor:
-        """As the stock method, computed by ``LossEngine`` where ``guard`` allows it."""
-        images, img_masks = list(images), list(img_masks)
-        given = (images, img_masks, lang_tokens, lang_masks, state, actions)
+        """As the stock method, computed by ``LossEngine`` where ``Eligibility`` allows it."""
+        given = (list(images), list(img_masks), lang_tokens, lang_masks, state)
         cls: Any = type(self)  # read once: another thread may unpatch meanwhile, or have done so by now
-        if not issubclass(cls, Learns):
-            return cls.forward(self, *given, noise, time)
-        stock: Any = cls.stock_class
-        learning, engine, reason = _ready(self)
-        reason = reason or call_reason(self, *given, noise, time)
+        if not issubclass(cls, TrainingMixin):
+            return cls.forward(self, *given, actions, noise, time)
+        runtime = runtime_of(self).training
+        engine, reason = runtime.look(self)
+        reason = reason or TRAINING.call_reason(self, Call(*given, noise, actions, time))
         if reason is not None or engine is None:
-            learning.fell_back(str(reason))
-            return stock.forward(self, *given, noise, time)
+            runtime.fell_back(str(reason))
+            return cls.stock_class.forward(self, *given, actions, noise, time)
         # In stock's order, so that a seeded run draws what stock draws.
         if noise is None:
             noise = self.sample_noise(actions.shape, actions.device)
         if time is None:
             time = self.sample_time(actions.shape[0], actions.device)
-        losses = engine.losses(self, *given, noise, time)
-        learning.served()
+        losses = engine.losses(self, *given, actions, noise, time)
+        runtime.served()
         return losses
-
-
-def _ready(model: Any) -> tuple[Learning, LossEngine | None, str | None]:
-    """What lives beside a model, its engine, and why that cannot be used whatever the batch."""
-    runtime = runtime_of(model)
-    learning, settings = runtime.learning, model.__dict__.get(SETTINGS) or runtime.settings
-    if disabled():
-        return learning, None, f"{DISABLE} is set"
-    if settings is None:
-        return learning, None, "the policy was unpatched meanwhile"
-    weight = telling_weight(model)
-    tier = resolve_tier(settings.precision, weight.dtype)
-    return learning, *learning.ready(model, tier, settings.backend, weight.device, settings.image_cache)
 
 
 def training_reason(model: Any) -> str | None:
     """Why the losses of a model patched for training are stock's whatever the batch holds, or None."""
-    return _ready(model)[2] or size_reason(model)
+    return runtime_of(model).training.look(model)[1] or size_reason(model)

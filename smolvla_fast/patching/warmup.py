@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .rtc import guidance_reason, guided
-from .runtime import uncounted
+from .served import uncounted
 
 
 def warm_up(policy: Any, example: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +17,20 @@ from ..ops.reference.suffix_tokens import suffix_tokens
 from ..ops.table import Ops
 
 
+class LoopReport(NamedTuple):
+    """What ran the denoise loop of one chunk.
+
+    launches          kernel launches of one step: two at its ends, five a layer; 0 where the whole loop is one launch, None
+                      where ops are not one launch each
+    persistent        whether the whole loop was one launch
+    fallback_reasons  why it was not, where the backend has a kernel for that
+    """
+
+    launches: int | None
+    persistent: bool
+    fallback_reasons: dict[str, str]
+
+
 def denoise(
     ops: Ops,
     dims: Dims,
@@ -25,32 +40,30 @@ def denoise(
     noise: Tensor,
     times: Tensor,
     guidance: Guidances | None = None,
-    watch: Callable[[Tensor, Tensor], None] | None = None,
-    passed_over: dict[str, str] | None = None,
+    observe: Callable[[Tensor, Tensor], None] | None = None,
     workspace: Workspace | None = None,
-) -> Tensor:
+) -> tuple[Tensor, LoopReport]:
     """Integrate the velocity field from t = 1 (noise) to t = 0 (actions).
 
     noise        [B, S, A]  fp32, not written to
     times        [N, B, E]  time embedding of every step
     guidance     where real-time chunking is on
-    watch        called with (x, v) after every step; for ``verify``
-    passed_over  gets the reason where the backend has one kernel for the whole loop and it cannot serve this call
-    workspace    memory for the steps, which ops of backend ``cpu`` write into; unused where somebody watches
-    returns      [B, S, A]  fp32, a fresh tensor
+    observe      called with (x, v) after every step; for ``verify``
+    workspace    memory for the steps, which ops of backend ``cpu`` write into; unused where somebody observes
+    returns      [B, S, A]  fp32, a fresh tensor, and what ran the loop
     replaces     ``euler_integrate`` over ``denoise_step`` of LeRobot
 
-    One launch where the backend has a kernel for the loop and nobody watches the steps, else op by op.
+    One launch where the backend has a kernel for the loop and nobody observes the steps, else op by op.
     Self-attention layers look at [prefix KV | suffix so far], positions counted on from the prefix's valid tokens.
     Cross-attention layers look at the cross KV alone, positions from 0.
     """
-    if ops.denoise_persistent is not None and watch is None:
+    fallback_reasons = {}
+    if ops.denoise_persistent is not None and observe is None:
         call = (dims, expert, heads, kv, noise, times, guidance)
         reason = None if ops.why_not_persistent is None else ops.why_not_persistent(*call)
         if reason is None:
-            return ops.denoise_persistent(*call)
-        if passed_over is not None:
-            passed_over["denoise_persistent"] = reason
+            return ops.denoise_persistent(*call), LoopReport(0, True, {})
+        fallback_reasons["denoise_persistent"] = reason
 
     steps, prefix = times.shape[0], kv.pad_masks.shape[1]
     own, cross = suffix_tokens(kv.pad_masks, dims.chunk, dims.head_dim)
@@ -58,8 +71,8 @@ def denoise(
     folded = ops.suffix_fold(times, heads.action_in, heads.time_in)
     dt = -1.0 / steps
     x = noise
-    # Whoever watches keeps what he sees, so every result is fresh then.
-    with nullcontext() if workspace is None or watch is not None else workspace.lent() as memory:
+    # Whoever observes keeps what he sees, so every result is fresh then.
+    with nullcontext() if workspace is None or observe is not None else workspace.lent() as memory:
         for step in range(steps):
             h = ops.suffix_embed(x, step, folded, heads.time_out, memory=memory)
             for layer, cache in zip(expert, kv.layers, strict=True):
@@ -73,7 +86,9 @@ def denoise(
                 h = ops.linear_residual(a, layer.down, h, out=h)
             guide = None if guidance is None else guidance.at(step)
             x, v = ops.euler_step(h, heads.expert_norm, heads.action_out, x, dt, guide, memory=memory)
-            if watch is not None:
-                watch(x, v)
+            if observe is not None:
+                observe(x, v)
         # Copied while the memory is still lent: the moment it is given back, another thread may write to it.
-        return x if memory is None else x.clone()
+        chunk = x if memory is None else x.clone()
+    single = ops.single_launch and not ops.leaves_to_torch(expert[0].gate.dtype, x.shape[0] * dims.chunk)
+    return chunk, LoopReport(2 + 5 * len(expert) if single else None, False, fallback_reasons)

@@ -36,7 +36,7 @@ def denoise_persistent(
     """
     from ..ops.select import reference_ops
 
-    return denoise(reference_ops(), dims, expert, heads, kv, noise, times, guidance)
+    return denoise(reference_ops(), dims, expert, heads, kv, noise, times, guidance)[0]
 
 
 def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, object]:

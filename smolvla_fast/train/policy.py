@@ -96,7 +96,7 @@ def speed_up(policy: Any, settings: TrainSettings) -> tuple[bool, str]:
     raises  TrainingError for ``fast="on"`` where it is not possible
     """
     from ..patch import patch, status, unpatch
-    from ..patching.runtime import DISABLE, disabled
+    from ..patching.settings import DISABLE, disabled
 
     if settings.fast == "off":
         return False, "plain, as asked for"
@@ -104,9 +104,9 @@ def speed_up(policy: Any, settings: TrainSettings) -> tuple[bool, str]:
     now = status(policy)
     reason = f"{DISABLE} is set" if disabled() else now.training_fallback
     if reason is None:
-        passed_over = f"{_products(policy, settings)}{_cache(now.training_passed_over, settings)}"
+        fallback_reasons = f"{_products(policy, settings)}{_cache(now.training_fallback_reasons, settings)}"
         fused = torch.device(policy.config.device).type in ("cpu", "cuda")
-        return fused, f"patched for training{', AdamW fused' if fused else ''}{passed_over}"
+        return fused, f"patched for training{', AdamW fused' if fused else ''}{fallback_reasons}"
     unpatch(policy)
     if settings.fast == "on":
         raise TrainingError(f"--fast=on: {reason}; use --fast=auto, which then trains the plain policy")
@@ -118,11 +118,11 @@ def _products(policy: Any, settings: TrainSettings) -> str:
     return "" if slow is None else f", products in fp32 ({slow})"
 
 
-def _cache(passed_over: dict[str, str], settings: TrainSettings) -> str:
+def _cache(fallback_reasons: dict[str, str], settings: TrainSettings) -> str:
     if not settings.image_cache:
         return ""
-    if "image cache" in passed_over:
-        return f", image_cache without effect ({passed_over['image cache']})"
+    if "image cache" in fallback_reasons:
+        return f", image_cache without effect ({fallback_reasons['image cache']})"
     return f", {settings.image_cache / 1e9:.3g} GB for image tokens"
 
 

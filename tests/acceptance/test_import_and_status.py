@@ -112,7 +112,7 @@ def test_returns_the_same_object_and_says_one_line(policy: Any, caplog: pytest.L
     now = smolvla_fast.status(policy)
     [line] = [record.getMessage() for record in caplog.records]
     assert f"{now.precision} on cpu, backend {now.backend}" in line
-    assert all(f"not {name}: {why}" in line for name, why in now.passed_over.items())
+    assert all(f"not {name}: {why}" in line for name, why in now.fallback_reasons.items())
 
 
 @pytest.mark.check(3)
@@ -126,9 +126,9 @@ def test_status_counts(policy: Any, observation: dict[str, Tensor], noise: Tenso
     assert now.active and (now.calls_fast, now.calls_stock) == (3, 0)
     assert now.graphs == 0 and now.last_fallback is None
     assert set(now.to_dict()) == {
-        "active", "precision", "backend", "stages", "passed_over", "calls_fast", "calls_stock", "last_fallback",
+        "active", "precision", "backend", "stages", "fallback_reasons", "calls_fast", "calls_stock", "last_fallback",
         "graphs", "graph_bytes", "graph_nodes", "step_launches", "extra_bytes",
-        "training_fast", "training_stock", "training_fallback", "training_passed_over", "training_cache",
+        "training_fast", "training_stock", "training_fallback", "training_fallback_reasons", "training_cache",
     }  # fmt: skip
 
 

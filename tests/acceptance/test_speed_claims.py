@@ -23,6 +23,7 @@ from smolvla_fast import inference
 from smolvla_fast.cli import main
 from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.patching import runtime
+from smolvla_fast.patching.eligibility import Eligibility
 from smolvla_fast.testing.policies import make_noise, make_observation
 
 ROOT = TESTS.parent
@@ -39,7 +40,7 @@ def test_after_a_warm_up_nothing_is_built(precision: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(owner, name, lambda *args, **kw: (built.append(name), function(*args, **kw))[1])
 
     for owner, name in (
-        (runtime, "probe"), (runtime, "model_reason"), (runtime, "Engine"), (inference, "patch_positions"),
+        (runtime, "probe"), (Eligibility, "model_reason"), (runtime, "Engine"), (inference, "patch_positions"),
         (inference, "_time_embeddings"),
     ):  # fmt: skip
         counted(owner, name)

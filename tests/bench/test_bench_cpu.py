@@ -257,7 +257,7 @@ def sample(**changes: Any) -> dict[str, Any]:
         "benchmarks": [
             bench("stock", "stock", "stock", 3000.0),
             bench("fp32", "tier", "fp32", 1154.0, heavy_cosine=0.99999),
-            bench("bf16", "tier", "bf16", 750.0, passed_over={"bf16 products": "too slow"}),
+            bench("bf16", "tier", "bf16", 750.0, fallback_reasons={"bf16 products": "too slow"}),
             bench("OpenVINO fp32", "peer", "fp32", 1500.0),
         ],
         "cpu": {"not_timed": {"int8": reason}, "overhead": {"fp32": each}, "scaling": rows, "left_out": ["batch 8"]},

@@ -146,7 +146,7 @@ def test_the_denoise_loop_by_backend() -> None:
     ) -> dict[str, Any]:
         loop = {"p50_ms": ms, "floor_ms": 0.7, "share_of_floor": 0.7 / ms}
         stages = {"vision": "triton", "prefix": "cuda, triton", "denoise": backend}
-        status = {"stages": stages, "step_launches": launches, "graph_nodes": None, "passed_over": passed}
+        status = {"stages": stages, "step_launches": launches, "graph_nodes": None, "fallback_reasons": passed}
         info = dict(
             suite="stages", variant=variant, backend=backend, batch=1, stages={"denoise": loop}, status=status
         )

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.captured import Captured, recording, seam
+from support.captured import Captured, recording
 from support.policies import LEROBOT_FIRST, chunk, make_policy
 from support.recorder import RecorderDriver
 from torch import nn
 
 import smolvla_fast
 from smolvla_fast.engine import cuda_graphs as graphs
-from smolvla_fast.patching import eligibility
+from smolvla_fast.patch import engine_of
+from smolvla_fast.patching import call_rules
 from smolvla_fast.testing.policies import make_noise, make_observation
 
 TIERS = ["exact", "fp32", "bf16"]
@@ -89,8 +90,7 @@ def _eps(policy: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "captures"),
     [(_copy_, 1), (_load, 1), (_step, 1)]
-    + [(change, 2) for change in (_data, _parameter, _assign, _module, _double_and_back)]
-    + [(_eps, 1)],  # another setting of a layer: another engine, with graphs of its own
+    + [(change, 2) for change in (_data, _parameter, _assign, _module, _double_and_back, _eps)],
 )
 def test_every_way_weights_change(change: Callable[[Any], None], captures: int) -> None:
     """Values in place are read live; what moves or is replaced asks for another capture. Never an old chunk."""
@@ -231,9 +231,9 @@ def test_nothing_but_ops_runs_in_a_layer(monkeypatch: pytest.MonkeyPatch) -> Non
     own = {name: counted(name) for name in NAMES if getattr(ops, name) is not None}
     counting = dataclasses.replace(ops, **own, single_launch=True, leaves_to_torch=lambda *_: False)
     smolvla_fast.patch(policy, precision="fp32", backend="torch")
-    engine = seam["engine_of"](policy.model)
+    engine = engine_of(policy.model)
     engine.graphs, engine.ops = None, counting
-    monkeypatch.setattr(eligibility, "_get_current_dispatch_mode_stack", list)  # this one only looks
+    monkeypatch.setattr(call_rules, "_get_current_dispatch_mode_stack", list)  # this one only looks
     with Between():
         chunk(policy, make_observation(policy), make_noise(policy))
     steps, layers = policy.config.num_steps, 4

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 from support.fuzz_cases import CASES, attempt, rel_l2
 
 import smolvla_fast
-from smolvla_fast.patching.runtime import DISABLE
+from smolvla_fast.patching.settings import DISABLE
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import FP32_BOUND
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import smolvla_fast
+from smolvla_fast.patch import engine_of
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import FP32_BOUND, rel_l2
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="parity is against the real class")
-seam = smolvla_fast.patch.__globals__
 SIZES = [
     dict(size="tiny", layout="fp32"),
     dict(size="tiny", layout="mixed"),
@@ -58,7 +58,7 @@ def test_exact_has_stock_bits(settings: dict[str, Any]) -> None:
 def test_tiers(settings: dict[str, Any], precision: str, backend: str) -> None:
     policy = make(settings)
     smolvla_fast.patch(policy, precision=precision, backend=backend)
-    engine = seam["engine_of"](policy.model)
+    engine = engine_of(policy.model)
     for cameras, batch in ((1, 1), (2, 1), (3, 8)):
         given = make_observation(policy, cameras=cameras, batch=batch)
         noise = make_noise(policy, batch=batch)

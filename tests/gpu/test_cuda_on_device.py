@@ -11,6 +11,7 @@ from support.contract import check, inputs_in, reference_module, run, to_device
 
 import smolvla_fast
 from smolvla_fast.ops.select import reference_ops, select, why_not
+from smolvla_fast.patch import engine_of
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import rel_l2
 
@@ -19,7 +20,6 @@ DEVICE = torch.device("cuda")
 OWN = ("image_prep", "masked_attention", "euler_step")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [(op, case) for op in OWN for case in reference_module(op).CASES]
-seam = smolvla_fast.patch.__globals__
 SIZES = {
     "tiny": dict(size="tiny", expert_width_multiplier=1.0),  # 48 wide; 36 is no multiple of 8
     "full": dict(size="full"),
@@ -41,17 +41,13 @@ def make(size: str = "tiny", layout: str = "mixed", **more: Any) -> Any:
     return smolvla_fast.patch(policy, precision="bf16", backend="cuda")
 
 
-def engine_of(policy: Any) -> Any:
-    return seam["engine_of"](policy.model)
-
-
 def chunk(policy: Any, given: Any, noise: Any, **kwargs: Any) -> Any:
     return policy.predict_action_chunk({k: v.clone() for k, v in given.items()}, noise=noise, **kwargs)
 
 
 def in_one_launch(policy: Any) -> None:
     now = smolvla_fast.status(policy)
-    assert now.stages["denoise"] == "cuda" and now.step_launches == 0, now.passed_over
+    assert now.stages["denoise"] == "cuda" and now.step_launches == 0, now.fallback_reasons
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -82,7 +78,7 @@ def test_a_captured_cuda_op_has_the_bits_of_a_plain_call(op: str) -> None:
 def test_a_chunk_in_one_launch(size: str) -> None:
     """Right against fp32, in bits the same when captured and when not, over cameras and up to eight samples."""
     policy = make(size)
-    engine = engine_of(policy)
+    engine = engine_of(policy.model)
     for cameras, batch in ((2, 1), (1, 3), (3, 8)):
         given = make_observation(policy, cameras=cameras, batch=batch)
         noise = make_noise(policy, batch=batch)
@@ -106,7 +102,7 @@ def test_one_launch_beside_one_op_at_a_time(size: str) -> None:
     report = smolvla_fast.verify(policy, given, noise=noise)
     whole = chunk(policy, given, noise)
     in_one_launch(policy)
-    engine = engine_of(policy)
+    engine = engine_of(policy.model)
     engine.graphs.clear()
     engine.ops = dataclasses.replace(engine.ops, denoise_persistent=None)
     steps = chunk(policy, given, noise)
@@ -155,7 +151,7 @@ def test_what_one_launch_does_not_serve_runs_op_by_op() -> None:
         assert smolvla_fast.verify(policy, given, noise=noise).passed
         chunk(policy, given, noise)
     now = smolvla_fast.status(policy)
-    assert "9" in now.passed_over["denoise_persistent"] and now.calls_stock == 0
+    assert "9" in now.fallback_reasons["denoise_persistent"] and now.calls_stock == 0
     chunk(policy, make_observation(policy, batch=8), make_noise(policy, batch=8))
     in_one_launch(policy)
 
@@ -170,7 +166,7 @@ def test_a_guided_chunk_in_one_launch() -> None:
     bound = (
         2 * smolvla_fast.verify(policy, given, noise=noise).bound
     )  # of two paths in bf16, each against fp32
-    engine = engine_of(policy)
+    engine = engine_of(policy.model)
     whole_ops, step_ops = engine.ops, dataclasses.replace(engine.ops, denoise_persistent=None)
     unguided = chunk(policy, given, noise)
     for delay in (0, 2, 5):

@@ -24,12 +24,12 @@ from smolvla_fast.ops import select as backends
 from smolvla_fast.ops.cuda import library
 from smolvla_fast.ops.select import select, table, why_not
 from smolvla_fast.ops.table import Ops, serving
+from smolvla_fast.patch import engine_of
 from smolvla_fast.stages.denoise import denoise
 from smolvla_fast.testing.policies import make_noise, make_observation
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 pytestmark = LEROBOT_ONLY
-seam = smolvla_fast.patch.__globals__
 
 
 class Whole:
@@ -48,7 +48,7 @@ class Whole:
 
     def run(self, *call: Any) -> Tensor:
         self.calls += 1
-        return denoise(self.torch, *call)
+        return denoise(self.torch, *call)[0]
 
     def why_not(
         self, dims: Any, expert: Any, heads: Any, kv: Any, noise: Tensor, times: Tensor, guidance: Any
@@ -78,17 +78,19 @@ def compare(policy: Any, plain: Any, batch: int) -> bool:
 def test_one_launch_where_it_serves_and_a_receipt_where_not(whole: Whole) -> None:
     policy, plain = patched(), patched("torch")
     before = smolvla_fast.status(policy)
-    assert (before.backend, before.stages["denoise"], before.passed_over) == ("cuda", "cuda, torch", {})
+    assert (before.backend, before.stages["denoise"], before.fallback_reasons) == ("cuda", "cuda, torch", {})
     assert compare(policy, plain, 1) and whole.calls == 1
     now = smolvla_fast.status(policy)
     assert now.stages == {"vision": "torch", "prefix": "torch", "denoise": "cuda"}
-    assert (now.step_launches, now.passed_over, now.calls_stock) == (0, {}, 0)
+    assert (now.step_launches, now.fallback_reasons, now.calls_stock) == (0, {}, 0)
     assert compare(policy, plain, 3) and whole.calls == 1
     now = smolvla_fast.status(policy)
-    assert now.passed_over == {"denoise_persistent": "batch 3; accepted are 1 and 2"}
+    assert now.fallback_reasons == {"denoise_persistent": "batch 3; accepted are 1 and 2"}
     assert now.stages["denoise"] == "cuda, torch" and now.step_launches == 2 + 5 * 4
     assert now.calls_stock == 0 and now.last_fallback is None
-    assert compare(policy, plain, 2) and whole.calls == 2 and smolvla_fast.status(policy).passed_over == {}
+    assert (
+        compare(policy, plain, 2) and whole.calls == 2 and smolvla_fast.status(policy).fallback_reasons == {}
+    )
 
 
 def test_a_watched_loop_runs_step_by_step(whole: Whole) -> None:
@@ -99,7 +101,7 @@ def test_a_watched_loop_runs_step_by_step(whole: Whole) -> None:
     assert report.passed and len(report.velocity_rel_l2) == policy.config.num_steps and whole.calls == 1
     run = whole.run
     wrong = dataclasses.replace(whole.ops, denoise_persistent=lambda *call: 1.01 * run(*call))
-    seam["engine_of"](policy.model).ops = wrong
+    engine_of(policy.model).ops = wrong
     assert not smolvla_fast.verify(policy, given, noise=noise).passed
 
 
@@ -111,10 +113,10 @@ def test_the_receipt_is_of_the_graph_that_was_replayed(whole: Whole, monkeypatch
     for _ in range(2):
         assert compare(policy, plain, 1)
         now = smolvla_fast.status(policy)
-        assert (now.step_launches, now.passed_over, now.stages["denoise"]) == (0, {}, "cuda")
+        assert (now.step_launches, now.fallback_reasons, now.stages["denoise"]) == (0, {}, "cuda")
         assert compare(policy, plain, 3)
         now = smolvla_fast.status(policy)
-        assert now.step_launches == 22 and "batch 3" in now.passed_over["denoise_persistent"]
+        assert now.step_launches == 22 and "batch 3" in now.fallback_reasons["denoise_persistent"]
     assert now.graphs == 2 and whole.calls == 2, "asked while warming up and while recording, not at a replay"
 
 

@@ -233,7 +233,7 @@ def test_fp8_full_size_as_torch_emulates_it() -> None:
     """The same quantised products in plain torch on the 450M model: within the tier's bound, by random and sharp weights."""
     from dataclasses import replace
 
-    from smolvla_fast.engine.quantized_weights import Copies
+    from smolvla_fast.engine.quantized_weights import QuantizedWeights
     from smolvla_fast.model.precision import TIERS
     from smolvla_fast.ops.select import reference_ops
 
@@ -242,7 +242,8 @@ def test_fp8_full_size_as_torch_emulates_it() -> None:
     stock = chunk(policy, given, noise)
     smolvla_fast.patch(policy, precision="fp32", backend="torch")
     engine = smolvla_fast.patch.__globals__["engine_of"](policy.model)
-    engine.ops, engine.copies = replace(reference_ops(), backend="emulated"), Copies(torch.float32)
+    engine.ops = replace(reference_ops(), backend="emulated")
+    engine.quantized_weights = QuantizedWeights(torch.float32)
     fast = chunk(policy, given, noise)
     assert smolvla_fast.status(policy).calls_fast == 1
     near = torch.cosine_similarity(fast.flatten(), stock.flatten(), dim=0)

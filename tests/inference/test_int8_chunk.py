@@ -83,7 +83,7 @@ def test_near_stock_and_not_equal(layout: str) -> None:
     fast = chunk(policy, given, noise)
     now = smolvla_fast.status(policy)
     assert (now.precision, now.backend, now.calls_fast, now.calls_stock) == ("int8", "cpu", 1, 0)
-    assert now.passed_over == {} and set(now.stages.values()) <= {"cpu", "cpu, torch", "torch"}
+    assert now.fallback_reasons == {} and set(now.stages.values()) <= {"cpu", "cpu, torch", "torch"}
     assert cosine(fast, truth) >= BOUND
     assert rel_l2(fast, truth) > DIGITS, "nothing was quantised"
     assert torch.equal(chunk(policy, given, noise), fast), "a second chunk has other bits"
@@ -126,7 +126,7 @@ def test_second_terms_are_counted_and_told(
         smolvla_fast.patch(smolvla_fast.unpatch(policy), precision="int8")
         found = rel_l2(chunk(policy, observation, noise), truth)
         now = smolvla_fast.status(policy)
-        return found, now.extra_bytes, now.passed_over.get("int8 in one term")
+        return found, now.extra_bytes, now.fallback_reasons.get("int8 in one term")
 
     error, held, told = again()
     assert told is None

@@ -67,12 +67,12 @@ def test_auto_leaves_cpu_kernels_that_were_not_measured(
     policy.predict_action_chunk(make_observation(policy), noise=make_noise(policy))
     now = smolvla_fast.status(policy)
     assert (now.active, now.backend, now.calls_fast, now.calls_stock) == (True, "torch", 1, 0)
-    assert words in now.passed_over["cpu"] and now.passed_over["cpu"] in caplog.text
-    assert "backend='cpu' takes them all the same" in now.passed_over["cpu"]
+    assert words in now.fallback_reasons["cpu"] and now.fallback_reasons["cpu"] in caplog.text
+    assert "backend='cpu' takes them all the same" in now.fallback_reasons["cpu"]
     smolvla_fast.patch(policy, backend="cpu")
     policy.predict_action_chunk(make_observation(policy), noise=make_noise(policy))
     now = smolvla_fast.status(policy)
-    assert (now.backend, now.calls_fast, now.passed_over) == ("cpu", 2, {})
+    assert (now.backend, now.calls_fast, now.fallback_reasons) == ("cpu", 2, {})
 
 
 @needs_kernels
@@ -160,7 +160,7 @@ def test_8_bits_are_refused_on_an_amd_gpu(rocm: str) -> None:
 def test_no_graph_is_captured_on_an_amd_gpu(rocm: str, precision: str) -> None:
     assert graphs.driver_for(CUDA) is None
     engine = Engine(resolve_tier(precision, torch.float32), "auto", CUDA)
-    assert engine.graphs is None and "ops run one by one" in engine.passed_over["graph"]
+    assert engine.graphs is None and "ops run one by one" in engine.fallback_reasons["graph"]
     assert engine.ops.backend == ("reference" if TIERS.get(precision) is TIERS["exact"] else "torch")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.contract import changed, inputs_in, leaves, reference_module, run, to_device
 
-from smolvla_fast.engine.quantized_weights import Copies
+from smolvla_fast.engine.quantized_weights import QuantizedWeights
 from smolvla_fast.ops.reference.quantize import E4M3, Quantized, dequantize, product, quantize_rows
 from smolvla_fast.ops.select import reference_ops, select
 
@@ -89,7 +89,7 @@ def test_quantised_rows() -> None:
 
 def test_copies_notice_every_change_in_bulk() -> None:
     weights = [torch.nn.Parameter(torch.randn(64, 32)) for _ in range(3)]
-    copies = Copies(torch.bfloat16)
+    copies = QuantizedWeights(torch.bfloat16)
     held = [copies.of(weight) for weight in weights]
     assert not copies.refreshed() and not copies.refreshed()
     assert copies.bytes == 3 * (64 * 32 + 64 * 4)

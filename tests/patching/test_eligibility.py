@@ -14,6 +14,7 @@ from support.policies import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, se
 from torch import Tensor, nn
 
 import smolvla_fast
+from smolvla_fast.patching.eligibility import Eligibility
 from smolvla_fast.testing.policies import make_noise, make_observation
 
 
@@ -456,6 +457,24 @@ def test_what_stock_cannot_run_fails_as_in_stock(settings: dict[str, Any]) -> No
         chunk(policy, observation, noise)
     assert str(fast.value) == str(stock.value)
     assert smolvla_fast.status(policy).calls_stock == 1
+
+
+def test_a_policy_that_the_probe_refuses_is_looked_through_once(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until something in it changes, a chunk by stock does not wait for the rules again."""
+    _replaced_norm(policy)
+    smolvla_fast.patch(policy)
+    looks: list[Any] = []
+    look = Eligibility.model_reason
+    monkeypatch.setattr(Eligibility, "model_reason", lambda self, model: looks.append(0) or look(self, model))
+    for _ in range(2):
+        chunk(policy, observation, noise)
+    assert not looks and smolvla_fast.status(policy).calls_stock == 2
+    norm = policy.model.vlm_with_expert.lm_expert.norm
+    norm.variance_epsilon = 2 * norm.variance_epsilon
+    chunk(policy, observation, noise)
+    assert len(looks) == 1 and "decoder norm" in str(smolvla_fast.status(policy).last_fallback)
 
 
 @pytest.mark.check(43)

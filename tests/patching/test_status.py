@@ -155,13 +155,13 @@ def test_where_bf16_is_slow_products_are_fp32(
     given, noise = make_observation(policy), make_noise(policy)
     smolvla_fast.patch(policy, precision=precision)
     in_bf16 = smolvla_fast.verify(policy, given)
-    assert "bf16 products" not in smolvla_fast.status(policy).passed_over
+    assert "bf16 products" not in smolvla_fast.status(policy).fallback_reasons
     monkeypatch.setattr(inference, "why_bf16_is_slow", lambda: "it has no such instruction")
     smolvla_fast.refresh(policy)
     in_fp32 = smolvla_fast.verify(policy, given)
     now = smolvla_fast.status(policy)
     assert now.precision == "bf16"
-    assert now.passed_over["bf16 products"] == "it has no such instruction; products run in fp32"
+    assert now.fallback_reasons["bf16 products"] == "it has no such instruction; products run in fp32"
     assert in_fp32.passed and in_fp32.rel_l2 < in_bf16.rel_l2 / 10
     smolvla_fast.patch(policy, precision="exact")
     stock = smolvla_fast.unpatch(copy.deepcopy(policy))

@@ -26,13 +26,14 @@ from smolvla_fast import inference
 from smolvla_fast.engine import quantized_weights
 from smolvla_fast.patch import engine_of
 from smolvla_fast.patching import runtime
-from smolvla_fast.patching.change_detector import Watch
+from smolvla_fast.patching.change_detector import ChangeDetector
+from smolvla_fast.stages.denoise import LoopReport
 from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
 __all__ = ["recording"]
 pytestmark = [LEROBOT_ONLY, pytest.mark.check(47)]
-seam: Any = sys.modules["smolvla_fast.patch"]
+patch_module: Any = sys.modules["smolvla_fast.patch"]
 MOMENT, PATIENCE = 0.3, 60
 
 
@@ -127,18 +128,18 @@ def test_a_capture_between_two_parameters_of_a_load(monkeypatch: pytest.MonkeyPa
         mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight.detach() * 3)
 
     at, go, captured = threading.Event(), threading.Event(), threading.Event()
-    run = seam._run
+    act = inference.Engine.act
 
-    def waiting(*args: Any) -> Any:
+    def waiting(self: Any, *args: Any, **checks: Any) -> Any:
         if threading.current_thread() is not worker:
-            return run(*args)
+            return act(self, *args, **checks)
         at.set()
         assert go.wait(PATIENCE)
-        found = args[0].engine.act(args[1], *args[2])
+        found = act(self, *args)
         captured.set()
-        return found, None
+        return found
 
-    monkeypatch.setattr(seam, "_run", waiting)
+    monkeypatch.setattr(inference.Engine, "act", waiting)
     worker = threading.Thread(target=lambda: chunk(policy, given, noise), daemon=True)
     worker.start()
     assert at.wait(PATIENCE)
@@ -156,7 +157,7 @@ def test_a_capture_between_two_parameters_of_a_load(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(inference.GraphCache, "clear", cleared)
     smolvla_fast.status(policy)
     worker.join(PATIENCE)
-    monkeypatch.setattr(seam, "_run", run)
+    monkeypatch.setattr(inference.Engine, "act", act)
     for _ in range(2):
         assert torch.equal(chunk(policy, given, noise), chunk(stock_of(policy), given, noise))
 
@@ -165,12 +166,7 @@ def test_settings_change_while_an_engine_is_built(monkeypatch: pytest.MonkeyPatc
     """``refresh`` makes a chunk under way build an engine; ``patch`` comes in between."""
     policy, given, noise = patched("fp32")
     at, go = threading.Event(), threading.Event()
-    read, ask = runtime.probed_code, seam.call_reason
-
-    def refreshed_meanwhile(*args: Any) -> Any:
-        if threading.current_thread() is worker:
-            smolvla_fast.refresh(policy)
-        return ask(*args)
+    read = runtime.probed_code
 
     def slow(model: Any) -> Any:
         found = read(model)
@@ -179,9 +175,12 @@ def test_settings_change_while_an_engine_is_built(monkeypatch: pytest.MonkeyPatc
             go.wait(MOMENT)
         return found
 
-    monkeypatch.setattr(seam, "call_reason", refreshed_meanwhile)
+    def refreshed_chunk() -> None:
+        smolvla_fast.refresh(policy)
+        chunk(policy, given, noise)
+
     monkeypatch.setattr(runtime, "probed_code", slow)
-    worker = threading.Thread(target=lambda: chunk(policy, given, noise), daemon=True)
+    worker = threading.Thread(target=refreshed_chunk, daemon=True)
     worker.start()
     assert at.wait(PATIENCE)
     smolvla_fast.patch(policy, precision="exact")
@@ -223,7 +222,7 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("anew", [False, True])
 def test_a_load_while_a_copy_is_made_is_seen(anew: bool) -> None:
-    made, loaded, matrix = quantized_weights.Copies(torch.bfloat16), weight(1), weight(0)
+    made, loaded, matrix = quantized_weights.QuantizedWeights(torch.bfloat16), weight(1), weight(0)
     if anew:
         made.of(matrix)
         matrix.data.mul_(2)
@@ -246,7 +245,7 @@ def test_a_load_while_a_copy_is_made_is_seen(anew: bool) -> None:
 
 
 def test_copies_are_made_while_others_are_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, matrices = quantized_weights.Copies(torch.bfloat16), [weight(seed) for seed in range(4)]
+    made, matrices = quantized_weights.QuantizedWeights(torch.bfloat16), [weight(seed) for seed in range(4)]
     made.of(matrices[0])
     made.of(matrices[1])
     once_after(monkeypatch, quantized_weights._Made, "live", lambda: made.of(matrices[2]), MOMENT)
@@ -257,7 +256,7 @@ def test_copies_are_made_while_others_are_looked_through(monkeypatch: pytest.Mon
 
 def test_two_threads_get_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph may have captured either, so both have to follow the weight."""
-    made, matrix, found = quantized_weights.Copies(torch.bfloat16), weight(0), []
+    made, matrix, found = quantized_weights.QuantizedWeights(torch.bfloat16), weight(0), []
     plain, threads = quantized_weights.FLOATS.make, []
 
     def make(source: Any, dtype: torch.dtype) -> Any:
@@ -272,25 +271,29 @@ def test_two_threads_get_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found) == 2 and found[0] is found[1]
 
 
-class _Graphs:
-    """Stands for captured graphs: with them, copies are looked at behind the chunk."""
+class _Replays:
+    """A graph cache to which every chunk is a replay, so that weights are looked at behind it."""
 
     count, bytes, nodes = 0, 0, None
 
     def clear(self) -> None:
         pass
 
+    def replays(self, key: Any, inputs: Any) -> bool:
+        return True
+
+    def run(self, key: Any, inputs: Any, compute: Callable[[Any], Any]) -> Any:
+        return compute(inputs)
+
 
 @pytest.mark.usefixtures("products")
 def test_a_change_that_another_thread_saw_first(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, given, noise = patched("int8")
     before = chunk(policy, given, noise)
-    engine_of(policy.model).graphs = _Graphs()  # type: ignore[assignment]
-    plain = lambda self, model, inputs, watch, look: self._chunk(model, inputs, watch)[0]  # noqa: E731
-    monkeypatch.setattr(inference.Engine, "_run", plain)
+    engine_of(policy.model).graphs = _Replays()  # type: ignore[assignment]
     policy.load_state_dict(make_policy("tiny", num_steps=2, seed=1).state_dict())
     other: list[Any] = []
-    once_after(monkeypatch, inference.Engine, "_run", lambda: other.append(chunk(policy, given, noise)))
+    once_after(monkeypatch, _Replays, "run", lambda: other.append(chunk(policy, given, noise)))
     mine = chunk(policy, given, noise)
     assert torch.equal(mine, other[0]) and not torch.equal(mine, before)
 
@@ -299,7 +302,7 @@ def test_a_change_that_another_thread_saw_first(monkeypatch: pytest.MonkeyPatch)
 def test_unpatched_as_a_chunk_begins(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, given, noise = patched()
     wanted = chunk(stock_of(policy), given, noise)
-    find, done = seam.runtime_of, []
+    find, done = patch_module.runtime_of, []
 
     def found(model: Any) -> Any:
         runtime = find(model) if moment == "after" else None
@@ -308,7 +311,7 @@ def test_unpatched_as_a_chunk_begins(moment: str, monkeypatch: pytest.MonkeyPatc
             elsewhere(lambda: smolvla_fast.unpatch(policy))
         return runtime or find(model)
 
-    monkeypatch.setattr(seam, "runtime_of", found)
+    monkeypatch.setattr(patch_module, "runtime_of", found)
     got = chunk(policy, given, noise)
     # Of stock, or of the engine that was there as it began.
     assert done and rel_l2(got, wanted) <= FP32_BOUND
@@ -318,15 +321,17 @@ def test_unpatched_as_a_chunk_begins(moment: str, monkeypatch: pytest.MonkeyPatc
 
 def test_unpatched_while_its_status_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, *_ = patched()
-    find = seam.runtime_of
+    find = patch_module.runtime_of
     monkeypatch.setattr(
-        seam, "runtime_of", lambda model: (elsewhere(lambda: smolvla_fast.unpatch(policy)), find(model))[1]
+        patch_module,
+        "runtime_of",
+        lambda model: (elsewhere(lambda: smolvla_fast.unpatch(policy)), find(model))[1],
     )
     now = smolvla_fast.status(policy)
     assert not now.active and now.last_fallback == "the policy was unpatched meanwhile"
 
 
-def test_an_attribute_that_comes_while_the_model_is_watched() -> None:
+def test_an_attribute_that_comes_while_the_model_is_noted() -> None:
     """At any step of a loop over them another thread may add one; here the comparison inside the loop does."""
     policy, *_ = patched()
     attributes = vars(policy.model)
@@ -342,8 +347,8 @@ def test_an_attribute_that_comes_while_the_model_is_watched() -> None:
             return str.__eq__(self, other)
 
     attributes[Comparing("telling")] = None
-    watch = Watch(policy.model)
-    assert not watch.same(policy.model)
+    detector = ChangeDetector(policy.model)
+    assert not detector.same(policy.model)
 
 
 def _use(policy: Any, given: Any, noise: Any) -> None:
@@ -360,9 +365,9 @@ def test_forked_while_a_thread_holds_a_lock(name: str) -> None:
     policy, given, noise = patched("int8" if name == "copies" else "fp32")
     beside = runtime.runtime_of(policy.model)
     if name == "copies":
-        lock = engine_of(policy.model).copies._lock  # type: ignore[union-attr]
+        lock = engine_of(policy.model).quantized_weights._lock  # type: ignore[union-attr]
     else:
-        locks = {"table": runtime._runtimes_lock, "model": beside.lock, "training": beside.learning.lock}
+        locks = {"table": runtime._runtimes_lock, "model": beside.lock, "training": beside.training.lock}
         lock = locks[name]
     held, done = threading.Event(), threading.Event()
 
@@ -402,10 +407,10 @@ def test_garbage_that_unpatches_is_collected_while_another_policy_is_patched(
 
 
 @pytest.mark.usefixtures("recording")
-def test_the_loop_that_is_told_is_that_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_of_a_replay_is_that_of_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Captured(num_steps=2)
-    engine, chunks = engine_of(pair.policy.model), inference.Engine._chunk
-    foreign = inference.Loop(0, True, {"denoise_persistent": "of another thread"})
+    chunks = inference.Engine._chunk
+    foreign = LoopReport(0, True, {"denoise_persistent": "of another thread"})
 
     def beside(self: Any, *args: Any) -> Any:
         found = chunks(self, *args)
@@ -413,15 +418,13 @@ def test_the_loop_that_is_told_is_that_of_the_graph(monkeypatch: pytest.MonkeyPa
         return found
 
     monkeypatch.setattr(inference.Engine, "_chunk", beside)
-    assert pair.same()
-    monkeypatch.setattr(inference.Engine, "_chunk", chunks)
-    assert pair.same() and engine._loop is not foreign
-    assert "denoise_persistent" not in smolvla_fast.status(pair.policy).passed_over
+    for _ in range(2):
+        assert pair.same() and "denoise_persistent" not in smolvla_fast.status(pair.policy).fallback_reasons
 
 
 def test_chunks_served_during_a_warm_up_count(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, given, noise = patched()
-    once_after(monkeypatch, seam, "_run", lambda: [chunk(policy, given, noise) for _ in range(3)])
+    once_after(monkeypatch, inference.Engine, "act", lambda: [chunk(policy, given, noise) for _ in range(3)])
     smolvla_fast.patch(policy, warmup=True)
     assert smolvla_fast.status(policy).calls_fast == 3
 
@@ -433,7 +436,7 @@ def test_a_warm_up_that_fails_undoes_its_own_patch_alone(monkeypatch: pytest.Mon
         elsewhere(lambda: smolvla_fast.patch(policy, precision="exact"))
         raise ValueError("on purpose")
 
-    monkeypatch.setattr(seam, "warm_up", failing)
+    monkeypatch.setattr(patch_module, "warm_up", failing)
     with pytest.raises(ValueError, match="on purpose"):
         smolvla_fast.patch(policy, precision="fp32", warmup=True)
     assert smolvla_fast.status(policy).precision == "exact"
@@ -514,13 +517,3 @@ def test_a_load_in_the_middle_of_a_probe(monkeypatch: pytest.MonkeyPatch) -> Non
     policy, given, noise = patched()
     chunk(policy, given, noise)
     assert smolvla_fast.status(policy).calls_fast == 1 and not answers
-
-
-def test_a_model_that_stock_runs_costs_no_notes(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, given, noise = patched()
-    policy.model.vlm_with_expert.lm_expert.norm.register_forward_hook(lambda *_: None)
-    chunk(policy, given, noise)
-    made: list[Any] = []
-    monkeypatch.setattr(runtime, "Watch", lambda model: made.append(model) or Watch(model))
-    chunk(policy, given, noise)
-    assert not made and smolvla_fast.status(policy).calls_stock == 2

@@ -48,8 +48,8 @@ def feed(policy: Any, batch: int = 1) -> tuple[dict[str, Tensor], Tensor]:
 
 def in_one_launch(policy: Any) -> None:
     now = smolvla_fast.status(policy)
-    assert now.stages == {"vision": "torch", "prefix": "cuda, torch", "denoise": "cuda"}, now.passed_over
-    assert (now.backend, now.precision, now.step_launches, now.passed_over) == ("cuda", "bf16", 0, {})
+    assert now.stages == {"vision": "torch", "prefix": "cuda, torch", "denoise": "cuda"}, now.fallback_reasons
+    assert (now.backend, now.precision, now.step_launches, now.fallback_reasons) == ("cuda", "bf16", 0, {})
     assert now.calls_stock == 0, now.last_fallback
 
 
@@ -136,7 +136,7 @@ def test_what_one_launch_does_not_serve_runs_op_by_op(
     smolvla_fast.patch(policy, precision=precision, backend="cuda")
     ours = chunk(policy, given, noise)
     now = smolvla_fast.status(policy)
-    assert reason in now.passed_over["denoise_persistent"]
+    assert reason in now.fallback_reasons["denoise_persistent"]
     assert now.stages["denoise"] == "cuda, torch" and (now.calls_fast, now.calls_stock) == (2, 0)
     # One bf16 rounding apart at most: a wrong op shows at 1e-1.
     assert rel_l2(ours, by_torch) < (1e-5 if precision == "fp32" else 2e-2)
@@ -151,7 +151,7 @@ def test_a_gpu_too_small_for_one_launch(emulator: Any) -> None:
     emulator.configure(shared_bytes_per_block=38 << 10)  # enough for the attention kernel
     steps = chunk(policy, given, noise)
     now = smolvla_fast.status(policy)
-    assert "a block's shared memory" in now.passed_over["denoise_persistent"] and now.calls_stock == 0
+    assert "a block's shared memory" in now.fallback_reasons["denoise_persistent"] and now.calls_stock == 0
     assert 0 < rel_l2(steps, whole) < 2e-2
     emulator.reset()
     assert torch.equal(chunk(policy, given, noise), whole)

@@ -10,19 +10,18 @@ import torch
 
 import smolvla_fast
 from smolvla_fast import inference
+from smolvla_fast.patch import engine_of
 from smolvla_fast.testing.policies import make_noise, make_observation
 from support.policies import chunk, make_policy
 from support.recorder import RecorderDriver
 
-seam = smolvla_fast.patch.__globals__
 RTC = ("inference_delay", "prev_chunk_left_over", "execution_horizon")
 
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines made in this test capture, and look through the model behind the chunk, as on a GPU."""
+    """Engines made in this test capture, and so look through the model behind a replay, as on a GPU."""
     monkeypatch.setattr(inference, "driver_for", lambda device: RecorderDriver())
-    monkeypatch.setitem(seam, "_CHECK_LATE", True)
 
 
 class Captured:
@@ -38,7 +37,7 @@ class Captured:
 
     @staticmethod
     def engine_of(policy: Any) -> Any:
-        return seam["engine_of"](policy.model)
+        return engine_of(policy.model)
 
     @property
     def driver(self) -> RecorderDriver:

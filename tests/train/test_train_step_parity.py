@@ -180,7 +180,7 @@ def test_bf16_in_fp32_where_the_processor_is_slow(monkeypatch: pytest.MonkeyPatc
     noise = other_order(policy, batch, stock)
     smolvla_fast.patch(policy, training=True)
     assert_same(step(policy, batch, autocast=True), stock, noise)
-    assert smolvla_fast.status(policy).training_passed_over == {
+    assert smolvla_fast.status(policy).training_fallback_reasons == {
         "bf16 products": "no bf16 here; products run in fp32"
     }
 

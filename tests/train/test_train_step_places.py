@@ -95,7 +95,7 @@ def _check_lora(policy: Any, targets: str) -> Step:
     assert_same(step(policy, batch), stock, noise)
     now = smolvla_fast.status(adapted)
     assert (now.training_fast, now.training_stock) == (1, 0)
-    assert ("frozen prefix" in now.training_passed_over) == (targets != EXPERT)
+    assert ("frozen prefix" in now.training_fallback_reasons) == (targets != EXPERT)
     return stock
 
 
@@ -378,6 +378,21 @@ def test_what_changes_later_is_noticed(policy: Any, name: str) -> None:
     assert (now.training_fast, now.training_stock) == (1, 1) and re.search(reason, str(now.training_fallback))
 
 
+@pytest.mark.parametrize("name", ["embed_prefix", "embed_suffix", "sample_time"])
+def test_a_method_replaced_on_the_class_is_noticed(
+    policy: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two steps, as a plugin does it: what the fast path replaces sends it to stock, what it calls does not."""
+    batch, cls = make_batch(policy), type(policy.model)
+    smolvla_fast.patch(policy, training=True)
+    step(policy, batch)
+    stock = getattr(cls, name)
+    monkeypatch.setattr(cls, name, lambda self, *args, **kwargs: stock(self, *args, **kwargs))
+    step(policy, batch)
+    now = smolvla_fast.status(policy)
+    assert (now.training_fast, now.training_stock) == ((2, 0) if name == "sample_time" else (1, 1))
+
+
 CALLS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a frame that learns": (lambda given: given["images"][0].requires_grad_(), "require a gradient"),
     "actions that learn": (lambda given: given["actions"].requires_grad_(), "require a gradient"),
@@ -485,7 +500,7 @@ def test_an_image_cache_where_it_cannot_serve(policy: Any) -> None:
     smolvla_fast.patch(learning, training=True, image_cache=2**20)
     step(learning, make_batch(learning))
     now = smolvla_fast.status(learning)
-    assert now.training_cache["frames"] == 0 and "learn" in now.training_passed_over["image cache"]
+    assert now.training_cache["frames"] == 0 and "learn" in now.training_fallback_reasons["image cache"]
 
 
 def test_an_image_cache_beside_adapters_of_the_vlm_has_a_receipt(policy: Any) -> None:
@@ -493,16 +508,16 @@ def test_an_image_cache_beside_adapters_of_the_vlm_has_a_receipt(policy: Any) ->
     adapted = lora(policy, VLM)
     smolvla_fast.patch(adapted, training=True, image_cache=2**20)
     batch = make_batch(policy)
-    receipt = smolvla_fast.status(adapted).training_passed_over["image cache"]
+    receipt = smolvla_fast.status(adapted).training_fallback_reasons["image cache"]
     step(policy, batch)
     now = smolvla_fast.status(adapted)
-    assert now.training_passed_over["image cache"] == receipt and "modules themselves" in receipt
+    assert now.training_fallback_reasons["image cache"] == receipt and "modules themselves" in receipt
     assert now.training_cache["frames"] == 0
     policy = adapted.merge_and_unload().train()
     policy.model.action_out_proj.requires_grad_(True)
     step(policy, batch)
     now = smolvla_fast.status(policy)
-    assert now.training_passed_over == {} and now.training_cache["frames"] == 4
+    assert now.training_fallback_reasons == {} and now.training_cache["frames"] == 4
 
 
 def test_an_old_receipt_does_not_outlive_its_cause(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,10 +526,10 @@ def test_an_old_receipt_does_not_outlive_its_cause(policy: Any, monkeypatch: pyt
     connector = policy.model.vlm_with_expert.get_vlm_model().connector
     connector.requires_grad_(True)
     step(policy, make_batch(policy), autocast=True)
-    assert smolvla_fast.status(policy).training_passed_over.keys() == {"bf16 products", "image cache"}
+    assert smolvla_fast.status(policy).training_fallback_reasons.keys() == {"bf16 products", "image cache"}
     connector.requires_grad_(False)
     step(policy, make_batch(policy))
-    assert smolvla_fast.status(policy).training_passed_over == {}
+    assert smolvla_fast.status(policy).training_fallback_reasons == {}
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,10 @@ import smolvla_fast
 from smolvla_fast.loss import engine as loss_module
 from smolvla_fast.loss.image_cache import ImageCache
 from smolvla_fast.patching import training_forward
+from smolvla_fast.patching.change_detector import ChangeDetector
+from smolvla_fast.patching.eligibility import Eligibility
 from smolvla_fast.patching.runtime import runtime_of
-from smolvla_fast.patching.training_runtime import Learning, Watch
+from smolvla_fast.patching.training_runtime import TrainingRuntime
 from smolvla_fast.testing.policies import make_policy
 
 pytestmark = pytest.mark.training
@@ -49,7 +51,7 @@ class Trainee:
             return self.model.forward(*self.given)
 
     def double_a_layer(self) -> None:
-        """A text layer's product becomes a module of another class, which the engine's ops may not stand in for."""
+        """A text layer's product becomes a module of another class, which the engine's ops may not replace."""
         mlp = self.model.vlm_with_expert.get_vlm_model().text_model.layers[1].mlp
         doubled = Doubled(mlp.down_proj.in_features, mlp.down_proj.out_features, bias=False)
         doubled.weight = mlp.down_proj.weight
@@ -190,29 +192,29 @@ def test_tokens_of_weights_that_another_thread_saw_change_are_not_kept() -> None
 
 def test_a_refresh_beside_a_loss(trainee: Trainee) -> None:
     smolvla_fast.patch(trainee.policy, training=True)
-    want, learning = trainee.loss(), runtime_of(trainee.model).learning
-    learning.lock = Gate(Once(lambda: smolvla_fast.refresh(trainee.policy)))
-    assert torch.equal(trainee.loss(), want) and learning.lock.once.do is None
+    want, training = trainee.loss(), runtime_of(trainee.model).training
+    training.lock = Gate(Once(lambda: smolvla_fast.refresh(trainee.policy)))
+    assert torch.equal(trainee.loss(), want) and training.lock.once.do is None
 
 
 def test_the_engine_that_computes_is_the_one_that_has_looked(trainee: Trainee) -> None:
     """Another thread's refresh and loss make another engine, and that one's look says nothing of this one."""
     trainee.double_a_layer()
     smolvla_fast.patch(trainee.policy, training=True)
-    want, learning = trainee.loss(), runtime_of(trainee.model).learning
-    assert "frozen prefix" in learning.passed_over
+    want, training = trainee.loss(), runtime_of(trainee.model).training
+    assert "frozen prefix" in training.fallback_reasons
     smolvla_fast.refresh(trainee.policy)
-    learning.lock = Gate(Once(lambda: (smolvla_fast.refresh(trainee.policy), trainee.loss())))
-    assert torch.equal(trainee.loss(), want) and learning.lock.once.do is None
+    training.lock = Gate(Once(lambda: (smolvla_fast.refresh(trainee.policy), trainee.loss())))
+    assert torch.equal(trainee.loss(), want) and training.lock.once.do is None
     assert smolvla_fast.status(trainee.policy).training_stock == 0
 
 
-@pytest.mark.parametrize("name", ["passed_over", "cache"])
+@pytest.mark.parametrize("name", ["fallback_reasons", "cache"])
 def test_a_status_beside_a_refresh(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    reads = iter([SimpleNamespace(passed_over={}, cache=None)])
+    reads = iter([SimpleNamespace(fallback_reasons={}, cache=None)])
     forgotten = property(lambda self: next(reads, None), lambda self, value: None)
-    monkeypatch.setattr(Learning, "engine", forgotten, raising=False)
-    assert getattr(Learning(), name) == {}
+    monkeypatch.setattr(TrainingRuntime, "engine", forgotten, raising=False)
+    assert getattr(TrainingRuntime(), name) == {}
 
 
 def test_what_changes_during_a_look_is_looked_at_again(
@@ -225,7 +227,7 @@ def test_what_changes_during_a_look_is_looked_at_again(
     trainee.loss()
     assert once.do is None
     found = trainee.loss()
-    assert "frozen prefix" in smolvla_fast.status(trainee.policy).training_passed_over
+    assert "frozen prefix" in smolvla_fast.status(trainee.policy).training_fallback_reasons
     smolvla_fast.refresh(trainee.policy)
     assert torch.equal(found, trainee.loss()) and not torch.equal(found, before)
 
@@ -234,7 +236,7 @@ def test_a_structure_that_cannot_be_noted_keeps_its_reason(trainee: Trainee) -> 
     """A parameter without memory yet has no address to note; that is what stock runs for."""
     trainee.model.extra = nn.LazyLinear(3)
     with pytest.raises(ValueError, match="uninitialized parameter"):
-        Watch(trainee.model)
+        ChangeDetector(trainee.model)
     smolvla_fast.patch(trainee.policy, training=True)
     trainee.loss()
     now = smolvla_fast.status(trainee.policy)
@@ -254,8 +256,8 @@ def test_unpatched_in_the_middle_of_a_loss(
     elif place == "runtime_of":
         let_in(monkeypatch, training_forward, place, unpatch, "before")
     else:
-        monkeypatch.setattr(training_forward, place, lambda *_: "not this batch")
-        let_in(monkeypatch, training_forward, place, unpatch, "after")
+        monkeypatch.setattr(Eligibility, place, lambda *_: "not this batch")
+        let_in(monkeypatch, Eligibility, place, unpatch, "after")
     with torch.no_grad():
         assert torch.equal(forward(*trainee.given), stock)
     receipt = "this training step runs stock: the policy was unpatched meanwhile"
@@ -267,8 +269,8 @@ def test_unpatched_in_the_middle_of_a_loss(
 def test_a_child_forked_while_the_locks_are_held(trainee: Trainee) -> None:
     """As torch's DataLoader forks its workers: who holds the locks is not there to let go of them."""
     smolvla_fast.patch(trainee.policy, training=True, image_cache=2**20)
-    want, learning = trainee.loss(), runtime_of(trainee.model).learning
-    cache, known = learning.engine.cache, learning.cache
+    want, training = trainee.loss(), runtime_of(trainee.model).training
+    cache, known = training.engine.cache, training.cache
     vlm = trainee.model.vlm_with_expert.get_vlm_model()
     weights = [*vlm.vision_model.parameters(), *vlm.connector.parameters()]
     held, let_go = threading.Event(), threading.Event()
@@ -279,12 +281,12 @@ def test_a_child_forked_while_the_locks_are_held(trainee: Trainee) -> None:
             let_go.wait(PATIENCE)
 
     def keep() -> None:
-        with learning.lock:
+        with training.lock:
             cache.encoded(FRAMES[:1], weights, "", counted(hold))
 
     def child() -> None:
         assert torch.equal(trainee.loss(), want)
-        assert learning.cache == {"frames": 5, "bytes": known["bytes"] + SIZE, "hits": 4, "misses": 5}
+        assert training.cache == {"frames": 5, "bytes": known["bytes"] + SIZE, "hits": 4, "misses": 5}
 
     thread = threading.Thread(target=keep, daemon=True)
     thread.start()

@@ -1,0 +1,240 @@
+"""Rules of a model: source, hooks, structure, dtypes. Structure alone is read, no values; cheap enough for every call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..model.dense import why_not_dense
+from ..model.dims import read_dims
+from ..model.precision import Tier
+from ..model.weights import HEADS, Source, sources
+from .source_digests import LOSS_METHODS, MODEL_METHODS, PAIR_METHODS, unknown_source
+
+DTYPES = (torch.float32, torch.bfloat16)
+DEVICES = ("cpu", "cuda")
+
+
+def chunk_source(model: Any) -> str | None:
+    """Why the code around this model is not what a chunk replaces."""
+    return _source(model, MODEL_METHODS, getattr(model, "rtc_processor", None))
+
+
+def loss_source(model: Any) -> str | None:
+    """Why the code around this model is not what a loss replaces."""
+    return _source(model, LOSS_METHODS, None)
+
+
+def _source(model: Any, methods: tuple[str, ...], rtc: Any | None) -> str | None:
+    for owner, names in ((model, (*methods, "forward")), (model.vlm_with_expert, PAIR_METHODS)):
+        replaced = [name for name in names if name in owner.__dict__]
+        if replaced:
+            return (
+                f"{type(owner).__name__}.{replaced[0]} is replaced on the instance (torch.compile does this)"
+            )
+    return unknown_source(model, rtc, methods)
+
+
+def device(model: Any) -> str | None:
+    found = model.state_proj.weight.device
+    return (
+        None if found.type in DEVICES else f"the policy is on {found}; accepted are {' and '.join(DEVICES)}"
+    )
+
+
+def forward_hooks(model: Any) -> str | None:
+    """Which forward hook or replaced ``forward`` a fused path would pass by."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "a global forward hook is registered; it would not see the fused path"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} has a forward hook; it would not see the fused path"
+        if "forward" in module.__dict__:
+            return f"{name or 'the model'} has its forward replaced on the instance"
+    return None
+
+
+def backward_hooks(model: Any) -> str | None:
+    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+        return "a global backward hook is registered; it would not see the fused path"
+    for module in model.modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            return f"a {type(module).__qualname__} has a backward hook; it would not see the fused path"
+    return None
+
+
+def modules_are_fixed(model: Any) -> str | None:
+    """Of a loss: no weight that is computed when it is read, and no dropout."""
+    for name, module in model.named_modules():
+        if is_parametrized(module):
+            return f"{name} is parametrized: its weight is computed as often as it is read, by stock in another order"
+        if module.training and _drops(module):
+            return f"{name} drops at random: the fast path would draw in another order than stock"
+    return None
+
+
+def _drops(module: Any) -> bool:
+    """Whether a module in train mode draws random numbers: a dropout layer, or SigLIP's attention."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    # Llama's attention has the setting too, but LeRobot does not call it.
+    vision = hasattr(module, "out_proj") and hasattr(module, "q_proj")
+    dropout = getattr(module, "dropout", 0.0)
+    return vision and isinstance(dropout, float) and dropout > 0
+
+
+def layers_match(model: Any) -> str | None:
+    pair = model.vlm_with_expert
+    text, expert = len(pair.get_vlm_model().text_model.layers), len(pair.lm_expert.layers)
+    if text != expert:
+        return f"{expert} expert layers beside {text} text layers"
+    heads, shared = pair.num_attention_heads, pair.num_key_value_heads
+    return f"{heads} query heads are no multiple of {shared} KV heads" if heads % shared else None
+
+
+def parts(model: Any) -> str | None:
+    """Of a chunk: why the parameters of this model cannot be read in place of calling its modules."""
+    pair = model.vlm_with_expert
+    vlm, expert = pair.get_vlm_model(), pair.lm_expert
+    if not model.config.use_cache:
+        return "use_cache=False: stock has no such path either"
+    stacks = (("text", vlm.text_model.layers), ("expert", expert.layers))
+    reason = parts_reason(vlm, sources(model, read_dims(model)), stacks)
+    if reason is None and type(expert.norm) is not type(expert.layers[0].input_layernorm):
+        return f"the expert's final norm is a {type(expert.norm).__qualname__}, not the norm of its layers"
+    return reason
+
+
+def parts_reason(vlm: Any, read: Iterable[Source], stacks: Sequence[tuple[str, Any]]) -> str | None:
+    """Why the parameters of these modules cannot be read in place of calling them, or None.
+
+    read    what is read      stacks  decoder layers among it, each with its name
+    """
+    for source in read:
+        reason = _source_reason(source)
+        if reason is not None:
+            return reason
+    for label, stack in (("vision", vlm.vision_model.encoder.layers), *stacks):
+        first = code_of(stack[0])
+        for i, layer in enumerate(stack):
+            if code_of(layer) != first:
+                return f"{label} layer {i} is not like layer 0: they are not all of one kind"
+    for label, stack in stacks:
+        # ``probe`` runs one of them.
+        if type(stack[0].input_layernorm) is not type(stack[0].post_attention_layernorm):
+            return f"the norms of a {label} layer are of two kinds"
+    vision = vlm.vision_model
+    for name, module in (("vision_model", vision), ("vision_model.encoder", vision.encoder)):
+        if not _from_library(type(module).forward):
+            return f"{name} is a {type(module).__qualname__} with a forward of its own"
+    return None
+
+
+def _source_reason(source: Source) -> str | None:
+    name, module, kind, *shapes = source
+    if kind is not None and type(module) is not kind:
+        cls = type(module)
+        return f"{name} is a {cls.__module__}.{cls.__qualname__}, not the plain module (an adapter?)"
+    if getattr(module, "max_norm", None) is not None:
+        return f"{name} renormalises its rows (max_norm={module.max_norm}), which the engine does not"
+    for key, shape in zip(("weight", "bias"), shapes, strict=True):
+        found = getattr(module, key, None)
+        if shape is None:
+            if found is not None:
+                return f"{name} has a {key}, which the kernels do not add"
+            continue
+        # A property, or an attribute beside the parameter, is computed from something: what the module does is not known.
+        if found is None or module._parameters.get(key) is not found:
+            return f"{name}.{key} is not a parameter of it"
+        why = why_not_dense(found)
+        if why is not None:
+            return f"{name}.{key} is {why}"
+        if not found.is_contiguous():
+            return f"{name}.{key} is not contiguous; call .contiguous() on it"
+        if len(found.shape) != len(shape) or any(
+            w not in (None, n) for n, w in zip(found.shape, shape, strict=True)
+        ):
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            return f"{name}.{key} is of shape {tuple(found.shape)}; accepted is ({wanted})"
+    return None
+
+
+_OWN = {"training", "layer_idx", "in_features", "out_features"}
+"""What may differ from layer to layer: the expert's cross layers have other widths, and each knows its number."""
+
+
+def code_of(module: Any) -> tuple[Any, ...]:
+    """What a module and its submodules would compute: classes, their ``forward``, and plain settings such as a scale."""
+    found: list[Any] = []
+    for name, each in module.named_modules():
+        settings = tuple(
+            # Bound methods differ from object to object; what they are does not.
+            (key, getattr(value, "__qualname__", repr(type(value))) if callable(value) else value)
+            for key, value in vars(each).items()
+            if key not in _OWN
+            and key[0] != "_"
+            and (isinstance(value, bool | int | float | str) or callable(value))
+        )
+        found.append((name, type(each), type(each).forward, settings, getattr(each, "bias", None) is None))
+    return tuple(found)
+
+
+def _from_library(function: Any) -> bool:
+    """Whether a function is transformers' or ours, wrappers by others not excepted."""
+    source = function.__code__.co_filename.replace("\\", "/")
+    return "/transformers/" in source or "/smolvla_fast/" in source or "/torch/" in source
+
+
+def dtypes(model: Any) -> str | None:
+    home = model.state_proj.weight.device
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in DTYPES:
+            return f"{name} is {parameter.dtype}; accepted are float32 and bfloat16"
+        if parameter.device != home:
+            return f"{name} is on {parameter.device} but state_proj on {home}"
+    for name in HEADS:
+        dtype = getattr(model, name).weight.dtype
+        if dtype is not torch.float32:
+            return f"{name} is {dtype}; stock feeds it float32, and so do we"
+    return None
+
+
+def tier_reason(model: Any, tier: Tier) -> str | None:
+    """Why no loss of this model is computed in this tier, or None."""
+    if tier.stock_order or tier.quantized:
+        return f"precision={tier.name!r} has no training path; accepted are 'auto', 'fp32' and 'bf16'"
+    if tier.gemm_dtype is torch.float32:
+        for name, parameter in model.named_parameters():
+            if parameter.dtype is not torch.float32:
+                return (
+                    f"precision='fp32' and {name} is {parameter.dtype}: training multiplies in the dtype that "
+                    "weights are stored in; accepted is 'auto'"
+                )
+    return None
+
+
+def size_reason(model: Any) -> str | None:
+    """Why frames of the size that the configuration announces are stock's affair, or None.
+
+    What a batch brings is for ``call_reason`` to judge; this says it before the first one.
+    """
+    config = model.config
+    side = model.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
+    if config.resize_imgs_with_padding is not None:
+        width, height = config.resize_imgs_with_padding
+        if (height, width) != (side, side):
+            return f"resize_imgs_with_padding={(width, height)}; accepted is {(side, side)}, what the vision tower is for"
+        return None
+    for name, feature in (config.image_features or {}).items():
+        height, width = feature.shape[-2:]
+        if (height, width) != (side, side) and "empty_camera" not in name:  # those get the size of the others
+            return (
+                f"{name} is {height} x {width} and resize_imgs_with_padding is None; accepted are frames of {side} x "
+                f"{side}, what the vision tower is for"
+            )
+    return None

@@ -1,0 +1,116 @@
+"""What a transformers version computes inside a layer is not guessed from its number: the live modules run beside the
+references on small inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.dims import read_dims
+from ..model.weights import frozen_sources, read_patch_embedding, read_vision_layers
+from ..ops.reference.layer_norm import layer_norm
+from ..ops.reference.linear import linear
+from ..ops.reference.norm_swiglu import norm_swiglu
+from ..ops.reference.patch_embed import patch_embed
+from ..ops.reference.pixel_shuffle_linear import pixel_shuffle_linear
+from ..ops.reference.rms_norm import rms_norm
+from ..ops.select import reference_ops
+from ..stages.vision import patch_positions, vision_layer
+from .model_rules import code_of, parts_reason
+
+
+def probe(model: Any, exact: bool, frozen_only: bool = False) -> str | None:
+    """Run the live vision, text and expert modules beside the references on small inputs; None if they agree.
+
+    exact  the ``exact`` tier: bits must be equal. Else a relative difference up to 1e-2 passes: a transformers release
+           that reorders roundings stays far below (bf16 rounds at 4e-3), one that computes something else far above.
+    frozen_only  leave the expert out: training calls its modules
+    """
+    try:
+        return _probe(model, exact, frozen_only)
+    except Exception as error:  # whatever a foreign module raises on a plain input, stock may well run it
+        return f"the modules are not SmolVLA's: {error!r}"
+
+
+def _probe(model: Any, exact: bool, frozen_only: bool) -> str | None:
+    pair = model.vlm_with_expert
+    vlm = pair.get_vlm_model()
+    with torch.no_grad():
+        for name, live, ours in (
+            *_probe_vision(vlm),
+            *_probe_decoder(vlm.text_model),
+            *(() if frozen_only else _probe_decoder(pair.lm_expert)),
+        ):
+            if exact and not torch.equal(live, ours) and not (live.isnan().any() and ours.isnan().any()):
+                return f"{name} of this transformers version rounds otherwise than the reference"
+            difference = (live.double() - ours.double()).norm()
+            if difference > 1e-2 * live.double().norm():
+                return f"{name} of this transformers version computes something else than the reference"
+    return None
+
+
+def frozen_reason(model: Any) -> str | None:
+    """Why the engine's ops cannot compute vision tower and text layers where these are frozen, or None."""
+    try:
+        vlm = model.vlm_with_expert.get_vlm_model()
+        read = frozen_sources(vlm, read_dims(model))
+        reason = parts_reason(vlm, read, (("text", vlm.text_model.layers),))
+        return reason or probe(model, exact=False, frozen_only=True)
+    except Exception as error:
+        return f"the structure is not SmolVLA's: {error!r}"
+
+
+def probed_code(model: Any) -> tuple[Any, ...]:
+    """What ``probe`` has run: a replaced class, a patched ``forward`` or another setting asks for another run."""
+    pair = model.vlm_with_expert
+    vlm = pair.get_vlm_model()
+    stacks = (vlm.vision_model.encoder, vlm.text_model, pair.lm_expert)
+    return (
+        *(code_of(stack.layers[0]) for stack in stacks),
+        code_of(vlm.vision_model.embeddings),
+        code_of(vlm.connector),
+    )
+
+
+def _ramp(*shape: int, like: Tensor) -> Tensor:
+    """Deterministic values in [-1, 1] that move no random state."""
+    return (
+        torch.arange(torch.Size(shape).numel(), device=like.device).mul(0.7).sin().view(shape).to(like.dtype)
+    )
+
+
+def _probe_vision(vlm: Any) -> Iterable[tuple[str, Tensor, Tensor]]:
+    tower, connector = vlm.vision_model, vlm.connector
+    patch, position = read_patch_embedding(vlm, lambda x: x)
+    side = tower.embeddings.image_size
+    pixels = _ramp(1, 3, side, side, like=patch.weight)
+    patches = torch.ones(
+        1, *(2 * [side // tower.embeddings.patch_size]), dtype=torch.bool, device=pixels.device
+    )
+    live = tower.embeddings(pixel_values=pixels, patch_attention_mask=patches)
+    yield "the patch embedding", live, patch_embed(pixels, *patch, position, patch_positions(vlm, pixels))
+
+    module, layer = tower.encoder.layers[0], next(iter(read_vision_layers(vlm, lambda x: x)))
+    x = _ramp(1, 9, position.shape[1], like=patch.weight)
+    live = module(x, None)
+    ours = vision_layer(reference_ops(), layer, x, module.self_attn.num_heads)
+    yield "the vision layer", live[0] if isinstance(live, tuple) else live, ours
+    norm = tower.post_layernorm
+    yield "the vision norm", norm(x), layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+    factor = connector.scale_factor
+    projection = connector.modality_projection.proj.weight
+    x = _ramp(1, (2 * factor) ** 2, position.shape[1], like=projection)
+    yield "the connector", connector(x), pixel_shuffle_linear(x, projection, factor)
+
+
+def _probe_decoder(stack: Any) -> Iterable[tuple[str, Tensor, Tensor]]:
+    layer = stack.layers[0]
+    norm, mlp = layer.post_attention_layernorm, layer.mlp
+    x = _ramp(1, 3, norm.weight.shape[0], like=mlp.gate_proj.weight)
+    yield "the decoder norm", norm(x), rms_norm(x, norm.weight, norm.variance_epsilon)
+    h = norm_swiglu(x, (norm.weight, norm.variance_epsilon), mlp.gate_proj.weight, mlp.up_proj.weight)
+    yield "the decoder MLP", mlp(norm(x)), linear(h, mlp.down_proj.weight)

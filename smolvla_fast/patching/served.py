@@ -1,0 +1,117 @@
+"""What is kept beside one live model for one kind of work: its engine, its counters, what the log has said.
+
+Never copied, never pickled. Threads may share it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar
+
+from .change_detector import ChangeDetector, detector_of
+from .eligibility import Eligibility
+from .settings import DISABLE, SETTINGS, Settings, disabled
+
+logger = logging.getLogger("smolvla_fast")
+
+E = TypeVar("E")
+
+_counts: ContextVar[bool] = ContextVar("smolvla_fast_counts", default=True)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Chunks of this thread inside are a warm-up's, not the robot's."""
+    token = _counts.set(False)
+    try:
+        yield
+    finally:
+        _counts.reset(token)
+
+
+class Served(Generic[E]):
+    """Chunks and losses each have one; they differ in rules and in how an engine is made.
+
+    fast, stock     calls by the engine, by stock
+    last_fallback   why stock ran the last time it did, or None
+    """
+
+    eligibility: Eligibility
+    work: str
+    """What one call is, for the log."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.settings: Settings | None = None  # of the last look: another thread may unpatch meanwhile
+        self.engine: E | None = None
+        self.detector: ChangeDetector | None = None
+        self._refusal: str | None = None
+        self.fast = self.stock = 0
+        self.last_fallback: str | None = None
+        self.logged_reasons: set[str] = set()
+
+    def prepare(self, model: Any, settings: Settings) -> str | None:
+        """Makes the engine for the model as it is now, where there is none; why it cannot serve this model, or None."""
+        raise NotImplementedError
+
+    def look(self, model: Any) -> tuple[E | None, str | None]:
+        """An engine that has looked at this model as it is now, and why it may not serve it whatever the call, or None.
+        Cheap while nothing in the model has changed.
+
+        One question under one lock: another thread forgets before it or after it, not in between.
+        """
+        if disabled():
+            return None, f"{DISABLE} is set"
+        with self.lock:
+            settings = model.__dict__.get(SETTINGS) or self.settings
+            if settings is None:
+                return None, "the policy was unpatched meanwhile"
+            self.settings = settings
+            if self.detector is None or not self.detector.same(model):
+                self.detector = None
+                detector = detector_of(
+                    model
+                )  # before the look, so that what changes during it is looked at again
+                reason = self.eligibility.model_reason(model)
+                if reason is not None:
+                    return None, reason
+                try:
+                    self._refusal = self.prepare(model, settings)
+                except RuntimeError as error:  # the policy has moved to where an explicit wish cannot be met
+                    self._refusal = str(error)
+                self.detector = detector
+            reason = self._refusal or self.eligibility.live_reason(model)
+            return self.engine if reason is None else None, reason
+
+    def served(self) -> None:
+        with self.lock:
+            self.fast += _counts.get()
+
+    def fell_back(self, reason: str) -> None:
+        with self.lock:
+            self.stock += _counts.get()
+        if self.note(reason):
+            logger.warning("smolvla_fast: this %s runs stock: %s", self.work, reason)
+
+    def note(self, reason: str) -> bool:
+        """Keeps the receipt; whether the log has not said it yet."""
+        with self.lock:
+            self.last_fallback = reason
+            new = reason not in self.logged_reasons
+            self.logged_reasons.add(reason)
+            return new
+
+    def forget(self) -> None:
+        """Drops the engine; the next call makes another."""
+        with self.lock:
+            self.engine, self.detector = None, None
+
+    def after_fork(self) -> None:
+        """In a forked child: locks may be held by threads that are not in it, and a look be half done."""
+        self.lock, self.detector = threading.RLock(), None
+        if self.engine is not None:
+            self.engine.after_fork()  # type: ignore[attr-defined]
