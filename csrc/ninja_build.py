@@ -15,8 +15,8 @@ import sysconfig
 from pathlib import Path
 
 CUDA_ARCHS = ["80", "86", "87", "89", "90a", "100a", "120"]
-OLDEST = 80
-"""The first whose tensor cores multiply bf16, as in smolvla_fast/ops/select.py."""
+MIN_CAPABILITY = 80
+"""The first whose tensor cores multiply bf16, as in smolvla_fast/ops/availability.py."""
 
 # No -march: one binary serves every x86-64, and a function that needs more carries its own target attribute.
 # No contraction into fma: whether a compiler finds one must not decide the bits of a result.
@@ -135,7 +135,7 @@ def cuda_archs(nvcc, gpus=(), without_gpu=()):
     if wish or not gpus:
         return wish or [arch for arch in without_gpu or CUDA_ARCHS if arch.rstrip("af") in known]
     # The newest at or below each GPU: where nvcc does not know the GPU itself, the driver makes its code from PTX.
-    below = [max((int(arch) for arch in known if OLDEST <= int(arch) <= gpu), default=None) for gpu in gpus]
+    below = [max((int(arch) for arch in known if MIN_CAPABILITY <= int(arch) <= gpu), default=None) for gpu in gpus]
     if not any(below):
         raise Unavailable(
             f"this nvcc knows {', '.join(known)}, none of them for a GPU of compute capability "
@@ -149,13 +149,13 @@ def gpus_to_compile_for(asked):
     """The GPUs here that the kernels run on, as ``cuda_archs`` takes them. Without any: [] where the CUDA part was asked
     for, else raises NotAsked."""
     found = sorted(set(smi_gpus() or driver_gpus()))
-    gpus = [gpu for gpu in found if gpu >= OLDEST]
+    gpus = [gpu for gpu in found if gpu >= MIN_CAPABILITY]
     if gpus or asked:
         return gpus
     here = "no NVIDIA GPU was found to compile it for"
     if found:
         here = (
-            f"it needs a GPU of compute capability {dotted(OLDEST)}, here is {', '.join(map(dotted, found))}"
+            f"it needs a GPU of compute capability {dotted(MIN_CAPABILITY)}, here is {', '.join(map(dotted, found))}"
         )
     raise NotAsked(
         f"{here}. For another machine's GPU, say 8.0 and 9.0: `SMOLVLA_CUDA_ARCHS='80;90a' pip install .`; for "

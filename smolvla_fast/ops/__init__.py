@@ -1,1 +1,1 @@
-"""Every op of a chunk: its table, and who serves it. One room a backend; ``reference`` is the truth."""
+"""Every op of a chunk: its table, and who serves it. One folder a backend; ``reference`` is what all are tested against."""

@@ -190,9 +190,9 @@ def test_a_step_that_allocates_more_shows(arena: Arena) -> None:
     engine = smolvla_fast.patch.__globals__["engine_of"](policy.model)
     step = engine.ops.euler_step
 
-    def wasteful(*args: Any) -> Any:
+    def wasteful(*args: Any, **kwargs: Any) -> Any:
         torch.empty(1000)
-        return step(*args)
+        return step(*args, **kwargs)
 
     engine.ops = smolvla_fast.ops.table.Ops(**{**vars(engine.ops), "euler_step": wasteful})
     after = overhead.step_allocations(policy, inputs)

@@ -290,7 +290,7 @@ def test_reasons(emulator: Any) -> None:
     assert "no cooperative launches" in reason(given)
     emulator.configure(cooperative=True)
     emulator.configure(shared_bytes_per_block=_shared_for(emulator, given, 1.0) - 128)
-    assert "has room for" in reason(given)
+    assert "shared memory takes" in reason(given)
 
 
 def test_guidance_of_another_shape(emulator: Any) -> None:

@@ -60,7 +60,7 @@ def why_not_persistent(
         )
     if found["ring_bytes"] < found["largest_slab"]:
         return (
-            f"a block's shared memory has room for {found['ring_bytes']} bytes of weights beside its activations; "
+            f"a block's shared memory takes {found['ring_bytes']} bytes of weights beside its activations; "
             f"accepted are {found['largest_slab']} and more, what 8 outputs of a product need"
         )
     if found["at_once"] < found["blocks"]:

@@ -115,7 +115,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
             inputs=[library.address(tensor) for tensor in (q, k, v)],
             dtypes=[library.DTYPES.index(tensor.dtype) for tensor in (q, k)],
             mask=library.address(mask),
-            offset=0,
+            offset=0,  # queries come rotated
             out=library.address(out),
             strides=[tensor.stride()[:3] for tensor in (q, k, v, mask)],
             offset_stride=0,
