@@ -75,7 +75,13 @@ test-compat: $(COMPAT:%=.venv-lerobot-%/.ready)
 	    pytest-benchmark hypothesis
 	@touch $@
 
-# docs/acceptance.md anew, from the marks of the tests.
+# docs/architecture.md (its map, from the imports) and docs/acceptance.md (from the marks of the tests) anew.
+chart: venv
+	$(VENV)/bin/python scripts/readme_chart.py
+
+architecture: venv
+	$(VENV)/bin/python tests/support/structure.py
+
 acceptance: venv
 	$(VENV)/bin/python scripts/acceptance.py
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smolvla_fast.model.dims import Dims, read_dims
+from smolvla_fast.model.weights import is_cross
 from smolvla_fast.ops.reference import Cost
 
 ADAMW_NUMBERS = 7
@@ -93,10 +94,7 @@ def _work(model: Any, cameras: int, language: int) -> _Work:
     hidden = vision.encoder.layers[0].mlp.fc1.weight.shape[0]
     text_mlp = pair.get_vlm_model().text_model.layers[0].mlp.gate_proj.weight.shape[0]
     expert_mlp = pair.lm_expert.layers[0].mlp.gate_proj.weight.shape[0]
-    every = pair.self_attn_every_n_layers
-    crosses = sum(
-        "cross" in pair.attention_mode and not (every > 0 and i % every == 0) for i in range(d.layers)
-    )
+    crosses = sum(is_cross(pair, i) for i in range(d.layers))
     selfs = d.layers - crosses
     q, kv = d.query_heads * d.head_dim, d.kv_heads * d.head_dim
     prefix = cameras * d.image_tokens + language + 1

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.calls import OPS, REAL_FLOPS, check, cold_calls, figures, room
+from benchmarks.calls import OPS, REAL_FLOPS, check, cold_calls, figures, reference_module
 from benchmarks.gate import timed
 from smolvla_fast.measure.rounds import synchronize
 from smolvla_fast.ops import select as backends
@@ -26,8 +26,8 @@ def params() -> list[Any]:
     table = backends.table(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for op in OPS:
         names = ["reference", *(row.backend for row in table if row.op == op and row.available)]
-        for case in room(op).CASES:
-            if room(op).cost(case, 4).flops < REAL_FLOPS:
+        for case in reference_module(op).CASES:
+            if reference_module(op).cost(case, 4).flops < REAL_FLOPS:
                 continue
             sizes = "-".join(f"{name}{value}" for name, value in case.items())
             for dtype in DTYPES:

@@ -11,9 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from support.contract import OPS, check, inputs_in, room, to_device
+from support.contract import OPS, changed, check, inputs_in, leaves, reference_module, to_device
 
-__all__ = ["OPS", "REAL_FLOPS", "check", "cold_calls", "figures", "room"]
+__all__ = ["OPS", "REAL_FLOPS", "changed", "check", "cold_calls", "figures", "leaves", "reference_module"]
 
 # Below this a case is one of the odd ones, which exist for correctness.
 REAL_FLOPS = 2e6
@@ -27,11 +27,8 @@ def prepared(ops: Any, op: str, inputs: dict[str, Any]) -> Callable[[], Any]:
     if op == "masked_attention":
         inputs["mask"] = ops.prepare_mask(inputs["mask"])
     if op == "suffix_embed":
-        names = ("times", "in_weight", "in_bias", "mlp_in_weight", "mlp_in_bias")
-        folded = ops.suffix_fold(*(inputs.pop(name) for name in names))
-        return lambda: ops.suffix_embed(
-            inputs["x"], 1, folded, inputs["mlp_out_weight"], inputs["mlp_out_bias"]
-        )
+        folded = ops.suffix_fold(*(inputs.pop(name) for name in ("times", "action_in", "time_in")))
+        return lambda: ops.suffix_embed(inputs["x"], 1, folded, inputs["time_out"])
     function = getattr(ops, op)
     return lambda: function(**inputs)
 
@@ -41,7 +38,7 @@ def cold_calls(
 ) -> list[Callable[[], Any]]:
     """Calls on several copies of the inputs, to be made in turn: a chunk goes through its layers, and weights that one
     call leaves in the caches would flatter the next."""
-    cost = room(op).cost(case, dtype.itemsize)
+    cost = reference_module(op).cost(case, dtype.itemsize)
     copies = max(1, min(MAX_COPIES, int(COLD_BYTES // cost.bytes)))
     inputs = [to_device(inputs_in(op, case, dtype, seed)[0], device) for seed in range(2)]
     inputs += [{name: _clone(value) for name, value in inputs[0].items()} for _ in range(copies - 2)]
@@ -52,7 +49,7 @@ def figures(
     op: str, case: dict[str, int], dtype: torch.dtype, backend: str, p50_ms: float, ceilings: Any
 ) -> dict[str, Any]:
     """What the report says of an op beside its times."""
-    cost = room(op).cost(case, dtype.itemsize)
+    cost = reference_module(op).cost(case, dtype.itemsize)
     floor_ms = ceilings.floor_ms(cost.flops, cost.bytes, dtype)
     return dict(
         suite="ops", op=op, case=case, dtype=str(dtype).removeprefix("torch."), backend=backend,

@@ -14,7 +14,6 @@
 #include <omp.h>
 #endif
 
-#include "cpu/add_rms_norm.h"
 #include "cpu/attention.h"
 #include "cpu/bfloat16.h"
 #include "cpu/dispatch.h"
@@ -22,6 +21,7 @@
 #include "cpu/layer_norm.h"
 #include "cpu/linear.h"
 #include "cpu/quantize.h"
+#include "cpu/rms_norm.h"
 #include "cpu/rope.h"
 
 namespace py = pybind11;
@@ -58,16 +58,14 @@ T* at(uintptr_t address) {
 }
 
 template <class T>
-void bind_add_rms_norm(py::module_& m, const char* name) {
+void bind_rms_norm(py::module_& m, const char* name) {
     m.def(
         name,
-        [](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t y, uintptr_t r, int64_t rows, int64_t width,
-           float eps, int num_threads) {
-            add_rms_norm(at<const T>(x), at<const T>(residual), at<const T>(weight), at<T>(y), at<T>(r), rows, width,
-                         eps, num_threads);
+        [](uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows, int64_t width, float eps, int num_threads) {
+            rms_norm(at<const T>(x), at<const T>(weight), at<T>(y), rows, width, eps, num_threads);
         },
-        py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("y"), py::arg("r"), py::arg("rows"),
-        py::arg("width"), py::arg("eps"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+        py::arg("x"), py::arg("weight"), py::arg("y"), py::arg("rows"), py::arg("width"), py::arg("eps"),
+        py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 }
 
 template <class X, class Y>
@@ -192,8 +190,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("level", [] { return kLevelNames[static_cast<int>(level().load())]; }, "the level in use");
     m.def("set_level", &set_level, py::arg("name"), "for tests: use this level from now on, in the whole process");
     m.def("openmp_library", &openmp_library, "path of the OpenMP runtime in use, or an empty string");
-    bind_add_rms_norm<float>(m, "add_rms_norm_float32");
-    bind_add_rms_norm<bfloat16>(m, "add_rms_norm_bfloat16");
+    bind_rms_norm<float>(m, "rms_norm_float32");
+    bind_rms_norm<bfloat16>(m, "rms_norm_bfloat16");
     bind_layer_norm<float, float>(m, "layer_norm_float32_float32");
     bind_layer_norm<float, bfloat16>(m, "layer_norm_float32_bfloat16");
     bind_layer_norm<bfloat16, bfloat16>(m, "layer_norm_bfloat16_bfloat16");

@@ -86,17 +86,18 @@ def _euler_step_fwd(
 
 def euler_step(
     h: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    out_weight: Tensor,
-    out_bias: Tensor,
+    norm: tuple[Tensor, float],
+    action_out: tuple[Tensor, Tensor],
     x: Tensor,
     dt: float,
     guidance: Any = None,
+    *,
+    memory: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """``v = rms_norm(h)·Woutᵀ + b;  v ← v - g·((previous - (x - t·v))·w) if guided;  x' = x + dt·v``.
 
-    h         [B, S, E]  fp32 | bf16 | fp16, contiguous      norm_weight  [E]      out_weight  [A, E]      out_bias  [A]
+    h         [B, S, E]  fp32 | bf16 | fp16, contiguous      memory  not used
+    norm      (weight [E], eps)      action_out  (weight [A, E], bias [A])
     x         [B, S, A]  fp32, left as it is; contiguous, or it is copied first      dt  -1/N
     guidance  None, or .previous [B or 1, S, A] fp32 of any strides, .weights [1, S, 1] fp32, .time a number,
               .weight 0-dim fp32: read from device memory, copied there first where it lies on the host
@@ -111,14 +112,15 @@ def euler_step(
             f"euler_step: h and x have shapes {list(h.shape)} and {list(x.shape)}; "
             "accepted are [B, S, E] and [B, S, A]"
         )
+    (norm_weight, eps), (out_weight, out_bias) = norm, action_out
     x = x.contiguous()  # itself, but for a caller's first noise
     batch, tokens, width = h.shape
     actions = x.shape[2]
     shapes = {
         "h": (h, (batch, tokens, width)),
-        "norm_weight": (norm_weight, (width,)),
-        "out_weight": (out_weight, (actions, width)),
-        "out_bias": (out_bias, (actions,)),
+        "norm.weight": (norm_weight, (width,)),
+        "action_out.weight": (out_weight, (actions, width)),
+        "action_out.bias": (out_bias, (actions,)),
         "x": (x, (batch, tokens, actions)),
     }
     for name, (tensor, shape) in shapes.items():

@@ -58,11 +58,12 @@ def _linear_residual_fwd(
         tl.store(y_ptr + row64 * outputs + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
     """``y = residual + x · weightᵀ``.
 
     x        [..., I]      weight  [O, I]      residual  [..., O]      any of fp32 | bf16 | fp16, each its own;
              the weight may be quantised, as in ``linear``
+    out      not used
     returns  [..., O]  what weight and residual promote to: the dtype of an fp32 residual stream
     errors   ValueError for other shapes or dtypes, a strided last dimension; leading dimensions of x and residual are
              copied where they have no common stride

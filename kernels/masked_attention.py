@@ -9,6 +9,7 @@ SmolVLA's lengths one block that holds all keys, bound the time by one trip to m
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -100,11 +101,12 @@ def _masked_attention_fwd(
     tl.store(out_tile + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: Any = None) -> Tensor:
     """``softmax(q·kᵀ / sqrt(D), where mask) · v``, each KV head serving ``H / K`` query heads in turn.
 
     q        [B, T, H, D]      k, v  [B, S, K, D]  fp32 | bf16 | fp16 each, strided views of a cache are welcome
     mask     [B, T, S]  bool, any strides; a row with no True looks at every key alike
+    memory   not used
     returns  [B, T, H·D]  dtype of q, in which the product that follows has its weight
     numerics scores in the wider dtype of q and k, scaled and summed in fp32, softmax fp32, probabilities rounded to
              the dtype of v for the second product; equal bits in every run

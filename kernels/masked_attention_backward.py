@@ -255,7 +255,7 @@ def masked_attention_backward(
     return dq, dk, dv
 
 
-class _LearningAttention(torch.autograd.Function):
+class _AttentionWithGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         out = masked_attention(q, k, v, mask)
@@ -268,7 +268,7 @@ class _LearningAttention(torch.autograd.Function):
         return (*masked_attention_backward(q, k, v, mask, out, grads[0]), None)
 
 
-def learning_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def attention_with_grad(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """``masked_attention`` with a backward; arguments, result and errors as there."""
-    out: Tensor = _LearningAttention.apply(q, k, v, mask)
+    out: Tensor = _AttentionWithGrad.apply(q, k, v, mask)
     return out

@@ -7,6 +7,8 @@ sums. Rotation is in fp32 with the positions' sin and cos; keys and values are r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -104,48 +106,44 @@ def _norm_qkv_rope_fwd(
 
 def norm_qkv_rope(
     x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    v_weight: Tensor | None,
+    norm: tuple[Tensor, float],
+    weights: tuple[Any, Any, Any],
     rope: tuple[Tensor, Tensor],
-    k_out: Tensor | None,
-    v_out: Tensor | None,
-    head_dim: int,
+    slots: tuple[Tensor, Tensor] | None,
+    *,
+    memory: Any = None,
 ) -> Tensor | None:
-    """``h = rms_norm(x);  q = rope(h·Wqᵀ);  k_out ← rope(h·Wkᵀ);  v_out ← h·Wvᵀ``.
+    """``h = rms_norm(x);  q = rope(h·Wqᵀ);  slots ← rope(h·Wkᵀ), h·Wvᵀ``.
 
-    x            [B, T, M]  norm_weight  [M]  any of fp32 | bf16 | fp16
-    q_weight     [H·D, M] or None      k_weight, v_weight  [K·D, M] or None      all of one dtype, any of these; they
-                 may be quantised, as in ``linear``
-    rope         (sin, cos), each [B or 1, T, 1, D/2] fp32, contiguous
-    k_out, v_out [B, T, K, D]  views of the cache, written; one dtype and the same strides, heads side by side
-    returns      q [B, T, H, D] in the dtype of q_weight, or None
-    numerics     the norm in fp32, x·norm_weight rounded once to the weights' dtype; rotation of the unrounded sums
-    errors       ValueError for other shapes, dtypes or strides, an odd D, or neither queries nor keys and values; leading
-                 dimensions of x are copied where they have no common stride
-    replaces     the first half of ``forward_attn_layer`` / ``forward_cross_attn_layer``
+    x        [B, T, M]      norm  (weight [M], eps)      any of fp32 | bf16 | fp16
+    weights  q [H·D, M] or None; k, v [K·D, M] or None; all of one dtype, any of these; they may be quantised, as in
+             ``linear``
+    rope     (sin, cos), each [B or 1, T, 1, D/2] fp32, contiguous
+    slots    k, v  [B, T, K, D]  views of the cache, written, or None; one dtype and the same strides, heads side by side
+    memory   not used
+    returns  q [B, T, H, D] in the dtype of its weight, or None
+    numerics the norm in fp32, x·norm weight rounded once to the weights' dtype; rotation of the unrounded sums
+    errors   ValueError for other shapes, dtypes or strides, or neither queries nor keys and values; leading dimensions of
+             x are copied where they have no common stride
+    replaces the first half of ``forward_attn_layer`` / ``forward_cross_attn_layer``
     """
     op = "norm_qkv_rope"
     batch, tokens, inputs = x.shape
-    has_kv = not (k_weight is None or v_weight is None or k_out is None or v_out is None)
-    weights = [w for w in ((q_weight, k_weight, v_weight) if has_kv else (q_weight,)) if w is not None]
-    if not weights:
-        raise ValueError(
-            f"{op} needs q_weight, or k_weight, v_weight, k_out and v_out, or all five; got neither"
-        )
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(
-            f"{op}: head_dim is {head_dim}; accepted are even sizes, for halves of a head are rotated"
-        )
-    dtype = weights[0].dtype
+    norm_weight, eps = norm
+    q_weight, k_weight, v_weight = weights
+    head_dim = 2 * rope[0].shape[-1]
+    has_kv = not (k_weight is None or v_weight is None or slots is None)
+    k_out, v_out = slots if has_kv and slots is not None else (None, None)
+    used = [w for w in ((q_weight, k_weight, v_weight) if has_kv else (q_weight,)) if w is not None]
+    if not used:
+        raise ValueError(f"{op} needs a weight of q, or weights and slots of k and v, or all; got neither")
+    dtype = used[0].dtype
     check(op, "x", x, (batch, tokens, inputs))
-    check(op, "norm_weight", norm_weight, (inputs,), like=x)
-    pairs = [parts(op, "a weight", w, (w.shape[0] // head_dim * head_dim, inputs), like=x) for w in weights]
-    weights, scales = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    weight = weights[0]
-    for w in weights:
+    check(op, "norm.weight", norm_weight, (inputs,), like=x)
+    pairs = [parts(op, "a weight", w, (w.shape[0] // head_dim * head_dim, inputs), like=x) for w in used]
+    used, scales = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    weight = used[0]
+    for w in used:
         if w.dtype is not weight.dtype:
             raise ValueError(f"{op}: weights are {weight.dtype} and {w.dtype}; accepted is one dtype for all")
     sin, cos = rope
@@ -158,29 +156,29 @@ def norm_qkv_rope(
             )
     q_heads = 0 if q_weight is None else q_weight.shape[0] // head_dim
     kv_heads = k_weight.shape[0] // head_dim if has_kv and k_weight is not None else 0
-    if has_kv and k_out is not None and v_out is not None:
-        if tuple(weights[-1].shape) != (kv_heads * head_dim, inputs):
+    if k_out is not None and v_out is not None:
+        if tuple(used[-1].shape) != (kv_heads * head_dim, inputs):
             raise ValueError(
-                f"{op}: v_weight has shape {list(weights[-1].shape)}; accepted is {[kv_heads * head_dim, inputs]}"
+                f"{op}: weights.v has shape {list(used[-1].shape)}; accepted is {[kv_heads * head_dim, inputs]}"
             )
-        check(op, "k_out", k_out, (batch, tokens, kv_heads, head_dim), like=x)
-        check(op, "v_out", v_out, (batch, tokens, kv_heads, head_dim), like=x)
+        check(op, "slots.k", k_out, (batch, tokens, kv_heads, head_dim), like=x)
+        check(op, "slots.v", v_out, (batch, tokens, kv_heads, head_dim), like=x)
         if k_out.stride() != v_out.stride() or (kv_heads > 1 and k_out.stride(2) != head_dim):
             raise ValueError(
-                f"{op}: k_out has strides {k_out.stride()}, v_out {v_out.stride()}; accepted are the same for both, "
+                f"{op}: slots.k has strides {k_out.stride()}, slots.v {v_out.stride()}; accepted are the same for both, "
                 f"with {head_dim} between heads"
             )
         if k_out.dtype is not v_out.dtype:
             raise ValueError(
-                f"{op}: k_out is {k_out.dtype}, v_out {v_out.dtype}; accepted is one dtype for both"
+                f"{op}: slots.k is {k_out.dtype}, slots.v {v_out.dtype}; accepted is one dtype for both"
             )
     q = None
     if q_weight is not None:
         q = torch.empty((batch, tokens, q_heads, head_dim), dtype=dtype, device=x.device)
     if x.shape[0] and tokens and inputs:
         x = as_rows(x)
-        if any(w.stride(0) != weight.stride(0) for w in weights):
-            weights = [w.contiguous() for w in weights]
+        if any(w.stride(0) != weight.stride(0) for w in used):
+            used = [w.contiguous() for w in used]
         rows, half, heads = x.shape[0], head_dim // 2, q_heads + 2 * kv_heads
         tile = gemm_tile(
             rows, inputs, half, capability(x.device), x.itemsize, weight.itemsize, products=2, segments=heads
@@ -188,9 +186,9 @@ def norm_qkv_rope(
         _norm_qkv_rope_fwd[(triton.cdiv(rows, tile.rows) * heads * triton.cdiv(half, tile.cols),)](
             x,
             norm_weight,
-            weights[0],
-            weights[-2 if has_kv else 0],
-            weights[-1],
+            used[0],
+            used[-2 if has_kv else 0],
+            used[-1],
             scales[0],
             scales[-2 if has_kv else 0],
             scales[-1],
@@ -206,10 +204,10 @@ def norm_qkv_rope(
             kv_heads,
             eps,
             x.stride(0),
-            weights[0].stride(0),
+            used[0].stride(0),
             0 if sin.shape[0] == 1 else sin.stride(0),
-            k_out.stride(0) if has_kv and k_out is not None else 0,
-            k_out.stride(1) if has_kv and k_out is not None else 0,
+            0 if k_out is None else k_out.stride(0),
+            0 if k_out is None else k_out.stride(1),
             HALF=half,
             NORMALISE_FIRST=normalise_first(weight.dtype),
             **tile.launch,

@@ -7,6 +7,8 @@ applied before). silu(gate) · up stays in fp32 and is rounded once. With the 50
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -63,23 +65,27 @@ def _norm_swiglu_fwd(
     tl.store(y_ptr + row64 * outputs + col[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
 
 
-def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+def norm_swiglu(
+    x: Tensor, norm: tuple[Tensor, float], gate_weight: Any, up_weight: Any, *, memory: Any = None
+) -> Tensor:
     """``h = rms_norm(x);  y = silu(h·Wgᵀ) · (h·Wuᵀ)``.
 
-    x        [..., M]  norm_weight  [M]  any of fp32 | bf16 | fp16      gate_weight, up_weight  [F, M], both of one dtype;
-             they may be quantised, as in ``linear``
+    x        [..., M]      norm  (weight [M], eps)      any of fp32 | bf16 | fp16
+    weights  gate_weight, up_weight  [F, M], both of one dtype, any of these; they may be quantised, as in ``linear``
+    memory   not used
     returns  [..., F]  dtype of the weights
-    numerics the norm in fp32, x·norm_weight rounded once to the weights' dtype
+    numerics the norm in fp32, x·norm weight rounded once to the weights' dtype
     errors   ValueError for other shapes or dtypes, a strided last dimension; leading dimensions of x are copied where they
              have no common stride
     replaces ``post_attention_layernorm`` and ``mlp`` up to its ``down_proj``
     """
+    norm_weight, eps = norm
     outputs, inputs = gate_weight.shape
     lead = x.shape[:-1]
     dtype = gate_weight.dtype
     gate_weight, gate_scale = parts("norm_swiglu", "gate_weight", gate_weight, (outputs, inputs), like=x)
     up_weight, up_scale = parts("norm_swiglu", "up_weight", up_weight, (outputs, inputs), like=x)
-    check("norm_swiglu", "norm_weight", norm_weight, (inputs,), like=x)
+    check("norm_swiglu", "norm.weight", norm_weight, (inputs,), like=x)
     check("norm_swiglu", "x", x, (*lead, inputs))
     if up_weight.dtype is not gate_weight.dtype:
         raise ValueError(

@@ -70,24 +70,27 @@ def _suffix_embed_fwd(
     tl.store(y_ptr + row[:, None] * width + col[None, :], y, mask=in_rows[:, None] & in_cols[None, :])
 
 
-def suffix_embed(x: Tensor, step: int, folded: Any, mlp_out_weight: Tensor, mlp_out_bias: Tensor) -> Tensor:
+def suffix_embed(
+    x: Tensor, step: int, folded: Any, time_out: tuple[Tensor, Tensor], *, memory: Any = None
+) -> Tensor:
     """``y = silu(x·Wfᵀ + bias[step])·Woᵀ + bo``, with ``Wf = Wa·Wi`` and the time inside the bias.
 
     x        [B, S, A]  fp32 | bf16 | fp16; contiguous, or it is copied first
     step     0 .. N-1
     folded   .weight [E, A] and .bias [N, B, 1, E], both fp32: what does not depend on the actions
-    weights  mlp_out_weight [E, E], mlp_out_bias [E], contiguous
+    time_out (weight [E, E], bias [E]), contiguous      memory  not used
     returns  [B, S, E]  fp32
-    numerics first product, silu and sums in fp32; the hidden values rounded to the dtype of mlp_out_weight; products
+    numerics first product, silu and sums in fp32; the hidden values rounded to the dtype of that weight; products
              of fp32 operands as ``tuning.head_precision`` says
     errors   ValueError for other shapes, strides or dtypes
     replaces ``embed_suffix`` of LeRobot's ``VLAFlowMatching``
     """
     if x.ndim != 3:
         raise ValueError(f"suffix_embed: x has shape {list(x.shape)}; accepted is [B, S, A]")
+    out_weight, out_bias = time_out
     x = x.contiguous()  # itself, but for a caller's first noise
     batch, tokens, actions = x.shape
-    steps, width = folded.bias.shape[0], mlp_out_bias.shape[0]
+    steps, width = folded.bias.shape[0], out_bias.shape[0]
     if not 0 <= step < steps:
         raise ValueError(
             f"suffix_embed: step is {step}; accepted are 0 to {steps - 1}, the steps that were folded"
@@ -96,8 +99,8 @@ def suffix_embed(x: Tensor, step: int, folded: Any, mlp_out_weight: Tensor, mlp_
         "x": (x, (batch, tokens, actions)),
         "folded.weight": (folded.weight, (width, actions)),
         "folded.bias": (folded.bias, (steps, batch, 1, width)),
-        "mlp_out_weight": (mlp_out_weight, (width, width)),
-        "mlp_out_bias": (mlp_out_bias, (width,)),
+        "time_out.weight": (out_weight, (width, width)),
+        "time_out.bias": (out_bias, (width,)),
     }
     for name, (tensor, shape) in shapes.items():
         check("suffix_embed", name, tensor, shape, like=x)
@@ -113,8 +116,8 @@ def suffix_embed(x: Tensor, step: int, folded: Any, mlp_out_weight: Tensor, mlp_
         x,
         folded.weight,
         folded.bias[step],
-        mlp_out_weight,
-        mlp_out_bias,
+        out_weight,
+        out_bias,
         y,
         rows,
         tokens,

@@ -27,6 +27,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.ahead_of_time import KIB, Cell, Rows, compiling
+from benchmarks.calls import changed, leaves
 from smolvla_fast.ops.reference.quantize import quantize_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +49,6 @@ SPILLS: dict[str, tuple[int, str]] = {
 REAL_BYTES = 60_000
 WIDE, NARROW = torch.float32, torch.bfloat16
 RESIDUAL = {
-    "add_rms_norm": ("x", "residual"),
     "layer_norm": ("x",),
     "linear": ("residual",),
     "linear_residual": ("residual",),
@@ -64,7 +64,7 @@ RESIDUAL = {
 EIGHT_BITS = {
     "linear": ("weight",),
     "linear_residual": ("weight",),
-    "norm_qkv_rope": ("q_weight", "k_weight", "v_weight"),
+    "norm_qkv_rope": ("weights.q", "weights.k", "weights.v"),
     "norm_swiglu": ("gate_weight", "up_weight"),
     "pixel_shuffle_linear": ("weight",),
 }
@@ -77,7 +77,7 @@ def ops() -> list[str]:
     found = []
     for path in sorted((ROOT / "kernels").glob("*.py")):
         launcher = getattr(importlib.import_module(f"smolvla_fast.kernels.{path.stem}"), path.stem, None)
-        if callable(launcher) and (ROOT / "smolvla_fast" / "reference" / path.name).is_file():
+        if callable(launcher) and (ROOT / "smolvla_fast" / "ops" / "reference" / path.name).is_file():
             found.append(path.stem)
     return found
 
@@ -96,7 +96,7 @@ def calls(op: str, case: dict[str, int]) -> Iterator[tuple[str, str, dict[str, A
     for layout, dtype in layouts:
         given = room(op).make_inputs(case, dtype, torch.Generator().manual_seed(0))
         for label, changes in _ways(op, case, dtype).items():
-            inputs = {**given, **changes}
+            inputs = changed(given, changes)
             wide = [n for n in RESIDUAL.get(op, ()) if isinstance(inputs.get(n), Tensor)]
             mixed = layout == "bf16" and bool(wide)
             attends = op.startswith("masked_attention")
@@ -105,12 +105,14 @@ def calls(op: str, case: dict[str, int]) -> Iterator[tuple[str, str, dict[str, A
             if mixed:
                 inputs.update({name: inputs[name].float() for name in wide})
             if mixed and attends:  # only cross KV is fp32; the prefix and the suffix see bf16
-                yield label, layout, {**given, **changes}
+                yield label, layout, changed(given, changes)
             yield label, "bf16; fp32: " + ", ".join(wide) if mixed else layout, inputs
-            narrow = [n for n in EIGHT_BITS.get(op, ()) if isinstance(inputs.get(n), Tensor)]
+            parts = leaves(inputs)
+            narrow = [n for n in EIGHT_BITS.get(op, ()) if isinstance(parts.get(n), Tensor)]
             if layout == "bf16" and narrow:
-                quantized = {name: quantize_rows(inputs[name]) for name in narrow}
-                yield label, "fp8: " + ", ".join(narrow), {**inputs, **quantized}
+                quantized = changed(inputs, {name: quantize_rows(parts[name]) for name in narrow})
+                names = [f"{n.removeprefix('weights.')}_weight" if "." in n else n for n in narrow]
+                yield label, "fp8: " + ", ".join(names), quantized
 
 
 def _ways(op: str, case: dict[str, int], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
@@ -120,8 +122,8 @@ def _ways(op: str, case: dict[str, int], dtype: torch.dtype) -> dict[str, dict[s
         residual = torch.zeros(case["rows"], case["outputs"], dtype=dtype)
         return {"bias": {"activation": None}, "residual": {"activation": None, "residual": residual}}
     if op == "norm_qkv_rope":
-        nothing = dict.fromkeys(("k_weight", "v_weight", "k_out", "v_out"))
-        return {"q, k, v": {}, "k, v": {"q_weight": None}, "q": nothing}
+        parts = {"q, k, v": {}, "k, v": {"weights.q": None}}
+        return {**parts, "q": {"weights.k": None, "weights.v": None, "slots": None}}
     if op == "euler_step":
         return {"guided": {}, "": {"guidance": None}}
     if op == "layer_norm":
@@ -139,9 +141,8 @@ def call(op: str, inputs: dict[str, Any]) -> None:
         fused = importlib.import_module("smolvla_fast.ops.triton.ops")
         launcher = getattr(fused, op, launcher)
     if op == "suffix_embed":
-        names = ("times", "in_weight", "in_bias", "mlp_in_weight", "mlp_in_bias")
-        folded = suffix_fold(*(inputs.pop(name) for name in names))
-        launcher(inputs["x"], 0, folded, inputs["mlp_out_weight"], inputs["mlp_out_bias"])
+        folded = suffix_fold(*(inputs.pop(name) for name in ("times", "action_in", "time_in")))
+        launcher(inputs["x"], 0, folded, inputs["time_out"])
     elif op == "flow_loss":
         from smolvla_fast.kernels.flow_loss import flow_point
 
@@ -150,7 +151,7 @@ def call(op: str, inputs: dict[str, Any]) -> None:
     elif op == "linear":
         launcher(*(inputs[name] for name in ("x", "weight", "bias", "activation", "residual")))
     else:
-        launcher(*inputs.values()) if op == "norm_qkv_rope" else launcher(**inputs)
+        launcher(**inputs)
 
 
 def compile_case(op: str, case: dict[str, int], targets: tuple[int, ...] = TARGETS) -> Rows:

@@ -16,7 +16,7 @@ from .engine.timing import is_timed, section
 from .model.dims import read_dims
 from .model.precision import Tier
 from .model.weights import Cast, keeps_kv_by_head, read_expert_layers, read_heads
-from .ops.cpu.workspace import Workspace
+from .ops.memory import Workspace
 from .ops.processor import why_bf16_is_slow
 from .ops.reference.euler_step import Guidances
 from .ops.reference.time_embedding import time_embedding

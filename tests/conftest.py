@@ -1,5 +1,6 @@
 """What the whole suite shares: Triton's interpreter where there is no GPU, and packages built once a run."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -62,6 +63,18 @@ def pytest_terminal_summary(terminalreporter):
     for report in terminalreporter.stats.get("passed", []):
         for line in dict(report.user_properties).get("summary", []):
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(autouse=True)
+def _no_log_handlers_left():
+    """LeRobot's commands, run inside a process, set up logging for its whole life, on a stream that a test then closes."""
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    yield
+    for handler in root.handlers[:]:
+        if handler not in before and not type(handler).__module__.startswith("_pytest."):
+            root.removeHandler(handler)
+    root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from smolvla_fast.model.dims import read_dims
 from smolvla_fast.model.weights import read_heads
 from smolvla_fast.ops.reference.masks import block_mask
 from smolvla_fast.ops.reference.rope import rope_tables
+from smolvla_fast.ops.reference.suffix_tokens import suffix_tokens
 from smolvla_fast.ops.torch.suffix import suffix_fold
 from smolvla_fast.stages.observation import prepare_observation
 from smolvla_fast.stages.prefix import embed_prefix, embed_state
@@ -56,7 +57,7 @@ class Runner:
             self.dims.expert_width, 1, torch.device("cpu"),
         )  # fmt: skip
         with torch.no_grad():
-            self.fold = suffix_fold(times, *heads.action_in, *heads.time_in)
+            self.fold = suffix_fold(times, heads.action_in, heads.time_in)
         self._positions: Tensor | None = None
 
     def _run(self, name: str, make: Callable[[], torch.nn.Module], *inputs: Any) -> tuple[Any, ...]:
@@ -104,16 +105,12 @@ class Runner:
 
     def _denoise(self, pad_masks: Tensor, kv: tuple[Any, ...], noise: Tensor, group: int) -> Tensor:
         dims, steps = self.dims, self.model.config.num_steps
-        batch, prefix = pad_masks.shape
-        ones = torch.ones(batch, dims.chunk, dtype=torch.bool)
-        seen = pad_masks[:, None, :].expand(batch, dims.chunk, prefix)
-        self_mask = added_mask(torch.cat([seen, block_mask(ones, ones)], dim=2), group)
-        place = torch.cumsum(ones, dim=1) - 1
-        offset = torch.sum(pad_masks, dim=-1)[:, None]
-        rope = torch.stack([*rope_tables(offset + place, dims.head_dim), *rope_tables(place, dims.head_dim)])
+        own, cross = suffix_tokens(pad_masks, dims.chunk, dims.head_dim)
+        self_mask, cross_mask = (added_mask(tokens.mask, group) for tokens in (own, cross))
+        rope = torch.stack([*own.rope, *cross.rope])
         x: Any = noise
         for step in range(steps):
-            constants = (self.fold.bias[step], self_mask, added_mask(seen, group), rope)
+            constants = (self.fold.bias[step], self_mask, cross_mask, rope)
             make = lambda: Step(self.model, steps, self.fold.weight)  # noqa: E731
             x = self.to_torch(self._run("step", make, x, *constants, *kv)[0])
         return x.clone()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.calls import OPS, REAL_FLOPS, check, cold_calls, figures, room
+from benchmarks.calls import OPS, REAL_FLOPS, check, cold_calls, figures, reference_module
 from benchmarks.gate import timed
 from benchmarks.gpu.record import Recorder, Run
 from smolvla_fast.measure.rounds import summary, synchronize
@@ -23,8 +23,8 @@ def ops(run: Run) -> None:
     # bf16 of every op before fp32 of any: time may run out.
     for dtype in DTYPES:
         for op in names:
-            for case in room(op).CASES:
-                if room(op).cost(case, 4).flops >= REAL_FLOPS:
+            for case in reference_module(op).CASES:
+                if reference_module(op).cost(case, 4).flops >= REAL_FLOPS:
                     _one(run, op, case, dtype)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..engine.timing import STAGES
 from ..measure import system
 from ..measure.console import (
     CommandError,
@@ -31,7 +32,7 @@ from . import subject
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("vision", "prefix", "denoise", "other")
+PARTS = (*STAGES, "other")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,7 +169,7 @@ def compare_stages(stock: dict[str, float], fast: dict[str, float]) -> dict[str,
             "share": fast[stage] / fast["total"],
             "ratio": stock[stage] / max(fast[stage], 1e-6),
         }
-        for stage in STAGES
+        for stage in PARTS
     }
 
 

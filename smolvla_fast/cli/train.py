@@ -12,56 +12,21 @@ from __future__ import annotations
 
 import argparse
 import logging
-from datetime import datetime, timedelta
-from difflib import get_close_matches
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from ..measure.console import CommandError, Console
-from ..smolvla import SmolVLAConfig
-from ..smolvla.configuration_smolvla import best_device, device_is_available
-from ..smolvla.hub import find_file
-from ..train.checkpoint import STATE, Checkpoints, read_run
 from ..train.errors import TrainingError
+from ..train.flags import LEROBOTS, NESTED, SETTINGS, read_settings
 from ..train.log import Window, read_log
-from ..train.settings import CHOICES, TrainSettings, accepted, flags, go_on, shown
+from ..train.settings import CHOICES, TrainSettings, accepted, shown
 from ..training import Run, train
 
 logger = logging.getLogger(__name__)
 
-# Flags of lerobot-train for what is not here: the values that ask for nothing of it (None: any), and what to do about
-# others. A name stands for all below it.
-LEROBOTS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
-    "job_name": (None, ""), "checkpoint_path": (None, ""),
-    "prefetch_factor": (None, ""), "persistent_workers": (None, ""), "dataloader_multiprocessing_context": (None, ""),
-    "cudnn_deterministic": ((False,), "set torch.backends.cudnn.deterministic in a loop of your own"),
-    "wandb": (None, ""), "eval": (None, ""), "env_eval_freq": (None, ""), "job": (None, ""),
-    "wandb.enable": ((False,), "loss and samples a second go to train_log.jsonl in --output_dir, their curve beside it"),
-    "job.target": ((None, "local"), "run this command on the machine that is to train"),
-    "env": ((None,), "evaluate a checkpoint with lerobot-eval"),
-    "peft": ((None,), "train adapters with lerobot-train"), "reward_model": ((None,), "use lerobot-train"),
-    "sample_weighting": ((None,), "use lerobot-train"),
-    "save_checkpoint_to_hub": ((False,), "upload a checkpoint's pretrained_model"),
-    "dataset.image_transforms": (None, ""), "dataset.return_uint8": (None, ""), "dataset.depth_output_unit": (None, ""),
-    "dataset.image_transforms.enable": ((False,), "leave it out, or train with lerobot-train, which has them"),
-    "dataset.streaming": ((False,), "download the dataset, or name its folder with --dataset.root"),
-    "dataset.repo_type": (("dataset",), "download the dataset, or name its folder with --dataset.root"),
-    "policy.push_to_hub": ((False,), "it uploads nothing; upload a checkpoint's pretrained_model"),
-    "use_policy_training_preset": ((True,), "set --policy.optimizer_* and --policy.scheduler_*"),
-    "optimizer": ((None,), "set --policy.optimizer_*"), "scheduler": ((None,), "set --policy.scheduler_*"),
-}  # fmt: skip
-SETTINGS = {
-    name: entry
-    for name, entry in flags().items()
-    if name not in ("dataset", "policy", "policy_path", *LEROBOTS)
-}
-NESTED = (
-    "wandb.project", "wandb.entity", "wandb.notes", "wandb.mode", "wandb.disable_artifact", "wandb.run_id", "wandb.add_tags",
-    "eval.n_episodes", "eval.batch_size", "eval.use_async_envs", "eval.recording",
-)  # fmt: skip
-"""Flags below those of LEROBOTS that ask for nothing either."""
 HELP = {
     "policy.optimizer_lr": "peak learning rate", "policy.scheduler_warmup_steps": "steps of linear warm-up",
     "policy.scheduler_decay_steps": "steps of the cosine", "policy.scheduler_decay_lr": "where the cosine ends",
@@ -121,179 +86,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.line(f"trained to step {done.step}; checkpoints and log are in {settings.output_dir}")
     draw(settings.output_dir, console)
     return 0
-
-
-def read_settings(given: dict[str, Any]) -> tuple[TrainSettings, Path | None]:
-    """Settings of the run and the checkpoint it goes on from, if it does.
-
-    given   name -> text of every flag that was given         raises  TrainingError
-    """
-    try:
-        from draccus.utils import deflatten
-        from mergedeep import merge
-    except ImportError as error:
-        raise TrainingError(f'{error}; run `pip install "smolvla_fast[train]"`') from error
-    names = {*SETTINGS, *LEROBOTS, *NESTED, "resume", "policy.path", "policy.type"}
-    values = {name: _value(name, text) for name, text in given.items() if name in names}
-    asked = _ours(deflatten(dict(sorted(values.items()))))
-    wish = asked.get("policy", {})
-    config_path, resume = given.get("config_path"), asked.pop("resume", False)
-    if not isinstance(resume, bool):
-        raise TrainingError(f"--resume={given['resume']}: accepted is true or false")
-    _check_device(wish.get("device"))
-    if asked.get("output_dir", "") in ("", None):
-        asked.pop("output_dir", None)
-    if resume:
-        checkpoint = _checkpoint(asked, config_path)
-        facts = read_run(checkpoint)
-        saved = facts["settings"]
-        if "path" in wish:  # under the name that a run keeps it by
-            asked["policy_path"] = wish.pop("path")
-        # With the flags as they were given: features that were left to the dataset are filled in by now.
-        settings = go_on(saved, facts.get("asked", saved), asked, checkpoint)
-        if (
-            settings.steps != saved["steps"]
-            and min(settings.steps, saved["steps"]) < settings.policy.scheduler_decay_steps
-        ):
-            logger.warning(
-                "the run was to have %d steps and now %d: its learning rates go on along the new schedule",
-                saved["steps"], settings.steps,
-            )  # fmt: skip
-        return settings, checkpoint
-    file = _load(config_path) if config_path is not None else {}
-    if file.get("output_dir", "") is None:
-        del file["output_dir"]
-    if file.pop("resume", False):
-        raise TrainingError(f"--config_path={config_path} is of a run that goes on; add --resume=true")
-    merged = merge({}, file, asked)
-    policy = merged.setdefault("policy", {})
-    base: dict[str, Any] = {"device": best_device()}
-    source = policy.pop("path", None)
-    if source is None:  # LeRobot's name for weights to start from with the configuration that is given here
-        source = policy.get("pretrained_path")
-    elif not str(source):
-        raise TrainingError(
-            "--policy.path is empty: give a checkpoint's folder or Hub id, or leave the flag out for fresh weights"
-        )
-    elif "type" in wish:
-        raise TrainingError("--policy.path and --policy.type: give one; a checkpoint says its own type")
-    else:
-        try:
-            base = SmolVLAConfig.from_pretrained(str(source)).to_dict()
-        except (OSError, ValueError, NotImplementedError) as error:
-            raise TrainingError(f"--policy.path={source}: {error}") from error
-    fixed = {"push_to_hub": False, "pretrained_path": source}
-    merged = {
-        "dataset": {}, "output_dir": f"outputs/train/{datetime.now():%Y-%m-%d/%H-%M-%S}_smolvla", **merged,
-        "policy": {**merge({}, base, policy), **fixed}, "policy_path": source,
-    }  # fmt: skip
-    return TrainSettings.from_dict(merged), None
-
-
-def _value(name: str, text: str) -> Any:
-    """A flag's text as draccus reads it: YAML. LeRobot takes the path of a policy as it is."""
-    from draccus.cfgparsing import parse_string
-
-    if name == "policy.path":
-        return text
-    try:
-        return parse_string(text)
-    except Exception as error:  # pyyaml's own, and what its tags raise
-        words = f"; accepted is {accepted(SETTINGS[name])}" if name in SETTINGS else ""
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise TrainingError(f"--{name}={text}: cannot be read as YAML ({reason}){words}") from error
-
-
-def _load(config_path: str) -> dict[str, Any]:
-    """Our settings of a file in LeRobot's form: YAML, JSON or TOML, or the train_config.json of a folder or Hub id."""
-    from draccus.cfgparsing import load_config
-
-    try:
-        path = Path(config_path)
-        path = path if path.is_file() else find_file(config_path, "train_config.json")
-        with path.open(encoding="utf-8") as stream:
-            values = load_config(stream, file=path)
-        if not isinstance(values, dict):
-            raise ValueError(f"holds {type(values).__name__}, not names and values")
-    except Exception as error:  # each of the three formats raises errors of its own
-        cause = error.__cause__ or error
-        raise TrainingError(
-            f"--config_path={config_path}: {cause}; accepted is a YAML, JSON or TOML file of settings under LeRobot's names"
-        ) from error
-    # LeRobot writes what follows from the policy, and its own wish to upload, into the file of every run.
-    for name in ("optimizer", "scheduler"):
-        values.pop(name, None)
-    if isinstance(values.get("policy"), dict):
-        values["policy"].pop("push_to_hub", None)
-    return _ours(values)
-
-
-def _ours(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values without those of ``LEROBOTS``. TrainingError for one that asks for what is not here."""
-    kept = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if name in ("dataset", "policy") and isinstance(value, dict):
-            kept[key] = _ours(value, f"{name}.")
-        elif name in SETTINGS or name in ("resume", "policy.path", "policy.type"):
-            kept[key] = value
-        else:
-            _refuse_absent(name, value)
-    return kept
-
-
-def _refuse_absent(name: str, value: Any) -> None:
-    if isinstance(value, dict) and value:
-        for key, entry in value.items():
-            _refuse_absent(f"{name}.{key}", entry)
-        return
-    rule = name
-    while rule and rule not in LEROBOTS:
-        rule = rule.rpartition(".")[0]
-    if not rule:
-        near = get_close_matches(name, SETTINGS, 1)
-        raise TrainingError(f"no setting --{name}" + (f"; did you mean --{near[0]}?" if near else ""))
-    values, instead = LEROBOTS[rule]
-    if values is not None and value not in values:
-        raise TrainingError(
-            f"--{name}={shown(value)}: this command accepts {' or '.join(map(shown, values))} only; {instead}"
-        )
-
-
-def _check_device(name: Any) -> None:
-    """What was asked for by name is not replaced by another, as the device that a checkpoint was trained on is."""
-    if not isinstance(name, str):
-        return
-    try:
-        there = device_is_available(name)
-    except ValueError as error:
-        raise TrainingError(f"--policy.device={name}: {error}") from error
-    if not there:
-        raise TrainingError(
-            f"--policy.device={name}: torch has none here; leave it out for the best there is, {best_device()}"
-        )
-
-
-def _checkpoint(asked: dict[str, Any], config_path: str | None) -> Path:
-    """The checkpoint that a run goes on from."""
-    if config_path:
-        path = Path(config_path)
-        checkpoint = (path.parent if path.suffix == ".json" else path).parent
-        if not (checkpoint / STATE).is_dir():
-            raise TrainingError(
-                f"--config_path={config_path} lies in no checkpoint; give .../STEP/pretrained_model/train_config.json"
-            )
-        return checkpoint
-    if "output_dir" not in asked:
-        raise TrainingError(
-            "--resume=true needs the run's --output_dir, or the --config_path of a checkpoint"
-        )
-    found = Checkpoints(Path(str(asked["output_dir"]))).last()
-    if found is None:
-        raise TrainingError(
-            f"--output_dir={asked['output_dir']} holds no whole checkpoint to resume; leave out --resume for a new run"
-        )
-    return found
 
 
 class Progress:

@@ -35,13 +35,13 @@ class Kind:
     """How copies are made, and made anew.
 
     make      weight, dtype of products with the copy -> copy, with ``nbytes``
-    behind    norm weight, its bias or None, the weights of the products that read the norm -> ``int8.Behind``; None where
-              norms stay as they are
+    behind    norm weight, its bias or None, the weights of the products that read the norm -> ``int8.SmoothQuantGroup``;
+              None where norms stay as they are
     rewrite   old copy, new copy -> what is read from now on: the old one with the new numbers where its memory has to stay
     """
 
     make: Callable[[Tensor, torch.dtype], Any]
-    behind: Callable[[Tensor, Tensor | None, list[Tensor]], int8.Behind] | None
+    behind: Callable[[Tensor, Tensor | None, list[Tensor]], int8.SmoothQuantGroup] | None
     rewrite: Callable[[Any, Any], Any]
 
 
@@ -53,7 +53,7 @@ def _in_place(old: Quantized, new: Quantized) -> Quantized:
 
 FLOATS = Kind(quantize_rows, None, _in_place)
 """e4m3 for GPUs: a captured graph reads them where they lie."""
-INTEGERS = Kind(lambda weight, dtype: int8.pack(weight), int8.pack_behind, lambda old, new: new)
+INTEGERS = Kind(lambda weight, dtype: int8.pack(weight), int8.pack_group, lambda old, new: new)
 """int8 for CPUs, packed in a layout that only oneDNN knows; nothing is captured there, so memory may move."""
 KINDS = {"e4m3": FLOATS, "int8": INTEGERS}
 
@@ -94,13 +94,13 @@ class QuantizedWeights:
         """The copy of this weight; of ``FLOATS`` the same memory at every call, so that a captured graph may read it."""
         return self._copy([weight], lambda sources: self.kind.make(sources[0], self._dtype))
 
-    def behind(self, weight: Tensor, bias: Tensor | None, readers: list[Tensor]) -> int8.Behind:
+    def behind(self, weight: Tensor, bias: Tensor | None, readers: list[Tensor]) -> int8.SmoothQuantGroup:
         """The copies of what reads a norm, with the norm that they are made for."""
         smooth = self.kind.behind
         assert smooth is not None, "this kind leaves norms as they are"
         first = 1 if bias is None else 2
 
-        def make(sources: list[Tensor]) -> int8.Behind:
+        def make(sources: list[Tensor]) -> int8.SmoothQuantGroup:
             return smooth(sources[0], sources[1] if first == 2 else None, sources[first:])
 
         return self._copy([weight, *([] if bias is None else [bias]), *readers], make)

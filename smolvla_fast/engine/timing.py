@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STAGES = ("vision", "prefix", "denoise")
+from ..ops import table
+
+STAGES = tuple(table.STAGES)
 
 _clock: ContextVar[defaultdict[str, float] | None] = ContextVar("smolvla_fast_clock", default=None)
 

@@ -21,6 +21,7 @@ from ..model.weights import is_cross
 from ..ops.processor import why_bf16_is_slow
 from ..ops.reference.masks import block_mask
 from ..ops.reference.rope import rope_tables
+from ..ops.reference.suffix_tokens import suffix_tokens
 from ..ops.select import select
 from ..stages.observation import Observation, prepare_images, prepare_observation
 from ..stages.prefix import embed_prefix, text_kv
@@ -124,7 +125,7 @@ class LossEngine:
         with products:
             image_tokens = self._image_tokens(model, dims, dtype, observation, vision_learns)
             pad_masks, prefix = self._prefix(model, dims, dtype, observation, image_tokens, state_token)
-            own, cross = _suffix_rows(pad_masks, dims)
+            own, cross = suffix_tokens(pad_masks, dims.chunk, dims.head_dim)
             h = expert_layers(self.ops, pair, suffix, prefix, own, cross, dims.head_dim)
         with wide:
             return self.ops.flow_loss(model.action_out_proj(h.float()), actions, noise)
@@ -242,14 +243,3 @@ def _learns(module: Any) -> bool:
 
 def _rows(positions: Tensor, visible: Tensor, dims: Dims) -> Rows:
     return Rows(rope_tables(positions, dims.head_dim), visible)
-
-
-def _suffix_rows(pad_masks: Tensor, dims: Dims) -> tuple[Rows, Rows]:
-    """What self-attention and cross-attention layers of the expert get of the suffix."""
-    batch, prefix = pad_masks.shape
-    ones = torch.ones(batch, dims.chunk, dtype=torch.bool, device=pad_masks.device)
-    place = torch.cumsum(ones, dim=1) - 1
-    seen = pad_masks[:, None, :].expand(batch, dims.chunk, prefix)
-    causal = torch.cat([seen, block_mask(ones, ones)], dim=2)
-    offset = torch.sum(pad_masks, dim=-1)[:, None]
-    return _rows(offset + place, causal, dims), _rows(place, seen, dims)

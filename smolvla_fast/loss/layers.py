@@ -8,25 +8,15 @@ rotary tables anew in every layer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model.weights import is_cross
+from ..ops.reference.suffix_tokens import Rope
+from ..ops.reference.suffix_tokens import Tokens as Rows
 from ..ops.table import Ops
-
-Rope = tuple[Tensor, Tensor]
-
-
-class Rows(NamedTuple):
-    """Where some tokens stand and what they see.
-
-    rope  sin, cos  [B, T, 1, D/2]  fp32      mask  [B, T, S]  bool
-    """
-
-    rope: Rope
-    mask: Tensor
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
@@ -94,7 +84,7 @@ def text_layers(
             k, v = torch.cat([frozen[i][0], k], dim=1), torch.cat([frozen[i][1], v], dim=1)
         yield k, v
         if q is not None:
-            x = _finish(layer, x, ops.learning_attention(q, k, v, rows.mask))
+            x = _finish(layer, x, ops.attention_with_grad(q, k, v, rows.mask))
 
 
 def expert_layers(
@@ -118,10 +108,10 @@ def expert_layers(
             dtype = attention.k_proj.weight.dtype
             k = _heads(attention.k_proj, k.to(dtype).flatten(2), head_dim)
             v = _heads(attention.v_proj, v.to(dtype).flatten(2), head_dim)
-            a = ops.learning_attention(rotate(q, cross.rope), k, v, cross.mask)
+            a = ops.attention_with_grad(rotate(q, cross.rope), k, v, cross.mask)
         else:
             k = torch.cat([k, rotate(_heads(attention.k_proj, h, head_dim), own.rope)], dim=1)
             v = torch.cat([v, _heads(attention.v_proj, h, head_dim)], dim=1)
-            a = ops.learning_attention(rotate(q, own.rope), k, v, own.mask)
+            a = ops.attention_with_grad(rotate(q, own.rope), k, v, own.mask)
         x = _finish(layer, x, a)
     return pair.lm_expert.norm(x)

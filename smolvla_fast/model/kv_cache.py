@@ -1,4 +1,4 @@
-"""The cache that links the prefix to the denoise loop: keys and values, with room for the suffix behind them."""
+"""The cache that links the prefix to the denoise loop: keys and values, with slots for the suffix behind them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def empty_kv(
     return memory.transpose(1, 2) if by_head else memory
 
 
-def with_room(x: Tensor, free: int, by_head: bool) -> Tensor:
+def with_free_slots(x: Tensor, free: int, by_head: bool) -> Tensor:
     """A copy of keys or values [B, T, K, D] with ``free`` unwritten tokens behind them."""
     batch, tokens, kv_heads, head_dim = x.shape
-    roomy = empty_kv((batch, tokens + free, kv_heads, head_dim), by_head, x.dtype, x.device)
-    roomy[:, :tokens] = x
-    return roomy
+    longer = empty_kv((batch, tokens + free, kv_heads, head_dim), by_head, x.dtype, x.device)
+    longer[:, :tokens] = x
+    return longer
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,18 @@
-"""The menu: every op of a chunk under one name and one signature, whoever computes it.
+"""The table of ops: every op of a chunk under one name and one signature, whoever computes it.
 
-The maths, shapes, dtypes and what each op replaces stand in its reference, ``smolvla_fast/ops/reference/<op>.py``; every
-backend has the same function under the same name. Which backend serves which op is decided in ``select.py``.
+The maths, shapes, dtypes and what each op replaces stand in its reference, ``ops/reference/<op>.py``. A backend is a module
+with functions of these names, ``ops/<backend>/ops.py``; ``derive`` makes its table from what is there. Which backend serves
+which op is decided in ``select.py``.
+
+A new op is a line here, its reference, the backends' functions of that name, and its tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from inspect import isfunction
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -52,7 +57,7 @@ class Ops:
     """denoise: noisy actions and time -> suffix"""
     euler_step: Callable[..., tuple[Tensor, Tensor]]
     """denoise: final norm + velocity + guidance + Euler"""
-    learning_attention: Callable[..., Tensor]
+    attention_with_grad: Callable[..., Tensor]
     """training: masked_attention of a bool mask, differentiable"""
     flow_point: Callable[..., Tensor]
     """training: actions, noise, time -> the point between them"""
@@ -62,11 +67,13 @@ class Ops:
     """denoise: all steps of all layers, the whole stage; None where it runs op by op"""
     why_not_persistent: Callable[..., str | None] | None = None
     """arguments of denoise_persistent -> why it cannot serve them, or None; there where it is"""
-    beside: Ops | None = None
-    """the table that this one was made from: it serves what this backend has no kernel for"""
+    fallback: Ops | None = None
+    """of a backend with few kernels: the table that serves the rest"""
+    missing: dict[str, str] = field(default_factory=dict, compare=False)
+    """why the backend has no kernel of its own for an op, by name"""
 
 
-SETTINGS = ("backend", "single_launch", "leaves_to_torch", "why_not_persistent", "beside")
+SETTINGS = ("backend", "single_launch", "leaves_to_torch", "why_not_persistent", "fallback", "missing")
 NAMES = tuple(name for name in Ops.__dataclass_fields__ if name not in SETTINGS)
 STAGES = {
     "vision": ("patch_embed", "layer_norm", "linear", "attention", "pixel_shuffle_linear"),
@@ -77,12 +84,46 @@ STAGES = {
 }  # fmt: skip
 """The ops that each stage's time goes into."""
 
+BY_TORCH = "torch's own call serves it"
+
+
+def exports(module: ModuleType) -> dict[str, Any]:
+    """The ops and settings that a backend's module has, by name.
+
+    raises  TypeError for a public function of another name: a misspelt op would silently be served by another backend
+    """
+    found = {name: value for name, value in vars(module).items() if isfunction(value) and name[0] != "_"}
+    unknown = sorted(found.keys() - Ops.__dataclass_fields__.keys())
+    if unknown:
+        raise TypeError(
+            f"{module.__name__} has {', '.join(unknown)}, which is no op; accepted are {', '.join(NAMES)}. "
+            "Helpers begin with an underscore"
+        )
+    if hasattr(module, "single_launch"):
+        found["single_launch"] = module.single_launch
+    return found
+
+
+def derive(backend: str, module: ModuleType, below: Ops | None, **changes: Any) -> Ops:
+    """The table of a backend: what its module exports, and the ops of the table ``below`` for the rest, with the reason."""
+    own = {**exports(module), **changes}
+    if below is None:
+        return Ops(backend=backend, single_launch=False, leaves_to_torch=lambda dtype, rows: True, **own)
+    by_torch = below.backend in ("reference", "torch")
+    missing = {
+        name: below.missing.get(name)
+        or (BY_TORCH if by_torch else f"the kernel of {below.backend!r} serves it")
+        for name in NAMES
+        if name not in own and getattr(below, name) is not None
+    }
+    return replace(below, backend=backend, missing=missing, **own)
+
 
 def serving(ops: Ops, stage: str) -> str:
     """Who computes a stage op by op: the backend, or where it took ops over from another, both: "cuda, triton"."""
-    if ops.beside is None:
+    if ops.fallback is None:
         return ops.backend
-    own = [getattr(ops, name) is not getattr(ops.beside, name) for name in STAGES[stage]]
+    own = [getattr(ops, name) is not getattr(ops.fallback, name) for name in STAGES[stage]]
     return ", ".join(
-        name for name, found in ((ops.backend, any(own)), (ops.beside.backend, not all(own))) if found
+        name for name, found in ((ops.backend, any(own)), (ops.fallback.backend, not all(own))) if found
     )

@@ -112,5 +112,5 @@ def _probe_decoder(stack: Any) -> Iterable[tuple[str, Tensor, Tensor]]:
     norm, mlp = layer.post_attention_layernorm, layer.mlp
     x = _ramp(1, 3, norm.weight.shape[0], like=mlp.gate_proj.weight)
     yield "the decoder norm", norm(x), rms_norm(x, norm.weight, norm.variance_epsilon)
-    h = norm_swiglu(x, norm.weight, norm.variance_epsilon, mlp.gate_proj.weight, mlp.up_proj.weight)
+    h = norm_swiglu(x, (norm.weight, norm.variance_epsilon), mlp.gate_proj.weight, mlp.up_proj.weight)
     yield "the decoder MLP", mlp(norm(x)), linear(h, mlp.down_proj.weight)

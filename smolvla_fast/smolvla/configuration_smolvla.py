@@ -11,8 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from .devices import best_device, device_is_available
 from .features import (
     ACTION,
     OBS_IMAGES,
@@ -31,23 +30,6 @@ logger = logging.getLogger(__name__)
 
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 _ENDLESS = {(math.inf, "optimizer_grad_clip_norm")}  # which clips nothing
-
-
-def device_is_available(device: str) -> bool:
-    """Whether tensors can live on ``device`` here; ValueError for a name that LeRobot does not take either."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_available()
-    if device == "mps":
-        return torch.backends.mps.is_available()
-    if device == "xpu":
-        return hasattr(torch, "xpu") and torch.xpu.is_available()
-    if device == "cpu":
-        return True
-    raise ValueError(f"device {device!r} is not known; accepted are 'cpu', 'cuda', 'cuda:N', 'mps' and 'xpu'")
-
-
-def best_device() -> str:
-    return next(kind for kind in ("cuda", "mps", "xpu", "cpu") if device_is_available(kind))
 
 
 def _normalization_default() -> dict[str, NormalizationMode]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .configuration_smolvla import device_is_available
+from .devices import device_is_available
 from .features import (
     OBS_ENV_STATE,
     OBS_IMAGE,

@@ -7,7 +7,6 @@ the expert's own ``k_proj`` and ``v_proj``. Every ``self_attn_every_n_layers``-t
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -15,28 +14,17 @@ from torch import Tensor, nn
 
 from ..ops.reference.masked_attention import masked_attention
 from ..ops.reference.rope import apply_rope, rope_tables
+from .build_pair import build_expert, build_vlm, get_intermediate_size
 from .hub import CONFIG_NAME, find_file
+from .joint_layers import Layers, finish_layer, project_cached, project_qkv
 from .kv_cache import KVCache
 from .smolvlm import (
-    LlamaDecoderLayer,
     LlamaModel,
-    SmolVLMForConditionalGeneration,
     SmolVLMModel,
-    initialise_weights,
 )
 from .vlm_config import LlamaConfig, SmolVLMConfig
-from .weights_io import load_weights, read_backbone
 
 ATTENTION_MODES = ("cross_attn", "self_attn")
-
-# Per stream (VLM, expert) its ``LlamaDecoderLayer`` at each depth, None where the expert has none.
-_Layers = list[list[Any]]
-
-
-def get_intermediate_size(hidden_dim: int, ffn_dim_multiplier: int = 4, multiple_of: int = 256) -> int:
-    """Width of the expert's gated MLP: 8/3 of the hidden size, rounded up to a multiple of ``multiple_of``."""
-    width = int(ffn_dim_multiplier * int(2 * hidden_dim / 3))
-    return multiple_of * ((width + multiple_of - 1) // multiple_of)
 
 
 class SmolVLMWithExpertModel(nn.Module):
@@ -75,7 +63,7 @@ class SmolVLMWithExpertModel(nn.Module):
         text = self.config.text_config
         # Only the layers that are kept get built; the config keeps saying how many the backbone has.
         kept = min(num_vlm_layers, text.num_hidden_layers) if num_vlm_layers > 0 else text.num_hidden_layers
-        self.vlm = self._build_vlm(kept, load_vlm_weights)
+        self.vlm = build_vlm(self.config, model_id, kept, load_vlm_weights)
         self.num_vlm_layers = kept
 
         self.attention_mode = attention_mode
@@ -85,7 +73,8 @@ class SmolVLMWithExpertModel(nn.Module):
             raise ValueError(
                 f"num_expert_layers ({num_expert_layers}) must divide the number of VLM layers ({kept})"
             )
-        self.lm_expert = self._build_expert(expert_width_multiplier)
+        crosses = [not self._is_self_attention(index) for index in range(self.num_expert_layers)]
+        self.lm_expert = build_expert(text, expert_width_multiplier, crosses)
         self.expert_hidden_size = self.lm_expert.config.hidden_size
         self._check_interleaving()
 
@@ -95,45 +84,6 @@ class SmolVLMWithExpertModel(nn.Module):
         self.train_expert_only = train_expert_only
         self._processor: Any = None
         self.set_requires_grad()
-
-    def _build_vlm(self, layers: int, load_weights_too: bool) -> SmolVLMForConditionalGeneration:
-        config = self.config
-        if load_weights_too:
-            for part in (config, config.text_config, config.vision_config):
-                part.dtype = torch.bfloat16
-        total, config.text_config.num_hidden_layers = config.text_config.num_hidden_layers, layers
-        vlm = SmolVLMForConditionalGeneration(config)
-        config.text_config.num_hidden_layers = total
-        if load_weights_too:
-            dropped = tuple(f"model.text_model.layers.{i}." for i in range(layers, total))
-            tensors = {k: v for k, v in read_backbone(self.model_id).items() if not k.startswith(dropped)}
-            # The head of a backbone saved with tied embeddings is its embedding.
-            if "lm_head.weight" not in tensors and config.tie_word_embeddings:
-                tensors["lm_head.weight"] = tensors["model.text_model.embed_tokens.weight"]
-            vlm.to(torch.bfloat16)
-            load_weights(vlm, tensors, strict=True, source=f"the backbone {self.model_id!r}")
-            vlm.eval()
-        return vlm
-
-    def _build_expert(self, width_multiplier: float) -> LlamaModel:
-        text = self.config.text_config
-        config = copy.deepcopy(text)
-        config.hidden_size = int(text.hidden_size * width_multiplier)
-        config.intermediate_size = get_intermediate_size(config.hidden_size)
-        config.num_hidden_layers = self.num_expert_layers
-        expert = LlamaModel(config, embed=False)
-        initialise_weights(expert, config.initializer_range)
-        if config.dtype is not None:
-            expert.to(config.dtype)
-        if "cross" in self.attention_mode:
-            width = text.num_key_value_heads * text.head_dim
-            layers: list[Any] = list(expert.layers)
-            for index, attention in enumerate(layer.self_attn for layer in layers):
-                if not self._is_self_attention(index):
-                    # These read the VLM's keys and values, hence another input width; they keep the default dtype.
-                    attention.k_proj = nn.Linear(width, width, bias=config.attention_bias)
-                    attention.v_proj = nn.Linear(width, width, bias=config.attention_bias)
-        return expert
 
     def _is_self_attention(self, layer_idx: int) -> bool:
         every = self.self_attn_every_n_layers
@@ -212,7 +162,7 @@ class SmolVLMWithExpertModel(nn.Module):
 
     def forward_attn_layer(
         self,
-        model_layers: _Layers,
+        model_layers: Layers,
         inputs_embeds: list[Tensor | None],
         layer_idx: int,
         position_ids: Tensor,
@@ -230,7 +180,7 @@ class SmolVLMWithExpertModel(nn.Module):
         for layers, hidden in zip(model_layers, inputs_embeds, strict=True):
             layer = layers[layer_idx]
             if hidden is not None and layer is not None:
-                projected.append(_project_qkv(layer, hidden))
+                projected.append(project_qkv(layer, hidden))
         if not projected:
             raise ValueError(
                 f"self-attention layer {layer_idx} has no expert layer: "
@@ -254,7 +204,7 @@ class SmolVLMWithExpertModel(nn.Module):
 
     def forward_cross_attn_layer(
         self,
-        model_layers: _Layers,
+        model_layers: Layers,
         inputs_embeds: list[Tensor | None],
         layer_idx: int,
         position_ids: Tensor,
@@ -279,7 +229,7 @@ class SmolVLMWithExpertModel(nn.Module):
             assert layer is not None
             tokens = prefix.shape[1]
             positions, expert_positions = position_ids[:, :tokens], position_ids[:, tokens:]
-            q, k, v = _project_qkv(layer, prefix)
+            q, k, v = project_qkv(layer, prefix)
             sin, cos = rope_tables(positions, head_dim)
             q, k = apply_rope(q, sin, cos), apply_rope(k, sin, cos)
             mask = attention_mask[:, :tokens, :tokens]
@@ -298,8 +248,8 @@ class SmolVLMWithExpertModel(nn.Module):
         attention = expert.self_attn
         hidden = expert.input_layernorm(suffix).to(attention.q_proj.weight.dtype)
         q = attention.q_proj(hidden).view(*hidden.shape[:-1], -1, attention.head_dim)
-        k = _project_cached(attention.k_proj, k, attention.head_dim)
-        v = _project_cached(attention.v_proj, v, attention.head_dim)
+        k = project_cached(attention.k_proj, k, attention.head_dim)
+        v = project_cached(attention.v_proj, v, attention.head_dim)
         # In these layers the expert's positions count from 0.
         sin, cos = rope_tables(expert_positions - expert_positions.amin(dim=1, keepdim=True), head_dim)
         mask = attention_mask[:, -suffix.shape[1] :, : k.shape[1]]
@@ -308,7 +258,7 @@ class SmolVLMWithExpertModel(nn.Module):
         )
         return outputs, past_key_values
 
-    def get_model_layers(self, models: list[LlamaModel]) -> _Layers:
+    def get_model_layers(self, models: list[LlamaModel]) -> Layers:
         """[VLM layers, expert layers], both as long as the VLM; None where the expert sits out."""
         vlm, expert = models
         spread = self.num_vlm_layers // self.num_expert_layers
@@ -355,7 +305,7 @@ class SmolVLMWithExpertModel(nn.Module):
                 use_cache=bool(use_cache),
                 past_key_values=past_key_values,
             )
-            inputs_embeds = _finish_layer(model_layers, inputs_embeds, layer_idx, attended)
+            inputs_embeds = finish_layer(model_layers, inputs_embeds, layer_idx, attended)
 
         normed = [
             None if hidden is None else model.norm(hidden)
@@ -377,47 +327,6 @@ class SmolVLMWithExpertModel(nn.Module):
     ) -> Tensor:
         """``reference.masked_attention`` under LeRobot's signature."""
         return masked_attention(query_states, key_states, value_states, attention_mask)
-
-
-def _project_qkv(layer: LlamaDecoderLayer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm and projections: [B, T, width] to q [B, T, H, D] and k, v [B, T, K, D]."""
-    attention = layer.self_attn
-    hidden = layer.input_layernorm(hidden).to(attention.q_proj.weight.dtype)
-    shape = (*hidden.shape[:-1], -1, attention.head_dim)
-    q = attention.q_proj(hidden).view(shape)
-    k = attention.k_proj(hidden).view(shape)
-    return q, k, attention.v_proj(hidden).view(shape)
-
-
-def _project_cached(projection: nn.Linear, states: Tensor, head_dim: int) -> Tensor:
-    """The VLM's keys or values [B, P, K, D] through a projection of the expert, in that projection's dtype."""
-    flat = states.to(projection.weight.dtype).reshape(*states.shape[:2], -1)
-    return projection(flat).view(*flat.shape[:-1], -1, head_dim)
-
-
-def _finish_layer(
-    model_layers: _Layers, inputs_embeds: list[Tensor | None], layer_idx: int, attended: list[Any]
-) -> list[Tensor | None]:
-    """Output projection, residual and MLP of each stream, from attention that is joint (one tensor) or per stream."""
-    outputs: list[Tensor | None] = []
-    start = 0
-    for stream, hidden in enumerate(inputs_embeds):
-        layer = model_layers[stream][layer_idx]
-        if hidden is None or layer is None:
-            outputs.append(hidden)
-            continue
-        out = attended[stream] if stream < len(attended) else attended[0]
-        end = start + hidden.shape[1]
-        projection = layer.self_attn.o_proj
-        out = projection(out.to(projection.weight.dtype)[:, start:end])
-        # In place: where dtypes are mixed the residual keeps the dtype of the projection.
-        out += hidden
-        residual = out.clone()
-        out = layer.mlp(layer.post_attention_layernorm(out))
-        out += residual
-        outputs.append(out)
-        start = end if len(attended) == 1 else 0
-    return outputs
 
 
 __all__ = ["KVCache", "LlamaConfig", "SmolVLMConfig", "SmolVLMWithExpertModel", "get_intermediate_size"]

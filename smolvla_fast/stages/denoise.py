@@ -6,16 +6,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..model.dims import Dims
 from ..model.kv_cache import PrefixKV
 from ..model.weights import DecoderLayer, Heads
-from ..ops.cpu.workspace import Workspace
+from ..ops.memory import Workspace
 from ..ops.reference.euler_step import Guidances
-from ..ops.reference.masks import block_mask
-from ..ops.reference.rope import rope_tables
+from ..ops.reference.suffix_tokens import suffix_tokens
 from ..ops.table import Ops
 
 
@@ -51,7 +49,7 @@ def denoise(
     times        [N, B, E]  time embedding of every step
     guidance     where real-time chunking is on
     observe      called with (x, v) after every step; for ``verify``
-    workspace    memory for the steps where the backend's ops write into it; unused where somebody observes
+    workspace    memory for the steps, which ops of backend ``cpu`` write into; unused where somebody observes
     returns      [B, S, A]  fp32, a fresh tensor, and what ran the loop
     replaces     ``euler_integrate`` over ``denoise_step`` of LeRobot
 
@@ -67,45 +65,30 @@ def denoise(
             return ops.denoise_persistent(*call), LoopReport(0, True, {})
         fallback_reasons["denoise_persistent"] = reason
 
-    batch, prefix = kv.pad_masks.shape
-    steps, suffix = times.shape[0], dims.chunk
-    device = noise.device
-
-    ones = torch.ones(batch, suffix, dtype=torch.bool, device=device)
-    seen = kv.pad_masks[:, None, :].expand(batch, suffix, prefix)
-    cross_mask = ops.prepare_mask(seen)
-    self_mask = ops.prepare_mask(torch.cat([seen, block_mask(ones, ones)], dim=2))
-    place = torch.cumsum(ones, dim=1) - 1
-    cross_rope = rope_tables(place, dims.head_dim)
-    self_rope = rope_tables(torch.sum(kv.pad_masks, dim=-1)[:, None] + place, dims.head_dim)
-
-    folded = ops.suffix_fold(times, *heads.action_in, *heads.time_in)
+    steps, prefix = times.shape[0], kv.pad_masks.shape[1]
+    own, cross = suffix_tokens(kv.pad_masks, dims.chunk, dims.head_dim)
+    own, cross = (tokens._replace(mask=ops.prepare_mask(tokens.mask)) for tokens in (own, cross))
+    folded = ops.suffix_fold(times, heads.action_in, heads.time_in)
     dt = -1.0 / steps
     x = noise
-    lent = workspace if observe is None else None
-    with nullcontext() if lent is None else lent.lent():
+    # Whoever observes keeps what he sees, so every result is fresh then.
+    with nullcontext() if workspace is None or observe is not None else workspace.lent() as memory:
         for step in range(steps):
-            h = ops.suffix_embed(x, step, folded, *heads.time_out)
+            h = ops.suffix_embed(x, step, folded, heads.time_out, memory=memory)
             for layer, cache in zip(expert, kv.layers, strict=True):
-                if layer.cross:
-                    q = ops.norm_qkv_rope(
-                        h, *layer.norm1, layer.q, None, None, cross_rope, None, None, dims.head_dim
-                    )
-                    a = ops.masked_attention(q, cache.k, cache.v, cross_mask)
-                else:
-                    slots = cache.suffix(prefix)
-                    q = ops.norm_qkv_rope(
-                        h, *layer.norm1, layer.q, layer.k, layer.v, self_rope, *slots, dims.head_dim
-                    )
-                    a = ops.masked_attention(q, cache.k, cache.v, self_mask)
-                h = ops.linear_residual(a, layer.o, h)
-                a = ops.norm_swiglu(h, *layer.norm2, layer.gate, layer.up)
-                h = ops.linear_residual(a, layer.down, h)
+                tokens = cross if layer.cross else own
+                weights = (layer.q, None, None) if layer.cross else (layer.q, layer.k, layer.v)
+                slots = None if layer.cross else cache.suffix(prefix)
+                q = ops.norm_qkv_rope(h, layer.norm1, weights, tokens.rope, slots, memory=memory)
+                a = ops.masked_attention(q, cache.k, cache.v, tokens.mask, memory=memory)
+                h = ops.linear_residual(a, layer.o, h, out=h)
+                a = ops.norm_swiglu(h, layer.norm2, layer.gate, layer.up, memory=memory)
+                h = ops.linear_residual(a, layer.down, h, out=h)
             guide = None if guidance is None else guidance.at(step)
-            x, v = ops.euler_step(h, *heads.expert_norm, *heads.action_out, x, dt, guide)
+            x, v = ops.euler_step(h, heads.expert_norm, heads.action_out, x, dt, guide, memory=memory)
             if observe is not None:
                 observe(x, v)
         # Copied while the memory is still lent: the moment it is given back, another thread may write to it.
-        chunk = x if lent is None else x.clone()
-    single = ops.single_launch and not ops.leaves_to_torch(expert[0].gate.dtype, batch * suffix)
+        chunk = x if memory is None else x.clone()
+    single = ops.single_launch and not ops.leaves_to_torch(expert[0].gate.dtype, x.shape[0] * dims.chunk)
     return chunk, LoopReport(2 + 5 * len(expert) if single else None, False, fallback_reasons)

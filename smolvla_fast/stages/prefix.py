@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.dims import Dims
-from ..model.kv_cache import LayerKV, PrefixKV, empty_kv, with_room
+from ..model.kv_cache import LayerKV, PrefixKV, empty_kv, with_free_slots
 from ..model.weights import Affine, Cast, DecoderLayer, read_text_layers
 from ..ops.reference.masks import block_mask
 from ..ops.reference.rope import rope_tables
@@ -134,25 +134,21 @@ def text_kv(
     x = embeddings
     for i, (layer, slots) in enumerate(zip(read_text_layers(vlm, cast), free, strict=True)):
         last = i == dims.layers - 1
-        room = slots if stock_by_head is None else 0
-        shape = (batch, prefix + room, dims.kv_heads, dims.head_dim)
+        behind = slots if stock_by_head is None else 0
+        shape = (batch, prefix + behind, dims.kv_heads, dims.head_dim)
         k, v = (empty_kv(shape, bool(stock_by_head), layer.k.dtype, x.device) for _ in range(2))
         q = ops.norm_qkv_rope(
             x,
-            *layer.norm1,
-            None if last else layer.q,
-            layer.k,
-            layer.v,
+            layer.norm1,
+            (None if last else layer.q, layer.k, layer.v),
             rope,
-            k[:, :prefix],
-            v[:, :prefix],
-            dims.head_dim,
+            (k[:, :prefix], v[:, :prefix]),
         )
         if q is not None:
             h = ops.masked_attention(q, k[:, :prefix], v[:, :prefix], mask)
             x = ops.linear_residual(h, layer.o, x)
-            h = ops.norm_swiglu(x, *layer.norm2, layer.gate, layer.up)
+            h = ops.norm_swiglu(x, layer.norm2, layer.gate, layer.up)
             x = ops.linear_residual(h, layer.down, x)
-        if slots > room:
-            k, v = (with_room(each, slots, bool(stock_by_head)) for each in (k, v))
+        if slots > behind:
+            k, v = (with_free_slots(each, slots, bool(stock_by_head)) for each in (k, v))
         yield k, v

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .policies import IMAGES, TASK
+from .observations import TASK
+from .policies import IMAGES
 
 REPO_ID = "smolvla_fast/pick"
 CAMERAS = ("front", "wrist")

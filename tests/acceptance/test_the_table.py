@@ -9,9 +9,7 @@ from support.checks import (
     DRIVER,
     GPU,
     NO_TEST,
-    NOT_SHOWN,
     STATEMENTS,
-    TESTS,
     line_of,
     markdown,
     places,
@@ -26,13 +24,6 @@ def test_every_check_has_a_test_or_a_reason() -> None:
 
 def test_the_table_is_what_the_tests_say() -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == markdown(), "run `make acceptance`"
-
-
-def test_readme_names_what_is_not_shown() -> None:
-    readme = (TESTS.parent / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## What is promised")[1].split("\n## ")[0]
-    for number in NOT_SHOWN:
-        assert f"| {number} |" in section, f"check {number}: {NOT_SHOWN[number]}"
 
 
 def test_places_are_read_from_the_sources() -> None:

@@ -18,11 +18,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from support.contract import check, room
+from support.contract import check, reference_module
 
 from smolvla_fast.ops.cuda import library
 from smolvla_fast.ops.select import reference_ops, select
 from smolvla_fast.ops.table import Ops
+from smolvla_fast.testing import denoise_loop as loop
 
 SMALL_FLOPS = 3e7
 """Under a sanitizer a kernel takes tens to hundreds of times as long; of these sizes it is done in seconds."""
@@ -45,16 +46,15 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def single_ops(ops: Ops, device: torch.device) -> None:
     for op in ("image_prep", "masked_attention", "euler_step"):
-        for case in room(op).CASES:
+        for case in reference_module(op).CASES:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                if room(op).cost(case, 4).flops <= SMALL_FLOPS:
+                if reference_module(op).cost(case, 4).flops <= SMALL_FLOPS:
                     check(reference_ops(), ops, op, case, dtype, device=device)
 
 
 def whole_loop(ops: Ops, device: torch.device) -> None:
     """Its smallest case, which has layers of both kinds, two samples, padding and guidance, under the contract."""
     assert ops.denoise_persistent is not None and ops.why_not_persistent is not None
-    loop = room("denoise_persistent")
 
     def inputs(change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         given = loop.make_inputs(loop.CASES[-1], torch.bfloat16, torch.Generator().manual_seed(0))

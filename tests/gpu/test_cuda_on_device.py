@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.contract import check, inputs_in, room, run, to_device
+from support.contract import check, inputs_in, reference_module, run, to_device
 
 import smolvla_fast
 from smolvla_fast.ops.select import reference_ops, select, why_not
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 OWN = ("image_prep", "masked_attention", "euler_step")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CASES = [(op, case) for op in OWN for case in room(op).CASES]
+CASES = [(op, case) for op in OWN for case in reference_module(op).CASES]
 SIZES = {
     "tiny": dict(size="tiny", expert_width_multiplier=1.0),  # 48 wide; 36 is no multiple of 8
     "full": dict(size="full"),
@@ -60,7 +60,7 @@ def test_cuda_contract(op: str, case: dict[str, int], dtype: torch.dtype, seed: 
 @pytest.mark.parametrize("op", OWN)
 def test_a_captured_cuda_op_has_the_bits_of_a_plain_call(op: str) -> None:
     ops = select("cuda", DEVICE, False)
-    inputs = to_device(inputs_in(op, room(op).CASES[0], torch.bfloat16, 0)[0], DEVICE)
+    inputs = to_device(inputs_in(op, reference_module(op).CASES[0], torch.bfloat16, 0)[0], DEVICE)
     plain = run(ops, op, inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.contract import OPS, check, inputs_in, room, run, to_device
+from support.contract import OPS, check, inputs_in, reference_module, run, to_device
 
 from smolvla_fast.ops.select import reference_ops, select, why_not
 
 pytestmark = pytest.mark.gpu
-CASES = [(op, case) for op in OPS for case in room(op).CASES]
+CASES = [(op, case) for op in OPS for case in reference_module(op).CASES]
 
 
 def ops_of(backend: str) -> Any:
@@ -36,7 +36,7 @@ def test_contract_on_device(
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_captured_op_has_the_bits_of_a_plain_call(op: str, backend: str) -> None:
     ops = ops_of(backend)
-    inputs = to_device(inputs_in(op, room(op).CASES[0], torch.bfloat16, 0)[0], "cuda")
+    inputs = to_device(inputs_in(op, reference_module(op).CASES[0], torch.bfloat16, 0)[0], "cuda")
     plain = run(ops, op, inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

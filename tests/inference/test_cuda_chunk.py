@@ -19,7 +19,7 @@ from torch import Tensor
 
 import smolvla_fast
 from smolvla_fast import inference
-from smolvla_fast.ops import extension
+from smolvla_fast.ops import availability, extension
 from smolvla_fast.ops import select as backends
 from smolvla_fast.ops.cuda import library
 from smolvla_fast.ops.select import select, table, why_not
@@ -32,11 +32,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 pytestmark = LEROBOT_ONLY
 
 
-@pytest.fixture(autouse=True)
-def no_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "emulator", None)
-
-
 class Whole:
     """A table with a loop in one call: torch's own, which serves up to two samples."""
 
@@ -44,12 +39,12 @@ class Whole:
         self.torch = select("torch", CPU, False)
         self.calls = 0
         self.ops: Ops = dataclasses.replace(
-            self.torch, backend="cuda", single_launch=True, leaves_to_torch=lambda *_: False, beside=self.torch,
+            self.torch, backend="cuda", single_launch=True, leaves_to_torch=lambda *_: False, fallback=self.torch,
             denoise_persistent=self.run, why_not_persistent=self.why_not, euler_step=self.euler_step,
         )  # fmt: skip
 
-    def euler_step(self, *args: Any) -> Any:
-        return self.torch.euler_step(*args)
+    def euler_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.torch.euler_step(*args, **kwargs)
 
     def run(self, *call: Any) -> Tensor:
         self.calls += 1
@@ -66,8 +61,8 @@ class Whole:
 def whole(monkeypatch: pytest.MonkeyPatch) -> Whole:
     """``backend="cuda"`` gives this table."""
     found = Whole()
-    monkeypatch.setattr(backends, "_why_not_cuda", lambda device: None)
-    monkeypatch.setattr(backends, "_cuda", lambda beside: found.ops)
+    monkeypatch.setattr(availability, "_why_not_cuda", lambda device: None)
+    monkeypatch.setattr(backends, "_cuda", lambda fallback: found.ops)
     return found
 
 
@@ -137,7 +132,7 @@ def test_the_log_says_who_serves(whole: Whole, caplog: pytest.LogCaptureFixture)
 def test_stages_are_named_by_who_serves_their_ops() -> None:
     torch_ops = select("torch", CPU, False)
     own = dataclasses.replace(
-        torch_ops, backend="cuda", beside=torch_ops, masked_attention=lambda *a: None, image_prep=lambda *a: None
+        torch_ops, backend="cuda", fallback=torch_ops, masked_attention=lambda *a: None, image_prep=lambda *a: None
     )  # fmt: skip
     assert [serving(own, stage) for stage in ("vision", "prefix", "denoise")] == [
         "torch",
@@ -222,7 +217,7 @@ def test_the_table(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = ("image_prep", "masked_attention", "euler_step", "denoise_persistent", "prepare_mask")
     for name in backends.NAMES:
         assert (getattr(ops, name) is not getattr(triton, name)) == (name in own), name
-    assert ops.beside is triton and ops.single_launch and ops.leaves_to_torch is triton.leaves_to_torch
+    assert ops.fallback is triton and ops.single_launch and ops.leaves_to_torch is triton.leaves_to_torch
     assert select("auto", CUDA, False) is triton
     rows = {(row.op, row.backend): row for row in table(CUDA)}
     assert all(rows[name, "cuda"].available for name in own)
@@ -231,7 +226,7 @@ def test_the_table(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in ("torch", "triton"):
         assert rows["denoise_persistent", backend].reason == "it runs the denoise loop op by op"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert select("cuda", CUDA, False).beside is select("torch", CUDA, False)
+    assert select("cuda", CUDA, False).fallback is select("torch", CUDA, False)
     rows = {(row.op, row.backend): row for row in table(CPU)}
     assert (
         rows["denoise_persistent", "cuda"].reason == "its kernels run on an NVIDIA GPU, the policy is on cpu"

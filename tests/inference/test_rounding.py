@@ -61,8 +61,9 @@ def test_deep_policies_pass_and_a_bf16_product_among_them_does_not(
         ops = select(*args, **kwargs)
         step = ops.euler_step
 
-        def euler_step(h: Any, norm: Any, eps: float, weight: Any, bias: Any, *rest: Any) -> Any:
-            return step(h, norm, eps, weight.bfloat16().float(), bias, *rest)
+        def euler_step(h: Any, norm: Any, action_out: Any, *rest: Any, **kwargs: Any) -> Any:
+            weight, bias = action_out
+            return step(h, norm, (weight.bfloat16().float(), bias), *rest, **kwargs)
 
         return replace(ops, euler_step=euler_step)
 

@@ -9,7 +9,8 @@ import torch
 from support.policies import LEROBOT_ONLY, chunk, make_policy, rel_l2
 
 import smolvla_fast
-from smolvla_fast.ops.select import OLDEST, _triton, fallback_reasons, select, why_not
+from smolvla_fast.ops.availability import MIN_CAPABILITY, fallback_reasons, why_not
+from smolvla_fast.ops.select import backend_ops, select
 from smolvla_fast.ops.triton import ops as fused
 from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
@@ -95,12 +96,14 @@ def test_nan_in_nan_out_and_the_next_chunk_is_clean() -> None:
 @LEROBOT_ONLY
 def test_the_table_says_who_serves_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    _triton()  # imported now, for kernels are made for the interpreter, or not, when they are imported
+    backend_ops(
+        "triton"
+    )  # imported now, for kernels are made for the interpreter, or not, when they are imported
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "run on an NVIDIA GPU, the policy is on cpu" in str(why_not("triton", cpu))
     with pytest.raises(RuntimeError, match="cannot serve this policy: its kernels run on an NVIDIA GPU"):
         select("triton", cpu, stock_order=False)
-    capability = [OLDEST]
+    capability = [MIN_CAPABILITY]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[0])
     assert select("auto", cuda, False).backend == "triton" and fallback_reasons(cuda) == {}
     capability[0] = (7, 5)
@@ -108,7 +111,7 @@ def test_the_table_says_who_serves_and_why_not(monkeypatch: pytest.MonkeyPatch) 
     assert fallback_reasons(cuda) == {
         "triton": "compute capability 7.5 has no bf16 tensor cores; accepted is 8.0 and later"
     }
-    capability[0] = OLDEST
+    capability[0] = MIN_CAPABILITY
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "Triton is not installed" in fallback_reasons(cuda)["triton"]
 

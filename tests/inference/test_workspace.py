@@ -16,7 +16,7 @@ import smolvla_fast
 from benchmarks.cpu import overhead
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.cpu import kernels as cpu
-from smolvla_fast.ops.cpu.workspace import Workspace
+from smolvla_fast.ops.memory import Memory, Workspace
 from smolvla_fast.patch import engine_of
 from smolvla_fast.testing.policies import make_noise, make_observation
 
@@ -88,12 +88,11 @@ class _Taken(Workspace):
     """Memory that another thread takes and writes to at the very moment it is given back."""
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
-        with super().lent():
-            yield
-        for buffers in self._free:
-            for each in buffers.values():
-                each.fill_(float("nan"))
+    def lent(self) -> Iterator[Memory]:
+        with super().lent() as memory:
+            yield memory
+        for each in memory.tensors:
+            each.fill_(float("nan"))
 
 
 @pytest.mark.parametrize("layout", ["fp32", "mixed"])
@@ -114,7 +113,7 @@ def test_a_chunk_that_fails_gives_the_memory_back() -> None:
     ops, held = engine.ops, engine._workspace.bytes
     assert held > 0 and smolvla_fast.status(policy).extra_bytes >= held
 
-    def failing(*args: Any) -> Any:
+    def failing(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("on purpose")
 
     engine.ops = replace(ops, euler_step=failing)

@@ -3,13 +3,13 @@
 #include <numeric>
 #include <vector>
 
-#include "cpu/add_rms_norm.h"
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
 #include "cpu/image_prep.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear.h"
 #include "cpu/quantize.h"
+#include "cpu/rms_norm.h"
 #include "cpu/rope.h"
 
 using namespace smolvla::cpu;
@@ -25,7 +25,7 @@ int main() {
     std::vector<uint8_t> pixels(48), data(64);
     std::iota(pixels.begin(), pixels.end(), uint8_t{0});
 
-    add_rms_norm<float>(x.data(), nullptr, ones.data(), y.data(), nullptr, 1, 64, 1e-5f, 1);
+    rms_norm<float>(x.data(), ones.data(), y.data(), 1, 64, 1e-5f, 1);
     linear<float, float, float>({x.data(), nullptr, ones.data(), nullptr, nullptr, nullptr, sums.data(), 4, 16, 4,
                                  Activation::silu, 1e-5f}, 1);
     Attention a{x.data(), x.data(), x.data(), nullptr, out.data(), 1, 4, 4, 1, 1, 16, {64, 16, 16}, {64, 16, 16},

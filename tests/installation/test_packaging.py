@@ -46,8 +46,8 @@ def test_installation_from_the_sdist_holds_every_kernel_and_source(installed):
 
 def test_installed_kernels_are_imported_from_the_package(installed, python):
     pytest.importorskip("triton")
-    code = "import smolvla_fast.kernels.add_rms_norm as k; print(k.__file__)"
-    assert python(code, [installed]) == str(installed / "smolvla_fast" / "kernels" / "add_rms_norm.py")
+    code = "import smolvla_fast.kernels.layer_norm as k; print(k.__file__)"
+    assert python(code, [installed]) == str(installed / "smolvla_fast" / "kernels" / "layer_norm.py")
 
 
 def test_another_package_called_kernels_wins_in_a_checkout(python, tmp_path):
@@ -102,7 +102,7 @@ from smolvla_fast.ops import extension
 from smolvla_fast.ops.cpu import kernels as cpu
 assert not extension.available("cpu")
 try:
-    cpu.add_rms_norm(torch.ones(2, 4), None, torch.ones(4), 1e-5)
+    cpu.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-5)
 except extension.ExtensionUnavailable as error:
     print(error)
 """

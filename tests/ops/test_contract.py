@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.contract import OPS, check, inputs_in, room, run
+from support.contract import HELPERS, OPS, check, inputs_in, reference_module, run
 from support.processors import LEVELS
 
 from smolvla_fast.ops.cpu import kernels as cpu
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.processor
 CPU = torch.device("cpu")
 # The references' largest cases take seconds in fp64 on one core; their shapes are covered by the whole-chunk tests.
 CASES = [
-    (op, case) for op in OPS for case in room(op).CASES if room(op).cost(case, 4).flops < 1.5e9
+    (op, case) for op in OPS for case in reference_module(op).CASES if reference_module(op).cost(case, 4).flops < 1.5e9
 ]  # fmt: skip
 
 
@@ -32,11 +32,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def test_every_op_has_a_reference() -> None:
-    # The whole loop is all ops of its stage at once: tests/simt and test_cuda_chunk.py compare it with these.
-    helpers = {"prepare_mask", "suffix_fold", "denoise_persistent", "flow_point", "learning_attention"}
-    assert set(OPS) | helpers == set(NAMES)
+    assert set(NAMES) >= HELPERS
     for op in OPS:
-        module = room(op)
+        module = reference_module(op)
         assert callable(getattr(module, op)) and module.CASES and module.cost(module.CASES[0], 2).flops > 0
         doc = getattr(module, op).__doc__
         assert "returns" in doc and "replaces" in doc and "[" in doc, (
@@ -59,7 +57,7 @@ def test_contract(op: str, case: dict[str, int], dtype: torch.dtype, backend: st
 @pytest.mark.parametrize("op", OPS)
 def test_contract_at_every_level(op: str, dtype: torch.dtype, level: str) -> None:
     """The smallest case of each op, through the whole table; tests of single kernels have the sizes."""
-    smallest = min(room(op).CASES, key=lambda case: room(op).cost(case, 4).flops)
+    smallest = min(reference_module(op).CASES, key=lambda case: reference_module(op).cost(case, 4).flops)
     check(reference_ops(), select("cpu", CPU, stock_order=False), op, smallest, dtype)
 
 
@@ -69,7 +67,7 @@ def test_contract_at_every_level(op: str, dtype: torch.dtype, level: str) -> Non
 def test_contract_with_outliers(op: str, backend: str) -> None:
     """A few input channels fifty times larger, as in trained transformers."""
     reference, ops = reference_ops(), select(backend, CPU, stock_order=False)
-    case = room(op).CASES[-1]
+    case = reference_module(op).CASES[-1]
     narrow, wide = inputs_in(op, case, torch.bfloat16, seed=4)
     for inputs in (narrow, wide):
         name = "q" if op == "masked_attention" else "x"
@@ -82,7 +80,7 @@ def test_contract_with_outliers(op: str, backend: str) -> None:
 
 
 WITH_EPS = [
-    (op, case) for op, case in CASES if "eps" in room(op).make_inputs(case, torch.float32, torch.Generator())
+    (op, case) for op, case in CASES if {"eps", "norm"} & inputs_in(op, case, torch.float32, seed=0)[0].keys()
 ]
 
 
@@ -102,7 +100,9 @@ def test_contract_where_eps_counts(op: str, case: dict[str, int], backend: str) 
 
 def test_a_row_that_sees_nothing_averages_all_values(backend: str) -> None:
     ops = select(backend, CPU, stock_order=False)
-    inputs, _ = inputs_in("masked_attention", room("masked_attention").CASES[3], torch.float32, seed=0)
+    inputs, _ = inputs_in(
+        "masked_attention", reference_module("masked_attention").CASES[3], torch.float32, seed=0
+    )
     inputs["mask"][0, 2] = False
     out = run(ops, "masked_attention", inputs)["y"]
     heads = inputs["v"][0].repeat_interleave(3, dim=1).mean(0).flatten()
@@ -111,7 +111,9 @@ def test_a_row_that_sees_nothing_averages_all_values(backend: str) -> None:
 
 def test_masked_keys_have_no_influence(backend: str) -> None:
     ops = select(backend, CPU, stock_order=False)
-    inputs, _ = inputs_in("masked_attention", room("masked_attention").CASES[3], torch.float32, seed=0)
+    inputs, _ = inputs_in(
+        "masked_attention", reference_module("masked_attention").CASES[3], torch.float32, seed=0
+    )
     before = run(ops, "masked_attention", inputs)["y"]
     hidden = ~inputs["mask"].any(1)
     assert hidden.any()
@@ -140,9 +142,9 @@ def test_rope_depends_on_distance_only() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_linear_without_onednn(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, activation: Any) -> None:
     """The fallback to ``F.linear`` serves the same op, and is taken where oneDNN does not answer."""
-    inputs, _ = inputs_in("linear", room("linear").CASES[-1], dtype, seed=0)
+    inputs, _ = inputs_in("linear", reference_module("linear").CASES[-1], dtype, seed=0)
     inputs = {**inputs, "activation": activation}
-    wanted = room("linear").linear(**inputs)
+    wanted = reference_module("linear").linear(**inputs)
     fused = aten_linear.linear(**inputs)
     monkeypatch.setattr(aten_linear, "onednn_serves", lambda dtype: False)
     calls: list[None] = []
@@ -156,6 +158,6 @@ def test_linear_without_onednn(monkeypatch: pytest.MonkeyPatch, dtype: torch.dty
 
 
 def test_unknown_activation_is_named() -> None:
-    inputs, _ = inputs_in("linear", room("linear").CASES[-1], torch.float32, seed=0)
+    inputs, _ = inputs_in("linear", reference_module("linear").CASES[-1], torch.float32, seed=0)
     with pytest.raises(ValueError, match="'relu'.*accepted are None, 'gelu_tanh' and 'silu'"):
         aten_linear.linear(**{**inputs, "activation": "relu"})

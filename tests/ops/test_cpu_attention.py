@@ -172,7 +172,7 @@ def test_overlap_is_judged_by_the_memory_that_views_reach():
     # A view of every fourth key reaches four times as far as it has elements.
     cache = torch.zeros(1, 4 * 19, 2, 8)
     inside = cache.flatten()[2 * k.numel() : 2 * k.numel() + q.numel()].view(q.shape)
-    with pytest.raises(ValueError, match=r"out\[0\] overlaps another tensor"):
+    with pytest.raises(ValueError, match=r"out overlaps another tensor"):
         cpu.attention(q, cache[:, ::4], k, out=inside)
 
 
@@ -196,6 +196,6 @@ def test_wrong_arguments_are_named():
     turned = k.transpose(1, 3).contiguous().transpose(1, 3)
     refused(ValueError, "k has strides .*; the last must be 1", k=turned)
     refused(ValueError, "v is on meta", v=args["v"].to("meta"))
-    refused(ValueError, r"out\[0\] overlaps another tensor", out=q)
+    refused(ValueError, r"out overlaps another tensor", out=q)
     refused(ValueError, "out is not contiguous", out=torch.empty(2, 6, 7, 24).transpose(1, 2))
     refused(RuntimeError, "q wants a gradient", q=q.clone().requires_grad_())

@@ -228,7 +228,7 @@ def test_wrong_arguments_are_named():
     )
     refused(ValueError, "residual is on meta", residual=residual.to("meta"))
     square = randn(8, 8)
-    refused(ValueError, r"out\[0\] overlaps another tensor", x=square, weight=randn(8, 8), out=square)
+    refused(ValueError, r"out overlaps another tensor", x=square, weight=randn(8, 8), out=square)
     refused(RuntimeError, "weight wants a gradient", weight=weight.clone().requires_grad_())
     with pytest.raises(ValueError, match=r"swiglu: up_weight has shape \[5, 8\]; accepted is \[6, 8\]"):
         cpu.swiglu(x, weight, up[:5])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smolvla_fast.ops import extension
 from smolvla_fast.ops import select as backends
-from smolvla_fast.ops.cpu import int8, quantize
+from smolvla_fast.ops.cpu import int8, int8_ops, quantize
 from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.reference.linear import linear as reference_linear
 from smolvla_fast.ops.reference.quantize import (
@@ -98,7 +98,7 @@ def test_norms_give_the_rows_of_what_they_compute(rows: int, width: int, dtype: 
     plain = quantize_activations(cpu.layer_norm(x.float(), weight, bias, 1e-6))
     for found in _everywhere(lambda: quantize.layer_norm_rows(x, weight, bias, 1e-6)):
         assert _same(found, plain)
-    plain = quantize_activations(cpu.add_rms_norm(x.float(), None, weight, 1e-5)[0])
+    plain = quantize_activations(cpu.rms_norm(x.float(), weight, 1e-5))
     found = list(_everywhere(lambda: quantize.rms_norm_rows(x, weight, 1e-5)))
     assert all(_same(each, found[0]) for each in found)
     # The two kernels order their factors differently: rounding of fp32, which may turn a tie into the next step.
@@ -194,7 +194,7 @@ def test_sums_are_exact(rows: int, inputs: int, outputs: int, extreme: bool) -> 
         data = torch.randint(0, 256, (rows, inputs), generator=generator, dtype=torch.uint8)
         integers = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
     weight = quantize_weight(torch.zeros(outputs, inputs))._replace(data=integers, scale=torch.ones(outputs))
-    found = int8.sums(IntegerRows(data, torch.ones(rows)), int8.pack_integers(weight))
+    found = int8.int8_matmul(IntegerRows(data, torch.ones(rows)), int8.pack_integers(weight))
     want = (data.long() - 128) @ integers.long().t()
     before = data.long() @ integers.long().t()
 
@@ -221,7 +221,7 @@ def test_heavy_tails_get_a_second_term(degrees: int | None, monkeypatch: pytest.
     packed = int8.pack(matrix)
     rounded = error(dequantize(quantize_activations(x)).double() @ matrix.double().t())
     assert (packed.rest is not None) == (degrees is not None)
-    one, two = error(int8.linear(x, packed._replace(rest=None))), error(int8.linear(x, packed))
+    one, two = error(int8_ops.linear(x, packed._replace(rest=None))), error(int8_ops.linear(x, packed))
     print(f"relative L2: {one:.2g} in one term, {two:.2g} as packed, {rounded:.2g} by the activations alone")
     if degrees is not None:
         assert packed.nbytes == 2 * packed._replace(rest=None).nbytes
@@ -238,15 +238,15 @@ def test_linear_is_the_reference(rows: int, inputs: int, outputs: int) -> None:
     matrix, bias = _x(outputs, inputs) / inputs, _x(1, outputs)[0]
     weight, packed = quantize_weight(matrix), int8.pack(matrix)
     want = reference_linear(x, weight, bias, None, residual)
-    found = int8.linear(x, packed, bias, None, residual)
+    found = int8_ops.linear(x, packed, bias, None, residual)
     # Four roundings more (sum, scale, scale, addition) of numbers no larger than the largest sum of magnitudes.
     size = (
         dequantize(quantize_activations(x)).abs() @ dequantize(weight).abs().t() + bias.abs() + residual.abs()
     )
     assert ((found - want).abs() <= 4 * EPS * size).all()
-    assert torch.equal(int8.linear(quantize.quantize_rows(x), packed, bias, None, residual), found)
-    hidden = int8.linear(x, packed, bias, "gelu_tanh")
-    whole = int8.linear(x, packed, bias, "gelu_tanh", torch.zeros_like(residual))
+    assert torch.equal(int8_ops.linear(quantize.quantize_rows(x), packed, bias, None, residual), found)
+    hidden = int8_ops.linear(x, packed, bias, "gelu_tanh")
+    whole = int8_ops.linear(x, packed, bias, "gelu_tanh", torch.zeros_like(residual))
     assert isinstance(hidden, IntegerRows) and _same(hidden, quantize_activations(whole))
 
 
@@ -254,11 +254,11 @@ def test_linear_is_the_reference(rows: int, inputs: int, outputs: int) -> None:
 def test_a_row_that_is_not_finite_stays_alone() -> None:
     x, packed = _x(4, 40), int8.pack(_x(9, 40))
     x[1, 2], x[2, 7] = torch.nan, torch.inf
-    y = int8.linear(x, packed)
+    y = int8_ops.linear(x, packed)
     assert y[1:3].isnan().all() and not y[[0, 3]].isnan().any()
     broken = _x(9, 40)
     broken[4, 0] = torch.inf
-    assert int8.linear(_x(4, 40), int8.pack(broken)).isnan().any(0).nonzero().tolist() == [[4]]
+    assert int8_ops.linear(_x(4, 40), int8.pack(broken)).isnan().any(0).nonzero().tolist() == [[4]]
 
 
 @PRODUCTS
@@ -270,14 +270,14 @@ def test_smoothing_saves_digits_behind_a_loud_norm() -> None:
     norm, reader = torch.ones(width), torch.randn(96, width, generator=generator) / 16
     norm[[5, 77, 200]] = 50
     reader[:, [5, 77, 200]] /= 50
-    truth = cpu.add_rms_norm(x, None, norm, 1e-5)[0].double() @ reader.double().t()
+    truth = cpu.rms_norm(x, norm, 1e-5).double() @ reader.double().t()
 
     def error(weight: Tensor, packed: int8.Packed) -> float:
-        y = int8.linear(quantize.rms_norm_rows(x, weight, 1e-5), packed)
+        y = int8_ops.linear(quantize.rms_norm_rows(x, weight, 1e-5), packed)
         return float((y.double() - truth).norm() / truth.norm())
 
-    behind = int8.pack_behind(norm, None, [reader])
-    plain, smooth = error(norm, int8.pack(reader)), error(behind.weight, behind.packed[0])
+    group = int8.pack_group(norm, None, [reader])
+    plain, smooth = error(norm, int8.pack(reader)), error(group.weight, group.packed[0])
     print(f"relative L2: {plain:.3g} as they are, {smooth:.3g} smoothed")
     assert (
         smooth < 0.02 and smooth < plain / 5
@@ -311,7 +311,7 @@ def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         assert backends.why_not_int8(CPU) == "cpu was not compiled: no compiler"
     # A product that saturates is found out by asking for one, not by the processor's name alone.
     play(monkeypatch, "Cascade Lake")
-    monkeypatch.setattr(int8, "sums", lambda x, weight: torch.full((2, 16), 1.0))
+    monkeypatch.setattr(int8, "int8_matmul", lambda x, weight: torch.full((2, 16), 1.0))
     int8._sums_are_exact.cache_clear()
     assert "saturate" in str(backends.why_not_int8(CPU))
     int8._sums_are_exact.cache_clear()

@@ -119,8 +119,8 @@ def test_actions_in_any_layout() -> None:
     x = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE).transpose(1, 2)
     w = torch.linspace(-1, 1, 48 * 48, device=DEVICE).view(48, 48)
     folded = Folded(w[:, :5].contiguous(), w[:6].view(3, 2, 1, 48))
-    want = suffix_embed(x.contiguous(), 1, folded, w, w[0])
-    assert not x.is_contiguous() and torch.equal(suffix_embed(x, 1, folded, w, w[0]), want)
+    want = suffix_embed(x.contiguous(), 1, folded, (w, w[0]))
+    assert not x.is_contiguous() and torch.equal(suffix_embed(x, 1, folded, (w, w[0])), want)
     assert torch.equal(euler_step(**steps(x=x))[0], euler_step(**steps(x=x.contiguous()))[0])
 
 
@@ -129,17 +129,17 @@ def test_suffix_embed_refuses_what_it_cannot_do() -> None:
     folded = Folded(w[:, :5].contiguous(), torch.zeros(3, 2, 1, 48, device=DEVICE))
     refused = suffix_module.suffix_embed
     with pytest.raises(ValueError, match="step is 3; accepted are 0 to 2, the steps that were folded"):
-        refused(x, 3, folded, w, w[0])
+        refused(x, 3, folded, (w, w[0]))
     with pytest.raises(ValueError, match=r"folded.weight has shape \[48, 5\]; accepted is \[48, 4\]"):
-        refused(x[..., :4].contiguous(), 0, folded, w, w[0])
+        refused(x[..., :4].contiguous(), 0, folded, (w, w[0]))
     with pytest.raises(
         ValueError, match=r"folded.bias has shape \[3, 2, 1, 48\]; accepted is \[3, 1, 1, 48\]"
     ):
-        refused(x[:1], 0, folded, w, w[0])
-    with pytest.raises(ValueError, match="mlp_out_weight must be contiguous"):
-        refused(x, 0, folded, torch.zeros(48, 96, device=DEVICE)[:, :48], w[0])
+        refused(x[:1], 0, folded, (w, w[0]))
+    with pytest.raises(ValueError, match="time_out.weight must be contiguous"):
+        refused(x, 0, folded, (torch.zeros(48, 96, device=DEVICE)[:, :48], w[0]))
     with pytest.raises(ValueError, match=r"x has shape \[7, 5\]; accepted is \[B, S, A\]"):
-        refused(x[0], 0, folded, w, w[0])
+        refused(x[0], 0, folded, (w, w[0]))
 
 
 # euler_step
@@ -241,8 +241,9 @@ def test_euler_step_refuses_what_it_cannot_do() -> None:
 
     values = steps()
     guidance = values["guidance"]
-    with pytest.raises(ValueError, match=r"out_weight has shape \[5, 47\]; accepted is \[5, 48\]"):
-        refused(out_weight=values["out_weight"][:, :47].contiguous())
+    with pytest.raises(ValueError, match=r"action_out.weight has shape \[5, 47\]; accepted is \[5, 48\]"):
+        weight, bias = values["action_out"]
+        refused(action_out=(weight[:, :47].contiguous(), bias))
     with pytest.raises(ValueError, match="x is torch.float16; accepted is torch.float32"):
         refused(x=values["x"].half())
     with pytest.raises(ValueError, match="h must be contiguous"):

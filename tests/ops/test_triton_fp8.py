@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.contract import inputs_in, room, run, to_device
-from torch import Tensor
+from support.contract import changed, inputs_in, leaves, reference_module, run, to_device
 
 from smolvla_fast.engine.quantized_weights import QuantizedWeights
 from smolvla_fast.ops.reference.quantize import E4M3, Quantized, dequantize, product, quantize_rows
@@ -25,11 +24,13 @@ def quantised(op: str, case: dict[str, int], seed: int = 0, outlier: float = 1.0
     for inputs in (narrow, wide):
         inputs["x"] = inputs["x"].clone()
         inputs["x"][..., ::7] *= outlier
-    for name, value in list(narrow.items()):
-        if name.endswith("weight") and isinstance(value, Tensor) and value.ndim == 2:
-            narrow[name] = quantize_rows(value, torch.float32)
-            wide[name] = dequantize(narrow[name], torch.float64)
-    return narrow, wide
+    rounded = {
+        name: quantize_rows(value, torch.float32)
+        for name, value in leaves(narrow).items()
+        if name.startswith("weights.") or ((name.endswith("_weight") or name == "weight") and value.ndim == 2)
+    }
+    meant = {name: dequantize(value, torch.float64) for name, value in rounded.items()}
+    return changed(narrow, rounded), changed(wide, meant)
 
 
 def there(value: Any) -> Any:
@@ -43,8 +44,8 @@ def there(value: Any) -> Any:
 def test_error_is_that_of_quantising(op: str, outlier: float) -> None:
     """Twice what the emulation loses against fp64, and to the emulation itself as near as fp32 sums are."""
     reference, ops = reference_ops(), select("triton", torch.device(DEVICE), False)
-    for case in room(op).CASES[-2:]:
-        if room(op).cost(case, 4).flops > 2e8:
+    for case in reference_module(op).CASES[-2:]:
+        if reference_module(op).cost(case, 4).flops > 2e8:
             continue  # the interpreter takes too long
         narrow, wide = quantised(op, case, outlier=outlier)
         truth, eager = run(reference, op, wide), run(reference, op, narrow)
@@ -59,7 +60,7 @@ def test_error_is_that_of_quantising(op: str, outlier: float) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_nan_stays_in_its_row(op: str) -> None:
-    case = room(op).CASES[-1]
+    case = reference_module(op).CASES[-1]
     narrow, _ = quantised(op, case)
     clean = run(select("triton", torch.device(DEVICE), False), op, there(narrow))
     x = narrow["x"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from support.contract import room, run, to_device
-from support.gemms import ATEN, DTYPES, F32, OPS, TRITON, assert_no_worse, inputs_of, module, widened
+from support.contract import changed, reference_module, run, to_device, widened
+from support.gemms import ATEN, DTYPES, F32, OPS, TRITON, assert_no_worse, inputs_of, module
 from support.guarded import DEVICE
 
 from smolvla_fast.ops.select import reference_ops
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
 ]
 CASES_OF_QKV = (
-    *room("norm_qkv_rope").CASES[-1:],
+    *reference_module("norm_qkv_rope").CASES[-1:],
     dict(B=2, T=3, M=33, H=4, K=2, D=6),
 )
 
@@ -77,8 +77,8 @@ def qkv(case, dtype=F32, free=3):
     inputs = inputs_of("norm_qkv_rope", dtype, case)
     b, t, kv, d = (case[name] for name in "BTKD")
     caches = [torch.full((b, free + t + 2, kv, d), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
-    views = {name: cache[:, free : free + t] for name, cache in zip(("k_out", "v_out"), caches, strict=True)}
-    return {**{n: to_device(v, DEVICE) for n, v in inputs.items()}, **views}, caches
+    slots = tuple(cache[:, free : free + t] for cache in caches)
+    return {**to_device(inputs, DEVICE), "slots": slots}, caches
 
 
 @DTYPES
@@ -95,16 +95,16 @@ def test_cache_slots_and_absent_parts(case, dtype):
         assert cache[:, :3].isnan().all() and cache[:, -2:].isnan().all()
 
     alone, caches = qkv(case, dtype)
-    assert kernel(**{**alone, "q_weight": None}) is None
+    assert kernel(**changed(alone, {"weights.q": None})) is None
     for cache, name in zip(caches, ("k", "v"), strict=True):
         assert torch.equal(cache[:, 3:-2].cpu(), plain[name])
         assert cache[:, :3].isnan().all() and cache[:, -2:].isnan().all()
-    none = dict(k_weight=None, v_weight=None, k_out=None, v_out=None)
-    assert torch.equal(kernel(**{**inputs, **none}).cpu(), plain["q"])
+    none = {"weights.k": None, "weights.v": None, "slots": None}
+    assert torch.equal(kernel(**changed(inputs, none)).cpu(), plain["q"])
 
 
 def test_one_rope_table_serves_a_whole_batch():
-    case = room("norm_qkv_rope").CASES[-1]
+    case = reference_module("norm_qkv_rope").CASES[-1]
     inputs = inputs_of("norm_qkv_rope", F32, case)
     shared = tuple(table[:1].expand_as(table).contiguous() for table in inputs["rope"])
     both = run(TRITON, "norm_qkv_rope", {**inputs, "rope": shared})
@@ -122,7 +122,7 @@ def test_eps_decides_for_small_rows():
         for eps in (1e-5, 1e-2):
             wide = widened(inputs)
             runs = (
-                run(ops, op, {**i, "eps": eps})
+                run(ops, op, changed(i, {"norm.eps": eps}))
                 for ops, i in ((TRITON, inputs), (ATEN, inputs), (reference_ops(), wide))
             )
             assert_no_worse(*runs, F32)
@@ -186,19 +186,18 @@ REFUSALS = {
     "norm_swiglu": [
         (dict(up_weight=torch.zeros(46, 33)), r"up_weight has shape \[46, 33\]; accepted is \[47, 33\]"),
         (dict(up_weight=torch.zeros(47, 33).half()), "up_weight is torch.float16.*accepted is one dtype"),
-        (dict(norm_weight=torch.zeros(32)), r"norm_weight has shape \[32\]; accepted is \[33\]"),
+        ({"norm.weight": torch.zeros(32)}, r"norm.weight has shape \[32\]; accepted is \[33\]"),
     ],
     "norm_qkv_rope": [
-        (dict(q_weight=None, k_weight=None), "needs q_weight, or k_weight, v_weight.*got neither"),
-        (dict(head_dim=15), "head_dim is 15; accepted are even sizes"),
-        (dict(q_weight=torch.zeros(40, 48)), r"a weight has shape \[40, 48\]; accepted is \[32, 48\]"),
-        (dict(k_weight=torch.zeros(16, 48).half()), "accepted is one dtype for all"),
-        (dict(rope=(torch.zeros(2, 7, 1, 4),) * 2), r"accepted is \[2, 7, 1, 8\]"),
+        ({"weights": (None,) * 3}, "needs a weight of q, or weights and slots of k and v.*got neither"),
+        ({"weights.q": torch.zeros(40, 48)}, r"a weight has shape \[40, 48\]; accepted is \[32, 48\]"),
+        ({"weights.k": torch.zeros(16, 48).half()}, "accepted is one dtype for all"),
+        (dict(rope=(torch.zeros(2, 6, 1, 8),) * 2), r"accepted is \[2, 7, 1, 8\]"),
         (dict(rope=(torch.zeros(2, 7, 1, 8).half(),) * 2), "two alike, contiguous, fp32"),
-        (dict(v_weight=torch.zeros(32, 48)), r"v_weight has shape \[32, 48\]; accepted is \[16, 48\]"),
-        (dict(k_out=torch.zeros(2, 6, 1, 16)), r"k_out has shape \[2, 6, 1, 16\]; accepted is \[2, 7, 1, 16\]"),
-        (dict(v_out=torch.zeros(2, 9, 1, 16)[:, :7]), "accepted are the same for both"),
-        (dict(v_out=torch.zeros(2, 7, 1, 16).half()), "accepted is one dtype for both"),
+        ({"weights.v": torch.zeros(32, 48)}, r"weights.v has shape \[32, 48\]; accepted is \[16, 48\]"),
+        ({"slots.k": torch.zeros(2, 6, 1, 16)}, r"slots.k has shape \[2, 6, 1, 16\]; accepted is \[2, 7, 1, 16\]"),
+        ({"slots.v": torch.zeros(2, 9, 1, 16)[:, :7]}, "accepted are the same for both"),
+        ({"slots.v": torch.zeros(2, 7, 1, 16).half()}, "accepted is one dtype for both"),
     ],
     "cross_kv": [
         (dict(v=torch.zeros(2, 18, 1, 16)), r"v has shape \[2, 18, 1, 16\]; accepted is \[2, 19, 1, 16\]"),
@@ -224,4 +223,4 @@ def test_wrong_arguments_are_named(op):
         inputs = {n: to_device(v, DEVICE) for n, v in inputs_of(op).items()}
         moved = {n: v if getattr(v, "is_meta", False) else to_device(v, DEVICE) for n, v in changes.items()}
         with pytest.raises(ValueError, match=match):
-            getattr(module(op), op)(**{**inputs, **moved})
+            getattr(module(op), op)(**changed(inputs, moved))

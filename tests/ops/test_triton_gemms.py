@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from support.contract import check, inputs_in, room, run
+from support.contract import changed, check, inputs_in, leaves, reference_module, run, widened
 from support.gemms import (
     ATEN,
     BF16,
@@ -19,7 +19,6 @@ from support.gemms import (
     assert_no_worse,
     inputs_of,
     module,
-    widened,
 )
 from support.guarded import DEVICE
 
@@ -75,7 +74,10 @@ MORE = {
 }
 # Of the references' own cases those that the interpreter runs in about a second; tests/gpu runs all of them.
 CASES = [
-    (op, case) for op in NAMES for case in room(op).CASES + MORE[op] if room(op).cost(case, 4).flops < 2e7
+    (op, case)
+    for op in NAMES
+    for case in reference_module(op).CASES + MORE[op]
+    if reference_module(op).cost(case, 4).flops < 2e7
 ]
 
 
@@ -118,7 +120,7 @@ def test_contract_with_outliers(op, dtype, normalise_first, monkeypatch):
     """A few input channels fifty times larger, as in trained transformers; with either place of 1/rms in 16 bits."""
     if normalise_first is not None:
         monkeypatch.setattr(module(op), "normalise_first", lambda dtype: normalise_first)
-    narrow, wide = inputs_in(op, room(op).CASES[-1], dtype, seed=4)
+    narrow, wide = inputs_in(op, reference_module(op).CASES[-1], dtype, seed=4)
     for inputs in (narrow, wide):
         inputs["x"] = inputs["x"].clone()
         inputs["x"][..., ::7] *= 50
@@ -131,9 +133,9 @@ def test_contract_with_outliers(op, dtype, normalise_first, monkeypatch):
 def test_fp16_weights_take_the_range_of_an_fp32_residual_stream(op, scale):
     inputs = inputs_of(op, F16)
     inputs["x"] = inputs["x"].float() * scale
-    inputs["eps"] = 1e-16  # so that it does not decide the small rows
+    inputs = changed(inputs, {"norm.eps": 1e-16})  # so that it does not decide the small rows
     wide = widened(inputs)
-    assert (inputs["x"] * inputs["norm_weight"]).abs().max() > 65504 or scale < 1
+    assert (inputs["x"] * inputs["norm"][0]).abs().max() > 65504 or scale < 1
     assert_no_worse(run(TRITON, op, inputs), run(ATEN, op, inputs), run(reference_ops(), op, wide), F16)
 
 
@@ -145,8 +147,8 @@ def mixed(op):
     if op == "linear_residual":
         wider = ("residual",)
     if op == "norm_qkv_rope":
-        wider = ("x", "k_out", "v_out")
-    return {name: v.float() if name in wider else v for name, v in inputs.items()}, dtype
+        wider = ("x", "slots.k", "slots.v")
+    return changed(inputs, {name: leaves(inputs)[name].float() for name in wider}), dtype
 
 
 @OPS

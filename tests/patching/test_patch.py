@@ -46,8 +46,7 @@ def test_extra_bytes_are_all_that_a_chunk_leaves_behind(
     extra = smolvla_fast.status(policy).extra_bytes
     # The loop's buffers are rows of an action chunk, which beside these tiny weights is not little.
     workspace = engine_of(policy.model)._workspace
-    sets = [] if workspace is None else workspace._sets
-    buffers = [each for held in sets for each in held.values()]
+    buffers = [] if workspace is None else workspace.tensors
     assert all(each.shape[:2] == (1, policy.config.chunk_size) for each in buffers), "a matrix in a buffer"
     assert left <= extra < sum(x.nbytes for x in buffers) + 1e-2 * sum(x.nbytes for x in policy.parameters())
 

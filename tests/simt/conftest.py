@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from simt import on_the_host
 from simt.emulator import build
-
-from smolvla_fast.ops.cuda import library
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
@@ -36,7 +35,7 @@ def emulator(compiled, monkeypatch):
     """The emulator as the library on CPU tensors; settings and allowed memory are as at first."""
     compiled.reset()
     compiled.forget()
-    monkeypatch.setattr(library, "emulator", compiled)
+    on_the_host.install(monkeypatch, compiled)
     yield compiled
     compiled.reset()
     compiled.forget()

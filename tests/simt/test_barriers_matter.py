@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from simt import on_the_host
 from simt.emulator import build
 from test_denoise_persistent import CASES, HEADS_BOUND, SHARED, errors, heads_error, inputs, ours
 
-from smolvla_fast.ops.cuda import library
 from smolvla_fast.testing import denoise_loop as reference
 
 CUDA = build.CSRC / "cuda"
@@ -113,7 +113,7 @@ def leave_out(switched: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes
     """The number of the statement that is left out, 0 for none."""
     switched.reset()
     switched.configure(multiprocessors=4, shared_bytes_per_block=SHARED)
-    monkeypatch.setattr(library, "emulator", switched)
+    on_the_host.install(monkeypatch, switched)
     number = ctypes.c_int.in_dll(ctypes.CDLL(str(Path(switched.__file__))), "smolvla_left_out")
     yield number
     number.value = 0

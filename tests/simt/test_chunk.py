@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from simt import on_the_host
 from support.recorder import RecordedLibrary, RecorderDriver
 from torch import Tensor
 
@@ -189,7 +190,7 @@ def test_bytes_of_a_camera() -> None:
 def test_a_captured_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded addresses launched again: equal bits, new inputs and edited weights seen, nothing left to the host. The
     weights are fp32, so the kernels read bf16 copies, which are made inside the recording."""
-    monkeypatch.setattr(library, "emulator", RecordedLibrary(library.emulator))
+    on_the_host.install(monkeypatch, RecordedLibrary(library.library(torch.device("cpu"))))
     policy = make(layout="fp32", num_steps=1)
     given, noise = feed(policy)
     other = make_noise(policy, seed=3)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.contract import OPS, check, inputs_in, room, run
+from support.contract import OPS, check, inputs_in, reference_module, run
 
 from smolvla_fast.ops.select import reference_ops, select, why_not
 
@@ -18,16 +18,19 @@ MORE = {
     "euler_step": [dict(B=3, S=5, E=33, A=7)],
 }
 CASES = [
-    (op, case) for op in MORE for case in [*room(op).CASES, *MORE[op]] if room(op).cost(case, 4).flops < 3e5
+    (op, case)
+    for op in MORE
+    for case in [*reference_module(op).CASES, *MORE[op]]
+    if reference_module(op).cost(case, 4).flops < 3e5
 ]
 
 
 def test_every_kernel_of_the_table_is_here(emulator: Any) -> None:
-    """And has small cases; what the table takes from the backend beside it is checked with that."""
+    """And has small cases; what the table takes from its fallback is checked with that."""
     assert why_not("cuda", CPU) is None
     ops = select("cuda", CPU, False)
-    assert ops.beside is not None
-    own = {name for name in OPS if getattr(ops, name) is not getattr(ops.beside, name)}
+    assert ops.fallback is not None
+    own = {name for name in OPS if getattr(ops, name) is not getattr(ops.fallback, name)}
     assert own == set(MORE) and own <= {op for op, _ in CASES}
 
 
@@ -46,9 +49,9 @@ def test_equal_bits_whatever_the_order(op: str, over_seeds: Any) -> None:
         assert all(torch.equal(other[name], value) for name, value in first.items())
 
 
-def test_fp32_queries_are_served_beside(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_queries_are_served_by_the_fallback(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernel has no code, in fp32 and for a head size of 12, the other backend's op gets its own kind of mask."""
-    from smolvla_fast.ops.cuda import ops as cuda
+    from smolvla_fast.ops.cuda import masked_attention as cuda
 
     ops = select("cuda", CPU, False)
     launched: list[Any] = []

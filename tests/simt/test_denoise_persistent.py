@@ -103,7 +103,7 @@ def errors(given: dict[str, Any], eager: Callable[..., Tensor]) -> tuple[float, 
 def torch_loop(**given: Any) -> Tensor:
     """The loop by torch's fused calls: where stock fails, on heads in bf16."""
     order = ("dims", "expert", "heads", "kv", "noise", "times", "guidance")
-    return denoise(backends._torch(), *(given[name] for name in order))[0]
+    return denoise(backends.backend_ops("torch"), *(given[name] for name in order))[0]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.contract import check, inputs_in
+from support.contract import changed, check, inputs_in, leaves, widened
 from support.guarded import guarded
-from torch import Tensor
 
 from smolvla_fast.ops.cuda import euler_step as module
 from smolvla_fast.ops.cuda import library
@@ -70,22 +69,22 @@ def test_every_mix_of_dtypes(h: torch.dtype, norm: torch.dtype, weight: torch.dt
     """Against fp64 of the same numbers: with 48 terms and values of a few units, 1e-5 is a hundred roundings of fp32,
     and a hundredth of what reading one weight in another dtype would change."""
     given = inputs()
-    for name, dtype in {"h": h, "norm_weight": norm, "out_weight": weight, "out_bias": weight}.items():
-        given[name] = given[name].to(dtype)
-    given["out_bias"] = given["out_bias"].to(norm)
-    wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in given.items()}
+    kinds = {"h": h, "norm.weight": norm, "action_out.weight": weight, "action_out.bias": norm}
+    given = changed(given, {name: leaves(given)[name].to(dtype) for name, dtype in kinds.items()})
+    wide = widened(given)
     for got, want in zip(euler_step(**given), reference(**wide), strict=True):
         torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["h", "norm_weight", "out_weight"])
+@pytest.mark.parametrize("name", ["h", "norm.weight", "action_out.weight"])
 def test_bits_do_not_depend_on_alignment(name: str, emulator) -> None:
     given = inputs(dict(B=1, S=2, E=260, A=3))
-    whole = torch.full((given[name].numel() + 2,), torch.nan)
-    beside = whole[1:-1].view(given[name].shape)
-    beside.copy_(given[name])
-    assert beside.data_ptr() % 16 == 4
-    for got, want in zip(euler_step(**{**given, name: beside}), euler_step(**given), strict=True):
+    value = leaves(given)[name]
+    whole = torch.full((value.numel() + 2,), torch.nan)
+    shifted = whole[1:-1].view(value.shape)
+    shifted.copy_(value)
+    assert shifted.data_ptr() % 16 == 4
+    for got, want in zip(euler_step(**changed(given, {name: shifted})), euler_step(**given), strict=True):
         assert torch.equal(got, want)
 
 
@@ -93,7 +92,7 @@ def test_eps_counts(emulator) -> None:
     """On rows of 1e-4 the result without eps is at least twice as large; 1e-4 is far above fp32 rounding."""
     given = inputs()
     given["h"] = given["h"] * 1e-4
-    wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in given.items()}
+    wide = widened(given)
     for got, want in zip(euler_step(**given), reference(**wide), strict=True):
         assert (got.double() - want).abs().max() <= 1e-4 * want.abs().max()
 
@@ -144,22 +143,23 @@ def test_x_is_left_as_it_is_and_may_be_a_view(emulator) -> None:
 
 
 def test_what_it_cannot_do_is_named(emulator) -> None:
-    def refused(match: str, **changed: Any) -> None:
+    def refused(match: str, **changes: Any) -> None:
         with pytest.raises(ValueError, match=match):
-            module.euler_step(**inputs(**changed))
+            module.euler_step(**inputs(**changes))
 
     given = inputs()
     h, x, guidance = given["h"], given["x"], given["guidance"]
     refused(r"h and x have shapes \[7, 48\] and \[2, 7, 5\]; accepted are \[B, S, E\]", h=h[0])
     refused("h is float64; accepted: float32, bfloat16, float16", h=h.double())
     refused(r"h has strides .*call .contiguous\(\)", h=h.transpose(1, 2).contiguous().transpose(1, 2))
-    refused(r"norm_weight has shape \[47\]; accepted is \[48\]", norm_weight=given["norm_weight"][1:])
-    refused(r"out_weight has shape \[5, 47\]; accepted is \[5, 48\]", out_weight=given["out_weight"][:, 1:])
-    refused(r"out_bias has shape \[4\]; accepted is \[5\]", out_bias=given["out_bias"][1:])
+    (norm, eps), (weight, bias) = given["norm"], given["action_out"]
+    refused(r"norm.weight has shape \[47\]; accepted is \[48\]", norm=(norm[1:], eps))
+    refused(r"action_out.weight has shape \[5, 47\]; accepted is \[5, 48\]", action_out=(weight[:, 1:], bias))
+    refused(r"action_out.bias has shape \[4\]; accepted is \[5\]", action_out=(weight, bias[1:]))
     refused("x is bfloat16; accepted: float32", x=x.bfloat16())
     refused(r"x has shape \[2, 6, 5\]", x=x[:, 1:])
-    refused("out_bias is on meta", out_bias=given["out_bias"].to("meta"))
-    refused("width 0", h=h[..., :0], norm_weight=h[0, 0, :0], out_weight=torch.zeros(5, 0))
+    refused("action_out.bias is on meta", action_out=(weight, bias.to("meta")))
+    refused("width 0", h=h[..., :0], norm=(norm[:0], eps), action_out=(torch.zeros(5, 0), bias))
     refused(r"guidance.previous has shape \[2, 6, 5\]", guidance=guidance._replace(previous=x[:, 1:]))
     refused("guidance.previous is float64", guidance=guidance._replace(previous=x.double()))
     refused(r"guidance.weights has shape \[7\]", guidance=guidance._replace(weights=torch.ones(7)))

@@ -369,6 +369,6 @@ def test_live_settings(backbones):
     assert isinstance(pair.ours.config, SmolVLAConfig)
 
 
-def test_readme_shows_the_standalone_example():
+def test_the_docs_show_the_standalone_example():
     code = (ROOT / "examples/standalone.py").read_text().split('"""\n', 2)[-1].strip()
-    assert code in (ROOT / "README.md").read_text()
+    assert code in (ROOT / "docs/standalone.md").read_text()

@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from smolvla_fast.ops.cuda import masked_attention as module
 from support.contract import inputs_in
 from support.guarded import guarded
 
 masked_attention = guarded(module.masked_attention)
-cross_attention, suffix_attention = guarded(module.cross_attention), guarded(module.suffix_attention)
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 # Queries, then keys and values; the second is LeRobot's default layout, whose cross KV is fp32.
 PAIRS = [
@@ -35,11 +33,3 @@ def inputs(
         generator = torch.Generator().manual_seed(seed + ord(name))
         values[name] = torch.randn(values[name].shape, generator=generator)
     return values
-
-
-def wide(values: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in fp64."""
-    return {
-        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in values.items()
-    }

@@ -92,7 +92,7 @@ GROUPS: dict[str, dict[int, str]] = {
         57: "After `patch(policy, warmup=True)` nothing is compiled or captured any more; the next call is within 1.5 x p50",
         58: "Warm-up time and its split are said; no hold of the GIL above 250 ms where avoidable",
         59: "p99 / p50 at most 1.2 over 1000 calls",
-        60: "Faster than LeRobot eager and compiled, or the README says where not",
+        60: "Faster than LeRobot eager and compiled, or docs/figures.md says where not",
         61: "Memory beyond stock's is reported, and at most 10 % of the weights by default",
         62: "The benchmark is one command and writes JSON with versions, machine, cameras, steps, dtype",
         63: "`lerobot-rollout`, `lerobot-eval` and the policy server run accelerated with no code edit",
@@ -112,7 +112,7 @@ NOT_SHOWN = {
     60: "on a GPU: not measured; on a CPU compiled was measured on one processor",
     61: "peak memory on a GPU: not measured",
 }
-"""What of a check nothing here shows, with the reason. README names the same numbers."""
+"""What of a check nothing here shows, with the reason."""
 
 NO_TEST = {32: NOT_SHOWN[32]}
 """Checks that no test of this repository can prove."""

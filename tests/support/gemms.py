@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from smolvla_fast.kernels import tuning
 from smolvla_fast.ops.torch import decoder, vision
 from smolvla_fast.ops.torch import linear as aten_linear
-from support.contract import inputs_in, room, to_device
+from support.contract import inputs_in, reference_module, to_device
 from support.guarded import DEVICE, guarded
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -52,9 +51,8 @@ def _launcher(op: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         there = to_device(kwargs, DEVICE)
         out = kernel(*args, **there)
-        for name in ("k_out", "v_out"):
-            if kwargs.get(name) is not None:
-                kwargs[name].copy_(there[name])
+        for slot, written in zip(kwargs.get("slots") or (), there.get("slots") or (), strict=True):
+            slot.copy_(written)
         return out
 
     return call
@@ -72,14 +70,7 @@ def with_tile(monkeypatch: pytest.MonkeyPatch, op: str, **changes: int) -> None:
 
 
 def inputs_of(op: str, dtype: torch.dtype = F32, case: dict[str, int] | None = None, **changes: Any) -> Any:
-    return {**inputs_in(op, case or room(op).CASES[-1], dtype, seed=3)[0], **changes}
-
-
-def widened(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in fp64."""
-    return {
-        n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()
-    }
+    return {**inputs_in(op, case or reference_module(op).CASES[-1], dtype, seed=3)[0], **changes}
 
 
 def assert_no_worse(ours: Any, eager: Any, truth: Any, dtype: torch.dtype) -> None:

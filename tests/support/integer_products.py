@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolvla_fast.ops import extension
-from smolvla_fast.ops import select as backends
+from smolvla_fast.ops import availability, extension
 from smolvla_fast.ops.cpu import int8
 from smolvla_fast.ops.reference.quantize import ZERO, IntegerRows, IntegerWeight
 
@@ -20,13 +19,13 @@ def provide(monkeypatch: pytest.MonkeyPatch) -> None:
     if missing := extension.why_missing("cpu"):
         pytest.skip(missing)
     monkeypatch.setattr(
-        backends, "_why_slow", lambda: None
-    )  # that nobody measured it here is not the question
+        availability, "_why_slow", lambda: None
+    )  # whether it was measured here is not the question
     if int8.why_not(torch.device("cpu")) is None:
         return
     monkeypatch.setattr(int8, "why_not", lambda device: None)
     monkeypatch.setattr(int8, "pack_integers", _pack)
-    monkeypatch.setattr(int8, "_sums_of_one_term", _sums)
+    monkeypatch.setattr(int8, "_one_term", _sums)
 
 
 def _pack(weight: IntegerWeight) -> int8.Packed:

@@ -22,7 +22,7 @@ spec.loader.exec_module(kernels)
 floats = ctypes.c_float * 64
 x, weight, y, q, out = floats(*range(64)), floats(*[1.0] * 64), floats(), floats(*range(64)), floats()
 at = ctypes.addressof
-kernels.add_rms_norm_float32(at(x), 0, at(weight), at(y), 0, 1, 64, 1e-5, 1)
+kernels.rms_norm_float32(at(x), at(weight), at(y), 1, 64, 1e-5, 1)
 rows = 4, 16, 4  # rows, inputs, outputs
 sums = floats()
 kernels.linear_float32_float32_float32(at(x), 0, at(weight), 0, 0, 0, at(sums), *rows, 1, 1e-5, 1)

@@ -18,6 +18,7 @@ from smolvla_fast import inference
 from smolvla_fast.model.precision import Tier
 from smolvla_fast.testing import policies
 from smolvla_fast.testing.policies import make_noise, make_observation
+from smolvla_fast.verify import rel_l2 as rel_l2
 
 TIERS = ["exact", "fp32", "bf16"]
 _origin = "lerobot"
@@ -54,10 +55,6 @@ def make_policy(size: str, **settings: Any) -> Any:
 @lru_cache(maxsize=32)
 def _made(origin: str, **settings: Any) -> Any:
     return policies.make_policy("tiny", origin=origin, **settings)
-
-
-def rel_l2(x: Tensor, reference: Tensor) -> float:
-    return float((x.double() - reference.double()).norm() / reference.double().norm())
 
 
 def chunk(policy: Any, observation: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any) -> Tensor:

@@ -174,7 +174,7 @@ def test_a_new_frame_that_is_known_is_red(trainee: Any) -> None:
 
 
 def test_the_documented_figures_are_of_the_committed_run() -> None:
-    text = (ROOT / "docs" / "training-step.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     [report] = re.findall(r"\(\.\./(benchmarks/results/[^)]*)\.md\)", text)
     data = json.loads((ROOT / f"{report}.json").read_text(encoding="utf-8"))
     found = {

@@ -16,8 +16,8 @@ import pytest
 from support.training_runs import read, refused, resume
 
 from smolvla_fast.cli import main
-from smolvla_fast.cli.train import LEROBOTS, NESTED, SETTINGS
 from smolvla_fast.train import TrainingError
+from smolvla_fast.train.flags import LEROBOTS, NESTED, SETTINGS
 
 pytestmark = pytest.mark.training
 

@@ -1,4 +1,4 @@
-"""A camera frame to what the vision tower reads, on a CPU; checked here as in ``cpu.py``."""
+"""A camera frame to what the vision tower reads, on a CPU; checked here as in ``kernels.py``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> T
     returns  [B, 3, height, width], fresh
     numerics all in fp32, one rounding; bytes and blending weights have the bits of ``x / 255`` and ``F.interpolate``;
              equal bits at every instruction level and for any number of threads
-    errors   as ``cpu.add_rms_norm``; ValueError for a size that leaves no pixel
+    errors   as ``kernels.rms_norm``; ValueError for a size that leaves no pixel
     replaces ``resize_with_pad`` and the normalisation in LeRobot's ``prepare_images``, and the scaling of bytes before it
     """
     if frames.dtype not in _FRAMES or dtype not in _KERNELS:

@@ -1,10 +1,7 @@
-"""Tier ``int8`` on a CPU: the ops of backend ``cpu`` with the matrices of a chunk as integers of 8 bits.
+"""Tier ``int8`` on a CPU: matrices of 8-bit integers, and their product, which is oneDNN's as torch ships it.
 
-Weights have a scale an output channel and are packed once (``copies.py``), in two terms where their tails are heavy;
-activations get a scale a row when they are made: behind a norm, or behind an activation, in the pass that computes them.
-The product is oneDNN's as torch ships it.
-What is no such matrix goes to ``compiled.py``: attention, norms and softmax are fp32 as ever, and so is the connector, whose
-rows of 12288 lose the most to one scale and take the least of the time.
+Weights have a scale an output channel and are packed once (``engine/quantized_weights.py``), in two terms where their tails
+are heavy. Activations get a scale a row when they are made (``int8_ops.py``).
 """
 
 from __future__ import annotations
@@ -17,8 +14,6 @@ from torch import Tensor
 
 from .. import extension, processor
 from ..reference.quantize import ZERO, IntegerRows, IntegerWeight, dequantize, quantize_weight
-from . import ops as compiled
-from . import quantize
 
 MOST_LOST = 0.015
 """The most of its length that a weight may lose to one step a row, before what it loses is kept in a second term. Normal
@@ -69,7 +64,7 @@ def pack_integers(weight: IntegerWeight) -> Packed:
     return Packed(data, weight.scale, torch.zeros(len(weight.scale), dtype=torch.int64), weight.data.shape)
 
 
-class Behind(NamedTuple):
+class SmoothQuantGroup(NamedTuple):
     """Matrices that read one norm, and the weight and bias of the norm that they are made for, fp32."""
 
     weight: Tensor
@@ -83,8 +78,10 @@ class Behind(NamedTuple):
 
 
 def why_two_terms(copies: list[Any]) -> str | None:
-    """Of ``Packed`` and ``Behind``: how many weights needed a second term, or None where none did."""
-    packed = [one for each in copies for one in (each.packed if isinstance(each, Behind) else [each])]
+    """Of ``Packed`` and ``SmoothQuantGroup``: how many weights needed a second term, or None where none did."""
+    packed = [
+        one for each in copies for one in (each.packed if isinstance(each, SmoothQuantGroup) else [each])
+    ]
     twice = sum(each.rest is not None for each in packed)
     if not twice:
         return None
@@ -110,122 +107,29 @@ def smoothing(norm_weight: Tensor, norm_bias: Tensor | None, readers: list[Tenso
     return torch.where(usable, ratio / middle, 1.0).sqrt().clamp(2.0**-12, 2.0**12)
 
 
-def pack_behind(norm_weight: Tensor, norm_bias: Tensor | None, readers: list[Tensor]) -> Behind:
+def pack_group(norm_weight: Tensor, norm_bias: Tensor | None, readers: list[Tensor]) -> SmoothQuantGroup:
     """See ``smoothing``; the products are the same but for rounding."""
     by = smoothing(norm_weight, norm_bias, readers)
     bias = None if norm_bias is None else norm_bias.float() / by
-    return Behind(norm_weight.float() / by, bias, tuple(pack(reader.float() * by) for reader in readers))
+    return SmoothQuantGroup(
+        norm_weight.float() / by, bias, tuple(pack(reader.float() * by) for reader in readers)
+    )
 
 
-def sums(x: IntegerRows, weight: Packed) -> Tensor:
+def int8_matmul(x: IntegerRows, weight: Packed) -> Tensor:
     """[..., K], [O, K] -> [..., O] fp32: sums in 32 bits, times the scale of the output channel, rounded once a term.
 
     With AMX oneDNN rounds the sums of unsigned bytes to fp32 before it takes 128 times the weights off: 2^-24 of these.
     """
-    found = _sums_of_one_term(x, weight)
-    return found if weight.rest is None else found.add_(_sums_of_one_term(x, weight.rest))
+    found = _one_term(x, weight)
+    return found if weight.rest is None else found.add_(_one_term(x, weight.rest))
 
 
-def _sums_of_one_term(x: IntegerRows, weight: Packed) -> Tensor:
+def _one_term(x: IntegerRows, weight: Packed) -> Tensor:
     return torch.ops.onednn.qlinear_pointwise(
         x.data, 1.0, ZERO, weight.data, weight.scale, weight.zero, None,
         1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
-
-
-Weight = Tensor | Packed
-Rows = Tensor | IntegerRows
-Next = Any
-"""What the next product reads: ``Rows``. The table of ops knows tensors alone, and stages hand these on unseen."""
-
-
-def _rows(x: Rows) -> IntegerRows:
-    return x if isinstance(x, IntegerRows) else quantize.quantize_rows(x.contiguous())
-
-
-def _plain(weight: Weight | None) -> Tensor | None:
-    assert weight is None or isinstance(weight, Tensor), "q, k and v of a layer are of one kind"
-    return weight
-
-
-def _project(x: IntegerRows, weight: Packed) -> Tensor:
-    return quantize.finish(sums(x, weight), x.scale)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Next:
-    """See ``reference.layer_norm``; for ``dtype`` uint8 straight to the rows of the next product."""
-    if dtype is torch.uint8:
-        return quantize.layer_norm_rows(x.contiguous(), weight, bias, eps)
-    return compiled.layer_norm(x, weight, bias, eps, dtype)
-
-
-def linear(
-    x: Rows,
-    weight: Weight,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-) -> Next:
-    """See ``reference.linear``; with an activation and no residual, rows of 8 bits: the hidden layer of an MLP."""
-    if not isinstance(weight, Packed):
-        assert isinstance(x, Tensor), "rows of integers meet weights of integers"
-        return compiled.linear(x, weight, bias, activation, residual)
-    rows = _rows(x)
-    if activation is not None and residual is None:
-        return quantize.finish_rows(sums(rows, weight), rows.scale, bias, activation)
-    return quantize.finish(sums(rows, weight), rows.scale, bias, activation, residual)
-
-
-def norm_qkv_rope(
-    x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    q_weight: Weight | None,
-    k_weight: Weight | None,
-    v_weight: Weight | None,
-    rope: tuple[Tensor, Tensor],
-    k_out: Tensor | None,
-    v_out: Tensor | None,
-    head_dim: int,
-) -> Tensor | None:
-    """See ``reference.norm_qkv_rope``; one quantised x for all three."""
-    if not any(isinstance(weight, Packed) for weight in (q_weight, k_weight, v_weight)):
-        q, k, v = (_plain(weight) for weight in (q_weight, k_weight, v_weight))
-        return compiled.norm_qkv_rope(x, norm_weight, eps, q, k, v, rope, k_out, v_out, head_dim)
-    rows = quantize.rms_norm_rows(x.contiguous(), norm_weight, eps)
-
-    def project(weight: Weight) -> Tensor:
-        assert isinstance(weight, Packed), "q, k and v of a layer are of one kind"
-        return _project(rows, weight).view(*x.shape[:-1], -1, head_dim)
-
-    if k_weight is not None and v_weight is not None and k_out is not None and v_out is not None:
-        compiled.rotate(project(k_weight), *rope, out=k_out)
-        v_out.copy_(project(v_weight))
-    if q_weight is None:
-        return None
-    q = project(q_weight)
-    return compiled.rotate(q, *rope, out=q)
-
-
-def linear_residual(x: Rows, weight: Weight, residual: Tensor) -> Tensor:
-    """See ``reference.linear_residual``."""
-    if not isinstance(weight, Packed):
-        assert isinstance(x, Tensor), "rows of integers meet weights of integers"
-        return compiled.linear_residual(x, weight, residual)
-    rows = _rows(x)
-    return quantize.finish(sums(rows, weight), rows.scale, residual=residual.contiguous())
-
-
-def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Weight, up_weight: Weight) -> Next:
-    """See ``reference.norm_swiglu``; the result in rows of 8 bits, for ``down_proj`` is what reads it."""
-    if not (isinstance(gate_weight, Packed) and isinstance(up_weight, Packed)):
-        assert isinstance(gate_weight, Tensor) and isinstance(up_weight, Tensor), (
-            "gate and up are of one kind"
-        )
-        return compiled.norm_swiglu(x, norm_weight, eps, gate_weight, up_weight)
-    rows = quantize.rms_norm_rows(x.contiguous(), norm_weight, eps)
-    gate, up = sums(rows, gate_weight), sums(rows, up_weight)
-    return quantize.finish_rows(gate, rows.scale, None, "silu", up)
 
 
 CHECKED = 64
@@ -236,7 +140,7 @@ CHECKED = 64
 def _sums_are_exact() -> bool:
     data = torch.full((2, CHECKED), 255, dtype=torch.uint8)
     weight = IntegerWeight(torch.full((16, CHECKED), 127, dtype=torch.int8), torch.ones(16))
-    found = sums(IntegerRows(data, torch.ones(2)), pack_integers(weight))
+    found = int8_matmul(IntegerRows(data, torch.ones(2)), pack_integers(weight))
     return bool((found == CHECKED * 127 * 127).all())
 
 

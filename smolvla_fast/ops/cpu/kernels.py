@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .workspace import buffer
+from ..memory import Memory, empty
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 """All instruction levels that the kernels are compiled for, each with what the one before it has."""
@@ -22,50 +22,32 @@ _KERNELS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _LAYER_NORMS = ((torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2)
 
 
-def add_rms_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    *,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``r = x + residual;  y = weight · r / sqrt(mean(r²) + eps)`` on CPU tensors.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """``y = weight · x / sqrt(mean(x²) + eps)`` on CPU tensors.
 
-    x, residual  [..., M]  fp32 | bf16, contiguous; without a residual r is x itself
-    weight       [M], same dtype
-    out          (y, r) to write into, overlapping no input; allocated where it is None; r is left alone where
-                 there is no residual
-    returns      y, r  [..., M], dtype of x
-    numerics     sums and products in fp32, y from the unrounded sum, one rounding each; equal bits at every
-                 instruction level
-    errors       TypeError, ValueError naming the tensor; RuntimeError where a gradient is wanted;
-                 extension.ExtensionUnavailable where nothing was compiled
-    replaces     the residual add and ``input_layernorm`` / ``post_attention_layernorm`` of a layer
+    x         [..., M]  fp32 | bf16, contiguous      weight  [M], same dtype
+    out       where to write, overlapping no input; allocated where it is None
+    returns   [..., M]  dtype of x
+    numerics  sums and products in fp32, one rounding; equal bits at every instruction level
+    errors    TypeError, ValueError naming the tensor; RuntimeError where a gradient is wanted;
+              extension.ExtensionUnavailable where nothing was compiled
+    replaces  ``input_layernorm`` / ``post_attention_layernorm`` of a layer
     """
-    dtype, shape = x.dtype, x.shape
-    if dtype not in _KERNELS:
-        raise TypeError(f"add_rms_norm: x has dtype {dtype}; accepted are {', '.join(map(str, _KERNELS))}")
-    if not shape:
-        raise ValueError("add_rms_norm: x has no dimensions; accepted is [..., M]")
-    _check(
-        "add_rms_norm",
-        dtype,
-        {"x": (x, shape), "residual": (residual, shape), "weight": (weight, shape[-1:])},
-    )
+    if x.dtype not in _KERNELS:
+        raise TypeError(f"rms_norm: x has dtype {x.dtype}; accepted are {', '.join(map(str, _KERNELS))}")
+    if not x.shape:
+        raise ValueError("rms_norm: x has no dimensions; accepted is [..., M]")
+    _check("rms_norm", x.dtype, {"x": (x, x.shape), "weight": (weight, x.shape[-1:])})
     if out is None:
-        y = torch.empty_like(x)
-        r = x if residual is None else torch.empty_like(x)
+        out = torch.empty_like(x)
     else:
-        y, r = out[0], x if residual is None else out[1]
-        _check("add_rms_norm", dtype, {"out[0]": (y, shape), "out[1]": (r, shape)})
-        _check_apart("add_rms_norm", [y] if r is x else [y, r], [x, residual, weight])
+        _check("rms_norm", x.dtype, {"out": (out, x.shape)})
+        _check_apart("rms_norm", out, [x, weight])
     if x.numel():
-        kernel = getattr(extension.load("cpu"), "add_rms_norm_" + _KERNELS[dtype])
-        residual_address = 0 if residual is None else residual.data_ptr()
-        addresses = (x.data_ptr(), residual_address, weight.data_ptr(), y.data_ptr(), r.data_ptr())
-        kernel(*addresses, x.numel() // shape[-1], shape[-1], eps, torch.get_num_threads())
-    return y, r
+        kernel = getattr(extension.load("cpu"), "rms_norm_" + _KERNELS[x.dtype])
+        addresses = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
+        kernel(*addresses, x.numel() // x.shape[-1], x.shape[-1], eps, torch.get_num_threads())
+    return out
 
 
 def layer_norm(
@@ -77,7 +59,7 @@ def layer_norm(
     out_dtype     fp32 or bf16 for fp32 x; bf16 for bf16 x; the dtype of x where None
     returns       [..., W]  out_dtype
     numerics      all in fp32, one rounding; equal bits at every instruction level
-    errors        as ``add_rms_norm``
+    errors        as ``rms_norm``
     replaces      ``layer_norm1`` / ``layer_norm2`` / ``post_layernorm`` of SigLIP
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype
@@ -110,7 +92,7 @@ def attention(
     returns   [B, T, H, D]  dtype of q
     numerics  scores, softmax, sums in fp32. With bf16, the level "avx512_bf16" rounds probabilities to bf16
               and takes subnormals for zero; other levels widen. Bits independent of the number of threads
-    errors    as ``add_rms_norm``
+    errors    as ``rms_norm``
     replaces  ``F.scaled_dot_product_attention`` of the vision tower, ``eager_attention_forward`` elsewhere
     """
     dtype = q.dtype
@@ -144,7 +126,7 @@ def attention(
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     else:
         _check("attention", dtype, {"out": (out, q.shape)})
-        _check_apart("attention", [out], [q, k, v, mask])
+        _check_apart("attention", out, [q, k, v, mask])
     if q.numel():
         kernel = getattr(extension.load("cpu"), "attention_" + _KERNELS[dtype])
         addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), mask_address, out.data_ptr())
@@ -166,6 +148,7 @@ def linear(
     *,
     norm: tuple[Tensor, float] | None = None,
     out: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """``y = residual + act(h·weightᵀ + bias)``, made for the 50 rows of an action chunk.
 
@@ -177,12 +160,13 @@ def linear(
     residual   [..., O]  dtype of y, added in fp32
     out_dtype  fp32, or the dtype of weight; where None, that of residual, else that of weight
     out        where to write; may be ``residual`` itself, else overlapping no input
+    memory     for a norm weight in fp32, where it is stored in another way; see ``ops.memory``
     returns    [..., O]  out_dtype
     numerics   sums and epilogue in fp32, one rounding; bits independent of the number of threads and of rows
-    errors     as ``add_rms_norm``; ValueError for another activation
+    errors     as ``rms_norm``; ValueError for another activation
     replaces   q/k/v, ``o_proj``, ``down_proj`` of an expert layer, with the norm before or the addition after
     """
-    return _linear("linear", x, weight, None, bias, activation, residual, out_dtype, norm, out)
+    return _linear("linear", x, weight, None, bias, activation, residual, out_dtype, norm, out, memory)
 
 
 def swiglu(
@@ -193,13 +177,14 @@ def swiglu(
     norm: tuple[Tensor, float] | None = None,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """``y = silu(h·gate_weightᵀ) · (h·up_weightᵀ)`` (arXiv 2002.05202); the rest as in ``linear``.
 
     x  [..., I]      gate_weight, up_weight  [O, I]      returns  [..., O]  out_dtype
     replaces  ``post_attention_layernorm`` and ``mlp`` up to its ``down_proj``
     """
-    return _linear("swiglu", x, gate_weight, up_weight, None, "silu", None, out_dtype, norm, out)
+    return _linear("swiglu", x, gate_weight, up_weight, None, "silu", None, out_dtype, norm, out, memory)
 
 
 def _linear(
@@ -213,6 +198,7 @@ def _linear(
     out_dtype: torch.dtype | None,
     norm: tuple[Tensor, float] | None,
     out: Tensor | None,
+    memory: Memory | None,
 ) -> Tensor:
     dtype = weight.dtype
     if dtype not in _KERNELS:
@@ -245,7 +231,7 @@ def _linear(
         norm_dtype = torch.bfloat16 if norm_weight.dtype == torch.bfloat16 else torch.float32
         _check_one(op, "norm weight", norm_weight, norm_dtype, "a norm", (inputs,))
         if norm_dtype is not torch.float32 or not norm_weight.is_contiguous():
-            norm_weight = buffer("norm weight", norm_weight.shape, torch.float32).copy_(norm_weight)
+            norm_weight = empty(memory, "norm weight", norm_weight.shape, torch.float32).copy_(norm_weight)
     if residual is not None:
         _check_one(op, "residual", residual, out_dtype, "the result", shape)
         _check_contiguous(op, "residual", residual)
@@ -255,7 +241,7 @@ def _linear(
         _check_one(op, "out", out, out_dtype, "the result", shape)
         _check_contiguous(op, "out", out)
         in_place = residual is not None and out.data_ptr() == residual.data_ptr()
-        _check_apart(op, [out], [x, weight, up_weight, bias, norm_weight, None if in_place else residual])
+        _check_apart(op, out, [x, weight, up_weight, bias, norm_weight, None if in_place else residual])
     if out.numel():
         dtypes = (_KERNELS[x_dtype], _KERNELS[dtype], _KERNELS[out_dtype])
         kernel = getattr(extension.load("cpu"), "linear_" + "_".join(dtypes))
@@ -332,16 +318,12 @@ def _check_one(
         )
 
 
-def _check_apart(op: str, outputs: list[Tensor], inputs: list[Tensor | None]) -> None:
-    """Inputs are read again after outputs are written, so an output may overlap no other tensor."""
-    spans = [_span(t) for t in inputs if t is not None]
-    for index, tensor in enumerate(outputs):
-        begin, end = _span(tensor)
-        if any(begin < other_end and other_begin < end for other_begin, other_end in spans):
-            raise ValueError(
-                f"{op}: out[{index}] overlaps another tensor of the call; give it memory of its own"
-            )
-        spans.append((begin, end))
+def _check_apart(op: str, out: Tensor, inputs: list[Tensor | None]) -> None:
+    """Inputs are read again after the output is written, so it may overlap no other tensor."""
+    begin, end = _span(out)
+    spans = [_span(tensor) for tensor in inputs if tensor is not None]
+    if any(begin < other_end and other_begin < end for other_begin, other_end in spans):
+        raise ValueError(f"{op}: out overlaps another tensor of the call; give it memory of its own")
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What stands before and behind an integer product on a CPU, as functions on tensors; checked here as in ``cpu.py``.
+"""What stands before and behind an integer product on a CPU, as functions on tensors; checked here as in ``kernels.py``.
 
 The product itself is torch's, in ``int8.py``. Numbers come in as fp32 or bf16 and go out as rows of unsigned bytes with a
 scale each (``reference.quantize.IntegerRows``); what the product leaves comes in as fp32. Equal bits at every instruction
@@ -21,18 +21,18 @@ def quantize_rows(x: Tensor) -> IntegerRows:
     """See ``reference.quantize.quantize_activations``.
 
     x        [..., K]  fp32 | bf16, contiguous
-    errors   as ``cpu.add_rms_norm``
+    errors   as ``kernels.rms_norm``
     """
     return _quantize("quantize_rows", _NONE, x, None, None, 0.0)
 
 
 def layer_norm_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> IntegerRows:
-    """``cpu.layer_norm`` in fp32, and its rows at once in 8 bits: the same bits as one after the other."""
+    """``kernels.layer_norm`` in fp32, and its rows at once in 8 bits: the same bits as one after the other."""
     return _quantize("layer_norm_rows", _LAYER, x, weight, bias, eps)
 
 
 def rms_norm_rows(x: Tensor, weight: Tensor, eps: float) -> IntegerRows:
-    """``cpu.add_rms_norm`` of fp32 x without a residual, and its rows at once in 8 bits."""
+    """``kernels.rms_norm`` of fp32 x, and its rows at once in 8 bits."""
     return _quantize("rms_norm_rows", _RMS, x, weight, None, eps)
 
 
@@ -72,7 +72,7 @@ def finish(
     sums       [..., O] fp32, contiguous: integer sums times the scales of the weight      scale  [...] fp32, of x's rows
     bias       [O] fp32      residual  [..., O] fp32
     activation None | "silu" | "gelu_tanh"
-    errors     as ``cpu.add_rms_norm``; ValueError for another activation
+    errors     as ``kernels.rms_norm``; ValueError for another activation
     """
     _check_sums("finish", sums, scale, bias, activation)
     if residual is not None:

@@ -1,4 +1,4 @@
-"""Rotary embedding on a CPU, as a function on tensors; checked here as in ``cpu.py``."""
+"""Rotary embedding on a CPU, as a function on tensors; checked here as in ``kernels.py``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def rope(x: Tensor, sin: Tensor, cos: Tensor, out: Tensor | None = None) -> Tens
     out       [B, T, H, D]  dtype of x, any strides but the last, which is 1; x itself, or overlapping no input
     returns   out, fresh and contiguous where None
     numerics  fp32, one rounding: the reference's bits, at every instruction level and for any number of threads
-    errors    as ``cpu.add_rms_norm``
+    errors    as ``kernels.rms_norm``
     replaces  ``apply_rope`` of LeRobot's ``smolvlm_with_expert``, and the copy into the cache behind it
     """
     if x.dtype not in _KERNELS:
@@ -41,7 +41,7 @@ def rope(x: Tensor, sin: Tensor, cos: Tensor, out: Tensor | None = None) -> Tens
         if out.stride(3) != 1:
             raise ValueError(f"rope: out has strides {out.stride()}; the last must be 1")
         in_place = out.data_ptr() == x.data_ptr() and out.is_contiguous()
-        _check_apart("rope", [out], [sin, cos, None if in_place else x])
+        _check_apart("rope", out, [sin, cos, None if in_place else x])
     if x.numel():
         kernel = getattr(extension.load("cpu"), "rope_" + _KERNELS[x.dtype])
         addresses = (x.data_ptr(), out.data_ptr(), sin.data_ptr(), cos.data_ptr())
@@ -51,3 +51,11 @@ def rope(x: Tensor, sin: Tensor, cos: Tensor, out: Tensor | None = None) -> Tens
             torch.get_num_threads(),
         )  # fmt: skip
     return out
+
+
+def rotate(x: Tensor, sin: Tensor, cos: Tensor, out: Tensor | None = None) -> Tensor:
+    """See ``reference.rope.apply_rope``; into ``out`` where there is one, be it x itself or of another dtype."""
+    sin, cos = sin.contiguous(), cos.contiguous()
+    if out is not None and (out.dtype is not x.dtype or out.stride(-1) != 1):
+        return out.copy_(rope(x, sin, cos))
+    return rope(x, sin, cos, out)

@@ -11,7 +11,7 @@ from ...model.dims import Dims
 from ...model.kv_cache import PrefixKV
 from ...model.weights import DecoderLayer, Heads
 from ..reference.euler_step import Guidances
-from ..reference.rope import rope_tables
+from ..reference.suffix_tokens import suffix_ropes
 from ..torch.suffix import suffix_fold
 from . import library
 
@@ -19,7 +19,7 @@ _BF16, _FP32 = torch.bfloat16, torch.float32
 _EITHER = (_FP32, _BF16)
 _OP = "denoise_persistent"
 
-MOST = {"batch": 8, "prefix": 320, "suffix": 64, "actions": 64, "layers": 32, "head_dim": 64}
+LIMITS = {"batch": 8, "prefix": 320, "suffix": 64, "actions": 64, "layers": 32, "head_dim": 64}
 """What a launch accepts at most. Layers: their addresses are parameters of the launch. The rest is as far as tests go;
 a larger batch is no longer bound by the weights, and Triton's larger tiles are ahead."""
 
@@ -79,8 +79,8 @@ def _why_not_sizes(
         head_dim=dims.head_dim,
     )  # fmt: skip
     for name, size in found.items():
-        if not 1 <= size <= MOST[name]:
-            return f"{name} is {size}; accepted are 1 to {MOST[name]}"
+        if not 1 <= size <= LIMITS[name]:
+            return f"{name} is {size}; accepted are 1 to {LIMITS[name]}"
     if times.shape[0] < 1:
         return "there are 0 steps; accepted is at least 1"
     if dims.head_dim % 16:
@@ -192,18 +192,14 @@ def denoise_persistent(
     steps, rows, width = times.shape[0], batch * dims.chunk, dims.expert_width
     noise, seen = noise.contiguous(), kv.pad_masks.contiguous()
 
-    place = torch.arange(dims.chunk, device=device).expand(batch, -1)
-    ropes = [
-        *rope_tables(torch.sum(seen, dim=-1)[:, None] + place, dims.head_dim),
-        *rope_tables(place, dims.head_dim),
-    ]
-    folded = suffix_fold(times, *heads.action_in, *heads.time_in)
+    own, cross = suffix_ropes(seen, dims.chunk, dims.head_dim)
+    folded = suffix_fold(times, heads.action_in, heads.time_in)
     inputs = [
         folded.weight.contiguous(),
         folded.bias.contiguous(),
         noise,
         seen,
-        *(r.contiguous() for r in ropes),
+        *(table.contiguous() for table in (*own, *cross)),
     ]
     guides: list[Tensor | None] = [None, None, None]
     if guidance is not None:

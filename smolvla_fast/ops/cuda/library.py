@@ -10,9 +10,6 @@ from torch import Tensor
 
 from .. import extension
 
-emulator: ModuleType | None = None
-"""The same library compiled for the host emulator (tests/simt/emulator): serves tensors on the CPU. Set by tests alone."""
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,8 +17,6 @@ def library(device: torch.device) -> ModuleType:
     """The compiled kernels for this device. Raises RuntimeError for a device that has none."""
     if device.type == "cuda":
         return extension.load("cuda")
-    if device.type == "cpu" and emulator is not None:
-        return emulator
     raise RuntimeError(f"CUDA C++ kernels run on an NVIDIA GPU, the tensors are on {device}")
 
 
@@ -42,15 +37,8 @@ def _why_no_code(index: int) -> str | None:
 
 
 def address(tensor: Tensor | None) -> int:
-    """The address of the first element, 0 for None; the emulator is told what may be read and written there."""
-    if tensor is None:
-        return 0
-    if tensor.device.type == "cpu" and emulator is not None and tensor.numel():
-        span = 1 + sum(
-            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        emulator.allow(tensor.data_ptr(), span * tensor.element_size())
-    return tensor.data_ptr()
+    """The address of the first element, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def stream(device: torch.device) -> int:

@@ -1,6 +1,9 @@
-"""The attention of text and expert layers, with the queries' rotation on load; csrc/cuda/masked_attention.cu."""
+"""The attention of text and expert layers; csrc/cuda/masked_attention.cu."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +14,6 @@ MAX_HEAD_DIM = 128
 # What CUDA accepts as the second and third extent of a grid: KV heads and samples.
 _MOST_BLOCKS = 65535
 _NARROW = (torch.bfloat16, torch.float16)
-_OFFSETS = (torch.int32, torch.int64)
 
 
 def why_not_attention(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -27,62 +29,42 @@ def why_not_attention(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, offset: Tensor | None = None) -> Tensor:
-    """``softmax(rope(q)·kᵀ / sqrt(D), where mask) · v``, each KV head serving ``H / K`` query heads in turn.
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: Any = None) -> Tensor:
+    """``softmax(q·kᵀ / sqrt(D), where mask) · v``, each KV head serving ``H / K`` query heads in turn.
 
     q        [B, T, H, D]  bf16 | fp16      k, v  [B, S, K, D]  both as q or both fp32
              views with elements of a head side by side: q aligned to 4 bytes, k and v to 16, D a multiple of 8 up to 128
-    mask     [B, T, S]  bool, any strides; a row with no True looks at every key alike
-    offset   [B]  int32 | int64 on the device: query t is rotated at position ``offset + t`` (wavelength 10 000) as it
-             is loaded; None: q is taken as it is
+    mask     [B, T, S]  bool, any strides; a row with no True looks at every key alike      memory  not used
     returns  [B, T, H·D]  dtype of q, in which the product that follows has its weight
-    numerics the rotated q is rounded to its dtype; products on tensor cores with fp32 sums, softmax fp32, probabilities
-             rounded to the dtype of v. fp32 k and v are taken as the sum of two bf16, and so are the probabilities then:
-             16 bits of each mantissa. Equal bits in every run
+    numerics products on tensor cores with fp32 sums, softmax fp32, probabilities rounded to the dtype of v. fp32 k and v
+             are taken as the sum of two bf16, and so are the probabilities then: 16 bits of each mantissa. Equal bits in
+             every run
     errors   ValueError for other shapes, strides, dtypes or devices; fp32 queries are among them, ``why_not_attention``
              tells beforehand. RuntimeError for a device that is no NVIDIA GPU, or with CUDA's own words
-    replaces ``eager_attention_forward`` of LeRobot's ``SmolVLMWithExpertModel``, and ``apply_rope`` on its queries
+    replaces ``eager_attention_forward`` of LeRobot's ``SmolVLMWithExpertModel``
     """
-    batch, tokens, keys = _check("masked_attention", q, k, v, offset)
+    batch, tokens, keys = _check("masked_attention", q, k, v)
     library.check(
         "masked_attention", "mask", mask, (batch, tokens, keys), (torch.bool,), like=q, contiguous=False
     )
-    return _launch(q, k, v, mask, offset)
+    return _launch(q, k, v, mask)
 
 
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, offset: Tensor | None = None) -> Tensor:
-    """``masked_attention`` where every query sees the same keys.
+def masked_attention_or_fallback(
+    fallback: Callable[..., Tensor], prepare_mask: Callable[[Tensor], Any]
+) -> Callable[..., Tensor]:
+    """``masked_attention``, by ``fallback`` where the kernel has no code for dtypes or head size: queries in fp32 are for
+    CUDA cores, where tensor cores have nothing to win. ``prepare_mask`` makes the mask that ``fallback`` reads."""
 
-    seen     [B, S]  bool, the valid keys, any strides      all else as in ``masked_attention``
-    replaces the cross-attention of LeRobot's expert over its projections of the prefix KV; with offsets of 0 its
-             rotation too
-    """
-    batch, tokens, keys = _check("cross_attention", q, k, v, offset)
-    library.check("cross_attention", "seen", seen, (batch, keys), (torch.bool,), like=q, contiguous=False)
-    return _launch(q, k, v, seen[:, None].expand(-1, tokens, -1), offset)
+    def serve(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: Any = None) -> Tensor:
+        if why_not_attention(q, k, v) is None:
+            return masked_attention(q, k, v, mask)
+        return fallback(q, k, v, prepare_mask(mask))
 
-
-def suffix_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, offset: Tensor | None = None) -> Tensor:
-    """``masked_attention`` over [prefix KV | suffix KV]: the valid keys of the prefix, then each token's own causally.
-
-    k, v     [B, P + T, K, D]
-    seen     [B, P]  bool, the valid keys of the prefix, any strides; key ``P + s`` is seen by queries ``t >= s``
-             all else as in ``masked_attention``
-    replaces the self-attention of LeRobot's expert in a denoise step, without its mask and concatenations; with the
-             prefix's valid tokens as offset its rotation too
-    """
-    batch, tokens, keys = _check("suffix_attention", q, k, v, offset)
-    if keys < tokens:
-        raise ValueError(
-            f"suffix_attention: {keys} keys, {tokens} queries; accepted is a key or more for each query"
-        )
-    library.check(
-        "suffix_attention", "seen", seen, (batch, keys - tokens), (torch.bool,), like=q, contiguous=False
-    )
-    return _launch(q, k, v, seen[:, None].expand(-1, tokens, -1), offset)
+    return serve
 
 
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor, offset: Tensor | None) -> tuple[int, int, int]:
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int]:
     """Raise ValueError for what the kernel does not take; samples, queries and keys of what it does."""
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(
@@ -117,32 +99,27 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, offset: Tensor | None) -> t
                 f"{op}: {name} has strides {tensor.stride()}; accepted are elements of a head side by side and heads "
                 f"at multiples of {aligned} bytes; call .contiguous() on it"
             )
-    if offset is not None:
-        library.check(op, "offset", offset, (batch,), _OFFSETS, like=q, contiguous=False)
     return batch, tokens, keys
 
 
-def _launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, offset: Tensor | None) -> Tensor:
-    """``mask`` is [B, T, S or fewer]; keys beyond are the queries' own."""
+def _launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     batch, tokens, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     kernels = library.library(q.device)
     out = torch.empty(batch, tokens, heads * head_dim, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
-    # The kernel reads 32 bits: of 64, the lower half.
-    offset_stride = 0 if offset is None else offset.stride(0) * (offset.element_size() // 4)
     # A launch goes to the device that is current.
     with torch.cuda.device_of(q):
         kernels.masked_attention(
             inputs=[library.address(tensor) for tensor in (q, k, v)],
             dtypes=[library.DTYPES.index(tensor.dtype) for tensor in (q, k)],
             mask=library.address(mask),
-            offset=library.address(offset),
+            offset=0,
             out=library.address(out),
             strides=[tensor.stride()[:3] for tensor in (q, k, v, mask)],
-            offset_stride=offset_stride,
-            sizes=(batch, tokens, heads, head_dim, keys, kv_heads, mask.shape[2]),
+            offset_stride=0,
+            sizes=(batch, tokens, heads, head_dim, keys, kv_heads, keys),
             stream=library.stream(q.device),
         )
     return out

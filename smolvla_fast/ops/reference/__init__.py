@@ -1,6 +1,6 @@
-"""Room 1 of every op: the maths in plain torch, its real shapes, and the least work it can take.
+"""The reference implementation of every op: the maths in plain torch, its real shapes, and the least work it can take.
 
-A reference follows the dtype it is given. In fp64 it is the truth that every other room is judged against; in fp32 or
+A reference follows the dtype it is given. In fp64 it is the truth that every backend is judged against; in fp32 or
 bf16 it runs the ATen calls of LeRobot's own model in the same order and with the same roundings, so a chunk computed by
 references alone (tier ``exact``) is bit-identical to stock.
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..memory import Memory
 from . import Cost, compute_dtype, randn
 from .guidance import guide
 from .rms_norm import rms_norm
@@ -48,22 +49,23 @@ class Guidances(NamedTuple):
 
 def euler_step(
     h: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    out_weight: Tensor,
-    out_bias: Tensor,
+    norm: tuple[Tensor, float],
+    action_out: tuple[Tensor, Tensor],
     x: Tensor,
     dt: float,
     guidance: Guidance | None = None,
+    *,
+    memory: Memory | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``v = rms_norm(h)·Woutᵀ + b;  v ← guide(v, x) if guided;  x' = x + dt·v``.
 
-    h        [B, S, E]      x  [B, S, A]  fp32, left as it is      dt  -1/N
+    h        [B, S, E]      norm  (weight [E], eps)      action_out  (weight [A, E], bias [A])
+    x        [B, S, A]  fp32, left as it is unless it lies in ``memory``      dt  -1/N      memory  see ``ops.memory``
     returns  x' and v, both [B, S, A] fp32
     replaces the expert's final norm, ``action_out_proj`` and the body of ``euler_integrate``
     """
-    y = rms_norm(h, norm_weight, eps)
-    v = F.linear(y.to(compute_dtype(y)), out_weight, out_bias)
+    y = rms_norm(h, *norm)
+    v = F.linear(y.to(compute_dtype(y)), *action_out)
     if guidance is not None:
         v = guide(v, x, guidance.previous, guidance.weights, guidance.time, guidance.weight)
     return x + dt * v, v
@@ -72,12 +74,13 @@ def euler_step(
 def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, object]:
     b, s, e, a = (case[name] for name in "BSEA")
     wide = torch.promote_types(dtype, torch.float32)
+    h = randn(b, s, e, dtype=dtype, generator=generator, scale=3.0)
+    norm_weight = 1 + randn(e, dtype=dtype, generator=generator, scale=0.3)
+    weight = randn(a, e, dtype=wide, generator=generator, scale=e**-0.5)
     return {
-        "h": randn(b, s, e, dtype=dtype, generator=generator, scale=3.0),
-        "norm_weight": 1 + randn(e, dtype=dtype, generator=generator, scale=0.3),
-        "eps": 1e-5,
-        "out_weight": randn(a, e, dtype=wide, generator=generator, scale=e**-0.5),
-        "out_bias": randn(a, dtype=wide, generator=generator, scale=0.3),
+        "h": h,
+        "norm": (norm_weight, 1e-5),
+        "action_out": (weight, randn(a, dtype=wide, generator=generator, scale=0.3)),
         "x": randn(b, s, a, dtype=wide, generator=generator),
         "dt": -0.1,
         "guidance": Guidance(

@@ -17,10 +17,11 @@ CASES = (
 )
 
 
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
     """``y = residual + x · weightᵀ``.
 
     x        [..., I]      weight  [O, I]      residual  [..., O]
+    out      where the result may go, ``residual`` itself too. A backend may leave it alone: what is returned counts
     returns  [..., O]  dtype of weight: stock adds in place onto the projection's output, so a wider residual stream is
              rounded to the weight's dtype at the first layer
     replaces ``o_proj`` / ``down_proj`` and the in-place add behind them

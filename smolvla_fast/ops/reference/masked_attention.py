@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..memory import Memory
 from . import Cost, compute_dtype, randn
-from .rope import apply_rope, rope_tables
 
 # 113/177/241: prefix of 1/2/3 cameras with 48 language tokens. 227: two cameras plus a chunk of 50.
 CASES = (
@@ -18,21 +18,20 @@ CASES = (
 )
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, offset: Tensor | None = None) -> Tensor:
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: Memory | None = None
+) -> Tensor:
     """``softmax(q·kᵀ / sqrt(D), where mask) · v``, each KV head serving ``H / K`` query heads in turn.
 
     q        [B, T, H, D]                k, v  [B, S, K, D]  strided views of a cache are welcome
     mask     [B, T, S]  bool, True where the query may look; a row with no True looks at every key alike
-    offset   [B]  integer: query t is rotated at position ``offset + t`` first (``apply_rope``); None: as it is
+    memory   see ``ops.memory``
     returns  [B, T, H·D]  dtype of v
     numerics q and k widened to fp32, scores and softmax fp32, probabilities rounded to the dtype of v
     replaces ``eager_attention_forward`` of LeRobot's ``SmolVLMWithExpertModel``
     """
     batch, keys, kv_heads, head_dim = k.shape
     group = q.shape[2] // kv_heads
-    if offset is not None:
-        place = offset[:, None] + torch.arange(q.shape[1], device=q.device)
-        q = apply_rope(q, *rope_tables(place, head_dim))
     spread = (batch, keys, kv_heads, group, head_dim)
     # The copies below are what stock does; a view would hand the matrix product other strides, hence other bits.
     k = k[:, :, :, None, :].expand(spread).reshape(batch, keys, kv_heads * group, head_dim)

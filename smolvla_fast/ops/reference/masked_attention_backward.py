@@ -47,7 +47,7 @@ def masked_attention_backward(
 
 def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
     given = forward.make_inputs(case, dtype, generator)
-    out = forward.masked_attention(**given)
+    out = forward.masked_attention(*given.values())
     return {**given, "out": out, "grad": randn(*out.shape, dtype=dtype, generator=generator)}
 
 

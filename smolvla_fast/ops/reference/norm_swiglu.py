@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..memory import Memory
 from . import Cost, randn
 from .quantize import product
 from .rms_norm import rms_norm
@@ -18,25 +19,30 @@ CASES = (
 )
 
 
-def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+def norm_swiglu(
+    x: Tensor,
+    norm: tuple[Tensor, float],
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    *,
+    memory: Memory | None = None,
+) -> Tensor:
     """``h = rms_norm(x);  y = silu(h·Wgᵀ) · (h·Wuᵀ)``.
 
-    x        [..., M]      norm_weight  [M]      gate_weight, up_weight  [F, M]
+    x        [..., M]      norm  (weight [M], eps)      gate_weight, up_weight  [F, M]
+    memory   see ``ops.memory``
     returns  [..., F]  dtype of the weights
     replaces ``post_attention_layernorm`` and ``mlp`` up to its ``down_proj``
     """
-    h = rms_norm(x, norm_weight, eps)
+    h = rms_norm(x, *norm)
     return F.silu(product(h, gate_weight)) * product(h, up_weight)
 
 
-def make_inputs(
-    case: dict[str, int], dtype: torch.dtype, generator: torch.Generator
-) -> dict[str, Tensor | float]:
+def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, object]:
     rows, inputs, outputs = case["rows"], case["inputs"], case["outputs"]
     return {
         "x": randn(rows, inputs, dtype=dtype, generator=generator, scale=3.0),
-        "norm_weight": 1 + randn(inputs, dtype=dtype, generator=generator, scale=0.3),
-        "eps": 1e-5,
+        "norm": (1 + randn(inputs, dtype=dtype, generator=generator, scale=0.3), 1e-5),
         "gate_weight": randn(outputs, inputs, dtype=dtype, generator=generator, scale=inputs**-0.5),
         "up_weight": randn(outputs, inputs, dtype=dtype, generator=generator, scale=inputs**-0.5),
     }

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..memory import Memory
 from . import Cost, randn
 
 CASES = (
@@ -16,42 +17,47 @@ CASES = (
 )
 
 
-def suffix_fold(
-    times: Tensor, in_weight: Tensor, in_bias: Tensor, mlp_in_weight: Tensor, mlp_in_bias: Tensor
-) -> Any:
+def suffix_fold(times: Tensor, action_in: tuple[Tensor, Tensor], time_in: tuple[Tensor, Tensor]) -> Any:
     """What of the suffix embedding depends on the step but not on the actions; computed once a chunk.
 
-    times      [N, B, E]  ``time_embedding`` of every step       in_weight  [E, A]       mlp_in_weight  [E, 2E]
+    times      [N, B, E]  ``time_embedding`` of every step
+    action_in  (weight [E, A], bias [E])      time_in  (weight [E, 2E], bias [E])
     returns    an opaque value for ``suffix_embed`` of the same backend (here: nothing is folded, as in stock)
     """
-    return times, in_weight, in_bias, mlp_in_weight, mlp_in_bias
+    return times, action_in, time_in
 
 
-def suffix_embed(x: Tensor, step: int, folded: Any, mlp_out_weight: Tensor, mlp_out_bias: Tensor) -> Tensor:
+def suffix_embed(
+    x: Tensor, step: int, folded: Any, time_out: tuple[Tensor, Tensor], *, memory: Memory | None = None
+) -> Tensor:
     """``y = silu([x·Wiᵀ + bi | time]·Waᵀ + ba)·Woᵀ + bo``.
 
     x        [B, S, A]  fp32, the noisy actions        step  index into the times given to ``suffix_fold``
+    time_out (weight [E, E], bias [E])      memory  see ``ops.memory``
     returns  [B, S, E]
     replaces ``embed_suffix`` of LeRobot's ``VLAFlowMatching``
     """
-    times, in_weight, in_bias, mlp_in_weight, mlp_in_bias = folded
-    actions = F.linear(x, in_weight, in_bias)
+    times, action_in, time_in = folded
+    actions = F.linear(x, *action_in)
     time = times[step].to(actions.dtype)[:, None, :].expand_as(actions)
-    hidden = F.silu(F.linear(torch.cat([actions, time], dim=2), mlp_in_weight, mlp_in_bias))
-    return F.linear(hidden, mlp_out_weight, mlp_out_bias)
+    hidden = F.silu(F.linear(torch.cat([actions, time], dim=2), *time_in))
+    return F.linear(hidden, *time_out)
 
 
-def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, object]:
+    """What ``suffix_fold`` and ``suffix_embed`` take, but for the step."""
     b, s, a, e, n = (case[name] for name in "BSAEN")
+
+    def affine(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+        weight = randn(outputs, inputs, dtype=dtype, generator=generator, scale=inputs**-0.5)
+        return weight, randn(outputs, dtype=dtype, generator=generator, scale=0.3)
+
     return {
         "x": randn(b, s, a, dtype=dtype, generator=generator),
         "times": randn(n, b, e, dtype=dtype, generator=generator).clamp(-1, 1),
-        "in_weight": randn(e, a, dtype=dtype, generator=generator, scale=a**-0.5),
-        "in_bias": randn(e, dtype=dtype, generator=generator, scale=0.3),
-        "mlp_in_weight": randn(e, 2 * e, dtype=dtype, generator=generator, scale=(2 * e) ** -0.5),
-        "mlp_in_bias": randn(e, dtype=dtype, generator=generator, scale=0.3),
-        "mlp_out_weight": randn(e, e, dtype=dtype, generator=generator, scale=e**-0.5),
-        "mlp_out_bias": randn(e, dtype=dtype, generator=generator, scale=0.3),
+        "action_in": affine(e, a),
+        "time_in": affine(e, 2 * e),
+        "time_out": affine(e, e),
     }
 
 

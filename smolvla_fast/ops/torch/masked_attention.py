@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..memory import Memory
+
 
 def prepare_mask(mask: Tensor) -> Tensor:
     """[B, T, S] bool -> [B, 1, 1, T, S] fp32: 0 where visible, else the lowest finite value.
@@ -16,7 +18,9 @@ def prepare_mask(mask: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, lowest)[:, None, None]
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: Memory | None = None
+) -> Tensor:
     """See ``reference.masked_attention``; ``mask`` comes from ``prepare_mask``. Returns the dtype of q."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -29,7 +33,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * head_dim)
 
 
-def learning_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def attention_with_grad(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """``reference.masked_attention`` with a backward, by torch's fused attention; mask [B, T, S] bool.
 
     returns  [B, T, H·D] in the widest dtype of q, k and v; a row with no True sees every key, where the reference weighs

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..memory import Memory
 from ..reference.euler_step import Guidance
 from ..reference.guidance import guide
 from .linear import linear
@@ -21,38 +22,35 @@ class Folded(NamedTuple):
     bias: Tensor
 
 
-def suffix_fold(
-    times: Tensor, in_weight: Tensor, in_bias: Tensor, mlp_in_weight: Tensor, mlp_in_bias: Tensor
-) -> Folded:
+def suffix_fold(times: Tensor, action_in: tuple[Tensor, Tensor], time_in: tuple[Tensor, Tensor]) -> Folded:
     """See ``reference.suffix_fold``; between the action projection and the first MLP layer there is no nonlinearity."""
-    width = in_weight.shape[0]
-    on_actions, on_time = mlp_in_weight.float().split(width, dim=1)
-    constant = on_actions @ in_bias.float() + mlp_in_bias.float()
+    (in_weight, in_bias), (weight, bias) = action_in, time_in
+    on_actions, on_time = weight.float().split(in_weight.shape[0], dim=1)
+    constant = on_actions @ in_bias.float() + bias.float()
     return Folded(on_actions @ in_weight.float(), (times.float() @ on_time.t() + constant)[:, :, None])
 
 
 def suffix_embed(
-    x: Tensor, step: int, folded: Folded, mlp_out_weight: Tensor, mlp_out_bias: Tensor
+    x: Tensor, step: int, folded: Folded, time_out: tuple[Tensor, Tensor], *, memory: Memory | None = None
 ) -> Tensor:
     """See ``reference.suffix_embed``; returns fp32."""
     hidden = torch.nn.functional.silu(linear(x, folded.weight) + folded.bias[step])
-    return linear(hidden, mlp_out_weight, mlp_out_bias).float()
+    return linear(hidden, *time_out).float()
 
 
 def euler_step(
     h: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    out_weight: Tensor,
-    out_bias: Tensor,
+    norm: tuple[Tensor, float],
+    action_out: tuple[Tensor, Tensor],
     x: Tensor,
     dt: float,
     guidance: Guidance | None = None,
     *,
+    memory: Memory | None = None,
     rms_norm: RMSNorm = plain_rms_norm,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.euler_step``."""
-    v = linear(rms_norm(h, norm_weight, eps, out_weight.dtype), out_weight, out_bias).float()
+    v = linear(rms_norm(h, *norm, action_out[0].dtype), *action_out).float()
     if guidance is not None:
         v = guide(v, x, guidance.previous, guidance.weights, guidance.time, guidance.weight)
     return torch.add(x, v, alpha=dt), v

@@ -6,17 +6,31 @@ where a kernel of ours has nothing to win over the vendor's library.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ...kernels.linear import linear as linear_kernel
-from ...kernels.linear_residual import linear_residual as linear_residual_kernel
-from ...kernels.norm_qkv_rope import norm_qkv_rope as norm_qkv_rope_kernel
-from ...kernels.norm_swiglu import norm_swiglu as norm_swiglu_kernel
-from ...kernels.pixel_shuffle_linear import pixel_shuffle_linear as pixel_shuffle_linear_kernel
+# ruff: noqa: F401 - what is imported here without an underscore is what the backend exports
+from ...kernels.attention import attention
+from ...kernels.cross_kv import cross_kv
+from ...kernels.euler_step import euler_step
+from ...kernels.flow_loss import flow_loss, flow_point
+from ...kernels.image_prep import image_prep
+from ...kernels.layer_norm import layer_norm
+from ...kernels.linear import linear as _linear
+from ...kernels.linear_residual import linear_residual as _linear_residual
+from ...kernels.masked_attention import masked_attention
+from ...kernels.masked_attention_backward import attention_with_grad
+from ...kernels.norm_qkv_rope import norm_qkv_rope as _norm_qkv_rope
+from ...kernels.norm_swiglu import norm_swiglu as _norm_swiglu
+from ...kernels.patch_embed import patch_embed
+from ...kernels.pixel_shuffle_linear import pixel_shuffle_linear as _pixel_shuffle_linear
+from ...kernels.suffix_embed import suffix_embed
 from ..torch import decoder, vision
-from ..torch import linear as aten
+from ..torch.linear import linear as _torch_linear
 
+single_launch = True
 MANY_ROWS = 64
 """Above this many rows an fp32 product goes to torch. The 50 rows of an action chunk stay below."""
 
@@ -42,43 +56,46 @@ def linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """See ``reference.linear``."""
-    serve = aten.linear if _torch_serves(x, weight) else linear_kernel
+    serve = _torch_linear if _torch_serves(x, weight) else _linear
     return serve(x, weight, bias, activation, residual)
 
 
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """See ``reference.linear_residual``."""
-    serve = decoder.linear_residual if _torch_serves(x, weight) else linear_residual_kernel
-    return serve(x, weight, residual)
+def prepare_mask(mask: Tensor) -> Tensor:
+    """The kernel reads the bool mask as it is."""
+    return mask
 
 
 def norm_qkv_rope(
     x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    v_weight: Tensor | None,
+    norm: tuple[Tensor, float],
+    weights: tuple[Any, Any, Any],
     rope: tuple[Tensor, Tensor],
-    k_out: Tensor | None,
-    v_out: Tensor | None,
-    head_dim: int,
+    slots: tuple[Tensor, Tensor] | None,
+    *,
+    memory: Any = None,
 ) -> Tensor | None:
     """See ``reference.norm_qkv_rope``."""
-    by_torch = _torch_serves(x, k_weight if q_weight is None else q_weight)
-    serve = decoder.norm_qkv_rope if by_torch else norm_qkv_rope_kernel
-    return serve(x, norm_weight, eps, q_weight, k_weight, v_weight, rope, k_out, v_out, head_dim)
+    by_torch = _torch_serves(x, weights[1] if weights[0] is None else weights[0])
+    return (decoder.norm_qkv_rope if by_torch else _norm_qkv_rope)(x, norm, weights, rope, slots)
 
 
-def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+def linear_residual(x: Tensor, weight: Any, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """See ``reference.linear_residual``."""
+    serve = decoder.linear_residual if _torch_serves(x, weight) else _linear_residual
+    return serve(x, weight, residual)
+
+
+def norm_swiglu(
+    x: Tensor, norm: tuple[Tensor, float], gate_weight: Any, up_weight: Any, *, memory: Any = None
+) -> Tensor:
     """See ``reference.norm_swiglu``."""
-    serve = decoder.norm_swiglu if _torch_serves(x, gate_weight) else norm_swiglu_kernel
-    return serve(x, norm_weight, eps, gate_weight, up_weight)
+    serve = decoder.norm_swiglu if _torch_serves(x, gate_weight) else _norm_swiglu
+    return serve(x, norm, gate_weight, up_weight)
 
 
-def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
+def pixel_shuffle_linear(x: Tensor, weight: Any, factor: int) -> Tensor:
     """See ``reference.pixel_shuffle_linear``."""
     rows = x.shape[0] * x.shape[1] // factor**2
     torch_serves = isinstance(weight, Tensor) and leaves_to_torch(weight.dtype, rows)
-    serve = vision.pixel_shuffle_linear if torch_serves else pixel_shuffle_linear_kernel
+    serve = vision.pixel_shuffle_linear if torch_serves else _pixel_shuffle_linear
     return serve(x, weight, factor)

@@ -42,8 +42,8 @@ std::string look_up_line(void* site) {
     std::string found;
     while (std::fgets(line, sizeof line, pipe)) {
         const std::string text(line);
-        if (text[0] == '?' || (!found.empty() && found.find("/simt/cuda.h:") == std::string::npos &&
-                               found.find("/tests/simt/emulator/ptx.h:") == std::string::npos))
+        if (text[0] == '?' || (!found.empty() && found.find("/emulator/cuda.h:") == std::string::npos &&
+                               found.find("/emulator/ptx.h:") == std::string::npos))
             continue;
         found = text.substr(0, text.find_first_of(" \n"));
     }

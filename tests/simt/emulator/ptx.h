@@ -1,4 +1,4 @@
-// The functions of cuda/ptx.cuh for the emulator: same names, same meaning, checked. See simt/ptx.cpp.
+// The functions of cuda/ptx.cuh for the emulator: same names, same meaning, checked. See warp.cpp, async.cpp.
 #pragma once
 
 #include "cuda/ptx.cuh"

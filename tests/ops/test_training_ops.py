@@ -22,7 +22,7 @@ from smolvla_fast.ops.reference.masked_attention import masked_attention
 from smolvla_fast.ops.reference.masked_attention_backward import masked_attention_backward
 from smolvla_fast.ops.reference.rope import apply_rope, rope_tables
 from smolvla_fast.ops.select import reference_ops
-from smolvla_fast.ops.torch.masked_attention import learning_attention as by_torch
+from smolvla_fast.ops.torch.masked_attention import attention_with_grad as by_torch
 
 pytestmark = [pytest.mark.triton, pytest.mark.training]
 # The interpreter's bf16 products are wrong, so bf16 is a device's to judge.
@@ -156,7 +156,7 @@ def test_attention_backward(case: dict[str, int], dtype: torch.dtype, kind: str)
         again = backward(**narrow)
         assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), "other bits the second time"
         whole = gradients(
-            attention_module.learning_attention,
+            attention_module.attention_with_grad,
             to_device(forward, DEVICE),
             "q k v",
             narrow["grad"].to(DEVICE),
@@ -176,7 +176,7 @@ def test_attention_of_unlike_dtypes() -> None:
         "v": narrow["v"].float(),
     }
     truth = gradients(masked_attention, {name: wide[name] for name in mixed}, "q k v", wide["grad"])
-    for function in (by_torch, attention_module.learning_attention):
+    for function in (by_torch, attention_module.attention_with_grad):
         found = gradients(function, to_device(mixed, DEVICE), "q k v", narrow["grad"].to(DEVICE))
         assert [x.dtype for x in found] == [torch.float16, torch.float32, torch.float32]
         for ours, want in zip(found, truth, strict=True):

@@ -1,0 +1,67 @@
+"""Memory that the denoise loop uses again: the stage hands it to its ops, which write there in place of fresh memory.
+
+An op takes its result and what it needs on the way from the ``Memory`` it is given, and gives the same buffers out when it
+is called again. So a result holds until the next call of the same op with the same memory: what a loop wants that reads
+each result once. Without memory every result is fresh. A backend that makes its memory otherwise ignores what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Memory:
+    """Buffers by name and dtype, of one chunk at a time."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The buffer of this name, of unspecified contents; made where there is none of this shape."""
+        found = self._buffers.get((name, dtype))
+        if found is None or found.shape != shape:
+            # A tensor made under inference_mode could not be written by a later chunk outside it.
+            with torch.inference_mode(False):
+                found = self._buffers[name, dtype] = torch.empty(shape, dtype=dtype)
+        return found
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return list(self._buffers.values())
+
+
+def empty(memory: Memory | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Where a CPU op writes: its buffer of this name in ``memory``, or fresh memory."""
+    return torch.empty(shape, dtype=dtype) if memory is None else memory.empty(name, shape, dtype)
+
+
+class Workspace:
+    """Memories of one engine, which may compute chunks in several threads at once: each chunk borrows one of its own."""
+
+    def __init__(self) -> None:
+        self._made: list[Memory] = []
+        self._free: list[Memory] = []
+
+    @contextmanager
+    def lent(self) -> Iterator[Memory]:
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = Memory()
+            self._made.append(memory)
+        try:
+            yield memory
+        finally:
+            self._free.append(memory)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for memory in list(self._made) for tensor in memory.tensors]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)

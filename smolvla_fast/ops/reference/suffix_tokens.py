@@ -1,0 +1,48 @@
+"""Where the tokens of the suffix stand and what they see: positions, masks and rotation of the expert's attention."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .masks import block_mask
+from .rope import rope_tables
+
+Rope = tuple[Tensor, Tensor]
+
+
+class Tokens(NamedTuple):
+    """Where some tokens stand and what they see.
+
+    rope  sin, cos  [B, T, 1, D/2]  fp32      mask  [B, T, S]  bool
+    """
+
+    rope: Rope
+    mask: Tensor
+
+
+def suffix_ropes(pad_masks: Tensor, suffix: int, head_dim: int) -> tuple[Rope, Rope]:
+    """Rotation of the suffix in a self-attention layer, whose positions count on from the valid tokens of the prefix, and in
+    a cross-attention layer, whose positions start from 0.
+
+    pad_masks  [B, P]  bool, True for real prefix tokens      suffix  S, tokens of the suffix
+    """
+    place = torch.arange(suffix, device=pad_masks.device).expand(len(pad_masks), -1)
+    offset = torch.sum(pad_masks, dim=-1)[:, None]
+    return rope_tables(offset + place, head_dim), rope_tables(place, head_dim)
+
+
+def suffix_tokens(pad_masks: Tensor, suffix: int, head_dim: int) -> tuple[Tokens, Tokens]:
+    """The suffix in a self-attention layer, which sees [prefix | suffix, causal], and in a cross-attention layer, which sees
+    the prefix alone. Arguments as in ``suffix_ropes``.
+
+    replaces  positions and masks of LeRobot's ``denoise_step``, and those in ``forward_cross_attn_layer``
+    """
+    batch, prefix = pad_masks.shape
+    ones = torch.ones(batch, suffix, dtype=torch.bool, device=pad_masks.device)
+    seen = pad_masks[:, None, :].expand(batch, suffix, prefix)
+    causal = torch.cat([seen, block_mask(ones, ones)], dim=2)
+    own, cross = suffix_ropes(pad_masks, suffix, head_dim)
+    return Tokens(own, causal), Tokens(cross, seen)
