@@ -15,6 +15,7 @@ from typing import Any
 from torch.nn.modules import module as torch_module
 
 _CHILDREN = ("_modules", "_parameters", "_buffers")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _READ = ("weight", "bias")
 """What the engine reads of a module; a class that has a property of that name computes it."""
 
@@ -43,22 +44,22 @@ class ChangeDetector:
     """Compares by identity and holds a reference to all it compares, so that no address can be taken twice.
 
     The root, and what hangs on it, is held weakly where Python can: whoever keeps this keeps it by model and must not keep
-    the model alive, and an attribute of the root may be one of its own methods. Tables are read as lists, for another thread
-    may add to one meanwhile.
+    the model alive, and an attribute of the root may be one of its own methods.
     """
 
     def __init__(self, model: Any) -> None:
         modules = list(model.modules())
-        self._notes = [(vars(each), list(vars(each).values()), type(each)) for each in modules[1:]]
+        self._below = modules[1:]
+        self._below_classes = [type(each) for each in self._below]
+        self._tables = [vars(each) for each in self._below]
+        self._tables += [vars(each)[name] for each in modules for name in _CHILDREN]
+        self._lengths, self._values = self._read_tables()
+        self._hooks = [vars(each)[name] for each in modules for name in _HOOKS]
+        self._codes = [(cls, _code(cls)) for cls in {type(each) for each in modules}]
         settings = _settings(model)
         self._top = {name: id(value) for name, value in settings.items()}
-        self._classes = [(cls, _code(cls)) for cls in {type(each) for each in modules}]
-        self._children = [
-            (table, list(table.values())) for each in modules for table in (vars(each)[k] for k in _CHILDREN)
-        ]
         self._kept, self._lent = _held(settings.values())
         self._root = weakref.ref(modules[0])
-        self._below = modules[1:]
         self._parameters = list(model.parameters())
         self._types = [type(each) for each in self._parameters]
         self._pointers = [each.data_ptr() for each in self._parameters]
@@ -71,6 +72,12 @@ class ChangeDetector:
         return [type(each) for each in self._parameters] == self._types and (
             [each.data_ptr() for each in self._parameters] == self._pointers
         )
+
+    def _read_tables(self) -> tuple[list[int], list[Any]]:
+        """One list of all values: four times as quick to compare as a list a table."""
+        # As lists at once: another thread may add to a table meanwhile.
+        values = [list(table.values()) for table in self._tables]
+        return [len(each) for each in values], [value for each in values for value in each]
 
     def _read_layouts(self) -> tuple[list[Any], ...]:
         """What ``parameter.data = parameter.data.T`` changes, or ``[:n]``, where it leaves the pointer as it was."""
@@ -91,25 +98,16 @@ class ChangeDetector:
             return False
         if any(each() is None for each in self._lent):
             return False
-        if model._forward_hooks or model._forward_pre_hooks:
+        if {name: id(value) for name, value in _settings(model).items()} != self._top or any(self._hooks):
             return False
-        if {name: id(value) for name, value in _settings(model).items()} != self._top:
-            return False
-        for each, (attributes, values, cls) in zip(self._below, self._notes, strict=True):
-            if each.__class__ is not cls or len(attributes) != len(values):
-                return False
-            if not all(map(is_, list(attributes.values()), values)):
-                return False
-            if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
-                return False
+        lengths, values = self._read_tables()
         return (
-            self.same_memory()
+            lengths == self._lengths
+            and all(map(is_, values, self._values))
+            and [each.__class__ for each in self._below] == self._below_classes
+            and self.same_memory()
             and self._read_layouts() == self._layouts
-            and all(all(map(is_, _code(cls), code)) for cls, code in self._classes)
-            and all(
-                len(table) == len(values) and all(map(is_, list(table.values()), values))
-                for table, values in self._children
-            )
+            and all(all(map(is_, _code(cls), code)) for cls, code in self._codes)
         )
 
 
