@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from fuzz.cases import WEIGHTS, Tally, attempt, calls, compare, inputs_of, policies, rel_l2, twins
+from support.fuzz_cases import WEIGHTS, Tally, attempt, calls, compare, inputs_of, policies, rel_l2, twins
 
 import smolvla_fast
 from smolvla_fast.testing.policies import make_policy

@@ -27,7 +27,7 @@ from .subject import positive, resolve_device, threads
 
 DEFAULT_SUITES = ("chunk", "stages", "ops")
 """Those that run when none is named."""
-FILES = {**{name: f"bench_{name}.py" for name in DEFAULT_SUITES}, "train": "train_step.py"}
+FILES = {name: f"suites/{name}.py" for name in (*DEFAULT_SUITES, "train")}
 """Those that pytest-benchmark runs."""
 SUITES = (*FILES, "cpu")
 CPU_CAMERAS, CPU_THREADS = 2, 2
@@ -105,13 +105,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if pytest_suites:
         command = [
             sys.executable, "-m", "pytest", *(str(folder / FILES[name]) for name in pytest_suites),
-            "-q", "-p", "no:cacheprovider", f"--rootdir={folder.parent}", f"--benchmark-json={path}",
+            "-q", "-p", "no:cacheprovider", "-p", "benchmarks.harness.plugin", f"--rootdir={folder.parent}", f"--benchmark-json={path}",
             "--benchmark-columns=median,min,max,rounds", "--benchmark-sort=fullname", *_options(args),
         ]  # fmt: skip
         status |= subprocess.run(command, cwd=folder.parent, env=environment).returncode
     if "cpu" in suites:
         beside = path.with_name(f"{path.stem}-cpu.tmp") if _written(path) else path
-        command = [sys.executable, "-m", "benchmarks.bench_cpu", f"--json={beside}", *_cpu_options(args)]
+        command = [sys.executable, "-m", "benchmarks.suites.cpu", f"--json={beside}", *_cpu_options(args)]
         status |= subprocess.run(command, cwd=folder.parent, env=environment).returncode
     if beside is not None and beside != path and _written(beside):
         path.write_text(
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise CommandError("nothing was timed; the reason stands above")
     data = json.loads(path.read_text())
     sys.path.insert(0, str(folder.parent))
-    from benchmarks import report
+    from benchmarks.report import markdown as report
 
     console.line(f"wrote {path}")
     for written in report.write(data, path):
@@ -171,7 +171,7 @@ def _counts(text: str) -> list[int]:
 def _folder() -> Path:
     """The suites, which lie beside the package in a checkout and are not installed."""
     for root in (Path(smolvla_fast.__file__).resolve().parent.parent, Path.cwd()):
-        if (root / "benchmarks" / "bench_chunk.py").is_file():
+        if (root / "benchmarks" / "suites").is_dir():
             return root / "benchmarks"
     raise CommandError(
         "the suites are in the source checkout, not in the installed package; run this in a checkout"

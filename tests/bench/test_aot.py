@@ -12,11 +12,8 @@ import pytest
 pytest.importorskip("triton")
 import triton
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import aot
-
-from benchmarks.ahead_of_time import Cell, Key, read
+from benchmarks.compiled import aot
+from benchmarks.compiled.triton_kernels import Cell, Key, read
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "aot.md"
@@ -27,7 +24,7 @@ KEY = ("linear", "linear_fwd", "rows=50 inputs=720 outputs=32", "bf16")
 
 def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "aot.py"), *arguments],
+        [sys.executable, "-m", "benchmarks.compiled.aot", *arguments],
         cwd=cwd, text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 
@@ -84,7 +81,7 @@ def test_every_way_of_calling_is_compiled(fresh: dict[Key, dict[int, str]]) -> N
 def test_the_committed_file_has_every_op_and_target() -> None:
     rows = committed()
     kernels = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"common", "tuning", "__init__"}
-    references = {path.stem for path in (ROOT / "smolvla_fast" / "reference").glob("*.py")}
+    references = {path.stem for path in (ROOT / "smolvla_fast" / "ops" / "reference").glob("*.py")}
     assert {key[0] for key in rows} == kernels & references
     for key, cells in rows.items():
         assert tuple(cells) == aot.TARGETS

@@ -19,12 +19,18 @@ from smolvla_fast.verify import FP32_BOUND
 
 pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the policy is LeRobot's")
 
-from benchmarks import bench_cpu, report
-from benchmarks.cpu import checks, contestants, openvino_peer, overhead, runner, scaling, sections
-from benchmarks.cpu.contestants import Arena, Contestant, chunk
-from benchmarks.cpu.roof import Roofs
-from benchmarks.gate import COMPILED_BOUND, Red
-from benchmarks.machine import Ceilings
+from benchmarks.harness import checks
+from benchmarks.harness import variants as contestants
+from benchmarks.harness.gate import COMPILED_BOUND, Red
+from benchmarks.harness.machine import Ceilings
+from benchmarks.harness.roof import Roofs
+from benchmarks.harness.variants import Arena, Contestant, chunk
+from benchmarks.peers import openvino as openvino_peer
+from benchmarks.peers import runner
+from benchmarks.report import cpu as sections
+from benchmarks.report import markdown as report
+from benchmarks.suites import cpu as bench_cpu
+from benchmarks.suites import overhead, scaling
 from smolvla_fast.testing.outliers import OUTLIER, heavy_tailed
 
 
@@ -312,7 +318,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_the_command_hands_on_its_options(started: list[list[str]], tmp_path: Path) -> None:
     path = str(tmp_path / "a.json")
     assert main(["bench", "--suite", "cpu", "--json", path]) == 2, "nothing was timed"
-    assert started[0][1:] == ["-m", "benchmarks.bench_cpu", f"--json={path}", "--cameras=2", "--threads=2"]
+    assert started[0][1:] == ["-m", "benchmarks.suites.cpu", f"--json={path}", "--cameras=2", "--threads=2"]
     options = [
         "--cameras",
         "3",
@@ -327,11 +333,11 @@ def test_the_command_hands_on_its_options(started: list[list[str]], tmp_path: Pa
         "--full",
     ]
     assert main(["bench", "ops", "cpu", *options, "--no-scaling", "--with-compile", "--json", path]) == 2
-    assert [Path(word).name for word in started[1] if "bench_" in word] == ["bench_ops.py"]
+    assert [Path(word).name for word in started[1] if word.endswith(".py")] == ["ops.py"]
     given = bench_cpu.parse(started[2][3:])
     assert (given.cameras, given.threads, given.steps, given.rounds, given.size) == (3, 1, 4, 5, "tiny")
     assert given.full and given.with_compile and not given.scaling
-    assert main(["bench", "--json", path]) == 2 and "benchmarks.bench_cpu" not in " ".join(started[-1])
+    assert main(["bench", "--json", path]) == 2 and "benchmarks.suites.cpu" not in " ".join(started[-1])
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import report
-from benchmarks.gate import Red, check_chunk, check_report, timed
-from benchmarks.machine import Ceilings
+from benchmarks.harness.gate import Red, check_chunk, check_report, timed
+from benchmarks.harness.machine import Ceilings
+from benchmarks.report import markdown as report
 from smolvla_fast.measure import rounds as measure
 
 
@@ -96,7 +96,7 @@ def test_floor_is_the_slower_of_arithmetic_and_memory() -> None:
 
 def test_stage_costs_at_full_size() -> None:
     """The design's figures: vision 428 GFLOP, prefix 55 GFLOP / 298 MB, a denoise step 10.3 GFLOP / 198 MB."""
-    from benchmarks.account import stage_costs
+    from benchmarks.harness.account import stage_costs
 
     found = stage_costs(full_size_model(), cameras=2, language=48, itemsize=2)
     # 2 %: the design rounds, and leaves the patch embedding out.
@@ -228,7 +228,7 @@ def test_a_red_engine_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "act = inference.Engine.act\n"
         "inference.Engine.act = lambda *args, **kwargs: 1.001 * act(*args, **kwargs)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(report.__file__).parents[1])]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(report.__file__).parents[2])]))
     path = tmp_path / "red.json"
     options = ["--size", "tiny", "--cameras", "1", "--rounds", "1", "--steps", "2", "--threads", "1"]
     assert main(["bench", "chunk", *options, "-k", "stock or fp32", "--json", str(path)]) == 1

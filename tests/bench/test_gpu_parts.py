@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import result, timing
-from benchmarks.gpu.record import Recorder, Run
-from benchmarks.gpu.run import Outcome
-from benchmarks.machine import Ceilings
+from benchmarks.gpu_run import result
+from benchmarks.gpu_run.record import Recorder, Run
+from benchmarks.gpu_run.run import Outcome
+from benchmarks.harness import device_timing as timing
+from benchmarks.harness.machine import Ceilings
 
 
 def a_run(folder: Path, seconds: float = 60.0) -> Run:
@@ -59,7 +60,7 @@ def test_ceilings_are_measured_once_a_run(tmp_path: Path, monkeypatch: pytest.Mo
     asked: list[None] = []
     roof = Ceilings({torch.float32: 1e12, torch.bfloat16: 4e12}, bytes=1e10)
     monkeypatch.setattr(
-        "benchmarks.gpu.record.measure_ceilings", lambda device, small: (asked.append(None), roof)[1]
+        "benchmarks.gpu_run.record.measure_ceilings", lambda device, small: (asked.append(None), roof)[1]
     )
     assert a_run(tmp_path).ceilings == roof and a_run(tmp_path).ceilings == roof
     assert len(asked) == 1
@@ -124,7 +125,7 @@ def test_schema() -> None:
 
 def test_a_gpus_figures_in_the_report() -> None:
     """Columns that a CPU leaves empty."""
-    from benchmarks.gpu import sections
+    from benchmarks.report import gpu as sections
 
     info = dict(
         suite="chunk", variant="bf16", p50_ms=2.5, floor_ms=1.4, host_ms=0.25, device_ms={"p50_ms": 2.25, "p99_ms": 2.3},
@@ -139,7 +140,7 @@ def test_a_gpus_figures_in_the_report() -> None:
 
 def test_the_denoise_loop_by_backend() -> None:
     """One launch for all steps is said as such; ratios are to the first of the same batch."""
-    from benchmarks.gpu import sections
+    from benchmarks.report import gpu as sections
 
     def bench(
         group: str, variant: str, ms: float, backend: str, launches: int | None, **passed: str

@@ -13,14 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import result, run
-from benchmarks.gpu.run import Context, Outcome, Part
+from benchmarks.gpu_run import peers as gpu_peers
+from benchmarks.gpu_run import report as gpu_report
+from benchmarks.gpu_run import result, run
+from benchmarks.gpu_run.run import Context, Outcome, Part
 from smolvla_fast.ops.extension import available, why_missing
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import gpu_peers
-import gpu_report
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -33,7 +30,7 @@ def rehearse(
     before = sorted(RESULTS.glob("*.json"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, filter(None, [path, ROOT])))}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--rehearse", "--out", str(out), *arguments],
+        [sys.executable, "-m", f"benchmarks.gpu_run.{script}", "--rehearse", "--out", str(out), *arguments],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
     )  # fmt: skip
     assert sorted(RESULTS.glob("*.json")) == before, "a rehearsal has no place in benchmarks/results"
@@ -56,7 +53,7 @@ def variants(data: dict[str, Any], suite: str) -> list[str]:
 def test_report_rehearsed(tmp_path: Path) -> None:
     pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the baseline is LeRobot's")
     chosen = ("sanitizer", "chunk", "stages", "denoise", "ops")
-    status, said, data = rehearse("gpu_report", tmp_path, *(f"--part={name}" for name in chosen))
+    status, said, data = rehearse("report", tmp_path, *(f"--part={name}" for name in chosen))
     assert status == 0, said
     assert tuple(parts_of(data)) == chosen and "red" not in parts_of(data).values()
     assert result.problems(data) == [] and data["rehearsal"] is True
@@ -96,7 +93,7 @@ def test_peers_rehearsed(tmp_path: Path) -> None:
     """Compiling takes a minute or more on a CPU: here only that the mode which a rehearsal leaves out says so."""
     pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the baseline is LeRobot's")
     chosen = ("--part=beside", "--part=compiled-max-autotune")
-    status, said, data = rehearse("gpu_peers", tmp_path, *chosen)
+    status, said, data = rehearse("peers", tmp_path, *chosen)
     assert status == 0, said
     assert parts_of(data) == {"beside": "green", "compiled-max-autotune": "skipped"}
     assert result.problems(data) == [] and variants(data, "chunk") == ["stock", "exact", "fp32", "bf16"]
@@ -114,7 +111,7 @@ def test_a_red_engine_has_no_figure_and_costs_no_other(tmp_path: Path) -> None:
         "act = inference.Engine.act\n"
         "inference.Engine.act = lambda *args, **kwargs: 1.5 * act(*args, **kwargs)\n"
     )
-    status, said, data = rehearse("gpu_report", tmp_path / "out", "--part=chunk", "--part=ops", path=broken)
+    status, said, data = rehearse("report", tmp_path / "out", "--part=chunk", "--part=ops", path=broken)
     assert status == 1 and "red: chunk" in said
     assert parts_of(data) == {"chunk": "red", "ops": "green"}
     assert set(variants(data, "chunk")) == {"stock"}
@@ -253,7 +250,7 @@ def test_shards_run_every_test_once(tmp_path: Path) -> None:
     )
     for number in range(3):
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.shard", "-k", "not 9", "."], cwd=tmp_path,
+            [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu_run.shard", "-k", "not 9", "."], cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT), "SMOLVLA_SHARD": f"{number}/3"}, text=True, capture_output=True,
         )  # fmt: skip
         assert "3 passed" in done.stdout, done.stdout + done.stderr

@@ -19,10 +19,10 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla")
 
 import smolvla_fast
-from benchmarks import train_step
-from benchmarks.account import training_costs
-from benchmarks.gate import Red
-from benchmarks.subject import Subject
+from benchmarks.harness.account import training_costs
+from benchmarks.harness.gate import Red
+from benchmarks.harness.setup import Subject
+from benchmarks.suites import train as train_step
 from smolvla_fast.loss.image_cache import ImageCache
 from smolvla_fast.model.weights import is_cross
 from smolvla_fast.stages.observation import LANGUAGE_MULTIPLE
