@@ -13,9 +13,11 @@ import re
 import shutil
 import sys
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
-from benchmarks.gpu_run.run import ROOT, Context, Outcome, Part, main, measuring
+from benchmarks.gpu_run.visit import REHEARSED, main
+from benchmarks.harness.run import ROOT, Context, Outcome, Part, suite
 
 NO_TESTS_COLLECTED = 5
 SANITIZED = "tests/gpu/test_sanitizer.py"
@@ -124,15 +126,26 @@ def judged(outcome: Outcome, status: int | None) -> Outcome:
     return outcome
 
 
-PARTS = (
-    Part("build", 100, 30, build),
-    Part("tests", 210, 30, tests),
-    Part("sanitizer", 120, 0, sanitizer),
-    measuring("chunk", 170, 75),
-    measuring("stages", 60, 40),
-    measuring("denoise", 60, 25),
-    measuring("ops", 120, 30),
-)
+def parts(args: Namespace) -> list[Part]:
+    """What matters most comes first in each suite; ``--batch`` of a rehearsal is enough to see more than one."""
+    only = ["--choose", args.only] if args.only else []
+    if args.rehearse:
+        chunk = [*REHEARSED, "--cameras=2", "--batch=1,2"]
+        stages = [*REHEARSED, "--batch=1,2"]
+        ops = [*REHEARSED, *(only or ["--choose", "euler_step"])]
+    else:
+        chunk = ["--device=cuda", "--cameras=2,1,3", "--batch=1,8", "--layers=16,32", "--rounds=1000"]
+        stages = ["--device=cuda", "--batch=1,8", "--rounds=200"]
+        ops = ["--device=cuda", "--rounds=50", *only]
+    return [
+        Part("build", 100, 30, build),
+        Part("tests", 210, 30, tests),
+        Part("sanitizer", 120, 0, sanitizer),
+        suite("chunk", 170, 75, *chunk),
+        suite("stages", 120, 65, *stages),
+        suite("ops", 120, 30, *ops),
+    ]
+
 
 if __name__ == "__main__":
-    sys.exit(main("gpu-report", PARTS, sys.argv[1:]))
+    sys.exit(main("gpu-report", parts, sys.argv[1:]))

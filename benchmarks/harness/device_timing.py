@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from smolvla_fast import inference
 from smolvla_fast.engine.timing import STAGES
 
 
@@ -57,8 +58,17 @@ class StageMarks:
         self._marks: dict[str, tuple[Any, Any]] = {}
 
     @contextmanager
-    def section(self, name: str) -> Iterator[None]:
-        """In place of ``timing.section``."""
+    def placed(self) -> Iterator[None]:
+        """Inside, chunks carry these marks, and so do the graphs that are captured there."""
+        plain = inference.section
+        inference.section = self._section
+        try:
+            yield
+        finally:
+            inference.section = plain
+
+    @contextmanager
+    def _section(self, name: str) -> Iterator[None]:
         start = self._mark()
         yield
         self._marks[name] = (
@@ -85,19 +95,3 @@ class StageMarks:
 
     def _between(self, start: Any, stop: Any) -> float:
         return 1e3 * (stop - start) if self._device.type != "cuda" else start.elapsed_time(stop)
-
-
-@contextmanager
-def stage_marks(policy: Any, device: torch.device) -> Iterator[StageMarks]:
-    """Inside, the patched policy's chunks carry marks; graphs are captured anew on entering and on leaving."""
-    import smolvla_fast
-    from smolvla_fast import inference
-
-    marks, plain = StageMarks(device), inference.section
-    smolvla_fast.refresh(policy)
-    inference.section = marks.section
-    try:
-        yield marks
-    finally:
-        inference.section = plain
-        smolvla_fast.refresh(policy)

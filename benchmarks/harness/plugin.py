@@ -1,76 +1,102 @@
-"""Options, the policy under test, and the header that goes above every figure."""
+"""The pytest plugin of the suites: flags, the clock, the recorder, and the policies under test."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.harness.machine import Ceilings, measure_ceilings
-from benchmarks.harness.setup import Subject
+from benchmarks.harness import flags
+from benchmarks.harness.machine import Ceilings, ceilings_once
+from benchmarks.harness.measure import Clock, Measure
+from benchmarks.harness.recorder import Recorder
+from benchmarks.harness.setup import BenchmarkSetup
 from smolvla_fast.measure import system
 
-HEADER: pytest.StashKey[Any] = pytest.StashKey()
+RECORDER: pytest.StashKey[Recorder] = pytest.StashKey()
+CLOCK: pytest.StashKey[Clock] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("smolvla_fast")
-    group.addoption("--full", action="store_true", help="20 rounds a chunk and 100 an op, not 3 and 20")
-    group.addoption("--rounds", type=int, help="rounds a chunk")
-    group.addoption(
-        "--with-compile", action="store_true", help="also time stock under torch.compile (minutes)"
-    )
-    group.addoption("--cameras", default="1,2,3", help="camera counts of the chunk suite (default: 1,2,3)")
-    group.addoption("--steps", type=int, help="denoise steps")
-    group.addoption("--size", choices=("full", "tiny"), default="full", help="policy size")
-    group.addoption(
-        "--layout", choices=("fp32", "mixed"), help="dtypes of the weights (CPU: fp32, GPU: mixed)"
-    )
-    group.addoption("--device", help="cpu or cuda (default: cuda where there is one)")
-    group.addoption("--threads", type=int, help="CPU threads")
+    flags.add_to(group.addoption)
+    group.addoption("--choose", metavar="EXPRESSION", help="as -k, of benchmarks and of their variants")
+    group.addoption("--results", type=Path, help="where the JSON goes, after every case")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
-    config.stash[HEADER] = system.facts()
+    config.stash[RECORDER] = Recorder(config, config.getoption("--results"), system.facts())
+    seconds = config.getoption("--seconds") or flags.SECONDS * (4 if config.getoption("--full") else 1)
+    config.stash[CLOCK] = Clock(seconds)
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Our facts in place of the host's name."""
-    machine_info.pop("node", None)
-    machine_info["smolvla_fast"] = config.stash[HEADER]
+def pytest_collection_finish(session: pytest.Session) -> None:
+    clock = session.config.stash[CLOCK]
+    clock.cases = len(session.items)
+    print(
+        f"{clock.cases} cases, within {clock.left / 60:.1f} minutes; what there is no time for is left out by name"
+    )
 
 
-def rounds(config: pytest.Config) -> int:
-    return config.getoption("--rounds") or (20 if config.getoption("--full") else 3)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    recorder = session.config.stash[RECORDER]
+    recorder.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
+    recorder.save()
+    if recorder.red and not recorder.interrupted:
+        session.exitstatus = 1
+
+
+def device_of(config: pytest.Config) -> torch.device:
+    name = config.getoption("--device")
+    return torch.device(
+        name if name not in (None, "auto") else "cuda" if torch.cuda.is_available() else "cpu"
+    )
+
+
+def rounds(config: pytest.Config, few: int = 3, many: int = 20) -> int:
+    return config.getoption("--rounds") or (many if config.getoption("--full") else few)
 
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    return torch.device(
-        pytestconfig.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    return device_of(pytestconfig)
 
 
 @pytest.fixture(scope="session")
 def ceilings(pytestconfig: pytest.Config, device: torch.device) -> Ceilings:
-    found = measure_ceilings(device, small=pytestconfig.getoption("--size") == "tiny")
-    pytestconfig.stash[HEADER]["ceilings"] = found.to_dict()
+    recorder = pytestconfig.stash[RECORDER]
+    path = recorder.path and recorder.path.with_name("ceilings.json")
+    found = ceilings_once(path, device, small=pytestconfig.getoption("--size") == "tiny")
+    recorder.facts["ceilings"] = found.to_dict()
     return found
 
 
 @pytest.fixture(scope="session")
-def subject(pytestconfig: pytest.Config, device: torch.device) -> Subject:
+def make_setup(pytestconfig: pytest.Config, device: torch.device) -> Any:
+    """make_setup(layers=None): the policy; one at a time, for two would count in each other's memory."""
+    held: dict[int | None, BenchmarkSetup] = {}
     option = pytestconfig.getoption
-    return Subject(device, size=option("--size"), layout=option("--layout"), steps=option("--steps"))
+
+    def make(layers: int | None = None) -> BenchmarkSetup:
+        if layers not in held:
+            held.clear()
+            gc.collect()
+            held[layers] = BenchmarkSetup(
+                device, option("--size"), option("--layout"), option("--steps"), layers
+            )
+        return held[layers]
+
+    return make
 
 
 @pytest.fixture
-def patched(subject: Subject):
-    """patched(precision) patches the subject for the length of one test."""
-    import smolvla_fast
-
-    yield lambda precision: smolvla_fast.patch(subject.policy, precision=precision)
-    smolvla_fast.unpatch(subject.policy)
+def measure(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Measure]:
+    stash = pytestconfig.stash
+    yield Measure(benchmark, stash[RECORDER], stash[CLOCK], pytestconfig.getoption("--choose"))
+    gc.collect()

@@ -14,11 +14,13 @@ from benchmarks.peers.runner import Runner
 
 PRECISIONS = ("fp32", "bf16")
 HINTS = {"fp32": "f32", "bf16": "bf16"}
-INT8 = "OpenVINO has no int8 without quantising the model by another library (NNCF), so its work would not be the same"
+NO_INT8 = "OpenVINO has no int8 without quantising the model by another library (NNCF), so its work would not be the same"
 
 
-def why_missing() -> str | None:
-    """Why there is no OpenVINO, or None."""
+def why_missing(precision: str = "fp32") -> str | None:
+    """Why OpenVINO is no peer at this precision, or None."""
+    if precision not in PRECISIONS:
+        return NO_INT8
     if find_spec("openvino") is None:
         return 'openvino is not installed; run `pip install "smolvla_fast[bench]"`'
     return None

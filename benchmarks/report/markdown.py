@@ -1,4 +1,4 @@
-"""pytest-benchmark's JSON to Markdown and a chart; ``python -m benchmarks.report.markdown FILE`` does it again."""
+"""A result's JSON to Markdown and charts; ``python -m benchmarks.report.markdown FILE`` does it again."""
 
 from __future__ import annotations
 
@@ -7,159 +7,109 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import cpu
-from benchmarks.report import gpu as sections
+from benchmarks.report import cpu, gpu
+from benchmarks.report.tables import (
+    MARK,
+    NONE,
+    footnote,
+    groups,
+    milliseconds,
+    of,
+    ratio,
+    share,
+    suite,
+    table,
+    times,
+    unsteady,
+)  # fmt: skip
 from smolvla_fast.measure import system
-from smolvla_fast.measure.console import milliseconds
 
-# Below this many rounds the highest percentiles are the slowest round; a table would claim too much.
-TAIL_ROUNDS = 20
-# An idle machine keeps the median of a chunk within a few per cent of the best round. Beyond this something else ran
-# meanwhile, and a ratio would say more about that than about the policy.
-UNSTEADY = 1.25
-UNSTEADY_MARK = "†"
+INTERRUPTED = "**Interrupted**: the run was stopped; here is what it had measured until then."
 
 
 def write(data: dict[str, Any], stem: Path) -> list[Path]:
     """Writes ``stem``.md and, where matplotlib is installed and there is something to draw, ``stem``.png and
     ``stem``-scaling.png."""
     text, chart = stem.with_suffix(".md"), stem.with_suffix(".png")
-    curves = cpu.chart_path(chart)
-    charts = [
-        path for path, drawn in ((chart, draw(data, chart)), (curves, draw_curves(data, curves))) if drawn
-    ]
-    names = [path.name if path in charts else None for path in (chart, curves)]
-    text.write_text(markdown(data, *names))
+    curves = chart.with_name(f"{chart.stem}-scaling{chart.suffix}")
+    charts = draw(data, chart, curves)
+    text.write_text(markdown(data, *(path.name if path in charts else None for path in (chart, curves))))
     return [text, *charts]
 
 
 def markdown(data: dict[str, Any], chart: str | None = None, curves: str | None = None) -> str:
     """The whole report: header, then a section for each suite in the data."""
     facts = data["machine_info"]["smolvla_fast"]
-    parts = [
-        "# smolvla_fast benchmarks",
-        *([sections.REHEARSAL] if data.get("rehearsal") else []),
-        header(facts),
-    ]
-    if system.busy(facts):
-        parts.append(str(system.busy(facts)))
-    if chart:
-        parts.append(f"![times]({chart})")
+    parts = ["# smolvla_fast benchmarks"]
+    parts += [gpu.REHEARSAL] if data.get("rehearsal") else []
+    parts += [INTERRUPTED] if data.get("interrupted") else []
+    parts += [header(facts), system.busy(facts) or "", f"![times]({chart})" if chart else ""]
     every = {
-        "Parts": sections.parts,
-        "Chunk": chunks,
-        "Device and host": sections.device,
-        "Stages": stages,
-        "Denoise loop": sections.denoise,
-        "Training step": training,
-        "Ops": ops,
-        "CPU": cpu.tiers,
-        "CPU, by stage": cpu.stages,
-        "CPU, overhead": cpu.overhead,
-        "CPU, scaling": lambda data: cpu.scaling(data, curves),
-    }
+        "Parts": gpu.parts, "Chunk": chunks, "Device and host": gpu.device, "Stages": stages, "Denoise loop": gpu.denoise,
+        "Training step": training, "Ops": ops, "CPU": cpu.tiers, "CPU, by stage": cpu.stages,
+        "CPU, overhead": cpu.overhead, "CPU, scaling": lambda data: cpu.scaling(data, curves),
+    }  # fmt: skip
     for title, section in every.items():
         text = section(data)
-        if text:
-            parts += [f"## {title}", text]
-    return "\n\n".join(parts) + "\n"
+        parts += [f"## {title}", text] if text else []
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def header(facts: dict[str, Any]) -> str:
+    names = ("smolvla_fast", "lerobot", "torch", "transformers", "triton", "python")
+    versions = [f"{name} {facts.get(f'{name}_version') or 'none'}" for name in names]
+    versions += [f"openvino {facts['openvino_version']}"] if facts.get("openvino_version") else []
     rows = [
         ("machine", facts["machine"]),
-        ("processor", ", ".join(filter(None, [facts["cpu"], facts.get("cpu_model"), *facts["cpu_features"]]))),
+        (
+            "processor",
+            ", ".join(filter(None, [facts["cpu"], facts.get("cpu_model"), *facts["cpu_features"]])),
+        ),
         ("threads", facts["threads"]),
-        ("versions", ", ".join(f"{name} {facts.get(f'{name}_version') or 'none'}" for name in
-                               ("smolvla_fast", "lerobot", "torch", "transformers", "triton", "python"))
-                               + (f", openvino {facts['openvino_version']}" if facts.get("openvino_version") else "")),
+        ("versions", ", ".join(versions)),
         ("commit", facts["commit"] or "not a checkout"),
         ("date", facts["date"]),
-    ]  # fmt: skip
-    if facts.get("driver"):
-        rows.append(("driver", facts["driver"]))
+    ]
+    rows += [("driver", facts["driver"])] if facts.get("driver") else []
     for when, state in (facts.get("gpu_state") or {}).items():
         if state:
             rows.append((f"GPU {when}", ", ".join(f"{key} {value}" for key, value in state.items())))
     if "ceilings" in facts:
-        gemm = ", ".join(
-            f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in facts["ceilings"]["gemm_flops"].items()
-        )
+        rates = facts["ceilings"]["gemm_flops"].items()
+        gemm = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates)
         rows.append(("roof, measured", f"{gemm}, copy {facts['ceilings']['copy_bytes'] / 1e9:,.1f} GB/s"))
     return table(["", ""], rows)
 
 
-def suite(data: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    return [
-        {**bench, **bench["extra_info"]}
-        for bench in data["benchmarks"]
-        if bench["extra_info"].get("suite") == name
-    ]
-
-
-def groups(benches: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for bench in benches:
-        found.setdefault(bench["group"], []).append(bench)
-    return found
-
-
-def unsteady(bench: dict[str, Any]) -> bool:
-    return bench["p50_ms"] > UNSTEADY * bench.get("min_ms", bench["p50_ms"])
-
-
-def ratio(baseline: dict[str, Any] | None, bench: dict[str, Any]) -> str:
-    """How many times faster than the baseline; a dash where there is none or other work disturbed one of the two."""
-    if baseline is None or unsteady(baseline) or unsteady(bench):
-        return "–"
-    return f"{baseline['p50_ms'] / bench['p50_ms']:.2f}x"
-
-
-def footnote(benches: list[dict[str, Any]], then: str = "; no ratio is given") -> str:
-    if not any(map(unsteady, benches)):
-        return ""
-    return (
-        f"\n\n{UNSTEADY_MARK} unsteady: the median is more than {UNSTEADY:g} times the best round, so other work "
-        f"disturbed it{then}."
-    )
-
-
 def chunks(data: dict[str, Any]) -> str:
     parts = []
+    columns = [
+        "",
+        "p50 ms",
+        "best ms",
+        "p95 ms",
+        "p99 ms",
+        "chunks/s",
+        "ratio",
+        "of the roof",
+        "rel L2",
+        "max abs",
+        "rounds",
+    ]
     for group, benches in groups(suite(data, "chunk")).items():
         stock = next((bench for bench in benches if bench["variant"] == "stock"), None)
         rows = [
             [
-                bench["variant"],
-                milliseconds(bench["p50_ms"]) + UNSTEADY_MARK * unsteady(bench),
-                milliseconds(bench["min_ms"]),
-                *(
-                    milliseconds(bench[f"p{p}_ms"]) if bench["rounds"] >= TAIL_ROUNDS else "–"
-                    for p in (95, 99)
-                ),
-                f"{1000 / bench['p50_ms']:.2f}",
-                ratio(stock, bench),
-                f"{bench['share_of_floor']:.0%}",
-                f"{bench['rel_l2']:.1e}",
-                f"{bench['max_abs']:.1e}",
-                bench["rounds"],
+                bench["variant"], *times(bench), f"{1000 / bench['p50_ms']:.2f}", ratio(stock, bench), share(bench),
+                f"{bench['rel_l2']:.1e}", f"{bench['max_abs']:.1e}", bench["rounds"],
             ]
             for bench in benches
-        ]
-        columns = [
-            "",
-            "p50 ms",
-            "best ms",
-            "p95 ms",
-            "p99 ms",
-            "chunks/s",
-            "ratio",
-            "of the roof",
-            "rel L2",
-            "max abs",
-            "rounds",
-        ]
+        ]  # fmt: skip
         parts.append(f"{group.removeprefix('chunk: ')}\n\n{table(columns, rows)}{footnote(benches)}")
+        if stock and "against" in stock:
+            parts.append(
+                f"Errors are against stock, stock's against {stock['against']}; ratios are of rounds in turn."
+            )
     return "\n\n".join(parts)
 
 
@@ -167,18 +117,16 @@ def stages(data: dict[str, Any]) -> str:
     parts = []
     for group, benches in groups(suite(data, "stages")).items():
         stock = next((bench["stages"] for bench in benches if bench["variant"] == "stock"), None)
-        rows = []
-        for bench in benches:
-            for stage, figures in bench["stages"].items():
-                p50, total = figures["p50_ms"], bench["stages"]["total"]["p50_ms"]
-                rows.append([
-                    bench["variant"], stage, milliseconds(p50), f"{p50 / total:.0%}",
-                    ratio(stock and stock[stage], figures),
-                    *(("–", "–", "–") if "floor_ms" not in figures else (
-                        f"{figures['flops'] / 1e9:,.1f}", milliseconds(figures["floor_ms"]),
-                        f"{figures['share_of_floor']:.0%}",
-                    )),
-                ])  # fmt: skip
+        rows = [
+            [
+                bench["variant"], stage, milliseconds(figures["p50_ms"]),
+                f"{figures['p50_ms'] / bench['stages']['total']['p50_ms']:.0%}", ratio(stock and stock[stage], figures),
+                of(figures, "flops", 1e9, 1), milliseconds(figures["floor_ms"]) if "floor_ms" in figures else NONE,
+                share(figures),
+            ]
+            for bench in benches
+            for stage, figures in bench["stages"].items()
+        ]  # fmt: skip
         columns = ["", "stage", "p50 ms", "share", "ratio", "GFLOP", "floor ms", "of the roof"]
         parts.append(f"{group.removeprefix('stages: ')}\n\n{table(columns, rows)}")
     return "\n\n".join(parts)
@@ -186,36 +134,25 @@ def stages(data: dict[str, Any]) -> str:
 
 def training(data: dict[str, Any]) -> str:
     parts = []
+    columns = [
+        "", "p50 ms", "best ms", "samples/s", "ratio", "floor ms", "of the roof", "gradients, rel L2", "allowed", "loss",
+        "peak GiB", "rounds",
+    ]  # fmt: skip
     for group, benches in groups(suite(data, "train")).items():
         rows = [
             [
-                bench["variant"],
-                milliseconds(bench["p50_ms"]) + UNSTEADY_MARK * unsteady(bench),
-                milliseconds(bench["min_ms"]),
-                f"{1e3 * bench['batch'] / bench['p50_ms']:.3g}",
-                f"{bench['ratio']:.2f}x" if "ratio" in bench else "–",
-                *(
-                    (milliseconds(bench["floor_ms"]), f"{bench['share_of_floor']:.0%}")
-                    if "floor_ms" in bench
-                    else ("–", "–")
-                ),
-                f"{bench['gradient_rel_l2']:.1e}",
-                f"{bench['bound']:.1e}",
-                f"{bench['loss_rel']:.1e}",
-                "–" if bench["peak_bytes"] is None else f"{bench['peak_bytes'] / 2**30:.2f}",
-                bench["rounds"],
+                bench["variant"], *times(bench)[:2], f"{1e3 * bench['batch'] / bench['p50_ms']:.3g}", ratio(None, bench),
+                milliseconds(bench["floor_ms"]) if "floor_ms" in bench else NONE, share(bench),
+                f"{bench['gradient_rel_l2']:.1e}", f"{bench['bound']:.1e}", f"{bench['loss_rel']:.1e}",
+                of(bench, "peak_bytes", 2**30, 2), bench["rounds"],
             ]
             for bench in benches
-        ]
-        columns = [
-            "", "p50 ms", "best ms", "samples/s", "ratio", "floor ms", "of the roof", "gradients, rel L2", "allowed", "loss",
-            "peak GiB", "rounds",
         ]  # fmt: skip
-        parts.append(f"{group.removeprefix('train: ')}\n\n{table(columns, rows)}{footnote(benches, then='')}")
+        parts.append(f"{group.removeprefix('train: ')}\n\n{table(columns, rows)}{footnote(benches)}")
     if parts:
         parts.append(
-            "Before each round stock takes one, in bf16 for what runs in bf16; the ratio is the median over rounds of "
-            "stock's time by the one after it. The floor is the least time of a step's parts (vision, prefix, expert with "
+            "Ratios are to stock, for what runs in bf16 to stock in bf16; the ratio is the median over rounds of stock's "
+            "time by the one beside it. The floor is the least time of a step's parts (vision, prefix, expert with "
             "its update) under this machine's roof, for whichever of arithmetic and memory takes longer."
         )
     return "\n\n".join(parts)
@@ -223,24 +160,16 @@ def training(data: dict[str, Any]) -> str:
 
 def ops(data: dict[str, Any]) -> str:
     benches = suite(data, "ops")
-    if not benches:
-        return ""
     eager = {bench["group"]: bench for bench in benches if bench["backend"] == "reference"}
     rows = [
         [
-            bench["op"],
-            " ".join(f"{name}={value}" for name, value in bench["case"].items()),
-            bench["dtype"],
-            bench["backend"],
-            f"{bench['p50_ms'] * 1e3:,.0f}" + UNSTEADY_MARK * unsteady(bench),
-            f"{bench['min_ms'] * 1e3:,.0f}",
-            ratio(eager.get(bench["group"]), bench),
-            f"{bench['gflops_per_s']:,.0f}",
-            f"{bench['gbytes_per_s']:,.1f}",
-            f"{bench['share_of_floor']:.0%}",
+            bench["op"], " ".join(f"{name}={value}" for name, value in bench["case"].items()), bench["dtype"],
+            bench["backend"], of(bench, "p50_ms", 1e-3) + MARK * unsteady(bench),
+            of(bench, "min_ms", 1e-3), ratio(eager.get(bench["group"]), bench), of(bench, "gflops_per_s"),
+            of(bench, "gbytes_per_s", digits=1), share(bench),
         ]
         for bench in benches
-    ]
+    ]  # fmt: skip
     columns = [
         "op",
         "case",
@@ -253,63 +182,42 @@ def ops(data: dict[str, Any]) -> str:
         "GB/s",
         "of the roof",
     ]
-    return table(columns, rows)
+    return table(columns, rows) if rows else ""
 
 
-def table(columns: list[str], rows: list[Any]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def draw(data: dict[str, Any], path: Path) -> bool:
-    """The chart of the chunk suite, or of the stages where only they ran. False: nothing to draw, or no
-    matplotlib.
-    """
+def draw(data: dict[str, Any], path: Path, curves: Path) -> list[Path]:
+    """The chart of the first suite that has one, and the CPU's curves; returns what was drawn: [] without matplotlib."""
     try:
         from smolvla_fast.measure import plot
     except ImportError:
-        return False
-    subtitle = _subtitle(data)
-    if data.get("kind") == "gpu-report" and sections.draw_stages(data, subtitle, path):
-        return True
-    if suite(data, "chunk"):
-        bars: dict[str, dict[str, float]] = {}
-        for bench in suite(data, "chunk"):
-            bars.setdefault(f"{bench['cameras']} cameras", {})[bench["variant"]] = bench["p50_ms"]
-        plot.grouped_bars(bars, "SmolVLA action chunk, p50 ms", subtitle, path)
-        return True
-    if suite(data, "stages"):
-        bars = {
-            bench["variant"]: {
-                stage: figures["p50_ms"] for stage, figures in bench["stages"].items() if stage != "total"
-            }
-            for bench in suite(data, "stages")
-        }
-        plot.grouped_bars(bars, "SmolVLA action chunk by stage, p50 ms", subtitle, path)
-        return True
-    return cpu.draw(data, subtitle, path)
-
-
-def draw_curves(data: dict[str, Any], path: Path) -> bool:
-    """The scaling curves of the CPU suite. False as in ``draw``."""
-    try:
-        return cpu.draw_curves(data, _subtitle(data), path)
-    except ImportError:
-        return False
-
-
-def _subtitle(data: dict[str, Any]) -> str:
-    return "{machine}, {threads} threads, torch {torch_version}, lerobot {lerobot_version}".format(
-        **data["machine_info"]["smolvla_fast"]
+        return []
+    facts = data["machine_info"]["smolvla_fast"]
+    subtitle = "{machine}, {threads} threads, torch {torch_version}, lerobot {lerobot_version}".format(
+        **facts
     )
-
-
-def main(arguments: list[str]) -> int:
-    for argument in arguments:
-        for path in write(json.loads(Path(argument).read_text()), Path(argument)):
-            print(f"wrote {path}")
-    return 0
+    bars: dict[str, dict[str, float]] = {}
+    title, floors = "SmolVLA action chunk, p50 ms", None
+    if data.get("kind") == "gpu-report":
+        title, (bars, floors) = gpu.stage_title(data), gpu.stage_bars(data)
+    for bench in [] if bars else suite(data, "chunk") or suite(data, "cpu"):
+        count = bench["cameras"]
+        bars.setdefault(f"{count} camera" + "s" * (count > 1), {})[bench["variant"]] = bench["p50_ms"]
+    for bench in [] if bars else suite(data, "stages"):
+        title = "SmolVLA action chunk by stage, p50 ms"
+        bars[bench["variant"]] = {
+            name: each["p50_ms"] for name, each in bench["stages"].items() if name != "total"
+        }
+    drawn = []
+    if bars:
+        plot.grouped_bars(bars, title, subtitle, path, floors)
+        drawn.append(path)
+    if cpu.curves(data):
+        plot.curves(cpu.curves(data), "SmolVLA action chunk on a CPU, ms", subtitle, curves)
+        drawn.append(curves)
+    return drawn
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    for argument in map(Path, sys.argv[1:]):
+        for written in write(json.loads(argument.read_text()), argument):
+            print(f"wrote {written}")

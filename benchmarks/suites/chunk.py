@@ -1,59 +1,55 @@
-"""A whole action chunk: stock, stock compiled, and every tier, by number of cameras."""
+"""A whole action chunk: stock, stock compiled, and every tier, by cameras, batch and layers.
+
+Wall time is that of ``predict_action_chunk`` until its chunk can be read. On a GPU also device time, what the GPU works on
+it; the difference is the host's.
+"""
 
 from __future__ import annotations
 
-import pytest
-import torch
+from itertools import product
 
-from benchmarks.harness.account import stage_costs
-from benchmarks.harness.gate import COMPILED_BOUND, check_chunk, timed
+import pytest
+
+from benchmarks.harness.device_timing import device_rounds
+from benchmarks.harness.flags import counts
+from benchmarks.harness.gate import act
 from benchmarks.harness.plugin import rounds
-from benchmarks.harness.setup import why_not
+from benchmarks.harness.setup import Case
+from smolvla_fast.measure.rounds import summary
 from smolvla_fast.model.precision import TIERS
 
-COMPILED = "stock compiled"
+DEVICE_SECONDS = 1.0
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    # Variants of one camera count stand next to each other, so that they share the machine's state.
-    cameras = [int(count) for count in metafunc.config.getoption("--cameras").split(",")]
-    metafunc.parametrize("cameras", cameras, ids=lambda count: f"{count}cameras")
+    option = metafunc.config.getoption
+    cameras, batch = (
+        counts(option("--cameras"), "--cameras", (1, 2, 3)),
+        counts(option("--batch"), "--batch", (1,)),
+    )
+    layers = counts(option("--layers"), "--layers", ()) or (None,)
+    # One policy after the other, and of each what matters most first.
+    cases = [(c, b, n) for n, b, c in product(layers, batch, cameras)]
+    ids = [f"{c}cameras-batch{b}" + (f"-{n}layers" if n else "") for c, b, n in cases]
+    metafunc.parametrize(("cameras", "batch", "layers"), cases, ids=ids)
 
 
-@pytest.mark.parametrize("variant", ["stock", COMPILED, *TIERS])
-def test_chunk(benchmark, subject, patched, ceilings, pytestconfig, variant, cameras):
-    if variant == COMPILED and not pytestconfig.getoption("--with-compile"):
-        pytest.skip("compiling takes minutes on a CPU; ask for it by --with-compile")
-    if why_not(variant, subject.device):
-        pytest.skip(str(why_not(variant, subject.device)))
-    benchmark.group = f"chunk: {subject.group}, {cameras} cameras"
-    model = subject.policy.model
-
-    def check():
-        if variant == "stock":
-            return check_chunk(subject.stock_chunk(cameras), subject.stock_chunk(cameras), 0.0)
-        if variant == COMPILED:
-            return check_chunk(
-                subject.chunk(cameras), subject.stock_chunk(cameras), COMPILED_BOUND[subject.layout]
-            )
-        return subject.check(variant, cameras)
-
-    if variant in TIERS:
-        patched(variant)
-    if variant == COMPILED:
-        # The mode of LeRobot's own `compile_model` on a GPU; on a CPU it only makes compilation longer.
-        mode = "max-autotune" if subject.device.type == "cuda" else "default"
-        model.__dict__["sample_actions"] = torch.compile(model.sample_actions, mode=mode)
-    try:
-        timed(benchmark, check, lambda: subject.chunk(cameras), rounds(pytestconfig))
-    finally:
-        model.__dict__.pop("sample_actions", None)
-    dtype = subject.compute_dtype(variant)
-    language = subject.observation(cameras)["observation.language.tokens"].shape[1]
-    costs = stage_costs(model, cameras, language, dtype.itemsize).values()
-    floor_ms = sum(ceilings.floor_ms(cost.flops, cost.bytes, dtype) for cost in costs)
-    benchmark.extra_info.update(
-        suite="chunk", variant=variant, cameras=cameras,
-        steps=subject.policy.config.num_steps, layout=subject.layout,
-        floor_ms=floor_ms, share_of_floor=floor_ms / benchmark.extra_info["p50_ms"],
-    )  # fmt: skip
+def test_chunk(measure, make_setup, ceilings, pytestconfig, cameras, batch, layers):
+    setup, case = make_setup(layers), Case(cameras, batch)
+    variants = [setup.stock(case), *(setup.tier(name, case) for name in TIERS)]
+    if pytestconfig.getoption("--with-compile"):
+        variants.append(setup.compiled(case, pytestconfig.getoption("--compile-mode")))
+    for each in variants:
+        each.facts["floor_ms"] = setup.floor_ms(each.facts["precision"], case, ceilings)
+    group = f"chunk: {setup.group}, {cameras} cameras" + (f", batch {batch}" if batch > 1 else "")
+    for each in measure(group, variants, rounds(pytestconfig), suite="chunk"):
+        slowest = 1e3 * max(each.stats.stats.data)
+        with measure.recorder.attempt(each, group):
+            queue = lambda policy=each.policy: act(policy, setup.inputs(cameras, batch))  # noqa: E731
+            found = device_rounds(queue, setup.device, rounds(pytestconfig), DEVICE_SECONDS, slowest + 1.0)
+            if found is not None:
+                wall = sorted(1e3 * seconds for seconds in each.stats.stats.data)
+                figures = summary(found)
+                host = summary(wall)["p50_ms"] - figures["p50_ms"]
+                each.facts.update(device_ms=figures, device_rounds_ms=found, host_ms=host)
+    measure.recorder.save()

@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-from support.contract import OPS, check, inputs_in, room, to_device
+from support.contract import OPS, check, inputs_in, to_device
+from support.contract import room as reference
 
-__all__ = ["OPS", "REAL_FLOPS", "check", "cold_calls", "figures", "room"]
+from smolvla_fast.measure.rounds import synchronize
+
+__all__ = ["OPS", "REAL_FLOPS", "check", "cold_inputs", "prepared", "reference", "replay"]
 
 # Below this a case is one of the odd ones, which exist for correctness.
 REAL_FLOPS = 2e6
 # A working set above any processor's last-level cache, in at most so many copies.
 COLD_BYTES, MAX_COPIES = 2**28, 32
+WARM = 3
 
 
 def prepared(ops: Any, op: str, inputs: dict[str, Any]) -> Callable[[], Any]:
@@ -36,31 +41,32 @@ def prepared(ops: Any, op: str, inputs: dict[str, Any]) -> Callable[[], Any]:
     return lambda: function(**inputs)
 
 
-def cold_calls(
-    ops: Any, op: str, case: dict[str, int], dtype: torch.dtype, device: torch.device
-) -> list[Callable[[], Any]]:
-    """Calls on several copies of the inputs, to be made in turn: a chunk goes through its layers, and weights that one
-    call leaves in the caches would flatter the next."""
-    cost = room(op).cost(case, dtype.itemsize)
+def cold_inputs(
+    op: str, case: dict[str, int], dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Any]]:
+    """Several copies of the inputs, to be gone through in turn: a chunk goes through its layers, and weights that one call
+    leaves in the caches would flatter the next."""
+    cost = reference(op).cost(case, dtype.itemsize)
     copies = max(1, min(MAX_COPIES, int(COLD_BYTES // cost.bytes)))
     inputs = [to_device(inputs_in(op, case, dtype, seed)[0], device) for seed in range(2)]
-    inputs += [{name: _clone(value) for name, value in inputs[0].items()} for _ in range(copies - 2)]
-    return [prepared(ops, op, values) for values in inputs]
+    return inputs + [tree_map_only(torch.Tensor, torch.clone, inputs[0]) for _ in range(copies - 2)]
 
 
-def figures(
-    op: str, case: dict[str, int], dtype: torch.dtype, backend: str, p50_ms: float, ceilings: Any
-) -> dict[str, Any]:
-    """What the report says of an op beside its times."""
-    cost = room(op).cost(case, dtype.itemsize)
-    floor_ms = ceilings.floor_ms(cost.flops, cost.bytes, dtype)
-    return dict(
-        suite="ops", op=op, case=case, dtype=str(dtype).removeprefix("torch."), backend=backend,
-        flops=cost.flops, bytes=cost.bytes,
-        gflops_per_s=cost.flops / p50_ms / 1e6, gbytes_per_s=cost.bytes / p50_ms / 1e6,
-        floor_ms=floor_ms, share_of_floor=floor_ms / p50_ms,
-    )  # fmt: skip
+def replay(calls: list[Callable[[], Any]], device: torch.device) -> Callable[[], None]:
+    """All calls, one after the other: as one graph on a GPU, where launching one by one would take longer than they."""
+    if device.type != "cuda":
+        return lambda: [call() for call in calls] and None
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(WARM):
+            calls[0]()
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
 
+    def run() -> None:
+        graph.replay()
+        synchronize(device)
 
-def _clone(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
+    return run

@@ -1,8 +1,7 @@
-"""Single ops: case by dtype by backend, each checked against fp64 before it is timed, under the roof.
+"""Single ops: case by dtype, every backend and eager torch in turn, each checked against fp64 before it is timed.
 
 Cases, inputs and costs come from ``smolvla_fast/ops/reference/<op>.py``, the check from ``tests/support/contract.py``: an
-op that is added there is timed here. Rounds go through several copies of the inputs, as a chunk goes through
-its layers; weights that one op leaves in the caches would flatter it.
+op that is added there is timed here. Rounds go through several copies of the inputs, on a GPU as one captured graph.
 """
 
 from __future__ import annotations
@@ -13,52 +12,59 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness.gate import timed
-from benchmarks.suites.op_calls import OPS, REAL_FLOPS, check, cold_calls, figures, room
-from smolvla_fast.measure.rounds import synchronize
+from benchmarks.harness.measure import Variant
+from benchmarks.harness.plugin import rounds
+from benchmarks.suites.op_calls import OPS, REAL_FLOPS, check, cold_inputs, prepared, reference, replay
 from smolvla_fast.ops import select as backends
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.bfloat16, torch.float32)
 
 
-def params() -> list[Any]:
-    found = []
-    table = backends.table(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    for op in OPS:
-        names = ["reference", *(row.backend for row in table if row.op == op and row.available)]
-        for case in room(op).CASES:
-            if room(op).cost(case, 4).flops < REAL_FLOPS:
-                continue
-            sizes = "-".join(f"{name}{value}" for name, value in case.items())
-            for dtype in DTYPES:
-                for name in names:
-                    label = f"{op}-{sizes}-{str(dtype).removeprefix('torch.')}-{name}"
-                    found.append(pytest.param(op, case, dtype, name, id=label))
-    return found
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    # bf16 of every op before fp32 of any: time may run out.
+    found = [
+        pytest.param(op, case, dtype, id="-".join([op, *(f"{k}{v}" for k, v in case.items()), short(dtype)]))
+        for dtype in DTYPES
+        for op in OPS
+        for case in reference(op).CASES
+        if reference(op).cost(case, 4).flops >= REAL_FLOPS
+    ]
+    metafunc.parametrize(("op", "case", "dtype"), found)
 
 
-@pytest.mark.parametrize(("op", "case", "dtype", "backend"), params())
-def test_op(benchmark, ceilings, device, pytestconfig, op, case, dtype, backend):
-    reference = backends.reference_ops()
-    try:
-        ops = reference if backend == "reference" else backends.select(backend, device, False)
-    except RuntimeError as reason:
-        pytest.skip(str(reason))
-    short = str(dtype).removeprefix("torch.")
-    benchmark.group = f"op: {op}, {device.type}, {short}, " + " ".join(f"{k}={v}" for k, v in case.items())
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
-    def check_op() -> dict[str, Any]:
-        if ops is not reference:
-            check(reference, ops, op, case, dtype, device=device)
-        return {}
 
-    calls = cycle(cold_calls(ops, op, case, dtype, device))
+def test_op(measure, ceilings, device, pytestconfig, op, case, dtype):
+    sizes = " ".join(f"{name}={value}" for name, value in case.items())
+    group = f"op: {op}, {device.type}, {short(dtype)}, {sizes}"
+    served = ["reference", *(row.backend for row in backends.table(device) if row.op == op and row.available)]
+    inputs, cost = [], reference(op).cost(case, dtype.itemsize)
 
-    def one() -> None:
-        next(calls)()
-        synchronize(device)
+    def variant(name: str) -> Variant:
+        eager, runs = backends.reference_ops(), []
+
+        def checked() -> dict[str, Any]:
+            ops = eager if name == "reference" else backends.select(name, device, False)
+            if ops is not eager:
+                check(eager, ops, op, case, dtype, device=device)
+            if not inputs:
+                inputs.extend(cold_inputs(op, case, dtype, device))
+            calls = [prepared(ops, op, values) for values in inputs]
+            if device.type == "cuda":
+                runs.append(replay(calls, device))
+                return {"calls_a_round": len(calls)}
+            calls[0]()
+            turns = cycle(calls)
+            runs.append(lambda: next(turns)() is None)
+            return {}
+
+        facts = dict(
+            suite="ops", variant=name, ratio_to="reference", op=op, case=case, dtype=short(dtype), backend=name,
+            flops=cost.flops, bytes=cost.bytes, floor_ms=ceilings.floor_ms(cost.flops, cost.bytes, dtype),
+        )  # fmt: skip
+        return Variant(name, checked, lambda: runs[0](), facts=facts)
 
     with torch.no_grad():
-        timed(benchmark, check_op, one, 100 if pytestconfig.getoption("--full") else 20)
-    p50 = benchmark.extra_info["p50_ms"]
-    benchmark.extra_info.update(figures(op, case, dtype, backend, p50, ceilings))
+        measure(group, [variant(name) for name in served], rounds(pytestconfig, 20, 100))

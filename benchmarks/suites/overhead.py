@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.variants import CPU, chunk
+from benchmarks.harness.gate import act as chunk
 from smolvla_fast.measure.rounds import percentile, timed_ms
 from smolvla_fast.ops import table
 from smolvla_fast.patch import engine_of, patch
 from smolvla_fast.testing import policies
 
+CPU = torch.device("cpu")
 OFF_LOOP = 1
 """The fewest denoise steps: what a chunk of so many allocates is not the loop's."""
 

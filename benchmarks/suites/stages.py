@@ -2,53 +2,78 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from benchmarks.harness.account import stage_costs
-from benchmarks.harness.gate import check_chunk, timed
-from benchmarks.harness.plugin import rounds
-from benchmarks.harness.setup import why_not
-from smolvla_fast.engine.timing import stage_times
-from smolvla_fast.measure.rounds import summary
+import smolvla_fast
+from benchmarks.harness.device_timing import StageMarks
+from benchmarks.harness.flags import counts
+from benchmarks.harness.measure import Variant
+from benchmarks.harness.plugin import device_of, rounds
+from benchmarks.harness.setup import BenchmarkSetup, Case
 from smolvla_fast.model.precision import TIERS
 
 CAMERAS = 2
+LOOPS = {"cuda": ("triton", "cuda"), "cpu": ("torch", "cpu")}
+"""Backends whose denoise loops stand beside each other. On a GPU: op by op, and all steps in one launch."""
 
 
-@pytest.mark.parametrize("variant", ["stock", *TIERS])
-def test_stages(benchmark, subject, patched, ceilings, pytestconfig, variant):
-    if why_not(variant, subject.device):
-        pytest.skip(str(why_not(variant, subject.device)))
-    benchmark.group = f"stages: {subject.group}, {CAMERAS} cameras"
-    batch = subject.observation(CAMERAS)
-    found: list[dict[str, float]] = []
+def by_marks(variant: Variant, setup: BenchmarkSetup, case: Case) -> Variant:
+    """A patched variant, timed inside its captured chunk."""
+    marks, check = StageMarks(setup.device), variant.check
 
-    def check():
-        if variant == "stock":
-            return check_chunk(subject.stock_chunk(CAMERAS), subject.stock_chunk(CAMERAS), 0.0)
-        return subject.check(variant, CAMERAS)
+    def checked() -> dict[str, Any]:
+        facts = check()
+        smolvla_fast.refresh(variant.policy)  # graphs are captured anew, with marks
+        run()
+        return {**facts, "where": "inside the captured chunk", "status": setup.status_of(variant.policy)}
 
-    if variant in TIERS:
-        patched(variant)
-    timed(
-        benchmark,
-        check,
-        lambda: found.append(stage_times(subject.policy, batch, subject.noise())),
-        rounds(pytestconfig),
+    def run() -> dict[str, float]:
+        with marks.placed():
+            setup.chunk(variant.policy, case)
+        return marks.read()
+
+    variant.check, variant.run = checked, run
+    return variant
+
+
+def timed_by_stage(variants: list[Variant], setup: BenchmarkSetup, case: Case, ceilings: Any) -> None:
+    for each in variants:
+        if each.facts["kind"] == "tier":
+            by_marks(each, setup, case)
+        else:
+            each.run = lambda policy=each.policy: setup.stage_times(policy, case)
+            each.facts["where"] = "synchronized between stages"
+        each.facts["stage_floors"] = setup.floors(each.facts["precision"], case, ceilings)
+
+
+def test_stages(measure: Any, make_setup: Any, ceilings: Any, pytestconfig: Any) -> None:
+    setup, case = make_setup(), Case(CAMERAS)
+    variants = [setup.stock(case), *(setup.tier(name, case) for name in TIERS)]
+    timed_by_stage(variants, setup, case, ceilings)
+    group = f"stages: {setup.group}, {CAMERAS} cameras"
+    measure(group, variants, rounds(pytestconfig), suite="stages")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "batch" in metafunc.fixturenames:
+        metafunc.parametrize("batch", counts(metafunc.config.getoption("--batch"), "--batch", (1, 8)))
+
+
+def test_denoise(measure: Any, make_setup: Any, ceilings: Any, pytestconfig: Any, batch: int) -> None:
+    """The denoise stage of tier bf16 by backend, in turn: ``auto`` takes Triton; whether it should is measured here."""
+    if device_of(pytestconfig).type == "cpu" and pytestconfig.getoption("--size") == "full":
+        pytest.skip("on a CPU one backend has a loop of its own")
+    setup, case = make_setup(), Case(CAMERAS, batch)
+    labels = {f"bf16, {backend}": backend for backend in LOOPS[setup.device.type]}
+    variants = [setup.tier("bf16", case, backend, label) for label, backend in labels.items()]
+    timed_by_stage(variants, setup, case, ceilings)
+    for each in variants:
+        each.facts.update(ratio_to=variants[0].name, loop_backend=labels[each.name])
+    group = (
+        f"stages: {setup.group}, {CAMERAS} cameras"
+        + (f", batch {batch}" if batch > 1 else "")
+        + ", by backend"
     )
-    measured = found[1:]  # without the warm-up
-    dtype = subject.compute_dtype(variant)
-    language = batch["observation.language.tokens"].shape[1]
-    stages = {stage: summary([times[stage] for times in measured]) for stage in measured[0]}
-    for stage, cost in stage_costs(subject.policy.model, CAMERAS, language, dtype.itemsize).items():
-        floor_ms = ceilings.floor_ms(cost.flops, cost.bytes, dtype)
-        stages[stage].update(
-            flops=cost.flops,
-            bytes=cost.bytes,
-            floor_ms=floor_ms,
-            share_of_floor=floor_ms / stages[stage]["p50_ms"],
-        )
-    benchmark.extra_info.update(
-        suite="stages", variant=variant, cameras=CAMERAS, steps=subject.policy.config.num_steps,
-        layout=subject.layout, stages=stages,
-    )  # fmt: skip
+    measure(group, variants, rounds(pytestconfig), suite="stages")

@@ -142,7 +142,7 @@ def test_a_hold_of_the_gil_is_seen() -> None:
 
 @pytest.mark.check(60)
 def test_readme_says_where_it_is_faster_and_where_nobody_knows() -> None:
-    """Every figure is of a committed run, where each tier beat LeRobot, compiled too; no GPU is measured, it says."""
+    """Every figure is of a committed run, where each tier beat LeRobot, compiled too; without a GPU's run it says so."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8").split("## Figures")[1].split("\n## ")[0]
     reports = re.findall(r"\((benchmarks/results/[^)]*)\.md\)", readme)
     measured = {}
@@ -154,7 +154,7 @@ def test_readme_says_where_it_is_faster_and_where_nobody_knows() -> None:
     names = r"`(\w+)`[^|]*|lerobot eager|(lerobot compiled|OpenVINO \w+)[^|]*"
     figures = r"([\d,]+) \| ([\d,]+) \| ([\d.]+)x"
     rows = re.findall(rf"^\| (\d[^|]*?) \| (?:{names}) \| {figures}", readme, re.MULTILINE)
-    assert len(rows) == 8 + 6
+    assert len(rows) >= 8 + 6
     compiled = {place: float(ratio) for place, _, peer, *_, ratio in rows if peer == "lerobot compiled"}
     for place, tier, peer, p50, best, ratio in rows:
         found = measured[place, tier or peer.replace("lerobot", "stock") or "stock"]
@@ -164,7 +164,11 @@ def test_readme_says_where_it_is_faster_and_where_nobody_knows() -> None:
         want = found.get("ratio") or measured[place, "stock"]["p50_ms"] / found["p50_ms"]
         assert float(ratio) == pytest.approx(want, abs=0.005)
         assert not tier or float(ratio) > compiled.get(place, 1)
-    assert re.search(r"any NVIDIA GPU \| not measured", readme)
+    results = (
+        json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "benchmarks/results").glob("*.json")
+    )
+    on_a_gpu = any(found["machine_info"]["smolvla_fast"]["gpus"] for found in results)
+    assert on_a_gpu or re.search(r"any NVIDIA GPU \| not measured", readme)
 
 
 @pytest.mark.check(61)
