@@ -375,26 +375,18 @@ def test_the_command_hands_on_its_options(started: list[list[str]], tmp_path: Pa
         "--threads=2",
         "--seconds=510",
     } <= set(started[0])
-    options = [
-        "--cameras",
-        "3",
-        "--threads",
-        "1",
-        "--steps",
-        "4",
-        "--rounds",
-        "5",
-        "--size",
-        "tiny",
+    common = [
+        "--cameras=3",
+        "--threads=1",
+        "--steps=4",
+        "--rounds=5",
+        "--size=tiny",
         "--full",
         "--no-scaling",
-        "--with-compile",
-        "-k",
-        "fp32",
     ]
-    assert main(["bench", "ops", "cpu", *options.split(), "--json", path]) == 2
-    given = {"--cameras=3", "--threads=1", "--steps=4", "--rounds=5", "--size=tiny", "--full", "--no-scaling"}
-    given |= {"--with-compile", "--choose", "fp32", "--seconds=2040"}
+    options = [*common, "--with-compile", "-k", "fp32"]
+    assert main(["bench", "ops", "cpu", *options, "--json", path]) == 2
+    given = {*common, "--with-compile", "--choose", "fp32", "--seconds=2040"}
     assert [Path(word).stem for command in started[1:] for word in command if word.endswith(".py")] == [
         "ops",
         "cpu",
