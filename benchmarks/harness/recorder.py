@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from benchmarks.harness.gate import CheckFailed, Unavailable
 from smolvla_fast.measure.rounds import side_by_side, summary
 
@@ -21,7 +19,7 @@ class Recorder:
     left_out  what there was no time for
     """
 
-    def __init__(self, config: pytest.Config, path: Path | None, facts: dict[str, Any]) -> None:
+    def __init__(self, config: Any, path: Path | None, facts: dict[str, Any]) -> None:
         self.config, self.path, self.facts = config, path, facts
         self.red: list[dict[str, str]] = []
         self.skipped: list[dict[str, str]] = []
