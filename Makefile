@@ -52,7 +52,7 @@ fuzz: venv
 
 # Ten minutes at most: ten thousand chunks, then drawn cases; counts, memory first and last.
 soak: venv
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python scripts/soak.py $(ARGS)
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/fuzz/soak.py $(ARGS)
 
 # The engine's parity and patch tests under other releases of LeRobot, each in an environment of its own: minutes to make
 # the first time, and several GB. ARGS is passed to pytest.
@@ -113,17 +113,17 @@ bench: venv
 
 # ARGS="--part chunk", "--only linear", "--rehearse" (no GPU), "--commit NAME" (a tree without its history)
 gpu-report:
-	@$(GPU_PYTHON) scripts/gpu_report.py $(ARGS)
+	@$(GPU_PYTHON) -m benchmarks.gpu_run.report $(ARGS)
 
 gpu-peers:
-	@$(GPU_PYTHON) scripts/gpu_peers.py $(ARGS)
+	@$(GPU_PYTHON) -m benchmarks.gpu_run.peers $(ARGS)
 
 # LeRobot for a GPU machine without a network: bring .whl/ along with the tree.
 gpu-wheels: venv
-	$(VENV)/bin/python -m pip wheel -q --no-deps -w .whl -r scripts/gpu-requirements.txt
+	$(VENV)/bin/python -m pip wheel -q --no-deps -w .whl -r benchmarks/gpu_run/requirements.txt
 
 aot: venv
-	$(VENV)/bin/python scripts/aot.py $(ARGS)
+	$(VENV)/bin/python -m benchmarks.compiled.aot $(ARGS)
 
 # The CUDA part alone, into the checkout, recompiling what has changed: for the GPUs that are here, for all architectures
 # without one, for one with SMOLVLA_CUDA_ARCHS=90a. Needs nvcc and no GPU.
@@ -135,7 +135,7 @@ cuda:
 
 # Registers, spills and instructions of every CUDA C++ kernel: benchmarks/results/ptxas.md.
 ptxas: venv
-	$(VENV)/bin/python scripts/ptxas.py $(ARGS)
+	$(VENV)/bin/python -m benchmarks.compiled.ptxas $(ARGS)
 
 venv: $(TESTS)
 

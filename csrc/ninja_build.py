@@ -135,7 +135,9 @@ def cuda_archs(nvcc, gpus=(), without_gpu=()):
     if wish or not gpus:
         return wish or [arch for arch in without_gpu or CUDA_ARCHS if arch.rstrip("af") in known]
     # The newest at or below each GPU: where nvcc does not know the GPU itself, the driver makes its code from PTX.
-    below = [max((int(arch) for arch in known if MIN_CAPABILITY <= int(arch) <= gpu), default=None) for gpu in gpus]
+    below = [
+        max((int(arch) for arch in known if MIN_CAPABILITY <= int(arch) <= gpu), default=None) for gpu in gpus
+    ]
     if not any(below):
         raise Unavailable(
             f"this nvcc knows {', '.join(known)}, none of them for a GPU of compute capability "
@@ -154,9 +156,7 @@ def gpus_to_compile_for(asked):
         return gpus
     here = "no NVIDIA GPU was found to compile it for"
     if found:
-        here = (
-            f"it needs a GPU of compute capability {dotted(MIN_CAPABILITY)}, here is {', '.join(map(dotted, found))}"
-        )
+        here = f"it needs a GPU of compute capability {dotted(MIN_CAPABILITY)}, here is {', '.join(map(dotted, found))}"
     raise NotAsked(
         f"{here}. For another machine's GPU, say 8.0 and 9.0: `SMOLVLA_CUDA_ARCHS='80;90a' pip install .`; for "
         f"{', '.join(CUDA_ARCHS)}: `make cuda` in a checkout"

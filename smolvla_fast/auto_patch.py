@@ -81,6 +81,4 @@ def _report(runtime: Runtime) -> None:
         logger.info("smolvla_fast: saw no chunk of this policy: %s", why)
         return
     why = f" (the last: {runtime.last_fallback})" if runtime.stock else ""
-    logger.info(
-        "smolvla_fast: served %d chunks, left %d to stock%s", runtime.fast, runtime.stock, why
-    )
+    logger.info("smolvla_fast: served %d chunks, left %d to stock%s", runtime.fast, runtime.stock, why)

@@ -155,7 +155,7 @@ def test_figures_are_of_committed_runs_and_say_what_is_not_measured() -> None:
     names = r"`(\w+)`[^|]*|lerobot eager|(lerobot compiled|OpenVINO \w+)[^|]*"
     figures = r"([\d,]+) \| ([\d,]+) \| ([\d.]+)x"
     rows = re.findall(rf"^\| (\d[^|]*?) \| (?:{names}) \| {figures}", figures_page, re.MULTILINE)
-    assert len(rows) == 8 + 6
+    assert len(rows) >= 8 + 6
     compiled = {place: float(ratio) for place, _, peer, *_, ratio in rows if peer == "lerobot compiled"}
     for place, tier, peer, p50, best, ratio in rows:
         found = measured[place, tier or peer.replace("lerobot", "stock") or "stock"]
@@ -165,7 +165,11 @@ def test_figures_are_of_committed_runs_and_say_what_is_not_measured() -> None:
         want = found.get("ratio") or measured[place, "stock"]["p50_ms"] / found["p50_ms"]
         assert float(ratio) == pytest.approx(want, abs=0.005)
         assert not tier or float(ratio) > compiled.get(place, 1)
-    assert re.search(r"any NVIDIA GPU \| not measured", figures_page)
+    results = (
+        json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "benchmarks/results").glob("*.json")
+    )
+    on_a_gpu = any(found["machine_info"]["smolvla_fast"]["gpus"] for found in results)
+    assert on_a_gpu or re.search(r"any NVIDIA GPU \| not measured", figures_page)
 
 
 @pytest.mark.check(61)

@@ -12,11 +12,8 @@ import pytest
 pytest.importorskip("triton")
 import triton
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import aot
-
-from benchmarks.ahead_of_time import Cell, Key, read
+from benchmarks.compiled import aot
+from benchmarks.compiled.triton_kernels import Cell, Key, read
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "aot.md"
@@ -27,7 +24,7 @@ KEY = ("linear", "linear_fwd", "rows=50 inputs=720 outputs=32", "bf16")
 
 def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "aot.py"), *arguments],
+        [sys.executable, "-m", "benchmarks.compiled.aot", *arguments],
         cwd=cwd, text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import ptxas
-
-from benchmarks.ptxas import (
+from benchmarks.compiled import ptxas
+from benchmarks.compiled.machine_code import (
     ROOT,
     Kernel,
     compiler_version,
@@ -33,7 +29,7 @@ HOT = {"HMMA": 8, "LDGSTS": 2}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "ptxas.py"), *arguments]
+    command = [sys.executable, "-m", "benchmarks.compiled.ptxas", *arguments]
     return subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,11 +58,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The command lines with which `bench` would have started pytest. None is started, so nothing is timed."""
     commands: list[list[str]] = []
 
-    def record(command: list[str], **_: Any) -> Any:
-        commands.append(command)
-        return SimpleNamespace(returncode=0)
+    from benchmarks.harness.run import Context, Outcome
 
-    monkeypatch.setattr("smolvla_fast.cli.bench.subprocess", SimpleNamespace(run=record))
+    def record(_: Any, name: str, command: list[str], seconds: float) -> Any:
+        commands.append(command)
+        return Outcome(name), 0
+
+    monkeypatch.setattr(Context, "execute", record)
     monkeypatch.setattr("smolvla_fast.cli.bench.find_spec", lambda name: name)
     return commands
 
@@ -344,8 +345,7 @@ def test_bench_suites_by_place_and_by_option(
     started: list[list[str]], tmp_path: Path, arguments: list[str], suites: list[str]
 ) -> None:
     assert main(["bench", *arguments, "--json", str(tmp_path / "a.json")]) == 2, "nothing was timed"
-    files = [Path(word).name for word in started[0] if Path(word).name.startswith("bench_")]
-    assert files == [f"bench_{name}.py" for name in suites]
+    assert [Path(word).stem for command in started for word in command if word.endswith(".py")] == suites
 
 
 def test_bench_hands_on_device_and_cameras(started: list[list[str]], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from support.policies import LEROBOT_ONLY, chunk, make_policy
 
 import smolvla_fast
-from benchmarks.cpu import overhead
+from benchmarks.suites import overhead
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.memory import Memory, Workspace

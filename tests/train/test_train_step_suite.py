@@ -19,10 +19,10 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla")
 
 import smolvla_fast
-from benchmarks import train_step
-from benchmarks.account import training_costs
-from benchmarks.gate import Red
-from benchmarks.subject import Subject
+from benchmarks.harness.account import training_costs
+from benchmarks.harness.gate import CheckFailed
+from benchmarks.harness.setup import BenchmarkSetup
+from benchmarks.suites import train as train_step
 from smolvla_fast.loss.image_cache import ImageCache
 from smolvla_fast.model.weights import is_cross
 from smolvla_fast.stages.observation import LANGUAGE_MULTIPLE
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_suite(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     command = [sys.executable, "-m", "smolvla_fast.cli", "bench", "--suite", "train", "--size", "tiny"]
-    command += ["--device", "cpu", "--threads", "1", "--rounds", "1", "-k", "batch1", "--json", str(path)]
+    command += ["--device", "cpu", "--threads", "1", "--rounds", "1", "--batch", "1", "--json", str(path)]
     done = subprocess.run(
         command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
@@ -48,9 +48,8 @@ def test_the_suite(tmp_path: Path) -> None:
     assert set(found) == set(train_step.VARIANTS) - {train_step.COMPILED}
     assert all(each["gradient_rel_l2"] <= each["bound"] and each["p50_ms"] > 0 for each in found.values())
     for name, each in found.items():
-        stock = name in train_step.STOCK
-        assert each["ratio"] == 1 if stock else len(each["beside_ms"]) == each["rounds"] == 1
-        assert stock or each["ratio"] == pytest.approx(each["beside_ms"][0] / each["p50_ms"])
+        base = found[train_step.STOCK[name.endswith("bf16")]]
+        assert each["rounds"] == 1 and each["ratio"] == pytest.approx(base["p50_ms"] / each["p50_ms"])
     assert found["patched"]["bound"] == train_step.GRADIENT_BOUND
     known = {name: each["frames_known"] for name, each in found.items() if "frames_known" in each}
     all_known = dict.fromkeys((train_step.CACHED, train_step.FUSED), train_step.CAMERAS)
@@ -68,9 +67,19 @@ def test_the_suite(tmp_path: Path) -> None:
 
 @pytest.fixture
 def trainee() -> Any:
+    """trainee(variant, size=1): a twin that was made ready."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield train_step.Trainee(Subject(torch.device("cpu"), size="tiny"))
+    setup = BenchmarkSetup(torch.device("cpu"), size="tiny")
+    cases: dict[int, Any] = {}
+
+    def make(variant: str, size: int = 1) -> Any:
+        case = cases.setdefault(size, train_step.TrainCase(setup, size))
+        found = train_step.Trainee(case, variant)
+        found.prepare()
+        return found
+
+    yield make
     torch.set_num_threads(before)
 
 
@@ -96,52 +105,65 @@ class _Products(TorchDispatchMode):
 def test_the_floor_of_a_step_is_just_below_what_ours_does(trainee: Any, size: int) -> None:
     """With the padding of language that ours computes. What is left, 2.4 % at this size, are gradients of frozen rows of
     keys and values, which attention's backward makes beside those of rows that learn, and the state's own attention."""
-    smolvla_fast.patch(trainee.policy, training=True, backend="torch")
+    ours = trainee("patched", size)
+    smolvla_fast.patch(ours.policy, training=True, backend="torch")
     with _Products() as products:
-        trainee.step(size, False)
-    assert smolvla_fast.status(trainee.policy).training_fast == 1
-    tokens = int(trainee.batch(size)["observation.language.attention_mask"].any(dim=0).sum())
+        ours.step()
+    assert smolvla_fast.status(ours.policy).training_fast == 1
+    tokens = int(ours.case.batch["observation.language.attention_mask"].any(dim=0).sum())
     padded = -(-tokens // LANGUAGE_MULTIPLE) * LANGUAGE_MULTIPLE
-    costs = training_costs(trainee.policy.model, train_step.CAMERAS, padded, 4, size)
+    costs = training_costs(ours.policy.model, train_step.CAMERAS, padded, 4, size)
     assert 1 <= products.total / sum(cost.flops for cost in costs.values()) < 1.03
 
 
 def test_the_traffic_of_a_step_is_that_of_what_learns(trainee: Any) -> None:
     """AdamW reads four numbers a weight and writes three; the expert's own weights are read forward and backward, here in
     two bytes. Projections of the prefix and of the state are the prefix's."""
-    trainee.step(1, False)
+    stock = trainee("stock")
+    stock.step()
     learn = {
         name: each.numel()
-        for name, each in trainee.policy.named_parameters()
+        for name, each in stock.policy.named_parameters()
         if each.grad is not None and each.dim() == 2
     }
-    pair = trainee.policy.model.vlm_with_expert
+    pair = stock.policy.model.vlm_with_expert
     crosses = [i for i in range(len(pair.lm_expert.layers)) if is_cross(pair, i)]
     of_prefix = ["state_proj", *(f"layers.{i}.self_attn.{x}_proj" for i in crosses for x in "kv")]
     own = {name: size for name, size in learn.items() if not any(part in name for part in of_prefix)}
     assert len(learn) - len(own) == len(of_prefix)
-    cost = training_costs(trainee.policy.model, train_step.CAMERAS, language=9, itemsize=2)["expert"]
+    cost = training_costs(stock.policy.model, train_step.CAMERAS, language=9, itemsize=2)["expert"]
     assert cost.bytes == 7 * 4 * sum(learn.values()) + 2 * 2 * sum(own.values())
 
 
 def test_one_set_of_moments_serves_both_optimizers(trainee: Any) -> None:
     """Or a GPU's peak would be that of the variants before it, too."""
-    trainee.step(1, False)
-    moments = [state["exp_avg"] for state in trainee.optimizer.state.values()]
-    trainee.step(1, False, fused=True)
-    assert trainee.fused and len(moments) > 20
-    shared = [state["exp_avg"] for state in trainee._in_one_pass.state.values()]
+    stock, fused = trainee("stock"), trainee(train_step.FUSED)
+    stock.step()
+    moments = [state["exp_avg"] for state in stock.case.optimizer.state.values()]
+    fused.step()
+    assert fused.fused and not stock.fused and len(moments) > 20
+    shared = [state["exp_avg"] for state in stock.case.fused().state.values()]
     assert all(a is b for a, b in zip(moments, shared, strict=True))
-    trainee.step(1, False)
-    assert not trainee.fused
+
+
+def test_stock_is_held_to_other_code(trainee: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trainee("stock").check()["gradient_rel_l2"] <= 1e-4
+    other = trainee("stock", 2)
+    loss = other.case.loss
+    monkeypatch.setattr(
+        other.case, "loss", lambda policy, bf16: loss(policy, bf16) * (1.1 if policy is other.policy else 1)
+    )
+    monkeypatch.setattr(other.case, "stock", lambda bf16: other.found())
+    with pytest.raises(CheckFailed, match="gradients are 0.1 from stock's in fp32, allowed 0.0001"):
+        other.check()
 
 
 def test_a_step_with_other_gradients_is_red(trainee: Any) -> None:
-    smolvla_fast.patch(trainee.policy, training=True)
-    trainee.check(1, "patched", 1e-5)
-    trainee.policy.model.action_in_proj.weight.data.mul_(1.001)
-    with pytest.raises(Red, match="gradients are .* from stock's in fp32, allowed 1e-05"):
-        trainee.check(1, "patched", 1e-5)
+    ours = trainee("patched")
+    ours.check()
+    ours.policy.model.action_in_proj.weight.data.mul_(1.001)
+    with pytest.raises(CheckFailed, match="gradients are .* from stock's in fp32, allowed 1e-05"):
+        ours.check()
 
 
 def test_a_frame_that_is_known_with_other_tokens_is_red(
@@ -156,21 +178,18 @@ def test_a_frame_that_is_known_with_other_tokens_is_red(
         return tokens if self.misses > missed else 2 * tokens
 
     monkeypatch.setattr(ImageCache, "encoded", twice_when_known)
-    smolvla_fast.patch(trainee.policy, training=True, image_cache=train_step.CACHE_BYTES[train_step.CACHED])
-    with pytest.raises(Red, match="gradients are"):
-        trainee.check(1, train_step.CACHED, 1e-5)
+    with pytest.raises(CheckFailed, match="gradients are"):
+        trainee(train_step.CACHED).check()
 
 
-def test_a_cache_that_knows_no_frame_is_red(trainee: Any) -> None:
-    smolvla_fast.patch(trainee.policy, training=True, image_cache=1)
-    with pytest.raises(Red, match="0 of 2 frames were known"):
-        trainee.check(1, train_step.CACHED, 1e-5)
-
-
-def test_a_new_frame_that_is_known_is_red(trainee: Any) -> None:
-    smolvla_fast.patch(trainee.policy, training=True, image_cache=train_step.CACHE_BYTES[train_step.CACHED])
-    with pytest.raises(Red, match="2 of 2 frames were known"):
-        trainee.check(1, train_step.NEW, 1e-5)
+@pytest.mark.parametrize(
+    ("variant", "bytes_", "known"), [(train_step.CACHED, 1, 0), (train_step.NEW, 2**28, 2)]
+)
+def test_a_cache_that_knows_other_frames_is_red(trainee: Any, variant: str, bytes_: int, known: int) -> None:
+    ours = trainee(variant)
+    smolvla_fast.patch(ours.policy, training=True, image_cache=bytes_)
+    with pytest.raises(CheckFailed, match=f"{known} of 2 frames were known"):
+        ours.check()
 
 
 def test_the_documented_figures_are_of_the_committed_run() -> None:
@@ -198,7 +217,7 @@ def test_the_documented_figures_are_of_the_committed_run() -> None:
 
 
 def test_stock_in_the_place_of_ours_is_red(trainee: Any) -> None:
-    smolvla_fast.patch(trainee.policy, training=True)
-    trainee.policy.model.action_out_proj.register_forward_hook(lambda *_: None)
-    with pytest.raises(Red, match="stock ran: .*forward hook"):
-        trainee.check(1, "patched", 1e-5)
+    ours = trainee("patched")
+    ours.policy.model.action_out_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(CheckFailed, match="stock ran: .*forward hook"):
+        ours.check()

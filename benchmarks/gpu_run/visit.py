@@ -1,0 +1,135 @@
+"""What both visits share: their flags, LeRobot's wheels, the GPU's state, and the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from benchmarks.harness.run import ROOT, Part, result_name, visit
+
+WHEELS, SITE = ROOT / ".whl", ROOT / "build" / "gpu-site"
+REQUIREMENTS = ROOT / "benchmarks" / "gpu_run" / "requirements.txt"
+RESULTS = ROOT / "benchmarks" / "results"
+MINUTES = 7.5
+"""Of the eight that a run may take; the rest is for the report and the last process's end."""
+SMI = "clocks.sm clocks.mem clocks.max.sm clocks.max.mem power.draw power.limit temperature.gpu pstate mig.mode.current"
+REHEARSED = ("--device=cpu", "--size=tiny", "--layout=mixed", "--steps=2", "--rounds=3", "--threads=1")
+
+
+def bring_lerobot(environment: dict[str, str]) -> str | None:
+    """Install the wheels that were brought along beside the tree, where LeRobot is missing. Returns what is wrong, or None.
+
+    They go into build/, not into the machine's Python.
+    """
+    if find_spec("lerobot") is not None:
+        return None
+    if not SITE.is_dir():
+        if not WHEELS.is_dir():
+            return (
+                f"lerobot is not installed and there are no wheels in {WHEELS.name}/; run `make gpu-wheels` on a machine "
+                "with a network and bring the folder along"
+            )
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--find-links", str(WHEELS),
+             "--target", str(SITE), "-r", str(REQUIREMENTS)], text=True, capture_output=True,
+        )  # fmt: skip
+        if done.returncode:
+            shutil.rmtree(SITE, ignore_errors=True)
+            return f"the wheels in {WHEELS.name}/ do not install: {done.stderr.strip().splitlines()[-1]}"
+        for name in ("tests", "examples"):  # some wheels bring their own, at the top
+            shutil.rmtree(SITE / name, ignore_errors=True)
+    sys.path.insert(0, str(SITE))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SITE), environment.get("PYTHONPATH")]))
+    return None
+
+
+def gpu_state() -> dict[str, str] | None:
+    """Clocks, power and temperature as nvidia-smi tells them; nothing is ever set. None where it does not run."""
+    fields = SMI.split()
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
+    return dict(zip(fields, values, strict=False))
+
+
+def arguments_of(kind: str, names: Sequence[str], arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=kind)
+    parser.add_argument("--part", action="append", choices=names, help="this part alone (may be given again)")
+    parser.add_argument("--only", metavar="OP", help="one op, in the part `ops`")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the result (default: benchmarks/results; a part alone: build/)"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="on a CPU, tiny, in few rounds: proves the code alone"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help=f"time for all parts (default: {MINUTES:g})"
+    )
+    parser.add_argument("--commit", help="recorded where the tree has no history of its own")
+    args = parser.parse_args(list(arguments))
+    if args.only and "ops" in names and not args.part:
+        args.part = ["ops"]
+    if args.rehearse and args.out and args.out.resolve().is_relative_to(RESULTS):
+        parser.error("a rehearsal has no place in benchmarks/results; give another --out")
+    if args.out is None:
+        args.out = (
+            ROOT / "build" / "gpu-rehearsal" if args.rehearse else ROOT / "build" if args.part else RESULTS
+        )
+    args.out = args.out.absolute()
+    return args
+
+
+def main(
+    kind: str, make_parts: Callable[[argparse.Namespace], Sequence[Part]], arguments: Sequence[str]
+) -> int:
+    """Run the parts that are asked for and write the result. Returns the exit status: 1 where a part is red."""
+    names = [part.name for part in make_parts(argparse.Namespace(rehearse=False, only=None))]
+    args = arguments_of(kind, names, arguments)
+    try:
+        import torch
+    except ImportError:
+        print(f"{kind}: {sys.executable} has no torch; run `make venv`, or name a Python: GPU_PYTHON=...")
+        return 1
+    if not args.rehearse and not torch.cuda.is_available():
+        print(
+            f"{kind}: no CUDA GPU here, or no driver for it: there is nothing to report (--rehearse needs none)"
+        )
+        return 1
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    for unwanted in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):  # a report is about compiled kernels
+        environment.pop(unwanted, None)
+    if args.rehearse:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    missing = bring_lerobot(environment)
+    if missing:
+        print(f"{kind}: {missing}")
+        return 1
+
+    from benchmarks.report import markdown
+    from smolvla_fast.measure import system
+
+    chosen = [part for part in make_parts(args) if not args.part or part.name in args.part]
+    facts = system.facts()
+    label = "" if kind == "gpu-report" else "peers"
+    path = args.out / result_name(facts, "-".join([label, *(args.part or [])]))
+    more = {"commit": facts["commit"] or args.commit, "nvcc": system.nvcc()}
+    data = visit(
+        chosen, path, args.minutes, environment, gpu_state, {k: v for k, v in more.items() if v},
+        kind=kind, rehearsal=args.rehearse,
+    )  # fmt: skip
+    markdown.write(data, path)
+    for written in sorted(path.parent.glob(f"{path.stem}.*")):
+        print(f"wrote {written}")
+    red = [part["name"] for part in data["parts"] if part["status"] == "red"]
+    if red:
+        print(f"{kind}: red: {', '.join(red)}; what is red has no figure in the report")
+    return 1 if red else 0

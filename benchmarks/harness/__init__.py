@@ -1,0 +1,1 @@
+"""How it is timed: flags, gate, recorder, alternating rounds."""

@@ -1,0 +1,62 @@
+"""The flags of every suite, said once: for `smolvla-fast bench`, for pytest and for a visit to a GPU."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from smolvla_fast.cli.subject import positive, threads
+from smolvla_fast.measure.console import CommandError
+
+SECONDS = 600.0
+"""A suite ends within so many by default, its preparations included; with --full, within four times as many."""
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "--full": dict(action="store_true", help="many rounds: meaningful p95 and p99; four times the time"),
+    "--rounds": dict(type=positive, help="rounds of a variant (default: 3 a chunk, 20 an op)"),
+    "--seconds": dict(type=positive, help=f"the most a suite may take (default: {SECONDS:.0f})"),
+    "--with-compile": dict(action="store_true", help="also time stock under torch.compile (minutes)"),
+    "--compile-mode": dict(help="its mode (default: max-autotune on a GPU, default elsewhere)"),
+    "--cameras": dict(metavar="N,N", help="camera counts of suite chunk (default: 1,2,3); of cpu one, up to 4 (2)"),
+    "--batch": dict(metavar="N,N", help="batch sizes of suite chunk (default: 1), of train (CPU: 1,2, GPU: 8)"),
+    "--layers": dict(metavar="N,N", help="VLM layers of suite chunk (default: the configuration's)"),
+    "--scaling": dict(action="store_true", default=True, help="cpu suite: time against cameras, steps, ... (default)"),
+    "--no-scaling": dict(action="store_false", dest="scaling", help="leave these curves out"),
+    "--steps": dict(type=positive, help="denoise steps"),
+    "--size": dict(choices=("full", "tiny"), default="full", help="policy size (default: full)"),
+    "--layout": dict(choices=("fp32", "mixed"), help="dtypes of the weights (CPU: fp32, GPU: mixed)"),
+    "--device": dict(help="auto, cpu, cuda, cuda:N (default: auto)"),
+    "--threads": dict(type=threads, help="CPU threads (cpu suite: 2)"),
+}  # fmt: skip
+
+
+def add_to(add: Any) -> None:
+    """add  ``add_argument`` of argparse, or pytest's ``addoption``"""
+    for name, spec in FLAGS.items():
+        add(name, **spec)
+
+
+def handed_on(args: argparse.Namespace) -> list[str]:
+    """The flags of ``args`` that are not at their defaults, for another process."""
+    found = []
+    for name, spec in FLAGS.items():
+        value = getattr(args, spec.get("dest", name[2:].replace("-", "_")))
+        if spec.get("action") in ("store_true", "store_false"):
+            if name != "--scaling" and value is (spec["action"] == "store_true"):
+                found.append(name)
+        elif value not in (None, spec.get("default")):
+            found.append(f"{name}={value}")
+    return found
+
+
+def counts(text: str | None, flag: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Whole numbers above 0 with commas between them. Raises CommandError."""
+    if text is None:
+        return default
+    try:
+        return tuple(positive(part.strip()) for part in text.split(","))
+    except argparse.ArgumentTypeError as error:
+        raise CommandError(
+            f"{flag} {text}: not counts of {flag[2:]}; accepted are whole numbers above 0 with commas between them, such "
+            "as 1,2,3"
+        ) from error

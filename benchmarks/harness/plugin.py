@@ -1,0 +1,102 @@
+"""The pytest plugin of the suites: flags, the clock, the recorder, and the policies under test."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.harness import flags
+from benchmarks.harness.machine import Ceilings, ceilings_once
+from benchmarks.harness.measure import Clock, Measure
+from benchmarks.harness.recorder import Recorder
+from benchmarks.harness.setup import BenchmarkSetup
+from smolvla_fast.measure import system
+
+RECORDER: pytest.StashKey[Recorder] = pytest.StashKey()
+CLOCK: pytest.StashKey[Clock] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("smolvla_fast")
+    flags.add_to(group.addoption)
+    group.addoption("--choose", metavar="EXPRESSION", help="as -k, of benchmarks and of their variants")
+    group.addoption("--results", type=Path, help="where the JSON goes, after every case")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--threads"):
+        torch.set_num_threads(config.getoption("--threads"))
+    config.stash[RECORDER] = Recorder(config, config.getoption("--results"), system.facts())
+    seconds = config.getoption("--seconds") or flags.SECONDS * (4 if config.getoption("--full") else 1)
+    config.stash[CLOCK] = Clock(seconds)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    clock = session.config.stash[CLOCK]
+    clock.cases = len(session.items)
+    print(
+        f"{clock.cases} cases, within {clock.left / 60:.1f} minutes; what there is no time for is left out by name"
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    recorder = session.config.stash[RECORDER]
+    recorder.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
+    recorder.save()
+    if recorder.red and not recorder.interrupted:
+        session.exitstatus = 1
+
+
+def device_of(config: pytest.Config) -> torch.device:
+    name = config.getoption("--device")
+    return torch.device(
+        name if name not in (None, "auto") else "cuda" if torch.cuda.is_available() else "cpu"
+    )
+
+
+def rounds(config: pytest.Config, few: int = 3, many: int = 20) -> int:
+    return config.getoption("--rounds") or (many if config.getoption("--full") else few)
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    return device_of(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def ceilings(pytestconfig: pytest.Config, device: torch.device) -> Ceilings:
+    recorder = pytestconfig.stash[RECORDER]
+    path = recorder.path and recorder.path.with_name("ceilings.json")
+    found = ceilings_once(path, device, small=pytestconfig.getoption("--size") == "tiny")
+    recorder.facts["ceilings"] = found.to_dict()
+    return found
+
+
+@pytest.fixture(scope="session")
+def make_setup(pytestconfig: pytest.Config, device: torch.device) -> Any:
+    """make_setup(layers=None): the policy; one at a time, for two would count in each other's memory."""
+    held: dict[int | None, BenchmarkSetup] = {}
+    option = pytestconfig.getoption
+
+    def make(layers: int | None = None) -> BenchmarkSetup:
+        if layers not in held:
+            held.clear()
+            gc.collect()
+            held[layers] = BenchmarkSetup(
+                device, option("--size"), option("--layout"), option("--steps"), layers
+            )
+        return held[layers]
+
+    return make
+
+
+@pytest.fixture
+def measure(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Measure]:
+    stash = pytestconfig.stash
+    yield Measure(benchmark, stash[RECORDER], stash[CLOCK], pytestconfig.getoption("--choose"))
+    gc.collect()

@@ -1,0 +1,198 @@
+"""`make gpu-report` and `make gpu-peers`, rehearsed on a CPU: arguments, parts, what is red, the result and its Markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu_run import peers as gpu_peers
+from benchmarks.gpu_run import report as gpu_report
+from benchmarks.gpu_run import visit
+from benchmarks.harness import run
+from benchmarks.harness.run import Outcome
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+NEEDED = {
+    "chunk": "variant cameras batch layers layout steps p50_ms p95_ms p99_ms min_ms rounds rel_l2 max_abs floor_ms "
+    "share_of_floor peak_bytes first_chunk_ms",
+    "ops": "op case dtype backend p50_ms min_ms flops bytes floor_ms share_of_floor gflops_per_s gbytes_per_s",
+}
+"""What every figure of a suite says beside itself."""
+
+
+def rehearse(
+    kind: str, out: Path, parts: Any, *arguments: str, **environment: str
+) -> tuple[int, dict[str, Any]]:
+    """Exit status and result of a rehearsal; each part is a process of its own."""
+    before = sorted(RESULTS.glob("*.json"))
+    status = visit.main(kind, parts, ["--rehearse", "--out", str(out), *arguments])
+    assert sorted(RESULTS.glob("*.json")) == before, "a rehearsal has no place in benchmarks/results"
+    [path] = out.glob("*.json")
+    return status, json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_report_rehearsed(tmp_path: Path) -> None:
+    """A part in a process of its own; tests/bench/test_suites.py runs the others in one, which is quicker."""
+    pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the baseline is LeRobot's")
+    status, data = rehearse("gpu-report", tmp_path, gpu_report.parts, "--part=build", "--part=ops")
+    assert status == 0 and [part["name"] for part in data["parts"]] == ["build", "ops"]
+    assert data["parts"][0]["status"] in ("green", "skipped") and data["parts"][1]["status"] == "green"
+    assert data["rehearsal"] is True
+    for each in data["benchmarks"]:
+        info = each["extra_info"]
+        wanted = NEEDED[info["suite"]].split()
+        assert [key for key in wanted if key not in info] == []
+        assert len(each["stats"]["data"]) == info["rounds"] > 0
+    assert data["benchmarks"]
+    facts = data["machine_info"]["smolvla_fast"]
+    assert facts["ceilings"]["copy_bytes"] > 0 and facts["torch_version"] == torch.__version__.split("+")[0]
+    text = next(tmp_path.glob("*.md")).read_text()
+    assert "**A rehearsal**" in text and "## Parts" in text and "## Ops" in text
+
+
+@pytest.mark.slow
+def test_peers_rehearsed_with_a_broken_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock keeps its figures, what is wrong has none, the others go on."""
+    pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the baseline is LeRobot's")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text(
+        "import smolvla_fast.inference as inference\n"
+        "act = inference.Engine.act\n"
+        "inference.Engine.act = lambda *args, **kwargs: 1.5 * act(*args, **kwargs)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(broken), str(ROOT)]))
+    status, data = rehearse("gpu-peers", tmp_path / "out", gpu_peers.parts)
+    assert status == 1
+    assert {part["name"]: part["status"] for part in data["parts"]} == {
+        "beside": "red", "compiled-default": "skipped", "compiled-max-autotune": "skipped",
+    }  # fmt: skip
+    assert [each["extra_info"]["variant"] for each in data["benchmarks"]] == ["stock"]
+    assert all(key in data["benchmarks"][0]["extra_info"] for key in NEEDED["chunk"].split())
+    red = {each["variant"]: each["reason"] for each in data["parts"][0]["red"]}
+    assert {"exact", "fp32", "bf16"} <= set(red) and red["exact"].startswith("bits differ from stock's")
+    assert "| compiled-max-autotune | skipped |" in next((tmp_path / "out").glob("*peers*.md")).read_text()
+
+
+def test_the_parts_fit_into_the_time() -> None:
+    for script in (gpu_report, gpu_peers):
+        parts = script.parts(Namespace(rehearse=False, only=None))
+        assert sum(part.least for part in parts) <= 60 * visit.MINUTES <= 480
+
+
+def test_a_visit_measures_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Flags of every part, without a GPU: pytest takes them, and they name the device."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        run.Context,
+        "execute",
+        lambda self, name, command, s: (commands.append(command), (Outcome(name), 0))[1],
+    )
+    args = Namespace(rehearse=False, only=None)
+    for part in [*gpu_report.parts(args)[3:], *gpu_peers.parts(args)]:
+        part.work(run.Context(tmp_path, {}), 60.0)
+    assert len(commands) == 6 and all("--device=cuda" in command for command in commands)
+    assert "--compile-mode=max-autotune" in commands[-1] and "--layers=16,32" in commands[0]
+    from benchmarks.harness import flags
+
+    known = {*flags.FLAGS, "--results", "--rootdir", "--benchmark-quiet"}
+    given = {word.split("=")[0] for command in commands for word in command if word.startswith("--")}
+    assert given - known <= {"--choose"}
+
+
+def test_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def parsed(*arguments: str) -> Any:
+        return visit.arguments_of("gpu-report", ["chunk", "ops"], arguments)
+
+    assert parsed().out == RESULTS and parsed("--part", "chunk").out == ROOT / "build"
+    assert parsed("--rehearse").out == ROOT / "build" / "gpu-rehearsal"
+    assert parsed("--only", "linear").part == ["ops"]
+    for wrong, reason in (
+        (["--part", "stagse"], "invalid choice: 'stagse'"),
+        (["--rehearse", "--out", str(RESULTS)], "a rehearsal has no place in benchmarks/results"),
+    ):
+        with pytest.raises(SystemExit):
+            parsed(*wrong)
+        assert reason in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert visit.main("gpu-report", gpu_report.parts, []) == 1
+    assert "no CUDA GPU here, or no driver for it" in capsys.readouterr().out
+
+
+def test_lerobot_comes_along_as_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(visit, "WHEELS", tmp_path / ".whl")
+    monkeypatch.setattr(visit, "SITE", tmp_path / "site")
+    monkeypatch.setattr(visit, "find_spec", lambda name: object())
+    assert visit.bring_lerobot({}) is None
+    monkeypatch.setattr(visit, "find_spec", lambda name: None)
+    assert "run `make gpu-wheels` on a machine with a network" in str(visit.bring_lerobot({}))
+    (tmp_path / ".whl").mkdir()
+    assert "the wheels in .whl/ do not install" in str(visit.bring_lerobot({}))
+    (tmp_path / "site").mkdir()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    environment = {"PYTHONPATH": "before"}
+    assert visit.bring_lerobot(environment) is None
+    assert sys.path[0] == str(tmp_path / "site")  # for the version in the result's head
+    assert environment["PYTHONPATH"] == f"{tmp_path / 'site'}{os.pathsep}before"
+    lines = [
+        line for line in visit.REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")
+    ]
+    assert "lerobot==0.6.1" in lines and all(line.count("==") == 1 for line in lines)
+
+
+def test_state_of_the_gpu_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert visit.gpu_state() is None
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/asked\necho '1980 MHz, 2619 MHz, 1980 MHz'\n")
+    program.chmod(0o755)
+    assert visit.gpu_state() == {
+        "clocks.sm": "1980 MHz",
+        "clocks.mem": "2619 MHz",
+        "clocks.max.sm": "1980 MHz",
+    }
+    asked = (tmp_path / "asked").read_text().split()
+    assert [word.split("=")[0] for word in asked] == ["--query-gpu", "--format"]
+
+
+def test_verdict_on_pytest() -> None:
+    closing = "3 passed, 2 deselected in 1.52s"
+    failed = ["FAILED tests/gpu/a.py::b - AssertionError", "1 failed, 2 passed in 3.00s"]
+    assert gpu_report.judged(Outcome("tests", tail=["...", closing]), 0).reason == closing
+    assert gpu_report.judged(Outcome("tests", tail=[]), 5).status == "skipped"
+    assert gpu_report.judged(Outcome("sanitizer", tail=["3 skipped in 2.01s"]), 0).status == "skipped"
+    red = gpu_report.judged(Outcome("tests", tail=failed), 1)
+    assert red.status == "red" and "1 failed" in red.reason and "tests/gpu/a.py::b" in red.reason
+    late = gpu_report.judged(Outcome("tests", "red", "not done after 9 s"), None)
+    assert (late.status, late.reason) == ("red", "not done after 9 s")
+    good = Outcome("tests", reason=closing)
+    assert gpu_report.together([good, good]).reason == "6 passed, 4 deselected"
+    whole = gpu_report.together([good, red, late])
+    assert whole.status == "red" and "5 passed" in whole.reason and "not done after 9 s" in whole.reason
+    assert gpu_report.together([Outcome("tests", "skipped", "no test is marked so")]).status == "skipped"
+
+
+def test_shards_run_every_test_once(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', range(10))\ndef test_it(i):\n    open(f'{i}', 'x')\n"
+    )
+    for number in range(3):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu_run.shard", "-k", "not 9", "."], cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "SMOLVLA_SHARD": f"{number}/3"}, text=True, capture_output=True,
+        )  # fmt: skip
+        assert "3 passed" in done.stdout, done.stdout + done.stderr
+    assert {path.name for path in tmp_path.iterdir() if path.name.isdigit()} == set("012345678")

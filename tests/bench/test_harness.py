@@ -1,0 +1,415 @@
+"""The harness's promises: no number without a check, rounds in turn, an end in time, and what was measured is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+
+from benchmarks.harness import machine, run
+from benchmarks.harness.gate import CheckFailed, Unavailable
+from benchmarks.harness.machine import Ceilings
+from benchmarks.harness.measure import LEAST_ROUNDS, Clock, Measure, Variant, limited
+from benchmarks.harness.recorder import Recorder, derive
+from benchmarks.harness.run import Context, Outcome, Part
+from smolvla_fast.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def measure(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> Measure:
+    """With pytest-benchmark's own fixture, and a list of its own for what it records."""
+    benchmark._mode = "in a test"
+    recorded: list[Any] = []
+    monkeypatch.setattr(benchmark, "_add_stats", recorded.append)
+    session = SimpleNamespace(benchmarks=recorded)
+    config: Any = SimpleNamespace(
+        hook=SimpleNamespace(pytest_benchmark_generate_json=written), _benchmarksession=session
+    )
+    return Measure(benchmark, Recorder(config, None, {}), Clock(60.0), None)
+
+
+def written(benchmarks: list[Any], **_: Any) -> dict[str, Any]:
+    return {"benchmarks": [each.as_dict() for each in benchmarks if not each.has_error]}
+
+
+def variant(
+    name: str, called: list[str], check: Any = dict, late: Any = lambda: None, fails: int = 0
+) -> Variant:
+    def round_() -> None:
+        called.append(name)
+        if called.count(name) == fails:
+            raise RuntimeError("CUDA error\nmore")
+
+    return Variant(name, check, round_, late, facts={"variant": name, "ratio_to": "a"})
+
+
+def numbers(measure: Measure) -> dict[str, Any]:
+    return {
+        each["extra_info"]["variant"]: each["extra_info"] for each in measure.recorder.data()["benchmarks"]
+    }
+
+
+def test_rounds_are_taken_in_turn(measure: Measure) -> None:
+    called: list[str] = []
+    measure("g", [variant(name, called) for name in "abc"], rounds=4, suite="s")
+    assert "".join(called) == "abcbcacababc"
+    found = numbers(measure)
+    assert {name: each["rounds"] for name, each in found.items()} == dict(a=4, b=4, c=4)
+    assert (
+        found["a"]["ratio"] == 1
+        and found["b"]["suite"] == "s"
+        and found["b"]["p99_ms"] >= found["b"]["p50_ms"] > 0
+    )
+
+
+def test_what_fails_has_no_number_and_costs_no_other(measure: Measure) -> None:
+    def wrong() -> Any:
+        raise CheckFailed("off by one")
+
+    def missing() -> Any:
+        raise Unavailable("no GPU")
+
+    called: list[str] = []
+    variants = [
+        variant("a", called), variant("wrong", called, wrong), variant("missing", called, missing),
+        variant("breaks", called, fails=2), variant("late", called, late=lambda: "stock ran in its place"),
+    ]  # fmt: skip
+    measure("g", variants, rounds=3)
+    assert "wrong" not in called and list(numbers(measure)) == ["a"]
+    reasons = {each["variant"]: each["reason"] for each in measure.recorder.red}
+    assert reasons == dict(
+        wrong="off by one", breaks="RuntimeError: CUDA error", late="stock ran in its place"
+    )
+    assert [each["reason"] for each in measure.recorder.skipped] == ["no GPU"]
+
+
+def test_rounds_and_preparations_end_in_time(measure: Measure) -> None:
+    called: list[str] = []
+    measure.clock.end, measure.clock.cases = time.perf_counter() + 1.0, 2
+    slow = variant("slow", called, check=lambda: time.sleep(5) or {})
+    start = time.perf_counter()
+    # Of one second half is this case's, and of that 0.6 are for preparing.
+    measure("g", [variant("a", called), slow, variant("behind", called)], rounds=10**9)
+    assert (
+        time.perf_counter() - start < 2
+        and list(numbers(measure)) == ["a"]
+        and called.count("a") > LEAST_ROUNDS
+    )
+    assert [each.split(",")[0] for each in measure.recorder.left_out] == ["slow", "behind"]
+    assert "its preparation took more than" in measure.recorder.left_out[0]
+    measure.clock.end = 0.0
+    with pytest.raises(pytest.skip.Exception, match="no time"):
+        measure("late", [variant("a", called)], rounds=1)
+    assert measure.recorder.left_out[-1] == "late: no time was left"
+
+
+def test_limits_nest_into_nothing_else() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    with limited(60):
+        pass
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_k_chooses_variants(measure: Measure) -> None:
+    called: list[str] = []
+    measure.choose = "fp32 and not openvino"
+    measure("g", [variant(name, called) for name in ("stock", "fp32", "OpenVINO fp32")], rounds=1)
+    assert called == ["fp32"] and "ratio" not in numbers(measure)["fp32"], "there is nothing to compare with"
+
+
+def test_figures_follow_from_raw_rounds() -> None:
+    def bench(name: str, ms: list[float], **info: Any) -> dict[str, Any]:
+        facts = {"variant": name, "ratio_to": "stock", **info}
+        return {"group": "g", "extra_info": facts, "stats": {"data": [1e-3 * each for each in ms]}}
+
+    rounds = [{"vision": each, "total": 2 * each} for each in (1.0, 2.0, 3.0)]
+    found = [
+        bench("stock", [30, 20, 40]), bench("fp32", [10, 20, 40, 7], floor_ms=6.0),
+        bench("op", [float(each) for each in range(1, 102)], calls_a_round=2, flops=1e6, bytes=1e3),
+        bench("stages", [1], stage_rounds_ms=rounds, stage_floors={"vision": {"floor_ms": 1.0}}),
+        bench("gpu", [9], floor_ms=1.0, device_ms={"p50_ms": 4.0}),
+    ]  # fmt: skip
+    derive(found)
+    stock, fp32, op, stages, gpu = (each["extra_info"] for each in found)
+    assert fp32["ratio"] == pytest.approx(1.0)  # 3, 1, 1 side by side; medians alone would say 2
+    assert (
+        fp32["share_of_floor"] == pytest.approx(0.4) and stock["ratio"] == 1 and "share_of_floor" not in stock
+    )
+    assert [op[f"p{p}_ms"] for p in (50, 95, 99)] == pytest.approx([25.5, 48.0, 50.0])
+    assert op["gflops_per_s"] == pytest.approx(1e6 / 25.5 / 1e6)
+    assert stages["stages"]["vision"]["share_of_floor"] == 0.5 and stages["stages"]["total"]["p50_ms"] == 4.0
+    assert gpu["share_of_floor"] == 0.25
+
+
+def test_floor_is_the_slower_of_arithmetic_and_memory() -> None:
+    ceilings = Ceilings({torch.float32: 1e12, torch.bfloat16: 4e12}, bytes=1e10)
+    assert ceilings.floor_ms(2e9, 1e6, torch.float32) == pytest.approx(2.0)
+    assert ceilings.floor_ms(2e9, 1e6, torch.bfloat16) == pytest.approx(0.5)
+    assert ceilings.floor_ms(2e9, 1e8, torch.float32) == pytest.approx(10.0)
+    rates = {torch.float32: 3e11, torch.bfloat16: 1e11, torch.int8: 9e11}
+    assert [Ceilings(rates, 1e10).best(dtype) for dtype in rates] == [3e11, 3e11, 9e11], (
+        "of no narrower dtype"
+    )
+    slow = Ceilings({torch.float32: 1e12, torch.bfloat16: 1e11}, bytes=1e10)  # there fp32 serves bf16
+    assert slow.floor_ms(2e9, 1e6, torch.bfloat16) == pytest.approx(2.0)
+
+
+def test_stage_costs_at_full_size() -> None:
+    """The design's figures: vision 428 GFLOP, prefix 55 GFLOP / 298 MB, a denoise step 10.3 GFLOP / 198 MB."""
+    from benchmarks.harness.account import stage_costs
+
+    found = stage_costs(full_size_model(), cameras=2, language=48, itemsize=2)
+    # 2 %: the design rounds, and leaves the patch embedding out.
+    assert found["vision"].flops == pytest.approx(428e9, rel=0.02)
+    assert found["prefix"].flops == pytest.approx(55e9, rel=0.02)
+    assert found["prefix"].bytes == pytest.approx(298e6, rel=0.02)
+    assert found["denoise"].flops / 10 == pytest.approx(10.3e9, rel=0.02)
+    assert found["denoise"].bytes / 10 == pytest.approx(198e6, rel=0.03)
+
+
+def full_size_model() -> Any:
+    """The shapes of the full-size model, without its memory."""
+
+    def weight(*shape: int) -> Any:
+        return SimpleNamespace(weight=torch.empty(shape, device="meta"))
+
+    def space(**fields: Any) -> Any:
+        return SimpleNamespace(**fields)
+
+    text = space(
+        self_attn=space(head_dim=64, q_proj=weight(960, 960)),
+        mlp=space(gate_proj=weight(2560, 960)),
+    )
+    expert = space(mlp=space(gate_proj=weight(2048, 720)))
+    tower = space(self_attn=space(num_heads=12), mlp=space(fc1=weight(3072, 768)))
+    vlm = space(
+        text_model=space(layers=[text] * 16),
+        vision_model=space(
+            embeddings=space(image_size=512, patch_size=16),
+            encoder=space(layers=[tower] * 12),
+            post_layernorm=weight(768),
+        ),
+        connector=space(scale_factor=4),
+    )
+    pair = space(
+        get_vlm_model=lambda: vlm,
+        lm_expert=space(layers=[expert] * 16, norm=weight(720)),
+        num_attention_heads=15,
+        num_key_value_heads=5,
+        attention_mode="cross_attn",
+        self_attn_every_n_layers=2,
+    )
+    return space(
+        vlm_with_expert=pair,
+        action_in_proj=weight(720, 32),
+        state_proj=weight(960, 32),
+        config=space(chunk_size=50, num_steps=10),
+    )
+
+
+def test_ceilings_are_measured_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[None] = []
+    roof = Ceilings({torch.float32: 1e12, torch.bfloat16: 4e12}, bytes=1e10)
+    monkeypatch.setattr(machine, "measure_ceilings", lambda device, small: (asked.append(None), roof)[1])
+    cpu = torch.device("cpu")
+    assert machine.ceilings_once(tmp_path / "c.json", cpu, True) == machine.ceilings_once(
+        tmp_path / "c.json", cpu, True
+    )
+    assert len(asked) == 1
+
+
+def test_stage_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.harness import device_timing as timing
+    from smolvla_fast import inference
+
+    times = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 1e-3 * next(times))
+    marks, plain = timing.StageMarks(torch.device("cpu")), inference.section
+    with marks.placed():
+        with inference.section("vision"):
+            pass
+        with pytest.raises(AssertionError, match="no marks around prefix, denoise"):
+            marks.read()
+        for stage in ("vision", "prefix", "denoise"):
+            with inference.section(stage):
+                next(times)
+    assert marks.read() == pytest.approx({"vision": 2.0, "prefix": 2.0, "denoise": 2.0, "total": 8.0})
+    assert inference.section is plain
+    assert timing.device_rounds(lambda: None, torch.device("cpu"), 3, 1.0, 1.0) is None
+
+
+def context(folder: Path) -> Context:
+    return Context(folder, dict(os.environ))
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_command_is_ended_with_all_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "GRACE", 0.5)
+    leaf = "import time, pathlib; time.sleep(3); pathlib.Path('left').write_text('')"
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # it hangs, and does not end when it is asked to
+    code += f"import subprocess, sys, os; print('begun', flush=True); os.chdir({str(tmp_path)!r}); "
+    code += f"subprocess.run([sys.executable, '-c', {leaf!r}])"
+    outcome, status = context(tmp_path).execute("slow", python(code), 1.0)
+    assert status is None and outcome.status == "red" and outcome.reason == "not done after 1 s"
+    assert outcome.tail == ["begun"]
+    time.sleep(2.5)
+    assert not (tmp_path / "left").exists()
+    outcome, status = context(tmp_path).execute("good", python("print('x')"), 30.0)
+    assert (status, outcome.status, outcome.tail) == (0, "green", ["x"])
+
+
+def test_what_a_suite_measured_before_it_crashed_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {
+        "benchmarks": [{"name": "stock"}],
+        "red": [],
+        "skipped": [],
+        "left_out": ["late"],
+        "interrupted": False,
+    }
+    execute = Context.execute
+
+    def crash(self: Context, name: str, command: Any, seconds: float) -> Any:
+        [results] = [word.removeprefix("--results=") for word in command if word.startswith("--results=")]
+        return execute(
+            self,
+            name,
+            python(f"open({results!r}, 'w').write({json.dumps(found)!r}); raise SystemExit('boom')"),
+            30,
+        )
+
+    monkeypatch.setattr(Context, "execute", crash)
+    one = run.suite("chunk", 10, 5)
+    data = run.visit([one], tmp_path / "out" / "a.json", 1, dict(os.environ))
+    [part] = data["parts"]
+    assert (part["status"], part["reason"]) == ("red", "ended with status 1: boom") and part["left_out"] == [
+        "late"
+    ]
+    assert json.loads((tmp_path / "out" / "a.json").read_text())["benchmarks"] == [{"name": "stock"}]
+    monkeypatch.setattr(Context, "execute", lambda self, name, command, seconds: (Outcome(name), 0))
+    assert one.work(context(tmp_path), 5).reason == "nothing was measured"
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
+    """SIGINT while the second case is under way: the file, its Markdown, and what was not begun by name."""
+    path, environment = tmp_path / "a.json", {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "ops",
+        "chunk",
+        "--size=tiny",
+        "--device=cpu",
+        "--rounds=300",
+    ]
+    process = subprocess.Popen(
+        [*command, "-k", "euler_step or layer_norm", "--json", str(path)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
+    )  # fmt: skip
+    assert process.stdout is not None
+    said = ""
+    while "p50" not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said = said + line
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, rest
+    data = json.loads(path.read_text())
+    assert (
+        data["interrupted"]
+        and data["benchmarks"]
+        and [part["name"] for part in data["parts"]] == ["ops", "chunk"]
+    )
+    assert data["parts"][0]["reason"].startswith("interrupted") and data["parts"][1]["status"] == "skipped"
+    assert "**Interrupted**" in path.with_suffix(".md").read_text()
+    assert "2 parts, within 20.0 minutes" in said, "it says beforehand how long it may take"
+
+
+def test_shares_of_the_time() -> None:
+    def part(limit: float, least: float) -> Part:
+        return Part("p", limit, least, lambda context, seconds: Outcome("p"))
+
+    parts = [part(100, 10), part(50, 20), part(50, 30)]
+    assert run.shares(parts, 450) == 100
+    assert run.shares(parts, 90) == 40  # 20 and 30 are kept for those behind it
+    assert run.shares(parts, 15) == 10
+    assert run.shares(parts[2:], 500) == 50
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that `bench` would have run."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        Context,
+        "execute",
+        lambda self, name, command, seconds: (commands.append(command), (Outcome(name), 0))[1],
+    )
+    return commands
+
+
+def test_the_command_hands_on_its_options(started: list[list[str]], tmp_path: Path) -> None:
+    path = str(tmp_path / "a.json")
+    assert main(["bench", "--suite", "cpu", "--json", path]) == 2, "nothing was timed"
+    assert "benchmarks/suites/cpu.py" in started[0] and {
+        "--device=cpu",
+        "--threads=2",
+        "--seconds=510",
+    } <= set(started[0])
+    common = [
+        "--cameras=3",
+        "--threads=1",
+        "--steps=4",
+        "--rounds=5",
+        "--size=tiny",
+        "--full",
+        "--no-scaling",
+    ]
+    options = [*common, "--with-compile", "-k", "fp32"]
+    assert main(["bench", "ops", "cpu", *options, "--json", path]) == 2
+    given = {*common, "--with-compile", "--choose", "fp32", "--seconds=2040"}
+    assert [Path(word).stem for command in started[1:] for word in command if word.endswith(".py")] == [
+        "ops",
+        "cpu",
+    ]
+    assert all(given <= set(command) for command in started[1:])
+    assert main(["bench", "--json", path]) == 2
+    assert [Path(word).stem for command in started[3:] for word in command if word.endswith(".py")] == [
+        "chunk", "stages", "ops",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda"], "--device cuda: suite cpu runs on the CPU; accepted are auto and cpu"),
+        (["--layout", "mixed"], "--layout mixed: suite cpu compares with stock in fp32; accepted is fp32"),
+        (["--cameras", "1,2"], "--cameras 1,2: suite cpu takes one count from 1 to 4"),
+        (["--cameras", "5"], "--cameras 5: suite cpu takes one count from 1 to 4"),
+        (["--batch", "x"], "--batch x: not counts of batch; accepted are whole numbers above 0"),
+    ],
+)
+def test_the_command_refuses(
+    started: list[list[str]], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["bench", "--suite", "cpu", *arguments]) == 2
+    assert message in capsys.readouterr().err and not started

@@ -1,0 +1,301 @@
+"""The suites' own pieces: stock is held to other code, peers compute stock's chunk, weights with tails leave no trace."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import smolvla_fast
+from smolvla_fast.measure.rounds import error
+from smolvla_fast.testing import policies
+from smolvla_fast.verify import FP32_BOUND
+
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the policy is LeRobot's")
+
+from benchmarks.harness import gate
+from benchmarks.harness.gate import COMPILED_BOUND, CheckFailed, act
+from benchmarks.harness.setup import BenchmarkSetup, Case, twin
+from benchmarks.peers import openvino as openvino_peer
+from benchmarks.peers import runner
+from benchmarks.report import markdown
+from benchmarks.suites import cpu as cpu_suite
+from benchmarks.suites import overhead
+from smolvla_fast.testing.outliers import OUTLIER, heavy_tailed
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ("--device=cpu", "--size=tiny", "--steps=2", "--rounds=2", "--threads=1")
+
+
+@pytest.fixture(scope="module")
+def setup() -> BenchmarkSetup:
+    return BenchmarkSetup(torch.device("cpu"), "tiny", steps=3)
+
+
+def run_suites(path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """The suites in this process, where torch and LeRobot are loaded; exit status and result."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.delenv("PYTEST_CURRENT_TEST", raising=False)
+    quiet = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-p",
+        "benchmarks.harness.plugin",
+        "--benchmark-quiet",
+    ]
+    status = pytest.main([*arguments, *quiet, f"--rootdir={ROOT}", *TINY, f"--results={path}"])
+    return int(status), json.loads(path.read_text())
+
+
+def run_by(policy: Any, make: Any, inputs: Any) -> torch.Tensor:
+    other = twin(policy)
+    other.model.__dict__["sample_actions"] = make(other.model)
+    return act(other, inputs)
+
+
+@pytest.mark.parametrize("config", [{}, {"self_attn_every_n_layers": 0}, {"attention_mode": "self_attn"}])
+def test_restructured_modules_compute_stocks_chunk(config: dict[str, Any]) -> None:
+    policy = policies.make_policy("tiny", cameras=2, num_steps=3, **config)
+    tasks = ["go", "pick up the cube"]
+    inputs = policies.make_observation(policy, batch=2, task=tasks), policies.make_noise(policy, batch=2)
+    ours = run_by(policy, lambda model: runner.Runner(model, runner.plain), inputs)
+    # The bound of our own fp32 tier: the same sums in another order.
+    assert error(ours, act(policy, inputs))["rel_l2"] <= FP32_BOUND
+
+
+def test_openvino_computes_stocks_chunk() -> None:
+    pytest.importorskip("openvino", reason="the peer is OpenVINO")
+    # A self and a cross layer; each further one only costs time of its compiler.
+    policy = policies.make_policy("tiny", cameras=1, num_steps=2, num_vlm_layers=2)
+    made: list[Any] = []
+
+    def make(model: Any) -> Any:
+        made.append(openvino_peer.make_runner(model, "fp32", threads=1))
+        return made[0]
+
+    for seed in range(2):  # the second on what was compiled for the first
+        inputs = policies.make_observation(policy, seed=seed), policies.make_noise(policy, seed=seed)
+        ours = run_by(policy, lambda model: made[0] if made else make(model), inputs)
+        # It may reorder every sum and replace exp, tanh and rsqrt, as a compiler may.
+        assert error(ours, act(policy, inputs))["rel_l2"] <= COMPILED_BOUND["fp32"]
+    assert set(made[0].stage_ms) == {"vision", "prefix", "denoise"} and min(made[0].stage_ms.values()) > 0
+
+
+def test_twins_share_weights_and_nothing_else(setup: BenchmarkSetup) -> None:
+    other = twin(setup.policy)
+    smolvla_fast.patch(other)
+    assert all(a is b for a, b in zip(setup.policy.parameters(), other.parameters(), strict=True))
+    assert smolvla_fast.status(other).active and not smolvla_fast.status(setup.policy).active
+
+
+def test_heavy_tails_come_and_go_without_a_trace(setup: BenchmarkSetup) -> None:
+    model = setup.policy.model
+    layer = model.vlm_with_expert.get_vlm_model().text_model.layers[0]
+    weight = layer.mlp.up_proj.weight
+    saved = copy.deepcopy(model.state_dict())
+
+    def kurtosis() -> float:
+        return float((weight.double() ** 4).mean() / (weight.double() ** 2).mean() ** 2)
+
+    before, spread = kurtosis(), float(weight.detach().std())
+    with heavy_tailed(model):
+        # Of normal values 3; the fourth moment of t with 4 degrees is infinite, so a sample's is far above.
+        assert before < 3.5 and kurtosis() > 5
+        assert float(weight.detach().std()) == pytest.approx(spread, rel=0.2)
+        assert float(layer.input_layernorm.weight.abs().max()) > 0.3 * OUTLIER
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+def test_outliers_alone_leave_the_function_what_it_was(
+    setup: BenchmarkSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smolvla_fast.testing.outliers._tails", lambda *_: None)
+    inputs = setup.inputs(2)
+    before = act(setup.policy, inputs)
+    with heavy_tailed(setup.policy.model):
+        # Fifty times a number and a fiftieth of its weight: a rounding or two each, no more than another order of sums.
+        assert 0 < error(act(setup.policy, inputs), before)["rel_l2"] <= FP32_BOUND
+
+
+def test_overhead_is_that_of_the_engine(setup: BenchmarkSetup) -> None:
+    policy = smolvla_fast.patch(twin(setup.policy), precision="fp32")
+    inputs = setup.inputs(2)
+    act(policy, inputs)
+    found = overhead.outside_ops(policy, inputs, rounds=3)
+    layers, steps = setup.policy.config.num_vlm_layers, 3
+    assert found["op_calls"] > 5 * layers * steps and 0 < found["outside_share"] < 1
+    assert found["outside_ms"] < found["sample_actions_ms"]
+    counted = overhead.step_allocations(policy, inputs)
+    assert counted["chunk_allocations"] > 0 == counted["step_allocations"]
+    assert setup.policy.config.num_steps == steps
+    status = smolvla_fast.status(policy)
+    assert status.calls_stock == 0, status.last_fallback
+
+
+def test_a_step_that_allocates_more_shows(setup: BenchmarkSetup) -> None:
+    policy = smolvla_fast.patch(twin(setup.policy), precision="fp32")
+    inputs = setup.inputs(2)
+    before = overhead.step_allocations(policy, inputs)
+    engine = smolvla_fast.patch.__globals__["engine_of"](policy.model)
+    step = engine.ops.euler_step
+
+    def wasteful(*args: Any) -> Any:
+        torch.empty(1000)
+        return step(*args)
+
+    engine.ops = smolvla_fast.ops.table.Ops(**{**vars(engine.ops), "euler_step": wasteful})
+    after = overhead.step_allocations(policy, inputs)
+    assert after["step_allocations"] == before["step_allocations"] + 1
+    assert after["step_bytes"] >= before["step_bytes"] + 4000
+
+
+def test_stock_is_held_to_other_code(setup: BenchmarkSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is called stock and is not, on every observation alike, agrees with itself."""
+    case = Case(2)
+    facts = setup.stock(case).check()
+    assert facts["rel_l2"] <= facts["bound"] == COMPILED_BOUND["fp32"] and "plain PyTorch" in facts["against"]
+    other = BenchmarkSetup(torch.device("cpu"), "tiny", steps=3)
+    sample = type(other.policy.model).sample_actions
+    monkeypatch.setattr(
+        type(other.policy.model), "sample_actions", lambda *args, **kw: 1.1 * sample(*args, **kw)
+    )
+    with pytest.raises(CheckFailed, match="rel L2 1.0e-01, allowed 1e-04"):
+        other.stock(case).check()
+
+
+def test_gates(setup: BenchmarkSetup) -> None:
+    case = Case(2, observations=2)
+    inputs, stock = setup.every(case), setup.stock_chunks(case)
+    policy = smolvla_fast.patch(twin(setup.policy))
+    ours = [act(policy, each) for each in inputs]
+    green = gate.check_tier(policy, "fp32", "fp32", inputs, ours, stock)
+    assert green["backend"] in ("cpu", "torch") and green["extra_bytes"] > 0
+    assert green["rel_l2"] <= FP32_BOUND == green["bound"] and green["cosine"] > 0.999999
+
+    def reason(found: list[torch.Tensor], check: Any = gate.check_tier, **more: Any) -> str:
+        with pytest.raises(CheckFailed) as failed:
+            check(policy, "fp32", "fp32", inputs, found, stock) if check is gate.check_tier else check(
+                found, **more
+            )
+        return str(failed.value)
+
+    def peer(precision: str, lost: float | None = None) -> Any:
+        return lambda found: gate.check_peer(precision, found, stock, lost)
+
+    assert reason([ours[0], 1.001 * ours[1]]).startswith("rel L2 1.0e-03, allowed 1e-05")
+    assert "not finite" in reason([ours[0], torch.full_like(ours[1], torch.nan)])
+    # Right by every bound, but not the chunk that the policy computes now.
+    assert "other bits" in reason([stock[0] * (1 + 1e-6), stock[1]])
+    assert "cosine 1.00000" in reason([1.5 * each for each in stock], peer("int8")), "a cosine sees no scale"
+    wrong = [1.03 * each for each in stock]
+    assert reason([stock[0], stock[1].roll(1, dims=1)], peer("int8")).startswith("cosine")
+    assert "2.99 of bf16 stock's error" in reason(wrong, peer("bf16", 0.03 / 2.99))
+    assert "could not be run" in reason(wrong, peer("bf16"))
+    assert peer("bf16", 0.03 / 1.99)(wrong)["rel_l2_to_stock_bf16"] == pytest.approx(1.99, rel=1e-4)
+    with pytest.raises(CheckFailed, match="bits differ"):
+        gate.within(gate.compare(stock[0] * (1 + 1e-6), stock[0]), 0.0)
+    setup.policy.model.action_out_proj.register_forward_hook(lambda *_: None)
+    try:
+        act(policy, inputs[0])
+        assert "forward hook" in str(gate.check_late(policy))
+    finally:
+        setup.policy.model.action_out_proj._forward_hooks.clear()
+
+
+def test_a_point_of_the_curves_is_checked() -> None:
+    stock = torch.tensor([1.0, 0.0])
+    assert cpu_suite.check_point("fp32", stock, stock)["rel_l2"] == 0
+    for precision, found, reason in (
+        ("int8", [1.0, 0.1], "cosine"),
+        ("fp32", [1.1, 0.0], "rel L2"),
+        ("bf16", [1.1, 0.0], "rel L2"),
+    ):
+        with pytest.raises(CheckFailed, match=reason):
+            cpu_suite.check_point(precision, torch.tensor(found), stock)
+
+
+def test_heavy_tails_fail_only_8_bits() -> None:
+    stock = torch.randn(1, 10, 6, generator=torch.Generator().manual_seed(0))
+    facts = {"precision": "bf16"}
+    cpu_suite.check_heavy(facts, stock.roll(1, dims=1), stock)
+    assert facts["heavy_cosine"] < 0.9
+    for found in (stock.roll(1, dims=1), torch.full_like(stock, torch.nan)):
+        with pytest.raises(CheckFailed, match="heavy-tailed"):
+            cpu_suite.check_heavy({"precision": "int8"}, found, stock)
+
+
+def test_chunk_stages_and_ops_on_a_tiny_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [f"benchmarks/suites/{name}.py" for name in ("chunk", "stages", "ops")]
+    # One op, one camera; of two backends the loop. int8 depends on the processor.
+    choose = "stock or exact or fp32 or bf16-torch or bf16-cpu or test_denoise or euler_step and not triton"
+    flags = ["--cameras=1", "--batch=1,2", "--layout=mixed", f"--choose={choose}"]
+    status, data = run_suites(tmp_path / "a.json", monkeypatch, *files, *flags)
+    assert status == 0 and not data["red"] and not data["interrupted"] and not data["left_out"]
+    found = {(b["group"], b["extra_info"]["variant"]): b for b in data["benchmarks"]}
+    chunks = {v: b["extra_info"] for (g, v), b in found.items() if g.startswith("chunk") and "batch 2" in g}
+    assert (
+        list(chunks) == ["stock", "exact", "fp32"]
+        and chunks["exact"]["bound"] == chunks["exact"]["max_abs"] == 0
+    )
+    assert chunks["stock"]["ratio"] == 1 and chunks["fp32"]["floor_ms"] > 0 and chunks["fp32"]["batch"] == 2
+    by_stage = [b["extra_info"] for (g, v), b in found.items() if g.startswith("stages") and v == "fp32"]
+    assert set(by_stage[0]["stages"]) == {"vision", "prefix", "denoise", "total"}
+    assert by_stage[0]["stages"]["denoise"]["share_of_floor"] > 0 and len(by_stage[0]["stage_rounds_ms"]) == 2
+    loops = [b["extra_info"] for b in data["benchmarks"] if "loop_backend" in b["extra_info"]]
+    assert [each["batch"] for each in loops] == [1] * (len(loops) // 2) + [2] * (len(loops) // 2) and loops
+    assert {b["extra_info"]["op"] for b in data["benchmarks"] if b["group"].startswith("op")} == {
+        "euler_step"
+    }
+    text = markdown.markdown({**data, "kind": "gpu-report", "rehearsal": True})
+    assert all(title in text for title in ("## Chunk", "## Stages", "## Denoise loop", "## Ops"))
+    for bench in data["benchmarks"]:
+        assert (
+            len(bench["stats"]["data"]) == bench["extra_info"]["rounds"] == 2
+            and bench["extra_info"]["p50_ms"] > 0
+        )
+
+
+@pytest.mark.parametrize("scale", [1.1, float("nan")])
+def test_a_wrong_engine_has_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """And costs stock none; of the curves, whose points are checked apart, only stock's are left."""
+    from smolvla_fast.inference import Engine
+
+    real = Engine.act
+    monkeypatch.setattr(Engine, "act", lambda *args, **kwargs: scale * real(*args, **kwargs))
+    monkeypatch.setattr(cpu_suite, "AXES", {"cameras": (1,), "batch": (2,)})
+    files, flags = ["benchmarks/suites/cpu.py"], ["--choose=stock or fp32 and not OpenVINO"]
+    status, data = run_suites(tmp_path / "a.json", monkeypatch, *files, *flags)
+    assert status == 1 and {b["extra_info"]["variant"] for b in data["benchmarks"]} == {"stock"}
+    assert {each["variant"] for each in data["red"]} == {"fp32"} and len(data["red"]) == 1
+    assert ("rel L2 1.0e-01" if scale == 1.1 else "not finite") in data["red"][0]["reason"]
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_the_whole_cpu_suite_on_a_tiny_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, data = run_suites(tmp_path / "a.json", monkeypatch, "benchmarks/suites/cpu.py")
+    found = {
+        b["extra_info"]["variant"]: b["extra_info"]
+        for b in data["benchmarks"]
+        if b["group"].startswith("cpu")
+    }
+    assert {"stock", "fp32", "bf16"} <= set(found) and found["stock"]["ratio"] == 1
+    assert found["fp32"]["rel_l2"] <= FP32_BOUND and found["fp32"]["heavy_cosine"] > 0.9999
+    assert found["bf16"]["rel_l2_to_stock_bf16"] <= gate.LOSS_OF_STOCK
+    assert all(each["rounds"] == 2 and each["share_of_floor"] > 0 for each in found.values())
+    assert found["fp32"]["stages"]["denoise"]["p50_ms"] > 0
+    if openvino_peer.why_missing() is None:
+        assert found["OpenVINO fp32"]["rel_l2"] <= COMPILED_BOUND["fp32"]
+    # Five ops a layer and step, of 4 layers and 2 steps, and those of the prefix and of vision.
+    assert found["fp32"]["overhead"]["op_calls"] > 5 * 4 * 2
+    points = [b["extra_info"] for b in data["benchmarks"] if b["extra_info"]["suite"] == "scaling"]
+    values = {(each["axis"], each["value"]) for each in points if each["variant"] == "fp32"}
+    assert {("cameras", 4), ("steps", 10), ("threads", 1), ("batch", 8)} <= values
