@@ -8,11 +8,7 @@ memory is asked of the launcher itself, compiled for the host emulator (tests/si
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 # SmolVLA with two cameras: suffix, prefix, expert width, feed-forward width, heads, KV heads, head size, actions.
 S, P, E, F, H, K, D, A = 50, 177, 720, 2048, 15, 5, 64, 32

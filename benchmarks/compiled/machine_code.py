@@ -7,14 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "csrc"))
 
 from ninja_build import CUDA_ARCHS, CUDA_FLAGS, cuda_homes, nvcc_compiler
 

@@ -33,7 +33,7 @@ class Unavailable(Exception):
 
 
 def fallback_reasons(status: Any) -> dict[str, str]:
-    return getattr(status, "fallback_reasons", None) or getattr(status, "passed_over", {})
+    return status.fallback_reasons
 
 
 def compare(found: Tensor, truth: Tensor) -> dict[str, float]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-
 from support.contract import OPS, check, inputs_in, to_device
 from support.contract import reference_module as reference
+from torch.utils._pytree import tree_map_only
 
 from smolvla_fast.measure.rounds import synchronize
 
