@@ -1,4 +1,4 @@
-"""Transitions: what travels through a processor pipeline, and how batches and actions become one.
+"""Transitions, the data of a processor pipeline, and their conversion from and to batches and actions.
 
 A transition is a dictionary with the keys of ``TransitionKey``. Conversions correspond to LeRobot's
 ``processor/converters.py``; keys it does not recognise are dropped in the same way.
