@@ -135,8 +135,8 @@ def check_checkpoint(path: str) -> None:
         if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
             raise CommandError(f"--policy.path {path}: no {CONFIG_NAME} in it; {advice}")
         config = json.loads(find_file(folder if folder.is_dir() else path, CONFIG_NAME).read_bytes())
-        if not isinstance(config, dict) or config.get("type") != "smolvla":
-            kind = config.get("type") if isinstance(config, dict) else type(config).__name__
+        kind = config.get("type") if isinstance(config, dict) else type(config).__name__
+        if kind != "smolvla":
             raise CommandError(
                 f"--policy.path {path}: {CONFIG_NAME} is of {kind!r}, not of 'smolvla'; {advice}"
             )

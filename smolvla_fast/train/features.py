@@ -63,14 +63,7 @@ def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict
         (OBS_STATE, config.robot_state_feature, "max_state_dim"),
     ):
         if key not in found:
-            has = [name for name, new in names.items() if new in found]
-            states = [name for name in has if found[names[name]].type in (FeatureType.STATE, FeatureType.ENV)]
-            states.sort(key=lambda name: declared is None or found[names[name]].shape != declared.shape)
-            advice = ""
-            if key == OBS_STATE and states and settings.policy_path:
-                flag = as_flag({**settings.rename_map, states[0]: key})
-                advice = f". Give --rename_map {flag} if that is the robot's state"
-            raise TrainingError(f"the dataset has no {key!r}, which SmolVLA trains on; it has {has}{advice}")
+            raise TrainingError(_missing(settings, found, names, key, declared))
         shape = found[key].shape
         size, field = size_of(shape), "output_features" if key == ACTION else "input_features"
         if key == ACTION and (len(shape) > 1 or shape == (1,)):
@@ -85,19 +78,38 @@ def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict
                 "features"
             )
         if shape[-1] > getattr(config, limit):
-            where = (
-                "without --policy.path: a checkpoint's weights have its width" if settings.policy_path else ""
+            fresh = "fresh weights only" + (
+                ", without --policy.path: a checkpoint's weights have its width"
+                if settings.policy_path
+                else ""
             )
             raise TrainingError(
                 f"{key!r} has {size} values in the dataset, the policy accepts at most {limit}={getattr(config, limit)}; "
-                f"give --policy.{limit}={shape[-1]} (fresh weights only{', ' if where else ''}{where})"
+                f"give --policy.{limit}={shape[-1]} ({fresh})"
             )
+
+
+def _missing(
+    settings: TrainSettings, found: dict[str, PolicyFeature], names: dict[str, str], key: str,
+    declared: PolicyFeature | None,
+) -> str:  # fmt: skip
+    """The message for a missing state or action, with another state to rename instead, of the same size if possible."""
+    has = [name for name, new in names.items() if new in found]
+    states = [name for name in has if found[names[name]].type in (FeatureType.STATE, FeatureType.ENV)]
+    states.sort(key=lambda name: declared is None or found[names[name]].shape != declared.shape)
+    advice = ""
+    if key == OBS_STATE and states and settings.policy_path:
+        flag = as_flag({**settings.rename_map, states[0]: key})
+        advice = f". Give --rename_map {flag} if that is the robot's state"
+    return f"the dataset has no {key!r}, which SmolVLA trains on; it has {has}{advice}"
 
 
 def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], names: dict[str, str]) -> None:
     """TrainingError unless the dataset has all cameras of the policy, or ``rename_map`` gives each of its own a place."""
     config = settings.policy
-    cameras = {old: new for old, new in names.items() if _is(found.get(new), FeatureType.VISUAL)}
+    cameras = {
+        old: new for old, new in names.items() if new in found and found[new].type is FeatureType.VISUAL
+    }
     if not cameras:
         raise TrainingError(
             f"the dataset has no camera, SmolVLA needs at least one; its features are {sorted(names)}"
@@ -147,10 +159,6 @@ def how_to_remove(names: list[str]) -> str:
 
 def size_of(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _is(feature: PolicyFeature | None, kind: FeatureType) -> bool:
-    return feature is not None and feature.type is kind
 
 
 def as_flag(value: Any) -> str:
