@@ -136,26 +136,15 @@ def measure(
 
     stock_ms, fast_ms = statistics.median(raw["stock_ms"]), statistics.median(raw["fast_ms"])
     found = {
-        **facts,
-        "device": str(device),
-        "policy": subject.describe(policy, args),
+        **facts, "device": str(device), "policy": subject.describe(policy, args),
         "cameras": sum(key in batch for key in policy.config.image_features),
-        "steps": policy.config.num_steps,
-        "precision": status.precision,
-        "backend": status.backend,
-        "stock_ms": stock_ms,
-        "fast_ms": fast_ms,
-        "ratio": stock_ms / fast_ms,
+        "steps": policy.config.num_steps, "precision": status.precision, "backend": status.backend,
+        "stock_ms": stock_ms, "fast_ms": fast_ms, "ratio": stock_ms / fast_ms,
         "ratio_of_best": min(raw["stock_ms"]) / min(raw["fast_ms"]),
         "stages": compare_stages(median_stages(stages["stock"]), median_stages(stages["fast"])),
-        "stock": summary(raw["stock_ms"]),
-        "fast": summary(raw["fast_ms"]),
-        "rounds": args.rounds,
-        "raw": raw,
-        "warmup": warm,
-        "peak_bytes": peaks,
-        "status": status.to_dict(),
-    }
+        "stock": summary(raw["stock_ms"]), "fast": summary(raw["fast_ms"]), "rounds": args.rounds,
+        "raw": raw, "warmup": warm, "peak_bytes": peaks, "status": status.to_dict(),
+    }  # fmt: skip
     return found, chunks, status.active and status.calls_stock == 0
 
 

@@ -23,13 +23,8 @@ from ..smolvla.features import ACTION, OBS_STATE
 from ..smolvla.hub import CONFIG_NAME, find_file
 
 COUNTS = (
-    "num_steps",
-    "chunk_size",
-    "n_action_steps",
-    "max_state_dim",
-    "max_action_dim",
-    "tokenizer_max_length",
-)
+    "num_steps", "chunk_size", "n_action_steps", "max_state_dim", "max_action_dim", "tokenizer_max_length",
+)  # fmt: skip
 """Fields of config.json that must be above 0."""
 
 

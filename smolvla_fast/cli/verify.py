@@ -72,17 +72,9 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.line(system.headline(found))
     subject.say_whose(found["policy"], console)
     columns = [
-        "observation",
-        "fast rel L2",
-        "bound",
-        "stock rel L2",
-        "stock moves",
-        "fast max abs",
-        "stock max abs",
-        "cosine",
-        "worst step",
-        "",
-    ]
+        "observation", "fast rel L2", "bound", "stock rel L2", "stock moves", "fast max abs",
+        "stock max abs", "cosine", "worst step", "",
+    ]  # fmt: skip
     rows = [
         [
             index + 1,

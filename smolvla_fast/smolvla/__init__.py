@@ -13,17 +13,7 @@ from .rtc import RTCAttentionSchedule, RTCConfig, RTCProcessor
 from .smolvlm_with_expert import SmolVLMWithExpertModel
 
 __all__ = [
-    "FeatureType",
-    "NormalizationMode",
-    "PolicyFeature",
-    "RTCAttentionSchedule",
-    "RTCConfig",
-    "RTCProcessor",
-    "SmolVLAConfig",
-    "SmolVLAPolicy",
-    "SmolVLMWithExpertModel",
-    "VLAFlowMatching",
-    "make_pre_post_processors",
-    "make_smolvla_pre_post_processors",
-    "prepare_observation_for_inference",
-]
+    "FeatureType", "NormalizationMode", "PolicyFeature", "RTCAttentionSchedule", "RTCConfig", "RTCProcessor",
+    "SmolVLAConfig", "SmolVLAPolicy", "SmolVLMWithExpertModel", "VLAFlowMatching",
+    "make_pre_post_processors", "make_smolvla_pre_post_processors", "prepare_observation_for_inference",
+]  # fmt: skip

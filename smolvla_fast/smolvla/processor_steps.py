@@ -22,14 +22,9 @@ from .features import (
 from .transition import Transition, TransitionKey
 
 FLOAT_DTYPES = {
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "half": torch.float16,
-    "float": torch.float32,
-    "double": torch.float64,
-}
+    "float16": torch.float16, "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16,
+    "half": torch.float16, "float": torch.float32, "double": torch.float64,
+}  # fmt: skip
 
 
 class ProcessorStep:

@@ -16,17 +16,9 @@ from .features import ACTION, DONE, INFO, OBS_PREFIX, REWARD, TRUNCATED
 Transition = dict[str, Any]
 
 COMPLEMENTARY_KEYS = (
-    "task",
-    "index",
-    "task_index",
-    "episode_index",
-    "timestamp",
-    "language_persistent",
-    "language_events",
-    "messages",
-    "message_streams",
-    "target_message_indices",
-)
+    "task", "index", "task_index", "episode_index", "timestamp", "language_persistent", "language_events",
+    "messages", "message_streams", "target_message_indices",
+)  # fmt: skip
 
 
 class TransitionKey(str, Enum):

@@ -11,31 +11,19 @@ FULL_TEXT = {
     "num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64,
 }  # fmt: skip
 FULL_VISION = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 512,
-    "patch_size": 16,
-}
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "image_size": 512, "patch_size": 16,
+}  # fmt: skip
 FULL_VOCAB = 49280
 # Computes a chunk in milliseconds. Head counts are odd and widths no powers of two, like the real model's.
 TINY_TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-}
+    "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3,
+    "num_key_value_heads": 1, "head_dim": 16,
+}  # fmt: skip
 TINY_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 4,
-}
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 32, "patch_size": 4,
+}  # fmt: skip
 TINY_VOCAB = 320
 
 

@@ -231,13 +231,10 @@ def training_batches(settings: TrainSettings, dataset: Any, first: int) -> Itera
     from lerobot.datasets import EpisodeAwareSampler
 
     sampler = EpisodeAwareSampler(
-        dataset.meta.episodes["dataset_from_index"],
-        dataset.meta.episodes["dataset_to_index"],
-        episode_indices_to_use=dataset.episodes,
-        shuffle=True,
-        seed=settings.seed or 0,
+        dataset.meta.episodes["dataset_from_index"], dataset.meta.episodes["dataset_to_index"],
+        episode_indices_to_use=dataset.episodes, shuffle=True, seed=settings.seed or 0,
         absolute_to_relative_idx=dataset.absolute_to_relative_idx,
-    )
+    )  # fmt: skip
     epoch, batches = divmod(first, math.ceil(len(sampler) / settings.batch_size))
     sampler.load_state_dict({"epoch": epoch, "start_index": batches * settings.batch_size})
     loader = _loader(settings, Readable(dataset), dataset.meta, sampler=sampler)

@@ -53,13 +53,9 @@ def check_policy(settings: TrainSettings) -> None:
     raises  TrainingError for a missing backbone, and for sizes that are impossible or beyond this machine's memory
     """
     config = replace(
-        settings.policy,
-        input_features={},
-        output_features={},
-        load_vlm_weights=False,
-        compile_model=False,
+        settings.policy, input_features={}, output_features={}, load_vlm_weights=False, compile_model=False,
         device="cpu",
-    )
+    )  # fmt: skip
     try:
         with torch.device("meta"):
             sizes = [parameter.numel() for parameter in SmolVLAPolicy(config).parameters()]

@@ -44,14 +44,12 @@ def collect() -> dict[str, Tensor]:
     version, words, held = random.getstate()
     _, keys, index, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     state = {
-        "py_rng_version": torch.tensor([version]),
-        "py_rng_state": torch.tensor(words),
+        "py_rng_version": torch.tensor([version]), "py_rng_state": torch.tensor(words),
         "np_rng_state_values": torch.tensor(np.asarray(keys, dtype=np.int64)),
-        "np_rng_state_index": torch.tensor([index]),
-        "np_rng_has_gauss": torch.tensor([has_gauss]),
+        "np_rng_state_index": torch.tensor([index]), "np_rng_has_gauss": torch.tensor([has_gauss]),
         "np_rng_cached_gaussian": torch.tensor([gauss], dtype=torch.float64),
         "torch_rng_state": torch.get_rng_state(),
-    }
+    }  # fmt: skip
     if held is not None:
         state["py_rng_gauss"] = torch.tensor([held], dtype=torch.float64)
     kind, module = _accelerator()

@@ -17,11 +17,9 @@ from ..smolvla.configuration_smolvla import check_kinds
 from .errors import TrainingError
 
 CHOICES = {
-    "implementation": ("ours", "lerobot"),
-    "dtype": ("auto", "fp32", "bf16"),
-    "fast": ("auto", "on", "off"),
+    "implementation": ("ours", "lerobot"), "dtype": ("auto", "fp32", "bf16"), "fast": ("auto", "on", "off"),
     "dataset.video_backend": (None, "torchcodec", "pyav", "video_reader"),
-}
+}  # fmt: skip
 Rule = tuple[Callable[[Any], bool], str]
 """Whether a value is accepted, and which ones are: "must be ..."."""
 

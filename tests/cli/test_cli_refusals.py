@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
@@ -293,6 +294,16 @@ def test_an_argument_that_cannot_work_is_refused(
     assert {path.name for path in tmp_path.iterdir()} == {"FILE", "FOLDER"}
 
 
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """LeRobot's server. Its import logs to the streams that pytest captures now and closes after the test."""
+    root, level = logging.getLogger(), logging.getLogger().level
+    yield pytest.importorskip("lerobot.async_inference.policy_server", reason="the server is LeRobot's")
+    for handler in [h for h in root.handlers if type(h) in (logging.StreamHandler, logging.FileHandler)]:
+        root.removeHandler(handler)
+    root.setLevel(level)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -307,9 +318,10 @@ def test_an_argument_that_cannot_work_is_refused(
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )  # fmt: skip
-def test_serve_refuses_what_it_cannot_serve(arguments: list[str], says: str, capsys, monkeypatch) -> None:
+def test_serve_refuses_what_it_cannot_serve(
+    arguments: list[str], says: str, server, capsys, monkeypatch
+) -> None:
     """Before LeRobot's server is started, and before anything is patched."""
-    server = pytest.importorskip("lerobot.async_inference.policy_server", reason="the server is LeRobot's")
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
     monkeypatch.setattr(server, "serve", lambda config: pytest.fail(f"served {config}"))
@@ -322,8 +334,7 @@ def test_serve_refuses_what_it_cannot_serve(arguments: list[str], says: str, cap
     assert SmolVLAPolicy.from_pretrained.__func__ is stock
 
 
-def test_a_free_port_is_served(monkeypatch) -> None:
-    server = pytest.importorskip("lerobot.async_inference.policy_server", reason="the server is LeRobot's")
+def test_serve_listens_on_a_free_port(server, monkeypatch) -> None:
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
     served = []

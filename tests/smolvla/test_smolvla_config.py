@@ -221,11 +221,9 @@ def test_config_names_a_missing_file(tmp_path):
 
 
 PRESENT = {
-    "no accelerator": (),
-    "CUDA": ("torch.cuda.is_available",),
-    "MPS": ("torch.backends.mps.is_available",),
+    "no accelerator": (), "CUDA": ("torch.cuda.is_available",), "MPS": ("torch.backends.mps.is_available",),
     "XPU": ("torch.xpu.is_available",),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("use_amp", [False, True])

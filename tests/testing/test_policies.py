@@ -146,16 +146,11 @@ def test_stock_runs_every_layout_it_can(layout: str) -> None:
 
 def test_sizes_and_configuration_can_be_changed() -> None:
     policy = make_policy(
-        "tiny",
-        cameras=1,
-        state_dim=8,
-        action_dim=7,
+        "tiny", cameras=1, state_dim=8, action_dim=7,
         text={"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64},
-        vision={"hidden_size": 48, "num_attention_heads": 3, "image_size": 48},
-        num_steps=3,
-        chunk_size=5,
+        vision={"hidden_size": 48, "num_attention_heads": 3, "image_size": 48}, num_steps=3, chunk_size=5,
         expert_width_multiplier=0.5,
-    )
+    )  # fmt: skip
     observation = make_observation(policy, batch=2, image_size=(20, 16), task=["push", "pull the lever"])
     assert observation["observation.state"].shape == (2, 8)
     assert observation["observation.images.camera1"].shape == (2, 3, 20, 16)

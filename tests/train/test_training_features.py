@@ -213,10 +213,7 @@ def test_train_says_what_a_step_would_fail_on_before_it(member, bench_top, plain
 
 @pytest.mark.parametrize(
     "key, entry",
-    [
-        ("observation.note", ("string", (1,))),
-        pytest.param(DEPTH, ("depth", (16, 24, 1)), id="depth"),
-    ],
+    [("observation.note", ("string", (1,))), pytest.param(DEPTH, ("depth", (16, 24, 1)), id="depth")],
 )
 def test_a_feature_can_be_taken_out_of_the_dataset_as_advised(key, entry, bench_top, blank, tmp_path, capsys):
     """Of a checkpoint's run, which has features of its own that a flag would add to."""

@@ -361,11 +361,7 @@ def test_timestamps_that_are_off_are_named_at_their_frame(seconds, bench_top, fi
 def test_timestamps_that_are_off_name_the_tolerance_that_takes_them(bench_top, filmed, tmp_path, capsys):
     root = root_of(filmed, tmp_path)
     shift(root, 0.03)
-    flags = (
-        f"--dataset.root={root}",
-        "--dataset.video_backend=pyav",
-        "--steps=1",
-    )
+    flags = (f"--dataset.root={root}", "--dataset.video_backend=pyav", "--steps=1")
     message = refused(bench_top, tmp_path / "run", capsys, *flags)
     assert "observation.images.front at frame" in message and FRONT in message and "off by 0.03 s" in message
     assert "--tolerance_s=0.033" in message and "Traceback" not in message and message.count("\n") == 1

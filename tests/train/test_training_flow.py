@@ -158,13 +158,9 @@ def test_frozen_weights_stay_and_the_others_move(bench_top, finished, tmp_path):
 def test_reading_by_column_gives_lerobots_samples(bench_top):
     for episodes in (None, [0, 2]):
         stock = LeRobotDataset(
-            REPO_ID,
-            root=bench_top.data,
-            episodes=episodes,
-            delta_timestamps=TIMES,
-            video_backend="pyav",
+            REPO_ID, root=bench_top.data, episodes=episodes, delta_timestamps=TIMES, video_backend="pyav",
             return_uint8=True,
-        )
+        )  # fmt: skip
         settings = bench_top.settings(
             bench_top.root / "unused", *([f"--dataset.episodes={episodes}"] if episodes else [])
         )
