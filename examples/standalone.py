@@ -9,7 +9,7 @@ from smolvla_fast.smolvla import SmolVLAPolicy, make_pre_post_processors, prepar
 
 policy = smolvla_fast.patch(SmolVLAPolicy.from_pretrained(sys.argv[1]))
 preprocess, postprocess = make_pre_post_processors(policy.config, sys.argv[1])
-rng = np.random.default_rng(0)  # stands in for cameras and encoders
+rng = np.random.default_rng(0)  # instead of cameras and encoders
 cameras = [key for key in policy.config.image_features if "empty_camera" not in key]
 observation = {key: rng.integers(0, 256, (480, 640, 3), dtype=np.uint8) for key in cameras}
 observation["observation.state"] = rng.standard_normal(policy.config.robot_state_feature.shape, np.float32)

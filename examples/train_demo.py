@@ -1,11 +1,11 @@
-"""The whole training flow in minutes on a CPU: a dataset, a run that is killed and goes on, an evaluation, a robot's chunk.
+"""The whole training flow in minutes on a CPU: write a dataset, train, kill and resume the run, evaluate, patch the policy.
 
     make train-demo          (or: python examples/train_demo.py [FOLDER])
 
-A hand learns to pick up a red cube from 60 scripted episodes with two cameras; where the cube lies is in the images alone.
-Exit status 1 if the policy does not beat every constant action by the margin below on episodes it has not seen, if it does
-as well with wrong images, if patched inference is not the same policy, or if the run was over before it could be killed; 2
-for a FOLDER that holds anything but an earlier demo.
+A hand learns to pick up a red cube from 60 scripted episodes with two cameras; only the images show where the cube lies.
+Exit status 1 if the policy does not beat every constant action on held-out episodes by ``MARGIN``, if wrong images do not
+raise its error by ``LOOKING``, if patched inference differs, or if the run ended before it could be killed; 2 for a FOLDER
+that holds anything but an earlier demo.
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ from smolvla_fast.train.settings import TrainSettings
 
 STEPS, SAVE = 600, 200
 SEED = 1
-"""Not LeRobot's 1000, with which the error below hung on how an update is rounded: too near the margin to tell a defect from
-that."""
+"""Not LeRobot's 1000, whose error lies so near the margin that the rounding of an update decided."""
 MARKER = ".train_demo"
-"""Lies in a folder that a demo may empty, because one has filled it."""
+"""Marks a folder as written by a demo, so that another may empty it."""
 MARGIN = 0.75
-"""The policy's squared error on held-out episodes, as a share of the best constant action's: at most this."""
+"""Largest squared error of the policy on held-out episodes, as a share of the best constant action's."""
 LOOKING = 1.25
-"""By what factor the error must grow when every frame gets another one's images."""
+"""Least factor by which the error must grow when every frame gets another frame's images."""
 
 TEXT = dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16
@@ -83,7 +82,7 @@ def main(folder: Path) -> int:
 
 
 def cleared(folder: Path) -> bool:
-    """Empties the folder of an earlier demo and marks it as one; leaves any other that holds something as it is."""
+    """Empties the folder of an earlier demo and marks it; False for any other folder that is not empty."""
     if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         print(
             f"{folder} holds something that this demo has not written (there is no {MARKER} in it), and would be emptied; "
@@ -99,7 +98,7 @@ def cleared(folder: Path) -> bool:
 
 
 def write_base(folder: Path) -> None:
-    """The checkpoint that training starts from: a small SmolVLA, its weights random but scaled so that images matter."""
+    """Writes the checkpoint to start from: a small SmolVLA with random weights, scaled so that images matter."""
     policy = make_policy(
         "tiny", origin="ours", folder=folder / "vlm", text=TEXT, vision=VISION, expert_width_multiplier=1.0,
         train_expert_only=False, freeze_vision_encoder=False,
@@ -113,9 +112,9 @@ def write_base(folder: Path) -> None:
 
 
 def kill_once_saved(command: list[str], run: Path) -> bool:
-    """Starts a command that trains, and kills it, without warning, some time after its first checkpoint.
+    """Starts a training command and kills it some time after its first checkpoint.
 
-    False, and the reason in print, where it ended by itself: then there would be nothing to go on with.
+    Prints the reason and returns False where it ended by itself, which leaves nothing to resume.
     """
     start = time.monotonic()
     with subprocess.Popen(command) as process:
@@ -134,7 +133,7 @@ def kill_once_saved(command: list[str], run: Path) -> bool:
 
 
 def evaluate(run: Path) -> bool:
-    """Prints the errors on held-out episodes, plain, without looking, and patched; True if all is as it should be."""
+    """Prints the errors on held-out episodes, plain, with wrong images, and patched; True if all pass."""
     checkpoint = Checkpoints(run).last()
     settings = TrainSettings.from_dict(
         {**read_run(checkpoint)["settings"], "num_workers": 0, "max_eval_samples": 0}

@@ -1,13 +1,12 @@
-"""Installed, this makes LeRobot's own commands run SmolVLA with smolvla_fast: no code, no flag.
+"""Makes LeRobot's own commands run SmolVLA with smolvla_fast, with no code and no flag, once it is installed.
 
-LeRobot imports every installed distribution whose name begins with ``lerobot_policy_`` when one of its commands starts.
-This one then waits: only when LeRobot imports SmolVLA's module is ``SmolVLAPolicy.from_pretrained`` replaced by one that
-patches what it has loaded. No other policy is touched, and a command without a SmolVLA policy pays nothing.
+LeRobot's commands import every installed distribution whose name begins with ``lerobot_policy_``. When LeRobot then imports
+SmolVLA's module, this one replaces ``SmolVLAPolicy.from_pretrained`` by a function that patches the loaded policy. Other
+policies do not change, and a command without SmolVLA pays nothing.
 
-A class attribute of LeRobot is changed here, which ``smolvla_fast.patch`` itself never does. Installing this distribution
-is how you say yes to that; ``SMOLVLA_FAST_DISABLE=1`` says no for one run, uninstalling it says no for good.
-``smolvla_fast/auto_patch.py`` has the rest, ``SMOLVLA_FAST_PRECISION``, ``SMOLVLA_FAST_BACKEND`` and ``SMOLVLA_FAST_WARMUP``
-among it.
+This changes a class attribute of LeRobot, which ``smolvla_fast.patch`` never does: you opt in by installing this
+distribution, out for one run with ``SMOLVLA_FAST_DISABLE=1``, and out for good by uninstalling it. See
+``smolvla_fast/auto_patch.py`` for ``SMOLVLA_FAST_PRECISION``, ``SMOLVLA_FAST_BACKEND`` and ``SMOLVLA_FAST_WARMUP``.
 """
 
 import logging

@@ -1,11 +1,11 @@
-"""The score for learning: dataset, batch, preprocess, loss, backward, clip, step, schedule, log, checkpoint.
+"""The training pipeline: dataset, batch, preprocess, loss, backward, clip, step, schedule, log, checkpoint.
 
     from smolvla_fast.train import DatasetSettings, TrainSettings
     from smolvla_fast.training import train
 
     train(TrainSettings(DatasetSettings("me/pick"), SmolVLAConfig(), output_dir="outputs/pick"))
 
-``smolvla-fast train`` is the same with flags. Corresponds to LeRobot's ``lerobot-train``: same data order, presets, files.
+``smolvla-fast train`` does the same with flags. Replaces ``lerobot-train``: same data order, presets and files.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """Everything a run holds between two steps."""
+    """The state of a run between two steps."""
 
     settings: TrainSettings
     asked: dict[str, Any]
-    """The settings as they were given, when the run was new."""
+    """The settings that began the run, before the dataset filled in features."""
     data: Data
     policy: Any
     preprocess: Any
@@ -58,11 +58,11 @@ class Run:
     scheduler: LRScheduler
     step: int
     path: str
-    """How the policy is computed, in words."""
+    """How steps are computed, in words: patched or plain, and why."""
 
     @property
     def samples(self) -> int:
-        """Of one optimizer step."""
+        """Samples per optimizer step."""
         return self.settings.batch_size * self.settings.gradient_accumulation_steps
 
 
@@ -73,25 +73,27 @@ def train(
     on_begin: Callable[[Run], None] = lambda run: None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, facts: None,
 ) -> Run:
-    """Trains until ``settings.steps``, writes log and checkpoints, and returns the run, its policy trained.
+    """Trains until ``settings.steps``, writes log and checkpoints, and returns the run with its trained policy.
 
-    resume    checkpoint folder to go on from; ``settings`` must be those it was written with (``check_same``)
-    on_begin  called once before the first step          on_step  called after each with loss, grad_norm, lr, seconds
-    raises    TrainingError for what makes a run impossible, and for weights that are not finite, which are not saved;
-              checkpoints that were written stay
-    The caller's random state comes back as it was.
+    resume    checkpoint folder to resume from, with the ``settings`` of ``train.settings.go_on``
+    on_begin  called once before the first step
+    on_step   called after each step with its number, and loss, grad_norm, lr, data_s and update_s
+    raises    TrainingError for an impossible run, and for weights that are not finite, which are not saved; earlier
+              checkpoints stay
+
+    The caller's random state is restored.
     """
     _refuse_many_processes()
     with seeded(settings.seed):
         run = prepare(settings, resume, trial=True)
         if resume is None:
-            seed_all(settings.seed)  # or noise would depend on how many numbers a constructor drew
+            seed_all(settings.seed)  # the noise must not depend on how many numbers the constructors drew
         on_begin(run)
         log = Log(settings.output_dir, run.step, settings.log_freq)
         try:
             _steps(run, log, on_step)
         except BaseException as error:
-            # What stopped the run is what has to be heard of, a disk too full for another line is not.
+            # The error that stopped the run matters, not a disk too full for one more line.
             with suppress(TrainingError):
                 log.close()
             if died := worker_died(error):
@@ -115,16 +117,17 @@ def _steps(run: Run, log: Log, on_step: Callable[[int, dict[str, float]], None])
             loss = held_out_loss(run.policy, run.preprocess, held_out, _autocast(settings))
             log.write({"step": run.step, "eval_loss": loss})
         if settings.save_checkpoint and (_due(run.step, settings.save_freq) or run.step == settings.steps):
-            _refuse_weights_that_are_none(run, checkpoints.last())
+            _refuse_nonfinite_weights(run, checkpoints.last())
             checkpoints.save(run.step, settings.steps, lambda folder: write_checkpoint(run, folder))
 
 
 def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool = False) -> Run:
     """Data, policy, processors, optimizer and schedule, fresh or as a checkpoint left them.
 
-    ``settings`` stay as they are: the run has a copy with the features of the dataset where none were given.
-    trial   whether the loss of two samples is computed before ``output_dir`` is made, as ``train`` does
-    raises  TrainingError as ``train``, and for an ``output_dir`` that holds something, but to resume
+    ``settings`` do not change: the run has a copy, with features from the dataset where none were given.
+
+    trial   compute the loss of two samples before ``output_dir`` is made, as ``train`` does
+    raises  TrainingError as ``train`` does, and in a new run for an ``output_dir`` that is not empty
     """
     check_output_dir(settings.output_dir, resume is None)
     check_policy(settings)
@@ -135,11 +138,11 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
     data = open_data(settings)
     policy = make_policy(settings, source)
     preprocess, postprocess = make_processors(settings, data.stats, source, resume is not None)
-    if trial:  # of the plain policy, for what is patched keeps count and image tokens
+    if trial:  # before the patch, whose counters and image cache would keep the trial
         try_step(settings, data, policy, preprocess, _autocast(settings))
     fused, path = speed_up(policy, settings)
     make_folder(settings.output_dir)
-    # Frozen parameters too, as LeRobot does: they get no gradient, and a checkpoint's states are numbered by place.
+    # With frozen parameters, as in LeRobot: a checkpoint numbers the states by their place in this list.
     preset = settings.policy.get_optimizer_preset()
     optimizer = preset.build(policy.get_optim_params(), fused=fused or None)
     scheduler = settings.policy.get_scheduler_preset().build(optimizer, settings.steps)
@@ -151,15 +154,15 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
 
 
 def update(run: Run, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
-    """One optimizer step on the next batches; returns what the log says of it.
+    """One optimizer step: ``gradient_accumulation_steps`` batches forward and backward, clip, step, schedule.
 
-    raises  TrainingError, weights untouched, when loss or gradient is not finite
+    returns  loss (the mean over the batches), grad_norm before clipping, lr; seconds of reading (data_s) and the rest
+             (update_s)
+    raises   TrainingError, with the weights as before, when loss or gradient is not finite
     """
     settings, parts = run.settings, run.settings.gradient_accumulation_steps
     losses: list[Tensor] = []
-    seen: list[
-        dict[str, Any]
-    ] = []  # as they were read, bytes in the host's memory, for what an error has to say
+    seen: list[dict[str, Any]] = []  # raw batches in the host's memory, for the message of an error
     data_s = 0.0
     begun = time.perf_counter()
     for _ in range(parts):
@@ -174,7 +177,7 @@ def update(run: Run, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
 
     clip = settings.policy.optimizer_grad_clip_norm
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), clip if clip > 0 else math.inf)
-    # Both at once: the step must not be taken on numbers that are none, and each look waits for the GPU.
+    # Checked before the step, and both in one transfer, since each waits for the GPU.
     mean, grad_norm = torch.stack([torch.stack(losses).mean().float(), norm.float()]).tolist()
     if not (math.isfinite(mean) and math.isfinite(grad_norm)):
         raise TrainingError(_not_finite(run, mean, grad_norm, seen))
@@ -187,7 +190,7 @@ def update(run: Run, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
 
 
 def write_checkpoint(run: Run, folder: Path) -> None:
-    """Fills a folder with all that LeRobot loads and resumes from, and all that is needed to go on to the bit."""
+    """Writes the files that LeRobot loads and resumes from, and those that resume this run to the same bits."""
     pretrained = folder / files.PRETRAINED
     run.policy.save_pretrained(pretrained)
     run.preprocess.save_pretrained(pretrained)
@@ -210,15 +213,15 @@ def _check_same_data(run: Run, checkpoint: Path) -> None:
     before, now = files.read_run(checkpoint)["frames"], len(run.data.train)
     if before != now:
         raise TrainingError(
-            f"the dataset has {now} frames to learn from, {before} when {checkpoint} was written: their order would be "
-            f"another. Resume on the same data, or start a new run with --policy.path={checkpoint / files.PRETRAINED}"
+            f"the dataset has {now} frames to train on, {before} when {checkpoint} was written, so their order would "
+            f"differ. Resume on the same data, or start a new run with --policy.path={checkpoint / files.PRETRAINED}"
         )
 
 
 def _not_finite(run: Run, loss: float, grad_norm: float, batches: list[dict[str, Any]]) -> str:
     causes = []
     for raw in batches:
-        # Preprocessed again: statistics, too, can make numbers that are none.
+        # Preprocessed again, since statistics can make NaN out of finite data.
         batch = run.preprocess(to_floats(raw, run.settings.policy.device or "cpu"))
         floats = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.is_floating_point()}
         if bad := [key for key, value in floats.items() if not value.isfinite().all()]:
@@ -236,8 +239,8 @@ def _not_finite(run: Run, loss: float, grad_norm: float, batches: list[dict[str,
     )
 
 
-def _refuse_weights_that_are_none(run: Run, last: Path | None) -> None:
-    """TrainingError for trained weights that are not finite: a checkpoint of them could only be thrown away."""
+def _refuse_nonfinite_weights(run: Run, last: Path | None) -> None:
+    """TrainingError for trained weights that are not finite: a checkpoint of them would be useless."""
     trained = [(name, p) for name, p in run.policy.named_parameters() if p.requires_grad]
     bad = [name for name, parameter in trained if not parameter.isfinite().all()]
     if bad:

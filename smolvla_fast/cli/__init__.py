@@ -13,7 +13,7 @@ from ..measure.console import CommandError, Console
 
 DEBUG = "SMOLVLA_FAST_DEBUG"
 NEEDS = {"train": "train", "serve": "callers", "bench": "bench,lerobot"}
-"""The extra that a command needs; the others need none."""
+"""The extra to install for a command; the others need "cli" at most."""
 
 COMMANDS = {
     "doctor": "what is installed, what this machine can do, and which backend serves which op",
@@ -28,16 +28,16 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit status: 0 good, 1 a check failed, 2 the command could not run.
 
-    Where the reader of a pipe leaves early, as in ``doctor | head -1``, the command ends with 1 and no traceback.
+    Where a pipe closes early, as in ``doctor | head -1``, the command ends with 1 and no traceback.
     """
     try:
         try:
             return _main(argv)
         finally:
-            # What a closed pipe refuses must show here: in the interpreter's own flush at exit nobody can catch it.
+            # A closed pipe must show here: at exit, the interpreter flushes where nobody can catch the error.
             sys.stdout.flush()
     except BrokenPipeError:
-        # What is still buffered has to go somewhere when the interpreter exits.
+        # The interpreter still flushes the rest of the buffer at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -48,7 +48,7 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, summary in COMMANDS.items():
-        # A command's module is imported only when asked for: `doctor` must work where LeRobot is missing.
+        # Modules of commands are imported on use: `doctor` must work where LeRobot is missing.
         commands.add_parser(name, help=summary, add_help=False)
     given = sys.argv[1:] if argv is None else list(argv)
     name, rest = parser.parse_args(given[:1]).command, given[1:]

@@ -1,4 +1,4 @@
-"""``python -m smolvla_fast.cli``, for where the ``smolvla-fast`` script is not on the path."""
+"""``python -m smolvla_fast.cli``: the ``smolvla-fast`` script where that is not on the path."""
 
 import sys
 

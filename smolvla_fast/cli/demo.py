@@ -1,8 +1,8 @@
-"""Runs SmolVLA stock, then patched, on the same observation and noise: times, error, chart.
+"""Runs SmolVLA stock and patched on the same observation and noise: times, error, chart.
 
-Stock is LeRobot's own class, or where LeRobot is not installed smolvla_fast's own SmolVLA in plain PyTorch.
-Stock and patched rounds alternate, so that whatever else the machine does hits both; medians are compared.
-Without --policy.path the full-size policy is made offline with random weights; nothing is downloaded.
+Stock is LeRobot's own class or, where LeRobot is not installed, smolvla_fast's own SmolVLA in plain PyTorch.
+Stock and patched rounds alternate, so that other load on the machine affects both; medians are compared.
+Without --policy.path, a full-size policy with random weights is made offline; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def measure(
     args: argparse.Namespace, device: Any, console: Console
 ) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
-    """Times stock and patched rounds in turn. Returns figures, a chunk of each, whether the engine served."""
+    """Times stock and patched rounds in turn. Returns the figures, a chunk of each, and whether the engine served."""
     import smolvla_fast
     from smolvla_fast.engine.timing import stage_times
 
     facts = system.facts()
-    # A GPU runs a chunk as one graph, which has no stages: they are timed in rounds of their own.
+    # A GPU runs a chunk as one graph without stages, so stages are timed in extra rounds.
     stage_rounds = min(2, args.rounds) if device.type == "cuda" else 0
     total = 3 + 2 * (args.rounds + stage_rounds)
     with console.progress("demo", total) as step:
@@ -137,31 +137,20 @@ def measure(
 
     stock_ms, fast_ms = statistics.median(raw["stock_ms"]), statistics.median(raw["fast_ms"])
     found = {
-        **facts,
-        "device": str(device),
-        "policy": subject.describe(policy, args),
+        **facts, "device": str(device), "policy": subject.describe(policy, args),
         "cameras": sum(key in batch for key in policy.config.image_features),
-        "steps": policy.config.num_steps,
-        "precision": status.precision,
-        "backend": status.backend,
-        "stock_ms": stock_ms,
-        "fast_ms": fast_ms,
-        "ratio": stock_ms / fast_ms,
+        "steps": policy.config.num_steps, "precision": status.precision, "backend": status.backend,
+        "stock_ms": stock_ms, "fast_ms": fast_ms, "ratio": stock_ms / fast_ms,
         "ratio_of_best": min(raw["stock_ms"]) / min(raw["fast_ms"]),
         "stages": compare_stages(median_stages(stages["stock"]), median_stages(stages["fast"])),
-        "stock": summary(raw["stock_ms"]),
-        "fast": summary(raw["fast_ms"]),
-        "rounds": args.rounds,
-        "raw": raw,
-        "warmup": warm,
-        "peak_bytes": peaks,
-        "status": status.to_dict(),
-    }
+        "stock": summary(raw["stock_ms"]), "fast": summary(raw["fast_ms"]), "rounds": args.rounds,
+        "raw": raw, "warmup": warm, "peak_bytes": peaks, "status": status.to_dict(),
+    }  # fmt: skip
     return found, chunks, status.active and status.calls_stock == 0
 
 
 def compare_stages(stock: dict[str, float], fast: dict[str, float]) -> dict[str, dict[str, float]]:
-    """By stage: ms of each, the patched stage's share of its chunk, and the ratio."""
+    """By stage: milliseconds of stock and patched, the patched stage's share of its chunk, the ratio."""
     return {
         stage: {
             "stock_ms": stock[stage],
@@ -224,7 +213,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def check_plot(path: str) -> None:
-    """Refuses a kind of file that matplotlib, where it is installed, does not write."""
+    """CommandError for a file type that matplotlib does not write; nothing where it is not installed."""
     try:
         from ..measure.plot import KINDS
     except ImportError:
@@ -234,7 +223,7 @@ def check_plot(path: str) -> None:
 
 
 def draw(found: dict[str, Any], path: str, console: Console) -> None:
-    """Saves the chart, or says why there is none."""
+    """Saves the chart, or prints why there is none."""
     try:
         from ..measure.plot import stage_bars
     except ImportError:

@@ -1,5 +1,5 @@
-"""Says what is installed, what this machine can do, and which backend serves which op. Works without LeRobot,
-without a GPU and without a compiler; what is missing is named, with the reason.
+"""Shows what is installed, what this machine can do, and which backend serves which op. Works without LeRobot, GPU and
+compiler, and names what is missing with the reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """All findings, ready for JSON."""
+    """All findings, as JSON values."""
     facts = system.facts()
     device = torch.device("cuda" if facts["gpus"] else "cpu")
     return {

@@ -1,6 +1,6 @@
-"""Starts LeRobot's policy server, which imports no plugins, with SmolVLA policies patched as clients have them loaded.
+"""Starts LeRobot's policy server, which imports no plugins, and patches every SmolVLA policy that a client loads.
 
-Every flag not listed here goes to the server itself, such as --host=0.0.0.0 --port=8080 --fps=30
+Flags not listed here go to the server, such as --host=0.0.0.0 --port=8080 --fps=30
 (lerobot/async_inference/configs.py). Ctrl-C stops it.
 """
 
@@ -18,7 +18,7 @@ from ..model.precision import TIERS
 from ..ops.select import BACKENDS
 
 PASSES_ON = True
-"""Flags that are not ours are LeRobot's."""
+"""Unknown flags are the server's."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         config = draccus.parse(
             policy_server.PolicyServerConfig, args=args.passed_on, prog="smolvla-fast serve"
         )
-    except Exception as error:  # of draccus, of YAML, and of the server's own checks
+    except Exception as error:  # draccus, YAML and the server's own checks each raise their own
         cause = error.__cause__ or error if "instantiate" in str(error) else error
         if isinstance(cause, ZeroDivisionError):  # of LeRobot's 1 / fps
             cause = ValueError("fps must be above 0, got 0")
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def check_address(host: str, port: int) -> None:
-    """Refuses an address that cannot be listened on. gRPC does not say it of a port that another gRPC server has."""
+    """CommandError for an address that cannot be listened on. gRPC shares a port with another gRPC server silently."""
     refused: list[OSError] = []
     places: list[Any] = []
     try:
@@ -73,13 +73,12 @@ def check_address(host: str, port: int) -> None:
     for family, kind, protocol, _, address in places:
         try:
             with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-                )  # as a server does after another has ended
+                # As servers do, so that a port in TIME_WAIT is free.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
         except OSError as error:
             refused.append(error)
-    # A machine without IPv6 refuses one of a name's two addresses.
+    # One of two addresses may be refused: a machine may have no IPv6.
     if len(refused) == len(places) or any(error.errno == errno.EADDRINUSE for error in refused):
         raise CommandError(
             f"--host={host} --port={port}: cannot listen there ({refused[0].strerror}); give another --port or --host"

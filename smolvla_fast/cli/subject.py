@@ -1,4 +1,4 @@
-"""The policy and the observation that `demo` and `verify` work on, from the same arguments."""
+"""The policy and observation of `demo` and `verify`, from the same arguments."""
 
 from __future__ import annotations
 
@@ -23,14 +23,9 @@ from ..smolvla.features import ACTION, OBS_STATE
 from ..smolvla.hub import CONFIG_NAME, find_file
 
 COUNTS = (
-    "num_steps",
-    "chunk_size",
-    "n_action_steps",
-    "max_state_dim",
-    "max_action_dim",
-    "tokenizer_max_length",
-)
-"""Fields of config.json that nothing can be computed with at 0."""
+    "num_steps", "chunk_size", "n_action_steps", "max_state_dim", "max_action_dim", "tokenizer_max_length",
+)  # fmt: skip
+"""Fields of config.json that must be above 0."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +73,7 @@ def up_to(most: int) -> Callable[[str], int]:
 
 
 def threads(text: str) -> int:
-    # Far more than cores, and the runtime ends the process as it fails to start them.
+    # With far more threads than cores, OpenMP fails to start them and ends the process.
     return up_to(4 * (os.cpu_count() or 1))(text)
 
 
@@ -90,7 +85,7 @@ def seed(text: str) -> int:
 
 
 def why_not_lerobots() -> str | None:
-    """Why LeRobot's class does not run; None where it does."""
+    """Why LeRobot's class cannot be used; None where it can."""
     if find_spec("lerobot") is None:
         return "LeRobot is not installed"
     try:
@@ -101,7 +96,7 @@ def why_not_lerobots() -> str | None:
 
 
 def check(args: argparse.Namespace) -> torch.device:
-    """Refuses what cannot work before any weight is made; returns the device."""
+    """Refuses arguments that cannot work before any weight is made. Returns the device."""
     try:
         tier = resolve_tier(args.precision, torch.float32)
     except ValueError as error:
@@ -122,7 +117,7 @@ def check(args: argparse.Namespace) -> torch.device:
 
 
 def check_checkpoint(path: str) -> None:
-    """Refuses what is no SmolVLA checkpoint, by its ``config.json``, before weights are read."""
+    """CommandError unless ``config.json`` is of a SmolVLA checkpoint that can compute, before weights are read."""
     advice = "give the folder of a saved SmolVLA policy or a Hub id such as lerobot/smolvla_base"
     folder = Path(path).expanduser()
     try:
@@ -135,8 +130,8 @@ def check_checkpoint(path: str) -> None:
         if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
             raise CommandError(f"--policy.path {path}: no {CONFIG_NAME} in it; {advice}")
         config = json.loads(find_file(folder if folder.is_dir() else path, CONFIG_NAME).read_bytes())
-        if not isinstance(config, dict) or config.get("type") != "smolvla":
-            kind = config.get("type") if isinstance(config, dict) else type(config).__name__
+        kind = config.get("type") if isinstance(config, dict) else type(config).__name__
+        if kind != "smolvla":
             raise CommandError(
                 f"--policy.path {path}: {CONFIG_NAME} is of {kind!r}, not of 'smolvla'; {advice}"
             )
@@ -189,7 +184,7 @@ def resolve_device(name: str) -> torch.device:
         raise CommandError(
             f"--device {name}: torch sees no CUDA GPU; use --device cpu, or see `smolvla-fast doctor`"
         )
-    # Before torch.device, which fails at a number that is no GPU's in ways of its own.
+    # Checked before torch.device, whose errors name no GPUs.
     if wish[1] and int(wish[1]) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         there = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
@@ -200,7 +195,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def make_policy(args: argparse.Namespace, device: torch.device) -> Any:
-    """The policy that the arguments name, in eval mode on the device: of LeRobot's class where that is installed."""
+    """The policy of the arguments, in eval mode on the device: of LeRobot's class where that is installed."""
     if args.policy_path is not None:
         policy = _load(args.policy_path, device)
         if args.layout == "fp32":
@@ -228,7 +223,7 @@ def _load(path: str, device: torch.device) -> Any:
     try:
         return SmolVLAPolicy.from_pretrained(str(folder) if folder.is_dir() else path).to(device).eval()
     except Exception as error:
-        # The Hub, safetensors, draccus and transformers each raise errors of their own, with long traces.
+        # The Hub, safetensors, draccus and transformers each raise their own.
         cause = error.__cause__ or error if "instantiate" in str(error) else error
         reason = " ".join((str(getattr(cause, "what", cause)).strip() or type(cause).__name__).split())
         raise CommandError(
@@ -244,9 +239,9 @@ SAVE = (
 
 
 def unnormalized(path: str, config: Any) -> str | None:
-    """What a checkpoint's own processors do not normalise although its configuration has a mode for it, as a message.
+    """A message naming the features that a checkpoint's processors do not normalise although its configuration says so.
 
-    raises  CommandError for files of processors that cannot be read
+    None where there are none. raises  CommandError for files of processors that cannot be read
     """
     from ..smolvla.processor_smolvla import not_normalised, unnormalized_in
 
@@ -255,7 +250,7 @@ def unnormalized(path: str, config: Any) -> str | None:
         faults = unnormalized_in(config, path)
     except (OSError, ValueError) as error:
         if not Path(path).is_dir() and isinstance(error, OSError):
-            return None  # a Hub that cannot be reached says nothing of processors
+            return None  # the Hub cannot be reached, so nothing is known of the processors
         raise CommandError(
             f"--policy.path {path}: cannot read its processors: {error}; copy or download the checkpoint again, or {SAVE}"
         ) from error
@@ -268,12 +263,12 @@ def unnormalized(path: str, config: Any) -> str | None:
 
 
 def make_observation(policy: Any, args: argparse.Namespace, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """One structured observation and its noise."""
+    """A drawn observation (``testing.make_observation``) and its noise."""
     from ..testing import policies
 
     try:
         batch = policies.make_observation(policy, seed=seed, cameras=args.cameras)
-    except Exception as error:  # sizes that a configuration declares and no frame or state can have
+    except Exception as error:  # a configuration may declare sizes that no frame or state can have
         if args.cameras is not None and str(error).startswith("cameras="):
             raise CommandError(f"--cameras {args.cameras}: {error}") from error
         raise CommandError(
@@ -283,14 +278,14 @@ def make_observation(policy: Any, args: argparse.Namespace, seed: int) -> tuple[
 
 
 def stock_fails(error: Exception) -> CommandError:
-    """Of an error of stock's: whatever it refuses of a configuration, it does so in ways of its own."""
+    """The CommandError for an error of stock's, which raises its own for each configuration that it refuses."""
     return CommandError(
         f"stock itself computes no chunk for this policy ({type(error).__name__}: {error}); see its {CONFIG_NAME}"
     )
 
 
 def describe(policy: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """What was run, for the head of the figures."""
+    """The policy that was run, for the head of the figures."""
     dtypes = Counter[str]()
     for parameter in policy.parameters():
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
@@ -305,7 +300,7 @@ def describe(policy: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def say_whose(policy: dict[str, Any], console: Console) -> None:
-    """Says what "stock" is where it is not LeRobot's. ``policy`` is what ``describe`` found."""
+    """Prints what "stock" is where it is not LeRobot's. ``policy`` is from ``describe``."""
     if policy["whose"] != "lerobot":
         console.line(
             f"{why_not_lerobots()}: stock is smolvla_fast's own SmolVLA in plain PyTorch. To compare with "

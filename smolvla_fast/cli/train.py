@@ -4,8 +4,8 @@
         --rename_map='{"observation.images.up": "observation.images.camera1"}' --output_dir=outputs/pick
     smolvla-fast train --resume=true --output_dir=outputs/pick
 
-A fine-tuned checkpoint knows cameras by its own names: rename each of the dataset's. Checkpoints are LeRobot's:
-`lerobot-eval` and `lerobot-train --resume=true` take them. Beside them lie train_log.jsonl and train_log.png.
+A fine-tuned checkpoint has its own names of cameras: rename each of the dataset's to one of them. `lerobot-eval` and
+`lerobot-train --resume=true` read the checkpoints. train_log.jsonl and its curve, train_log.png, are written beside them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }
 
     def add(place: str, name: str, text: str, **options: Any) -> None:
-        # Left out unless given, so that a resumed run knows what was asked for anew.
+        # Absent unless given, so that a resumed run knows which flags are new.
         group[place].add_argument(
             f"--{name}", dest=name, metavar="", default=argparse.SUPPRESS, help=text, **options
         )
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         with Progress(settings, console) as progress:
             done = train(settings, resume=checkpoint, on_begin=progress.begin, on_step=progress.step)
     except BaseException as error:
-        # Where a run went is asked above all of one that stopped, by an error or by hand.
+        # The curve matters most for a run that stopped, by an error or by hand.
         if progress is not None and progress.bar is not None:
             draw(progress.settings.output_dir, console)
         if isinstance(error, TrainingError):
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line every ``log_freq`` steps."""
+    """A bar on a terminal, or a line every ``log_freq`` steps elsewhere."""
 
     def __init__(self, settings: TrainSettings, console: Console) -> None:
         self.settings, self.console = settings, console
@@ -105,14 +105,12 @@ class Progress:
 
     def begin(self, run: Run) -> None:
         held_out = run.data.held_out
-        counts = (
-            [p.numel() for p in run.policy.parameters()],
-            [p.numel() for p in run.policy.parameters() if p.requires_grad],
-        )
+        total = sum(p.numel() for p in run.policy.parameters())
+        trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
         self.console.line(
             f"{len(run.data.train):,} frames of {run.data.train.num_episodes} episodes"
             + (f", {len(held_out):,} frames of {held_out.num_episodes} episodes held out" if held_out else "")
-            + f"; {sum(counts[0]):,} parameters, {sum(counts[1]):,} of them trained, on {self.settings.policy.device} in "
+            + f"; {total:,} parameters, {trained:,} of them trained, on {self.settings.policy.device} in "
             f"{'bf16 autocast' if self.settings.bf16 else 'fp32'}, {run.path}"
         )
         self.console.line(
@@ -147,7 +145,7 @@ class Progress:
 
 
 def draw(output_dir: Path, console: Console) -> None:
-    """Saves the loss curve beside the log, or says why there is none."""
+    """Saves the loss curve beside the log, or prints why there is none."""
     try:
         from ..measure.plot import loss_curve
     except ImportError:
@@ -157,7 +155,7 @@ def draw(output_dir: Path, console: Console) -> None:
     try:
         log = read_log(output_dir)
         if not any("loss" in entry for entry in log):
-            raise ValueError("no step is in the log, and none comes there with --log_freq=0")
+            raise ValueError("the log has no steps, as with --log_freq=0")
         loss_curve(log, f"SmolVLA, {output_dir.name}", path)
     except (OSError, ValueError) as error:
         console.line(f"no curve: {error}")

@@ -1,8 +1,8 @@
 """Checks a patched policy against the reference on several observations and prints the report.
 
-Exit status 0 if every observation passes, 1 if one does not. The reference is stock computed in fp32. The
-bound is what stock itself loses in the tier's own dtype; in fp32, three times what stock moves by ("stock moves") when
-its sums run in reverse order, from 1e-5 to 1e-4. `--precision exact` asks for equal bits.
+Exit status 0 if every observation passes, 1 if one fails. The reference is stock computed in fp32. The bound is the error
+of stock itself in the tier's dtype; for fp32, three times the change of stock when its sums run in reverse order ("stock
+moves"), but at least 1e-5 and at most 1e-4. `--precision exact` requires equal bits.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _try_stock(policy: Any, batch: dict[str, Any], noise: Any) -> None:
-    """CommandError where stock computes no chunk either: then the fault is not the patch's."""
+    """CommandError where stock fails too, for then the patch is not at fault."""
     try:
         with as_stock(policy):
             policy.predict_action_chunk(dict(batch), noise=noise.clone())
@@ -72,17 +72,9 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.line(system.headline(found))
     subject.say_whose(found["policy"], console)
     columns = [
-        "observation",
-        "fast rel L2",
-        "bound",
-        "stock rel L2",
-        "stock moves",
-        "fast max abs",
-        "stock max abs",
-        "cosine",
-        "worst step",
-        "",
-    ]
+        "observation", "fast rel L2", "bound", "stock rel L2", "stock moves", "fast max abs",
+        "stock max abs", "cosine", "worst step", "",
+    ]  # fmt: skip
     rows = [
         [
             index + 1,

@@ -1,8 +1,8 @@
-"""Conversions between Aloha's joint and gripper conventions and those SmolVLA's base model was trained with.
+"""Converts between Aloha's joint and gripper conventions and those of SmolVLA's pretraining data.
 
-Motors are numbered per arm 0-6 and 7-13, the gripper last. The pretraining runtime turns joints 1 and 2 the other way
-and measures grippers as an angle, normalised between two angles seen on a Trossen robot; Aloha reports the linear
-opening. All functions return new tensors.
+Motors 0-6 are one arm, 7-13 the other, the gripper last. The pretraining data turns joints 1 and 2 the other way and has
+grippers as an angle, normalised between two angles of a Trossen robot; Aloha reports the linear opening. All functions
+return new tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _GRIPPERS = [6, 13]
 # Puppet gripper, linear opening in metres, and the geometry that turns it into an angle (Interbotix).
 _LINEAR_CLOSED, _LINEAR_OPEN = 0.01844, 0.05800
 _ARM_LENGTH, _HORN_RADIUS = 0.036, 0.022
-# Angles in radians: what the pretraining data calls 0 and 1, and what Aloha calls 0 and 1.
+# Angles in radians of 0 and 1: in the pretraining data, and in Aloha's.
 _ANGLE_MIN, _ANGLE_MAX = 0.4, 1.5
 _JOINT_CLOSED, _JOINT_OPEN = -0.6213, 1.4910
 

@@ -1,4 +1,4 @@
-"""The backbone cut to its first layers, and the expert beside it: built, and where asked for, loaded."""
+"""Builds the backbone, cut to its first layers, and the expert; loads the backbone's weights if asked to."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def get_intermediate_size(hidden_dim: int, ffn_dim_multiplier: int = 4, multiple
 def build_vlm(
     config: SmolVLMConfig, model_id: str, layers: int, load: bool
 ) -> SmolVLMForConditionalGeneration:
-    """The VLM with its first ``layers`` text layers alone; the config keeps saying how many the backbone has.
+    """The VLM with its first ``layers`` text layers alone; its config keeps the backbone's own number.
 
-    load  with the backbone's weights, held in bf16; else random, in the dtypes that the config names
+    load  take the backbone's weights, in bf16; else random ones, in the config's dtypes
     """
     if load:
         for part in (config, config.text_config, config.vision_config):
@@ -36,7 +36,7 @@ def build_vlm(
     if load:
         dropped = tuple(f"model.text_model.layers.{i}." for i in range(layers, total))
         tensors = {k: v for k, v in read_backbone(model_id).items() if not k.startswith(dropped)}
-        # The head of a backbone saved with tied embeddings is its embedding.
+        # A backbone with tied embeddings saves its head as the embedding.
         if "lm_head.weight" not in tensors and config.tie_word_embeddings:
             tensors["lm_head.weight"] = tensors["model.text_model.embed_tokens.weight"]
         vlm.to(torch.bfloat16)
@@ -46,10 +46,10 @@ def build_vlm(
 
 
 def build_expert(text: LlamaConfig, width_multiplier: float, crosses: Sequence[bool]) -> LlamaModel:
-    """An expert of random weights, relative to the VLM's text layers.
+    """An expert with random weights, of a width relative to the VLM's text layers.
 
-    crosses  for each of its layers, whether it is a cross-attention layer: these read the VLM's keys and values, hence
-             another input width of ``k_proj`` and ``v_proj``, which keep the default dtype
+    crosses  per layer, whether it is a cross-attention layer: its ``k_proj`` and ``v_proj`` then read the VLM's keys and
+             values, of another width, and keep the default dtype
     """
     config = copy.deepcopy(text)
     config.hidden_size = int(text.hidden_size * width_multiplier)

@@ -29,7 +29,7 @@ from .rtc import RTCConfig
 logger = logging.getLogger(__name__)
 
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-_ENDLESS = {(math.inf, "optimizer_grad_clip_norm")}  # which clips nothing
+_ENDLESS = {(math.inf, "optimizer_grad_clip_norm")}  # infinity: do not clip
 
 
 def _normalization_default() -> dict[str, NormalizationMode]:
@@ -41,7 +41,7 @@ def _normalization_default() -> dict[str, NormalizationMode]:
 
 
 def check_kinds(settings: Any) -> None:
-    """ValueError for a field of a dataclass that holds no value of its type, or a number that is not finite."""
+    """ValueError for a dataclass field with a value of another type, or a number that is not finite."""
     for entry in dataclasses.fields(settings):
         kinds = [kind.strip() for kind in str(entry.type).split("|")]
         accepted = tuple(k for kind in kinds for k in _KINDS.get(kind, ()))
@@ -146,7 +146,7 @@ class SmolVLAConfig:
         self._parse_fields()
         check_kinds(self)
         self._check_values()
-        if not self.device:  # nobody asked for one, so there is nothing to warn of
+        if not self.device:
             self.device = best_device()
             logger.info("no device is named, using %r", self.device)
         elif not device_is_available(self.device):
@@ -160,7 +160,7 @@ class SmolVLAConfig:
             self.use_amp = False
 
     def _parse_fields(self) -> None:
-        """Lists, words and mappings, as JSON has them, to tuples, enums and features."""
+        """Converts JSON's lists, words and mappings to tuples, enums and features."""
         self.input_features = parse_features(self.input_features, "input_features")
         self.output_features = parse_features(self.output_features, "output_features")
         if not isinstance(self.normalization_mapping, dict):
@@ -223,7 +223,7 @@ class SmolVLAConfig:
             raise ValueError(f"expert_width_multiplier must be positive, got {self.expert_width_multiplier}")
 
     def validate_features(self) -> None:
-        """Add the blank cameras of ``empty_cameras`` to ``input_features``; a second call changes nothing."""
+        """Adds the blank cameras of ``empty_cameras`` to ``input_features``; idempotent."""
         if self.input_features is None:
             self.input_features = {}
         for index in range(self.empty_cameras):
@@ -286,7 +286,7 @@ class SmolVLAConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` holds: LeRobot's fields in LeRobot's order, "type" first."""
+        """The content of ``config.json``: LeRobot's fields in LeRobot's order, "type" first."""
         return {"type": self.type, **_to_json(dataclasses.asdict(self))}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The devices that LeRobot knows, and which of them are here."""
+"""The devices that LeRobot accepts, and which of them this machine has."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def device_is_available(device: str) -> bool:
-    """Whether tensors can live on ``device`` here; ValueError for a name that LeRobot does not take either."""
+    """Whether this machine has ``device``; ValueError for a name that LeRobot does not accept either."""
     if device.startswith("cuda"):
         return torch.cuda.is_available()
     if device == "mps":

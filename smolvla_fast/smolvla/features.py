@@ -1,7 +1,6 @@
-"""The vocabulary of batches and checkpoints: feature kinds, normalisation modes, and the keys under which data
-travels.
+"""The names in batches and checkpoints: feature kinds, normalisation modes, keys of data.
 
-Every enum is also a string, so a member compares equal to, and is written to JSON as, the word LeRobot uses for it.
+Every enum is also a string: a member equals LeRobot's word for it, and is written to JSON as that word.
 """
 
 from __future__ import annotations
@@ -62,8 +61,7 @@ class PolicyFeature:
 
 
 def parse_enum(kind: type[_E], value: Any, field: str) -> _E:
-    """``value`` as a member of ``kind``; accepts the member, its word, or another package's enum with the same
-    word."""
+    """``value`` as a member of ``kind``: a member, its word, or another package's enum of that word. Else ValueError."""
     word = value.value if isinstance(value, Enum) else value
     try:
         return kind(word)

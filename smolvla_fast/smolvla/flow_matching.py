@@ -1,4 +1,4 @@
-"""Flow matching (arXiv 2210.02747): what is drawn at random, and the integration from noise to actions."""
+"""Flow matching (arXiv 2210.02747): random noise and times, and the integration from noise to actions."""
 
 from __future__ import annotations
 

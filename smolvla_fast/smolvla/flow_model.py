@@ -42,16 +42,12 @@ class VLAFlowMatching(nn.Module):
         super().__init__()
         self.config = config
         self.vlm_with_expert = SmolVLMWithExpertModel(
-            model_id=config.vlm_model_name,
-            load_vlm_weights=config.load_vlm_weights,
-            train_expert_only=config.train_expert_only,
-            freeze_vision_encoder=config.freeze_vision_encoder,
-            attention_mode=config.attention_mode,
-            num_expert_layers=config.num_expert_layers,
-            num_vlm_layers=config.num_vlm_layers,
-            self_attn_every_n_layers=config.self_attn_every_n_layers,
+            model_id=config.vlm_model_name, load_vlm_weights=config.load_vlm_weights,
+            train_expert_only=config.train_expert_only, freeze_vision_encoder=config.freeze_vision_encoder,
+            attention_mode=config.attention_mode, num_expert_layers=config.num_expert_layers,
+            num_vlm_layers=config.num_vlm_layers, self_attn_every_n_layers=config.self_attn_every_n_layers,
             expert_width_multiplier=config.expert_width_multiplier,
-        )
+        )  # fmt: skip
         hidden, width = (
             self.vlm_with_expert.config.text_config.hidden_size,
             self.vlm_with_expert.expert_hidden_size,

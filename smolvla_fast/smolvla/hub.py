@@ -1,4 +1,4 @@
-"""Files of a checkpoint, found in a local folder or on the Hugging Face Hub."""
+"""Finds files of a checkpoint in a local folder or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ WEIGHTS_NAME = "model.safetensors"
 WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 
 SHOWN = 8
-"""Names of a folder that a message lists."""
+"""Most names of a folder that a message lists."""
 HUB_OPTIONS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
-"""Keyword arguments that are handed on to ``huggingface_hub.hf_hub_download``."""
+"""Keyword arguments passed on to ``huggingface_hub.hf_hub_download``."""
 
 
 def split_hub_options(kwargs: dict[str, Any], where: str) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def split_hub_options(kwargs: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def is_absent(source: str | Path, name: str, **options: Any) -> bool:
-    """Whether a folder or Hub repository is known to have no file ``name``; a Hub that cannot be reached says nothing."""
+    """Whether a folder or Hub repository is known to have no file ``name``; False if the Hub cannot be reached."""
     try:
         find_file(source, name, **options)
     except FileNotFoundError as error:
@@ -41,11 +41,11 @@ def is_absent(source: str | Path, name: str, **options: Any) -> bool:
 
 
 def find_file(source: str | Path, name: str, **options: Any) -> Path:
-    """The local path of file ``name`` of a folder or Hub repository, downloaded if need be.
+    """The local path of file ``name`` of a folder or Hub repository, downloaded if necessary.
 
-    Raises FileNotFoundError saying what was looked for, where, and what would be accepted.
+    raises  FileNotFoundError naming the file, the place, and what is accepted
     """
-    if not str(source):  # or it would be the folder that the process is in
+    if not str(source):  # Path("") would be the working directory
         raise FileNotFoundError(f"no {name} of '': give a folder or a Hub repository id 'owner/name'")
     folder = Path(source)
     if folder.is_dir():
@@ -57,7 +57,7 @@ def find_file(source: str | Path, name: str, **options: Any) -> Path:
             present = present or "nothing"
             raise FileNotFoundError(f"{name} not found in {folder.resolve()}, which holds {present}")
         return folder / name
-    # Imported here so that local folders work without huggingface_hub being able to reach its cache.
+    # Imported late: local folders must work where huggingface_hub cannot reach its cache.
     from huggingface_hub import hf_hub_download
 
     try:

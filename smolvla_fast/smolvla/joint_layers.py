@@ -1,4 +1,4 @@
-"""What a layer of the VLM and one of the expert have in common: projections before attention, residuals and MLP after it."""
+"""The parts of a layer outside attention, for VLM and expert: projections before it, residuals and MLP after it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def project_cached(projection: nn.Linear, states: Tensor, head_dim: int) -> Tens
 def finish_layer(
     model_layers: Layers, inputs_embeds: list[Tensor | None], layer_idx: int, attended: list[Any]
 ) -> list[Tensor | None]:
-    """Output projection, residual and MLP of each stream, from attention that is joint (one tensor) or per stream."""
+    """Output projection, residual and MLP of each stream, after attention: one joint tensor, or one per stream."""
     outputs: list[Tensor | None] = []
     start = 0
     for stream, hidden in enumerate(inputs_embeds):
@@ -43,7 +43,7 @@ def finish_layer(
         end = start + hidden.shape[1]
         projection = layer.self_attn.o_proj
         out = projection(out.to(projection.weight.dtype)[:, start:end])
-        # In place: where dtypes are mixed the residual keeps the dtype of the projection.
+        # In place, so that the sum keeps the projection's dtype where dtypes are mixed.
         out += hidden
         residual = out.clone()
         out = layer.mlp(layer.post_attention_layernorm(out))

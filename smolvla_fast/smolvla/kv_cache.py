@@ -1,4 +1,4 @@
-"""The keys and values of the prefix, kept from the prefill for the denoising steps."""
+"""The cache of the prefix's keys and values, filled by the prefill and read by the denoising steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class KVCache:
         return self.layers[layer_idx].keys.shape[-2] if layer_idx < len(self.layers) else 0
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append [B, K, new tokens, D] to a layer, or start the next one; returns all the layer's keys and values."""
+        """Appends [B, K, new tokens, D] to a layer, or starts the next one. Returns all its keys and values."""
         if layer_idx == len(self.layers):
             self.layers.append(CachedLayer(keys.contiguous(), values.contiguous()))
         else:
@@ -40,7 +40,7 @@ class KVCache:
         return layer.keys, layer.values
 
     def crop(self, length: int) -> None:
-        """Keep the first ``length`` tokens of every layer: what a denoising step appended is dropped."""
+        """Keeps the first ``length`` tokens of every layer, dropping those of a denoising step."""
         for layer in self.layers:
             if layer.keys.shape[-2] > length:
                 layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]

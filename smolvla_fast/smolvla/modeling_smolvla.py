@@ -1,4 +1,4 @@
-"""SmolVLA (arXiv 2506.01844): the policy that robots and training loops talk to.
+"""SmolVLA (arXiv 2506.01844): the policy, for robots and training loops.
 
 ``SmolVLAPolicy`` turns batches into tensors and chunks into actions; the model between the two is
 ``VLAFlowMatching``. Names, signatures and state_dict keys are those of LeRobot 0.6.1, and so are results, bit by bit.
@@ -31,7 +31,7 @@ __all__ = ["SmolVLAPolicy", "VLAFlowMatching", "pad_vector"]
 
 
 def pad_vector(vector: Tensor, new_dim: int) -> Tensor:
-    """Zeros appended to the last dimension up to ``new_dim``; a vector that wide already is returned as it is."""
+    """Pads the last dimension with zeros up to ``new_dim``; returns a vector of that width or more as it is."""
     missing = new_dim - vector.shape[-1]
     return F.pad(vector, (0, missing)) if missing > 0 else vector
 
@@ -79,9 +79,10 @@ class SmolVLAPolicy(nn.Module):
     ) -> SmolVLAPolicy:
         """A policy in evaluation mode on ``config.device``, from a folder or a Hub repository of LeRobot or of ours.
 
-        config  instead of the checkpoint's own ``config.json``
-        strict  True: RuntimeError when a weight is missing, unexpected or misshapen (LeRobot only logs the first two)
-        A file from before LeRobot 0.4 has statistics among its weights; they are left to ``make_pre_post_processors``.
+        Statistics among the weights, from before LeRobot 0.4, are left to ``make_pre_post_processors``.
+
+        config  used instead of the checkpoint's ``config.json``
+        strict  True: RuntimeError for a weight that is missing, unexpected or misshapen (LeRobot only logs the first two)
         raises  FileNotFoundError for missing files, ValueError for an unreadable configuration or weights file
         """
         options = split_hub_options(hub_options, "SmolVLAPolicy.from_pretrained")
@@ -113,11 +114,11 @@ class SmolVLAPolicy(nn.Module):
         return True
 
     def reset(self) -> None:
-        """Forget the actions in the queue: to be called at the start of every episode."""
+        """Empties the queue of actions. Call it at the start of every episode."""
         self._queues: dict[str, deque[Tensor]] = {ACTION: deque(maxlen=self.config.n_action_steps)}
 
     def init_rtc_processor(self) -> None:
-        """(Re)make the RTC processor from ``config.rtc_config``; to be called after that setting was replaced."""
+        """Makes the RTC processor from ``config.rtc_config``. Call it after replacing that setting."""
         self.rtc_processor = None
         if self.config.rtc_config is not None:
             self.rtc_processor = RTCProcessor(self.config.rtc_config)
@@ -152,8 +153,7 @@ class SmolVLAPolicy(nn.Module):
         return aloha.encode_actions(actions) if self.config.adapt_to_pi_aloha else actions
 
     def _prepare_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The caller's batch stays as it is: LeRobot converts Aloha states in place, so a batch used twice is
-        wrong."""
+        """Converts Aloha's state and actions in a copy. LeRobot does so in place, so a batch used twice goes wrong."""
         if not self.config.adapt_to_pi_aloha:
             return batch
         batch = {**batch, OBS_STATE: aloha.decode_state(_required(batch, OBS_STATE))}
@@ -235,7 +235,7 @@ class SmolVLAPolicy(nn.Module):
         return loss, record
 
     def prepare_images(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Frames fitted into the model's size and scaled to [-1, 1], and per camera whether it is there, [B] bool.
+        """Frames resized with padding and scaled to [-1, 1], and per camera whether it is present, [B] bool.
 
         Bytes, [B, 3, h, w] or [B, h, w, 3] uint8, are accepted beside floats in [0, 1]; LeRobot takes floats alone.
         A patched model is given them as they are, and fits and scales them on its device.
@@ -316,7 +316,7 @@ class SmolVLAPolicy(nn.Module):
 
 
 def _logged(losses: Tensor) -> float:
-    """Mean of a dense copy: a slice of a wider tensor is summed in another order, hence to other bits."""
+    """Mean of a dense copy: torch sums a slice of a wider tensor in another order, to other bits."""
     return losses.clone().mean().item()
 
 

@@ -1,4 +1,4 @@
-"""Normalisation of states and actions by the statistics of the training data."""
+"""Normalises states and actions by the statistics of the training data."""
 
 from __future__ import annotations
 
@@ -28,11 +28,9 @@ from .transition import Transition, TransitionKey
 logger = logging.getLogger(__name__)
 
 REQUIRED_STATS = {
-    NormalizationMode.MEAN_STD: ("mean", "std"),
-    NormalizationMode.MIN_MAX: ("min", "max"),
-    NormalizationMode.QUANTILES: ("q01", "q99"),
-    NormalizationMode.QUANTILE10: ("q10", "q90"),
-}
+    NormalizationMode.MEAN_STD: ("mean", "std"), NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.QUANTILES: ("q01", "q99"), NormalizationMode.QUANTILE10: ("q10", "q90"),
+}  # fmt: skip
 
 
 WAY_OUT = (
@@ -46,8 +44,7 @@ def scale(x: Tensor, mode: NormalizationMode, low: Tensor, high: Tensor, eps: fl
     """``(x - mean) / (std + eps)``, or ``[low, high]`` to ``[-1, 1]``; inverse undoes it.
 
     low, high  mean and std for MEAN_STD, else the two ends of the range; broadcast against x
-    eps        added to std; stands in for a range of zero. The inverse of MEAN_STD multiplies by std alone, as
-               LeRobot does
+    eps        added to std, and used for a range of zero. The inverse of MEAN_STD multiplies by std alone, as in LeRobot
     """
     if mode is NormalizationMode.MEAN_STD:
         return x * high + low if inverse else (x - low) / (high + eps)
@@ -55,15 +52,14 @@ def scale(x: Tensor, mode: NormalizationMode, low: Tensor, high: Tensor, eps: fl
     span = torch.where(span == 0, torch.tensor(eps, device=x.device, dtype=x.dtype), span)
     if not inverse:
         return 2 * (x - low) / span - 1
-    # Two orders of the same operations, as the checkpoints' own library has them: they differ in the last
-    # bit.
+    # LeRobot orders the operations of the two modes differently, which changes the last bit.
     if mode is NormalizationMode.MIN_MAX:
         return (x + 1) / 2 * span + low
     return (x + 1) * span / 2 + low
 
 
 def _to_tensors(stats: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Nested numbers, lists, arrays or tensors to tensors of full precision; entries of None are left out."""
+    """Converts nested numbers, lists, arrays or tensors to tensors of full precision; drops entries of None."""
     tensors = {}
     for key, entries in stats.items():
         if entries is None:
@@ -77,7 +73,7 @@ def _to_tensors(stats: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
 
 
 def _to_tensor(value: Any) -> Tensor:
-    # Python numbers are doubles, torch would make them fp32.
+    # torch would round Python's doubles to fp32.
     exact = isinstance(value, (Tensor, np.ndarray, np.generic))
     return torch.as_tensor(value) if exact else torch.tensor(value, dtype=torch.float64)
 
@@ -89,9 +85,9 @@ def statistics_fault(
     stats: Mapping[str, Any] | None,
     file: str | None = None,
 ) -> str | None:
-    """Why ``stats`` cannot normalise a feature; None where they can. They must be there, finite and of its size.
+    """Why ``stats`` cannot normalise a feature; None where they can, being present, finite and of its size.
 
-    file  that they are read from, as ``other_names`` has it
+    file  the file they come from, as in ``other_names``
     """
     if mode is NormalizationMode.IDENTITY:
         return None
@@ -113,7 +109,7 @@ def _value_fault(value: Any, shape: tuple[int, ...] | None) -> str | None:
         tensor = _to_tensor(value).double()
     except (TypeError, ValueError, RuntimeError):
         return f"is {value!r}, no numbers"
-    # Of matrices LeRobot has one number a column.
+    # LeRobot's statistics of a matrix have one number per column.
     fits = (
         shape is None
         or tensor.numel() == 1
@@ -124,13 +120,13 @@ def _value_fault(value: Any, shape: tuple[int, ...] | None) -> str | None:
 
 @dataclass
 class NormalizerProcessorStep(ProcessorStep):
-    """Observations and actions scaled by the mode of their kind; kinds and features without statistics pass through.
+    """Scales observations and actions by the mode of their kind. Features without mode or statistics pass unchanged.
 
-    A state or action that passes through although its kind has a mode is warned of, once.
+    A state or action that passes unchanged although its kind has a mode gets one warning.
 
     features  name -> ``PolicyFeature`` (or its JSON)        norm_map  kind of feature -> mode
-    stats     name -> {"mean": ..., "std": ..., "min": ..., ...}; given here they outlast ``load_state_dict``
-    dtypes    statistics are kept as given, rounded once to the dtype of what they scale, and saved in fp32
+    stats     name -> {"mean": ..., "std": ..., "min": ..., ...}; if given, ``load_state_dict`` does not replace them. They
+              are kept as given, rounded once to the dtype of what they scale, and saved in fp32
     """
 
     registry_name: ClassVar[str] = "normalizer_processor"
@@ -161,14 +157,14 @@ class NormalizerProcessorStep(ProcessorStep):
     def _set_stats(self, stats: dict[str, dict[str, Tensor]]) -> None:
         for key, feature in (self.features or {}).items():
             if feature.type is FeatureType.VISUAL:
-                # One number per channel broadcasts over height and width.
+                # [C, 1, 1], to broadcast over height and width.
                 for name, value in stats.get(key, {}).items():
                     stats[key][name] = value.reshape(-1, 1, 1) if value.ndim == 1 else value
         self.stats = stats
         self._checked.clear()
 
     def fault(self, key: str, feature: PolicyFeature) -> str | None:
-        """Why this step passes a feature on as it is, or cannot scale it; None where it scales it."""
+        """Why this step does not scale a feature; None where it does."""
         if feature.type is not FeatureType.ACTION:
             if key not in (self.features or {}):
                 return (
@@ -182,7 +178,7 @@ class NormalizerProcessorStep(ProcessorStep):
         return statistics_fault(key, feature, mode, self.stats)
 
     def skip_check(self, key: str) -> None:
-        """Has the step say nothing of a feature: who made it has said it."""
+        """Silences the warning about a feature: the caller has given it."""
         self._checked.add(key)
 
     def _check(self, key: str, kind: FeatureType, x: Any) -> None:
@@ -251,7 +247,7 @@ class NormalizerProcessorStep(ProcessorStep):
         return {name: value.to("cpu", torch.float32) for name, value in named}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Statistics from a file, unless the constructor got some: those of another dataset replace the file's."""
+        """Sets the statistics of a file, unless the constructor got those of another dataset."""
         if self._given:
             return
         stats: dict[str, dict[str, Tensor]] = {}
@@ -267,7 +263,7 @@ class NormalizerProcessorStep(ProcessorStep):
 
 @dataclass
 class UnnormalizerProcessorStep(NormalizerProcessorStep):
-    """The inverse of ``NormalizerProcessorStep``: the model's actions in the robot's units."""
+    """The inverse of ``NormalizerProcessorStep``: returns the model's actions in the robot's units."""
 
     registry_name: ClassVar[str] = "unnormalizer_processor"
     inverse: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""The training presets a SmolVLA configuration carries: AdamW, and a cosine decay after a linear warm-up."""
+"""The training presets of a SmolVLA configuration: AdamW, and a cosine decay after a linear warm-up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class AdamWConfig:
-    """AdamW (arXiv 1711.05101). ``grad_clip_norm`` is for the training loop; the optimizer itself does not clip."""
+    """AdamW (arXiv 1711.05101). The training loop clips by ``grad_clip_norm``; the optimizer does not."""
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -27,7 +27,7 @@ class AdamWConfig:
     def build(self, params: Iterable[Any], fused: bool | None = None) -> torch.optim.AdamW:
         """An optimizer over parameters or parameter groups.
 
-        fused  torch's single kernel for an update, which rounds otherwise; None: torch's choice, as in LeRobot
+        fused  use torch's one-kernel update, which rounds differently; None: torch's choice, as in LeRobot
         """
         return torch.optim.AdamW(
             params, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
@@ -38,7 +38,7 @@ class AdamWConfig:
 class CosineDecayWithWarmupSchedulerConfig:
     """Linear from ``peak_lr / (warmup + 1)`` to ``peak_lr``, then half a cosine from step 0 down to ``decay_lr``.
 
-    A run shorter than ``num_decay_steps`` squeezes both parts in proportion, so that it still ends at ``decay_lr``.
+    A run shorter than ``num_decay_steps`` shortens both parts in proportion, so that it still ends at ``decay_lr``.
     """
 
     num_warmup_steps: int
@@ -47,7 +47,7 @@ class CosineDecayWithWarmupSchedulerConfig:
     decay_lr: float
 
     def build(self, optimizer: torch.optim.Optimizer, num_training_steps: int) -> LambdaLR:
-        """A scheduler to be stepped once per optimizer step."""
+        """A scheduler to step once per optimizer step."""
         warmup, decay = self.num_warmup_steps, self.num_decay_steps
         if num_training_steps < decay:
             warmup = int(warmup * (num_training_steps / decay))

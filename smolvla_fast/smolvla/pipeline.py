@@ -1,4 +1,4 @@
-"""Processor pipelines, and LeRobot's files of them: ``<name>.json`` and one safetensors file per step with state."""
+"""Processor pipelines and their files, as LeRobot writes them: ``<name>.json``, and safetensors per step with state."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STEPS: dict[str, type[ProcessorStep]] = {
 class PolicyProcessorPipeline:
     """Steps applied in order to a transition. Corresponds to LeRobot's class of the same name.
 
-    to_transition, to_output  what surrounds the steps: a batch for the preprocessor, an action for the postprocessor
+    to_transition, to_output  conversions before and after the steps: of a batch (preprocessor) or an action (postprocessor)
     """
 
     steps: Sequence[ProcessorStep] = field(default_factory=list)
@@ -71,7 +71,7 @@ class PolicyProcessorPipeline:
         return f"{safe}_step_{index}_{self.steps[index].registry_name}"
 
     def get_config(self) -> dict[str, Any]:
-        """What the JSON file holds."""
+        """The content of the JSON file."""
         entries = []
         for index, step in enumerate(self.steps):
             entry: dict[str, Any] = {"registry_name": step.registry_name, "config": step.get_config()}
@@ -130,7 +130,7 @@ class PolicyProcessorPipeline:
 def read_normalizers(
     source: str | Path, config_filename: str, **options: Any
 ) -> list[NormalizerProcessorStep]:
-    """The steps of a saved pipeline that normalise, with their statistics; of other steps nothing is asked or loaded.
+    """The normalising steps of a saved pipeline, with their statistics. Other steps are not made.
 
     raises  as ``PolicyProcessorPipeline.from_pretrained``
     """
@@ -189,7 +189,7 @@ def _make_step(entry: dict[str, Any], overrides: dict[str, Any], path: Path) -> 
     settings = {**entry.get("config", {}), **overrides}
     try:
         return STEPS[entry["registry_name"]](**settings)
-    except Exception as error:  # steps read what a file has, whatever its kind, and fail in ways of their own
+    except Exception as error:  # a step given settings of any type may raise anything
         raise ValueError(
             f"step {entry['registry_name']!r} of {path} refuses its settings {settings}: {error}"
         ) from error

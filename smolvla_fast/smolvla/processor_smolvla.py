@@ -1,4 +1,4 @@
-"""SmolVLA's pre- and postprocessor: from what a robot measures to what the model reads, and back."""
+"""SmolVLA's pre- and postprocessor: from a robot's observation to the model's input, and from its output to an action."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make_smolvla_pre_post_processors(
     everything to ``config.device`` and normalises states and actions. The postprocessor takes the model's action back
     to the data's units and to the CPU.
 
-    dataset_stats  feature -> {"mean": ..., "std": ...}; what has none is not scaled, which is warned of
+    dataset_stats  feature -> {"mean": ..., "std": ...}; a feature without is not scaled, with a warning
     """
     processors = _fresh(config, dataset_stats)
     _warn(config, *processors)
@@ -88,16 +88,15 @@ def make_pre_post_processors(
     postprocessor_overrides: dict[str, dict[str, Any]] | None = None,
     **hub_options: Any,
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """The processors saved in a checkpoint, or fresh ones without ``pretrained_path``; LeRobot's factory, for
-    SmolVLA.
+    """The processors saved in a checkpoint, or fresh ones without ``pretrained_path``. Replaces LeRobot's factory.
 
-    The preprocessor moves data to ``policy_cfg.device``, whatever device the file names: a checkpoint trained on a
-    GPU runs on a CPU. Overrides are those of ``PolicyProcessorPipeline.from_pretrained``. ``dataset_stats`` replace
-    the statistics of the files. A checkpoint from before LeRobot 0.4 has no such files: its processors are made anew,
-    of the statistics among its weights.
+    The preprocessor moves data to ``policy_cfg.device``, whatever device the file names: a checkpoint trained on a GPU runs
+    on a CPU. A checkpoint from before LeRobot 0.4 has no processors: they are made from the statistics among its weights.
+    Features that are not scaled although ``policy_cfg`` has a mode for them get a warning.
 
-    What is not scaled although ``policy_cfg`` has a mode for it is warned of.
-    raises  ValueError where the statistics among the weights leave a choice or lack a feature
+    dataset_stats  replace the statistics of the files
+    *_overrides    as in ``PolicyProcessorPipeline.from_pretrained``
+    raises         ValueError where the statistics among the weights are ambiguous or lack a feature
     """
     if pretrained_path is None:
         return make_smolvla_pre_post_processors(policy_cfg, dataset_stats)
@@ -135,9 +134,10 @@ def make_pre_post_processors(
 
 
 def unnormalized(config: Any, before: Iterable[Any], after: Iterable[Any]) -> dict[str, str]:
-    """Feature -> why it is not normalised, of those for which ``config.normalization_mapping`` has a mode.
+    """Feature -> why it is not normalised, for features that ``config.normalization_mapping`` has a mode for.
 
-    config         ours or LeRobot's        before, after  the steps, or only those that normalise, of both pipelines
+    config         ours or LeRobot's
+    before, after  steps of the two pipelines, at least those that normalise
     """
     inputs = parse_features(config.input_features, "input_features") or {}
     outputs = parse_features(config.output_features, "output_features") or {}
@@ -161,9 +161,9 @@ def unnormalized(config: Any, before: Iterable[Any], after: Iterable[Any]) -> di
 
 
 def unnormalized_in(config: Any, source: str | Path, **hub_options: Any) -> dict[str, str]:
-    """``unnormalized`` of the processors in a checkpoint, read without their tokenizer.
+    """``unnormalized`` of a checkpoint's processors, read without their tokenizer; where it has none, of those that its
+    weights' statistics make.
 
-    Of a checkpoint without processors, those that are made of the statistics among its weights.
     raises  FileNotFoundError, ValueError for files that are missing or cannot be read
     """
     if not _has_no_processors(source, hub_options):
@@ -176,7 +176,7 @@ def unnormalized_in(config: Any, source: str | Path, **hub_options: Any) -> dict
 
 
 def not_normalised(faults: dict[str, str]) -> str:
-    """A sentence without its end."""
+    """A clause for a message."""
     return f"not normalised: {'; '.join(f'{key} ({reason})' for key, reason in faults.items())}"
 
 
@@ -197,7 +197,7 @@ def _has_no_processors(source: str | Path, hub_options: dict[str, Any]) -> bool:
 
 
 def _read_stats(config: Any, buffers: dict[str, Any]) -> tuple[Stats, dict[str, str]]:
-    """Statistics by feature, and features without clear ones with the reason."""
+    """Statistics by feature, and the reason for each feature without usable ones."""
     features = {**(config.input_features or {}), **(config.output_features or {})}
     stats, unclear = buffers_to_stats(buffers, features)
     step = NormalizerProcessorStep(features, config.normalization_mapping, stats)
@@ -230,13 +230,12 @@ def prepare_observation_for_inference(
     *,
     keep_bytes: bool = False,
 ) -> dict[str, Any]:
-    """What cameras and encoders deliver, as a batch of one for the preprocessor. LeRobot's function, copying its
-    input.
+    """A robot's observation as a batch of one for the preprocessor. Replaces LeRobot's function; copies its input.
 
     observation  name -> array; names with "image" in them are frames [h, w, 3], uint8 in [0, 255] or float in [0, 1]
     task         the instruction in words
-    keep_bytes   uint8 frames stay bytes, [1, h, w, 3], a quarter of what goes to a GPU; LeRobot's policy cannot read them,
-                 ours can, and a patched one fits and scales them on its device
+    keep_bytes   leave uint8 frames as bytes, [1, h, w, 3], a quarter of fp32's traffic to a GPU; our policy reads them,
+                 LeRobot's does not, and a patched one resizes and scales them on its device
     """
     batch: dict[str, Any] = {}
     for name, array in observation.items():
@@ -250,6 +249,6 @@ def prepare_observation_for_inference(
                 value = value.to(torch.float32) / 255 if value.dtype is torch.uint8 else value
                 value = value.permute(2, 0, 1).contiguous()
         if torch.device(device).type == "cuda":
-            value = value.pin_memory()  # so that the copy does not hold up this thread
+            value = value.pin_memory()  # an asynchronous copy needs pinned memory
         batch[name] = value.unsqueeze(0).to(device, non_blocking=True)
     return {**batch, "task": task or "", "robot_type": robot_type or ""}

@@ -22,18 +22,13 @@ from .features import (
 from .transition import Transition, TransitionKey
 
 FLOAT_DTYPES = {
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "half": torch.float16,
-    "float": torch.float32,
-    "double": torch.float64,
-}
+    "float16": torch.float16, "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16,
+    "half": torch.float16, "float": torch.float32, "double": torch.float64,
+}  # fmt: skip
 
 
 class ProcessorStep:
-    """One step: a transition in, a new transition out; the one given is not changed."""
+    """One step: returns a new transition, and leaves the given one as it is."""
 
     registry_name: ClassVar[str]
 
@@ -41,18 +36,18 @@ class ProcessorStep:
         raise NotImplementedError
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor arguments that the JSON file keeps."""
+        """The constructor arguments for the JSON file."""
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors that a safetensors file keeps; empty for steps without state."""
+        """The tensors for a safetensors file; empty for a step without state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of ``state_dict``."""
 
     def reset(self) -> None:
-        """Forget what was seen; called between episodes."""
+        """Clears state between episodes."""
 
 
 def _observation(transition: Transition) -> dict[str, Any]:
@@ -64,7 +59,7 @@ def _observation(transition: Transition) -> dict[str, Any]:
 
 @dataclass
 class RenameObservationsProcessorStep(ProcessorStep):
-    """Observation keys replaced by ``rename_map[key]`` where that is given."""
+    """Renames observations by ``rename_map``."""
 
     registry_name: ClassVar[str] = "rename_observations_processor"
     rename_map: dict[str, str] = field(default_factory=dict)
@@ -79,13 +74,13 @@ class RenameObservationsProcessorStep(ProcessorStep):
 
 @dataclass
 class AddBatchDimensionProcessorStep(ProcessorStep):
-    """A single sample to a batch of one; what has a batch dimension already stays."""
+    """Makes a batch of one from a single sample; leaves values with a batch dimension as they are."""
 
     registry_name: ClassVar[str] = "to_batch_processor"
 
     # Observation key (or prefix, ending in a dot) -> number of dimensions of a single sample.
     _SINGLE: ClassVar[dict[str, int]] = {OBS_STATE: 1, OBS_ENV_STATE: 1, OBS_IMAGE: 3, f"{OBS_IMAGES}.": 3}
-    # Lists that belong to one sample when their first entry has this type.
+    # Lists that are one sample's where their first entry has this type.
     _LISTS: ClassVar[dict[str, type]] = {
         "messages": dict,
         "message_streams": str,
@@ -127,7 +122,7 @@ class AddBatchDimensionProcessorStep(ProcessorStep):
 
 @dataclass
 class NewLineTaskProcessorStep(ProcessorStep):
-    """The task, a string or a list of strings, made to end in a newline: the form the model was trained on."""
+    """Ends the task, a string or a list of strings, with a newline, as in the model's training data."""
 
     registry_name: ClassVar[str] = "smolvla_new_line_processor"
 
@@ -151,11 +146,11 @@ def _end_line(text: str) -> str:
 
 @dataclass
 class TokenizerProcessorStep(ProcessorStep):
-    """The task to token ids [B, T] int64 and their mask [B, T] bool, T <= max_length.
+    """Tokenizes the task: ids [B, T] int64 and their mask [B, T] bool, T <= max_length.
 
     tokenizer_name  folder or Hub id     tokenizer  a tokenizer object instead; it is not written to JSON
-    padding         "longest": T is that of the longest task of the batch; "max_length": always max_length
-    raises          ValueError when there is no task or it is not text
+    padding         "longest": T of the longest task in the batch; "max_length": T = max_length
+    raises          ValueError for a missing task or one that is not text
     """
 
     registry_name: ClassVar[str] = "tokenizer_processor"
@@ -226,7 +221,7 @@ def _texts(value: Any) -> list[str] | None:
 
 
 def _device_of(transition: Transition) -> torch.device | None:
-    """Where the batch lives: the device of its first tensor."""
+    """The device of the batch's first tensor."""
     values = [
         *(transition.get(TransitionKey.OBSERVATION) or {}).values(),
         transition.get(TransitionKey.ACTION),
@@ -236,9 +231,9 @@ def _device_of(transition: Transition) -> torch.device | None:
 
 @dataclass
 class DeviceProcessorStep(ProcessorStep):
-    """Every tensor moved to ``device``, floating ones cast to ``float_dtype`` if that is given.
+    """Moves every tensor to ``device``, and casts floating ones to ``float_dtype`` if that is given.
 
-    A tensor that is on some GPU already stays on that one. Raises ValueError for a device that is not there.
+    A tensor on another GPU stays there. raises  ValueError for a device that this machine does not have
     """
 
     registry_name: ClassVar[str] = "device_processor"

@@ -1,8 +1,7 @@
-"""Real-time chunking (RTC, arXiv 2506.07339): the settings, the guided denoising step, and its debug record.
+"""Real-time chunking (RTC, arXiv 2506.07339): settings, the guided denoising step, and its debug record.
 
-The maths is in ``smolvla_fast.ops.reference.guidance``. LeRobot obtains the correction by differentiating ``x - t·v``
-with ``v`` held constant; that Jacobian is the identity, so no gradient is taken here and RTC also works where
-autograd is off (``torch.inference_mode``).
+The maths is in ``smolvla_fast.ops.reference.guidance``. LeRobot differentiates ``x - t·v`` with ``v`` held constant; that
+Jacobian is the identity, so this takes no gradient and also works under ``torch.inference_mode``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .features import parse_enum
 
 
 class RTCAttentionSchedule(str, Enum):
-    """How the hold on the previous chunk fades between the inference delay and the execution horizon."""
+    """How the weight of the previous chunk falls between the inference delay and the execution horizon."""
 
     ZEROS = "ZEROS"
     ONES = "ONES"
@@ -33,7 +32,7 @@ class RTCConfig:
     """Settings of real-time chunking.
 
     max_guidance_weight  upper bound of the correction's strength, > 0
-    execution_horizon    actions of the previous chunk that the new one is drawn towards
+    execution_horizon    number of actions guided towards the previous chunk
     debug, debug_maxlen  keep a record of the last ``debug_maxlen`` denoising steps
     """
 
@@ -69,7 +68,7 @@ class RTCConfig:
 
 @dataclass
 class DebugStep:
-    """What one denoising step did; tensors are copies."""
+    """The record of one denoising step; tensors are copies."""
 
     step_idx: int = 0
     x_t: Tensor | None = None
@@ -86,8 +85,7 @@ class DebugStep:
 
 
 class Tracker:
-    """The last ``maxlen`` denoising steps, one entry per time; a second report at the same time completes the
-    entry."""
+    """The last ``maxlen`` denoising steps, one entry per time; a second report for a time completes its entry."""
 
     def __init__(self, enabled: bool = False, maxlen: int | None = 100):
         self.enabled = enabled
@@ -129,7 +127,7 @@ class Tracker:
 
 
 class RTCProcessor:
-    """Guides each denoising step towards what is left of the previous chunk; LeRobot's class of the same name."""
+    """Guides each denoising step towards the rest of the previous chunk. Corresponds to LeRobot's class of this name."""
 
     def __init__(self, rtc_config: RTCConfig):
         self.rtc_config = rtc_config
@@ -164,7 +162,7 @@ class RTCProcessor:
         original_denoise_step_partial: Callable[[Tensor], Tensor],
         execution_horizon: int | None = None,
     ) -> Tensor:
-        """The velocity at ``x_t``, corrected when there is a previous chunk.
+        """The velocity at ``x_t``, corrected if there is a previous chunk.
 
         x_t                   [B, S, A] or [S, A]  fp32
         prev_chunk_left_over  [B, <=S, <=A] or [<=S, <=A], padded with zeros; None for the first chunk

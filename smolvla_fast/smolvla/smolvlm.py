@@ -24,11 +24,8 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "relu": F.relu,
-}
+    "gelu_pytorch_tanh": _gelu_tanh, "gelu": F.gelu, "silu": F.silu, "relu": F.relu,
+}  # fmt: skip
 
 
 def activation(name: str, field: str) -> Callable[[Tensor], Tensor]:

@@ -18,10 +18,7 @@ from .build_pair import build_expert, build_vlm, get_intermediate_size
 from .hub import CONFIG_NAME, find_file
 from .joint_layers import Layers, finish_layer, project_cached, project_qkv
 from .kv_cache import KVCache
-from .smolvlm import (
-    LlamaModel,
-    SmolVLMModel,
-)
+from .smolvlm import LlamaModel, SmolVLMModel
 from .vlm_config import LlamaConfig, SmolVLMConfig
 
 ATTENTION_MODES = ("cross_attn", "self_attn")
@@ -295,16 +292,9 @@ class SmolVLMWithExpertModel(nn.Module):
             own = prefill or self._is_self_attention(layer_idx)
             attend = self.forward_attn_layer if own else self.forward_cross_attn_layer
             attended, past_key_values = attend(
-                model_layers,
-                inputs_embeds,
-                layer_idx,
-                position_ids,
-                attention_mask,
-                batch_size,
-                head_dim,
-                use_cache=bool(use_cache),
-                past_key_values=past_key_values,
-            )
+                model_layers, inputs_embeds, layer_idx, position_ids, attention_mask, batch_size, head_dim,
+                use_cache=bool(use_cache), past_key_values=past_key_values,
+            )  # fmt: skip
             inputs_embeds = finish_layer(model_layers, inputs_embeds, layer_idx, attended)
 
         normed = [

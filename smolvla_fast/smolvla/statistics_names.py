@@ -1,7 +1,7 @@
-"""Statistics under other names than their feature's, as LeRobot wrote them before version 0.4.
+"""Finds statistics under the names that LeRobot gave them before version 0.4.
 
-Then they lay among the weights, ``normalize_inputs.buffer_observation_state.mean``, in some checkpoints one set a robot
-type: ``unnormalize_outputs.so100-red_buffer_action.std``. Migrated ones can be called ``so100.buffer.action``.
+They lay among the weights, as ``normalize_inputs.buffer_observation_state.mean``; in some checkpoints there is one set per
+robot type: ``unnormalize_outputs.so100-red_buffer_action.std``. Migrated ones can be called ``so100.buffer.action``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PAIRS = ({"mean", "std"}, {"min", "max"}, {"q01", "q99"}, {"q10", "q90"})
 def robot_type(name: str, feature: str) -> str | None:
     """The robot type in a name of a feature's statistics: ``so100`` in ``so100.buffer.action`` for ``action``.
 
-    Empty where the name has none, None where it is not a name of this feature.
+    Empty where the name has none; None for a name of another feature.
     """
     plain, wanted = (re.sub(r"[^a-z0-9]", "_", text.lower()) for text in (name, feature))
     if plain == wanted:
@@ -35,9 +35,9 @@ def robot_type(name: str, feature: str) -> str | None:
 
 
 def other_names(feature: str, names: Iterable[str], file: str | None = None) -> str:
-    """For a message: which of the names look like this feature's, and what to do; empty where none does.
+    """The end of a message: names that look like this feature's, and what to do about them. Empty where there are none.
 
-    file  that the statistics are read from, to be mended there; None: they are given as ``dataset_stats``
+    file  the file to mend; None: the statistics came as ``dataset_stats``
     """
     found = {name: robot_type(name, feature) for name in names if name != feature}
     found = {name: robot for name, robot in found.items() if robot is not None}
@@ -54,9 +54,9 @@ def other_names(feature: str, names: Iterable[str], file: str | None = None) -> 
 
 
 def split_buffers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Weights, and the statistics among them by the name of their buffer.
+    """Splits tensors into weights, and statistics by the name of their buffer.
 
-    A buffer that is not whole, such as a mean without std, stays among the weights, where strict loading refuses it.
+    An incomplete buffer, such as a mean without std, stays among the weights, where strict loading refuses it.
     """
     buffers: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -76,9 +76,9 @@ def is_buffer(name: str) -> bool:
 def buffers_to_stats(
     buffers: Mapping[str, Mapping[str, Tensor]], features: Iterable[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Statistics by feature, and by feature the robot types to choose from where its buffers differ.
+    """Statistics by feature; for features whose buffers differ, the robot types to choose from.
 
-    Inputs, targets and outputs had buffers of their own; equal ones count once.
+    Inputs, targets and outputs had separate buffers; equal ones count once.
     """
     stats: dict[str, dict[str, Any]] = {}
     unclear: dict[str, str] = {}

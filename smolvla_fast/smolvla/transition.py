@@ -1,4 +1,4 @@
-"""Transitions: what travels through a processor pipeline, and how batches and actions become one.
+"""Transitions, the data of a processor pipeline, and their conversion from and to batches and actions.
 
 A transition is a dictionary with the keys of ``TransitionKey``. Conversions correspond to LeRobot's
 ``processor/converters.py``; keys it does not recognise are dropped in the same way.
@@ -16,17 +16,9 @@ from .features import ACTION, DONE, INFO, OBS_PREFIX, REWARD, TRUNCATED
 Transition = dict[str, Any]
 
 COMPLEMENTARY_KEYS = (
-    "task",
-    "index",
-    "task_index",
-    "episode_index",
-    "timestamp",
-    "language_persistent",
-    "language_events",
-    "messages",
-    "message_streams",
-    "target_message_indices",
-)
+    "task", "index", "task_index", "episode_index", "timestamp", "language_persistent", "language_events",
+    "messages", "message_streams", "target_message_indices",
+)  # fmt: skip
 
 
 class TransitionKey(str, Enum):

@@ -1,4 +1,4 @@
-"""Reading and writing ``model.safetensors``: every tensor accounted for, none silently left at random values."""
+"""Reads and writes ``model.safetensors``. Every tensor is accounted for: none stays at random values silently."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _listed(names: list[str]) -> str:
 
 
 def read_safetensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """All tensors of one file; ValueError when it is truncated or not a safetensors file."""
+    """All tensors of one file; ValueError for a truncated file or another format."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

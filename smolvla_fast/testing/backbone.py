@@ -1,4 +1,4 @@
-"""A SmolVLM backbone's configuration and processor, written to a folder: what a policy is made from offline."""
+"""Writes configuration and processor of a SmolVLM backbone to a folder, from which policies are made offline."""
 
 from __future__ import annotations
 
@@ -11,31 +11,19 @@ FULL_TEXT = {
     "num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64,
 }  # fmt: skip
 FULL_VISION = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 512,
-    "patch_size": 16,
-}
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "image_size": 512, "patch_size": 16,
+}  # fmt: skip
 FULL_VOCAB = 49280
-# A chunk in milliseconds. Odd head counts and widths that are no powers of two, like the real model's.
+# Computes a chunk in milliseconds. Head counts are odd and widths no powers of two, like the real model's.
 TINY_TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-}
+    "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3,
+    "num_key_value_heads": 1, "head_dim": 16,
+}  # fmt: skip
 TINY_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 4,
-}
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 32, "patch_size": 4,
+}  # fmt: skip
 TINY_VOCAB = 320
 
 
@@ -48,15 +36,17 @@ def make_vlm_folder(
     scale_factor: int = 4,
     images: bool = False,
 ) -> Path:
-    """Writes configuration and processor of a SmolVLM, for ``SmolVLAConfig.vlm_model_name`` to name offline.
+    """Writes configuration and processor of a SmolVLM to a folder, for ``SmolVLAConfig.vlm_model_name``.
 
-    text, vision  fields that differ from SmolVLM2-500M      vocab_size  rows of the embedding, at least 270
+    The tokenizer has one token per byte, so it encodes any task text; it is not SmolVLM2's.
+
+    text, vision  fields that differ from SmolVLM2-500M
+    vocab_size    rows of the embedding, at least 270
     scale_factor  pixel-shuffle factor of the connector
-    images        whether the image and video processors are needed, as LeRobot does; else the tokenizer goes alone where
-                  what transformers makes them with (Pillow, torchvision, num2words) is not installed
+    images        whether image and video processors are required, as LeRobot's policy does; if not, the tokenizer alone is
+                  written where their packages (Pillow, torchvision, num2words) are missing
     returns       the folder
-    raises        ValueError for a vocabulary below the tokenizer's, ImportError for processors that are needed
-    The tokenizer has one token a byte, so any task text can be encoded; it is not SmolVLM2's.
+    raises        ValueError for a vocabulary below the tokenizer's, ImportError for required processors
     """
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -1,8 +1,8 @@
-"""A small real LeRobotDataset, written to disk by a script: a hand that picks up a red cube it can only see.
+"""Writes a small real LeRobotDataset: a scripted hand that picks up a red cube.
 
-The hand starts near the middle, moves above the cube, goes down, closes and lifts. Its state says how high and how far open
-it is; where it is on the table, and where the cube, only the two cameras see. An action is a velocity over the table and the
-next height and opening. So a policy that does not look cannot tell left from right.
+The hand starts near the middle, moves above the cube, goes down, closes and lifts. Its state has its height and opening
+alone; only the two cameras show its place on the table and the cube's. An action is a velocity over the table, and the next
+height and opening. So a policy that ignores images cannot tell left from right.
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ def write_dataset(
 ) -> Any:
     """Writes the dataset and returns it, a ``LeRobotDataset`` that has been read back.
 
-    root     a folder that does not exist yet      episodes, seed   how many, and where their cubes lie
-    cameras  "front" sees the table from above, "wrist" what lies around the hand
-    joints   size of state and action: what they say of the hand, turned by a fixed matrix into that many joint values
-    frame    height, width in pixels               videos           store frames as mp4 instead of png
-    raises   ValueError for fewer than 4 joints or an unknown camera, FileExistsError (LeRobot's) for an existing root,
-             ImportError without ``lerobot[dataset]``
+    root      a folder that does not exist yet
+    episodes  how many; ``seed`` places their cubes
+    cameras   "front" sees the table from above, "wrist" the surroundings of the hand
+    joints    size of state and action: the hand's four values, rotated by a fixed matrix into so many joint values
+    frame     height, width in pixels
+    videos    store frames as mp4 instead of png
+    raises    ValueError for fewer than 4 joints or an unknown camera, FileExistsError (LeRobot's) for an existing root,
+              ImportError without ``lerobot[dataset]``
     """
     unknown = sorted(set(cameras) - set(CAMERAS))
     if unknown or not cameras or joints < len(HOME):
@@ -64,12 +66,12 @@ def write_dataset(
     }
     features: dict[str, Any] = {f"{IMAGES}.{camera}": picture for camera in cameras}
     features |= {"observation.state": vector, "action": vector}
-    # PyAV comes with LeRobot; left to choose, LeRobot would try torchcodec first, which needs FFmpeg and fails at length.
+    # PyAV comes with LeRobot; left to choose, LeRobot tries torchcodec, which needs FFmpeg and fails at length.
     dataset = LeRobotDataset.create(
         REPO_ID, FPS, features, root=root, robot_type="scripted_hand", use_videos=videos, video_backend="pyav"
     )
     rng = np.random.default_rng(seed)
-    # One matrix for every dataset of this many joints, whatever its seed: the robot stays the same.
+    # The matrix depends on the number of joints alone, so that all seeds have the same robot.
     turn = np.linalg.qr(np.random.default_rng(joints).standard_normal((joints, joints)))[0][:, : len(HOME)]
     with _quiet():
         for _ in range(episodes):
@@ -80,7 +82,7 @@ def write_dataset(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a progress bar for every episode."""
+    """Hides the progress bars of ``datasets``."""
     import datasets
 
     if datasets.are_progress_bars_disabled():
@@ -113,7 +115,7 @@ def _record(
 
 
 def place_blocks(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the red cube and of a blue one that only disturbs, at least 0.3 apart."""
+    """Places of the red cube and of a blue distractor, at least 0.3 apart."""
     while True:
         cube, other = rng.uniform(0.12, 0.88, (2, 2))
         if np.abs(cube - other).max() > 0.3:
@@ -121,7 +123,7 @@ def place_blocks(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pick_motion(cube: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Poses, one a frame: from near the middle to above the cube, down, close, lift."""
+    """Poses, one per frame: from near the middle to above the cube, down, close, lift."""
     pose = HOME + np.array([*rng.uniform(-0.05, 0.05, 2), 0, 0])
     yield pose
     for goal in ([*cube, 0.6, 1.0], [*cube, 0.1, 1.0], [*cube, 0.1, 0.2], [*cube, 0.7, 0.2]):
@@ -131,7 +133,7 @@ def pick_motion(cube: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarr
 
 
 def command(pose: np.ndarray, following: np.ndarray) -> np.ndarray:
-    """What leads from one pose to the next: x and y in strides, from -1 to 1, then the height and opening to be reached."""
+    """The action from one pose to the next: x and y in strides, from -1 to 1, then the next height and opening."""
     return np.array([*((following - pose) / STRIDES)[:2], *following[2:]])
 
 
@@ -148,12 +150,12 @@ def front_view(pose: np.ndarray, cube: np.ndarray, other: np.ndarray, frame: tup
 
 
 def wrist_view(pose: np.ndarray, cube: np.ndarray, other: np.ndarray, frame: tuple[int, int]) -> np.ndarray:
-    """What lies below the hand, [height, width, 3] uint8: a part of the table, wider when the hand is high."""
+    """The table below the hand, [height, width, 3] uint8: a part of it, wider when the hand is high."""
     y, x = (np.mgrid[0.5 : frame[0], 0.5 : frame[1]] / np.array(frame)[:, None, None] - 0.5) * (
         0.4 + 0.8 * pose[2]
     )
     view = _table(x + pose[0], y + pose[1], cube, other)
-    view[:2, : max(1, round(frame[1] * pose[3]))] = METAL  # the gripper's edge tells how far it is open
+    view[:2, : max(1, round(frame[1] * pose[3]))] = METAL  # the gripper's edge, as wide as it is open
     return view
 
 

@@ -1,4 +1,4 @@
-"""What a policy is fed: drawn camera frames, a robot state, a tokenized task, noise."""
+"""Input for a policy: drawn camera frames, a robot state, a tokenized task, noise."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def make_observation(
 ) -> dict[str, Tensor]:
     """A batch for ``predict_action_chunk``: drawn camera frames, a robot state and the tokenized task.
 
-    batch            B      seed  of frames and state
-    cameras          how many of the policy's cameras are present, or their keys; None: all but the empty ones
+    batch            B
+    seed             of frames and state
+    cameras          number of the policy's cameras that are present, or their keys; None: all but the empty ones
     task             one text for all samples, or one for each
-    language_length  tokens to which the language is padded; None: the policy's ``tokenizer_max_length``, or
-                     the longest text if that is longer. Nothing is ever cut off.
+    language_length  tokens to pad the language to, without ever cutting it; None: the policy's
+                     ``tokenizer_max_length``, or the longest text if that is longer
     image_size       height, width of the frames; None: as the policy's configuration declares them
     returns          frames [B, 3, height, width] fp32 in [0, 1], ``observation.state`` [B, state size] fp32,
                      ``observation.language.tokens`` [B, T] int64 and ``.attention_mask`` [B, T] bool
@@ -70,7 +71,7 @@ def make_noise(policy: Any, *, batch: int = 1, seed: int = 0) -> Tensor:
 def tokenize(policy: Any, task: str | Sequence[str], batch: int, length: int | None) -> tuple[Tensor, Tensor]:
     """Token ids and mask, [B, T] each, as LeRobot's processor makes them: newline at the end, padding right.
 
-    Uses the policy's own tokenizer; a policy that has none gets its text's bytes.
+    Uses the policy's own tokenizer, or the bytes of the text for a policy without one.
     """
     texts = [task] * batch if isinstance(task, str) else list(task)
     if len(texts) != batch:
@@ -79,7 +80,7 @@ def tokenize(policy: Any, task: str | Sequence[str], batch: int, length: int | N
     pair = policy.model.vlm_with_expert
     try:
         tokenizer = getattr(getattr(pair, "processor", None), "tokenizer", None)
-    except ImportError:  # what a backbone's processors of images and videos need; its text needs none of it
+    except ImportError:  # needed by the processors of images and videos alone
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(pair.model_id)

@@ -1,8 +1,7 @@
-"""Weights as trained models have them at worst: entries far out in the tails, channels far larger than the rest, attention
-that looks at one token.
+"""Weights like the worst of trained models: heavy tails, outlier channels, attention to a single token.
 
-Quantisation to 8 bits gives all values of a row one step, and bf16 keeps eight bits of a large score, so these are what
-narrow tiers suffer from; normal weights would flatter them.
+They are hard for narrow tiers, which normal weights would flatter: int8 gives all values of a row one step, and bf16 keeps
+eight bits of a large score.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from ..model.weights import is_cross
 DEGREES = 4
 """Degrees of freedom of Student's t: variance is finite, the fourth moment is not."""
 OUTLIER = 50.0
-"""How much larger an outlier channel is."""
-EVERY = 200
-"""One channel in so many of a norm is an outlier (at least one), about what is reported of trained language models."""
+"""Factor of an outlier channel."""
+OUTLIER_STRIDE = 200
+"""A norm has one outlier in so many channels, at least one: about the share reported of trained language models."""
 
 
 @contextmanager
 def heavy_tailed(model: Any, seed: int = 0, degrees: int = DEGREES) -> Iterator[None]:
-    """Inside, a ``VLAFlowMatching`` has tails and outliers; afterwards every bit is what it was.
+    """Gives a ``VLAFlowMatching`` heavy tails and outliers; restores every bit on exit.
 
-    degrees  of freedom of Student's t, 3 or more: below that there is no variance to keep
+    Matrices of vision, text and expert layers become Student's t of the same variance. A few channels of each norm grow by
+    ``OUTLIER``, and the weights that read them shrink as much, so the function stays the same.
 
-    Matrices of vision, text and expert layers become Student's t of the same variance. A few channels of each norm grow
-    fifty-fold, and what reads them shrinks as much, so that the function is an ordinary one and only its numbers are not.
+    degrees  of freedom of Student's t; ValueError below 3, where it has no variance
     """
     if degrees < 3:
         raise ValueError(f"degrees={degrees}: Student's t has a variance to keep from 3 degrees on")
@@ -42,7 +41,7 @@ def heavy_tailed(model: Any, seed: int = 0, degrees: int = DEGREES) -> Iterator[
 
 @contextmanager
 def sharp_attention(model: Any, seed: int = 0) -> Iterator[None]:
-    """Inside, one channel of every query head is fifty times what it was, so that softmax is nearly one at a single key."""
+    """Scales one channel of every query head by ``OUTLIER``, so that softmax is nearly one-hot; restores it on exit."""
     with _changed(model, lambda generator: _sharpen(model, generator), seed):
         yield
 
@@ -106,7 +105,7 @@ def _tails(modules: list[Any], generator: torch.Generator, degrees: int) -> None
 
 def _outliers(norm: Any, readers: list[Any], generator: torch.Generator) -> None:
     width = norm.weight.shape[0]
-    chosen: Tensor = torch.randperm(width, generator=generator)[: max(1, width // EVERY)]
+    chosen: Tensor = torch.randperm(width, generator=generator)[: max(1, width // OUTLIER_STRIDE)]
     norm.weight[chosen] *= OUTLIER
     if getattr(norm, "bias", None) is not None:
         norm.bias[chosen] *= OUTLIER

@@ -1,4 +1,4 @@
-"""Random weights that behave like trained ones, and the dtypes that checkpoints come in."""
+"""Random weights that behave like trained ones, and the dtypes of real checkpoints."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LAYOUTS = ("fp32", "mixed", "bf16_text", "bf16")
 
 
 class SkipRandomFill(TorchFunctionMode):
-    """Leaves out the constructors' random initialisation: slow, and overwritten by ``fill_weights``."""
+    """Skips the constructors' random initialisation, which is slow and overwritten by ``fill_weights``."""
 
-    # By name: transformers puts functions of its own in the place of torch's while it constructs.
+    # By name, since transformers replaces torch's functions while it constructs.
     fills = frozenset({"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_"})
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -26,8 +26,8 @@ class SkipRandomFill(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# Standard deviation of a matrix's entries, times sqrt(inputs). With these, a query looks at about a
-# third of its keys; an average over so many loses size, which the output projections give back.
+# Standard deviation of a matrix's entries times sqrt(inputs). With these, a query attends to about a third of its keys; the
+# average over so many is small, and the output projections restore its size.
 GAINS = {
     "q_proj": 1.6, "k_proj": 1.6, "v_proj": 1.2, "o_proj": 2.0, "out_proj": 2.0, "gate_proj": 1.3,
     "action_time_mlp_in": 1.5, "action_time_mlp_out": 2.0, "state_proj": 6.0,
@@ -47,8 +47,8 @@ def fill_weights(model: Any, seed: int) -> None:
         elif values.ndim == 1:
             values = 1 + 0.2 * values
         elif owner in ("embed_tokens", "proj"):
-            # The prefix is multiplied by sqrt(width); a residual stream much larger than what the layers
-            # add to it would hide their errors.
+            # SmolVLA multiplies the prefix by sqrt(width); a residual stream much larger than what the layers add would
+            # hide their errors.
             inputs = 1 if owner == "embed_tokens" else values.shape[1]
             values *= 2.0 / math.sqrt(width * inputs)
         elif owner == "position_embedding":
@@ -59,7 +59,7 @@ def fill_weights(model: Any, seed: int) -> None:
 
 
 def cast(policy: Any, layout: str) -> None:
-    """Sets the dtypes of a layout: of parameters only. Buffers keep theirs, as in LeRobot."""
+    """Casts the parameters to the dtypes of a layout. Buffers keep theirs, as in LeRobot."""
     pair = policy.model.vlm_with_expert
     if layout == "fp32":
         return

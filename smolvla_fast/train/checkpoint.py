@@ -1,11 +1,11 @@
-"""Checkpoints in LeRobot's layout, whole or not there at all.
+"""Checkpoints in LeRobot's layout, written whole or not at all.
 
     output_dir/checkpoints/000100/pretrained_model/   config.json, model.safetensors, processors, train_config.json
                                   training_state/     optimizer, scheduler, random state, step, run.json
                            last -> 000100, or last.txt with that name on a disk without symbolic links
 
-A checkpoint is written beside its place, flushed to the disk, and only then renamed; `last` is replaced in one step. So a
-process killed at any point, or a disk that fills up, leaves the checkpoints before it as they were.
+A checkpoint is written under another name, flushed to the disk, and only then renamed; `last` is replaced in one step. So
+a process killed at any point, or a full disk, leaves the earlier checkpoints as they were.
 """
 
 from __future__ import annotations
@@ -33,12 +33,8 @@ logger = logging.getLogger(__name__)
 
 PRETRAINED, STATE, LAST, NOTE = "pretrained_model", "training_state", "last", "last.txt"
 OPTIMIZER, GROUPS = "optimizer_state.safetensors", "optimizer_param_groups.json"
-SCHEDULER, RANDOM, STEP, RUN = (
-    "scheduler_state.json",
-    "rng_state.safetensors",
-    "training_step.json",
-    "run.json",
-)
+SCHEDULER, RANDOM = "scheduler_state.json", "rng_state.safetensors"
+STEP, RUN = "training_step.json", "run.json"
 PARTIAL, OLD = ".partial", ".old"
 
 
@@ -53,9 +49,9 @@ class Checkpoints:
         self._warned = False
 
     def save(self, step: int, total_steps: int, write: Callable[[Path], None]) -> Path:
-        """Has ``write(folder)`` fill a folder, makes it the checkpoint of ``step`` and points `last` at it.
+        """Lets ``write(folder)`` fill a folder, makes it the checkpoint of ``step`` and points `last` at it.
 
-        raises  TrainingError where the disk is full or refuses; nothing of the attempt stays, all before it does
+        raises  TrainingError where the disk is full or refuses; then earlier checkpoints stay and nothing of this one does
         """
         final = self.folder / f"{step:0{max(6, len(str(total_steps)))}d}"
         aside = final.with_name(f".{final.name}{PARTIAL}")
@@ -73,7 +69,7 @@ class Checkpoints:
 
     def _put(self, aside: Path, final: Path) -> None:
         old = final.with_name(f".{final.name}{OLD}")
-        if final.exists():  # a run that went on from an earlier step comes by again
+        if final.exists():  # a run resumed at an earlier step writes this one again
             os.rename(final, old)
         os.rename(aside, final)
         self._point_at(final.name)
@@ -81,7 +77,7 @@ class Checkpoints:
         shutil.rmtree(old, ignore_errors=True)
 
     def _point_at(self, name: str) -> None:
-        """Has `last` name a checkpoint: a link, or where there can be none a note. Never both, or one would be of old."""
+        """Makes `last` a link to a checkpoint, or `last.txt` a note where links are refused, never both."""
         link, note, aside = (self.folder / entry for entry in (LAST, NOTE, f".{LAST}{PARTIAL}"))
         aside.unlink(missing_ok=True)
         try:
@@ -106,7 +102,7 @@ class Checkpoints:
                 note.unlink()
 
     def _clear(self) -> None:
-        """Removes what a killed process left half written; a checkpoint moved out of the way goes back."""
+        """Removes what a killed process left half written, and moves back a checkpoint that it moved aside."""
         for path in self.folder.glob(f".*{OLD}"):
             place = path.with_name(path.name[1 : -len(OLD)])
             shutil.rmtree(path) if place.exists() else os.rename(path, place)
@@ -123,21 +119,21 @@ class Checkpoints:
         )
 
     def last(self) -> Path | None:
-        """The newest whole checkpoint: what `last` names, or where a kill left that dangling, the highest step."""
+        """The newest whole checkpoint: the one `last` names or, where a kill left it dangling, the highest step."""
         link, note = self.folder / LAST, self.folder / NOTE
         name = os.readlink(link) if link.is_symlink() else _text(note).strip()
         if name and (self.folder / name / STATE).is_dir():
             return self.folder / name
         steps = [p for p in self.folder.glob("[0-9]*") if p.name.isdigit() and (p / STATE).is_dir()]
-        # By step, then whole before moved aside: `_put` was stopped between its two renames.
+        # A kill between the two renames of `_put` leaves a whole checkpoint moved aside; of equal steps the first wins.
         steps += [p for p in self.folder.glob(f".[0-9]*{OLD}") if (p / STATE).is_dir()]
-        # A copy of the folder that followed links has a folder in the place of the link.
+        # A copy of the run that followed links has a folder instead of the link.
         copied = link if (link / STATE).is_dir() else None
         return max(steps, key=lambda p: int("".join(filter(str.isdigit, p.name))), default=copied)
 
 
 def _text(path: Path) -> str:
-    """Of a file that need not be there."""
+    """The text of a file; empty where there is none."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -147,9 +143,9 @@ def _text(path: Path) -> str:
 def save_state(
     folder: Path, step: int, samples: int, optimizer: Optimizer, scheduler: LRScheduler, run: dict[str, Any]
 ) -> None:
-    """Writes ``training_state``, file for file what LeRobot's ``load_training_state`` reads, and ``run.json``.
+    """Writes ``training_state``: the files that LeRobot's ``load_training_state`` reads, and ``run.json``.
 
-    samples  of an optimizer step: LeRobot finds its place in the data by it
+    samples  per optimizer step: LeRobot computes its place in the data from it
     """
     folder = folder / STATE
     folder.mkdir()
@@ -159,7 +155,7 @@ def save_state(
     }
     save_file({name: value.contiguous() for name, value in tensors.items()}, str(folder / OPTIMIZER))
     save_file(random_state.collect(), str(folder / RANDOM))
-    # How the update is computed belongs to a run, not to a checkpoint: LeRobot's file says nothing of it.
+    # How an update is computed belongs to the run, not to the checkpoint, as in LeRobot's file.
     _write(folder / GROUPS, [{**group, "fused": None} for group in state["param_groups"]])
     _write(folder / SCHEDULER, scheduler.state_dict())
     _write(folder / STEP, {"step": step, "num_processes": 1, "batch_size": samples})
@@ -167,7 +163,7 @@ def save_state(
 
 
 def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -> int:
-    """Restores optimizer, scheduler and the process's random state; returns the step. TrainingError for a broken one."""
+    """Restores optimizer, scheduler and the process's random state; returns the step. TrainingError for broken files."""
     folder = checkpoint / STATE
     try:
         entries: dict[int, dict[str, torch.Tensor]] = {}
@@ -175,7 +171,9 @@ def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -
             _, index, name = key.split("/", 2)
             entries.setdefault(int(index), {})[name] = value
         groups = _read(folder / GROUPS)
-        for group, own in zip(groups, optimizer.param_groups, strict=False):  # torch says it of other numbers
+        for group, own in zip(
+            groups, optimizer.param_groups, strict=False
+        ):  # torch itself refuses another number of groups
             group["fused"] = own["fused"]
         optimizer.load_state_dict({"state": entries, "param_groups": groups})
         scheduler.load_state_dict(_read(folder / SCHEDULER))
@@ -190,7 +188,7 @@ def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
-    """``run.json``. TrainingError where there is none: LeRobot writes none."""
+    """``run.json``. TrainingError where it is missing, as in LeRobot's own checkpoints."""
     path = checkpoint / STATE / RUN
     try:
         return _read(path)

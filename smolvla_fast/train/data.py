@@ -1,4 +1,4 @@
-"""From a LeRobotDataset to batches: opened, compared with the configuration, looked through, dealt out in a known order."""
+"""Opens a LeRobotDataset, checks it against the configuration, and reads batches from it in a reproducible order."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Data:
-    """What a run reads.
+    """The datasets of a run.
 
     train, held_out  ``LeRobotDataset`` with ``delta_timestamps``; held_out is None without ``dataset.eval_split``
-    names            of the dataset's features in the policy, as ``policy_names`` has them
+    names            {name in the dataset: name in the policy}
     """
 
     train: Any
@@ -44,7 +44,7 @@ class Data:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """The dataset's statistics under the policy's names, those that are numbers."""
+        """The dataset's numeric statistics, under the policy's names."""
         return {
             self.names[key]: {name: value for name, value in entry.items() if _are_numbers(value)}
             for key, entry in (self.meta.stats or {}).items()
@@ -57,7 +57,7 @@ def _are_numbers(value: Any) -> bool:
 
 
 def open_data(settings: TrainSettings) -> Data:
-    """Opens the dataset, fills ``settings.policy``'s features from it where they are empty, and checks both.
+    """Opens the dataset, fills empty features of ``settings.policy`` from it, and checks both.
 
     raises  TrainingError: no LeRobot, no such dataset, another camera or size than the policy's, missing statistics,
             values that are not finite
@@ -69,8 +69,7 @@ def open_data(settings: TrainSettings) -> Data:
     where = dict(root=wanted.root, revision=wanted.revision)
     try:
         meta = LeRobotDatasetMetadata(wanted.repo_id, **where)
-        # PyAV is named for a dataset without videos, which need no decoder: choosing one loads FFmpeg, or says at length
-        # that it cannot.
+        # Without videos any decoder will do; left to choose, LeRobot tries to load FFmpeg and fails at length.
         check_backend(wanted.video_backend, bool(meta.video_keys))
         backend = wanted.video_backend or (None if meta.video_keys else "pyav")
         train_episodes, eval_episodes = split_episodes(settings, meta)
@@ -95,7 +94,7 @@ def open_data(settings: TrainSettings) -> Data:
     except TrainingError:
         raise
     except Exception as error:
-        # The Hub, datasets, pyarrow and LeRobot each raise errors of their own.
+        # The Hub, datasets, pyarrow and LeRobot each raise their own.
         raise TrainingError(_not_opened(settings, error)) from error
     return data
 
@@ -105,7 +104,7 @@ def _not_opened(settings: TrainSettings, error: Exception) -> str:
 
     wanted = settings.dataset
     root = Path(wanted.root or HF_LEROBOT_HOME / wanted.repo_id).expanduser()
-    # Where a file is missing LeRobot asks the Hub for it, so its error may be of the network.
+    # LeRobot asks the Hub for a missing file, so its own error may be one of the network.
     fault = find_fault(root, wanted.episodes) if wanted.root or root.is_dir() else None
     return (
         f"cannot open the dataset {wanted.repo_id} ({wanted.root or 'no --dataset.root'}): "
@@ -126,7 +125,7 @@ def _lerobot() -> tuple[Any, Any, Any]:
 
 
 def split_episodes(settings: TrainSettings, meta: Any) -> tuple[list[int] | None, list[int]]:
-    """Episodes to learn from (None: all) and to hold out: of each task the last ``ceil(n * eval_split)``, as in LeRobot."""
+    """Episodes to train on (None: all) and to hold out: the last ``ceil(n * eval_split)`` of each task, as in LeRobot."""
     chosen = settings.dataset.episodes
     unknown = [index for index in chosen or [] if not 0 <= index < meta.total_episodes]
     if unknown:
@@ -147,7 +146,7 @@ def split_episodes(settings: TrainSettings, meta: Any) -> tuple[list[int] | None
     if not train:
         several = any(len(episodes) > 1 for episodes in by_task.values())
         raise TrainingError(
-            f"dataset.eval_split={settings.dataset.eval_split} leaves no episode to learn from; "
+            f"dataset.eval_split={settings.dataset.eval_split} leaves no episode to train on; "
             + (
                 "give a smaller share"
                 if several
@@ -158,7 +157,7 @@ def split_episodes(settings: TrainSettings, meta: Any) -> tuple[list[int] | None
 
 
 def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, names: dict[str, str]) -> None:
-    """TrainingError unless every feature of the dataset that is normalised has finite statistics of its size."""
+    """TrainingError unless every normalised feature of the dataset has finite statistics of its size."""
     sources = {new: old for old, new in names.items()}
     for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
         mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
@@ -174,7 +173,7 @@ def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, names:
 
 
 def _say_what_is_scaled(config: SmolVLAConfig, names: dict[str, str]) -> None:
-    """LeRobot 0.6.1 looks for the statistics of a renamed feature under its new name, and so does not scale it."""
+    """Warns of renamed features: LeRobot 0.6.1 looks for their statistics under the new name, and does not scale them."""
     features, modes = config.input_features or {}, config.normalization_mapping
     scaled = [
         old
@@ -189,9 +188,9 @@ def _say_what_is_scaled(config: SmolVLAConfig, names: dict[str, str]) -> None:
 
 
 def check_values(dataset: Any, names: dict[str, str]) -> None:
-    """TrainingError for an observation that is no number, and for the first state or action with NaN or infinity.
+    """TrainingError for an observation that is not numeric, and for the first state or action with NaN or infinity.
 
-    One pass over the columns, without the images.
+    Takes one pass over the columns, without the images.
     """
     from .reader import numbers
 
@@ -199,7 +198,7 @@ def check_values(dataset: Any, names: dict[str, str]) -> None:
         if key in dataset.meta.camera_keys or not (key == ACTION or key.startswith(OBS_PREFIX)):
             continue
         values = numbers(dataset.hf_dataset, key)
-        if name not in (OBS_STATE, ACTION):  # SmolVLA does not learn from it
+        if name not in (OBS_STATE, ACTION):  # SmolVLA does not read it
             continue
         values = values.reshape(len(values), -1)
         bad = (~values.isfinite()).nonzero()
@@ -225,20 +224,17 @@ def _take_imagenet_stats(meta: Any) -> None:
 
 
 def training_batches(settings: TrainSettings, dataset: Any, first: int) -> Iterator[dict[str, Any]]:
-    """Batches for ever, epoch after epoch, each epoch in an order that seed and its number decide.
+    """Endless batches, in an order per epoch that seed and epoch number decide.
 
-    first  how many batches are left out: those that the run saw before it was stopped
+    first  number of batches to skip: those that a resumed run has seen
     """
     from lerobot.datasets import EpisodeAwareSampler
 
     sampler = EpisodeAwareSampler(
-        dataset.meta.episodes["dataset_from_index"],
-        dataset.meta.episodes["dataset_to_index"],
-        episode_indices_to_use=dataset.episodes,
-        shuffle=True,
-        seed=settings.seed or 0,
+        dataset.meta.episodes["dataset_from_index"], dataset.meta.episodes["dataset_to_index"],
+        episode_indices_to_use=dataset.episodes, shuffle=True, seed=settings.seed or 0,
         absolute_to_relative_idx=dataset.absolute_to_relative_idx,
-    )
+    )  # fmt: skip
     epoch, batches = divmod(first, math.ceil(len(sampler) / settings.batch_size))
     sampler.load_state_dict({"epoch": epoch, "start_index": batches * settings.batch_size})
     loader = _loader(settings, Readable(dataset), dataset.meta, sampler=sampler)
@@ -247,13 +243,13 @@ def training_batches(settings: TrainSettings, dataset: Any, first: int) -> Itera
 
 
 def few_samples(settings: TrainSettings, dataset: Any) -> dict[str, Any]:
-    """A batch of the first and the last frame, read in this process."""
+    """The first and the last frame as a batch, read in this process."""
     alone = replace(settings, num_workers=0, batch_size=2)
     return next(iter(_loader(alone, Subset(Readable(dataset), [0, len(dataset) - 1]), dataset.meta)))
 
 
 def held_out_batches(settings: TrainSettings, dataset: Any) -> Batches:
-    """Batches of the held-out frames in order; of more than ``max_eval_samples`` frames that many, evenly spread."""
+    """Batches of the held-out frames in order: all, or ``max_eval_samples`` of them evenly spread."""
     count, most = len(dataset), settings.max_eval_samples
     chosen = (
         np.linspace(0, count - 1, most).round().astype(int).tolist() if 0 < most < count else range(count)
@@ -268,14 +264,14 @@ def _loader(settings: TrainSettings, dataset: Any, meta: Any, **options: Any) ->
     if workers:
         options |= dict(persistent_workers=True, prefetch_factor=4)
         if meta.video_keys:
-            options["multiprocessing_context"] = "spawn"  # decoders do not survive a fork
+            options["multiprocessing_context"] = "spawn"  # video decoders do not survive a fork
     loader = DataLoader(
         dataset,
         batch_size=settings.batch_size,
         num_workers=workers,
         pin_memory=torch.device(settings.policy.device or "cpu").type == "cuda",
         collate_fn=Collate(lerobot_collate_fn if meta.has_language_columns else None),
-        # Its own, or every epoch would take a number from the generator that noise is drawn from.
+        # Without a generator of its own, every epoch would take a number from the one that draws noise.
         generator=torch.Generator().manual_seed(settings.seed or 0),
         **options,
     )
@@ -283,7 +279,7 @@ def _loader(settings: TrainSettings, dataset: Any, meta: Any, **options: Any) ->
 
 
 def to_floats(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """Camera frames of bytes to the device, a quarter of the traffic, and there to fp32 in [0, 1]."""
+    """Moves uint8 camera frames to the device, a quarter of fp32's traffic, and converts them there to fp32 in [0, 1]."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype is not torch.uint8:

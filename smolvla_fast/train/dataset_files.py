@@ -1,4 +1,4 @@
-"""The files of a LeRobotDataset v3.0 on this machine: what is missing, cut off or garbage, said by name.
+"""Finds which file of a LeRobotDataset v3.0 on this machine is missing, cut off or garbage.
 
 meta/info.json, stats.json, tasks.parquet, episodes/chunk-000/file-000.parquet
 data/chunk-000/file-000.parquet         videos/CAMERA/chunk-000/file-000.mp4
@@ -17,13 +17,12 @@ from .errors import TrainingError
 
 INFO, STATS, TASKS, EPISODES = "meta/info.json", "meta/stats.json", "meta/tasks.parquet", "meta/episodes"
 AGAIN = "download or copy the dataset again"
-BACKENDS = ("torchcodec", "pyav", "video_reader")
 
 
 def first_line(error: BaseException) -> str:
-    """Of the message of an error's first cause, with its type: libraries below have long ones.
+    """Type and first line of an error's root cause, for the libraries below write long messages.
 
-    A line that ends in a colon goes on in the next.
+    A line that ends in a colon takes the next one with it.
     """
     while error.__cause__ is not None:
         error = error.__cause__
@@ -46,9 +45,7 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 def check_backend(name: str | None, videos: bool) -> None:
-    """TrainingError for a decoder that is not known or, where there are videos, cannot be loaded."""
-    if name is not None and name not in BACKENDS:
-        raise TrainingError(f"dataset.video_backend={name!r}: accepted are {', '.join(BACKENDS)}")
+    """TrainingError for a decoder that cannot be loaded, where there are videos to decode."""
     if name == "torchcodec" and videos:
         try:
             import torchcodec.decoders  # noqa: F401
@@ -60,7 +57,7 @@ def check_backend(name: str | None, videos: bool) -> None:
 
 
 def other_backend(name: str | None) -> str | None:
-    """Another decoder than this one, that can be loaded."""
+    """A decoder other than ``name`` that can be loaded here, if there is one."""
     other = "pyav" if name == "torchcodec" else "torchcodec"
     try:
         check_backend(other, videos=True)
@@ -70,15 +67,15 @@ def other_backend(name: str | None) -> str | None:
 
 
 def find_fault(root: Path, episodes: list[int] | None) -> str | None:
-    """The first thing wrong with a dataset that cannot be opened, and what to do; None where nothing is found.
+    """The first fault of a dataset that cannot be opened, and what to do; None where none is found.
 
-    episodes  those that are wanted; None: all
+    episodes  indices that the run reads; None: all
     """
     try:
         return next(_faults(root, episodes), None)
     except OSError as error:
         return f"{error.filename or root} cannot be read ({first_line(error)})"
-    except Exception as error:  # of files that hold other kinds of values than a dataset's
+    except Exception as error:  # a file may hold values of any type where a dataset has another
         return f"its files do not fit together ({first_line(error)}); {AGAIN}"
 
 
@@ -126,7 +123,7 @@ def _faults(root: Path, episodes: list[int] | None) -> Iterator[str]:
 
 
 def _features(features: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the features that are declared, beside the data."""
+    """Faults of the declared features that show without the data."""
     for key, feature in features.items():
         if not isinstance(feature.get("shape"), (list, tuple)):
             yield f"{INFO} has shape {json.dumps(feature.get('shape'))} for {key!r}; accepted is a list such as [6]"
@@ -141,7 +138,7 @@ def _features(features: dict[str, Any]) -> Iterator[str]:
 
 
 def _columns(path: Path, features: dict[str, Any]) -> Iterator[str]:
-    """What of the features is not in a table of data, or not in the shape that is declared."""
+    """Features that a data file lacks, or holds in another shape than is declared."""
     import pyarrow.parquet as pq
 
     with path.open("rb") as file:
@@ -153,26 +150,29 @@ def _columns(path: Path, features: dict[str, Any]) -> Iterator[str]:
         if key not in table.column_names:
             yield f"the column {key!r} is missing, there are {table.column_names}"
         elif dtype not in ("image", "string", "language"):
-            found = _shape(table.column(key))
-            if found is not None and list(declared or []) not in (found, found or [1]):
+            try:
+                _, found = flat_values(table.column(key))
+            except ValueError:  # rows of several lengths, which `reader.numbers` refuses
+                continue
+            if list(declared or []) not in (found, found or [1]):
                 yield f"{key!r} has the shape {list(declared or [])} there and {found or 'of one number'} in the data"
 
 
-def _shape(column: Any) -> list[int] | None:
-    """Of the values of a column of lists; None for lists of several lengths."""
+def flat_values(column: Any) -> tuple[Any, list[int]]:
+    """The numbers of a column of nested lists, and the shape of one row. ValueError for rows of several lengths."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if isinstance(column.type, pa.BaseExtensionType):
+    if isinstance(column.type, pa.BaseExtensionType):  # datasets keeps arrays of two and more dimensions so
         column = column.cast(column.type.storage_type)
     column, shape = column.combine_chunks(), []
     while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
         lengths = pc.list_value_length(column).unique().to_pylist()
         if len(lengths) != 1 or lengths[0] is None:
-            return None
+            raise ValueError(f"lists of the lengths {lengths}")
         shape += lengths
         column = column.flatten()
-    return shape
+    return column, shape
 
 
 def _data_file(info: Any, episode: dict[str, Any]) -> str:
@@ -211,7 +211,7 @@ def _version(path: Path) -> Iterator[str]:
 
 
 def _read(root: Path, name: str, read: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What ``read`` gives, and what is wrong with the file it reads."""
+    """What ``read`` returns, and the faults of the file it reads."""
     try:
         return read(), []
     except Exception as error:  # of json, pandas, pyarrow, datasets and LeRobot
@@ -221,7 +221,7 @@ def _read(root: Path, name: str, read: Callable[[], Any]) -> tuple[Any, list[str
 
 
 def _tables(root: Path, folder: str) -> Iterator[str]:
-    """What is wrong with parquet files: LeRobot reads all there are, whichever are asked for."""
+    """Faults of all parquet files of a folder: LeRobot reads every one, whichever episodes are wanted."""
     import pyarrow.parquet as pq
 
     paths = sorted((root / folder).glob("*/*.parquet"))
@@ -229,14 +229,14 @@ def _tables(root: Path, folder: str) -> Iterator[str]:
         yield f"{folder}/chunk-*/file-*.parquet is missing; {AGAIN}"
     for path in paths:
         try:
-            with path.open("rb") as file:  # or a folder would be read as a table of many files
+            with path.open("rb") as file:  # given a path, pyarrow would accept a folder of files
                 pq.read_table(file)
         except Exception as error:
             yield f"{path.relative_to(root)} cannot be read ({first_line(error)}); {AGAIN}"
 
 
 def video_fault(path: Path) -> str | None:
-    """What is wrong with a video, as far as it shows without decoding it; None where nothing does."""
+    """The fault of a video that shows without decoding it; None where there is none."""
     import av
 
     try:
@@ -254,7 +254,7 @@ def video_fault(path: Path) -> str | None:
 
 
 def _is_cut_off(path: Path) -> bool:
-    """Whether the parts of an mp4, each with its size at its head, reach beyond the end of the file."""
+    """Whether the boxes of an mp4, each headed by its size, reach beyond the end of the file."""
     end, at = path.stat().st_size, 0
     with path.open("rb") as file:
         while at < end:
@@ -264,13 +264,13 @@ def _is_cut_off(path: Path) -> bool:
             if size == 1:
                 size = int.from_bytes(head[8:16], "big")
             if size < 8 or not head[4:8].isalnum():
-                return False  # to the end of the file, or no mp4 at all
+                return False  # a last box of open length, or no mp4 at all
             at += size
     return at > end
 
 
 def check_files(dataset: Any) -> None:
-    """TrainingError unless an open ``LeRobotDataset`` has every row that its episodes name, and their videos are whole."""
+    """TrainingError unless an open ``LeRobotDataset`` has every row of its episodes, and whole videos."""
     meta, columns = dataset.meta, dataset.hf_dataset.data
     chosen = sorted(dataset.episodes if dataset.episodes is not None else range(meta.total_episodes))
     begins, ends = (np.asarray(meta.episodes[f"dataset_{side}_index"]) for side in ("from", "to"))
@@ -300,7 +300,7 @@ def check_files(dataset: Any) -> None:
 
 
 def _check_nulls(meta: Any, columns: Any) -> None:
-    """TrainingError for a column of nulls, which is what datasets reads where a file has none, and for a missing picture."""
+    """TrainingError for a missing picture, and for a column of nulls: what datasets reads where a file lacks the column."""
     for key in sorted(set(columns.column_names) & set(meta.features) - set(meta.video_keys)):
         column = columns.column(key)
         if column.null_count and column.null_count == len(column):

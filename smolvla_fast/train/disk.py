@@ -1,4 +1,4 @@
-"""What a run asks of a disk, and how it gets on where a file system does not have it: vfat, exFAT, SMB, FUSE."""
+"""File operations of a run, with fallbacks for file systems that lack some: vfat, exFAT, SMB, FUSE."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tempfile import NamedTemporaryFile
 from .errors import TrainingError
 
 LACKING = {errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What file systems answer to a call that they do not have."""
+"""Errors of a file system that lacks a call."""
 
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder of a run and tries whether a file can be written there. TrainingError where not."""
+    """Makes the folder of a run and tries to write a file there. TrainingError where that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=folder) as file:
@@ -31,7 +31,7 @@ def make_folder(folder: Path) -> None:
 
 
 def check_output_dir(folder: Path, new: bool) -> None:
-    """TrainingError for a folder that a ``new`` run would overwrite, or that cannot be written to. Leaves nothing behind."""
+    """TrainingError for a folder that a ``new`` run would overwrite, or that refuses files. Leaves nothing behind."""
     made: list[Path] = []
     try:
         used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
@@ -54,7 +54,7 @@ def check_output_dir(folder: Path, new: bool) -> None:
 
 
 def advice(error: BaseException) -> str:
-    """What to do about a disk that refuses."""
+    """What to do about a disk that refuses to write."""
     number = getattr(error, "errno", None)
     if number in READ_ONLY:
         return "make it writable"
@@ -62,7 +62,7 @@ def advice(error: BaseException) -> str:
 
 
 def replace(source: Path, target: Path) -> None:
-    """``os.replace``; where a file system does not rename onto what is there, that is removed first."""
+    """``os.replace``; on file systems that cannot rename onto an existing file, removes that file first."""
     try:
         os.replace(source, target)
     except OSError as error:
@@ -77,13 +77,13 @@ def _is_folder(path: Path) -> bool:
 
 
 def flush(folder: Path) -> None:
-    """Everything below a folder onto the disk: a rename may get there before the bytes of what it names."""
+    """Writes everything below a folder to the disk: a rename may otherwise reach it before the bytes do."""
     for path in [*folder.rglob("*"), folder, folder.parent]:
         flush_entry(path)
 
 
 def flush_entry(path: Path) -> None:
-    """A file, or the names in a folder, onto the disk, as far as its file system can be told to."""
+    """Writes a file, or the names in a folder, to the disk, where the file system supports it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -91,7 +91,7 @@ def flush_entry(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # Folders cannot be opened everywhere.
-        unheard = LACKING | ({errno.EACCES, errno.EISDIR, errno.EBADF} if path.is_dir() else set())
-        if error.errno not in unheard:
+        # Some systems cannot open folders.
+        unsupported = LACKING | ({errno.EACCES, errno.EISDIR, errno.EBADF} if path.is_dir() else set())
+        if error.errno not in unsupported:
             raise

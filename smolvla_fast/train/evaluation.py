@@ -1,4 +1,4 @@
-"""How good a policy is on episodes it has not learned from. Draws its own noise: training goes on as if nothing had been."""
+"""Measures a policy on held-out episodes, in noise of its own: the random state of training does not move."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEED = 7
 def held_out_loss(
     policy: Any, preprocess: Any, batches: Iterable[Any], autocast: AbstractContextManager | None = None
 ) -> float:
-    """Mean flow-matching loss over the samples, every time at the same noise and times."""
+    """Mean flow-matching loss over the samples, at the same noise and times on every call."""
     total, count = 0.0, 0
     policy.eval()
     with seeded(SEED), autocast or nullcontext():
@@ -36,11 +36,12 @@ def held_out_loss(
 def action_error(
     policy: Any, preprocess: Any, batches: Iterable[Any], *, wrong_images: bool = False
 ) -> tuple[float, float]:
-    """Mean squared error of predicted chunks, and of the best constant action, both in normalised units.
+    """Mean squared errors of the predicted chunks, and of the best constant action, both in normalised units.
 
-    The constant is the mean of the very actions that are compared, so no constant does better on them.
-    wrong_images  every frame gets another one's images: what is left is what the policy does without looking
-    Actions beyond the end of an episode do not count.
+    The constant is the mean of the compared actions, so no other constant does better on them. Actions beyond the end of
+    an episode do not count.
+
+    wrong_images  give every frame another frame's images: the error of the policy without sight
     """
     inputs = [preprocess(to_floats(raw, policy.config.device)) for raw in batches]
     if wrong_images:
@@ -58,7 +59,7 @@ def _mean_square(x: Tensor) -> float:
 
 
 def _with_other_images(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Images moved on by half of all samples, so that in episodes of like length they come from another episode."""
+    """Rolls the images by half of all samples: where episodes are about equally long, they come from another episode."""
     sizes = [len(batch[ACTION]) for batch in inputs]
     moved: list[dict[str, Any]] = [dict(batch) for batch in inputs]
     for key in (key for key in inputs[0] if key.startswith(f"{OBS_IMAGES}.") and not key.endswith("_is_pad")):

@@ -1,4 +1,4 @@
-"""A dataset's features beside a policy's: whose name is whose, and whether the policy finds what it learns from."""
+"""Matches a dataset's features with a policy's: by name, kind and size."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def policy_names(features: Mapping[str, Any], rename_map: dict[str, str]) -> dict[str, str]:
-    """{name in the dataset: name in the policy}. Observations alone are renamed, as the preprocessor does it.
+    """{name in the dataset: name in the policy}. Only observations are renamed, as by the preprocessor.
 
-    features  of the dataset, as its info.json has them
-    raises  TrainingError for two features under one name
+    features  of the dataset, as in its info.json
+    raises    TrainingError for two features under one name
     """
     renamed = {name: rename_map.get(name, name) if name.startswith(OBS_PREFIX) else name for name in features}
     sources: dict[str, str] = {}
@@ -47,9 +47,10 @@ def policy_names(features: Mapping[str, Any], rename_map: dict[str, str]) -> dic
 
 
 def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict[str, str]) -> None:
-    """Takes empty ``input_features`` and ``output_features`` from the dataset; what is declared is compared with it.
+    """Fills empty ``input_features`` and ``output_features`` of the policy from the dataset, and compares declared ones.
 
-    names  of the dataset's features in the policy
+    names   as ``policy_names`` returns them
+    raises  TrainingError for a feature that is missing, too large, or of another size than is declared
     """
     config, found = settings.policy, policy_features(features, names)
     if not config.output_features:
@@ -62,22 +63,13 @@ def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict
         (OBS_STATE, config.robot_state_feature, "max_state_dim"),
     ):
         if key not in found:
-            has = [name for name, new in names.items() if new in found]
-            states = [name for name in has if found[names[name]].type in (FeatureType.STATE, FeatureType.ENV)]
-            states.sort(key=lambda name: declared is None or found[names[name]].shape != declared.shape)
-            advice = ""
-            if key == OBS_STATE and states and settings.policy_path:
-                flag = as_flag({**settings.rename_map, states[0]: key})
-                advice = f". Give --rename_map {flag} if that is the robot's state"
-            raise TrainingError(
-                f"the dataset has no {key!r}, which SmolVLA learns from; it has {has}{advice}"
-            )
+            raise TrainingError(_missing(settings, found, names, key, declared))
         shape = found[key].shape
         size, field = size_of(shape), "output_features" if key == ACTION else "input_features"
         if key == ACTION and (len(shape) > 1 or shape == (1,)):
             raise TrainingError(
-                f"{key!r} has {size} values in the dataset, SmolVLA learns vectors of at least 2 (LeRobot reads one value "
-                "as a number without a dimension): record it as one vector, a lone value beside a constant one"
+                f"{key!r} has {size} values in the dataset, SmolVLA trains on vectors of at least 2 (LeRobot reads one "
+                "value as a number without a dimension): record it as one vector, a lone value beside a constant one"
             )
         if declared is not None and declared.shape != shape:
             raise TrainingError(
@@ -86,19 +78,38 @@ def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict
                 "features"
             )
         if shape[-1] > getattr(config, limit):
-            where = (
-                "without --policy.path: a checkpoint's weights have its width" if settings.policy_path else ""
+            fresh = "fresh weights only" + (
+                ", without --policy.path: a checkpoint's weights have its width"
+                if settings.policy_path
+                else ""
             )
             raise TrainingError(
                 f"{key!r} has {size} values in the dataset, the policy accepts at most {limit}={getattr(config, limit)}; "
-                f"give --policy.{limit}={shape[-1]} (fresh weights only{', ' if where else ''}{where})"
+                f"give --policy.{limit}={shape[-1]} ({fresh})"
             )
 
 
+def _missing(
+    settings: TrainSettings, found: dict[str, PolicyFeature], names: dict[str, str], key: str,
+    declared: PolicyFeature | None,
+) -> str:  # fmt: skip
+    """The message for a missing state or action, with another state to rename instead, of the same size if possible."""
+    has = [name for name, new in names.items() if new in found]
+    states = [name for name in has if found[names[name]].type in (FeatureType.STATE, FeatureType.ENV)]
+    states.sort(key=lambda name: declared is None or found[names[name]].shape != declared.shape)
+    advice = ""
+    if key == OBS_STATE and states and settings.policy_path:
+        flag = as_flag({**settings.rename_map, states[0]: key})
+        advice = f". Give --rename_map {flag} if that is the robot's state"
+    return f"the dataset has no {key!r}, which SmolVLA trains on; it has {has}{advice}"
+
+
 def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], names: dict[str, str]) -> None:
-    """TrainingError unless a camera of the policy is in the dataset and, renamed ones aside, all are that it wants."""
+    """TrainingError unless the dataset has all cameras of the policy, or ``rename_map`` gives each of its own a place."""
     config = settings.policy
-    cameras = {old: new for old, new in names.items() if _is(found.get(new), FeatureType.VISUAL)}
+    cameras = {
+        old: new for old, new in names.items() if new in found and found[new].type is FeatureType.VISUAL
+    }
     if not cameras:
         raise TrainingError(
             f"the dataset has no camera, SmolVLA needs at least one; its features are {sorted(names)}"
@@ -110,7 +121,7 @@ def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], nam
     if present and not left_out:
         return
     if present and settings.rename_map and set(cameras.values()) <= set(expected):
-        # Each of the dataset's cameras has been given its place. LeRobot trains so too, and leaves the others out.
+        # Every camera of the dataset has its place. LeRobot trains so too, without the policy's other cameras.
         logger.warning(
             "the dataset lacks the cameras %s of the policy, which is trained without them; --policy.empty_cameras=%d puts "
             "masked blank frames in their place",
@@ -118,7 +129,7 @@ def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], nam
         )  # fmt: skip
         return
     ways = ["--policy.input_features=null to take the dataset's features"]
-    if present:  # a blank frame stands beside real ones
+    if present:  # SmolVLA needs at least one real frame beside the blank ones
         ways.insert(0, f"--policy.empty_cameras={len(missing)} to train with blank frames in their place")
     if missing and settings.policy_path:
         unplaced = [old for old, new in cameras.items() if new not in expected] or list(cameras)
@@ -139,7 +150,7 @@ def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], nam
 
 
 def how_to_remove(names: list[str]) -> str:
-    """Advice: features taken out of the dataset."""
+    """Advice to remove features from the dataset."""
     return (
         "take it out of the dataset with `lerobot-edit-dataset --operation.type remove_feature "
         f'--operation.feature_names "{names}"` (see its --help)'
@@ -150,17 +161,13 @@ def size_of(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _is(feature: PolicyFeature | None, kind: FeatureType) -> bool:
-    return feature is not None and feature.type is kind
-
-
 def as_flag(value: Any) -> str:
-    """As it is typed on a command line."""
+    """A value as it is typed on a command line."""
     return f"'{json.dumps(value)}'"
 
 
 def policy_features(features: dict[str, Any], names: dict[str, str]) -> dict[str, PolicyFeature]:
-    """The dataset's features as a policy has them: under its names, cameras as (channels, height, width)."""
+    """The dataset's features under the policy's names, cameras as (channels, height, width)."""
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
     renamed = {names[key]: feature for key, feature in features.items()}

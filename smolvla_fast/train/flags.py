@@ -1,4 +1,4 @@
-"""Flags and files of ``lerobot-train``, read by draccus as LeRobot reads them: names and texts to ``TrainSettings``."""
+"""Reads the flags and files of ``lerobot-train`` into ``TrainSettings``, by draccus as LeRobot does."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .settings import TrainSettings, accepted, flags, go_on, shown
 
 logger = logging.getLogger(__name__)
 
-# Flags of lerobot-train for what is not here: the values that ask for nothing of it (None: any), and what to do about
-# others. A name stands for all below it.
+# Flags of lerobot-train without a counterpart here: the values that are accepted, since they ask for nothing (None: any),
+# and the advice for other values. A name covers all names below it.
 LEROBOTS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "job_name": (None, ""), "checkpoint_path": (None, ""),
     "prefetch_factor": (None, ""), "persistent_workers": (None, ""), "dataloader_multiprocessing_context": (None, ""),
@@ -47,13 +47,13 @@ NESTED = (
     "wandb.project", "wandb.entity", "wandb.notes", "wandb.mode", "wandb.disable_artifact", "wandb.run_id", "wandb.add_tags",
     "eval.n_episodes", "eval.batch_size", "eval.use_async_envs", "eval.recording",
 )  # fmt: skip
-"""Flags below those of LEROBOTS that ask for nothing either."""
+"""Flags below those of ``LEROBOTS`` that are ignored too."""
 
 
 def read_settings(given: dict[str, Any]) -> tuple[TrainSettings, Path | None]:
-    """Settings of the run and the checkpoint it goes on from, if it does.
+    """The settings of a run, and the checkpoint to resume from (None: a new run). TrainingError names the flag at fault.
 
-    given   name -> text of every flag that was given         raises  TrainingError
+    given  name -> text of every flag on the command line
     """
     try:
         from draccus.utils import deflatten
@@ -76,7 +76,7 @@ def read_settings(given: dict[str, Any]) -> tuple[TrainSettings, Path | None]:
         saved = facts["settings"]
         if "path" in wish:  # under the name that a run keeps it by
             asked["policy_path"] = wish.pop("path")
-        # With the flags as they were given: features that were left to the dataset are filled in by now.
+        # Compared with the flags as first given, too: by now the dataset has filled in its features.
         settings = go_on(saved, facts.get("asked", saved), asked, checkpoint)
         if (
             settings.steps != saved["steps"]
@@ -96,7 +96,9 @@ def read_settings(given: dict[str, Any]) -> tuple[TrainSettings, Path | None]:
     policy = merged.setdefault("policy", {})
     base: dict[str, Any] = {"device": best_device()}
     source = policy.pop("path", None)
-    if source is None:  # LeRobot's name for weights to start from with the configuration that is given here
+    if (
+        source is None
+    ):  # LeRobot's other name: weights to start from, under the configuration given by the flags
         source = policy.get("pretrained_path")
     elif not str(source):
         raise TrainingError(
@@ -118,21 +120,21 @@ def read_settings(given: dict[str, Any]) -> tuple[TrainSettings, Path | None]:
 
 
 def _value(name: str, text: str) -> Any:
-    """A flag's text as draccus reads it: YAML. LeRobot takes the path of a policy as it is."""
+    """A flag's text read as YAML, as draccus does; LeRobot takes the path of a policy literally."""
     from draccus.cfgparsing import parse_string
 
     if name == "policy.path":
         return text
     try:
         return parse_string(text)
-    except Exception as error:  # pyyaml's own, and what its tags raise
+    except Exception as error:  # pyyaml's errors, and those of its tags
         words = f"; accepted is {accepted(SETTINGS[name])}" if name in SETTINGS else ""
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TrainingError(f"--{name}={text}: cannot be read as YAML ({reason}){words}") from error
 
 
 def _load(config_path: str) -> dict[str, Any]:
-    """Our settings of a file in LeRobot's form: YAML, JSON or TOML, or the train_config.json of a folder or Hub id."""
+    """The settings in a YAML, JSON or TOML file of LeRobot's, or in the train_config.json of a folder or Hub id."""
     from draccus.cfgparsing import load_config
 
     try:
@@ -142,12 +144,12 @@ def _load(config_path: str) -> dict[str, Any]:
             values = load_config(stream, file=path)
         if not isinstance(values, dict):
             raise ValueError(f"holds {type(values).__name__}, not names and values")
-    except Exception as error:  # each of the three formats raises errors of its own
+    except Exception as error:  # each of the three parsers raises its own
         cause = error.__cause__ or error
         raise TrainingError(
             f"--config_path={config_path}: {cause}; accepted is a YAML, JSON or TOML file of settings under LeRobot's names"
         ) from error
-    # LeRobot writes what follows from the policy, and its own wish to upload, into the file of every run.
+    # LeRobot writes presets that follow from the policy, and its upload flag, into the file of every run.
     for name in ("optimizer", "scheduler"):
         values.pop(name, None)
     if isinstance(values.get("policy"), dict):
@@ -156,7 +158,7 @@ def _load(config_path: str) -> dict[str, Any]:
 
 
 def _ours(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values without those of ``LEROBOTS``. TrainingError for one that asks for what is not here."""
+    """The values without LeRobot's own. TrainingError for one that asks for something missing here."""
     kept = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -188,7 +190,7 @@ def _refuse_absent(name: str, value: Any) -> None:
 
 
 def _check_device(name: Any) -> None:
-    """What was asked for by name is not replaced by another, as the device that a checkpoint was trained on is."""
+    """TrainingError for a device that is not here. A checkpoint's device would be replaced; one named by a flag is not."""
     if not isinstance(name, str):
         return
     try:
@@ -202,7 +204,7 @@ def _check_device(name: Any) -> None:
 
 
 def _checkpoint(asked: dict[str, Any], config_path: str | None) -> Path:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint to resume from."""
     if config_path:
         path = Path(config_path)
         checkpoint = (path.parent if path.suffix == ".json" else path).parent

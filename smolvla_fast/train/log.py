@@ -33,7 +33,7 @@ class Window:
 
 
 class Log:
-    """Appends lines. A run that goes on from a step first drops the lines behind it, for it will write them again.
+    """Appends lines. A run resumed at ``step`` first drops later lines, since it writes them again.
 
     every  steps between the lines that ``add`` writes; 0: none
     """
@@ -51,14 +51,14 @@ class Log:
                 raise self._refused(self.path, error) from error
 
     def add(self, step: int, samples: int, **facts: float) -> None:
-        """Takes note of a step, and writes the means since the last line when one is due."""
+        """Records a step, and writes the means since the last line when one is due."""
         self.step = step
         self.window.add(samples, **facts)
         if self.every and step % self.every == 0:
             self.close()
 
     def close(self) -> None:
-        """Writes the means of the steps since the last line, if there are any: a run need not end where one is due."""
+        """Writes the means since the last line, if there were steps since."""
         window, self.window = self.window, Window()
         if self.every and window.count:
             self.write({"step": self.step, **window.means()})
@@ -80,7 +80,7 @@ class Log:
 
 
 def read_log(output_dir: Path) -> list[dict[str, Any]]:
-    """All lines, none where there is no log; one that a kill cut short is left out."""
+    """All entries; none without a log. A line that a kill cut short is skipped."""
     entries: list[dict[str, Any]] = []
     if not (output_dir / NAME).exists():
         return entries

@@ -1,4 +1,4 @@
-"""The policy that is trained, and the processors around it."""
+"""Makes the policy to train, and its processors."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
     """Ours or LeRobot's ``SmolVLAPolicy`` in train mode on ``settings.policy.device``.
 
-    source  checkpoint whose weights it gets; None: fresh ones
-    raises  TrainingError for weights that are missing or of another configuration, or a policy that cannot be made
+    source  checkpoint to load weights from; None: fresh weights
+    raises  TrainingError for weights that are missing or of another configuration, and for an impossible policy
     """
     config: Any = settings.policy
     try:
@@ -41,25 +41,21 @@ def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
         )
         return policy.to(config.device).train()
     except Exception as error:
-        # A file, the Hub, safetensors, a configuration that fits together nowhere, a device: each has errors of its own.
+        # Files, the Hub, safetensors, the configuration and the device each raise their own.
         what = "a fresh policy" if source is None else f"the policy of {source}"
         said = error.what if isinstance(error, WeightsError) else error
         raise TrainingError(f"cannot make {what}: {said or type(error).__name__}") from error
 
 
 def check_policy(settings: TrainSettings) -> None:
-    """Makes the policy without its weights, in no time and no memory, before a dataset is opened for nothing.
+    """Makes the policy on the meta device, in no time and no memory, before the dataset is opened.
 
-    raises  TrainingError for a backbone that is not there and for sizes that no policy, or not this machine, can have
+    raises  TrainingError for a missing backbone, and for sizes that are impossible or beyond this machine's memory
     """
     config = replace(
-        settings.policy,
-        input_features={},
-        output_features={},
-        load_vlm_weights=False,
-        compile_model=False,
+        settings.policy, input_features={}, output_features={}, load_vlm_weights=False, compile_model=False,
         device="cpu",
-    )
+    )  # fmt: skip
     try:
         with torch.device("meta"):
             sizes = [parameter.numel() for parameter in SmolVLAPolicy(config).parameters()]
@@ -70,7 +66,7 @@ def check_policy(settings: TrainSettings) -> None:
             raise ValueError(
                 f"its weights need {needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}"
             )
-    except Exception as error:  # torch, transformers and the Hub each raise errors of their own
+    except Exception as error:  # torch, transformers and the Hub each raise their own
         raise TrainingError(
             f"no policy can be made of --policy.vlm_model_name={config.vlm_model_name}, "
             f"--policy.num_vlm_layers={config.num_vlm_layers}, --policy.num_expert_layers={config.num_expert_layers}, "
@@ -80,7 +76,7 @@ def check_policy(settings: TrainSettings) -> None:
 
 
 def _lerobot(config: SmolVLAConfig) -> tuple[Any, Any]:
-    """The same configuration in LeRobot's class, through the file that both read, and LeRobot's policy class."""
+    """The configuration in LeRobot's class, through the JSON file that both read, and LeRobot's policy class."""
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy as LeRobotPolicy
 
@@ -90,8 +86,7 @@ def _lerobot(config: SmolVLAConfig) -> tuple[Any, Any]:
 
 
 def speed_up(policy: Any, settings: TrainSettings) -> tuple[bool, str]:
-    """Patches the policy for training where that is possible; returns whether its optimizer is to be fused, and what came
-    of it in words.
+    """Patches the policy for training where possible. Returns whether to fuse the optimizer, and the outcome in words.
 
     raises  TrainingError for ``fast="on"`` where it is not possible
     """
@@ -104,26 +99,24 @@ def speed_up(policy: Any, settings: TrainSettings) -> tuple[bool, str]:
     now = status(policy)
     reason = f"{DISABLE} is set" if disabled() else now.training_fallback
     if reason is None:
-        fallback_reasons = f"{_products(policy, settings)}{_cache(now.training_fallback_reasons, settings)}"
-        fused = torch.device(policy.config.device).type in ("cpu", "cuda")
-        return fused, f"patched for training{', AdamW fused' if fused else ''}{fallback_reasons}"
+        device = torch.device(policy.config.device).type
+        parts = ["patched for training"]
+        if fused := device in ("cpu", "cuda"):
+            parts.append("AdamW fused")
+        if settings.bf16 and device == "cpu" and (slow := why_bf16_is_slow()):
+            parts.append(f"products in fp32 ({slow})")
+        if settings.image_cache:
+            refused = now.training_fallback_reasons.get("image cache")
+            parts.append(
+                f"image_cache without effect ({refused})"
+                if refused
+                else f"{settings.image_cache / 1e9:.3g} GB for image tokens"
+            )
+        return fused, ", ".join(parts)
     unpatch(policy)
     if settings.fast == "on":
         raise TrainingError(f"--fast=on: {reason}; use --fast=auto, which then trains the plain policy")
     return False, f"plain: {reason}"
-
-
-def _products(policy: Any, settings: TrainSettings) -> str:
-    slow = why_bf16_is_slow() if settings.bf16 and torch.device(policy.config.device).type == "cpu" else None
-    return "" if slow is None else f", products in fp32 ({slow})"
-
-
-def _cache(fallback_reasons: dict[str, str], settings: TrainSettings) -> str:
-    if not settings.image_cache:
-        return ""
-    if "image cache" in fallback_reasons:
-        return f", image_cache without effect ({fallback_reasons['image cache']})"
-    return f", {settings.image_cache / 1e9:.3g} GB for image tokens"
 
 
 def make_processors(
@@ -131,11 +124,11 @@ def make_processors(
 ) -> tuple[Any, Any]:
     """Pre- and postprocessor: fresh; a checkpoint's with this dataset's statistics; or, on resume, exactly its own.
 
-    stats  of the dataset, under the policy's names
+    A checkpoint without processors, as LeRobot wrote them before version 0.4, gets fresh ones.
 
-    Fresh ones too for a checkpoint without any, as LeRobot wrote them before version 0.4.
-    raises  TrainingError for files that cannot be read, on resume for missing ones, and for processors that leave something
-            as it is which the configuration has them normalise
+    stats   of the dataset, under the policy's names
+    raises  TrainingError for unreadable files, on resume for missing ones, and for processors that do not normalise a
+            feature although the configuration says so
     """
     preprocess, postprocess = _processors(settings, stats, source, resume)
     if faults := unnormalized(settings.policy, preprocess.steps, postprocess.steps):
@@ -176,7 +169,7 @@ def _processors(
 
 
 def _overrides(settings: TrainSettings) -> dict[str, Any]:
-    """What a checkpoint's processors take from this run."""
+    """The settings that a checkpoint's processors take from this run."""
     config = settings.policy
     inputs, outputs = config.input_features or {}, config.output_features or {}
     scaling = {"norm_map": config.normalization_mapping}

@@ -1,6 +1,6 @@
-"""The random state of a process: seeded for a run and given back after it, saved and restored to the bit.
+"""Seeds, saves and restores the random state of a process, to the bit.
 
-numpy's global generator among it: image transforms and third-party datasets still draw from it.
+The state includes numpy's global generator, from which image transforms and third-party datasets still draw.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """``seed_all`` for what is inside; whoever called gets their random state back."""
+    """``seed_all`` for the body; the caller's random state returns afterwards."""
     before = collect()
     try:
         seed_all(seed)
@@ -27,7 +27,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def seed_all(seed: int | None) -> None:
-    """Seeds python's, numpy's and torch's generators; None leaves them."""
+    """Seeds the generators of python, numpy and torch; None leaves them as they are."""
     if seed is not None:
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
@@ -37,21 +37,19 @@ def seed_all(seed: int | None) -> None:
 def collect() -> dict[str, Tensor]:
     """The state as tensors, under the names of LeRobot's ``rng_state.safetensors``.
 
-    Of the accelerator all devices are kept, for ``torch.manual_seed`` seeds them all: the current one under LeRobot's name
+    All devices of the accelerator are kept, as ``torch.manual_seed`` seeds them all: the current one under LeRobot's name,
     and each under its number. The normal numbers that python and numpy hold back are kept in fp64 (LeRobot rounds numpy's
-    to fp32 and drops python's). LeRobot reads past what it does not know.
+    to fp32 and drops python's). LeRobot ignores names it does not know.
     """
     version, words, held = random.getstate()
     _, keys, index, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     state = {
-        "py_rng_version": torch.tensor([version]),
-        "py_rng_state": torch.tensor(words),
+        "py_rng_version": torch.tensor([version]), "py_rng_state": torch.tensor(words),
         "np_rng_state_values": torch.tensor(np.asarray(keys, dtype=np.int64)),
-        "np_rng_state_index": torch.tensor([index]),
-        "np_rng_has_gauss": torch.tensor([has_gauss]),
+        "np_rng_state_index": torch.tensor([index]), "np_rng_has_gauss": torch.tensor([has_gauss]),
         "np_rng_cached_gaussian": torch.tensor([gauss], dtype=torch.float64),
         "torch_rng_state": torch.get_rng_state(),
-    }
+    }  # fmt: skip
     if held is not None:
         state["py_rng_gauss"] = torch.tensor([held], dtype=torch.float64)
     kind, module = _accelerator()
@@ -65,7 +63,7 @@ def collect() -> dict[str, Tensor]:
 
 
 def restore(state: dict[str, Tensor]) -> None:
-    """Inverse of ``collect``, as far as this machine has the devices. Reads LeRobot's files too."""
+    """Inverse of ``collect``, for the devices that this machine has. Reads LeRobot's files too."""
     held = float(state["py_rng_gauss"]) if "py_rng_gauss" in state else None
     random.setstate((int(state["py_rng_version"]), tuple(state["py_rng_state"].tolist()), held))
     np.random.set_state(  # noqa: NPY002
@@ -84,7 +82,7 @@ def restore(state: dict[str, Tensor]) -> None:
     elif kind not in (None, "mps"):
         current = module.current_device()
         for i in range(module.device_count()):
-            # A file of LeRobot's has the current device's alone.
+            # LeRobot's files have the current device alone.
             name = f"torch_{kind}_rng_state_{i}"
             name = f"torch_{kind}_rng_state" if i == current and name not in state else name
             if name in state:
@@ -92,7 +90,7 @@ def restore(state: dict[str, Tensor]) -> None:
 
 
 def _accelerator() -> tuple[str | None, Any]:
-    """Type and module of the accelerator, "cuda" and ``torch.cuda`` say; None where there is none or nothing has used it."""
+    """Type and module of the accelerator, such as "cuda" and ``torch.cuda``; None where none is there or in use."""
     if torch.backends.mps.is_available():
         return "mps", torch.mps
     for kind in ("cuda", "xpu"):

@@ -1,7 +1,7 @@
-"""Frames that cannot be read, told by file, episode and frame, from the process that read them to the one that trains.
+"""Names the file, episode and frame that cannot be read, across worker processes.
 
-An error that crosses from a worker becomes a long text with its traceback in it. So a worker hands a sentence over as its
-batch, and the error is raised where batches are used.
+A ``DataLoader`` turns a worker's error into a text with its traceback. So a worker returns the message in place of the
+batch, and the training process raises it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .errors import TrainingError
 
 @dataclass
 class Unreadable:
-    """In the place of a frame or batch: what is wrong with it."""
+    """Returned instead of a frame or batch that cannot be read."""
 
     message: str
 
 
 class Readable(Dataset):
-    """A ``LeRobotDataset`` whose frames are what it gives, or ``Unreadable``."""
+    """A ``LeRobotDataset`` that returns ``Unreadable`` where it would raise."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -38,13 +38,15 @@ class Readable(Dataset):
     def __getitem__(self, row: int) -> Any:
         try:
             return self.dataset[row]
-        except Exception as error:  # of PIL, PyAV, torchcodec, pyarrow, datasets and LeRobot
+        except (
+            Exception
+        ) as error:  # PIL, PyAV, torchcodec, pyarrow, datasets and LeRobot each raise their own
             return Unreadable(describe(self.dataset, row, error))
 
 
 @dataclass
 class Collate:
-    """Frames to a batch by ``collate`` (None: torch's own), or the first of them that is ``Unreadable``."""
+    """Frames to a batch by ``collate`` (None: torch's own), or to the first ``Unreadable`` among them."""
 
     collate: Callable[[list[Any]], Any] | None
 
@@ -74,7 +76,7 @@ class Collate:
 
 
 class Batches:
-    """The batches of a ``DataLoader`` over ``Readable`` frames.
+    """The batches of a ``DataLoader`` over ``Readable`` frames, as often as they are iterated over.
 
     raises  TrainingError for a frame that cannot be read, or a worker that died
     """
@@ -82,27 +84,20 @@ class Batches:
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
 
-    def __len__(self) -> int:
-        return len(self.loader)
-
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if died := worker_died(error):
-                    raise died from error
-                raise
-            if isinstance(batch, Unreadable):
-                raise TrainingError(batch.message)
-            yield batch
+        try:
+            for batch in self.loader:
+                if isinstance(batch, Unreadable):
+                    raise TrainingError(batch.message)
+                yield batch
+        except RuntimeError as error:
+            if died := worker_died(error):
+                raise died from error
+            raise
 
 
 def worker_died(error: BaseException) -> TrainingError | None:
-    """For torch's error of a worker that died, which comes by a signal and so in the midst of anything; None for others."""
+    """The TrainingError for torch's error of a dead worker, which a signal handler raises anywhere; else None."""
     if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
         return None
     return TrainingError(
@@ -112,7 +107,7 @@ def worker_died(error: BaseException) -> TrainingError | None:
 
 
 def describe(dataset: Any, row: int, error: Exception) -> str:
-    """Where the frame is that cannot be read, why not, and what to do."""
+    """The message for a frame that cannot be read: where it is, why, and what to do."""
     meta, columns = dataset.meta, dataset.hf_dataset.data
     episode, frame = (int(columns.column(name)[row].as_py()) for name in ("episode_index", "frame_index"))
     key, name, error = _culprit(dataset, row, episode, error)
@@ -131,7 +126,7 @@ def describe(dataset: Any, row: int, error: Exception) -> str:
 
 
 def _culprit(dataset: Any, row: int, episode: int, error: Exception) -> tuple[str | None, str, Exception]:
-    """The camera that fails by itself, the file it is read from and its error."""
+    """The first camera that fails when read alone, its file and its error; None and the data file without one."""
     meta = dataset.meta
     for key in meta.image_keys:
         try:
@@ -148,7 +143,7 @@ def _culprit(dataset: Any, row: int, episode: int, error: Exception) -> tuple[st
 
 
 def _off(error: Exception, fps: float, tolerance: float) -> str:
-    """By how much a video has no frame for a time, and the tolerance that takes it: at half a frame it is another's."""
+    """How far a time is from the video's nearest frame, and the tolerance that accepts it, below half a frame's time."""
     found = re.search(r"\(tensor\(\[([^\]]+)\]", str(error))
     off = max(map(float, found[1].split(","))) if found else math.inf
     near = f"the nearest frame is off by {off:.3g} s, --tolerance_s={tolerance:g} allows less"

@@ -1,4 +1,4 @@
-"""Everything a training run is told, under LeRobot's names, and the two files a checkpoint keeps of it."""
+"""The settings of a training run, under LeRobot's names, and the two files of them that a checkpoint keeps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import re
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,46 @@ from ..smolvla.configuration_smolvla import check_kinds
 from .errors import TrainingError
 
 CHOICES = {
-    "implementation": ("ours", "lerobot"),
-    "dtype": ("auto", "fp32", "bf16"),
-    "fast": ("auto", "on", "off"),
+    "implementation": ("ours", "lerobot"), "dtype": ("auto", "fp32", "bf16"), "fast": ("auto", "on", "off"),
     "dataset.video_backend": (None, "torchcodec", "pyav", "video_reader"),
-}
-MANY = 2**31 - 1
-# Least and most of a setting. The most is what the machine can count, start or hold at all: a typing error that passes
-# would fill its memory, and the machine with it, before anyone could say what was wrong. AdamW divides by eps alone where a
-# gradient is 0, so it must be a number above 0 in fp32 too.
-LIMITS: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**32 - 1), "batch_size": (1, 2**20), "gradient_accumulation_steps": (1, 2**20), "steps": (1, MANY),
-    "num_workers": (0, 1024), "image_cache": (0, 2**50), "log_freq": (-MANY, MANY), "save_freq": (-MANY, MANY),
-    "eval_steps": (-MANY, MANY), "max_eval_samples": (-MANY, MANY), "tolerance_s": (0, math.inf),
-    "policy.chunk_size": (1, 10_000), "policy.empty_cameras": (0, 100), "policy.prefix_length": (-MANY, 2**16),
-    "policy.tokenizer_max_length": (1, 2**16), "policy.optimizer_eps": (1e-37, math.inf),
-    "policy.optimizer_weight_decay": (0, math.inf), "policy.scheduler_warmup_steps": (0, MANY),
-    "policy.scheduler_decay_steps": (1, MANY), "policy.scheduler_decay_lr": (0, math.inf),
 }  # fmt: skip
+Rule = tuple[Callable[[Any], bool], str]
+"""Whether a value is accepted, and which ones are: "must be ..."."""
+
+
+def _within(least: float, most: float = math.inf) -> Rule:
+    words = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
+    return lambda value: least <= value <= most, words
+
+
+MANY = 2**31 - 1
+ANY = _within(-MANY, MANY)
+# The upper bounds catch typing errors that would fill the machine's memory before anything failed. AdamW divides by eps
+# alone where a gradient is 0, so eps must be above 0 in fp32 too.
+RULES: dict[str, Rule] = {
+    "seed": _within(0, 2**32 - 1), "batch_size": _within(1, 2**20), "gradient_accumulation_steps": _within(1, 2**20),
+    "steps": _within(1, MANY), "num_workers": _within(0, 1024), "image_cache": _within(0, 2**50), "log_freq": ANY,
+    "save_freq": ANY, "eval_steps": ANY, "max_eval_samples": ANY, "tolerance_s": _within(0),
+    "dataset.episodes": (
+        lambda indices: len(indices) == len({*indices}) > 0 <= min(indices),
+        "at least one episode, each once and at least 0; null takes all",
+    ),
+    "dataset.eval_split": (lambda share: 0 <= share < 1, "a share, at least 0 and below 1"),
+    "policy.chunk_size": _within(1, 10_000), "policy.empty_cameras": _within(0, 100),
+    "policy.prefix_length": _within(-MANY, 2**16), "policy.tokenizer_max_length": _within(1, 2**16),
+    "policy.optimizer_lr": (lambda rate: rate > 0, "above 0"),
+    "policy.optimizer_betas": (lambda betas: all(0 <= beta < 1 for beta in betas), "at least 0 and below 1, both"),
+    "policy.optimizer_eps": _within(1e-37), "policy.optimizer_weight_decay": _within(0),
+    "policy.scheduler_warmup_steps": _within(0, MANY), "policy.scheduler_decay_steps": _within(1, MANY),
+    "policy.scheduler_decay_lr": _within(0),
+    "policy.use_peft": (
+        lambda adapter: not adapter,
+        "false: this trains the policy's own weights and adds no adapter. Train adapters with lerobot-train and its --peft "
+        "flags, or in your own loop around peft.get_peft_model, where smolvla_fast.patch(policy, training=True) keeps the "
+        "fast path",
+    ),
+}  # fmt: skip
+"""What a setting must satisfy unless it is None."""
 WORDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "Path": "a path", "None": "null",
     "list[int]": "a list of whole numbers such as [0, 1]", "list[str]": "a list of texts such as [a, b]",
@@ -44,36 +67,23 @@ WORDS = {
     "RTCConfig": "settings such as {enabled: true, execution_horizon: 10}",
     "RTCAttentionSchedule": "ZEROS, ONES, LINEAR or EXP",
 }  # fmt: skip
-"""What a field's type accepts."""
-# What may differ when a run goes on: how far it is trained, what is written and read where, and how steps are computed. Of
-# these only the last ("fast", "image_cache", "policy.device") moves the weights that come out, by the order of sums and, on
-# another device, by other noise.
-FREE_ON_RESUME = frozenset(
-    (
-        "steps",
-        "output_dir",
-        "num_workers",
-        "log_freq",
-        "save_freq",
-        "save_checkpoint",
-        "eval_steps",
-        "max_eval_samples",
-        "fast",
-        "image_cache",
-        "dataset.root",
-        "dataset.video_backend",
-        "policy.device",
-    )
-)
+"""What a field accepts, by its type."""
+# A resumed run may change how long it trains, where it reads and writes, and how steps are computed. Only the last kind
+# ("fast", "image_cache", "policy.device") changes the weights: by the order of sums, and on another device by its noise.
+FREE_ON_RESUME = {
+    "steps", "output_dir", "num_workers", "log_freq", "save_freq", "save_checkpoint", "eval_steps", "max_eval_samples",
+    "fast", "image_cache", "dataset.root", "dataset.video_backend", "policy.device",
+}  # fmt: skip
 
 
 @dataclass
 class DatasetSettings:
-    """Which frames are learned from.
+    """The frames to train on.
 
-    repo_id, root, revision  a LeRobotDataset: Hub id, local folder of it (None: LeRobot's own places), branch or tag
-    episodes                 indices to use; None: all         eval_split  share of episodes of each task held out, the last
-    use_imagenet_stats       cameras normalised (if they are) by ImageNet's mean and std
+    repo_id, root, revision  a LeRobotDataset: Hub id, local folder (None: LeRobot's cache), branch or tag
+    episodes                 indices to use; None: all
+    eval_split               share of each task's episodes to hold out, its last ones
+    use_imagenet_stats       normalise cameras, if at all, by ImageNet's mean and std
     video_backend            "torchcodec" or "pyav"; None: LeRobot's choice
     """
 
@@ -88,24 +98,25 @@ class DatasetSettings:
 
 @dataclass
 class TrainSettings:
-    """A run. Names and defaults are LeRobot's where LeRobot has the setting.
+    """A run. Names and defaults are LeRobot's where LeRobot has the setting. TrainingError for values that cannot work.
 
-    policy                       every knob of SmolVLA, optimizer and schedule among them
+    policy                       every field of SmolVLA's configuration, with optimizer and schedule
     policy_path                  checkpoint to start from: folder or Hub id; None: fresh weights
-    implementation               "ours" or "lerobot": whose ``SmolVLAPolicy`` is trained; the files are the same
-    fast                         "auto": patched for training where ``patch`` can, and AdamW fused; "on": or an error; "off":
-                                 plain
-    image_cache                  bytes for tokens of frozen image frames, so that a frame of an earlier epoch is not encoded
-                                 anew (``patch(image_cache=)``); 0: none
+    implementation               whose ``SmolVLAPolicy`` is trained, "ours" or "lerobot"; both write the same files
+    fast                         "auto": patch for training where possible, with fused AdamW; "on": the same, or an error;
+                                 "off": do not patch
+    image_cache                  bytes for the tokens of frames under a frozen vision tower, so that later epochs do not
+                                 encode them again (``patch(image_cache=)``); 0: none
     dtype                        "bf16": matrix products under autocast; "auto": bf16 if ``policy.use_amp``, else fp32
-    seed                         of weights, data order and noise; None: weights and noise from the process's random state
-                                 as it is, data in the order of seed 0, as in LeRobot
-    batch_size                   samples a forward pass; an optimizer step has ``gradient_accumulation_steps`` times as many
-    steps                        optimizer steps in all, those before a resume included
+    seed                         of weights, data order and noise; None: the process's random state, and the data order of
+                                 seed 0, as in LeRobot
+    batch_size                   samples per forward pass; an optimizer step takes ``gradient_accumulation_steps`` of them
+    steps                        optimizer steps in all, including those before a resume
     num_workers                  processes that read data
-    log_freq, save_freq          steps between lines of the log, between checkpoints (0: only the last)
-    eval_steps, max_eval_samples steps between losses on held-out episodes (0: never); frames of them used (0: all)
-    tolerance_s                  by how much timestamps may be off       rename_map  dataset's observation -> policy's
+    log_freq, save_freq          steps between log lines, between checkpoints (0: only the last)
+    eval_steps, max_eval_samples steps between losses on held-out episodes (0: never); frames they use (0: all)
+    tolerance_s                  largest error of a timestamp, in seconds
+    rename_map                   name of an observation in the dataset -> its name in the policy
     """
 
     dataset: DatasetSettings
@@ -132,7 +143,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         self.output_dir = Path(self.output_dir)
         self.fast = {"True": "on", "False": "off"}.get(self.fast, self.fast)  # as YAML reads these words
-        # LeRobot's default is 10, which draccus reads from a file as 10.0: a run that went on would write another file.
+        # LeRobot's default is the integer 10, and draccus reads it back as 10.0: a resumed run must write the same file.
         self.policy.optimizer_grad_clip_norm = float(self.policy.optimizer_grad_clip_norm)
         for part, prefix in ((self, ""), (self.dataset, "dataset.")):
             try:
@@ -145,49 +156,27 @@ class TrainSettings:
             if (value := self._value(name)) not in accepted:
                 words = ", ".join(map(shown, accepted))
                 raise TrainingError(f"--{name}={shown(value)}: accepted are {words}")
-        for name, (least, most) in LIMITS.items():
-            if (value := self._value(name)) is not None and not least <= value <= most:
-                raise TrainingError(
-                    f"--{name}={value}: must be at least {least}"
-                    + (f" and at most {most}" if most < math.inf else "")
-                )
-        if self.image_cache and self.fast == "off":
-            raise TrainingError("--image_cache needs the fast path: leave out --fast=off, or --image_cache")
-        if self.policy.use_peft:
-            raise TrainingError(
-                "--policy.use_peft=true: this trains the policy's own weights and adds no adapter; train adapters with "
-                "lerobot-train and its --peft flags, or in a loop of your own around peft.get_peft_model, where "
-                "smolvla_fast.patch(policy, training=True) keeps the fast path"
-            )
-        if self.policy.optimizer_lr <= 0:
-            raise TrainingError(f"--policy.optimizer_lr={self.policy.optimizer_lr}: must be above 0")
-        if not all(0 <= beta < 1 for beta in self.policy.optimizer_betas):
-            raise TrainingError(
-                f"--policy.optimizer_betas={list(self.policy.optimizer_betas)}: each must be at least 0 and below 1"
-            )
-        self._check_dataset()
-        if self.rename_map and not self.policy_path:
-            raise TrainingError(
-                "--rename_map needs --policy.path: a fresh policy takes the dataset's names, so there is nothing to rename"
-            )
+        for name, (accepts, words) in RULES.items():
+            if (value := self._value(name)) is not None and not accepts(value):
+                raise TrainingError(f"--{name}={shown(value)}: must be {words}")
+        self._check_together()
 
-    def _check_dataset(self) -> None:
-        episodes, split = self.dataset.episodes, self.dataset.eval_split
+    def _check_together(self) -> None:
+        """TrainingError for settings of which one needs another."""
         if not self.dataset.repo_id:
             raise TrainingError(
                 "no dataset: give --dataset.repo_id (a Hub id such as lerobot/svla_so101_pickplace), and --dataset.root "
                 "for a local folder"
             )
-        if episodes is not None and (not episodes or min(episodes) < 0 or len({*episodes}) < len(episodes)):
-            raise TrainingError(
-                f"--dataset.episodes={episodes}: must name at least one episode, each once and by a number of at least 0; "
-                "null takes all"
-            )
-        if not 0 <= split < 1:
-            raise TrainingError(f"--dataset.eval_split={split}: must be a share, at least 0 and below 1")
-        if self.eval_steps and not split:
+        if self.image_cache and self.fast == "off":
+            raise TrainingError("--image_cache needs the fast path: leave out --fast=off, or --image_cache")
+        if self.eval_steps and not self.dataset.eval_split:
             raise TrainingError(
                 f"--eval_steps={self.eval_steps} needs held-out episodes: give --dataset.eval_split, for instance 0.1"
+            )
+        if self.rename_map and not self.policy_path:
+            raise TrainingError(
+                "--rename_map needs --policy.path: a fresh policy takes the dataset's names, so there is nothing to rename"
             )
 
     def _value(self, name: str) -> Any:
@@ -199,15 +188,17 @@ class TrainSettings:
         return self.dtype == "bf16" or (self.dtype == "auto" and self.policy.use_amp)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: what ``run.json`` of a checkpoint holds."""
+        """As JSON, for a checkpoint's ``run.json``."""
         values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
         values |= {"dataset": dataclasses.asdict(self.dataset), "policy": self.policy.to_dict()}
         return {**values, "output_dir": str(self.output_dir)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainSettings:
-        """Inverse of ``to_dict``, by draccus, which reads LeRobot's flags and files. TrainingError names the setting that
-        cannot be: values of another version, of another type, or a policy of another kind."""
+        """Inverse of ``to_dict``, by draccus, as LeRobot reads its files.
+
+        raises  TrainingError naming a setting that is unknown or of another type, or another policy
+        """
         try:
             import draccus
         except ImportError as error:
@@ -221,9 +212,9 @@ class TrainSettings:
             raise TrainingError(_refusal(error, values)) from error
 
     def to_lerobot(self) -> dict[str, Any]:
-        """``train_config.json``, from which ``lerobot-train --config_path=... --resume=true`` goes on.
+        """``train_config.json``, from which ``lerobot-train --config_path=... --resume=true`` resumes.
 
-        A step of LeRobot's has one forward pass, so its batch is all our samples of a step.
+        LeRobot takes one forward pass per step, so its batch size is all the samples of one of our steps.
         """
         optimizer, scheduler = self.policy.get_optimizer_preset(), self.policy.get_scheduler_preset()
         same = ("seed", "num_workers", "steps", "log_freq", "save_freq", "save_checkpoint", "eval_steps")
@@ -243,7 +234,7 @@ class TrainSettings:
 
 
 def flags(kind: type = TrainSettings, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """Every setting under the name of its flag, as LeRobot has it: ``{"policy.rtc_config.enabled": field, ...}``."""
+    """Every setting by LeRobot's name of its flag: ``{"policy.rtc_config.enabled": field, ...}``."""
     found = {}
     hints = typing.get_type_hints(kind)
     for entry in dataclasses.fields(kind):
@@ -255,21 +246,23 @@ def flags(kind: type = TrainSettings, prefix: str = "") -> dict[str, dataclasses
 
 
 def accepted(entry: dataclasses.Field) -> str:
-    """What a field accepts, in words."""
+    """The values a field accepts, in words."""
     return " or ".join(WORDS.get(part, part) for part in str(entry.type).split(" | "))
 
 
 def shown(value: Any) -> str:
-    """A value as it is written on a command line."""
+    """A value as a command line has it."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _refusal(error: Exception, values: dict[str, Any]) -> str:
-    """What draccus or a class's own check says, with the flag, its value and what is accepted."""
+    """The message of draccus, or of a class's own check, with the flag, its value and what is accepted."""
     path = [str(part) for part in getattr(error, "key_path", ())]
     cause: BaseException = error
     while cause.__cause__ is not None:
-        if "instantiate" in str(cause):  # a class's own check says what was wrong
+        if "instantiate" in str(
+            cause
+        ):  # the class's own check knows better than draccus which field is wrong
             path = []
         cause = cause.__cause__
         deeper = [str(part) for part in getattr(cause, "key_path", ())]
@@ -279,7 +272,7 @@ def _refusal(error: Exception, values: dict[str, Any]) -> str:
         path.pop()
     name = ".".join(path)
     if name in ("", "dataset", "policy"):
-        # They name fields of the policy; here each is a flag.
+        # The message names fields of the policy; the user gave flags.
         names = "|".join(entry.name for entry in dataclasses.fields(SmolVLAConfig))
         return re.sub(rf"\b({names})\b", r"--policy.\1", str(cause))
     for part in path:
@@ -301,18 +294,19 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
 def go_on(
     saved: dict[str, Any], before: dict[str, Any], asked: dict[str, Any], checkpoint: Path
 ) -> TrainSettings:
-    """The settings of a run that goes on: the checkpoint's, with what is asked for anew where that is free.
+    """The settings of a resumed run: the checkpoint's, with those of ``asked`` that ``FREE_ON_RESUME`` allows.
 
-    saved, before, asked  ``to_dict`` of the checkpoint's settings and of those the run was begun with, which has empty what
-                          was taken from the dataset, and nested values that were asked for now
-    raises                TrainingError naming every setting that is neither free nor one of the two
+    saved   ``to_dict`` of the checkpoint's settings
+    before  ``to_dict`` of the settings that began the run: empty where the dataset filled them in later
+    asked   nested values of the flags given now
+    raises  TrainingError naming every setting that is not free and differs from both
     """
     from mergedeep import merge
 
     wished, refused = merge({}, saved, asked), None
     try:
         wished = TrainSettings.from_dict(wished).to_dict()
-    except TrainingError as error:  # raised below, unless it is of what may not change in the first place
+    except TrainingError as error:  # raised below: a setting that may not change at all is the better message
         refused = error
     now, was, first = flatten(wished), flatten(saved), flatten(before)
     changed = [name for name, value in now.items() if value != was.get(name)]

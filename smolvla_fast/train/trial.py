@@ -1,6 +1,7 @@
-"""Two samples through reading, preprocessing and loss before a run begins: whatever a step would fail on is said then.
+"""Computes the loss of two samples before a run begins, so that errors of a step show before anything is written.
 
-The trial decides, not a list of what is accepted: what LeRobot's policy can compute is trained. The list explains.
+The computation decides what is accepted: all that LeRobot's policy can compute is trained. The rules below only explain
+an error.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ ACCEPTED = (
 def try_step(
     settings: TrainSettings, data: Data, policy: Any, preprocess: Any, autocast: AbstractContextManager
 ) -> None:
-    """Computes the loss of the first and the last sample, in noise of its own; nothing of it stays.
+    """Computes the loss of the first and the last sample, in noise of its own, and drops it.
 
-    raises  TrainingError with the features that are the cause, where they are known, and what to do about them
+    raises  TrainingError with the features at fault, where they are known, and what to do about them
     """
     with seeded(0), autocast, torch.compiler.set_stance("force_eager"):
         raw: dict[str, Any] = {}
@@ -42,7 +43,7 @@ def try_step(
         except TrainingError:
             raise
         except Exception as error:
-            # Reader, processors and two implementations of the policy each raise errors of their own.
+            # Reader, processors and both implementations of the policy each raise their own.
             raise TrainingError(_message(settings, policy, raw, error)) from error
 
 
@@ -63,7 +64,7 @@ def _message(settings: TrainSettings, policy: Any, raw: dict[str, Any], error: E
 
 
 def _features(settings: TrainSettings, given: dict[str, Tensor]) -> Iterator[str]:
-    """What is wrong with the features that the policy declares, and how to train without them."""
+    """Faults of the features that the policy declares, and how to train without them."""
     config = settings.policy
     declared = {**(config.input_features or {}), **(config.output_features or {})}
     bad = dict(_bad_features(config, declared, given))
@@ -72,7 +73,7 @@ def _features(settings: TrainSettings, given: dict[str, Tensor]) -> Iterator[str
     cameras = [key for key in left if left[key].type is FeatureType.VISUAL and key in given]
     if not bad or OBS_STATE in bad or ACTION in bad or not cameras:
         return
-    if settings.policy_path:  # a flag would add to the features of its configuration
+    if settings.policy_path:  # a flag would add to the checkpoint's features, not replace them
         sources = {new: old for old, new in settings.rename_map.items()}
         yield f"to train without it, {how_to_remove([sources.get(key, key) for key in bad])}"
     else:
@@ -110,7 +111,7 @@ def _bad_features(
 
 
 def _frames(config: SmolVLAConfig, policy: Any, given: dict[str, Tensor]) -> Iterator[str]:
-    """What is wrong with the size in which frames reach the vision tower."""
+    """Faults of the size in which frames reach the vision tower."""
     vlm = policy.model.vlm_with_expert.get_vlm_model()
     step = vlm.vision_model.embeddings.patch_size * vlm.connector.scale_factor
     side = vlm.vision_model.embeddings.image_size

@@ -130,8 +130,8 @@ def test_doctor_counts_threads(
 
 
 @pytest.mark.parametrize("command", ["doctor", "--help"])
-def test_a_reader_that_has_seen_enough(command: str) -> None:
-    """As under `doctor | head -1`, with the pipe closed before the first line, so that no race decides."""
+def test_a_closed_pipe_ends_a_command_without_traceback(command: str) -> None:
+    """As under `doctor | head -1`, but with the pipe closed before the first line, so that no race decides."""
     reading, writing = os.pipe()
     os.close(reading)
     code = f"import sys; sys.modules['rich'] = None; from smolvla_fast.cli import main; sys.exit(main([{command!r}]))"
@@ -251,7 +251,7 @@ def save_unscaled(policy: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["auto", "fp32"])
-def test_a_saved_policy(lerobot: None, tmp_path: Path, layout: str) -> None:
+def test_verify_reads_a_saved_policy(lerobot: None, tmp_path: Path, layout: str) -> None:
     from smolvla_fast.testing.policies import make_policy
 
     save_unscaled(make_policy("tiny", folder=tmp_path / "vlm", cameras=3), tmp_path / "policy")
@@ -259,39 +259,6 @@ def test_a_saved_policy(lerobot: None, tmp_path: Path, layout: str) -> None:
     command = ["verify", "--policy.path", str(tmp_path / "policy"), "--threads", "1", "--json", str(path)]
     assert main([*command, *options]) == 0
     assert json.loads(path.read_text())["policy"]["source"] == str(tmp_path / "policy")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["demo", "--precision", "fp4"], "'exact', 'fp32', 'bf16'"),
-        (["demo", "--policy.path", "./nowhere"], "no such folder"),
-        (["demo", "--policy.path", "a/b/c"], "no such folder"),
-        (["demo", "--policy.path", "EMPTY"], "no config.json"),
-        (["demo", "--device", "tpu9000"], "accepted are auto, cpu, cuda, cuda:N"),
-        (["verify", "--device", "mps"], "accepted are auto, cpu, cuda, cuda:N"),
-        (["verify", "--device", "meta"], "accepted are auto, cpu, cuda, cuda:N"),
-        (["verify", "--device", "cuda:first"], "accepted are auto, cpu, cuda, cuda:N"),
-        (["demo", *TINY, "--backend", "abacus", "--rounds", "1"], "'torch'"),
-        (["verify", *TINY, "--backend", "abacus"], "'torch'"),
-        (["verify", *TINY, "--cameras", "2", "--policy.path", "TINY", "--layout", "mixed"], "made policies"),
-        (["verify", "--cameras", "5", "--policy.path", "TINY"], "the policy has"),
-        (["bench", "speed"], "chunk, stages, ops"),
-        (["bench", "--suite", "speed"], "no suite 'speed'; accepted are chunk, stages, ops"),
-    ],
-)
-def test_refusals(
-    lerobot: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    if "TINY" in arguments:
-        from smolvla_fast.testing.policies import make_policy
-
-        save_unscaled(make_policy("tiny", folder=tmp_path / "vlm"), tmp_path / "policy")
-    folders = {"EMPTY": str(tmp_path), "TINY": str(tmp_path / "policy")}
-    assert main([folders.get(argument, argument) for argument in arguments]) == 2
-    error = capsys.readouterr().err
-    assert f"smolvla-fast {arguments[0]}: " in error and message in error
-    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize(
@@ -398,33 +365,24 @@ def test_looking_at_a_path_keeps_what_is_there(tmp_path: Path) -> None:
     assert path.read_text() == "earlier figures"
 
 
-@pytest.mark.parametrize(
-    "arguments", [["dance"], [], ["demo", "--rounds", "0"], ["demo", "--rounds", "many"]]
-)
+@pytest.mark.parametrize("arguments", [["dance"], []])
 def test_usage_errors_have_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("command", ["doctor", "demo", "verify", "bench"])
-def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["demo", "verify"])
+def test_help_names_every_backend_and_tier(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert "--json" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("command", ["demo", "verify"])
-def test_help_names_every_backend_and_tier(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert f"{', '.join(('auto', *BACKENDS))} (default: auto)" in text
     assert f"{', '.join(('auto', *TIERS))} (default: auto)" in text
 
 
-def test_plain_table() -> None:
+def test_plain_table_aligns_columns() -> None:
     text = plain_table("Title", ["name", "ms"], [["a", "1.5"], ["longer", "12"]])
     assert text.splitlines() == ["Title", "name     ms", "------  ---", "a       1.5", "longer   12"]
 
@@ -435,7 +393,7 @@ def test_tables_are_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
         assert "x" * 60 in capsys.readouterr().out
 
 
-def test_percentile() -> None:
+def test_percentile_interpolates() -> None:
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
     assert percentile(list(map(float, range(101))), 0.99) == 99.0

@@ -1,19 +1,18 @@
-"""Every command with what cannot work: status 2 and a sentence that says what and what is accepted, never a traceback.
-
-One table a command, of arguments and of damaged checkpoints; a case that would start work fails on the time it takes.
-"""
+"""Every command refuses arguments and checkpoints that cannot work: with status 2 and a sentence, never a traceback."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +154,7 @@ DAMAGE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["verify", "demo"])
-@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize(("name", "command"), list(zip(DAMAGE, cycle(["verify", "demo"]), strict=False)))
 def test_a_damaged_checkpoint_is_refused(
     name: str, command: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
@@ -170,31 +168,25 @@ def test_a_damaged_checkpoint_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
-@pytest.mark.parametrize("command", ["verify", "demo"])
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("command", "damage", "says"),
     [
-        (step(config=None), "has config null; accepted is an object"),
-        (step(config=[]), "has config []; accepted is an object"),
-        (step(state_file=3), "has state_file 3; accepted is a file's name"),
-        (step(config={"features": {}, "norm_map": None}), "refuses its settings"),
-        (file("policy_preprocessor.json", b'{"steps": null}'), "must have 'steps'"),
-        (file("policy_postprocessor.json", None), "policy_postprocessor.json not found"),
+        ("demo", step(config=None), "has config null; accepted is an object"),
+        ("verify", step(config=[]), "has config []; accepted is an object"),
+        ("demo", step(state_file=3), "has state_file 3; accepted is a file's name"),
+        ("verify", step(config={"features": {}, "norm_map": None}), "refuses its settings"),
+        ("demo", file("policy_preprocessor.json", b'{"steps": null}'), "must have 'steps'"),
+        ("verify", file("policy_postprocessor.json", None), "policy_postprocessor.json not found"),
     ],
     ids=["null", "a-list", "state-file", "null-map", "no-steps", "one-missing"],
 )  # fmt: skip
 def test_damaged_processors_are_refused_with_a_way_out(
-    damage, says, command: str, saved: Path, tmp_path: Path, capsys
+    command: str, damage, says, saved: Path, tmp_path: Path, capsys
 ) -> None:
     folder = shutil.copytree(saved, tmp_path / "damaged")
     damage(folder)
-    refuses(
-        [command, "--policy.path", str(folder), "--threads", "1"],
-        capsys,
-        says,
-        "copy or download",
-        "dataset_stats",
-    )
+    arguments = [command, "--policy.path", str(folder), "--threads", "1"]
+    refuses(arguments, capsys, says, "copy or download", "dataset_stats")
 
 
 @pytest.mark.parametrize(
@@ -227,35 +219,34 @@ def test_verify_says_what_stock_itself_refuses(saved: Path, capsys, monkeypatch)
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("float division by zero")
 
-    for module, name in (("modeling_smolvla", "SmolVLAPolicy"),):
-        for package in ("smolvla_fast.smolvla", "lerobot.policies.smolvla"):
-            with contextlib.suppress(ImportError):
-                monkeypatch.setattr(
-                    getattr(import_module(f"{package}.{module}"), name), "predict_action_chunk", fail
-                )
+    for package in ("smolvla_fast.smolvla", "lerobot.policies.smolvla"):
+        with contextlib.suppress(ImportError):
+            policy_class = import_module(f"{package}.modeling_smolvla").SmolVLAPolicy
+            monkeypatch.setattr(policy_class, "predict_action_chunk", fail)
     monkeypatch.setattr(smolvla_fast, "verify", fail)
-    refuses(
-        ["verify", "--policy.path", str(saved), "--threads", "1"],
-        capsys,
-        "stock itself computes no chunk",
-        "ZeroDiv",
-    )
+    arguments = ["verify", "--policy.path", str(saved), "--threads", "1"]
+    refuses(arguments, capsys, "stock itself computes no chunk", "ZeroDiv")
 
 
 SUBJECT = [
-    (["--policy.path", "nowhere"], "--policy.path nowhere"), (["--policy.path", ""], "--policy.path"),
+    (["--policy.path", "nowhere"], "--policy.path nowhere: no such folder"), (["--policy.path", "a/b/c"], "no such folder"),
+    (["--policy.path", ""], "--policy.path is empty"), (["--policy.path", "FOLDER"], "no config.json"),
     (["--policy.path", "FILE"], "a file"), (["--policy.path", "a\x00b"], "--policy.path"),
     (["--policy.path", "owner/no-such-policy"], "--policy.path owner/no-such-policy"),
-    (["--precision", "fp4"], "--precision"), (["--precision", ""], "--precision"),
-    (["--backend", "abacus"], "abacus"), (["--backend", "cuda"], "cuda"),
+    (["--precision", "fp4"], "'exact', 'fp32', 'bf16'"), (["--precision", ""], "--precision"),
+    (["--backend", "abacus"], "'torch'"), (["--backend", "cuda"], "cuda"),
     (["--backend", "triton", "--precision", "exact"], "exact"),
-    (["--device", "gpu"], "--device gpu"), (["--device", "cuda:99"], "--device cuda:99"), (["--device", ""], "--device"),
-    (["--cameras", "0"], "--cameras"), (["--cameras", "-1"], "--cameras"), (["--cameras", "two"], "--cameras"),
-    (["--cameras", "1000000"], "--cameras"), (["--cameras", "3", "--policy.path", "SAVED"], "--cameras 3"),
+    (["--device", "gpu"], "--device gpu: not a device; accepted are auto, cpu, cuda, cuda:N"),
+    (["--device", "mps"], "not a device"), (["--device", "meta"], "not a device"),
+    (["--device", "cuda:1st"], "not a device"), (["--device", "cuda:99"], "--device cuda:99"),
+    (["--device", ""], "--device"), (["--cameras", "0"], "--cameras"), (["--cameras", "-1"], "--cameras"),
+    (["--cameras", "two"], "--cameras"),
+    (["--cameras", "1000000"], "--cameras"),
+    (["--cameras", "3", "--policy.path", "SAVED"], "--cameras 3: cameras=3: the policy has"),
     (["--steps", "0"], "--steps"), (["--steps", "1.5"], "--steps"), (["--steps", "²"], "--steps"), (["--steps"], "--steps"),
     (["--threads", "0"], "--threads"), (["--threads", "99999999"], "--threads"), (["--seed", "x"], "--seed"),
     (["--seed", "-1"], "--seed"), (["--seed", "99999999999999999999999"], "--seed"), (["--size", "huge"], "--size"),
-    (["--layout", "mixed", "--policy.path", "SAVED"], "--layout mixed"), (["--layout", "fp4"], "--layout"),
+    (["--layout", "mixed", "--policy.path", "SAVED"], "made policies"), (["--layout", "fp4"], "--layout"),
     (["--json", "FILE/a.json"], "FILE/a.json"), (["--json", "/proc/no/a.json"], "/proc/no/a.json"),
     (["--json", ""], "--json"),
     (["--json", "FOLDER"], "directory"), (["--json", "a\x00b"], "--json"), (["--jsn", "a"], "did you mean --json?"),
@@ -280,7 +271,8 @@ OWN = {
         (["--ful"], "did you mean --full?"),
     ],
 }  # fmt: skip
-CASES = [(command, *case) for command in ("demo", "verify") for case in SUBJECT]
+# demo and verify read these arguments, and checkpoints, by the same lines, so they take turns.
+CASES = [(command, *case) for command, case in zip(cycle(["demo", "verify"]), SUBJECT, strict=False)]
 CASES += [(command, *case) for command, cases in OWN.items() for case in cases]
 
 
@@ -302,6 +294,16 @@ def test_an_argument_that_cannot_work_is_refused(
     assert {path.name for path in tmp_path.iterdir()} == {"FILE", "FOLDER"}
 
 
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """LeRobot's server. Its import logs to the streams that pytest captures now and closes after the test."""
+    root, level = logging.getLogger(), logging.getLogger().level
+    yield pytest.importorskip("lerobot.async_inference.policy_server", reason="the server is LeRobot's")
+    for handler in [h for h in root.handlers if type(h) in (logging.StreamHandler, logging.FileHandler)]:
+        root.removeHandler(handler)
+    root.setLevel(level)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -316,9 +318,10 @@ def test_an_argument_that_cannot_work_is_refused(
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )  # fmt: skip
-def test_serve_refuses_what_it_cannot_serve(arguments: list[str], says: str, capsys, monkeypatch) -> None:
+def test_serve_refuses_what_it_cannot_serve(
+    arguments: list[str], says: str, server, capsys, monkeypatch
+) -> None:
     """Before LeRobot's server is started, and before anything is patched."""
-    server = pytest.importorskip("lerobot.async_inference.policy_server", reason="the server is LeRobot's")
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
     monkeypatch.setattr(server, "serve", lambda config: pytest.fail(f"served {config}"))
@@ -331,8 +334,7 @@ def test_serve_refuses_what_it_cannot_serve(arguments: list[str], says: str, cap
     assert SmolVLAPolicy.from_pretrained.__func__ is stock
 
 
-def test_a_free_port_is_served(monkeypatch) -> None:
-    server = pytest.importorskip("lerobot.async_inference.policy_server", reason="the server is LeRobot's")
+def test_serve_listens_on_a_free_port(server, monkeypatch) -> None:
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
     served = []

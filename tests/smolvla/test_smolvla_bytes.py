@@ -59,7 +59,7 @@ def test_bytes_reach_stock_as_floats() -> None:
     assert smolvla_fast.status(policy).calls_stock == 1
 
 
-def test_absent_cameras_beside_bytes() -> None:
+def test_bytes_work_beside_absent_cameras() -> None:
     policy = make_policy("tiny", origin="ours", cameras=3, empty_cameras=1)
     floats, frames = _batches(policy, 24, 32)
     noise = make_noise(policy)

@@ -71,7 +71,7 @@ def test_state_dict_given_by_the_caller_is_written(backbones, tmp_path):
     assert all(torch.equal(loaded[name], state[name]) for name in state)
 
 
-def test_sharded_and_tied_backbones(backbones, tmp_path):
+def test_backbone_loads_sharded_and_tied_weights(backbones, tmp_path):
     """Weights of the backbone in several files, and one whose head is its embedding."""
     import json
 
@@ -99,7 +99,7 @@ def test_sharded_and_tied_backbones(backbones, tmp_path):
     assert torch.equal(vlm.lm_head.weight, tensors["model.text_model.embed_tokens.weight"])
 
 
-def test_copies_and_pickles(backbones):
+def test_copies_and_pickles_answer_alike(backbones):
     """copy, deepcopy and pickle give policies that answer alike; a shallow copy has its own queue after reset."""
     pair = make_pair(lerobot_config(backbones(), add_image_special_tokens=True))
     batch, noise = make_batch(pair.stock.config), make_noise(pair.stock.config)
@@ -129,7 +129,7 @@ def test_package_needs_no_transformers_and_no_lerobot():
 
 
 RUNNER = """
-import runpy, sys
+import os, runpy, sys
 sys.modules["lerobot"] = None
 import torch
 torch.set_num_threads(1)
@@ -138,9 +138,12 @@ draw = model.sample_noise
 model.sample_noise = lambda *args: (torch.manual_seed(0), draw(*args))[1]
 script, folder, out = sys.argv[1:]
 sys.argv = [script, folder]
-action = runpy.run_path(script)["action"]
+actions = []
+for disable in ("1", ""):
+    os.environ["SMOLVLA_FAST_DISABLE"] = disable
+    actions.append(runpy.run_path(script)["action"])
 assert not [name for name in sys.modules if name.startswith("lerobot.")]
-torch.save(action, out)
+torch.save(actions, out)
 """
 
 
@@ -164,9 +167,10 @@ def lerobot_checkpoint(backbones, tmp_path_factory):
     return folder, action
 
 
-def _run_example(python: str, folder: Path, out: Path, extra: dict[str, str] | None = None) -> torch.Tensor:
+def _run_example(python: str, folder: Path, out: Path) -> list[torch.Tensor]:
+    """The example's action on stock, then patched."""
     arguments = [python, "-c", RUNNER, str(ROOT / "examples/standalone.py"), str(folder), str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(extra or {})}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return torch.load(out)
@@ -179,9 +183,8 @@ def test_standalone_example_where_lerobot_cannot_be_imported(lerobot_checkpoint,
     """
     folder, wanted = lerobot_checkpoint
     out = tmp_path / "action.pt"
-    action = _run_example(sys.executable, folder, out, {"SMOLVLA_FAST_DISABLE": "1"})
+    action, patched = _run_example(sys.executable, folder, out)
     assert action.shape == (1, 6) and torch.equal(action, wanted)
-    patched = _run_example(sys.executable, folder, out)
     torch.testing.assert_close(patched, wanted, atol=1e-5, rtol=1e-5)
     assert not torch.equal(patched, wanted), "the engine did not serve it"
 
@@ -207,7 +210,7 @@ def test_standalone_example_on_other_pythons(lerobot_checkpoint, tmp_path):
     for python in pythons:
         absent = "import importlib.util as u; raise SystemExit(u.find_spec('lerobot') is not None)"
         assert subprocess.run([python, "-c", absent]).returncode == 0, f"{python} has LeRobot installed"
-        action = _run_example(python, folder, tmp_path / "action.pt")
+        _, action = _run_example(python, folder, tmp_path / "action.pt")
         torch.testing.assert_close(action, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -218,7 +221,7 @@ def checkpoint(backbones, tmp_path):
     return pair, tmp_path
 
 
-def test_bad_weights_files(checkpoint):
+def test_load_refuses_bad_weights_files(checkpoint):
     """Truncated, foreign, incomplete, oversized and misshapen files name what is wrong; none loads half."""
     pair, folder = checkpoint
     path = folder / "model.safetensors"
@@ -263,7 +266,7 @@ def test_bad_weights_files(checkpoint):
     assert pair.ours is not None
 
 
-def test_bad_construction(backbones, tmp_path):
+def test_construction_refuses_bad_arguments(backbones, tmp_path):
     config = lerobot_config(backbones())
     with pytest.raises(ValueError, match="must be a smolvla_fast SmolVLAConfig, got lerobot"):
         SmolVLAPolicy(config)
@@ -327,7 +330,7 @@ def test_bad_batches(backbones, caplog):
     refused(ValueError, "output_features must declare 'action'", batch)
 
 
-def test_bad_rtc_calls(backbones):
+def test_rtc_refuses_bad_calls(backbones):
     from smolvla_fast.smolvla import RTCConfig
 
     config = our_config(lerobot_config(backbones()))
@@ -355,7 +358,7 @@ def test_fewer_experts_train_but_do_not_sample(backbones):
         policy.predict_action_chunk(make_batch(config))
 
 
-def test_live_settings(backbones):
+def test_policy_reads_settings_when_called(backbones):
     """Settings are read at each call; a longer n_action_steps counts from the next reset, as in LeRobot."""
     pair = make_pair(lerobot_config(backbones(), n_action_steps=1))
     batch = make_batch(pair.stock.config)

@@ -186,7 +186,7 @@ def test_bad_settings_name_the_field_and_what_is_accepted(field):
 
 
 @pytest.mark.parametrize("fields", [dict(max_guidance_weight=0.0), dict(debug_maxlen=0)])
-def test_bad_rtc_settings(fields):
+def test_rtc_config_refuses_bad_settings(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         RTCConfig(**fields)
     with pytest.raises(ValueError):
@@ -203,14 +203,14 @@ def test_bad_rtc_settings(fields):
         ("[]", "JSON object"),
     ],
 )
-def test_bad_config_files(tmp_path, content, message):
+def test_config_refuses_bad_files(tmp_path, content, message):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json") as caught:
         SmolVLAConfig.from_pretrained(tmp_path)
     assert message in str(caught.value)
 
 
-def test_missing_config_file(tmp_path):
+def test_config_names_a_missing_file(tmp_path):
     (tmp_path / "weights.bin").touch()
     with pytest.raises(FileNotFoundError, match=r"config\.json not found in .*weights\.bin"):
         SmolVLAConfig.from_pretrained(tmp_path)
@@ -221,11 +221,9 @@ def test_missing_config_file(tmp_path):
 
 
 PRESENT = {
-    "no accelerator": (),
-    "CUDA": ("torch.cuda.is_available",),
-    "MPS": ("torch.backends.mps.is_available",),
+    "no accelerator": (), "CUDA": ("torch.cuda.is_available",), "MPS": ("torch.backends.mps.is_available",),
     "XPU": ("torch.xpu.is_available",),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("use_amp", [False, True])
@@ -304,6 +302,6 @@ def test_backbone_config_is_what_transformers_reads(tmp_path, absent):
         ({"text_config": {"dtype": "float33"}}, "float33"),
     ],
 )
-def test_bad_backbone_configs(change, message):
+def test_backbone_refuses_bad_configs(change, message):
     with pytest.raises(ValueError, match=message):
         SmolVLMConfig.from_dict({"model_type": "smolvlm", **change})

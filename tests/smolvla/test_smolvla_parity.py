@@ -176,7 +176,7 @@ LOSS_CASES = [
     for padded in (True, False)
 ]  # fmt: skip
 
-# A queue is of chunks, which test_chunks compares for every case: here those that a queue can tell from others.
+# test_chunks_equal_lerobots compares chunks of every case; the queue and the drawing of noise depend on these cases alone.
 QUEUES = {
     "default", "batch_of_one", "frames_with_history", "chunk_size", "chunk_of_one", "n_action_steps", "max_action_dim",
     "one_camera_missing", "aloha", "rtc_disabled", "mixture", "everything",
@@ -191,8 +191,22 @@ queue_case = pytest.mark.parametrize(
     indirect=True,
 )
 
-# All schedules by the first case, one in turn by the others: a schedule is weights along the chunk, whatever the policy.
-# Guidance sees a policy through its chunks alone, so that every second one does.
+# Frozen parameters and modes depend on these fields alone, and on the backbone.
+FREEZING = {
+    "train_expert_only", "freeze_vision_encoder", "train_state_proj", "num_expert_layers", "num_vlm_layers",
+    "self_attn_every_n_layers", "attention_mode", "load_vlm_weights", "_backbone",
+}  # fmt: skip
+freezing_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(name, marks=() if name == "default" or FREEZING & fields.keys() else pytest.mark.long)
+        for name, fields in GRID.items()
+    ],
+    indirect=True,
+)
+
+# The first case takes all schedules, the others one in turn: a schedule weights the chunk, whatever the policy. Guidance
+# depends on a policy by its chunks alone, so every second case will do.
 RTC_CASES = [
     pytest.param(name, schedule, marks=() if i % 2 == 0 else pytest.mark.long)
     for i, name in enumerate(name for name in GRID if not GRID[name].get("_no_sampling"))
@@ -216,7 +230,7 @@ def test_grid_covers_every_field():
 
 
 @sampling_case
-def test_chunks(case, tally):
+def test_chunks_equal_lerobots(case, tally):
     pair = case.pair
     for seed in (3, 4):
         stock = pair.stock.predict_action_chunk(copied(case.batch(seed)), noise=case.noise(seed))
@@ -225,8 +239,8 @@ def test_chunks(case, tally):
         tally.check("chunks", case.name, stock, ours)
 
 
-@sampling_case
-def test_chunks_with_drawn_noise(case, tally):
+@queue_case
+def test_chunks_with_drawn_noise_equal_lerobots(case, tally):
     pair = case.pair
     chunks = []
     for policy in (pair.stock, pair.ours):
@@ -236,7 +250,7 @@ def test_chunks_with_drawn_noise(case, tally):
 
 
 @queue_case
-def test_actions_over_a_whole_queue(case, tally):
+def test_queue_serves_lerobots_actions(case, tally):
     """Two refills, then a reset in mid-queue."""
     pair = case.pair
     torch.manual_seed(12)
@@ -255,7 +269,7 @@ def test_actions_over_a_whole_queue(case, tally):
 
 @pytest.mark.training
 @pytest.mark.parametrize(("case", "reduction", "padded"), LOSS_CASES, indirect=["case"])
-def test_losses_and_gradients(case, tally, reduction, padded):
+def test_losses_and_gradients_equal_lerobots(case, tally, reduction, padded):
     batch = add_targets(case.config, case.batch())
     if not padded:
         del batch["action_is_pad"]
@@ -282,7 +296,7 @@ def test_losses_and_gradients(case, tally, reduction, padded):
 
 @every_case
 @pytest.mark.training
-def test_losses_with_drawn_noise_and_time(case, tally):
+def test_losses_with_drawn_noise_and_time_equal_lerobots(case, tally):
     losses = []
     for policy in (case.pair.stock, case.pair.ours):
         torch.manual_seed(13)
@@ -291,8 +305,8 @@ def test_losses_with_drawn_noise_and_time(case, tally):
     tally.check("losses", case.name, *losses)
 
 
-@every_case
-def test_frozen_parameters_and_modes(case, tally):
+@freezing_case
+def test_frozen_parameters_and_modes_equal_lerobots(case, tally):
     """requires_grad of every parameter, and the mode of every submodule after construction, train() and eval()."""
     stock, ours = make_pair(case.config).stock, case.pair.ours.__class__(our_config(case.config))
     wanted, got = (dict(p.named_parameters()) for p in (stock, ours))
@@ -320,7 +334,7 @@ def test_frozen_parameters_and_modes(case, tally):
 
 
 @pytest.mark.parametrize(("case", "schedule"), RTC_CASES, indirect=["case"])
-def test_rtc_chunks(case, tally, schedule):
+def test_rtc_chunks_equal_lerobots(case, tally, schedule):
     """Guided chunks over delays, horizons and lengths of what is left of the previous chunk."""
     pair = case.pair
     size, length = case.noise().shape[:2]
@@ -357,7 +371,7 @@ def test_rtc_chunks(case, tally, schedule):
 
 @pytest.mark.parametrize("size", [(64, 32), (32, 64), (40, 40), None])
 @pytest.mark.parametrize("frame", [(24, 40), (50, 30), (32, 32), (7, 90), (480, 640)])
-def test_prepared_images(backbones, tally, size, frame):
+def test_prepared_images_equal_lerobots(backbones, tally, size, frame):
     """Frames of any shape into any size: the width comes first in the setting."""
     config = lerobot_config(backbones(), resize_imgs_with_padding=size, empty_cameras=1)
     pair = _prepare_only(config)
@@ -384,7 +398,7 @@ def _prepare_only(config: LeRobotConfig) -> Pair:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("frame", [(32, 32), (16, 16), (48, 48), (64, 64), (20, 36)])
-def test_patch_positions(backbones, tally, frame, dtype):
+def test_patch_positions_equal_lerobots(backbones, tally, frame, dtype):
     """Patch embeddings, whose positions depend on the frame's size and on the dtype the fractions are rounded to."""
     pair = _cached_default(backbones)
     image = torch.rand(2, 3, *frame, dtype=dtype)
@@ -406,8 +420,8 @@ def _cached_default(backbones) -> Pair:
     return _DEFAULT[0]
 
 
-def test_below_the_seam(backbones, tally):
-    """denoise_step and embed_prefix, which some callers use themselves."""
+def test_denoise_step_and_embed_prefix_equal_lerobots(backbones, tally):
+    """Some callers use denoise_step and embed_prefix themselves."""
     pair = _cached_default(backbones)
     batch, x, time = make_batch(pair.stock.config), make_noise(pair.stock.config), torch.tensor([0.7, 0.3])
     velocities = []
@@ -428,10 +442,10 @@ def test_below_the_seam(backbones, tally):
         again = model.denoise_step(prefix_pad_masks=pad, past_key_values=cache, x_t=x, timestep=time)
         velocities.append((prefix, pad, att, *model.embed_suffix(x, time), first, again))
     for stock, ours in zip(*velocities, strict=True):
-        tally.check("below the seam", "default", stock, ours)
+        tally.check("denoise_step", "default", stock, ours)
 
 
-def test_rtc_debug_record(backbones, tally):
+def test_rtc_debug_record_equals_lerobots(backbones, tally):
     """What the tracker keeps of each step, and which steps it drops."""
     config = lerobot_config(backbones(), rtc_config=_rtc(debug=True, debug_maxlen=4), num_steps=6)
     pair = make_pair(config)
@@ -501,7 +515,7 @@ def test_rtc_works_where_autograd_is_off(backbones):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_full_size(tmp_path_factory, tally, monkeypatch):
+def test_full_size_chunk_equals_lerobots(tmp_path_factory, tally, monkeypatch):
     """One chunk of the 450 million parameter model, two cameras of 480x640, ten steps, in one batch."""
     from smolvla_fast.smolvla import SmolVLAPolicy
     from smolvla_fast.testing.policies import make_vlm_folder

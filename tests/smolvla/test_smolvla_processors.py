@@ -192,7 +192,7 @@ def test_each_loads_what_the_other_saved(saved, tally):
     ours.reset()
 
 
-def test_overrides(saved, tally):
+def test_overrides_replace_settings_of_steps(saved, tally):
     """Settings that replace the file's: a rename, other statistics, a dtype. Given statistics outlast the file's."""
     config, root = saved
     overrides = {
@@ -278,7 +278,7 @@ def test_bad_batches(backbones, batch, message):
         pre(batch)
 
 
-def test_bad_actions_and_statistics(backbones):
+def test_processors_refuse_bad_actions_and_statistics(backbones):
     _, post = _processors(backbones, make_stats())
     with pytest.raises(ValueError, match="torch tensor, got dict"):
         post({"action": torch.zeros(6)})
@@ -291,7 +291,7 @@ def test_bad_actions_and_statistics(backbones):
         _processors(backbones, {STATE: [1.0]})
 
 
-def test_bad_files(saved):
+def test_processors_refuse_bad_files(saved):
     config, root = saved
     ours = our_config(config)
     folder = root / "theirs"

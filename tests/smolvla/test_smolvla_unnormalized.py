@@ -192,15 +192,9 @@ def test_verify_takes_whole_processors_and_demo_only_warns_of_others(saved, capl
     monkeypatch.setattr("smolvla_fast.cli.demo.draw", lambda *_: None)  # takes longer than all the rest
     assert main(["verify", "--policy.path", str(folder), "--observations", "1"]) == 0
     flags = [
-        "--policy.path",
-        str(folder),
-        "--rounds",
-        "1",
-        "--json",
-        str(tmp_path / "a.json"),
-        "--plot",
+        "--policy.path", str(folder), "--rounds", "1", "--json", str(tmp_path / "a.json"), "--plot",
         str(tmp_path / "a.png"),
-    ]
+    ]  # fmt: skip
     drop(folder, "postprocessor", "action")
     assert main(["demo", *flags]) == 0
     assert any("action (" in message for message in warnings(caplog))

@@ -26,13 +26,9 @@ TEXT = dict(
     num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
 )  # fmt: skip
 VISION = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=32,
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32,
     patch_size=4,
-)
+)  # fmt: skip
 VOCAB = 320
 # Backbones that differ in what a configuration file can say.
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -92,13 +88,9 @@ def lerobot_config(backbone: str, **fields: Any) -> LeRobotConfig:
     frame = fields.pop("frame", (3, 24, 40))
     dims = fields.pop("state_dim", 6), fields.pop("action_dim", 6)
     settings: dict[str, Any] = dict(
-        device="cpu",
-        chunk_size=8,
-        n_action_steps=8,
-        num_steps=3,
-        num_vlm_layers=4,
+        device="cpu", chunk_size=8, n_action_steps=8, num_steps=3, num_vlm_layers=4,
         resize_imgs_with_padding=(32, 32),
-    )
+    )  # fmt: skip
     features = {camera: PolicyFeature(FeatureType.VISUAL, frame) for camera in cameras}
     features[STATE] = PolicyFeature(FeatureType.STATE, (dims[0],))
     outputs = {ACTION: PolicyFeature(FeatureType.ACTION, (dims[1],))}

@@ -39,7 +39,7 @@ def test_the_bar_shows_samples_a_second_and_what_is_left(bench_top, tmp_path, mo
     )
 
 
-def test_without_a_terminal_lines_say_it(bench_top, tmp_path, capsys, monkeypatch):
+def test_progress_prints_lines_without_a_terminal(bench_top, tmp_path, capsys, monkeypatch):
     """And the log: 4 samples a step, over the seconds that steps are said to have taken."""
     monkeypatch.setattr("smolvla_fast.cli.train.draw", lambda *_: None)  # takes longer than such a run
     assert bench_top.command(tmp_path / "run", "--log_freq=1") == 0
@@ -69,7 +69,7 @@ def test_steps_behind_the_last_line_due_are_logged_and_drawn(bench_top, tmp_path
     capsys.readouterr()
     draw(tmp_path / "silent", Console(rich=False))
     out = capsys.readouterr().out
-    assert "no curve: no step is in the log" in out and "Errno" not in out
+    assert "no curve: the log has no steps" in out and "Errno" not in out
 
 
 @pytest.mark.parametrize("way", ["diverges", "by hand"])

@@ -195,14 +195,14 @@ def of_version(version: str):
         pytest.param(lambda root: (root / "meta/info.json").write_text("[]"), ["meta/info.json"], id="a-list"),
     ],
 )  # fmt: skip
-def test_a_folder_that_is_no_whole_dataset_is_said(change, says, bench_top, tmp_path, capsys):
+def test_train_names_the_fault_of_an_incomplete_dataset(change, says, bench_top, tmp_path, capsys):
     root = root_of(bench_top.data, tmp_path)
     change(root)
     message = refused(bench_top, tmp_path / "run", capsys, f"--dataset.root={root}")
     assert all(part in message for part in [*says, str(root)]) and message.count("\n") == 1, message
 
 
-def test_a_dataset_that_lets_nobody_read_is_said(bench_top, tmp_path, capsys, monkeypatch):
+def test_train_names_an_unreadable_file(bench_top, tmp_path, capsys, monkeypatch):
     """As another user's files do; the system's own refusal, for a test may run as one whom nothing is refused."""
     root = root_of(bench_top.data, tmp_path)
     opened = builtins.open
@@ -361,11 +361,7 @@ def test_timestamps_that_are_off_are_named_at_their_frame(seconds, bench_top, fi
 def test_timestamps_that_are_off_name_the_tolerance_that_takes_them(bench_top, filmed, tmp_path, capsys):
     root = root_of(filmed, tmp_path)
     shift(root, 0.03)
-    flags = (
-        f"--dataset.root={root}",
-        "--dataset.video_backend=pyav",
-        "--steps=1",
-    )
+    flags = (f"--dataset.root={root}", "--dataset.video_backend=pyav", "--steps=1")
     message = refused(bench_top, tmp_path / "run", capsys, *flags)
     assert "observation.images.front at frame" in message and FRONT in message and "off by 0.03 s" in message
     assert "--tolerance_s=0.033" in message and "Traceback" not in message and message.count("\n") == 1
@@ -381,10 +377,8 @@ def test_timestamps_that_are_off_by_more_than_half_a_frame_name_no_tolerance(ben
     assert "give --tolerance_s" not in str(error.value)
 
 
-# A worker that decodes videos is a fresh process, which takes long to start.
-@pytest.mark.parametrize(
-    ("damage", "workers"), [(missing, 0), (empty, 0), (cut_off, 0), (cut_off, 2), (garbage, 0)]
-)
+# A worker that decodes videos is a fresh process, which takes long to start: one must do.
+@pytest.mark.parametrize(("damage", "workers"), [(missing, 0), (garbage, 0), (cut_off, 1)])
 def test_a_video_that_is_damaged_while_a_run_reads_is_named(damage, workers, bench_top, filmed, tmp_path):
     root = root_of(filmed, tmp_path)
     flags = (f"--dataset.root={root}", "--dataset.video_backend=pyav", f"--num_workers={workers}")

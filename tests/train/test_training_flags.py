@@ -117,13 +117,13 @@ OF_TYPE: dict[str, list[str]] = {}
 for name, entry in SETTINGS.items():
     OF_TYPE.setdefault(str(entry.type), []).append(name)
 FIRST = {"policy.type", "resume", *(name for names in OF_TYPE.values() for name in names[:2])}
-HOSTILE = [
+FLAGS = [
     pytest.param(name, marks=() if name in FIRST else pytest.mark.long)
     for name in (*SETTINGS, "policy.type", "resume")
 ]
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", FLAGS)
 def test_a_hostile_value_is_refused_by_name_or_read(name: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     refusals = 0
@@ -213,7 +213,7 @@ def test_the_command_refuses_before_the_dataset_is_opened(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
-def test_a_slip_of_the_pen_is_answered_with_the_flag(capsys) -> None:
+def test_train_suggests_a_flag_for_a_misspelt_one(capsys) -> None:
     for flag, meant in (
         ("--sed=1", "--seed"),
         ("--policy.optimiser_lr=1", "--policy.optimizer_lr"),
@@ -335,7 +335,7 @@ def test_help_names_every_flag() -> None:
     assert all(f"--{name}" in text for name in (*SETTINGS, *LEROBOTS, "policy.path", "resume", "config_path"))
 
 
-def test_a_run_on_the_flags_of_the_issue_starts(bench_top, tmp_path: Path, capsys) -> None:
+def test_train_accepts_lerobots_usual_flags(bench_top, tmp_path: Path, capsys) -> None:
     checkpoint = tmp_path / "first" / "checkpoints" / "last" / "pretrained_model"
     assert bench_top.command(tmp_path / "first", "--steps=1") == 0
     renamed = "--rename_map={observation.images.front: observation.images.front}"

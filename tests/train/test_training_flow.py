@@ -15,6 +15,7 @@ import smolvla_fast
 from smolvla_fast.cli.train import draw
 from smolvla_fast.smolvla.features import ACTION
 from smolvla_fast.testing.dataset import REPO_ID, write_dataset
+from smolvla_fast.train import TrainingError
 from smolvla_fast.train.data import held_out_batches, open_data, training_batches
 from smolvla_fast.train.evaluation import action_error, held_out_loss
 from smolvla_fast.train.log import read_log
@@ -138,8 +139,9 @@ def test_workers_evaluation_and_checkpoints_change_nothing(bench_top, tmp_path):
 
 def test_the_callers_random_state_comes_back(bench_top, tmp_path):
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
-    assert bench_top.command(tmp_path / "run") == 0
-    assert bench_top.command(tmp_path / "refused", "--dataset.root=/no/such") == 2
+    bench_top.train(tmp_path / "run")
+    with pytest.raises(TrainingError):
+        bench_top.train(tmp_path / "refused", "--dataset.root=/no/such")
     assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), states[2])
 
@@ -156,13 +158,9 @@ def test_frozen_weights_stay_and_the_others_move(bench_top, finished, tmp_path):
 def test_reading_by_column_gives_lerobots_samples(bench_top):
     for episodes in (None, [0, 2]):
         stock = LeRobotDataset(
-            REPO_ID,
-            root=bench_top.data,
-            episodes=episodes,
-            delta_timestamps=TIMES,
-            video_backend="pyav",
+            REPO_ID, root=bench_top.data, episodes=episodes, delta_timestamps=TIMES, video_backend="pyav",
             return_uint8=True,
-        )
+        )  # fmt: skip
         settings = bench_top.settings(
             bench_top.root / "unused", *([f"--dataset.episodes={episodes}"] if episodes else [])
         )
@@ -192,11 +190,10 @@ def test_reading_by_column_decodes_no_image_for_an_action(bench_top, monkeypatch
     assert counts == [2 + 12 + 2 + 4, 4]
 
 
-def test_video_frames(tmp_path, bench_top):
+def test_train_reads_video_frames(tmp_path, bench_top):
     write_dataset(tmp_path / "video", episodes=2, frame=(32, 32), videos=True)
     flags = (f"--dataset.root={tmp_path / 'video'}", "--dataset.video_backend=pyav")
-    assert bench_top.command(tmp_path / "run", *flags) == 0
-    run = bench_top.prepare(tmp_path / "parts", *flags)
+    run = bench_top.prepare(tmp_path / "run", *flags, steps=1)
     frame = next(training_batches(run.settings, run.data.train, 0))["observation.images.front"]
     assert frame.dtype is torch.uint8  # a quarter of the traffic; floats on the device
     assert run.data.meta.video_keys == ["observation.images.front", "observation.images.wrist"]
@@ -237,7 +234,7 @@ def test_the_dataset_tells_by_images_alone_where_the_cube_is(bench_top, tmp_path
             write_dataset(tmp_path / "wrong", **wrong)
 
 
-def test_errors_of_evaluation(bench_top, tmp_path):
+def test_action_error_measures_chunks_and_the_best_constant(bench_top, tmp_path):
     """A policy that answers with the right chunk has no error, one that answers with a constant at least the constant's."""
     run = bench_top.prepare(tmp_path / "run", "--dataset.eval_split=0.25")
     batches = list(held_out_batches(run.settings, run.data.held_out))
@@ -265,25 +262,45 @@ def test_errors_of_evaluation(bench_top, tmp_path):
     assert once == twice and run.policy.training
 
 
-def test_fast_is_said_and_on_is_kept(bench_top, tmp_path, capsys, monkeypatch):
-    assert bench_top.command(tmp_path / "off", "--fast=off") == 0
-    assert "plain, as asked for" in capsys.readouterr().out
-    assert bench_top.command(tmp_path / "on", "--fast=on") == 0
-    assert "patched for training" in capsys.readouterr().out
-    uneven = (
-        "--policy.num_expert_layers=2",
-        "--policy.self_attn_every_n_layers=0",
-    )  # which the fast path leaves to stock
-    assert bench_top.command(tmp_path / "refused", "--fast=on", *uneven) == 2
-    assert "2 expert layers beside 4" in (said := capsys.readouterr().err) and "--fast=auto" in said
-    assert bench_top.command(tmp_path / "left", *uneven) == 0
-    assert "plain: 2 expert layers beside 4" in capsys.readouterr().out
-    small = "--policy.resize_imgs_with_padding=[64,64]"
-    assert bench_top.command(tmp_path / "small", "--fast=on", small) == 2
-    assert "resize_imgs_with_padding=(64, 64); accepted is (32, 32)" in capsys.readouterr().err
-    monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
-    assert bench_top.command(tmp_path / "disabled", "--fast=on") == 2
-    assert "SMOLVLA_FAST_DISABLE is set" in capsys.readouterr().err
+UNEVEN = ("--policy.num_expert_layers=2", "--policy.self_attn_every_n_layers=0")
+"""Flags of a policy that the fast path leaves to stock."""
+
+
+@pytest.mark.parametrize(
+    ("flags", "path"),
+    [
+        (["--fast=off"], "plain, as asked for"),
+        (["--fast=on"], "patched for training"),
+        (UNEVEN, "plain: 2 expert layers beside 4"),
+        (["--image_cache=2000000000"], "patched for training, AdamW fused, 2 GB for image tokens"),
+        (
+            ["--image_cache=2000000000", "--policy.train_expert_only=false"],
+            "patched for training, AdamW fused, image_cache without effect (vision tower or connector learn",
+        ),
+    ],
+)
+def test_a_run_names_its_path(bench_top, tmp_path, flags, path):
+    """The command prints it: see ``test_bf16_that_runs_in_fp32_is_said``."""
+    said = bench_top.prepare(tmp_path / "run", *flags).path
+    assert said.startswith(path) and ("2 GB" in said) == ("2 GB" in path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (UNEVEN, "2 expert layers beside 4.*--fast=auto"),
+        (
+            ["--policy.resize_imgs_with_padding=[64,64]"],
+            r"resize_imgs_with_padding=\(64, 64\); accepted is \(32, 32\)",
+        ),
+        ([], "SMOLVLA_FAST_DISABLE is set"),
+    ],
+)
+def test_fast_on_is_refused_where_it_cannot_be_kept(bench_top, tmp_path, monkeypatch, flags, says):
+    if not flags:
+        monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
+    with pytest.raises(TrainingError, match=says):
+        bench_top.prepare(tmp_path / "run", "--fast=on", *flags)
 
 
 def test_the_fast_path_updates_in_one_pass_and_by_the_same_rule(bench_top, tmp_path):
@@ -312,8 +329,7 @@ def test_the_fast_path_updates_in_one_pass_and_by_the_same_rule(bench_top, tmp_p
 
 
 def test_lerobots_optimizer_stays_where_the_policy_is_not_patched(bench_top, tmp_path):
-    uneven = "--policy.num_expert_layers=2", "--policy.self_attn_every_n_layers=0"
-    run = bench_top.prepare(tmp_path / "run", "--fast=auto", *uneven)
+    run = bench_top.prepare(tmp_path / "run", "--fast=auto", *UNEVEN)
     assert run.path.startswith("plain: ") and run.optimizer.param_groups[0]["fused"] is None
 
 
@@ -327,27 +343,18 @@ def test_bf16_that_runs_in_fp32_is_said(bench_top, tmp_path, capsys, monkeypatch
     assert said in capsys.readouterr().out
 
 
-def test_frames_of_an_earlier_epoch_are_looked_up(bench_top, tmp_path, capsys):
+def test_frames_of_an_earlier_epoch_are_looked_up(bench_top, tmp_path):
     """Two epochs of one episode: each frame is encoded once, and the losses are those without a cache."""
-    epochs, flags = 2, ("--dataset.episodes=[0]", "--fast=on")
-    frames = len(bench_top.prepare(tmp_path / "count", *flags).data.train)
-    steps = epochs * frames // 4
-    losses = {}
+    flags, losses = ("--dataset.episodes=[0]", "--fast=on"), {}
     for bytes_ in (0, 10**7):
         torch.manual_seed(0)  # the weights are fresh
         run = bench_top.prepare(tmp_path / str(bytes_), *flags, f"--image_cache={bytes_}")
-        batches = training_batches(run.settings, run.data.train, 0)
-        losses[bytes_] = [update(run, batches)["loss"] for _ in range(steps)]
+        batches, frames = training_batches(run.settings, run.data.train, 0), len(run.data.train)
+        losses[bytes_] = [update(run, batches)["loss"] for _ in range(2 * frames // 4)]
     cache = smolvla_fast.status(run.policy).training_cache
     cameras = len(run.settings.policy.image_features)
     assert cache["hits"] + cache["misses"] > cameras * frames >= cache["misses"] > 0
     # The same numbers but for the order of sums: with a cache, frames are encoded one by one.
     assert losses[10**7] == pytest.approx(losses[0], rel=1e-4)
-    assert bench_top.command(tmp_path / "said", "--image_cache=2000000000", "--steps=1") == 0
-    assert "patched for training, AdamW fused, 2 GB for image tokens" in capsys.readouterr().out
-    learning = ("--policy.train_expert_only=false", "--steps=1")
-    assert bench_top.command(tmp_path / "without", "--image_cache=2000000000", *learning) == 0
-    said = capsys.readouterr().out
-    assert "image_cache without effect (vision tower or connector learn" in said and "2 GB" not in said
-    assert bench_top.command(tmp_path / "refused", "--image_cache=1000", "--fast=off") == 2
-    assert "image_cache needs the fast path" in capsys.readouterr().err
+    with pytest.raises(TrainingError, match="image_cache needs the fast path"):
+        bench_top.settings(tmp_path / "refused", "--image_cache=1000", "--fast=off")

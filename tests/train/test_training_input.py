@@ -62,7 +62,7 @@ def damaged(bench_top, tmp_path):
     return make
 
 
-def test_a_missing_camera(bench_top, one_eyed, checkpoint, tmp_path, capsys):
+def test_train_names_a_missing_camera(bench_top, one_eyed, checkpoint, tmp_path, capsys):
     message = refused(bench_top, tmp_path / "run", capsys, one_eyed, checkpoint)
     for part in (
         "observation.images.wrist",
@@ -76,10 +76,10 @@ def test_a_missing_camera(bench_top, one_eyed, checkpoint, tmp_path, capsys):
 
 @pytest.mark.parametrize("way", ["--policy.empty_cameras=1", "--policy.input_features=null"])
 def test_the_ways_out_of_a_missing_camera_work(way, bench_top, one_eyed, checkpoint, tmp_path):
-    assert bench_top.command(tmp_path / "run", one_eyed, checkpoint, way) == 0
+    bench_top.prepare(tmp_path / "run", one_eyed, checkpoint, way, steps=1)
 
 
-def test_a_renamed_camera(bench_top, one_eyed, checkpoint, tmp_path):
+def test_train_reads_a_renamed_camera(bench_top, one_eyed, checkpoint, tmp_path):
     flags = (
         '--rename_map={"observation.images.front":"observation.images.wrist"}',
         "--policy.empty_cameras=1",
@@ -89,7 +89,7 @@ def test_a_renamed_camera(bench_top, one_eyed, checkpoint, tmp_path):
     assert "observation.images.wrist" in batch and "observation.images.front" not in batch
 
 
-def test_an_action_of_another_size(bench_top, eight_joints, checkpoint, tmp_path, capsys):
+def test_train_refuses_an_action_of_another_size(bench_top, eight_joints, checkpoint, tmp_path, capsys):
     message = refused(bench_top, tmp_path / "run", capsys, eight_joints, checkpoint)
     assert (
         "'action' has 8 values in the dataset and 6" in message and "--policy.output_features=null" in message
@@ -101,14 +101,13 @@ def test_an_action_of_another_size(bench_top, eight_joints, checkpoint, tmp_path
 
 
 @pytest.mark.parametrize("key, limit", [("action", "max_action_dim"), ("observation.state", "max_state_dim")])
-def test_an_action_or_state_too_wide(key, limit, bench_top, eight_joints, tmp_path, capsys):
+def test_train_refuses_an_action_or_state_too_wide(key, limit, bench_top, eight_joints, tmp_path, capsys):
     message = refused(bench_top, tmp_path / "run", capsys, eight_joints, f"--policy.{limit}=7")
     assert f"'{key}' has 8 values" in message and f"--policy.{limit}=8" in message
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("key", ["action", "state"])
-def test_values_that_are_not_finite(key, value, bench_top, damaged, tmp_path, capsys):
+@pytest.mark.parametrize(("key", "value"), [("action", np.nan), ("state", np.inf)])
+def test_train_names_values_that_are_not_finite(key, value, bench_top, damaged, tmp_path, capsys):
     def change(columns):
         columns[key][30, 2] = columns[key][31, 3] = value
 
@@ -123,7 +122,7 @@ def test_the_episode_with_such_values_can_be_left_out(bench_top, damaged, tmp_pa
     def change(columns):
         columns["action"][0, 0] = np.nan
 
-    assert bench_top.command(tmp_path / "run", damaged(change), "--dataset.episodes=[1,2]") == 0
+    bench_top.prepare(tmp_path / "run", damaged(change), "--dataset.episodes=[1,2]", steps=1)
 
 
 def damage_stats(bench_top, tmp_path, change):
@@ -152,7 +151,7 @@ def damage_stats(bench_top, tmp_path, change):
         ),
     ],
 )
-def test_statistics_that_cannot_be_used(change, says, bench_top, tmp_path, capsys):
+def test_train_refuses_unusable_statistics(change, says, bench_top, tmp_path, capsys):
     message = refused(bench_top, tmp_path / "run", capsys, damage_stats(bench_top, tmp_path, change))
     assert says in message and "recompute_stats" in message and "normalization_mapping" in message
     assert "dataset_stats" not in message  # which no flag gives
@@ -206,7 +205,7 @@ def test_the_checkpoint_before_weights_that_are_not_finite_stays_the_last(bench_
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.name.endswith("2")] == []
 
 
-def test_no_statistics_at_all(bench_top, tmp_path, capsys):
+def test_train_refuses_a_dataset_without_statistics(bench_top, tmp_path, capsys):
     shutil.copytree(bench_top.data, tmp_path / "bare")
     (tmp_path / "bare" / "meta" / "stats.json").unlink()
     message = refused(bench_top, tmp_path / "run", capsys, f"--dataset.root={tmp_path / 'bare'}")
@@ -249,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bench_top, tmp_path):
     ],
     ids=lambda value: value[0] if value[0].startswith("--") else "",
 )
-def test_flags_that_cannot_be(flags, says, bench_top, tmp_path, capsys):
+def test_train_refuses_impossible_flags(flags, says, bench_top, tmp_path, capsys):
     message = refused(bench_top, tmp_path / "run", capsys, *flags)
     assert all(part in message for part in says), message
 
@@ -281,7 +280,7 @@ def test_several_processes_are_refused(bench_top, tmp_path, capsys, monkeypatch)
     assert "one process" in message and "lerobot-train" in message and "without the fast path" in message
 
 
-def test_resume_of_nothing(tmp_path, capsys):
+def test_resume_refuses_a_folder_without_checkpoint(tmp_path, capsys):
     from smolvla_fast.cli import main
 
     assert main(["train", "--resume", f"--output_dir={tmp_path}"]) == 2
@@ -299,7 +298,7 @@ def test_flags_are_read_as_lerobot_reads_them(bench_top, tmp_path):
     assert settings.seed is None and settings.policy.optimizer_lr == 1.0 and settings.save_checkpoint is False
 
 
-def test_flags_of_lerobot_train_for_what_is_not_here(bench_top, tmp_path, capsys):
+def test_train_answers_flags_of_missing_features(bench_top, tmp_path, capsys):
     fine = ("--job_name=pick", "--wandb.enable=false", "--dataset.image_transforms.enable=False")
     assert read(bench_top.flags(tmp_path / "run", *fine, "--policy.use_peft=false"))[0].steps == 2
     for flag, instead in (
@@ -312,7 +311,7 @@ def test_flags_of_lerobot_train_for_what_is_not_here(bench_top, tmp_path, capsys
         assert flag.lstrip("-") in message and instead in message
 
 
-def test_a_micro_batch_before_the_last_is_looked_through(bench_top, tmp_path):
+def test_nonfinite_values_in_any_micro_batch_are_named(bench_top, tmp_path):
     run = bench_top.prepare(tmp_path / "run", "--gradient_accumulation_steps=2")
     batches = training_batches(run.settings, run.data.train, 0)
     first, second = next(batches), next(batches)

@@ -35,7 +35,7 @@ RENAMED = {
 }
 
 
-def test_the_command_of_the_readme_with_two_cameras_of_three(
+def test_train_runs_the_readmes_command_with_two_cameras_of_three(
     bench_top, three_cameras, tmp_path, capsys, caplog
 ):
     """Renamed, they train, at the loss of the policy that LeRobot's factory makes. Without names, not."""
