@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from .ops.reference.patch_embed import patch_embed
 from .patch import engine_of, find_policy, status
 from .stages.vision import patch_positions
 
+TOKENS = ("observation.language.tokens", "observation.language.attention_mask")
 SCATTER = 1.5
 """How far one observation may exceed stock's own loss in the same dtype. Rounding errors of two orders of computation
 scatter against each other, so a single one may lie above. tests/inference/test_inference.py holds the sum over six policies
@@ -37,7 +39,8 @@ class Report:
                               of four orders; None in other tiers
     passed                    exact: equal bits to stock. fp32: rel_l2 at most ``bound``, three times ``movement`` and at
                               least 1e-5 (``rounding.fp32_bound``). bf16: at most SCATTER times what
-                              stock itself loses in bf16, and no less than 1e-5. fp8, int8: cosine at least the tier's
+                              stock itself loses in bf16, and no less than 1e-5. fp8, int8: cosine at least the tier's, and
+                              rel_l2 at most that of two chunks of one size with that cosine, sqrt(2 (1 - cosine))
     """
 
     precision: str
@@ -146,25 +149,20 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
         raise TypeError(
             f"batch is a {type(batch).__qualname__}; accepted is a dict as predict_action_chunk takes it"
         )
-    if noise is not None and (tuple(noise.shape[1:]) != shape or noise.dtype is not torch.float32):
-        raise ValueError(
-            f"noise is {tuple(noise.shape)} {noise.dtype}; accepted is (batch, {shape[0]}, {shape[1]}) float32"
-        )
+    missing = [name for name in TOKENS if name not in batch]
+    if missing:
+        raise ValueError(f"batch has no {missing[0]!r}; accepted is what the policy's preprocessor returns")
     batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
     batch = found._prepare_batch(batch)
     images, image_masks = found.prepare_images(batch)
-    inputs = (
-        images,
-        image_masks,
-        batch["observation.language.tokens"],
-        batch["observation.language.attention_mask"],
-        found.prepare_state(batch),
-    )
-    state = inputs[-1]
+    tokens, token_masks = (batch[name] for name in TOKENS)
+    state = found.prepare_state(batch)
+    inputs = (images, image_masks, tokens, token_masks, state)
+    wanted = (state.shape[0], *shape)
     if noise is None:
-        noise = torch.randn((state.shape[0], *shape), generator=torch.Generator().manual_seed(0)).to(
-            state.device
-        )
+        noise = torch.randn(wanted, generator=torch.Generator().manual_seed(0)).to(state.device)
+    elif tuple(noise.shape) != wanted or noise.dtype is not torch.float32:
+        raise ValueError(f"noise is {tuple(noise.shape)} {noise.dtype}; accepted is {wanted} float32")
 
     with _without_tf32():
         truth, true_velocities = _stock_chunk(model, torch.float32, inputs, noise)
@@ -185,13 +183,16 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
             movement = max(movement, moved)
             if rel_l2(fast, truth) <= fp32_bound(movement):
                 break  # the other orders could only widen the bound
-    bound = max(SCATTER * rel_l2(stock, truth), FP32_BOUND if movement is None else fp32_bound(movement))
-    if tier.stock_order:
-        passed = torch.equal(fast, stock)
+    if movement is not None:
+        bound = fp32_bound(movement)
     elif tier.cosine is not None:
-        passed = cosine(fast, truth) >= tier.cosine
+        # Of two chunks of one size with that cosine. A cosine alone does not see a chunk that is too large or too small.
+        bound = math.sqrt(2 * (1 - tier.cosine))
     else:
-        passed = rel_l2(fast, truth) <= bound
+        bound = max(SCATTER * rel_l2(stock, truth), FP32_BOUND)
+    passed = torch.equal(fast, stock) if tier.stock_order else rel_l2(fast, truth) <= bound
+    if tier.cosine is not None:
+        passed = passed and cosine(fast, truth) >= tier.cosine
     return Report(
         precision=tier.name,
         backend=now.backend,

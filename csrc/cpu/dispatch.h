@@ -47,7 +47,7 @@ inline Level most_allowed() {
     std::string name(set ? set : "");
     for (char& letter : name) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
     if (name == "SSE41" || name == "AVX") return Level::baseline;
-    if (name == "AVX2" || name == "AVX2_VNNI") return Level::avx2;
+    if (name.rfind("AVX2", 0) == 0) return Level::avx2;
     if (name == "AVX512_CORE" || name == "AVX512_CORE_VNNI") return Level::avx512;
     return Level::avx512_bf16;
 }

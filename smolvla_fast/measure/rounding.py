@@ -26,7 +26,7 @@ ORDERS = (None, 0, 1, 2)
 
 
 class OtherSums(TorchFunctionMode):
-    """Inside, this thread's linear layers, patch convolutions and products of attention add up in another order.
+    """Inside, this thread's linear layers, convolutions and ``matmul`` add up in another order.
 
     ``x·wᵀ = x[:, p]·w[:, p]ᵀ`` in real numbers, p a permutation: the reversal, or one drawn from ``seed``. Deterministic, on
     any device; neither settings nor random state of the process are touched.
@@ -52,13 +52,27 @@ class OtherSums(TorchFunctionMode):
             order = self._order(args[0].shape[-1], args[0].device)
             return func(args[0][..., order], args[1][..., order, :])
         if func in (F.conv2d, torch.conv2d):
-            x, weight, *rest = args
+            return self._convolve(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _convolve(
+        self, func: Any, x: Tensor, weight: Tensor, bias: Any = None,
+        stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    ) -> Tensor:  # fmt: skip
+        rest = (bias, stride, padding, dilation, groups)
+        if groups == 1:
             order = self._order(x.shape[1], x.device)
             x, weight = x[:, order], weight[:, order]
-            if (x.shape[-1] % weight.shape[-1], x.shape[-2] % weight.shape[-2]) == (0, 0):
-                return func(x.flip(2, 3), weight.flip(2, 3), *rest, **kwargs).flip(2, 3)
-            return func(x, weight, *rest, **kwargs)
-        return func(*args, **kwargs)
+        kernel = tuple(weight.shape[2:])
+        patches = _pair(stride) == kernel and _pair(padding) == (0, 0) and _pair(dilation) == (1, 1)
+        if patches and (x.shape[2] % kernel[0], x.shape[3] % kernel[1]) == (0, 0):
+            # Patches side by side that fill the image: turned over, each is itself turned over.
+            return func(x.flip(2, 3), weight.flip(2, 3), *rest).flip(2, 3)
+        return func(x, weight, *rest)
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
 
 
 def fp32_bound(movement: float) -> float:

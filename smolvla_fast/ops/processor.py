@@ -32,15 +32,19 @@ _FEATURES = {
 }
 
 _AVX2 = ("AVX2", "FMA", "F16C")
-# oneDNN's names for a limit, and the features below each; a later name allows all.
+_BF16 = (*_AVX2, "AVX-512", "AVX512-VNNI", "AVX512-BF16")
+# oneDNN's names for a limit, and the features that each leaves; a name that is not here (AMX and later) leaves all.
 LIMITS = {
     "SSE41": (),
     "AVX": (),
     "AVX2": _AVX2,
     "AVX2_VNNI": (*_AVX2, "AVX-VNNI"),
+    "AVX2_VNNI_2": (*_AVX2, "AVX-VNNI"),
     "AVX512_CORE": (*_AVX2, "AVX-512"),
     "AVX512_CORE_VNNI": (*_AVX2, "AVX-512", "AVX512-VNNI"),
-    "AVX512_CORE_BF16": (*_AVX2, "AVX-512", "AVX512-VNNI", "AVX512-BF16"),
+    "AVX512_CORE_BF16": _BF16,
+    "AVX512_CORE_FP16": (*_BF16, "AVX512-FP16"),
+    "AVX10_1_512": (*_BF16, "AVX512-FP16"),
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,10 +186,15 @@ def code_of(module: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
+_LIBRARIES = ("transformers", "torch", "smolvla_fast")
+
+
 def _from_library(function: Any) -> bool:
-    """Whether a function is transformers' or ours, wrappers by others not excepted."""
-    source = function.__code__.co_filename.replace("\\", "/")
-    return "/transformers/" in source or "/smolvla_fast/" in source or "/torch/" in source
+    """Whether a function is written in transformers, torch or here. Asked of its code, for a wrapper of somebody else's has
+    the name and module of what it wraps."""
+    source = Path(function.__code__.co_filename)
+    roots = (Path(sys.modules[name].__file__ or "").parent for name in _LIBRARIES if name in sys.modules)
+    return any(source.is_relative_to(root) for root in roots)
 
 
 def dtypes(model: Any) -> str | None:

@@ -12,6 +12,7 @@ from support.processors import play
 from torch import Tensor, nn
 
 import smolvla_fast
+from smolvla_fast import inference
 from smolvla_fast.model.precision import TIERS, resolve_tier
 from smolvla_fast.ops import extension
 from smolvla_fast.ops import select as backends
@@ -74,7 +75,7 @@ def _loud(norm: nn.Module, readers: list[nn.Linear], generator: torch.Generator)
 
 @SERVED
 @pytest.mark.parametrize("layout", ["fp32", "mixed"])
-def test_near_stock_and_not_equal(layout: str) -> None:
+def test_near_stock_and_not_equal(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy("tiny", layout=layout)
     fp32 = copy.deepcopy(policy).float()
     given, noise = make_observation(policy), make_noise(policy)
@@ -89,6 +90,10 @@ def test_near_stock_and_not_equal(layout: str) -> None:
     assert torch.equal(chunk(policy, given, noise), fast), "a second chunk has other bits"
     report = smolvla_fast.verify(policy, given, noise=noise)
     assert report.passed and BOUND <= report.cosine < 1 and report.precision == "int8"
+    act = inference.Engine.act
+    monkeypatch.setattr(inference.Engine, "act", lambda *args, **kwargs: 1.5 * act(*args, **kwargs))
+    large = smolvla_fast.verify(policy, given, noise=noise)
+    assert not large.passed and large.cosine >= BOUND, "a cosine sees no size"
 
 
 @SERVED

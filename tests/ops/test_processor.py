@@ -42,6 +42,12 @@ def test_tiers_follow_from_features(name: str, monkeypatch: pytest.MonkeyPatch) 
     ("limit", "without"),
     [
         ("AVX512_CORE_BF16", {"AMX", "AMX-BF16", "AMX-INT8", "AVX-VNNI", "AVX512-FP16"}),
+        ("AVX512_CORE_FP16", {"AMX", "AMX-BF16", "AMX-INT8", "AVX-VNNI"}),
+        ("AVX10_1_512", {"AMX", "AMX-BF16", "AMX-INT8", "AVX-VNNI"}),
+        (
+            "AVX2_VNNI_2",
+            {"AMX", "AMX-BF16", "AMX-INT8", "AVX512-FP16", "AVX512-BF16", "AVX512-VNNI", "AVX-512"},
+        ),
         ("avx512_core_vnni", {"AMX", "AMX-BF16", "AMX-INT8", "AVX-VNNI", "AVX512-FP16", "AVX512-BF16"}),
         (
             "AVX2_VNNI",

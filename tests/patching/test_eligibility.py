@@ -44,10 +44,10 @@ def _replaced_head(policy: Any) -> None:
     policy.model.action_out_proj.load_state_dict(old.state_dict())
 
 
-def _replaced_norm(policy: Any) -> None:
+def _replaced_norm(policy: Any, by: float = 0.1) -> None:
     class Shifted(type(policy.model.vlm_with_expert.lm_expert.layers[0].input_layernorm)):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + 0.1
+            return super().forward(x) + by
 
     for layer in policy.model.vlm_with_expert.lm_expert.layers:
         layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = Shifted
@@ -105,6 +105,14 @@ def _subclassed(module: Any) -> None:
 
 def _final_norm(policy: Any) -> None:
     _subclassed(_pair(policy).lm_expert.norm)
+
+
+def _vision_model_of_a_file_under_a_folder_called_torch(policy: Any) -> None:
+    tower = _pair(policy).get_vlm_model().vision_model
+    code = "class Mine(base):\n    def forward(self, *args, **kwargs):\n        return super().forward(*args, **kwargs)\n"
+    names: dict[str, Any] = {"base": type(tower)}
+    exec(compile(code, "/home/me/torch/transformers/mine.py", "exec"), names)
+    tower.__class__ = names["Mine"]
 
 
 def _vision_model(policy: Any) -> None:
@@ -214,6 +222,11 @@ MODELS: dict[str, tuple[Callable[[Any], None], str]] = {
     "replaced linear": (_replaced_linear, "lm_expert.layers.0.self_attn.o_proj"),
     "replaced head": (_replaced_head, "action_out_proj"),
     "norm that computes something else": (_replaced_norm, "decoder norm"),
+    "norm that gives no number": (lambda policy: _replaced_norm(policy, float("nan")), "decoder norm"),
+    "vision model under a folder called torch": (
+        _vision_model_of_a_file_under_a_folder_called_torch,
+        "vision_model",
+    ),
     "one MLP of another kind": (_replaced_one_mlp, "expert layer 2"),
     "forward replaced on an instance": (_instance_forward, "connector has its forward replaced"),
     "method replaced on an instance": (_instance_method, "embed_image"),

@@ -254,7 +254,10 @@ def test_verify_names_what_it_accepts(policy: Any, observation: Any) -> None:
     smolvla_fast.patch(policy)
     with pytest.raises(TypeError, match="batch is a list; accepted is a dict"):
         smolvla_fast.verify(policy, [observation])
-    with pytest.raises(
-        ValueError, match=r"noise is \(1, 3, 2\) torch.float32; accepted is \(batch, 10, 32\)"
-    ):
+    with pytest.raises(ValueError, match=r"noise is \(1, 3, 2\) torch.float32; accepted is \(1, 10, 32\)"):
         smolvla_fast.verify(policy, observation, noise=torch.zeros(1, 3, 2))
+    with pytest.raises(ValueError, match=r"noise is \(3, 10, 32\)"):
+        smolvla_fast.verify(policy, observation, noise=torch.zeros(3, 10, 32))
+    del observation["observation.language.tokens"]
+    with pytest.raises(ValueError, match=r"batch has no 'observation.language.tokens'"):
+        smolvla_fast.verify(policy, observation)
