@@ -276,13 +276,6 @@ def test_a_split_that_holds_every_episode_out_is_said_so(bench_top, blank, tmp_p
     assert "leave it out" in message and "smaller" not in message
 
 
-def test_a_folder_without_a_checkpoint_is_not_to_be_resumed(bench_top, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "precious").write_text("kept")
-    assert bench_top.command(tmp_path / "run") == 2
-    assert "give another, for it holds no checkpoint" in capsys.readouterr().err
-
-
 def test_the_trial_leaves_nothing_behind(bench_top, checkpoint, tmp_path, monkeypatch):
     """Neither gradients nor random numbers nor a training step, and it computes what a step computes."""
     from smolvla_fast.train.trial import try_step

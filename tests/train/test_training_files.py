@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.training_runs import refused, resume, state_files
+from support.training_runs import drop_episode_statistics, refused, resume, state_files
 
 from smolvla_fast.testing.dataset import write_dataset
 from smolvla_fast.train import TrainingError
@@ -37,6 +37,7 @@ def filmed(bench_top):
     """Three episodes on video, one file a camera."""
     root = bench_top.root / "filmed"
     write_dataset(root, episodes=3, frame=(32, 32), videos=True)
+    drop_episode_statistics(root)
     return root
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.training_runs import read, refused
+from support.training_runs import drop_episode_statistics, refused
 
 from smolvla_fast.smolvla import SmolVLAPolicy
 from smolvla_fast.testing.dataset import write_dataset
@@ -25,12 +25,14 @@ pytestmark = pytest.mark.training
 @pytest.fixture(scope="module")
 def one_eyed(bench_top):
     write_dataset(bench_top.root / "one_eyed", episodes=2, cameras=["front"], frame=(16, 24))
+    drop_episode_statistics(bench_top.root / "one_eyed")
     return f"--dataset.root={bench_top.root / 'one_eyed'}"
 
 
 @pytest.fixture(scope="module")
 def eight_joints(bench_top):
     write_dataset(bench_top.root / "eight", episodes=2, joints=8, frame=(16, 24))
+    drop_episode_statistics(bench_top.root / "eight")
     return f"--dataset.root={bench_top.root / 'eight'}"
 
 
@@ -229,22 +231,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bench_top, tmp_path):
     [
         (["--dataset.root=/no/such/folder"], ["cannot open the dataset", "/no/such/folder", "meta/"]),
         (["--dataset.episodes=[0,9]"], ["episodes 0 to 3", "[9]"]),
-        (["--dataset.eval_split=1.5"], ["eval_split", "below 1"]),
         (["--dataset.eval_split=0.99"], ["leaves no episode"]),
-        (["--eval_steps=1"], ["dataset.eval_split"]),
-        (["--batch_size=0"], ["batch_size=0", "at least 1"]),
-        (["--policy.optimizer_eps=0"], ["--policy.optimizer_eps=0", "at least 1e-37"]),
-        (["--policy.optimizer_eps=1e-60"], ["--policy.optimizer_eps=1e-60", "at least 1e-37"]),
-        (["--steps=many"], ["--steps=many", "a whole number"]),
-        (["--policy.chunk_size=0"], ["chunk_size must be at least 1"]),
-        (["--policy.optimizer_lr=fast"], ["--policy.optimizer_lr=fast", "a number"]),
-        (["--policy.attention_mode=none"], ["'cross_attn' or 'self_attn'"]),
-        (["--policy.path="], ["--policy.path is empty"]),
-        (["--policy.path=/no/such/checkpoint"], ["--policy.path", "config.json"]),
         (["--policy.vlm_model_name=/no/such/vlm"], ["/no/such/vlm"]),
-        (["--policy.push_to_hub=true"], ["uploads nothing"]),
         (['--rename_map={"a":"b"}'], ["--policy.path"]),
-        (["--config_path=x"], ["--config_path=x", "YAML, JSON or TOML"]),
     ],
     ids=lambda value: value[0] if value[0].startswith("--") else "",
 )
@@ -269,9 +258,8 @@ def test_a_folder_that_holds_something_is_not_overwritten(bench_top, tmp_path, c
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("kept")
     assert bench_top.command(tmp_path / "run") == 2
-    assert (
-        "--resume=true" in capsys.readouterr().err and (tmp_path / "run" / "precious").read_text() == "kept"
-    )
+    assert "give another, for it holds no checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "run" / "precious").read_text() == "kept"
 
 
 def test_several_processes_are_refused(bench_top, tmp_path, capsys, monkeypatch):
@@ -287,28 +275,6 @@ def test_resume_refuses_a_folder_without_checkpoint(tmp_path, capsys):
     assert "no whole checkpoint" in capsys.readouterr().err
     assert main(["train", "--resume"]) == 2
     assert "--output_dir" in capsys.readouterr().err
-
-
-def test_flags_are_read_as_lerobot_reads_them(bench_top, tmp_path):
-    flags = bench_top.flags(
-        tmp_path / "run", "--policy.optimizer_betas", "[0.8, 0.95]", "--policy.train_expert_only=False"
-    )
-    settings = read([*flags, "--seed=null", "--policy.optimizer_lr=1", "--save_checkpoint", "false"])[0]
-    assert settings.policy.optimizer_betas == (0.8, 0.95) and settings.policy.train_expert_only is False
-    assert settings.seed is None and settings.policy.optimizer_lr == 1.0 and settings.save_checkpoint is False
-
-
-def test_train_answers_flags_of_missing_features(bench_top, tmp_path, capsys):
-    fine = ("--job_name=pick", "--wandb.enable=false", "--dataset.image_transforms.enable=False")
-    assert read(bench_top.flags(tmp_path / "run", *fine, "--policy.use_peft=false"))[0].steps == 2
-    for flag, instead in (
-        ("--wandb.enable=true", "train_log.jsonl"),
-        ("--dataset.image_transforms.enable=true", "lerobot-train"),
-        ("--dataset.streaming=true", "--dataset.root"),
-        ("--policy.use_peft=true", "smolvla_fast.patch(policy, training=True)"),
-    ):
-        message = refused(bench_top, tmp_path / "run", capsys, flag)
-        assert flag.lstrip("-") in message and instead in message
 
 
 def test_nonfinite_values_in_any_micro_batch_are_named(bench_top, tmp_path):

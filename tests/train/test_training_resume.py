@@ -55,9 +55,8 @@ def test_a_resumed_run_ends_at_the_same_bits(bench_top, tmp_path, options):
     go_on(parts)
 
     one, two = (folder / "checkpoints" / "000005" for folder in (whole, parts))
-    assert state_files(one) == state_files(
-        two
-    )  # weights, optimizer, scheduler, random state, processors, step
+    # Weights, optimizer, scheduler, random state, processors, step.
+    assert state_files(one) == state_files(two)
     kept = ("step", "loss", "grad_norm", "lr", "eval_loss")
     logs = [[{k: e[k] for k in kept if k in e} for e in read_log(folder)] for folder in (whole, parts)]
     assert logs[0] == logs[1]
@@ -145,9 +144,7 @@ def test_a_checkpoint_before_the_last_can_be_gone_on_from(finished, tmp_path, ca
     end = state_files(folder / "checkpoints" / "000004")
     config = folder / "checkpoints" / "000002" / "pretrained_model" / "train_config.json"
     assert resume(folder, f"--config_path={config}") == 0
-    assert (
-        state_files(folder / "checkpoints" / "000004") == end
-    )  # written again, in the place of the one before
+    assert state_files(folder / "checkpoints" / "000004") == end, "written again"
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["000002", "000004", "last"]
     assert resume(folder, f"--config_path={folder / 'train_log.jsonl'}") == 2
     assert "lies in no checkpoint" in capsys.readouterr().err
@@ -389,9 +386,8 @@ def test_lerobot_train_resumes_a_checkpoint_and_we_resume_its_weights(
     theirs = folder / "checkpoints" / "000006"
     assert json.loads((theirs / "training_state" / "training_step.json").read_text())["step"] == 6
     assert not same(weights(theirs), weights(finished / "checkpoints" / "000004"))
-    assert (
-        resume(folder, f"--config_path={theirs / 'pretrained_model' / 'train_config.json'}") == 2
-    )  # it has no run.json
+    # It has no run.json.
+    assert resume(folder, f"--config_path={theirs / 'pretrained_model' / 'train_config.json'}") == 2
     start = [f"--policy.path={theirs / 'pretrained_model'}"]
     begun = bench_top.prepare(tmp_path / "begun", *start).policy.state_dict()
     assert all(torch.equal(begun[name], value) for name, value in weights(theirs).items())

@@ -88,10 +88,8 @@ def test_a_checkpoint_cut_short_is_said(name, bench_top, finished, tmp_path, cap
     broken = shutil.copytree(source, tmp_path / "broken")
     path = next(broken.glob(name))
     path.write_bytes(path.read_bytes()[:20])
-    flags = (
-        f"--policy.path={broken}",
-        "--implementation=lerobot",
-    )  # whose reader of weights raises errors of its own
+    # LeRobot's reader of weights raises errors of its own.
+    flags = (f"--policy.path={broken}", "--implementation=lerobot")
     message = refused(bench_top, tmp_path / "run", capsys, *flags)
     assert str(broken) in message and ("copy or download them again" in message or "model" in name)
 
@@ -120,9 +118,8 @@ def test_a_checkpoint_with_statistics_among_its_weights_trains(
     state = run.policy.state_dict()
     assert state.keys() <= tensors.keys() and all(torch.equal(tensors[key], state[key]) for key in state)
     mean = torch.as_tensor(run.data.meta.stats["action"]["mean"], dtype=torch.float32)
-    assert torch.allclose(
-        run.postprocess(torch.zeros(1, 6)), mean, atol=1e-6
-    )  # fp64 statistics, rounded once
+    # fp64 statistics, rounded once.
+    assert torch.allclose(run.postprocess(torch.zeros(1, 6)), mean, atol=1e-6)
 
 
 def test_a_checkpoint_with_half_of_its_statistics_trains_once_they_are_removed(
