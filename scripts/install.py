@@ -9,10 +9,14 @@ are compiled while it lasts.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -28,7 +32,9 @@ LARGE = 100e6
 def main(*extras: str) -> int:
     try:
         missing = resolve(f"{ROOT}[{','.join(extras)}]")
-        compiler = subprocess.Popen([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT)
+        # A session of its own, so that its compilers can be ended with it.
+        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        compiler = subprocess.Popen(build, cwd=ROOT, start_new_session=True)
         try:
             if missing:
                 with ThreadPoolExecutor(16) as pool:
@@ -41,6 +47,10 @@ def main(*extras: str) -> int:
                     )
                 print(announcement(sizes), flush=True)
                 download(missing)
+        except BaseException:
+            with suppress(OSError):  # it may have ended
+                os.killpg(compiler.pid, signal.SIGTERM)
+            raise
         finally:
             compiler.wait()
         print("Installing smolvla_fast.", flush=True)
@@ -81,7 +91,7 @@ def size_of(item: dict[str, Any]) -> int | None:
     try:
         with urlopen(Request(item["download_info"]["url"], method="HEAD"), timeout=10) as answer:
             return int(answer.headers["Content-Length"])
-    except (OSError, TypeError, ValueError):
+    except (OSError, HTTPException, TypeError, ValueError):
         return None
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,20 @@ def test_the_size_of_a_download_is_what_its_server_tells(tmp_path: Path) -> None
     assert install.size_of(item) == 1234
     item["download_info"]["url"] = (tmp_path / "none.whl").as_uri()
     assert install.size_of(item) is None
+
+
+def test_a_server_that_answers_no_http_tells_no_size() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+
+        def answer() -> None:
+            with server.accept()[0] as asked:
+                asked.recv(4096)
+                asked.sendall(b"nonsense\r\n\r\n")
+
+        answered = pool.submit(answer)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/leaf.whl"
+        assert install.size_of({"download_info": {"url": url}}) is None
+        answered.result()
 
 
 @pytest.mark.parametrize(
@@ -120,6 +137,35 @@ def test_what_is_missing_is_announced_then_installed_and_nothing_the_second_time
         [python, "-c", code], env=environment, text=True, capture_output=True, cwd=tmp_path
     )
     assert found.stdout.strip() == str(project / "trunk" / "__init__.py"), found.stderr
+
+
+def test_a_download_that_fails_ends_the_compile(tmp_path: Path) -> None:
+    """Of a source release that tells its metadata and cannot be built, beside a compile of minutes."""
+    leaf = tmp_path / "leaf-1.0"
+    (tmp_path / "scripts").mkdir()
+    leaf.mkdir()
+    (tmp_path / "scripts" / "install.py").write_text((ROOT / "scripts" / "install.py").read_text())
+    (leaf / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: leaf\nVersion: 1.0\n")
+    (leaf / "setup.py").write_text(
+        "import sys\nfrom setuptools import setup\n"
+        "if 'bdist_wheel' in sys.argv: sys.exit('no wheel of leaf')\nsetup(name='leaf', version='1.0')\n"
+    )
+    (tmp_path / "setup.py").write_text(
+        "import subprocess, sys\nfrom setuptools import setup\n"
+        "if 'build_ext' in sys.argv: subprocess.run(['sleep', '300'])\nsetup(packages=[])\n"
+    )
+    (tmp_path / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "trunk"\nversion = "1.0"\noptional-dependencies = { first = ["leaf"] }\n'
+    )
+    with tarfile.open(tmp_path / "leaf-1.0.tar.gz", "w:gz") as archive:
+        archive.add(leaf, "leaf-1.0")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "scripts" / "install.py", "first"], timeout=120,
+        env={**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "no wheel of leaf" in done.stderr, done.stderr
+    assert "Downloading 0.00 GB in 1 packages" in done.stdout
 
 
 def test_a_release_that_is_nowhere_is_pips_own_message(tmp_path: Path) -> None:
