@@ -79,8 +79,9 @@ def autocast_in_bf16(model: Any, call: Call) -> str | None:
 def dense(model: Any, call: Call) -> str | None:
     """Lists of as many masks as images, and every tensor dense, on the policy's device, of one sample or more."""
     images, masks, device = call.images, call.image_masks, model.state_proj.weight.device
-    if not isinstance(images, list | tuple) or not isinstance(masks, list | tuple):
-        return f"images are a {type(images).__qualname__}; accepted are lists"
+    for name, given in (("images", images), ("image masks", masks)):
+        if not isinstance(given, list | tuple):
+            return f"{name} are a {type(given).__qualname__}; accepted are lists"
     if not images or len(images) != len(masks):
         return f"{len(images)} images with {len(masks)} masks"
     for name, tensor in call.tensors().items():
@@ -133,7 +134,7 @@ def tokens(model: Any, call: Call) -> str | None:
     if ids.ndim != 2 or ids.shape[0] != size or ids.shape != masks.shape:
         return f"tokens {tuple(ids.shape)} with masks {tuple(masks.shape)}; accepted is ({size}, length) for both"
     if ids.dtype not in (torch.int32, torch.int64) or masks.dtype is not torch.bool:
-        return f"tokens of {ids.dtype}, language masks of dtype {masks.dtype}; accepted are int64 and bool"
+        return f"tokens of {ids.dtype}, language masks of dtype {masks.dtype}; accepted are int64 or int32, and bool"
     # Masked tokens may be cut off here and are looked up by stock. On a GPU the question would wait for the device.
     rows = model.vlm_with_expert.get_vlm_model().text_model.get_input_embeddings().weight.shape[0]
     if not ids.is_cuda and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:

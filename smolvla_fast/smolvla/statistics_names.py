@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 MODULES = r"(?:un)?normalize(?:_inputs|_targets|_outputs)?|(?:in|out)put_normalizer|normalizer"
-_BUFFER = re.compile(rf"(?:{MODULES})\.|(?:.*[._])?buffer[._]")
+_BUFFER = re.compile(rf"(?:(?:{MODULES})\.|(?:.*[._])?buffer[._]).*\b(?:mean|std|min|max|count|q\d\d)$")
 _PAIRS = ({"mean", "std"}, {"min", "max"}, {"q01", "q99"}, {"q10", "q90"})
 
 
@@ -31,7 +31,8 @@ def robot_type(name: str, feature: str) -> str | None:
     prefix = name[: -len(wanted) - 1]
     prefix = re.sub(rf"^(?:{MODULES})(?:[._]|$)", "", prefix)
     prefix = re.sub(r"(?:^|[._])buffer$", "", prefix)
-    return None if "buffer" in prefix else prefix  # what follows "buffer" is the name of a longer feature
+    # What follows "buffer" or "observation" is the name of a longer feature.
+    return None if re.search(r"buffer|(?:^|[._])observation(?:[._]|$)", prefix, re.IGNORECASE) else prefix
 
 
 def other_names(feature: str, names: Iterable[str], file: str | None = None) -> str:

@@ -18,6 +18,7 @@ from support.smolvla_pairs import ACTION, STATE, lerobot_config, make_pair, our_
 from smolvla_fast.cli import main
 from smolvla_fast.smolvla import SmolVLAPolicy, make_pre_post_processors, make_smolvla_pre_post_processors
 from smolvla_fast.smolvla.normalization import NormalizerProcessorStep
+from smolvla_fast.smolvla.statistics_names import is_buffer, robot_type
 
 pytestmark = pytest.mark.reference
 
@@ -285,6 +286,30 @@ def test_unclear_statistics_of_an_old_checkpoint_are_refused_with_the_way_out(sa
     assert main(["verify", "--policy.path", str(folder), "--observations", "1"]) == 2
     refusal = capsys.readouterr().err
     assert says in refusal and "dataset_stats" in refusal
+
+
+@pytest.mark.parametrize(
+    ("name", "robot"),
+    [
+        ("so100.buffer.action", "so100"), ("buffer_action", ""), ("observation.prev_action", None),
+        ("so100.observation.prev_action", None), ("normalize_inputs.buffer_observation_prev_action", None),
+        ("observations2.action", "observations2"),
+    ],
+)  # fmt: skip
+def test_a_longer_feature_is_no_robot_type(name, robot):
+    assert robot_type(name, ACTION) == robot
+
+
+@pytest.mark.parametrize(
+    ("name", "statistic"),
+    [
+        ("normalize_inputs.buffer_observation_state.mean", True), ("so100.buffer.action.q01", True),
+        ("model.kv_buffer.weight", False), ("model.buffer.0.bias", False), ("normalizer.weight", False),
+        ("model.kv_buffer.minimum", False),
+    ],
+)  # fmt: skip
+def test_a_weight_in_a_module_called_buffer_is_no_statistic(name, statistic):
+    assert is_buffer(name) is statistic
 
 
 def test_statistics_named_without_a_dot_are_refused(saved):
