@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,15 +30,15 @@ from .smolvla.features import ACTION
 from .train import checkpoint as files
 from .train.checkpoint import Checkpoints
 from .train.data import Data, held_out_batches, open_data, to_floats, training_batches
+from .train.dataset_files import first_line
 from .train.disk import check_output_dir, make_folder
 from .train.errors import TrainingError
 from .train.evaluation import held_out_loss
 from .train.log import Log
 from .train.policy import check_policy, make_policy, make_processors, speed_up
 from .train.random_state import seed_all, seeded
-from .train.readable import worker_died
 from .train.settings import TrainSettings
-from .train.trial import try_step
+from .train.trial import is_out_of_memory, try_step
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def train(
     The caller's random state is restored.
     """
     _refuse_many_processes()
-    with seeded(settings.seed):
+    with seeded(settings.seed), _told_how_to_go_on(settings.output_dir):
         run = prepare(settings, resume, trial=True)
         if resume is None:
             seed_all(settings.seed)  # the noise must not depend on how many numbers the constructors drew
@@ -92,15 +92,50 @@ def train(
         log = Log(settings.output_dir, run.step, settings.log_freq)
         try:
             _steps(run, log, on_step)
-        except BaseException as error:
+        except BaseException:
             # The error that stopped the run matters, not a disk too full for one more line.
             with suppress(TrainingError):
                 log.close()
-            if died := worker_died(error):
-                raise died from error
             raise
         log.close()
     return run
+
+
+@contextmanager
+def _told_how_to_go_on(output_dir: Path) -> Iterator[None]:
+    """Adds to errors of data and of memory, raised anywhere in a run, what a run with checkpoints can do."""
+    try:
+        yield
+    except (TrainingError, RuntimeError, MemoryError) as error:
+        said = str(error)
+        fixed = [flag for flag in ("--dataset.episodes", "--tolerance_s") if flag in said]
+        if isinstance(error, TrainingError) and not fixed:
+            raise
+        last = Checkpoints(output_dir).last()
+        new = (
+            f"a new run, with --policy.path={last / files.PRETRAINED} and another --output_dir"
+            if last
+            else ""
+        )
+        if isinstance(error, TrainingError):
+            if last is None:
+                raise
+            told = f"{said.rstrip('.')}. With the data mended, --resume=true goes on; {' and '.join(fixed)} need {new}"
+        elif "DataLoader worker" in said:  # torch's signal handler raises it wherever the run is
+            again = "go on with --resume=true and" if last else "run again with"
+            told = (
+                f"a process that reads data died ({first_line(error)}), often for want of memory; {again} a smaller "
+                "--num_workers, 0 reads in the process that trains"
+            )
+        elif is_out_of_memory(error):
+            told = (
+                f"a step needs more memory than there is ({first_line(error)}). Give a smaller --batch_size, with more "
+                "--gradient_accumulation_steps for as many samples, or --dtype=bf16"
+                + (f", to {new}" if last else "")
+            )
+        else:
+            raise
+        raise TrainingError(told) from error
 
 
 def _steps(run: Run, log: Log, on_step: Callable[[int, dict[str, float]], None]) -> None:

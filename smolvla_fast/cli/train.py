@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import logging
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -79,12 +78,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     except BaseException as error:
         # The curve matters most for a run that stopped, by an error or by hand.
         if progress is not None and progress.bar is not None:
-            draw(progress.settings.output_dir, console)
+            draw(progress.settings, console)
         if isinstance(error, TrainingError):
             raise CommandError(str(error)) from error
         raise
     console.line(f"trained to step {done.step}; checkpoints and log are in {settings.output_dir}")
-    draw(settings.output_dir, console)
+    draw(settings, console)
     return 0
 
 
@@ -144,19 +143,21 @@ class Progress:
             self.window = Window()
 
 
-def draw(output_dir: Path, console: Console) -> None:
+def draw(settings: TrainSettings, console: Console) -> None:
     """Saves the loss curve beside the log, or prints why there is none."""
     try:
         from ..measure.plot import loss_curve
     except ImportError:
         console.line('no curve: matplotlib is not installed; run `pip install "smolvla_fast[cli]"`')
         return
-    path = output_dir / "train_log.png"
+    path = settings.output_dir / "train_log.png"
     try:
-        log = read_log(output_dir)
+        log = read_log(settings.output_dir)
         if not any("loss" in entry for entry in log):
-            raise ValueError("the log has no steps, as with --log_freq=0")
-        loss_curve(log, f"SmolVLA, {output_dir.name}", path)
+            raise ValueError(
+                "no step was logged" + ("" if settings.log_freq else ", as --log_freq=0 asks for")
+            )
+        loss_curve(log, f"SmolVLA, {settings.output_dir.name}", path)
     except (OSError, ValueError) as error:
         console.line(f"no curve: {error}")
         return

@@ -92,6 +92,8 @@ def _faults(root: Path, episodes: list[int] | None) -> Iterator[str]:
     yield from _version(root / INFO)
     info, fault = _read(root, INFO, lambda: io_utils.load_info(root))
     yield from fault
+    if fault:
+        return
     if info.total_episodes < 1:
         yield f"{INFO} says that it has no episodes; record some"
     yield from _read(root, TASKS, lambda: io_utils.load_tasks(root))[1]
@@ -99,6 +101,8 @@ def _faults(root: Path, episodes: list[int] | None) -> Iterator[str]:
     yield from _tables(root, EPISODES)
     table, fault = _read(root, EPISODES, lambda: io_utils.load_episodes(root))
     yield from fault
+    if fault:
+        return
     if len(table) != info.total_episodes:
         yield f"{EPISODES} describes {len(table)} episodes and {INFO} {info.total_episodes}; {AGAIN}"
     yield from _features(info.features)
@@ -125,7 +129,7 @@ def _faults(root: Path, episodes: list[int] | None) -> Iterator[str]:
 def _features(features: dict[str, Any]) -> Iterator[str]:
     """Faults of the declared features that show without the data."""
     for key, feature in features.items():
-        if not isinstance(feature.get("shape"), (list, tuple)):
+        if not isinstance(feature.get("shape"), (list, tuple)) or not feature["shape"]:
             yield f"{INFO} has shape {json.dumps(feature.get('shape'))} for {key!r}; accepted is a list such as [6]"
         if feature.get("dtype") not in ("image", "video"):
             continue
@@ -154,8 +158,8 @@ def _columns(path: Path, features: dict[str, Any]) -> Iterator[str]:
                 _, found = flat_values(table.column(key))
             except ValueError:  # rows of several lengths, which `reader.numbers` refuses
                 continue
-            if list(declared or []) not in (found, found or [1]):
-                yield f"{key!r} has the shape {list(declared or [])} there and {found or 'of one number'} in the data"
+            if list(declared) != (found or [1]):  # LeRobot declares a single number as [1]
+                yield f"{key!r} has the shape {list(declared)} there and {found or 'of one number'} in the data"
 
 
 def flat_values(column: Any) -> tuple[Any, list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -20,6 +21,9 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def make_folder(folder: Path) -> None:
     """Makes the folder of a run and tries to write a file there. TrainingError where that fails."""
     try:
+        for path in (folder, *folder.parents):
+            if path.exists() and not path.is_dir():
+                raise TrainingError(f"--output_dir={folder} cannot be made: {path} is a file; give another")
         folder.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=folder) as file:
             file.write(b"0")
@@ -34,28 +38,31 @@ def check_output_dir(folder: Path, new: bool) -> None:
     """TrainingError for a folder that a ``new`` run would overwrite, or that refuses files. Leaves nothing behind."""
     made: list[Path] = []
     try:
-        used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        used = folder.is_dir() and any(folder.iterdir())
         made = [path for path in (folder, *folder.parents) if not path.exists()]
     except (OSError, ValueError) as error:
         raise TrainingError(f"--output_dir={folder} cannot be read ({error}); give another") from error
     if used and new:
-        go_on = "for it holds no checkpoint from which --resume=true could go on"
-        if any(folder.glob("checkpoints/[0-9]*")):
-            go_on = "or --resume=true to go on"
+        resumes = any(folder.glob("checkpoints/[0-9]*"))
         raise TrainingError(
-            f"--output_dir={folder} is there already and would be overwritten; give another, {go_on}"
+            f"--output_dir={folder} is there already and would be overwritten; give another"
+            + (", or --resume=true to go on" if resumes else " (it holds no checkpoint to resume)")
         )
     try:
         make_folder(folder)
     finally:
         for path in made:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 path.rmdir()
 
 
 def advice(error: BaseException) -> str:
     """What to do about a disk that refuses to write."""
     number = getattr(error, "errno", None)
+    if number is None and (
+        said := re.search(r"os error (\d+)", str(error))
+    ):  # safetensors has it in its text alone
+        number = int(said[1])
     if number in READ_ONLY:
         return "make it writable"
     return "free some space" if number in FULL else "mend that"

@@ -28,12 +28,13 @@ def policy_names(features: Mapping[str, Any], rename_map: dict[str, str]) -> dic
             both = (sources[new], old)
             cameras = [name for name in both if features[name].get("dtype") in ("image", "video")]
             if len(cameras) == 1:
-                other = next(name for name in both if name not in cameras)
-                left = {name: to for name, to in rename_map.items() if to != new}
+                camera, other = cameras[0], next(name for name in both if name not in cameras)
+                wrong, fits = (other, camera) if new == camera or ".image" in new else (camera, other)
+                wrong = wrong if wrong in rename_map else fits
+                left = {name: to for name, to in rename_map.items() if name != wrong}
                 raise TrainingError(
-                    f"--rename_map gives {cameras[0]!r}, a camera, and {other!r}, which is none, the same name {new!r}; "
-                    f"leave out the one that is no {'camera' if new in cameras or '.image' in new else 'state'}"
-                    + (f": --rename_map {as_flag(left)}" if left else "")
+                    f"--rename_map gives {camera!r}, a camera, and {other!r}, which is none, the same name {new!r}; leave "
+                    f"{wrong!r} out of it" + (f": --rename_map {as_flag(left)}" if left else "")
                 )
             spare = next((name for name in both if name not in rename_map), None)
             flag = (
@@ -78,14 +79,10 @@ def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict
                 "features"
             )
         if shape[-1] > getattr(config, limit):
-            fresh = "fresh weights only" + (
-                ", without --policy.path: a checkpoint's weights have its width"
-                if settings.policy_path
-                else ""
-            )
+            fresh = "; this needs fresh weights: leave out --policy.path" if settings.policy_path else ""
             raise TrainingError(
                 f"{key!r} has {size} values in the dataset, the policy accepts at most {limit}={getattr(config, limit)}; "
-                f"give --policy.{limit}={shape[-1]} ({fresh})"
+                f"give --policy.{limit}={shape[-1]}{fresh}"
             )
 
 
@@ -145,7 +142,7 @@ def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], nam
             if missing
             else "the policy declares no camera"
         )
-        + f"; it has {list(cameras)}. Give {', or '.join(ways)}"
+        + f"; the dataset has {list(cameras)}. Give {', or '.join(ways)}"
     )
 
 

@@ -13,24 +13,25 @@ from ..smolvla.devices import best_device, device_is_available
 from ..smolvla.hub import find_file
 from .checkpoint import STATE, Checkpoints, read_run
 from .errors import TrainingError
-from .settings import TrainSettings, accepted, flags, go_on, shown
+from .settings import CHOICES, TrainSettings, accepted, flags, go_on, shown
 
 logger = logging.getLogger(__name__)
 
 # Flags of lerobot-train without a counterpart here: the values that are accepted, since they ask for nothing (None: any),
 # and the advice for other values. A name covers all names below it.
+IGNORED = (None, "")
 LEROBOTS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
-    "job_name": (None, ""), "checkpoint_path": (None, ""),
-    "prefetch_factor": (None, ""), "persistent_workers": (None, ""), "dataloader_multiprocessing_context": (None, ""),
+    "job_name": IGNORED, "checkpoint_path": IGNORED,
+    "prefetch_factor": IGNORED, "persistent_workers": IGNORED, "dataloader_multiprocessing_context": IGNORED,
     "cudnn_deterministic": ((False,), "set torch.backends.cudnn.deterministic in a loop of your own"),
-    "wandb": (None, ""), "eval": (None, ""), "env_eval_freq": (None, ""), "job": (None, ""),
+    "wandb": IGNORED, "eval": IGNORED, "env_eval_freq": IGNORED, "job": IGNORED,
     "wandb.enable": ((False,), "loss and samples a second go to train_log.jsonl in --output_dir, their curve beside it"),
     "job.target": ((None, "local"), "run this command on the machine that is to train"),
     "env": ((None,), "evaluate a checkpoint with lerobot-eval"),
     "peft": ((None,), "train adapters with lerobot-train"), "reward_model": ((None,), "use lerobot-train"),
     "sample_weighting": ((None,), "use lerobot-train"),
     "save_checkpoint_to_hub": ((False,), "upload a checkpoint's pretrained_model"),
-    "dataset.image_transforms": (None, ""), "dataset.return_uint8": (None, ""), "dataset.depth_output_unit": (None, ""),
+    "dataset.image_transforms": IGNORED, "dataset.return_uint8": IGNORED, "dataset.depth_output_unit": IGNORED,
     "dataset.image_transforms.enable": ((False,), "leave it out, or train with lerobot-train, which has them"),
     "dataset.streaming": ((False,), "download the dataset, or name its folder with --dataset.root"),
     "dataset.repo_type": (("dataset",), "download the dataset, or name its folder with --dataset.root"),
@@ -38,6 +39,7 @@ LEROBOTS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "use_policy_training_preset": ((True,), "set --policy.optimizer_* and --policy.scheduler_*"),
     "optimizer": ((None,), "set --policy.optimizer_*"), "scheduler": ((None,), "set --policy.scheduler_*"),
 }  # fmt: skip
+EXAMPLES = {"dataset": "repo_id: me/pick", "policy": "type: smolvla"}
 SETTINGS = {
     name: entry
     for name, entry in flags().items()
@@ -120,14 +122,23 @@ def read_settings(given: dict[str, Any]) -> tuple[TrainSettings, Path | None]:
 
 
 def _value(name: str, text: str) -> Any:
-    """A flag's text read as YAML, as draccus does; LeRobot takes the path of a policy literally."""
+    """A flag's text read as YAML, as draccus does.
+
+    A text or path is taken as typed where YAML makes something else of it, as the date that ``2024-05-01`` is.
+    """
     from draccus.cfgparsing import parse_string
 
-    if name == "policy.path":
+    if name == "policy.path":  # which LeRobot takes literally
         return text
+    is_text = (
+        name in SETTINGS and name not in CHOICES and str(SETTINGS[name].type).startswith(("str", "Path"))
+    )
     try:
-        return parse_string(text)
+        value = parse_string(text)
+        return value if not is_text or value is None or isinstance(value, str) else text
     except Exception as error:  # pyyaml's errors, and those of its tags
+        if is_text:
+            return text
         words = f"; accepted is {accepted(SETTINGS[name])}" if name in SETTINGS else ""
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TrainingError(f"--{name}={text}: cannot be read as YAML ({reason}){words}") from error
@@ -162,7 +173,11 @@ def _ours(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     kept = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if name in ("dataset", "policy") and isinstance(value, dict):
+        if name in ("dataset", "policy"):
+            if not isinstance(value, dict):
+                raise TrainingError(
+                    f"{name} is {shown(value)}: {name} must hold names and values, such as {name}: {{{EXAMPLES[name]}}}"
+                )
             kept[key] = _ours(value, f"{name}.")
         elif name in SETTINGS or name in ("resume", "policy.path", "policy.type"):
             kept[key] = value
@@ -217,7 +232,10 @@ def _checkpoint(asked: dict[str, Any], config_path: str | None) -> Path:
         raise TrainingError(
             "--resume=true needs the run's --output_dir, or the --config_path of a checkpoint"
         )
-    found = Checkpoints(Path(str(asked["output_dir"]))).last()
+    try:
+        found = Checkpoints(Path(str(asked["output_dir"]))).last()
+    except (OSError, ValueError) as error:  # of a name that the system does not take
+        raise TrainingError(f"--output_dir={asked['output_dir']} cannot be read ({error})") from error
     if found is None:
         raise TrainingError(
             f"--output_dir={asked['output_dir']} holds no whole checkpoint to resume; leave out --resume for a new run"

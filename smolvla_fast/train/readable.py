@@ -78,32 +78,17 @@ class Collate:
 class Batches:
     """The batches of a ``DataLoader`` over ``Readable`` frames, as often as they are iterated over.
 
-    raises  TrainingError for a frame that cannot be read, or a worker that died
+    raises  TrainingError for a frame or batch that cannot be read
     """
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Any]:
-        try:
-            for batch in self.loader:
-                if isinstance(batch, Unreadable):
-                    raise TrainingError(batch.message)
-                yield batch
-        except RuntimeError as error:
-            if died := worker_died(error):
-                raise died from error
-            raise
-
-
-def worker_died(error: BaseException) -> TrainingError | None:
-    """The TrainingError for torch's error of a dead worker, which a signal handler raises anywhere; else None."""
-    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
-        return None
-    return TrainingError(
-        f"a process that reads data died ({first_line(error)}), often for want of memory; go on with --resume=true and a "
-        "smaller --num_workers, 0 reads in the process that trains"
-    )
+        for batch in self.loader:
+            if isinstance(batch, Unreadable):
+                raise TrainingError(batch.message)
+            yield batch
 
 
 def describe(dataset: Any, row: int, error: Exception) -> str:

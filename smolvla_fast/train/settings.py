@@ -58,7 +58,8 @@ RULES: dict[str, Rule] = {
 }  # fmt: skip
 """What a setting must satisfy unless it is None."""
 WORDS = {
-    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "Path": "a path", "None": "null",
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "None": "null",
+    "Path": "a path (in a file, quote one that looks like a date or a number)",
     "list[int]": "a list of whole numbers such as [0, 1]", "list[str]": "a list of texts such as [a, b]",
     "tuple[int, int]": "two whole numbers such as [512, 512]", "tuple[float, float]": "two numbers such as [0.9, 0.95]",
     "dict[str, str]": "a mapping such as {a: b}",
@@ -68,12 +69,14 @@ WORDS = {
     "RTCAttentionSchedule": "ZEROS, ONES, LINEAR or EXP",
 }  # fmt: skip
 """What a field accepts, by its type."""
-# A resumed run may change how long it trains, where it reads and writes, and how steps are computed. Only the last kind
-# ("fast", "image_cache", "policy.device") changes the weights: by the order of sums, and on another device by its noise.
+# The last category changes the weights: by the order of sums, and on another device by its noise.
 FREE_ON_RESUME = {
-    "steps", "output_dir", "num_workers", "log_freq", "save_freq", "save_checkpoint", "eval_steps", "max_eval_samples",
-    "fast", "image_cache", "dataset.root", "dataset.video_backend", "policy.device",
+    "steps",
+    "log_freq", "save_freq", "save_checkpoint", "eval_steps", "max_eval_samples",  # what is measured and kept
+    "output_dir", "dataset.root", "dataset.video_backend", "num_workers",  # where and how it reads and writes
+    "fast", "image_cache", "policy.device",  # how a step is computed
 }  # fmt: skip
+"""What a resumed run may change."""
 
 
 @dataclass
@@ -169,10 +172,11 @@ class TrainSettings:
                 "for a local folder"
             )
         if self.image_cache and self.fast == "off":
-            raise TrainingError("--image_cache needs the fast path: leave out --fast=off, or --image_cache")
+            raise TrainingError("--image_cache needs the fast path: give --fast=auto, or --image_cache=0")
         if self.eval_steps and not self.dataset.eval_split:
             raise TrainingError(
-                f"--eval_steps={self.eval_steps} needs held-out episodes: give --dataset.eval_split, for instance 0.1"
+                f"--eval_steps={self.eval_steps} needs held-out episodes: begin a new run with --dataset.eval_split, for "
+                "instance 0.1; it cannot be added with --resume"
             )
         if self.rename_map and not self.policy_path:
             raise TrainingError(
@@ -299,7 +303,7 @@ def go_on(
     saved   ``to_dict`` of the checkpoint's settings
     before  ``to_dict`` of the settings that began the run: empty where the dataset filled them in later
     asked   nested values of the flags given now
-    raises  TrainingError naming every setting that is not free and differs from both
+    raises  TrainingError naming every setting that is not free, and differs from ``saved`` and from ``before``
     """
     from mergedeep import merge
 

@@ -1,11 +1,12 @@
 """Computes the loss of two samples before a run begins, so that errors of a step show before anything is written.
 
-The computation decides what is accepted: all that LeRobot's policy can compute is trained. The rules below only explain
-an error.
+The computation decides what is accepted: all that LeRobot's policy can compute is trained. ``_features`` and ``_frames``
+only explain an error.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -33,7 +34,8 @@ def try_step(
 ) -> None:
     """Computes the loss of the first and the last sample, in noise of its own, and drops it.
 
-    raises  TrainingError with the features at fault, where they are known, and what to do about them
+    raises  TrainingError with the features at fault, where they are known, and what to do about them; an error of memory
+            as it is
     """
     with seeded(0), autocast, torch.compiler.set_stance("force_eager"):
         raw: dict[str, Any] = {}
@@ -43,14 +45,25 @@ def try_step(
         except TrainingError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):  # no fault of the dataset
+                raise
             # Reader, processors and both implementations of the policy each raise their own.
-            raise TrainingError(_message(settings, policy, raw, error)) from error
+            raise TrainingError(_message(settings, data.names, policy, raw, error)) from error
 
 
-def _message(settings: TrainSettings, policy: Any, raw: dict[str, Any], error: Exception) -> str:
-    names = settings.rename_map
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also where a device or the CPU's allocator says so in its text alone."""
+    words = r"out of memory|can't allocate memory|ALLOC_FAILED"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
+    )
+
+
+def _message(
+    settings: TrainSettings, names: dict[str, str], policy: Any, raw: dict[str, Any], error: Exception
+) -> str:
     given = {names.get(key, key): value for key, value in raw.items() if isinstance(value, Tensor)}
-    causes = [*_features(settings, given), *_frames(settings.policy, policy, given)]
+    causes = [*_features(settings, names, given), *_frames(settings.policy, policy, given)]
     if not causes:
         wanted = [*(settings.policy.input_features or {}), ACTION]
         shapes = [f"{k!r} {list(v.shape)} {_name(v.dtype)}" for k, v in given.items() if k in wanted]
@@ -63,7 +76,7 @@ def _message(settings: TrainSettings, policy: Any, raw: dict[str, Any], error: E
     )
 
 
-def _features(settings: TrainSettings, given: dict[str, Tensor]) -> Iterator[str]:
+def _features(settings: TrainSettings, names: dict[str, str], given: dict[str, Tensor]) -> Iterator[str]:
     """Faults of the features that the policy declares, and how to train without them."""
     config = settings.policy
     declared = {**(config.input_features or {}), **(config.output_features or {})}
@@ -74,8 +87,8 @@ def _features(settings: TrainSettings, given: dict[str, Tensor]) -> Iterator[str
     if not bad or OBS_STATE in bad or ACTION in bad or not cameras:
         return
     if settings.policy_path:  # a flag would add to the checkpoint's features, not replace them
-        sources = {new: old for old, new in settings.rename_map.items()}
-        yield f"to train without it, {how_to_remove([sources.get(key, key) for key in bad])}"
+        sources = {new: old for old, new in names.items()}
+        yield f"to train without it, {how_to_remove([sources[key] for key in bad])}"
     else:
         features = {k: {"type": f.type.value, "shape": list(f.shape)} for k, f in left.items()}
         yield f"give --policy.input_features={as_flag(features)} to train without {', '.join(map(repr, bad))}"

@@ -156,6 +156,16 @@ def test_an_output_dir_that_cannot_be_written_is_refused_before_the_first_step(
     assert f"--output_dir={places[place]} cannot be" in message and "Traceback" not in message
 
 
+def test_a_resumed_run_says_that_its_output_dir_is_a_file(finished, tmp_path, capsys):
+    from smolvla_fast.cli import main
+
+    (tmp_path / "file").write_text("kept")
+    config = finished / "checkpoints" / "last" / "pretrained_model" / "train_config.json"
+    flags = [f"--config_path={config}", f"--output_dir={tmp_path / 'file'}"]
+    assert main(["train", "--resume=true", "--steps=5", *flags]) == 2
+    assert f"{tmp_path / 'file'} is a file; give another" in capsys.readouterr().err
+
+
 def test_a_folder_that_lets_nothing_be_written_is_refused_before_the_first_step(
     bench_top, tmp_path, lacks, capsys
 ):

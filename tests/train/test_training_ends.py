@@ -67,9 +67,9 @@ def test_steps_behind_the_last_line_due_are_logged_and_drawn(bench_top, tmp_path
     assert [entry["step"] for entry in read_log(tmp_path / "short")] == [2]
     assert (tmp_path / "short" / "train_log.png").stat().st_size > 0
     capsys.readouterr()
-    draw(tmp_path / "silent", Console(rich=False))
-    out = capsys.readouterr().out
-    assert "no curve: the log has no steps" in out and "Errno" not in out
+    for flags, says in ((["--log_freq=0"], ", as --log_freq=0 asks for\n"), (["--log_freq=200"], "\n")):
+        draw(bench_top.settings(tmp_path / "silent", *flags), Console(rich=False))
+        assert capsys.readouterr().out == f"no curve: no step was logged{says}"
 
 
 @pytest.mark.parametrize("way", ["diverges", "by hand"])

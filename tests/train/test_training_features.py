@@ -258,9 +258,20 @@ def test_the_advice_about_names_works(features, flags, bench_top, checkpoint, tm
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        ({OBS_STATE: FRONT}, ["'observation.state', which is none", "no camera"]),
-        ({FRONT: OBS_STATE}, ["'observation.images.front', a camera", "no state"]),
-        ({OBS_STATE: FRONT, WRIST: "observation.images.side"}, ["no camera", f'{{"{WRIST}": "observation.images.side"}}']),
+        ({OBS_STATE: FRONT}, ["'observation.state', which is none", "leave 'observation.state' out"]),
+        ({FRONT: OBS_STATE}, ["'observation.images.front', a camera", "leave 'observation.images.front' out"]),
+        (
+            {OBS_STATE: FRONT, WRIST: "observation.images.side"},
+            ["leave 'observation.state' out", f'{{"{WRIST}": "observation.images.side"}}'],
+        ),
+        (
+            {FRONT: "observation.images.a", OBS_STATE: "observation.images.a", WRIST: "observation.images.b"},
+            ["leave 'observation.state' out", f'{{"{FRONT}": "observation.images.a", "{WRIST}": "observation.images.b"}}'],
+        ),
+        (
+            {FRONT: "observation.q", OBS_STATE: "observation.q", WRIST: "observation.images.b"},
+            [f"leave {FRONT!r} out", f'{{"{OBS_STATE}": "observation.q", "{WRIST}": "observation.images.b"}}'],
+        ),
     ],
 )  # fmt: skip
 def test_a_camera_and_a_state_under_one_name_are_not_told_to_change_places(
@@ -268,6 +279,37 @@ def test_a_camera_and_a_state_under_one_name_are_not_told_to_change_places(
 ):
     message = refused(bench_top, tmp_path / "run", capsys, checkpoint, f"--rename_map={json.dumps(names)}")
     assert all(part in message for part in ["--rename_map", *says]) and "_unused" not in message, message
+
+
+def test_a_step_s_error_names_features_as_the_policy_reads_them(bench_top, checkpoint, tmp_path, capsys):
+    """An action is not renamed, whatever the map says."""
+    flags = (checkpoint, '--rename_map={"action": "x"}', "--policy.adapt_to_pi_aloha=true")
+    message = refused(bench_top, tmp_path / "run", capsys, *flags)
+    assert "14 motors" in message and "'action' [2, 6, 6] float32" in message, message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError("no room"),
+     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("at", ["the trial", "a step"])
+def test_want_of_memory_is_no_fault_of_the_dataset(at, error, bench_top, tmp_path, capsys, monkeypatch):
+    from smolvla_fast.smolvla import SmolVLAPolicy
+
+    calls, forward = iter(range(9)), SmolVLAPolicy.forward
+
+    def short(*arguments):
+        if next(calls) == (at == "a step"):
+            raise error
+        return forward(*arguments)
+
+    monkeypatch.setattr(SmolVLAPolicy, "forward", short)
+    assert bench_top.command(tmp_path / "run", "--fast=off") == 2
+    message = capsys.readouterr().err
+    assert str(error) in message and "--batch_size" in message and "--dtype=bf16" in message, message
+    assert "dataset" not in message and "did not foresee" not in message
 
 
 def test_a_split_that_holds_every_episode_out_is_said_so(bench_top, blank, tmp_path, capsys):

@@ -23,7 +23,7 @@ from smolvla_fast.testing.dataset import write_dataset
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.data import held_out_batches, open_data, training_batches
 from smolvla_fast.train.dataset_files import check_backend
-from smolvla_fast.train.readable import Batches, Readable
+from smolvla_fast.train.readable import Readable
 
 pytestmark = pytest.mark.training
 
@@ -188,6 +188,10 @@ def of_version(version: str):
             ["shape [16, 24] for the camera 'observation.images.front'", "[480, 640, 3]"], id="camera-shape",
         ),
         pytest.param(feature("action", shape=6), ["meta/info.json", "'action'"], id="no-shape"),
+        pytest.param(feature("action", shape=[]), ["meta/info.json has shape [] for 'action'", "[6]"], id="empty-shape"),
+        pytest.param(
+            feature("timestamp", shape=[]), ["meta/info.json has shape [] for 'timestamp'", "[6]"], id="empty-shape-of-one"
+        ),
         pytest.param(of_version("v2.1"), ["v2.1", "convert_dataset_v21_to_v30"], id="v2.1"),
         pytest.param(of_version("latest"), ["meta/info.json cannot be read"], id="no-version"),
         pytest.param(lambda root: shutil.rmtree(root / "meta"), ["meta/info.json is missing", "holds data"], id="meta"),
@@ -426,15 +430,45 @@ def test_frames_of_two_sizes_are_named(bench_top, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:This process")
-def test_a_worker_that_dies_is_said(bench_top, tmp_path):
-    """Killed, as by a system without memory left."""
+@pytest.mark.parametrize("begun", [False, True], ids=["first", "resumed"])
+def test_a_worker_that_dies_is_said(begun, bench_top, finished, tmp_path, capsys, monkeypatch):
+    """Killed, as by a system without memory left. The trial reads in the process that trains."""
+    read = Readable.__getitem__
 
-    class Deadly(torch.utils.data.Dataset):
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, row):
+    def deadly(self, row):
+        if torch.utils.data.get_worker_info():
             os.kill(os.getpid(), 9)
+        return read(self, row)
 
-    with pytest.raises(TrainingError, match="a process that reads data died.*--num_workers"):
-        list(Batches(torch.utils.data.DataLoader(Deadly(), num_workers=1)))
+    monkeypatch.setattr(Readable, "__getitem__", deadly)
+    if begun:
+        folder = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+        assert resume(folder, "--steps=5", "--num_workers=1") == 2
+    else:
+        assert bench_top.command(tmp_path / "run", "--num_workers=1") == 2
+    message = capsys.readouterr().err
+    assert "a process that reads data died" in message and "--num_workers" in message
+    assert ("--resume=true" in message) is begun
+
+
+@pytest.mark.parametrize("gone_bad", ["a picture", "a number"])
+def test_a_fault_of_a_run_s_data_names_flags_that_can_still_be_given(
+    gone_bad, bench_top, finished, tmp_path, capsys
+):
+    """Episodes cannot be left out of a run that has begun: ``--resume=true`` refuses the flag."""
+    root, output = (
+        root_of(bench_top.data, tmp_path),
+        shutil.copytree(finished, tmp_path / "run", symlinks=True),
+    )
+    if gone_bad == "a picture":
+        break_a_picture(root, 0)
+    else:
+        replace_column(root / DATA, "action", lambda values: [np.full(6, np.nan), *values[1:]])
+    assert resume(output, "--steps=5", f"--dataset.root={root}") == 2
+    message = capsys.readouterr().err
+    way = re.search(
+        r"--dataset\.episodes need a new run, with (--policy\.path=\S+) and another --output_dir", message
+    )
+    assert way and "--tolerance_s need" not in message, message
+    flags = (f"--dataset.root={root}", "--dataset.episodes=[1,2,3]", way[1])
+    assert bench_top.command(tmp_path / "anew", *flags, "--steps=1") == 0

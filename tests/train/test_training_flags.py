@@ -18,6 +18,7 @@ from support.training_runs import read, refused, resume
 from smolvla_fast.cli import main
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.flags import LEROBOTS, NESTED, SETTINGS
+from smolvla_fast.train.settings import CHOICES
 
 pytestmark = pytest.mark.training
 
@@ -86,6 +87,19 @@ def plain(value: Any) -> Any:
     return encoded.lower() if isinstance(encoded, str) else encoded
 
 
+def is_text(name: str) -> bool:
+    """Whether all that is typed can be meant."""
+    return name in SETTINGS and str(SETTINGS[name].type).startswith(("str", "Path")) and name not in CHOICES
+
+
+@pytest.mark.parametrize("name", ["output_dir", "dataset.root", "dataset.revision", "policy.vlm_model_name"])
+@pytest.mark.parametrize(
+    "text", ["2024-05-01", "2024", "2024_05", "1.10", "0x10", "12:30:00", "yes", "[a]", "@b", "a: b"]
+)
+def test_a_text_is_taken_as_typed_whatever_yaml_makes_of_it(name: str, text: str) -> None:
+    assert str(value_of(read(new_run(f"--{name}={text}"))[0], name)) == text
+
+
 # Known to LeRobot's policy, and written into its files, but not read by its flag.
 ALSO = {("policy.resize_imgs_with_padding", "null")}
 THEIRS = [name for name in SETTINGS if name not in OWN]
@@ -141,7 +155,7 @@ def test_a_hostile_value_is_refused_by_name_or_read(name: str, tmp_path: Path, m
             assert f"--{name}" in str(error), (text, str(error))
             assert "Traceback" not in str(error) and "<class" not in str(error), str(error)
         else:
-            assert theirs is None or name in OWN or (name, text) in ALSO, (
+            assert theirs is None or name in OWN or (name, text) in ALSO or is_text(name), (
                 f"LeRobot refuses {text!r}: {theirs}"
             )
     assert refusals or str(SETTINGS[name].type).startswith(("str", "Path")), (
@@ -191,7 +205,8 @@ def test_a_value_that_cannot_work_is_refused(flag: str, says: str) -> None:
         ["--policy.max_state_dim=1000000000000"],
         ["--policy.expert_width_multiplier=1e-9"], ["--policy.num_expert_layers=3"], ["--seed", "abc"], ["--seed"],
         ["--sed=1"], ["--policy.lr=1"], ["--env.type=pusht"], ["--peft.r=4"], ["--policy.path=/nowhere"], ["--num_work=1"],
-        ["--seed=1", "--seed=x"], ["--config_path=/nowhere.yaml"], ["stray"],
+        ["--seed=1", "--seed=x"], ["--config_path=/nowhere.yaml"], ["stray"], ["--resume", "--output_dir=a\x00b"],
+        ["--resume", f"--output_dir={'x' * 300}"],
     ],
     ids=lambda flags: flags[0][:40],
 )  # fmt: skip
@@ -280,7 +295,10 @@ def test_a_file_of_settings_is_read_as_lerobot_reads_it(tmp_path: Path) -> None:
     assert settings.dataset.episodes == [0, 2] and settings.policy.n_action_steps == 4
     for text, says in (
         ("steps: many", "--steps=many"), ("wandb: {enable: true}", "--wandb.enable"), ("stpes: 3", "did you mean --steps"),
-        ("policy: {chunk: 3}", "--policy.chunk"), ("policy: 3", "policy"), ("[", "YAML"), ("- a", "list"), ("", "NoneType"),
+        ("policy: {chunk: 3}", "--policy.chunk"), ("policy: 3", "policy must hold"),
+        ("policy:", "policy must hold"),
+        ("dataset: me/pick", "dataset must hold names and values, such as dataset: {repo_id: me/pick}"),
+        ("[", "YAML"), ("- a", "list"), ("", "NoneType"),
         ("peft: {r: 4}", "--peft.r"),
     ):  # fmt: skip
         path.write_text(text)
@@ -312,7 +330,7 @@ def test_a_train_config_of_lerobot_begins_a_new_run(bench_top, tmp_path: Path) -
     [
         ("--policy.chunk_size=4", "policy.chunk_size (6 in the checkpoint, 4 asked for)"), ("--seed=7", "seed (1000"),
         ("--batch_size=x", "batch_size (4 in the checkpoint"), ("--num_workers=-1", "--num_workers=-1"),
-        ("--policy.path=x", "--policy.path"),
+        ("--policy.path=x", "--policy.path"), ("--eval_steps=2", "cannot be added with --resume"),
         ("--policy.optimizer_betas=[0.8, 0.9]", "policy.optimizer_betas"), ("--policy.device=gpu", "--policy.device=gpu"),
     ],
 )  # fmt: skip

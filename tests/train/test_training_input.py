@@ -258,7 +258,7 @@ def test_a_folder_that_holds_something_is_not_overwritten(bench_top, tmp_path, c
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("kept")
     assert bench_top.command(tmp_path / "run") == 2
-    assert "give another, for it holds no checkpoint" in capsys.readouterr().err
+    assert "give another (it holds no checkpoint to resume)" in capsys.readouterr().err
     assert (tmp_path / "run" / "precious").read_text() == "kept"
 
 

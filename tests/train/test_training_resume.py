@@ -312,7 +312,8 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(room, begun, finished, tmp_
     def save():
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
         with pytest.raises(
-            TrainingError, match="cannot write checkpoint .*000005.*MiB free.*000004, is whole.*--resume=true"
+            TrainingError,
+            match="cannot write checkpoint .*000005.*MiB free.*000004, is whole.*Free some space.*--resume=true",
         ):
             Checkpoints(folder).save(5, 5, lambda path: write_checkpoint(run, path))
 
