@@ -60,7 +60,7 @@ test-compat: $(COMPAT:%=.venv-lerobot-%/.ready)
 	@for version in $(COMPAT); do \
 	    echo "LeRobot $$version"; \
 	    HF_HUB_OFFLINE=1 .venv-lerobot-$$version/bin/python -m pytest -q -p no:cacheprovider -m "not slow" \
-	        tests/inference/test_inference.py tests/patching/test_patch.py tests/patching/test_rtc.py tests/patching/test_eligibility.py \
+	        tests/inference/test_inference.py tests/patching/test_patch.py tests/acceptance/test_real_time_chunking.py tests/patching/test_eligibility.py \
 	        $(ARGS) || exit 1; \
 	done
 
