@@ -60,7 +60,7 @@ test-compat: $(COMPAT:%=.venv-lerobot-%/.ready)
 	@for version in $(COMPAT); do \
 	    echo "LeRobot $$version"; \
 	    HF_HUB_OFFLINE=1 .venv-lerobot-$$version/bin/python -m pytest -q -p no:cacheprovider -m "not slow" \
-	        tests/inference/test_inference.py tests/patching/test_patch.py tests/patching/test_rtc.py tests/patching/test_eligibility.py \
+	        tests/inference/test_inference.py tests/patching/test_patch.py tests/acceptance/test_real_time_chunking.py tests/patching/test_eligibility.py \
 	        $(ARGS) || exit 1; \
 	done
 
@@ -87,10 +87,10 @@ acceptance: venv
 
 # CUDA C++ kernels run on the host, by the emulator of tests/simt/emulator: without the slow ones, and with them.
 simt: venv
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/simt -m "simt and not slow" $(ARGS)
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/simt tests/ops -m "simt and not slow" $(ARGS)
 
 simt-full: venv
-	HF_HUB_OFFLINE=1 SMOLVLA_FAST_LONG=1 $(VENV)/bin/python -m pytest tests/simt -m simt $(ARGS)
+	HF_HUB_OFFLINE=1 SMOLVLA_FAST_LONG=1 $(VENV)/bin/python -m pytest tests/simt tests/ops -m simt $(ARGS)
 
 # A Python 3.10 or 3.11 with torch and transformers and no LeRobot: where our own SmolVLA has to stand alone.
 venv-standalone: $(ALONE)/.ready

@@ -29,6 +29,9 @@ LONG = pytest.mark.skip(reason="minutes on a small machine: make test-full")
 TOGETHER = {
     "tests/smolvla/": "smolvla",
     "tests/simt/": "simt",
+    "tests/ops/test_image_prep.py": "simt",
+    "tests/ops/test_masked_attention.py": "simt",
+    "tests/ops/test_euler_step.py": "simt",
     "tests/installation/test_extension.py": "installed",
     "tests/installation/test_packaging.py": "installed",
 }

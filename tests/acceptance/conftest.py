@@ -19,6 +19,14 @@ def policy(origin: str) -> Any:
     return make_policy("tiny", num_steps=3)
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny policy with its processors, as LeRobot saves them."""
+    from offline.checkpoints import save_checkpoint
+
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
 _seen: dict[str, tuple[list[int], str]] = {}
 """Test -> its checks, and where it shows them; from the reports, which come from several processes or from one."""
 _outcomes: dict[str, str] = {}

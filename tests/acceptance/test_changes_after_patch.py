@@ -94,14 +94,32 @@ def _move(policy: Any) -> None:
         parameter.data = 1.1 * parameter.data
 
 
-WAYS = {_load: 1, _step: 1, _copy: 1, _swap: 1, _replace: 2, _assign: 2, _move: 2}
+def _module(policy: Any) -> None:
+    mlp = policy.model.vlm_with_expert.lm_expert.layers[1].mlp
+    old = mlp.up_proj.weight
+    mlp.up_proj = nn.Linear(old.shape[1], old.shape[0], bias=False).eval()
+    mlp.up_proj.weight = nn.Parameter(1.5 * old.detach())
+
+
+def _eps(policy: Any) -> None:
+    for layer in policy.model.vlm_with_expert.lm_expert.layers:
+        layer.input_layernorm.variance_epsilon = 0.1
+
+
+def _double_and_back(policy: Any) -> None:
+    policy.double().float()
+
+
+WAYS = {_load: 1, _step: 1, _copy: 1, _swap: 1, _replace: 2, _assign: 2, _move: 2, _module: 2, _eps: 2}
 """Change -> captures it takes to replay before and after it."""
 
 
 @pytest.mark.check(37, 38, 39)
 @pytest.mark.parametrize("change", WAYS)
 @pytest.mark.parametrize("precision", TIERS)
-def test_the_next_chunk_is_of_the_new_weights(change: Callable[[Any], None], precision: str) -> None:
+def test_the_next_chunk_is_of_the_new_weights(
+    origin: str, change: Callable[[Any], None], precision: str
+) -> None:
     """The chunk afterwards is the one that a policy patched afresh gives."""
     policy = make_policy("tiny", num_steps=2)
     given, noise = make_observation(policy), make_noise(policy)
@@ -117,7 +135,7 @@ def test_the_next_chunk_is_of_the_new_weights(change: Callable[[Any], None], pre
 
 @pytest.mark.check(37, 38, 39)
 @pytest.mark.usefixtures("recording")
-@pytest.mark.parametrize(("change", "captures"), WAYS.items())
+@pytest.mark.parametrize(("change", "captures"), [*WAYS.items(), (_double_and_back, 2)])
 def test_a_replay_is_of_the_new_weights(change: Callable[[Any], None], captures: int) -> None:
     """Values in place are read live; what has moved asks for another capture."""
     pair = Captured(num_steps=2)

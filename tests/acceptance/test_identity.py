@@ -6,7 +6,6 @@ import copy
 import gc
 import inspect
 import io
-import logging
 import pickle
 import weakref
 from collections.abc import Callable
@@ -15,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from support.captured import Captured
-from support.policies import LEROBOT_ONLY, chunk, make_policy, rel_l2
-from torch import Tensor, nn
+from support.policies import LEROBOT_ONLY, chunk, make_policy
+from torch import Tensor
 
 import smolvla_fast
 from smolvla_fast.testing.policies import make_noise, make_observation
@@ -192,92 +191,3 @@ def test_a_copy_has_no_graphs(make: Any) -> None:
     assert not torch.equal(chunk(twin, given, noise), chunk(pair.plain, given, noise))
     assert smolvla_fast.status(twin).graphs == 1
     assert pair.same() and pair.driver.captures == 1
-
-
-@pytest.mark.check(17)
-def test_peft(observation: dict[str, Tensor], noise: Tensor) -> None:
-    """Unmerged LoRA is not ignored: stock runs, and says so. Merged, the merged weights are what the engine reads."""
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    policy = make_policy("tiny")
-    plain = chunk(policy, observation, noise)
-    config = peft.LoraConfig(r=4, target_modules=r".*lm_expert.*\.(q|v)_proj", init_lora_weights=False)
-    wrapped = peft.get_peft_model(policy, config).eval()
-    adapted = chunk(wrapped.get_base_model(), observation, noise)
-    smolvla_fast.patch(wrapped)
-    assert torch.equal(chunk(wrapped.get_base_model(), observation, noise), adapted)
-    assert not torch.equal(adapted, plain)
-    now = smolvla_fast.status(wrapped)
-    assert not now.active and now.calls_stock == 1 and "lora" in now.last_fallback
-    merged = wrapped.merge_and_unload()
-    # Merging reassociates W·x + B·A·x in fp32.
-    assert rel_l2(chunk(merged, observation, noise), adapted) < 1e-5
-    assert smolvla_fast.status(merged).active and smolvla_fast.status(merged).calls_fast == 1
-
-
-@pytest.mark.check(18)
-@LEROBOT_ONLY
-@pytest.mark.parametrize("method", ["sample_actions", "denoise_step", "embed_prefix"])
-@pytest.mark.parametrize("how", ["subclass", "instance"])
-def test_overridden_methods_are_respected(
-    policy: Any, observation: dict[str, Tensor], noise: Tensor, method: str, how: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    """Refusing would stop the robot; stock runs the caller's own method, with its bits, and the log says so."""
-    plain = chunk(policy, observation, noise)
-    stock = type(policy.model)
-
-    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = getattr(stock, method)(self, *args, **kwargs)
-        return (1.1 * out[0], *out[1:]) if isinstance(out, tuple) else 1.1 * out
-
-    if how == "subclass":
-        policy.model.__class__ = type("Forked", (stock,), {method: changed})
-    else:
-        policy.model.__dict__[method] = changed.__get__(policy.model)
-    forked = chunk(policy, observation, noise)
-    assert not torch.equal(forked, plain)
-    smolvla_fast.patch(policy)
-    assert torch.equal(chunk(policy, observation, noise), forked)
-    now = smolvla_fast.status(policy)
-    assert not now.active and method in now.last_fallback and len(caplog.records) == 1
-
-
-class _Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def _replace(policy: Any) -> None:
-    attention = policy.model.vlm_with_expert.lm_expert.layers[0].self_attn
-    old = attention.o_proj
-    attention.o_proj = _Doubled(old.in_features, old.out_features, bias=False)
-    attention.o_proj.load_state_dict(old.state_dict())
-
-
-def _hook(policy: Any) -> None:
-    vision = policy.model.vlm_with_expert.get_vlm_model().vision_model
-    vision.register_forward_hook(lambda *_: policy.seen.append(1))
-
-
-@pytest.mark.check(19)
-@LEROBOT_ONLY
-@pytest.mark.parametrize("change", [_hook, _replace])
-@pytest.mark.parametrize("after", [False, True], ids=["before patch", "after patch"])
-def test_hooks_and_replaced_modules_are_found(
-    policy: Any, observation: dict[str, Tensor], noise: Tensor, change: Any, after: bool,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    policy.seen = []
-    if after:
-        smolvla_fast.patch(policy)
-        chunk(policy, observation, noise)
-    change(policy)
-    smolvla_fast.patch(policy)
-    fast = [chunk(policy, observation, noise) for _ in range(2)]
-    assert len(policy.seen) == (2 * len(policy.config.image_features) if change is _hook else 0)
-    now = smolvla_fast.status(policy)
-    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert not now.active and now.calls_stock == 2 and len(warned) == 1
-    smolvla_fast.unpatch(policy)
-    assert torch.equal(fast[0], chunk(policy, observation, noise)) and torch.equal(*fast)

@@ -159,27 +159,6 @@ def test_dtypes_outside_the_range(
     assert str(dtype) in smolvla_fast.status(policy).last_fallback
 
 
-@pytest.mark.check(30)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_runs_stock(
-    policy: Any, observation: dict[str, Tensor], noise: Tensor, dtype: torch.dtype,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    with torch.autocast("cpu", dtype=dtype):
-        stock = chunk(policy, observation, noise)
-    smolvla_fast.patch(policy)
-    with torch.autocast("cpu", dtype=dtype):
-        assert torch.equal(chunk(policy, observation, noise), stock)
-        chunk(policy, observation, noise)
-    now = smolvla_fast.status(policy)
-    assert (
-        now.active and (now.calls_fast, now.calls_stock) == (0, 2) and "autocast is on" in now.last_fallback
-    )
-    assert len(caplog.records) == 1
-    chunk(policy, observation, noise)
-    assert smolvla_fast.status(policy).calls_fast == 1
-
-
 @pytest.mark.check(31)
 @pytest.mark.parametrize("precision", TIERS)
 @pytest.mark.parametrize("key", ["observation.state", "observation.images.camera2"])

@@ -35,16 +35,11 @@ pytest.importorskip("wrapt", reason="the plugin needs it")
 
 from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-from offline.checkpoints import TASK, Checkpoint, copied, rel_l2, save_checkpoint
+from offline.checkpoints import TASK, Checkpoint, copied, rel_l2
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = ROOT / "tests" / "offline"
 PATIENCE = 240  # seconds; a command takes about ten on an idle machine, and several share two cores here
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
@@ -120,25 +115,6 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     spec.loader.exec_module(module)
     yield module
     del SmolVLAPolicy.from_pretrained
-
-
-@pytest.fixture(scope="module", autouse=True)
-def same_logging() -> Iterator[None]:
-    """LeRobot's server sets up the root logger when it is imported."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    for handler in set(root.handlers) - set(handlers):
-        handler.close()
-    root.handlers[:], root.level = handlers, level
-
-
-@pytest.fixture(autouse=True)
-def few_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # Real commands ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Checks 49 and 50: real-time chunking, against LeRobot's own processor."""
+"""Checks 49 to 51: real-time chunking, against LeRobot's own processor."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from smolvla_fast.verify import FP32_BOUND
 SCHEDULES = ("ZEROS", "ONES", "LINEAR", "EXP")
 CALLS = [
     dict(inference_delay=0, prev_chunk_left_over=None),
-    *(dict(inference_delay=delay, prev_chunk_left_over=(8, 6)) for delay in (0, 5, 12)),
+    *(dict(inference_delay=delay, prev_chunk_left_over=(8, 6)) for delay in (0, 1, 5, 8, 12)),
     dict(inference_delay=2, prev_chunk_left_over=(1, 8, 6)),
-    dict(inference_delay=2, prev_chunk_left_over=(3, 6)),
+    dict(inference_delay=2, prev_chunk_left_over=(1, 1), execution_horizon=10),
+    dict(inference_delay=2, prev_chunk_left_over=(1, 3, 32)),
     dict(inference_delay=2, prev_chunk_left_over=(10, 32), execution_horizon=40),
     dict(inference_delay=2, prev_chunk_left_over=(1, 10, 32), execution_horizon=3),
 ]
@@ -29,9 +30,10 @@ def _guided(schedule: str, weight: float, **fields: Any) -> Any:
     from lerobot.configs.types import RTCAttentionSchedule
     from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
-    policy = make_policy("tiny", num_steps=4)
+    policy = make_policy("tiny", num_steps=2)
+    # Said here, for in LeRobot 0.4.4 and 0.5.1 it is off by default.
     policy.config.rtc_config = RTCConfig(
-        execution_horizon=6, max_guidance_weight=weight,
+        enabled=True, execution_horizon=6, max_guidance_weight=weight,
         prefix_attention_schedule=RTCAttentionSchedule[schedule], **fields,
     )  # fmt: skip
     policy.init_rtc_processor()
@@ -42,7 +44,7 @@ def _guided(schedule: str, weight: float, **fields: Any) -> Any:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("weight", [1.0, 10.0])
 def test_real_time_chunking(schedule: str, weight: float) -> None:
-    """None, 2-D and 3-D, shorter, as long and as wide as a chunk; the whole grid is in tests/patching/test_rtc.py."""
+    """None, 2-D and 3-D, shorter, as long and as wide as a chunk; before the delay, at the horizon and beyond."""
     stock = _guided(schedule, weight)
     given, noise = make_observation(stock), make_noise(stock)
     exact, fp32 = (smolvla_fast.patch(copy.deepcopy(stock), precision=tier) for tier in ("exact", "fp32"))
@@ -51,10 +53,11 @@ def test_real_time_chunking(schedule: str, weight: float) -> None:
         shape = call["prev_chunk_left_over"]
         left = None if shape is None else torch.randn(shape, generator=torch.Generator().manual_seed(9))
         kwargs: dict[str, Any] = {**call, "prev_chunk_left_over": left}
-        wanted = chunk(stock, given, noise, **kwargs)
+        wanted, kept = chunk(stock, given, noise, **kwargs), None if left is None else left.clone()
         steered += not torch.equal(wanted, free)
         assert torch.equal(chunk(exact, given, noise, **kwargs), wanted), call
         assert rel_l2(chunk(fp32, given, noise, **kwargs), wanted) <= FP32_BOUND, call
+        assert left is None or torch.equal(left, kept), "what was left over is the caller's"
     # Without a delay, schedule ZEROS guides nothing.
     assert steered == len(CALLS) - (2 if schedule == "ZEROS" else 1)
     assert smolvla_fast.status(exact).calls_stock == smolvla_fast.status(fp32).calls_stock == 0
@@ -77,6 +80,18 @@ def test_real_time_chunking_is_data() -> None:
     for policy in (pair.plain, pair.policy):
         policy.config.rtc_config.max_guidance_weight = 1.5
     assert pair.same(inference_delay=2, prev_chunk_left_over=torch.ones(8, 6)) and pair.driver.captures == 2
+
+
+@pytest.mark.check(51)
+def test_guidance_runs_under_inference_mode() -> None:
+    """Stock's autograd raises there; the closed form does not need it."""
+    stock = _guided("LINEAR", 10.0)
+    fast = smolvla_fast.patch(copy.deepcopy(stock), precision="exact")
+    given, noise = make_observation(stock), make_noise(stock)
+    kwargs: dict[str, Any] = dict(inference_delay=3, prev_chunk_left_over=torch.ones(8, 6))
+    wanted = chunk(stock, given, noise, **kwargs)
+    with torch.inference_mode():
+        assert torch.equal(chunk(fast, given, noise, **kwargs), wanted)
 
 
 @pytest.mark.check(50)

@@ -1,4 +1,4 @@
-"""Checks 2 to 4 again: ``status`` and the one line in the log tell the truth in every situation users bring about."""
+"""Checks 2 to 4, 18, 19 and 30: what sends users to stock. ``status`` and the one line in the log tell the truth of it."""
 
 from __future__ import annotations
 
@@ -50,8 +50,11 @@ def train_mode(call: Call) -> Iterator[None]:
 
 @contextmanager
 def hook(call: Call) -> Iterator[None]:
-    handle = call.policy.model.vlm_with_expert.lm_expert.layers[1].mlp.register_forward_hook(lambda *_: None)
+    fired: list[None] = []
+    mlp = call.policy.model.vlm_with_expert.lm_expert.layers[1].mlp
+    handle = mlp.register_forward_hook(lambda *_: fired.append(None))
     yield
+    assert fired
     handle.remove()
 
 
@@ -142,6 +145,12 @@ def autocast(call: Call) -> Iterator[None]:
 
 
 @contextmanager
+def autocast_to_fp16(call: Call) -> Iterator[None]:
+    with torch.autocast("cpu", dtype=torch.float16):
+        yield
+
+
+@contextmanager
 def double_noise(call: Call) -> Iterator[None]:
     call.noise = call.noise.double()
     yield
@@ -174,6 +183,7 @@ SITUATIONS: dict[Situation, tuple[str, bool]] = {
     another_image_size: ("the vision tower is for (1, 3, 32, 32)", CALL),
     autograd: ("autograd is on", CALL),
     autocast: ("autocast is on", CALL),
+    autocast_to_fp16: ("autocast is on", CALL),
     double_noise: ("noise (1, 10, 32) torch.float64", CALL),
     debug_tracker: ("debug tracker", CALL),
 }
@@ -183,7 +193,7 @@ def _same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
 
 
-@pytest.mark.check(2, 3, 4)
+@pytest.mark.check(2, 3, 4, 18, 19, 30)
 @pytest.mark.parametrize("situation", SITUATIONS, ids=lambda each: each.__name__)
 def test_a_situation_that_comes_and_goes(situation: Situation, caplog: pytest.LogCaptureFixture) -> None:
     """Fast, then stock with stock's bits and a receipt, then fast again."""
@@ -213,7 +223,7 @@ def test_a_situation_that_comes_and_goes(situation: Situation, caplog: pytest.Lo
     assert len(caplog.records) == 1
 
 
-@pytest.mark.check(2, 3)
+@pytest.mark.check(2, 3, 18, 19)
 @pytest.mark.parametrize(
     "situation", [s for s, (_, of_the_model) in SITUATIONS.items() if of_the_model], ids=lambda s: s.__name__
 )

@@ -29,7 +29,7 @@ def test_the_table_is_what_the_tests_say() -> None:
 def test_places_are_read_from_the_sources() -> None:
     found = {(place.number, place.path.split("/")[-1], place.where) for place in places()}
     assert (53, "test_threads_and_graphs.py", DRIVER) in found, "usefixtures of a test"
-    assert (16, "test_cuda_graphs.py", DRIVER) in found, "usefixtures of a module"
+    assert (19, "test_cuda_graphs.py", DRIVER) in found, "usefixtures of a module"
     assert (53, "test_chunk_on_device.py", GPU) in found, "a mark of a module"
     assert (24, "test_queue_and_outputs.py", CPU) in found
     assert {place.number for place in places() if place.test == "test_lora_as_lerobot_wraps_it"} == {17}

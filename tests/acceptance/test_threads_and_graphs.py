@@ -178,24 +178,6 @@ def test_contexts_of_lerobots_loops(policy: Any, observation: dict[str, Tensor],
     assert smolvla_fast.status(policy).calls_fast == 3
 
 
-@pytest.mark.long
-@pytest.mark.check(52)
-def test_a_compiled_predict_action_chunk() -> None:
-    """As lerobot-rollout makes it, with dynamo's cheapest backend: the engine runs below, and is not traced through."""
-    policy = make_policy("tiny", num_steps=1, cameras=1)
-    given, noise = make_observation(policy), make_noise(policy)
-    smolvla_fast.patch(policy)
-    wanted = chunk(policy, given, noise)
-    policy.predict_action_chunk = torch.compile(policy.predict_action_chunk, backend="eager")
-    try:
-        for _ in range(2):
-            assert torch.equal(policy.predict_action_chunk(dict(given), noise=noise), wanted)
-    finally:
-        torch._dynamo.reset()
-    now = smolvla_fast.status(policy)
-    assert (now.calls_fast, now.calls_stock) == (3, 0)
-
-
 @pytest.mark.check(52)
 def test_compile_model_is_said_once_and_claims_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """LeRobot's compiled method hides ours; nothing is compiled here, for that happens at the first call."""

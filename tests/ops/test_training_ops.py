@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from support.contract import check, inputs_in, to_device
+from support.contract import check, inputs_in, sizes, to_device
 from support.guarded import DEVICE, guarded
 
 from smolvla_fast.kernels import flow_loss as flow_module
@@ -37,10 +37,6 @@ ATTENTION = (
     dict(B=1, T=4, S=18, H=3, K=1, D=96),
     dict(B=1, T=3, S=1, H=2, K=2, D=40),
 )
-
-
-def sizes(case: dict[str, int]) -> str:
-    return "-".join(f"{name}{value}" for name, value in case.items())
 
 
 def gradients(

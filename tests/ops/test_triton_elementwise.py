@@ -1,42 +1,28 @@
-"""layer_norm, suffix_embed and euler_step as Triton kernels."""
+"""layer_norm and suffix_embed as Triton kernels."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
-from support.contract import changed, check, inputs_in, widened
+from support.contract import check, inputs_in, sizes
 from support.guarded import DEVICE, guarded
 
-from smolvla_fast.kernels import euler_step as euler_module
 from smolvla_fast.kernels import layer_norm as norm_module
 from smolvla_fast.kernels import suffix_embed as suffix_module
-from smolvla_fast.ops.reference.euler_step import euler_step as euler_reference
-from smolvla_fast.ops.reference.guidance import guide
 from smolvla_fast.ops.reference.layer_norm import layer_norm as norm_reference
 from smolvla_fast.ops.select import reference_ops
 from smolvla_fast.ops.torch.suffix import Folded, suffix_fold
 
 pytestmark = pytest.mark.triton
 
-INTERPRETED = DEVICE == "cpu"
 layer_norm, suffix_embed = guarded(norm_module.layer_norm), guarded(suffix_module.suffix_embed)
-euler_step = guarded(euler_module.euler_step)
-OPS = SimpleNamespace(
-    layer_norm=layer_norm, suffix_fold=suffix_fold, suffix_embed=suffix_embed, euler_step=euler_step
-)
+OPS = SimpleNamespace(layer_norm=layer_norm, suffix_fold=suffix_fold, suffix_embed=suffix_embed)
 # The interpreter truncates to bf16 where a GPU rounds, so bf16 is a device's to judge.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-EPS = torch.finfo(torch.float32).eps
-
-
-def sizes(case: dict[str, int]) -> str:
-    return "-".join(f"{name}{value}" for name, value in case.items())
 
 
 # layer_norm
@@ -115,13 +101,12 @@ def test_suffix_embed_at_full_width() -> None:
 
 
 def test_actions_in_any_layout() -> None:
-    """A caller's noise may be a view; from the first step on x is what euler_step made."""
+    """A caller's noise may be a view."""
     x = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE).transpose(1, 2)
     w = torch.linspace(-1, 1, 48 * 48, device=DEVICE).view(48, 48)
     folded = Folded(w[:, :5].contiguous(), w[:6].view(3, 2, 1, 48))
     want = suffix_embed(x.contiguous(), 1, folded, (w, w[0]))
     assert not x.is_contiguous() and torch.equal(suffix_embed(x, 1, folded, (w, w[0])), want)
-    assert torch.equal(euler_step(**steps(x=x))[0], euler_step(**steps(x=x.contiguous()))[0])
 
 
 def test_suffix_embed_refuses_what_it_cannot_do() -> None:
@@ -140,119 +125,3 @@ def test_suffix_embed_refuses_what_it_cannot_do() -> None:
         refused(x, 0, folded, (torch.zeros(48, 96, device=DEVICE)[:, :48], w[0]))
     with pytest.raises(ValueError, match=r"x has shape \[7, 5\]; accepted is \[B, S, A\]"):
         refused(x[0], 0, folded, (w, w[0]))
-
-
-# euler_step
-
-EULERS = (
-    dict(B=1, S=11, E=720, A=32),
-    dict(B=2, S=7, E=48, A=5),
-    dict(B=3, S=2, E=300, A=33),
-    dict(B=1, S=1, E=1, A=1),
-)
-SMALL = dict(B=2, S=7, E=48, A=5)
-
-
-def steps(**values: Any) -> dict[str, Any]:
-    return {**inputs_in("euler_step", SMALL, torch.float32, seed=0)[0], **values}
-
-
-@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", EULERS, ids=sizes)
-def test_euler_step(case: dict[str, int], dtype: torch.dtype, guided: bool) -> None:
-    def without(function: Any) -> Any:
-        return lambda **inputs: function(**{**inputs, "guidance": None})
-
-    reference, ops = reference_ops(), OPS
-    if not guided:
-        reference = SimpleNamespace(euler_step=without(reference.euler_step))
-        ops = SimpleNamespace(euler_step=without(euler_step))
-    check(reference, ops, "euler_step", case, dtype)
-
-
-def test_guidance_and_euler_are_stocks_expression() -> None:
-    values = steps()
-    x, before = values["x"], values["x"].clone()
-    plain_x, plain_v = euler_step(**{**values, "guidance": None})
-    new_x, v = euler_step(**values)
-    want_v = guide(plain_v, x, *values["guidance"])
-    pairs = ((v, want_v), (plain_x, x + values["dt"] * plain_v), (new_x, x + values["dt"] * want_v))
-    for got, want in pairs:
-        if INTERPRETED:
-            assert torch.equal(got, want), "the same operations in the same order have the same bits"
-        else:  # a fused multiply-add skips a rounding of values up to 16
-            torch.testing.assert_close(got, want, atol=16 * EPS, rtol=0)
-    assert torch.equal(x, before) and not torch.equal(v, plain_v)
-
-
-def test_guidance_is_data() -> None:
-    """Its weight may lie on the host or on the device, and is read in every launch."""
-    values = {name: v.to(DEVICE) if isinstance(v, Tensor) else v for name, v in steps().items()}
-    guidance = values["guidance"]._replace(
-        **{name: getattr(values["guidance"], name).to(DEVICE) for name in ("previous", "weights")}
-    )
-    strength = torch.tensor(2.5, device=DEVICE)
-    host = euler_module.euler_step(**{**values, "guidance": guidance})[1]
-    changed = {**values, "guidance": guidance._replace(weight=strength)}
-    assert torch.equal(euler_module.euler_step(**changed)[1], host)
-    strength.zero_()
-    unguided = euler_module.euler_step(**{**values, "guidance": None})[1]
-    assert torch.equal(euler_module.euler_step(**changed)[1], unguided) and not torch.equal(unguided, host)
-
-
-@pytest.mark.parametrize("layout", ["one for the batch", "strided"])
-def test_previous_chunk_in_any_layout(layout: str) -> None:
-    guidance = steps()["guidance"]
-    previous = guidance.previous[:1] if layout == "one for the batch" else guidance.previous
-    want = euler_step(**steps(guidance=guidance._replace(previous=previous.expand(2, 7, 5).contiguous())))
-    if layout == "strided":
-        previous = previous.transpose(1, 2).contiguous().to(DEVICE).transpose(1, 2)
-    for got, wanted in zip(
-        euler_step(**steps(guidance=guidance._replace(previous=previous))), want, strict=True
-    ):
-        assert torch.equal(got, wanted)
-
-
-@pytest.mark.parametrize("eps", [1e-5, 1e-2])
-def test_eps_decides_for_small_rows(eps: float) -> None:
-    values = changed(steps(guidance=None), {"norm.eps": eps})
-    values["h"] *= 1e-3
-    want = euler_reference(**widened(values))
-    for got, wanted in zip(euler_step(**values), want, strict=True):
-        # fp32 sums of 48 products around 1: sqrt(48) roundings at the worst likely.
-        torch.testing.assert_close(got.double(), wanted, atol=8 * EPS * 3, rtol=0)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy under the interpreter
-def test_nan_stays_in_its_token() -> None:
-    values = steps()
-    want = euler_step(**values)
-    values["h"][1, 4, 47] = torch.nan
-    for got, wanted in zip(euler_step(**values), want, strict=True):
-        assert got[1, 4].isnan().all()
-        got[1, 4] = wanted[1, 4]
-        assert torch.equal(got, wanted)
-
-
-def test_euler_step_refuses_what_it_cannot_do() -> None:
-    def refused(**changed: Any) -> None:
-        euler_step(**steps(**changed))
-
-    values = steps()
-    guidance = values["guidance"]
-    with pytest.raises(ValueError, match=r"action_out.weight has shape \[5, 47\]; accepted is \[5, 48\]"):
-        weight, bias = values["action_out"]
-        refused(action_out=(weight[:, :47].contiguous(), bias))
-    with pytest.raises(ValueError, match="x is torch.float16; accepted is torch.float32"):
-        refused(x=values["x"].half())
-    with pytest.raises(ValueError, match="h must be contiguous"):
-        refused(h=torch.zeros(2, 7, 96, device=DEVICE)[..., :48])
-    with pytest.raises(ValueError, match=r"h and x have shapes \[7, 48\].*accepted are \[B, S, E\] and"):
-        refused(h=values["h"][0])
-    with pytest.raises(
-        ValueError, match=r"guidance.previous is torch.float32, \[2, 6, 5\].*accepted is .*\[2, 7, 5\]"
-    ):
-        refused(guidance=guidance._replace(previous=guidance.previous[:, 1:]))
-    with pytest.raises(ValueError, match=r"guidance.weight is torch.float64, \[\]"):
-        refused(guidance=guidance._replace(weight=guidance.weight.double()))

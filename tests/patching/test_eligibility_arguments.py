@@ -201,7 +201,9 @@ def _same(policy: Any, twin: Any, make: Callable[[], dict[str, Any]], undefined:
     assert got.shape == want.shape and got.dtype == want.dtype and got.device == want.device
     if undefined or want.is_meta:
         return
-    precision = smolvla_fast.status(policy).precision
+    now = smolvla_fast.status(policy)
+    assert (now.calls_stock == 0) is (now.last_fallback is None)
+    precision = now.precision
     assert torch.equal(got.isnan(), want.isnan())
     got, want = got.nan_to_num(), want.nan_to_num()
     if precision in ("exact", "stock"):

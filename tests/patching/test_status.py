@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_ONLY, chunk, make_policy, rel_l2
+from support.policies import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, rel_l2, seam_inputs
 from torch import Tensor
 
 import smolvla_fast
 from smolvla_fast.engine import timing
-from smolvla_fast.model.precision import TIERS, resolve_tier
-from smolvla_fast.ops import select as backends
 from smolvla_fast.ops.reference import rope
 from smolvla_fast.patching import source_digests
 from smolvla_fast.testing.policies import make_noise
@@ -26,7 +24,7 @@ def test_verify_measures_what_the_user_would(
     smolvla_fast.patch(policy, precision="bf16")
     report = smolvla_fast.verify(policy, observation, noise=noise)
     with torch.no_grad():
-        fast = policy.model.sample_actions(*_inputs(policy, observation), noise=noise)
+        fast = policy.model.sample_actions(*seam_inputs(policy, observation), noise=noise)
     assert report.rel_l2 == pytest.approx(rel_l2(fast, _full_width(policy, observation, noise)), rel=1e-9)
     assert report.max_abs >= float((chunk(policy, observation, noise) - stock).abs().max())
     assert 0.99 < report.cosine <= 1 + 1e-12
@@ -45,15 +43,7 @@ def test_verify_measures_what_the_user_would(
 @torch.no_grad()
 def _full_width(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> Tensor:
     model = policy.model
-    return type(model).stock_class.sample_actions(model, *_inputs(policy, observation), noise=noise)
-
-
-def _inputs(policy: Any, observation: dict[str, Tensor]) -> tuple[Any, ...]:
-    images, masks = policy.prepare_images(observation)
-    tokens, token_masks = (
-        observation[f"observation.language.{name}"] for name in ("tokens", "attention_mask")
-    )
-    return images, masks, tokens, token_masks, policy.prepare_state(observation)
+    return type(model).stock_class.sample_actions(model, *seam_inputs(policy, observation), noise=noise)
 
 
 @LEROBOT_ONLY
@@ -126,23 +116,7 @@ def _rope(policy: Any) -> Any:
     return type(policy.model.vlm_with_expert).forward_attn_layer.__globals__["apply_rope"]
 
 
-def test_table_names_every_op_and_a_reason_for_every_empty_cell() -> None:
-    rows = backends.table()
-    assert {row.op for row in rows} >= set(backends.NAMES)
-    for row in rows:
-        assert row.available or row.reason, row
-        assert row.backend in backends.BACKENDS
-
-
-def test_auto_follows_the_stored_dtype() -> None:
-    assert resolve_tier("auto", torch.float32).name == "fp32"
-    assert resolve_tier("auto", torch.bfloat16).name == "bf16"
-    assert (
-        resolve_tier("auto", torch.bfloat16).gemm_dtype is None
-    )  # each matrix in its own, vision may be fp32
-    assert resolve_tier("bf16", torch.float32) is TIERS["bf16"]
-
-
+@LEROBOT_FIRST
 @pytest.mark.parametrize(("layout", "precision"), [("fp32", "bf16"), ("mixed", "auto")])
 def test_where_bf16_is_slow_products_are_fp32(
     monkeypatch: pytest.MonkeyPatch, layout: str, precision: str

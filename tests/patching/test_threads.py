@@ -27,7 +27,6 @@ from smolvla_fast.engine import quantized_weights
 from smolvla_fast.patch import engine_of
 from smolvla_fast.patching import runtime
 from smolvla_fast.patching.change_detector import ChangeDetector
-from smolvla_fast.stages.denoise import LoopReport
 from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
@@ -404,22 +403,6 @@ def test_garbage_that_unpatches_is_collected_while_another_policy_is_patched(
     monkeypatch.setattr(runtime.Runtime, "__init__", collecting)
     elsewhere(lambda: smolvla_fast.patch(other))
     assert smolvla_fast.status(other).active and not smolvla_fast.status(policy).active
-
-
-@pytest.mark.usefixtures("recording")
-def test_the_report_of_a_replay_is_that_of_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = Captured(num_steps=2)
-    chunks = inference.Engine._chunk
-    foreign = LoopReport(0, True, {"denoise_persistent": "of another thread"})
-
-    def beside(self: Any, *args: Any) -> Any:
-        found = chunks(self, *args)
-        self._loop = foreign  # another thread's chunk of another shape ends here
-        return found
-
-    monkeypatch.setattr(inference.Engine, "_chunk", beside)
-    for _ in range(2):
-        assert pair.same() and "denoise_persistent" not in smolvla_fast.status(pair.policy).fallback_reasons
 
 
 def test_chunks_served_during_a_warm_up_count(monkeypatch: pytest.MonkeyPatch) -> None:

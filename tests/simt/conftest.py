@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from simt import on_the_host
 from simt.emulator import build
+from support.backends import SEEDS, compiled, emulator, loaded, over_seeds
 
+__all__ = ["compiled", "emulator", "over_seeds"]
 HERE = Path(__file__).resolve().parent
-SEEDS = (0, 1, 2)
 
 
 def pytest_collection_modifyitems(items):
@@ -17,49 +17,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.simt)
 
 
-def _load(make):
-    try:
-        return make()
-    except build.Unavailable as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def compiled():
-    """The library's kernels, compiled for the emulator; only what changed is compiled."""
-    return _load(build.library)
-
-
-@pytest.fixture
-def emulator(compiled, monkeypatch):
-    """The emulator as the library on CPU tensors; settings and allowed memory are as at first."""
-    compiled.reset()
-    compiled.forget()
-    on_the_host.install(monkeypatch, compiled)
-    yield compiled
-    compiled.reset()
-    compiled.forget()
-
-
 @pytest.fixture(params=SEEDS)
 def scheduler_seed(request, emulator):
     """Three orders in which threads run; the emulator is set to it."""
     emulator.configure(seed=request.param)
     return request.param
-
-
-@pytest.fixture
-def over_seeds(emulator):
-    """over_seeds(call) -> what call() returns, one result a seed."""
-
-    def run(call):
-        results = []
-        for seed in SEEDS:
-            emulator.configure(seed=seed)
-            results.append(call())
-        return results
-
-    return run
 
 
 class Planted:
@@ -97,6 +59,6 @@ def _guarded(given):
 def planted():
     """Kernels for the emulator's own tests, in a module of their own."""
     folder = HERE / "planted"
-    module = _load(lambda: build.load("_planted", sorted(folder.glob("*.cu")), [folder / "bindings.cpp"]))
+    module = loaded(lambda: build.load("_planted", sorted(folder.glob("*.cu")), [folder / "bindings.cpp"]))
     yield Planted(module)
     module.reset()

@@ -36,6 +36,11 @@ RECORDS = {
 """The inputs of ops that are several values, and what these are called: ``norm.eps``."""
 
 
+def sizes(case: dict[str, int]) -> str:
+    """A case as the name of a test's parameter."""
+    return "-".join(f"{name}{value}" for name, value in case.items())
+
+
 def reference_module(op: str) -> Any:
     """The reference module of an op: its function, CASES, make_inputs and cost."""
     return importlib.import_module(f"smolvla_fast.ops.reference.{op}")

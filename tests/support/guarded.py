@@ -16,8 +16,8 @@ GUARD = 64
 """Elements before and behind an output; a multiple of 16 bytes in every dtype, as the allocator aligns."""
 
 
-def guarded(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """The launcher on the test device for inputs on the host, its results back there.
+def guarded(launcher: Callable[..., Any], device: str = DEVICE) -> Callable[..., Any]:
+    """The launcher on the device for inputs on the host, its results back there.
 
     What it allocates starts as NaN with NaN around it, and the NaN around it must stay.
     """
@@ -26,16 +26,16 @@ def guarded(launcher: Callable[..., Any]) -> Callable[..., Any]:
         wholes: list[Tensor] = []
         allocate = torch.empty
 
-        def empty(*shape: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+        def empty(*shape: Any, dtype: torch.dtype | None = None, device: Any = device) -> Tensor:
             numel = allocate(*shape, device="meta").numel()
             whole = torch.full((numel + 2 * GUARD,), torch.nan, dtype=dtype, device=device)
             wholes.append(whole)
             return whole[GUARD : GUARD + numel].view(*shape)
 
-        def empty_like(like: Tensor) -> Tensor:
+        def empty_like(like: Tensor, **_: Any) -> Tensor:
             return empty(like.shape, dtype=like.dtype, device=like.device)
 
-        args, kwargs = to_device(args, DEVICE), to_device(kwargs, DEVICE)
+        args, kwargs = to_device(args, device), to_device(kwargs, device)
         with patch.object(torch, "empty", empty), patch.object(torch, "empty_like", empty_like):
             out = launcher(*args, **kwargs)
         assert wholes, "the launcher allocated nothing"
