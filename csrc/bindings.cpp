@@ -1,4 +1,4 @@
-// smolvla_fast._cpu: addresses and sizes in, nothing checked. smolvla_fast/ops/cpu/kernels.py checks, and is the only caller.
+// smolvla_fast._cpu: addresses and sizes in, nothing checked. The wrappers in smolvla_fast/ops/cpu/ check.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
