@@ -20,12 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compiled.kernels import ROOT, Rows
-
-
-def _own_cache(folder: str) -> None:
-    # ptxas speaks when it runs, so no process may find what another compiled.
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(dir=folder)
+from benchmarks.compiled.kernels import ROOT, Rows, own_cache
 
 
 def compile_all(kind: Any, names: Sequence[str], targets: Sequence[str], processes: int) -> Rows:
@@ -33,7 +28,7 @@ def compile_all(kind: Any, names: Sequence[str], targets: Sequence[str], process
     tasks, rows, start = kind.tasks(names, targets), {}, time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="smolvla-compiled-") as folder:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, _own_cache, (folder,)) as pool:
+        with ProcessPoolExecutor(processes, context, own_cache, (folder,)) as pool:
             for task, found in zip(tasks, pool.map(kind.compile_task, tasks), strict=True):
                 said = f"{', '.join(map(str, task))}: {len(found)} kernels, at {time.perf_counter() - start:.0f} s"
                 print(said, file=sys.stderr, flush=True)

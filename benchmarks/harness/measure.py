@@ -19,6 +19,8 @@ from benchmarks.harness.recorder import Recorder
 from smolvla_fast.measure.rounds import percentile
 
 LEAST_ROUNDS = 3
+LEAST_SECONDS = 30.0
+"""Of a case: the first imports and compiles for all, and how many of those to come -k leaves is not known."""
 PREPARING = 0.6
 """Share of a case's time that preparations and checks may take."""
 
@@ -76,7 +78,7 @@ class Clock:
         """Seconds of the case that begins now. share  of the time that is left; None: as much as any other case"""
         part = 1 / max(self.cases, 1) if share is None else share
         self.cases -= 1
-        return part * self.left
+        return min(max(part * self.left, LEAST_SECONDS), self.left)
 
 
 @contextmanager
