@@ -77,13 +77,13 @@ test-compat: $(COMPAT:%=.venv-lerobot-%/.ready)
 
 # docs/architecture.md (its map, from the imports) and docs/acceptance.md (from the marks of the tests) anew.
 chart: venv
-	$(VENV)/bin/python scripts/readme_chart.py
+	$(VENV)/bin/python -m benchmarks.report.chart
 
 architecture: venv
 	$(VENV)/bin/python tests/support/structure.py
 
 acceptance: venv
-	$(VENV)/bin/python scripts/acceptance.py
+	$(VENV)/bin/python tests/support/checks.py
 
 # CUDA C++ kernels run on the host, by the emulator of tests/simt/emulator: without the slow ones, and with them.
 simt: venv
@@ -113,17 +113,17 @@ bench: venv
 
 # ARGS="--part chunk", "--only linear", "--rehearse" (no GPU), "--commit NAME" (a tree without its history)
 gpu-report:
-	@$(GPU_PYTHON) -m benchmarks.gpu_run.report $(ARGS)
+	@$(GPU_PYTHON) -m benchmarks.gpu_run report $(ARGS)
 
 gpu-peers:
-	@$(GPU_PYTHON) -m benchmarks.gpu_run.peers $(ARGS)
+	@$(GPU_PYTHON) -m benchmarks.gpu_run peers $(ARGS)
 
 # LeRobot for a GPU machine without a network: bring .whl/ along with the tree.
 gpu-wheels: venv
 	$(VENV)/bin/python -m pip wheel -q --no-deps -w .whl -r benchmarks/gpu_run/requirements.txt
 
 aot: venv
-	$(VENV)/bin/python -m benchmarks.compiled.aot $(ARGS)
+	$(VENV)/bin/python -m benchmarks.compiled aot $(ARGS)
 
 # The CUDA part alone, into the checkout, recompiling what has changed: for the GPUs that are here, for all architectures
 # without one, for one with SMOLVLA_CUDA_ARCHS=90a. Needs nvcc and no GPU.
@@ -135,7 +135,7 @@ cuda:
 
 # Registers, spills and instructions of every CUDA C++ kernel: benchmarks/results/ptxas.md.
 ptxas: venv
-	$(VENV)/bin/python -m benchmarks.compiled.ptxas $(ARGS)
+	$(VENV)/bin/python -m benchmarks.compiled ptxas $(ARGS)
 
 venv: $(TESTS)
 

@@ -37,15 +37,7 @@ def main(*extras: str) -> int:
         compiler = subprocess.Popen(build, cwd=ROOT, start_new_session=True)
         try:
             if missing:
-                with ThreadPoolExecutor(16) as pool:
-                    sizes = dict(
-                        zip(
-                            (item["metadata"]["name"] for item in missing),
-                            pool.map(size_of, missing),
-                            strict=True,
-                        )
-                    )
-                print(announcement(sizes), flush=True)
+                print(announcement(sizes_of(missing)), flush=True)
                 download(missing)
         except BaseException:
             with suppress(OSError):  # it may have ended
@@ -84,6 +76,12 @@ def download(missing: list[dict[str, Any]]) -> None:
         file = Path(folder, "requirements.txt")
         file.write_text("\n".join(pins) + "\n")
         pip(*BUILD, "--no-deps", "-r", str(file))
+
+
+def sizes_of(missing: list[dict[str, Any]]) -> dict[str, int | None]:
+    names = [item["metadata"]["name"] for item in missing]
+    with ThreadPoolExecutor(16) as pool:
+        return dict(zip(names, pool.map(size_of, missing), strict=True))
 
 
 def size_of(item: dict[str, Any]) -> int | None:

@@ -1,34 +1,29 @@
-"""`make ptxas`: every CUDA C++ kernel compiled for every architecture, with no GPU: registers, spills, instructions.
-
-Writes benchmarks/results/ptxas.md from `-Xptxas -v` and the disassembled code. Exits with 1 where a hot kernel spills or
-lacks the instructions that it is built on. Nothing in the file depends on the day or the machine, so what a fresh run
-writes is compared with what is committed (tests/bench/test_ptxas.py).
-"""
+"""`make ptxas`: every CUDA C++ kernel compiled for every architecture: registers, spills, instructions in its loops."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
-from benchmarks.compiled.machine_code import (
-    ARCHS,
-    COUNTED,
-    ROOT,
-    Kernel,
-    Key,
-    compile_source,
-    compiler_version,
-    sources,
-)
+import networkx
+from ninja_build import CUDA_ARCHS, CUDA_FLAGS, cuda_homes, nvcc_compiler
 
-Rows = dict[Key, dict[str, Kernel]]
+from benchmarks.compiled.kernels import ROOT, Kernel, Rows, parse_log, section, spilling
 
-BACKGROUND = "LDGSTS or UBLKCP"
+TARGETS = tuple(CUDA_ARCHS)
+COUNTED = ("HMMA", "LDGSTS", "UBLKCP", "LDSM")
+"""Products in tensor cores, copies in the background (by the thread, in bulk), matrices read from shared memory."""
 EXPECTED: dict[str, tuple[str, ...]] = {
-    "denoise_persistent": ("HMMA", BACKGROUND),
+    "denoise_persistent": ("HMMA", "LDGSTS or UBLKCP"),
     "masked_attention": ("HMMA",),  # keys and values go from L2 straight into fragments, past shared memory
     "euler_step": (),
     "image_prep": (),
@@ -38,43 +33,28 @@ SPILLS: dict[str, tuple[int, str]] = {}
 """Bytes that a thread of a source's kernels may spill where 0 is not kept, each with the reason."""
 
 
-def missing(key: Key, kernel: Kernel) -> list[str]:
-    """What of EXPECTED does not stand in a kernel's loops."""
-    return [
-        wish
-        for wish in EXPECTED.get(key[0], ())
-        if not any(w in kernel.instructions for w in wish.split(" or "))
-    ]
+def names() -> list[str]:
+    """Every source of csrc/cuda that has a kernel for an op."""
+    return [path.stem for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if path.stem != "device"]
+
+
+def tasks(names: Sequence[str], targets: Sequence[str]) -> list[tuple[str, str]]:
+    return [(name, target) for name in names for target in targets]
 
 
 def red(rows: Rows) -> list[str]:
     """A line for each cell that passes a limit."""
-    found = [
-        f"{source}: EXPECTED has no line for it" for source in {key[0] for key in rows} - EXPECTED.keys()
-    ]
+    found = [f"{name}: EXPECTED has no line for it" for name in {key[0] for key in rows} - EXPECTED.keys()]
     for key, cells in rows.items():
-        for arch, kernel in cells.items():
-            where = f"{key[1]}, sm_{arch}"
-            bound = SPILLS.get(key[0], (0, ""))[0]
-            if kernel.spills > bound:
-                found.append(f"{where}: {kernel.spills} bytes spilled, allowed {bound}")
-            found += [f"{where}: no {wish} in its loops" for wish in missing(key, kernel)]
-    return found
+        for target, kernel in cells.items():
+            inside = kernel.instructions if isinstance(kernel, Kernel) else {}
+            for wish in EXPECTED.get(key[0], ()):
+                if not any(word in inside for word in wish.split(" or ")):
+                    found.append(f"{key[1]}, sm_{target}: no {wish} in its loops")
+    return found + spilling(rows, SPILLS)
 
 
-def table(rows: Rows, source: str, archs: list[str], column: str) -> str:
-    lines = [f"| {column} | " + " | ".join(f"sm_{arch}" for arch in archs) + " |"]
-    lines.append("| --- |" + " ---: |" * len(archs))
-    for key, cells in rows.items():
-        if key[0] == source:
-            texts = [
-                cells[arch].resources() if column == "kernel" else cells[arch].counts() for arch in archs
-            ]
-            lines.append("| " + " | ".join([f"`{key[1]}`", *texts]) + " |")
-    return "\n".join(lines)
-
-
-def markdown(rows: Rows, archs: list[str]) -> str:
+def markdown(rows: Rows, targets: Sequence[str]) -> str:
     """The whole file."""
     parts = [
         "# CUDA C++ kernels: registers, spills, instructions",
@@ -85,84 +65,104 @@ def markdown(rows: Rows, archs: list[str]) -> str:
         "tensor cores, LDGSTS and UBLKCP copy to shared memory in the background, LDSM is ldmatrix.",
         "No kernel spills unless its section says so.",
     ]
-    for source in dict.fromkeys(key[0] for key in rows):
-        parts.append(f"## {source}")
-        bound, reason = SPILLS.get(source, (0, ""))
-        wishes = ", ".join(EXPECTED.get(source, ())) or "none"
-        parts.append(
-            f"Instructions that every kernel must have in a loop: {wishes}."
-            + (f" Spilled bytes allowed: {bound} ({reason})." if bound else "")
-        )
-        parts.append(table(rows, source, archs, "kernel"))
-        if any(kernel.instructions for key in rows if key[0] == source for kernel in rows[key].values()):
-            parts.append(table(rows, source, archs, "instructions"))
+
+    def resources(kernel: Kernel) -> str:
+        return f"{kernel.registers} / {kernel.spills} / {kernel.stack} / {kernel.shared}"
+
+    def counts(kernel: Kernel) -> str:
+        return ", ".join(f"{n} {name}" for name, n in kernel.instructions.items()) or "–"
+
+    quoted: Rows = {(name, f"`{kernel}`"): cells for (name, kernel), cells in rows.items()}
+    for name in dict.fromkeys(key[0] for key in rows):
+        bound, reason = SPILLS.get(name, (0, ""))
+        wishes = ", ".join(EXPECTED.get(name, ())) or "none"
+        spills = f" Spilled bytes allowed: {bound} ({reason})." if bound else ""
+        parts.append(f"## {name}")
+        parts.append(f"Instructions that every kernel must have in a loop: {wishes}.{spills}")
+        parts.append(section(quoted, name, ["kernel"], targets, resources))
+        instructions = section(quoted, name, ["instructions"], targets, counts)
+        parts += [instructions] if any(word in instructions for word in COUNTED) else []
     return "\n\n".join(parts) + "\n"
 
 
-def read(text: str) -> dict[tuple[str, str, str], dict[str, str]]:
-    """The cells of such a file, as text, by source, kind of table and kernel."""
-    found: dict[tuple[str, str, str], dict[str, str]] = {}
-    source, column, archs = "", "", []
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("## "):
-            source = line[3:]
-        elif line.startswith(("| kernel", "| instructions")):
-            column, archs = cells[0], [cell.removeprefix("sm_") for cell in cells[1:]]
-        elif line.startswith("| `"):
-            found[source, column, cells[0].strip("`")] = dict(zip(archs, cells[1:], strict=True))
+def say(*command: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stdout.strip()[-2000:]}")
+    return done.stdout
+
+
+@cache
+def disassembler() -> str:
+    """cuobjdump from the PATH, a CUDA toolkit, or Triton's package, which brings one."""
+    folders = [Path(home, "bin") for home in cuda_homes()]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))
+    if not found:
+        raise RuntimeError(f"no cuobjdump on PATH nor in {', '.join(map(str, folders))}: install triton")
     return found
 
 
-def compile_all(names: list[str], archs: list[str], processes: int) -> Rows:
-    tasks = [(path, arch) for path in sources() if path.stem in names for arch in archs]
-    rows: Rows = {}
-    start = time.perf_counter()
-    with ThreadPoolExecutor(processes) as pool:
-        for (path, arch), found in zip(
-            tasks, pool.map(lambda task: compile_source(*task), tasks), strict=True
-        ):
-            seconds = time.perf_counter() - start
-            print(
-                f"{path.name}, sm_{arch}: {len(found)} kernels, at {seconds:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-            for key, kernel in found.items():
-                rows.setdefault(key, {})[arch] = kernel
-    return rows
+@cache
+def compiler_version() -> str:
+    """As the table names it: the release, and the build that fixes every bit of the code."""
+    lines = say(nvcc_compiler(), "--version").strip().splitlines()
+    release = re.search(r"release ([\d.]+)", "\n".join(lines))
+    return f"nvcc {release[1] if release else '?'} ({lines[-1].removeprefix('Build ')})"
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="ptxas", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", metavar="OP,OP", help="these sources alone (needs --out)")
-    parser.add_argument("--archs", metavar="80,90a", help="these architectures alone (needs --out)")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/ptxas.md")
-    parser.add_argument(
-        "--processes", type=int, default=2, help="compile with so many processes (default: 2)"
-    )
-    args = parser.parse_args(arguments)
-    known = [path.stem for path in sources()]
-    names = args.only.split(",") if args.only else known
-    archs = args.archs.split(",") if args.archs else list(ARCHS)
-    wrong = [name for name in names if name not in known] + [arch for arch in archs if arch not in ARCHS]
-    if wrong:
-        parser.error(
-            f"no such source or architecture: {', '.join(wrong)}; sources are {', '.join(known)}; architectures "
-            f"{', '.join(ARCHS)}"
-        )
-    if (args.only or args.archs) and args.out is None:
-        parser.error("a part would replace the whole file; name another by --out")
-    rows = compile_all(names, archs, args.processes)
-    out = args.out or ROOT / "benchmarks" / "results" / "ptxas.md"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(markdown(rows, archs))
-    print(f"wrote {out}")
-    lines = red(rows)
-    for line in lines:
-        print(line)
-    return 1 if lines else 0
+def readable(mangled: str) -> str:
+    """``_ZN7smolvla4cuda...`` as ``euler_step_fwd_kernel<float, bf16, float>``, without namespaces and parameters."""
+    name = say("c++filt", mangled).strip() if mangled.startswith("_Z") else mangled
+    depth = 0
+    for place, sign in enumerate(name):
+        depth += (sign == "<") - (sign == ">")
+        # The parameters' bracket, which the one of "(anonymous namespace)" is not.
+        if sign == "(" and not depth and not name.startswith("(anonymous namespace)", place):
+            name = name[:place]
+            break
+    return re.sub(r"\(anonymous namespace\)::|\b[a-z_]+::", "", name.removeprefix("void ")).strip()
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def in_loops(code: str) -> dict[str, int]:
+    """How often each of COUNTED stands where control can come back to it, in one kernel's disassembled code."""
+    # /*0440*/ @!P0 BRA 0x120 ;    what is not predicated by @ may be by an operand: BRA.U UP0, 0x120
+    pattern = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?\w+)\s+)?(\w+)([^;]*);"
+    lines = re.findall(pattern, code, re.MULTILINE)
+    place = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
+    found = (re.search(r"\b0x([0-9a-f]+)\s*(?:&.*|\?.*)?$", rest) for *_, rest in lines)
+    targets = [at and place.get(int(at[1], 16)) for at in found]
+    # Where the lanes that parted at BSSY go on from BSYNC.
+    joins = [
+        to for (*_, word, _), to in zip(lines, targets, strict=True) if word == "BSSY" and to is not None
+    ]
+    flow = networkx.DiGraph()
+    for i, ((_, guard, word, rest), to) in enumerate(zip(lines, targets, strict=True)):
+        ends = word in ("BRA", "EXIT", "RET") and not guard and not re.search(r"\bU?P\d", rest)
+        after = [] if ends or i + 1 == len(lines) else [i + 1]
+        after += [to] if word == "BRA" and to is not None else joins if word == "BSYNC" else []
+        flow.add_edges_from((i, other) for other in after)
+    # In a loop is what a path leads back to.
+    circles = [c for c in networkx.strongly_connected_components(flow) if flow.subgraph(c).size()]
+    counts = Counter(lines[i][2] for circle in circles for i in circle)
+    return {word: counts[word] for word in COUNTED if counts[word]}
+
+
+def compile_task(task: tuple[str, str]) -> Rows:
+    """Every kernel of a source, compiled for one architecture with the extension's own flags."""
+    name, target = task
+    with tempfile.TemporaryDirectory(prefix="smolvla-ptxas-") as folder:
+        cubin = str(Path(folder, "code.cubin"))
+        flags = (*CUDA_FLAGS, "-Icsrc", f"-arch=sm_{target}", "-cubin", "-Xptxas", "-v", "-o", cubin)
+        log = say(nvcc_compiler(), *flags, f"csrc/cuda/{name}.cu")
+        sass = say(disassembler(), "-sass", cubin)
+    code = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.DOTALL))
+    found: Rows = {}
+    for mangled, kernel in parse_log(log).items():
+        key = (name, readable(mangled))
+        if key in found or mangled not in code:
+            raise RuntimeError(f"{name}: {key[1]} stands twice in ptxas's log, or not in the machine code")
+        found[key] = {target: replace(kernel, instructions=in_loops(code[mangled]))}
+    return dict(sorted(found.items()))

@@ -6,10 +6,9 @@ Activations are left out: they fit into caches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from smolvla_fast.model.dims import Dims, read_dims
+from smolvla_fast.model.dims import read_dims
 from smolvla_fast.model.weights import is_cross
 from smolvla_fast.ops.reference import Cost
 
@@ -17,67 +16,46 @@ ADAMW_NUMBERS = 7
 """Of a parameter: it, its gradient and both moments are read, all but the gradient written."""
 
 
-def stage_costs(model: Any, cameras: int, language: int, itemsize: int, batch: int = 1) -> dict[str, Cost]:
-    """Cost of "vision", "prefix" and "denoise" (all steps) for a batch: weights are read once for all of it.
+class Work:
+    """Weights and operations of one sample's forward.
 
-    model  a ``VLAFlowMatching``      language  padded tokens      itemsize  bytes of a weight in its product
+    cameras, language  of the prefix: images, and padded tokens that any sample needs      step  one pass of the expert
     """
-    work = _work(model, cameras, language)
-    d, steps = work.dims, model.config.num_steps
-    step_bytes = itemsize * (work.step_weights + batch * 2 * work.keys * d.kv_heads * d.head_dim)
-    return {
-        **work.before_suffix(itemsize, batch),
-        "denoise": Cost(steps * batch * work.step_flops, float(steps * step_bytes)),
-    }
 
+    def __init__(self, model: Any, cameras: int, language: int) -> None:
+        d = self.dims = read_dims(model)
+        pair = model.vlm_with_expert
+        vlm, expert = pair.get_vlm_model(), pair.lm_expert
+        self.crosses = sum(is_cross(pair, i) for i in range(d.layers))
+        self.selfs = d.layers - self.crosses
+        self.prefix = cameras * d.image_tokens + language + 1
+        q, kv = self.queries, self.kv = d.query_heads * d.head_dim, d.kv_heads * d.head_dim
 
-def training_costs(model: Any, cameras: int, language: int, itemsize: int, batch: int = 1) -> dict[str, Cost]:
-    """Cost of "vision", "prefix" and "expert" of one training step of a batch, with LeRobot's defaults: expert, heads and
-    state projection learn. The expert's bytes are its weights, forward and backward, and AdamW's traffic.
+        tower, width = vlm.vision_model, vlm.vision_model.post_layernorm.weight.shape[0]
+        hidden = tower.encoder.layers[0].mlp.fc1.weight.shape[0]
+        layers, patches = len(tower.encoder.layers), (d.image_side // d.patch) ** 2
+        of_patches = 3 * d.patch**2 * width + layers * (4 * width**2 + 2 * width * hidden)
+        connector = d.shuffle**2 * width * d.text_width
+        self.vision_weights = of_patches + connector
+        attention = 4.0 * layers * patches**2 * width
+        self.vision_flops = cameras * (2.0 * (patches * of_patches + d.image_tokens * connector) + attention)
 
-    A product of what learns costs three times its forward, one of the prefix once: of its rows the state's alone has a
-    gradient. Keys and values that nothing learns from have none.
-    language  tokens that any sample needs      other arguments as in ``stage_costs``
-    """
-    work = _work(model, cameras, language)
-    d, q = work.dims, work.dims.query_heads * work.dims.head_dim
-    # Inference folds the actions' half of the MLP of action and time into their projection; weights that learn cannot be.
-    halves = 2 * d.expert_width**2
-    weights = work.step_weights + halves
-    linear = 6.0 * d.chunk * (work.step_weights + halves / 2) + 4.0 * halves / 2
-    linear -= 2.0 * d.chunk * d.action_width * d.expert_width  # no gradient of actions
-    learning_keys = work.selfs * (d.chunk + 1) + work.crosses * work.prefix
-    attention = 8.0 * d.chunk * work.keys * q + 4.0 * d.chunk * learning_keys * q
-    state = 2.0 * work.prefix_weights
-    cross = 2.0 * work.prefix * work.cross_weights
-    learns = weights + work.cross_weights + d.state_width * d.text_width
-    stored = model.vlm_with_expert.lm_expert.layers[0].mlp.gate_proj.weight.element_size()
-    expert_bytes = 2 * itemsize * weights + ADAMW_NUMBERS * stored * learns
-    return {
-        **work.before_suffix(itemsize, batch),
-        "expert": Cost(batch * (linear + attention + state + cross), float(expert_bytes)),
-    }
+        mlp = vlm.text_model.layers[0].mlp.gate_proj.weight.shape[0]
+        self.cross_weights = 2 * self.crosses * kv * kv  # the expert's projections of the prefix KV
+        text_layer = 2 * d.text_width * (kv + q) + 3 * d.text_width * mlp
+        # Of the last layer only keys and values are used.
+        self.prefix_weights = (d.layers - 1) * text_layer + 2 * d.text_width * kv + self.cross_weights
+        attention = 4.0 * (d.layers - 1) * self.prefix**2 * q
+        self.prefix_flops = 2.0 * self.prefix * self.prefix_weights + attention
 
-
-@dataclass(frozen=True)
-class _Work:
-    """Operations of one sample's forward, and weights that they read; ``step`` is one pass of the expert."""
-
-    dims: Dims
-    vision_flops: float
-    vision_weights: int
-    prefix: int
-    """tokens"""
-    prefix_flops: float
-    prefix_weights: int
-    cross_weights: int
-    """of ``prefix_weights``: the expert's projections of the prefix KV in its cross-attention layers"""
-    selfs: int
-    crosses: int
-    keys: int
-    """that a suffix row sees, over all layers"""
-    step_flops: float
-    step_weights: int
+        mlp = expert.layers[0].mlp.gate_proj.weight.shape[0]
+        expert_layer = 2 * d.expert_width * q + 3 * d.expert_width * mlp
+        ends = d.expert_width * (2 * d.action_width + d.expert_width)
+        self.step_weights = d.layers * expert_layer + self.selfs * 2 * d.expert_width * kv + ends
+        self.keys = (
+            self.selfs * (self.prefix + d.chunk) + self.crosses * self.prefix
+        )  # that a suffix row sees
+        self.step_flops = 2.0 * d.chunk * self.step_weights + 4.0 * d.chunk * self.keys * q
 
     def before_suffix(self, itemsize: int, batch: int) -> dict[str, Cost]:
         return {
@@ -86,43 +64,38 @@ class _Work:
         }
 
 
-def _work(model: Any, cameras: int, language: int) -> _Work:
-    d = read_dims(model)
-    pair = model.vlm_with_expert
-    vision = pair.get_vlm_model().vision_model
-    w, vision_layers = vision.post_layernorm.weight.shape[0], len(vision.encoder.layers)
-    hidden = vision.encoder.layers[0].mlp.fc1.weight.shape[0]
-    text_mlp = pair.get_vlm_model().text_model.layers[0].mlp.gate_proj.weight.shape[0]
-    expert_mlp = pair.lm_expert.layers[0].mlp.gate_proj.weight.shape[0]
-    crosses = sum(is_cross(pair, i) for i in range(d.layers))
-    selfs = d.layers - crosses
-    q, kv = d.query_heads * d.head_dim, d.kv_heads * d.head_dim
-    prefix = cameras * d.image_tokens + language + 1
+def stage_costs(model: Any, cameras: int, language: int, itemsize: int, batch: int = 1) -> dict[str, Cost]:
+    """Cost of "vision", "prefix" and "denoise" (all steps) for a batch: weights are read once for all of it.
 
-    patches = (d.image_side // d.patch) ** 2
-    patch_weights = 3 * d.patch**2 * w
-    layer_weights = 4 * w * w + 2 * w * hidden
-    connector_weights = d.shuffle**2 * w * d.text_width
-    vision_flops = cameras * (
-        2.0 * patches * (patch_weights + vision_layers * layer_weights)
-        + 4.0 * vision_layers * patches**2 * w
-        + 2.0 * d.image_tokens * connector_weights
-    )
-    vision_weights = patch_weights + vision_layers * layer_weights + connector_weights
+    model  a ``VLAFlowMatching``      language  padded tokens      itemsize  bytes of a weight in its product
+    """
+    work, steps = Work(model, cameras, language), model.config.num_steps
+    step_bytes = itemsize * (work.step_weights + batch * 2 * work.keys * work.kv)
+    denoise = Cost(steps * batch * work.step_flops, float(steps * step_bytes))
+    return {**work.before_suffix(itemsize, batch), "denoise": denoise}
 
-    text_kv = 2 * d.text_width * kv
-    text_layer = text_kv + 2 * d.text_width * q + 3 * d.text_width * text_mlp
-    cross = 2 * crosses * kv * kv
-    # Of the last layer only keys and values are used.
-    prefix_weights = (d.layers - 1) * text_layer + text_kv + cross
-    prefix_flops = 2.0 * prefix * prefix_weights + 4.0 * (d.layers - 1) * prefix**2 * q
 
-    expert_layer = 2 * d.expert_width * q + 3 * d.expert_width * expert_mlp
-    ends = d.expert_width * (2 * d.action_width + d.expert_width)
-    step_weights = d.layers * expert_layer + selfs * 2 * d.expert_width * kv + ends
-    keys = selfs * (prefix + d.chunk) + crosses * prefix
-    step_flops = 2.0 * d.chunk * step_weights + 4.0 * d.chunk * keys * q
-    return _Work(
-        d, vision_flops, vision_weights, prefix, prefix_flops, prefix_weights, cross, selfs, crosses, keys, step_flops,
-        step_weights,
-    )  # fmt: skip
+def training_costs(model: Any, cameras: int, language: int, itemsize: int, batch: int = 1) -> dict[str, Cost]:
+    """Cost of "vision", "prefix" and "expert" of one training step of a batch, with LeRobot's defaults: expert, heads and
+    state projection learn. The expert's bytes are its weights, forward and backward, and AdamW's traffic.
+
+    A product of what learns costs three times its forward, one of the prefix once: of its rows the state's alone has a
+    gradient. Keys and values that nothing learns from have none. Arguments as in ``stage_costs``.
+    """
+    work = Work(model, cameras, language)
+    d = work.dims
+    # Inference folds the actions' half of the MLP of action and time into their projection; weights that learn cannot be.
+    halves = 2 * d.expert_width**2
+    weights = work.step_weights + halves
+    linear = 6.0 * d.chunk * (work.step_weights + halves / 2) + 4.0 * halves / 2
+    linear -= 2.0 * d.chunk * d.action_width * d.expert_width  # no gradient of actions
+    learning_keys = work.selfs * (d.chunk + 1) + work.crosses * work.prefix
+    attention = (8.0 * work.keys + 4.0 * learning_keys) * d.chunk * work.queries
+    of_prefix = (
+        2.0 * work.prefix_weights + 2.0 * work.prefix * work.cross_weights
+    )  # the state's row; cross KV
+    learns = weights + work.cross_weights + d.state_width * d.text_width
+    stored = model.vlm_with_expert.lm_expert.layers[0].mlp.gate_proj.weight.element_size()
+    expert_bytes = 2 * itemsize * weights + ADAMW_NUMBERS * stored * learns
+    expert = Cost(batch * (linear + attention + of_prefix), float(expert_bytes))
+    return {**work.before_suffix(itemsize, batch), "expert": expert}

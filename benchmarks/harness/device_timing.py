@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -23,28 +24,23 @@ def device_rounds(
     """
     if device.type != "cuda":
         return None
-    cycles = int(1.5 * host_ms * _cycles_a_ms(device))
-    found: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(found) < rounds and (not found or time.perf_counter() < end):
+
+    def timed(cycles: int, work: Callable[[], Any]) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(cycles)
         start.record()
-        queue()
+        work()
         stop.record()
         stop.synchronize()
-        found.append(start.elapsed_time(stop))
+        return start.elapsed_time(stop)
+
+    # The first million wakes the clocks.
+    cycles_a_ms = 10_000_000 / timed(1_000_000, lambda: torch.cuda._sleep(10_000_000))
+    found: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(found) < rounds and (not found or time.perf_counter() < end):
+        found.append(timed(int(1.5 * host_ms * cycles_a_ms), queue))
     return found
-
-
-def _cycles_a_ms(device: torch.device) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(1_000_000)  # wakes the clocks
-    start.record()
-    torch.cuda._sleep(10_000_000)
-    stop.record()
-    torch.cuda.synchronize(device)
-    return 10_000_000 / start.elapsed_time(stop)
 
 
 class StageMarks:
@@ -54,30 +50,22 @@ class StageMarks:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._cuda = device.type == "cuda"
         self._marks: dict[str, tuple[Any, Any]] = {}
 
-    @contextmanager
-    def placed(self) -> Iterator[None]:
+    def placed(self) -> Any:
         """Inside, chunks carry these marks, and so do the graphs that are captured there."""
-        plain = inference.section
-        inference.section = self._section
-        try:
-            yield
-        finally:
-            inference.section = plain
+        return patch.object(inference, "section", self._section)
 
     @contextmanager
     def _section(self, name: str) -> Iterator[None]:
         start = self._mark()
         yield
-        self._marks[name] = (
-            start,
-            self._mark(),
-        )  # the capture comes after its warm-up and replaces its marks
+        # The capture comes after its warm-up and replaces its marks.
+        self._marks[name] = (start, self._mark())
 
     def _mark(self) -> Any:
-        if self._device.type != "cuda":
+        if not self._cuda:
             return time.perf_counter()
         # A graph records an event anew at each replay only if it is an external one.
         event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
@@ -86,12 +74,11 @@ class StageMarks:
 
     def read(self) -> dict[str, float]:
         """ms by stage, and "total" from the first mark to the last, of the chunk that has just been waited for."""
-        missing = [stage for stage in STAGES if stage not in self._marks]
-        assert not missing, (
-            f"no marks around {', '.join(missing)}: the engine does not call timing.section there"
-        )
-        found = {stage: self._between(*self._marks[stage]) for stage in STAGES}
-        return {**found, "total": self._between(self._marks[STAGES[0]][0], self._marks[STAGES[-1]][1])}
-
-    def _between(self, start: Any, stop: Any) -> float:
-        return 1e3 * (stop - start) if self._device.type != "cuda" else start.elapsed_time(stop)
+        missing = ", ".join(stage for stage in STAGES if stage not in self._marks)
+        assert not missing, f"no marks around {missing}: the engine does not call timing.section there"
+        spans = {stage: self._marks[stage] for stage in STAGES}
+        spans["total"] = (spans[STAGES[0]][0], spans[STAGES[-1]][1])
+        return {
+            name: start.elapsed_time(stop) if self._cuda else 1e3 * (stop - start)
+            for name, (start, stop) in spans.items()
+        }

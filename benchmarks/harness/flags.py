@@ -16,12 +16,12 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--rounds": dict(type=positive, help="rounds of a variant (default: 3 a chunk, 20 an op)"),
     "--seconds": dict(type=positive, help=f"the most a suite may take (default: {SECONDS:.0f})"),
     "--with-compile": dict(action="store_true", help="also time stock under torch.compile (minutes)"),
-    "--compile-mode": dict(help="its mode (default: max-autotune on a GPU, default elsewhere)"),
+    "--compile-mode": dict(metavar="MODE", help="its mode (default: max-autotune on a GPU, default elsewhere)"),
     "--cameras": dict(metavar="N,N", help="camera counts of suite chunk (default: 1,2,3); of cpu one, up to 4 (2)"),
     "--batch": dict(metavar="N,N", help="batch sizes of suite chunk (default: 1), of train (CPU: 1,2, GPU: 8)"),
     "--layers": dict(metavar="N,N", help="VLM layers of suite chunk (default: the configuration's)"),
     "--scaling": dict(action="store_true", default=True, help="cpu suite: time against cameras, steps, ... (default)"),
-    "--no-scaling": dict(action="store_false", dest="scaling", help="leave these curves out"),
+    "--no-scaling": dict(action="store_false", dest="scaling", default=True, help="leave these curves out"),
     "--steps": dict(type=positive, help="denoise steps"),
     "--size": dict(choices=("full", "tiny"), default="full", help="policy size (default: full)"),
     "--layout": dict(choices=("fp32", "mixed"), help="dtypes of the weights (CPU: fp32, GPU: mixed)"),
@@ -36,16 +36,20 @@ def add_to(add: Any) -> None:
         add(name, **spec)
 
 
+def seconds(args: Any) -> float:
+    """The most a suite may take."""
+    return args.seconds or SECONDS * (4 if args.full else 1)
+
+
 def handed_on(args: argparse.Namespace) -> list[str]:
     """The flags of ``args`` that are not at their defaults, for another process."""
     found = []
     for name, spec in FLAGS.items():
         value = getattr(args, spec.get("dest", name[2:].replace("-", "_")))
-        if spec.get("action") in ("store_true", "store_false"):
-            if name != "--scaling" and value is (spec["action"] == "store_true"):
-                found.append(name)
-        elif value not in (None, spec.get("default")):
+        if spec.get("action") is None and value not in (None, spec.get("default")):
             found.append(f"{name}={value}")
+        elif value is (spec.get("action") == "store_true") and value is not spec.get("default", False):
+            found.append(name)
     return found
 
 
@@ -56,7 +60,5 @@ def counts(text: str | None, flag: str, default: tuple[int, ...]) -> tuple[int, 
     try:
         return tuple(positive(part.strip()) for part in text.split(","))
     except argparse.ArgumentTypeError as error:
-        raise CommandError(
-            f"{flag} {text}: not counts of {flag[2:]}; accepted are whole numbers above 0 with commas between them, such "
-            "as 1,2,3"
-        ) from error
+        accepted = "accepted are whole numbers above 0 with commas between them, such as 1,2,3"
+        raise CommandError(f"{flag} {text}: not counts of {flag[2:]}; {accepted}") from error

@@ -6,12 +6,15 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from smolvla_fast.measure.rounds import synchronize
+from smolvla_fast.ops.reference import Cost
+from smolvla_fast.ops.torch.linear import linear
 
 # Large enough to reach a machine's top speed, small enough for a second on two cores.
 GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
@@ -27,6 +30,9 @@ class Ceilings:
 
     flops: dict[torch.dtype, float]
     bytes: float
+
+    def floor(self, cost: Cost, dtype: torch.dtype) -> dict[str, float]:
+        return dict(flops=cost.flops, bytes=cost.bytes, floor_ms=self.floor_ms(cost.flops, cost.bytes, dtype))
 
     def floor_ms(self, flops: float, bytes_: float, dtype: torch.dtype) -> float:
         """The least time for so much work: whichever of arithmetic and memory takes longer."""
@@ -48,19 +54,28 @@ def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
     small  of a sixteenth of the elements and for a twentieth of the time: for tiny policies, whose times say nothing
     """
     side, budget = GEMM_SIDE[device.type] // (4 if small else 1), 0.05 if small else 1.0
-    flops = {dtype: _gemm(dtype, device, side, budget) for dtype in (torch.float32, torch.bfloat16)}
-    int8 = _int8(side, budget) if device.type == "cpu" else None
-    flops |= {} if int8 is None else {torch.int8: int8}
-    return Ceilings(flops, _copy(device, COPY_BYTES[device.type] // (16 if small else 1), budget))
+
+    def rate(work: float, function: Callable[[], Any]) -> float:
+        return work / best_seconds(function, device, budget)
+
+    flops = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        # torch's own fp32 path is MKL, far from the roof on other makers' processors; oneDNN is near it.
+        flops[dtype] = rate(2.0 * side**3, partial(linear, x, weight))
+    integers = _int8(side) if device.type == "cpu" else None
+    flops |= {} if integers is None else {torch.int8: rate(2.0 * side**3, integers)}
+    source = torch.ones(COPY_BYTES[device.type] // (64 if small else 4), device=device)
+    target = torch.empty_like(source)
+    return Ceilings(flops, rate(2.0 * source.nbytes, lambda: target.copy_(source)))
 
 
 def ceilings_once(path: Path | None, device: torch.device, small: bool) -> Ceilings:
     """Measured by the first suite of a run that asks, and read from this file by the others."""
     if path is not None and path.is_file():
         found = json.loads(path.read_text())
-        return Ceilings(
-            {getattr(torch, n): rate for n, rate in found["gemm_flops"].items()}, found["copy_bytes"]
-        )
+        flops = {getattr(torch, name): rate for name, rate in found["gemm_flops"].items()}
+        return Ceilings(flops, found["copy_bytes"])
     ceilings = measure_ceilings(device, small)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,33 +95,15 @@ def best_seconds(function: Callable[[], Any], device: torch.device, budget: floa
     return best
 
 
-def _gemm(dtype: torch.dtype, device: torch.device, side: int, budget: float) -> float:
-    x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    pointwise = getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
-    onednn = device.type == "cpu" and torch.backends.mkldnn.is_available() and pointwise is not None
-    if onednn and (dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        # torch's own fp32 path is MKL, far from the roof on other makers' processors; oneDNN is near it.
-        return (
-            2.0 * side**3 / best_seconds(lambda: pointwise(x, weight, None, "none", [], ""), device, budget)
-        )
-    return 2.0 * side**3 / best_seconds(lambda: torch.nn.functional.linear(x, weight), device, budget)
-
-
-def _copy(device: torch.device, bytes_: int, budget: float) -> float:
-    source = torch.ones(bytes_ // 4, device=device)
-    target = torch.empty_like(source)
-    return 2.0 * source.numel() * 4 / best_seconds(lambda: target.copy_(source), device, budget)
-
-
-def _int8(side: int, budget: float) -> float | None:
+def _int8(side: int) -> Callable[[], Any] | None:
     """uint8 activations by a prepacked int8 weight, as oneDNN multiplies them fastest; None where torch cannot."""
     x = torch.randint(0, 255, (side, side), dtype=torch.uint8)
     weight = torch.randint(-127, 127, (side, side), dtype=torch.int8)
     scales, zeros = torch.ones(side), torch.zeros(side, dtype=torch.int32)
     try:
         packed = torch.ops.onednn.qlinear_prepack(weight, [side, side])
-        arguments = (x, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-        product = lambda: torch.ops.onednn.qlinear_pointwise(*arguments)  # noqa: E731
-        return 2.0 * side**3 / best_seconds(product, torch.device("cpu"), budget)
+        given = (x, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        torch.ops.onednn.qlinear_pointwise(*given)
     except (AttributeError, RuntimeError):
         return None
+    return lambda: torch.ops.onednn.qlinear_pointwise(*given)

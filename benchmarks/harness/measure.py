@@ -16,8 +16,11 @@ from _pytest.mark.expression import Expression
 
 from benchmarks.harness.gate import CheckFailed
 from benchmarks.harness.recorder import Recorder
+from smolvla_fast.measure.rounds import percentile
 
 LEAST_ROUNDS = 3
+LEAST_SECONDS = 30.0
+"""Of a case: the first imports and compiles for all, and how many of those to come -k leaves is not known."""
 PREPARING = 0.6
 """Share of a case's time that preparations and checks may take."""
 
@@ -48,12 +51,17 @@ class Variant:
         if self.stats is not None:
             self.stats.fixture.has_error = True  # pytest-benchmark then writes no number
 
-    def record(self, benchmark: Any, group: str, seconds: float) -> None:
+    def round(self, benchmark: Any, group: str) -> None:
+        start = time.perf_counter()
+        stages = self.run()
+        seconds = time.perf_counter() - start
         if self.stats is None:
             one = copy.copy(benchmark)
             one.name, one.group, one.extra_info = f"{benchmark.name}[{self.name}]", group, self.facts
             self.stats = one._make_stats(1)
         self.stats.update(seconds)
+        if isinstance(stages, dict):
+            self.facts.setdefault("stage_rounds_ms", []).append(stages)
 
 
 class Clock:
@@ -67,10 +75,10 @@ class Clock:
         return self.end - time.perf_counter()
 
     def next_case(self, share: float | None) -> float:
-        """When the case that begins now is to end. share  of the time that is left; None: as much as any other case."""
-        now, part = time.perf_counter(), 1 / max(self.cases, 1) if share is None else share
+        """Seconds of the case that begins now. share  of the time that is left; None: as much as any other case"""
+        part = 1 / max(self.cases, 1) if share is None else share
         self.cases -= 1
-        return now + part * self.left
+        return min(max(part * self.left, LEAST_SECONDS), self.left)
 
 
 @contextmanager
@@ -104,13 +112,12 @@ class Measure:
     def chosen(self, name: str) -> bool:
         """Whether -k names this variant; a benchmark's name is that of the test and of the variant."""
         whole = f"{self.benchmark.fullname}[{name}]".lower()
-        return not self.choose or Expression.compile(self.choose).evaluate(
-            lambda word, **_: word.lower() in whole
-        )
+        wanted = Expression.compile(self.choose) if self.choose else None
+        return wanted is None or wanted.evaluate(lambda word, **_: word.lower() in whole)
 
     def __call__(
         self, group: str, variants: list[Variant], rounds: int, share: float | None = None,
-        then: Callable[[list[Variant]], None] | None = None, **facts: Any,
+        then: Callable[[list[Variant]], None] = lambda ready: None, **facts: Any,
     ) -> list[Variant]:  # fmt: skip
         """Measures the variants; the first is what ratios are to. Returns those that have numbers.
 
@@ -119,54 +126,44 @@ class Measure:
         facts  of the case, the same for all
         """
         variants = [each for each in variants if self.chosen(each.name)]
-        end = self.clock.next_case(share)
+        begun, seconds = time.perf_counter(), self.clock.next_case(share)
         if not variants:
             pytest.skip("no variant is chosen by -k")
         if self.clock.left <= 0:
             self.recorder.leave_out(group)
             pytest.skip("no time was left")
         self.benchmark._mode = "rounds in turn"  # or pytest-benchmark warns that its fixture was not used
-        begun = time.perf_counter()
-        prepared = begun + PREPARING * (end - begun)
-        print(f"\n{group}: {len(variants)} variants, at most {end - begun:.0f} s", flush=True)
+        print(f"\n{group}: {len(variants)} variants, at most {seconds:.0f} s", flush=True)
         for each in variants:
-            if time.perf_counter() > prepared:
-                self.recorder.leave_out(f"{each.name}, {group}")
-                each.drop("no time was left")
-                continue
-            with self.recorder.attempt(each, group), limited(prepared - time.perf_counter()):
-                each.facts.update(facts)
-                each.facts.update(each.check())
-        ready = [each for each in variants if not each.dropped]
-        if then is not None:
-            then(ready)
-        self._rounds(group, [each for each in ready if not each.dropped], rounds, end)
-        for each in ready:
+            with self.recorder.attempt(each, group):
+                left = begun + PREPARING * seconds - time.perf_counter()
+                if left <= 0:
+                    raise TimeoutError("no time was left")
+                with limited(left):
+                    each.facts.update({**facts, **each.check()})
+        then([each for each in variants if not each.dropped])
+        self._rounds(group, variants, rounds, begun + seconds)
+        for each in variants:
             with self.recorder.attempt(each, group):
                 reason = None if each.dropped else each.late()
                 if reason:
                     raise CheckFailed(reason)
         self.recorder.save()
-        ready = [each for each in ready if not each.dropped]
+        ready = [each for each in variants if not each.dropped]
         for each in ready:
-            data = sorted(each.stats.stats.data)
-            print(f"{each.name}: p50 {1e3 * data[len(data) // 2]:.3f} ms, {len(data)} rounds", flush=True)
+            data = each.stats.stats.data
+            print(f"{each.name}: p50 {1e3 * percentile(data, 0.5):.3f} ms, {len(data)} rounds", flush=True)
         return ready
 
-    def _rounds(self, group: str, ready: list[Variant], rounds: int, end: float) -> None:
+    def _rounds(self, group: str, variants: list[Variant], rounds: int, end: float) -> None:
         """In turn; each round begins with another, so that nobody always follows the same neighbour."""
         for index in range(rounds):
-            now = time.perf_counter()
+            ready = [each for each in variants if not each.dropped]
             # However little time is left, the medians are of LEAST_ROUNDS, unless the whole suite's is over.
-            if ready and index and now > (end if index >= LEAST_ROUNDS else self.clock.end):
+            over = time.perf_counter() > (end if index >= LEAST_ROUNDS else self.clock.end)
+            if not ready or (index and over):
                 break
-            place = index % max(len(ready), 1)
+            place = index % len(ready)
             for each in ready[place:] + ready[:place]:
                 with self.recorder.attempt(each, group):
-                    start = time.perf_counter()
-                    stages = each.run()
-                    seconds = time.perf_counter() - start
-                    each.record(self.benchmark, group, seconds)
-                    if isinstance(stages, dict):
-                        each.facts.setdefault("stage_rounds_ms", []).append(stages)
-            ready = [each for each in ready if not each.dropped]
+                    each.round(self.benchmark, group)

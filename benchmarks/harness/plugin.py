@@ -32,16 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
     config.stash[RECORDER] = Recorder(config, config.getoption("--results"), system.facts())
-    seconds = config.getoption("--seconds") or flags.SECONDS * (4 if config.getoption("--full") else 1)
-    config.stash[CLOCK] = Clock(seconds)
+    config.stash[CLOCK] = Clock(flags.seconds(config.option))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     clock = session.config.stash[CLOCK]
     clock.cases = len(session.items)
-    print(
-        f"{clock.cases} cases, within {clock.left / 60:.1f} minutes; what there is no time for is left out by name"
-    )
+    within = f"within {clock.left / 60:.1f} minutes; what there is no time for is left out by name"
+    print(f"{clock.cases} cases, {within}")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -53,10 +51,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def device_of(config: pytest.Config) -> torch.device:
-    name = config.getoption("--device")
-    return torch.device(
-        name if name not in (None, "auto") else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    name = config.getoption("--device") or "auto"
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(here if name == "auto" else name)
 
 
 def rounds(config: pytest.Config, few: int = 3, many: int = 20) -> int:
@@ -78,18 +75,16 @@ def ceilings(pytestconfig: pytest.Config, device: torch.device) -> Ceilings:
 
 
 @pytest.fixture(scope="session")
-def make_setup(pytestconfig: pytest.Config, device: torch.device) -> Any:
+def make_setup(pytestconfig: pytest.Config, device: torch.device, ceilings: Ceilings) -> Any:
     """make_setup(layers=None): the policy; one at a time, for two would count in each other's memory."""
     held: dict[int | None, BenchmarkSetup] = {}
-    option = pytestconfig.getoption
+    size, layout, steps = map(pytestconfig.getoption, ("--size", "--layout", "--steps"))
 
     def make(layers: int | None = None) -> BenchmarkSetup:
         if layers not in held:
             held.clear()
             gc.collect()
-            held[layers] = BenchmarkSetup(
-                device, option("--size"), option("--layout"), option("--steps"), layers
-            )
+            held[layers] = BenchmarkSetup(device, size, layout, steps, layers, ceilings)
         return held[layers]
 
     return make

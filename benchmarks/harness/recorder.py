@@ -33,28 +33,21 @@ class Recorder:
     @contextmanager
     def attempt(self, variant: Any, where: str) -> Iterator[None]:
         """Inside something is done for a variant; what is wrong with it costs its own numbers and no other's."""
-        reason, wrong = None, True
+        name = f"{variant.name}, {where}"
         try:
             yield
-        except TimeoutError as error:
-            self.leave_out(f"{variant.name}, {where}", str(error))
-            variant.drop(str(error))
-        except Unavailable as error:
-            reason, wrong = str(error), False
-        except CheckFailed as error:
-            reason = str(error)
         except Exception as error:
-            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
-            wrong = not variant.foreign  # another's compiler: whatever it raises is the reason
-        if reason is not None:
-            (self.red if wrong else self.skipped).append(
-                {"variant": variant.name, "name": f"{variant.name}, {where}", "reason": reason}
-            )
-            print(
-                f"{'red, so it is not timed' if wrong else 'skipped'}: {variant.name}, {where}: {reason}",
-                flush=True,
-            )
+            reason, wrong = str(error), isinstance(error, CheckFailed)
+            if not isinstance(error, (TimeoutError, Unavailable, CheckFailed)):
+                first = (reason.strip() or "no message").splitlines()[0][:300]
+                # Another's compiler: whatever it raises is the reason.
+                reason, wrong = f"{type(error).__name__}: {first}", not variant.foreign
             variant.drop(reason)
+            if isinstance(error, TimeoutError):
+                self.leave_out(name, reason)
+                return
+            (self.red if wrong else self.skipped).append(dict(variant=variant.name, name=name, reason=reason))
+            print(f"{'red, so it is not timed' if wrong else 'skipped'}: {name}: {reason}", flush=True)
 
     def data(self) -> dict[str, Any]:
         found = self.config.hook.pytest_benchmark_generate_json(
@@ -83,9 +76,8 @@ def derive(benchmarks: Sequence[dict[str, Any]]) -> None:
     ``ratio_to`` of the group, the median over rounds of its time by the one taken beside it."""
     taken: dict[tuple[str, str], list[float]] = {}
     for bench in benchmarks:
-        info, ms = bench["extra_info"], [1e3 * seconds for seconds in bench["stats"]["data"]]
-        scale = info.get("calls_a_round", 1)
-        ms = [each / scale for each in ms]
+        info = bench["extra_info"]
+        ms = [1e3 * seconds / info.get("calls_a_round", 1) for seconds in bench["stats"]["data"]]
         taken[bench["group"], info["variant"]] = ms
         info.update(summary(ms))
         base = taken.get((bench["group"], info["ratio_to"]))
@@ -97,12 +89,10 @@ def derive(benchmarks: Sequence[dict[str, Any]]) -> None:
             info["share_of_floor"] = info["floor_ms"] / best
         if "flops" in info:
             info.update(gflops_per_s=info["flops"] / best / 1e6, gbytes_per_s=info["bytes"] / best / 1e6)
-        if info.get("stage_rounds_ms"):
-            rounds, floors = info["stage_rounds_ms"], info.get("stage_floors", {})
-            info["stages"] = {
-                stage: {**summary([each[stage] for each in rounds]), **floors.get(stage, {})}
-                for stage in rounds[0]
-            }
-            for figures in info["stages"].values():
-                if "floor_ms" in figures:
-                    figures["share_of_floor"] = figures["floor_ms"] / figures["p50_ms"]
+        rounds = info.get("stage_rounds_ms")
+        for stage in rounds[0] if rounds else ():
+            floor = info.get("stage_floors", {}).get(stage, {})
+            figures = {**summary([each[stage] for each in rounds]), **floor}
+            if floor:
+                figures["share_of_floor"] = figures["floor_ms"] / figures["p50_ms"]
+            info.setdefault("stages", {})[stage] = figures

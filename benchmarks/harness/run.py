@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ class Outcome:
     red: list[dict[str, str]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+    def end(self, status: str, reason: str) -> Outcome:
+        self.status, self.reason = status, reason
+        return self
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Context:
 
         Late or interrupted, it is interrupted in turn and has GRACE seconds; then it is killed with all it started.
         """
-        start = time.perf_counter()
+        outcome, start = Outcome(name), time.perf_counter()
         process = subprocess.Popen(
             list(map(str, command)), cwd=ROOT, env=self.environment, text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -76,39 +80,27 @@ class Context:
         tail: deque[str] = deque(maxlen=40)
 
         def read() -> None:
-            assert process.stdout is not None
-            for line in process.stdout:
+            for line in process.stdout or ():
                 tail.append(line.rstrip())
                 print(f"   {line.rstrip()}", flush=True)
 
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
-        late = False
+        status: int | None = None
         try:
-            status: int | None = process.wait(timeout=seconds)
+            status = process.wait(timeout=seconds)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
-            late, self.stopped = True, isinstance(reason, KeyboardInterrupt)
-            status = None
+            self.stopped = isinstance(reason, KeyboardInterrupt)
+            outcome.end("red", INTERRUPTED if self.stopped else f"not done after {seconds:.0f} s")
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
                 process.wait(timeout=GRACE)
-        if process.poll() is None or late:
-            kill_all(process.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         reader.join(timeout=5)
-        outcome = Outcome(name, seconds=round(time.perf_counter() - start, 1), tail=list(tail))
-        if late:
-            outcome.status, outcome.reason = (
-                "red",
-                INTERRUPTED if self.stopped else f"not done after {seconds:.0f} s",
-            )
+        outcome.seconds, outcome.tail = round(time.perf_counter() - start, 1), list(tail)
         return outcome, status
-
-
-def kill_all(group: int) -> None:
-    """Ends a process with all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
 
 
 def suite(name: str, limit: float, least: float, *flags: str, label: str | None = None) -> Part:
@@ -116,12 +108,11 @@ def suite(name: str, limit: float, least: float, *flags: str, label: str | None 
     label = label or name
 
     def work(context: Context, seconds: float) -> Outcome:
-        results = context.folder / f"{label}.json"
         command = [
             sys.executable, "-m", "pytest", f"benchmarks/suites/{name}.py", "-q", "-s", "-p", "no:cacheprovider",
             "-p", "benchmarks.harness.plugin", "-W", "ignore::DeprecationWarning", f"--rootdir={ROOT}", "--benchmark-quiet",
             # The last round and the start of the process are in the rest.
-            f"--seconds={max(1, 0.85 * seconds):.0f}", f"--results={results}", *flags,
+            f"--seconds={max(1, 0.85 * seconds):.0f}", f"--results={context.folder / f'{label}.json'}", *flags,
         ]  # fmt: skip
         outcome, status = context.execute(label, command, seconds)
         found = found_by(context.folder, label)
@@ -129,18 +120,14 @@ def suite(name: str, limit: float, least: float, *flags: str, label: str | None 
         if outcome.status == "red":
             return outcome
         if outcome.red:
-            outcome.status, outcome.reason = (
-                "red",
-                "; ".join(f"{r['name']}: {r['reason']}" for r in outcome.red),
-            )
-        elif found["interrupted"]:
-            outcome.status, outcome.reason, context.stopped = "red", INTERRUPTED, True
-        elif status not in (0, None):
+            return outcome.end("red", "; ".join(f"{each['name']}: {each['reason']}" for each in outcome.red))
+        if found["interrupted"]:
+            context.stopped = True
+            return outcome.end("red", INTERRUPTED)
+        if status:
             last = next((line for line in reversed(outcome.tail) if line.strip()), "no output")
-            outcome.status, outcome.reason = "red", f"ended with status {status}: {last}"
-        elif not found["benchmarks"]:
-            outcome.status, outcome.reason = "red", "nothing was measured"
-        return outcome
+            return outcome.end("red", f"ended with status {status}: {last}")
+        return outcome if found["benchmarks"] else outcome.end("red", "nothing was measured")
 
     return Part(label, limit, least, work)
 
@@ -167,16 +154,13 @@ def visit(
     """
     machine = {**system.facts(), **(facts or {}), "gpu_state": {"before": state()}}
     data: dict[str, Any] = {**about, "machine_info": {"smolvla_fast": machine}, "parts": [], "benchmarks": []}
-    end = time.perf_counter() + 60 * minutes
-    print(
-        f"{len(parts)} parts, within {minutes:.1f} minutes: {', '.join(part.name for part in parts)}",
-        flush=True,
-    )
+    end, names = time.perf_counter() + 60 * minutes, ", ".join(part.name for part in parts)
+    print(f"{len(parts)} parts, within {minutes:.1f} minutes: {names}", flush=True)
     with tempfile.TemporaryDirectory(prefix="smolvla-bench-") as folder:
         context = Context(Path(folder), environment, about.get("rehearsal", False))
         for place, part in enumerate(parts):
             if context.stopped:
-                outcome = Outcome(part.name, "skipped", INTERRUPTED.split(";")[0])
+                outcome = Outcome(part.name, "skipped", "interrupted")
             else:
                 seconds = shares(parts[place:], end - time.perf_counter())
                 print(f"== {part.name} (at most {seconds:.0f} s)", flush=True)
@@ -184,14 +168,13 @@ def visit(
             said = f": {outcome.reason}" if outcome.reason else ""
             print(f"== {part.name}: {outcome.status}, {outcome.seconds:.0f} s{said}", flush=True)
             found = found_by(context.folder, part.name)
-            data["parts"].append(dict(outcome.__dict__))
+            data["parts"].append(asdict(outcome))
             data["benchmarks"] += found["benchmarks"]
             data["interrupted"] = context.stopped
             machine["gpu_state"][f"after {part.name}"] = state()
-            more = found.get("machine_info", {}).get("smolvla_fast", {})
-            machine.update(
-                {key: value for key, value in more.items() if key not in machine or key == "threads"}
-            )
+            # What the suite knows of its process, such as the threads, is nearer to its figures.
+            own = found.get("machine_info", {}).get("smolvla_fast", {})
+            machine.update({key: own[key] for key in own if key not in machine or key == "threads"})
             write_whole(path, data)
     return data
 

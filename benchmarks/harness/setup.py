@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import dataclasses
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,21 @@ from smolvla_fast.ops.select import select
 from smolvla_fast.testing import policies
 
 MOST_CAMERAS = 4
-WIDTHS = {"int8": torch.int8, "fp8": torch.int8}
-"""What the products of a quantised tier are counted in; any other tier's are in its ``gemm_dtype``."""
+STATUS = (
+    "graphs",
+    "graph_nodes",
+    "graph_bytes",
+    "step_launches",
+    "extra_bytes",
+    "stages",
+    "fallback_reasons",
+)
+
+Inputs = tuple[dict[str, Tensor], Tensor]
+"""An observation and its noise."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """cameras, batch  of the observation      observations  how many of them a variant is checked on"""
 
     cameras: int = 2
@@ -44,46 +53,32 @@ def twin(policy: Any) -> Any:
     return other
 
 
-def why_not(tier: str, device: torch.device, backend: str = "auto") -> str | None:
-    """Why a tier cannot be served on this device by a backend, or None."""
-    try:
-        select(backend, device, TIERS[tier].stock_order, TIERS[tier].quantized)
-    except RuntimeError as reason:
-        return str(reason)
-    return None
-
-
 class BenchmarkSetup:
     """One policy of random weights, never patched itself: it is stock.
 
     size    "full" or "tiny"      layout  "fp32" or "mixed"; None: fp32 on a CPU, mixed elsewhere
-    steps, layers  None: the configuration's
+    steps, layers  None: the configuration's      ceilings  of this machine; None: variants have no floors
     """
 
     def __init__(
         self, device: torch.device, size: str = "full", layout: str | None = None, steps: int | None = None,
-        layers: int | None = None,
+        layers: int | None = None, ceilings: Ceilings | None = None,
     ) -> None:  # fmt: skip
+        self.ceilings = ceilings
         self.device, self.size = device, size
         self.layout = layout or ("fp32" if device.type == "cpu" else "mixed")
         self._config = {} if layers is None else {"num_vlm_layers": layers}
         self.policy = self._make("lerobot")
-        if steps:
-            self.policy.config.num_steps = steps
+        self.policy.config.num_steps = steps or self.policy.config.num_steps
         self.lost: dict[Case, float] = {}
-        self._inputs: dict[tuple[int, int, int], tuple[dict[str, Tensor], Tensor]] = {}
+        self._inputs: dict[tuple[int, int, int], Inputs] = {}
         self._stock: dict[Case, list[Tensor]] = {}
 
     def _make(self, origin: str) -> Any:
-        return policies.make_policy(
-            self.size,
-            origin=origin,
-            cameras=MOST_CAMERAS,
-            layout=self.layout,
-            device=self.device,
-            **self._config,
-        )
+        named: dict[str, Any] = dict(origin=origin, layout=self.layout, device=self.device, **self._config)
+        return policies.make_policy(self.size, cameras=MOST_CAMERAS, **named)
 
+    @cached_property
     def reference(self) -> Any:
         """SmolVLA in plain PyTorch, by another code than LeRobot's, with the weights of the policy under test."""
         other = self._make("ours")
@@ -93,22 +88,22 @@ class BenchmarkSetup:
 
     @property
     def group(self) -> str:
-        config = self.policy.config
-        return (
-            f"{self.size} size, {self.device.type}, {self.layout} weights, {config.num_vlm_layers} layers, "
-            f"{config.num_steps} steps"
-        )
+        size, layers = f"{self.size} size, {self.device.type}", self.policy.config.num_vlm_layers
+        return f"{size}, {self.layout} weights, {layers} layers, {self.policy.config.num_steps} steps"
 
-    def inputs(self, cameras: int, batch: int = 1, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
-        """An observation and its noise."""
-        if (cameras, batch, seed) not in self._inputs:
-            self._inputs[cameras, batch, seed] = (
-                policies.make_observation(self.policy, cameras=cameras, batch=batch, seed=seed),
-                policies.make_noise(self.policy, batch=batch, seed=seed),
-            )
-        return self._inputs[cameras, batch, seed]
+    def named(self, suite: str, case: Case) -> str:
+        """The group of a suite's benchmarks."""
+        batch = f", batch {case.batch}" if case.batch > 1 else ""
+        return f"{suite}: {self.group}, {case.cameras} cameras{batch}"
 
-    def every(self, case: Case) -> list[tuple[dict[str, Tensor], Tensor]]:
+    def inputs(self, cameras: int, batch: int = 1, seed: int = 0) -> Inputs:
+        key = (cameras, batch, seed)
+        if key not in self._inputs:
+            observation = policies.make_observation(self.policy, cameras=cameras, batch=batch, seed=seed)
+            self._inputs[key] = observation, policies.make_noise(self.policy, batch=batch, seed=seed)
+        return self._inputs[key]
+
+    def every(self, case: Case) -> list[Inputs]:
         return [self.inputs(case.cameras, case.batch, seed) for seed in range(case.observations)]
 
     def chunk(self, policy: Any, case: Case) -> Tensor:
@@ -124,58 +119,58 @@ class BenchmarkSetup:
     def stock(self, case: Case) -> Variant:
         """LeRobot's own code, held to the plain implementation: nothing of what we change may have reached it."""
 
-        def check() -> dict[str, Any]:
-            chunks, facts = self._first(self.policy, case)
-            truth = gate.act(self.reference(), self.inputs(case.cameras, case.batch))
-            again = self._stock.setdefault(case, chunks)
-            if not torch.equal(again[0], chunks[0]):
+        def check(policy: Any, chunks: list[Tensor]) -> dict[str, Any]:
+            truth = gate.act(self.reference, self.inputs(case.cameras, case.batch))
+            if not torch.equal(self._stock.setdefault(case, chunks)[0], chunks[0]):
                 raise gate.CheckFailed("stock gave another chunk for the same observation before")
             found = gate.within(gate.compare(chunks[0], truth), gate.COMPILED_BOUND[self.layout])
-            return {**facts, **found, "against": "the plain PyTorch implementation"}
+            return {**found, "against": "the plain PyTorch implementation"}
 
-        return self._variant("stock", "stock", "stock", self.policy, case, check)
+        variant = self._variant("stock", "stock", "stock", case, lambda policy: None, check)
+        variant.policy = self.policy
+        return variant
 
     def tier(self, name: str, case: Case, backend: str = "auto", label: str | None = None) -> Variant:
         """A twin patched to a tier."""
-        policy = twin(self.policy)
 
-        def check() -> dict[str, Any]:
-            reason = why_not(name, self.device, backend)
-            if reason:
-                raise gate.Unavailable(reason)
+        def make(policy: Any) -> None:
             try:
+                select(backend, self.device, TIERS[name].stock_order, TIERS[name].quantized)
                 smolvla_fast.patch(policy, precision=name, backend=backend)
             except (RuntimeError, ValueError) as error:
                 raise gate.Unavailable(str(error)) from error
-            chunks, facts = self._first(policy, case)
-            facts |= gate.check_tier(
-                policy, name, self.layout, self.every(case), chunks, self.stock_chunks(case)
-            )
+
+        def check(policy: Any, chunks: list[Tensor]) -> dict[str, Any]:
+            inputs, truths = self.every(case), self.stock_chunks(case)
+            facts = gate.check_tier(policy, name, self.layout, inputs, chunks, truths)
             if "stock_bf16_rel_l2" in facts:
                 self.lost[case] = facts["stock_bf16_rel_l2"]
             return {**facts, "status": self.status_of(policy)}
 
-        variant = self._variant(label or name, "tier", name, policy, case, check)
-        variant.late = lambda: gate.check_late(policy)
+        variant = self._variant(label or name, "tier", name, case, make, check)
+        variant.late = lambda: gate.check_late(variant.policy)
         return variant
 
-    def peer(
-        self, name: str, precision: str, case: Case, make: Callable[[Any], Any], foreign: bool = True
-    ) -> Variant:
+    def peer(self, name: str, precision: str, case: Case, make: Callable[[Any], Any]) -> Variant:
         """A twin whose ``sample_actions`` is made from its model. make  raises Unavailable where it cannot"""
-        policy = twin(self.policy)
 
-        def check() -> dict[str, Any]:
+        def replace(policy: Any) -> None:
             policy.model.__dict__["sample_actions"] = make(policy.model)
-            chunks, facts = self._first(policy, case)
+
+        def check(policy: Any, chunks: list[Tensor]) -> dict[str, Any]:
             truths = self.stock_chunks(case)
             if self.layout == "fp32":
-                return facts | gate.check_peer(precision, chunks, truths, self.lost.get(case))
-            return facts | gate.within(gate.compare(chunks[0], truths[0]), gate.COMPILED_BOUND[self.layout])
+                return gate.check_peer(precision, chunks, truths, self.lost.get(case))
+            return gate.within(gate.compare(chunks[0], truths[0]), gate.COMPILED_BOUND[self.layout])
 
-        variant = self._variant(name, "peer", precision, policy, case, check)
-        variant.foreign = foreign
+        variant = self._variant(name, "peer", precision, case, replace, check)
+        variant.foreign = True
         return variant
+
+    def variants(self, case: Case, option: Any = None) -> list[Variant]:
+        """Stock, every tier, and where the option ``with_compile`` is set, stock compiled."""
+        found = [self.stock(case), *(self.tier(name, case) for name in TIERS)]
+        return [*found, self.compiled(case, option.compile_mode)] if option and option.with_compile else found
 
     def compiled(self, case: Case, mode: str | None) -> Variant:
         """LeRobot's ``compile_model``: its method compiled, by default in the mode that it takes on a GPU."""
@@ -186,8 +181,8 @@ class BenchmarkSetup:
 
             def sample_actions(*args: Any, **kwargs: Any) -> Tensor:
                 before = torch.get_float32_matmul_precision()
-                if self.device.type == "cuda":
-                    torch.set_float32_matmul_precision("high")  # as it asks for
+                # On a GPU it asks for "high".
+                torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else before)
                 try:
                     return function(*args, **kwargs)
                 finally:
@@ -199,20 +194,27 @@ class BenchmarkSetup:
         return self.peer(name, "fp32", case, make)
 
     def _variant(
-        self,
-        name: str,
-        kind: str,
-        precision: str,
-        policy: Any,
-        case: Case,
-        check: Callable[[], dict[str, Any]],
-    ) -> Variant:
-        facts = dict(
+        self, name: str, kind: str, precision: str, case: Case, make: Callable[[Any], None],
+        check: Callable[[Any, list[Tensor]], dict[str, Any]],
+    ) -> Variant:  # fmt: skip
+        """make  makes a twin ready      check  of the twin and its first chunks"""
+        config, floors = self.policy.config, self.floors(precision, case)
+        facts: dict[str, Any] = dict(
             variant=name, kind=kind, precision=precision, ratio_to="stock", cameras=case.cameras, batch=case.batch,
-            layers=self.policy.config.num_vlm_layers, steps=self.policy.config.num_steps, layout=self.layout,
-            threads=torch.get_num_threads(),
+            layers=config.num_vlm_layers, steps=config.num_steps, layout=self.layout, threads=torch.get_num_threads(),
         )  # fmt: skip
-        return Variant(name, check, lambda: self.chunk(policy, case), policy=policy, facts=facts)
+        if floors:
+            facts.update(stage_floors=floors, floor_ms=sum(each["floor_ms"] for each in floors.values()))
+        variant = Variant(name, dict, lambda: self.chunk(variant.policy, case), facts=facts)
+        variant.policy = twin(self.policy)
+
+        def checked() -> dict[str, Any]:
+            make(variant.policy)
+            chunks, found = self._first(variant.policy, case)
+            return {**found, **check(variant.policy, chunks)}
+
+        variant.check = checked
+        return variant
 
     def _first(self, policy: Any, case: Case) -> tuple[list[Tensor], dict[str, Any]]:
         """The first chunks; with the first one's time and how far memory rose above what was held before."""
@@ -227,34 +229,22 @@ class BenchmarkSetup:
 
     def status_of(self, policy: Any) -> dict[str, Any]:
         now = smolvla_fast.status(policy)
-        names = ("graphs", "graph_nodes", "graph_bytes", "step_launches", "extra_bytes", "stages")
-        return {
-            **{name: getattr(now, name) for name in names},
-            "fallback_reasons": gate.fallback_reasons(now),
-        }
+        return {name: getattr(now, name) for name in STATUS}
 
     def dtype(self, precision: str) -> torch.dtype:
         """The dtype of a variant's large matrix products."""
         stored = torch.float32 if self.layout == "fp32" else torch.bfloat16
         tier = TIERS.get(precision)
-        return WIDTHS.get(precision) or (
-            stored if tier is None or tier.gemm_dtype is None else tier.gemm_dtype
-        )
+        return torch.int8 if tier and tier.quantized else (tier and tier.gemm_dtype) or stored
 
-    def floors(self, precision: str, case: Case, ceilings: Ceilings) -> dict[str, dict[str, float]]:
+    def floors(self, precision: str, case: Case) -> dict[str, dict[str, float]]:
         """By stage: operations, bytes, and the least time for them on this machine."""
+        if self.ceilings is None:
+            return {}
         dtype = self.dtype(precision)
         language = self.inputs(case.cameras, case.batch)[0]["observation.language.tokens"].shape[1]
         costs = stage_costs(self.policy.model, case.cameras, language, dtype.itemsize, case.batch)
-        return {
-            stage: dict(
-                flops=cost.flops, bytes=cost.bytes, floor_ms=ceilings.floor_ms(cost.flops, cost.bytes, dtype)
-            )
-            for stage, cost in costs.items()
-        }
-
-    def floor_ms(self, precision: str, case: Case, ceilings: Ceilings) -> float:
-        return sum(each["floor_ms"] for each in self.floors(precision, case, ceilings).values())
+        return {stage: self.ceilings.floor(cost, dtype) for stage, cost in costs.items()}
 
     def stage_times(self, policy: Any, case: Case) -> dict[str, float]:
         return stage_times(policy, *self.inputs(case.cameras, case.batch))

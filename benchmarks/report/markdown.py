@@ -8,23 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import cpu, gpu
-from benchmarks.report.tables import (
-    MARK,
-    NONE,
-    footnote,
-    groups,
-    milliseconds,
-    of,
-    ratio,
-    share,
-    suite,
-    table,
-    times,
-    unsteady,
-)  # fmt: skip
+from benchmarks.report.tables import figures, groups, of_variants, suite, table
 from smolvla_fast.measure import system
 
 INTERRUPTED = "**Interrupted**: the run was stopped; here is what it had measured until then."
+TRAINING_TEXT = (
+    "Ratios are to stock, for what runs in bf16 to stock in bf16; the ratio is the median over rounds of stock's "
+    "time by the one beside it. The floor is the least time of a step's parts (vision, prefix, expert with "
+    "its update) under this machine's roof, for whichever of arithmetic and memory takes longer."
+)
 
 
 def write(data: dict[str, Any], stem: Path) -> list[Path]:
@@ -59,21 +51,15 @@ def header(facts: dict[str, Any]) -> str:
     names = ("smolvla_fast", "lerobot", "torch", "transformers", "triton", "python")
     versions = [f"{name} {facts.get(f'{name}_version') or 'none'}" for name in names]
     versions += [f"openvino {facts['openvino_version']}"] if facts.get("openvino_version") else []
+    processor = ", ".join(filter(None, [facts["cpu"], facts.get("cpu_model"), *facts["cpu_features"]]))
     rows = [
-        ("machine", facts["machine"]),
-        (
-            "processor",
-            ", ".join(filter(None, [facts["cpu"], facts.get("cpu_model"), *facts["cpu_features"]])),
-        ),
-        ("threads", facts["threads"]),
-        ("versions", ", ".join(versions)),
-        ("commit", facts["commit"] or "not a checkout"),
-        ("date", facts["date"]),
-    ]
+        ("machine", facts["machine"]), ("processor", processor), ("threads", facts["threads"]),
+        ("versions", ", ".join(versions)), ("commit", facts["commit"] or "not a checkout"), ("date", facts["date"]),
+    ]  # fmt: skip
     rows += [("driver", facts["driver"])] if facts.get("driver") else []
     for when, state in (facts.get("gpu_state") or {}).items():
-        if state:
-            rows.append((f"GPU {when}", ", ".join(f"{key} {value}" for key, value in state.items())))
+        said = ", ".join(f"{key} {value}" for key, value in (state or {}).items())
+        rows += [(f"GPU {when}", said)] if said else []
     if "ceilings" in facts:
         rates = facts["ceilings"]["gemm_flops"].items()
         gemm = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates)
@@ -83,106 +69,51 @@ def header(facts: dict[str, Any]) -> str:
 
 def chunks(data: dict[str, Any]) -> str:
     parts = []
-    columns = [
-        "",
-        "p50 ms",
-        "best ms",
-        "p95 ms",
-        "p99 ms",
-        "chunks/s",
-        "ratio",
-        "of the roof",
-        "rel L2",
-        "max abs",
-        "rounds",
-    ]
+    columns = (
+        "p50 ms | best ms | p95 ms | p99 ms | chunks/s | ratio | of the roof | rel L2 | max abs | rounds"
+    )
     for group, benches in groups(suite(data, "chunk")).items():
-        stock = next((bench for bench in benches if bench["variant"] == "stock"), None)
-        rows = [
-            [
-                bench["variant"], *times(bench), f"{1000 / bench['p50_ms']:.2f}", ratio(stock, bench), share(bench),
-                f"{bench['rel_l2']:.1e}", f"{bench['max_abs']:.1e}", bench["rounds"],
-            ]
-            for bench in benches
-        ]  # fmt: skip
-        parts.append(f"{group.removeprefix('chunk: ')}\n\n{table(columns, rows)}{footnote(benches)}")
-        if stock and "against" in stock:
-            parts.append(
-                f"Errors are against stock, stock's against {stock['against']}; ratios are of rounds in turn."
-            )
+        parts += [group, of_variants(columns, benches)]
+        against = next((each["against"] for each in benches if "against" in each), None)
+        said = f"Errors are against stock, stock's against {against}; ratios are of rounds in turn."
+        parts += [said] if against else []
     return "\n\n".join(parts)
 
 
 def stages(data: dict[str, Any]) -> str:
     parts = []
     for group, benches in groups(suite(data, "stages")).items():
-        stock = next((bench["stages"] for bench in benches if bench["variant"] == "stock"), None)
-        rows = [
-            [
-                bench["variant"], stage, milliseconds(figures["p50_ms"]),
-                f"{figures['p50_ms'] / bench['stages']['total']['p50_ms']:.0%}", ratio(stock and stock[stage], figures),
-                of(figures, "flops", 1e9, 1), milliseconds(figures["floor_ms"]) if "floor_ms" in figures else NONE,
-                share(figures),
-            ]
-            for bench in benches
-            for stage, figures in bench["stages"].items()
-        ]  # fmt: skip
-        columns = ["", "stage", "p50 ms", "share", "ratio", "GFLOP", "floor ms", "of the roof"]
-        parts.append(f"{group.removeprefix('stages: ')}\n\n{table(columns, rows)}")
+        rows, base = [], {each["variant"]: each["stages"] for each in benches}.get("stock", {})
+        for bench in benches:
+            whole = bench["stages"]["total"]["p50_ms"]
+            for stage, found in bench["stages"].items():
+                rows.append(
+                    (
+                        [bench["variant"]],
+                        {"stage": stage, "base": base.get(stage), "whole_ms": whole, **found},
+                    )
+                )
+        parts += [group, figures("stage | p50 ms | share | ratio | GFLOP | floor ms | of the roof", rows)]
     return "\n\n".join(parts)
 
 
 def training(data: dict[str, Any]) -> str:
     parts = []
-    columns = [
-        "", "p50 ms", "best ms", "samples/s", "ratio", "floor ms", "of the roof", "gradients, rel L2", "allowed", "loss",
-        "peak GiB", "rounds",
-    ]  # fmt: skip
+    columns = (
+        "p50 ms | best ms | samples/s | ratio | floor ms | of the roof | gradients, rel L2 | allowed | loss"
+    )
     for group, benches in groups(suite(data, "train")).items():
-        rows = [
-            [
-                bench["variant"], *times(bench)[:2], f"{1e3 * bench['batch'] / bench['p50_ms']:.3g}", ratio(None, bench),
-                milliseconds(bench["floor_ms"]) if "floor_ms" in bench else NONE, share(bench),
-                f"{bench['gradient_rel_l2']:.1e}", f"{bench['bound']:.1e}", f"{bench['loss_rel']:.1e}",
-                of(bench, "peak_bytes", 2**30, 2), bench["rounds"],
-            ]
-            for bench in benches
-        ]  # fmt: skip
-        parts.append(f"{group.removeprefix('train: ')}\n\n{table(columns, rows)}{footnote(benches)}")
-    if parts:
-        parts.append(
-            "Ratios are to stock, for what runs in bf16 to stock in bf16; the ratio is the median over rounds of stock's "
-            "time by the one beside it. The floor is the least time of a step's parts (vision, prefix, expert with "
-            "its update) under this machine's roof, for whichever of arithmetic and memory takes longer."
-        )
-    return "\n\n".join(parts)
+        parts += [group, of_variants(f"{columns} | peak GiB | rounds", benches)]
+    return "\n\n".join([*parts, TRAINING_TEXT]) if parts else ""
 
 
 def ops(data: dict[str, Any]) -> str:
     benches = suite(data, "ops")
     eager = {bench["group"]: bench for bench in benches if bench["backend"] == "reference"}
-    rows = [
-        [
-            bench["op"], " ".join(f"{name}={value}" for name, value in bench["case"].items()), bench["dtype"],
-            bench["backend"], of(bench, "p50_ms", 1e-3) + MARK * unsteady(bench),
-            of(bench, "min_ms", 1e-3), ratio(eager.get(bench["group"]), bench), of(bench, "gflops_per_s"),
-            of(bench, "gbytes_per_s", digits=1), share(bench),
-        ]
-        for bench in benches
-    ]  # fmt: skip
-    columns = [
-        "op",
-        "case",
-        "dtype",
-        "backend",
-        "p50 µs",
-        "best µs",
-        "ratio",
-        "GFLOP/s",
-        "GB/s",
-        "of the roof",
-    ]
-    return table(columns, rows) if rows else ""
+    rows = [((), {"base": eager.get(bench["group"]), **bench}) for bench in benches]
+    return figures(
+        "op | case | dtype | backend | p50 µs | best µs | ratio | GFLOP/s | GB/s | of the roof", rows
+    )
 
 
 def draw(data: dict[str, Any], path: Path, curves: Path) -> list[Path]:
@@ -191,23 +122,20 @@ def draw(data: dict[str, Any], path: Path, curves: Path) -> list[Path]:
         from smolvla_fast.measure import plot
     except ImportError:
         return []
-    facts = data["machine_info"]["smolvla_fast"]
-    subtitle = "{machine}, {threads} threads, torch {torch_version}, lerobot {lerobot_version}".format(
-        **facts
-    )
+    facts, drawn = data["machine_info"]["smolvla_fast"], []
+    subtitle = f"{facts['machine']}, {facts['threads']} threads, torch {facts['torch_version']}, lerobot "
+    subtitle += str(facts["lerobot_version"])
     bars: dict[str, dict[str, float]] = {}
     title, floors = "SmolVLA action chunk, p50 ms", None
     if data.get("kind") == "gpu-report":
-        title, (bars, floors) = gpu.stage_title(data), gpu.stage_bars(data)
+        title = gpu.stage_title(data)
+        bars, floors = gpu.stage_bars(data, "p50_ms"), gpu.stage_bars(data, "floor_ms")
     for bench in [] if bars else suite(data, "chunk") or suite(data, "cpu"):
         count = bench["cameras"]
         bars.setdefault(f"{count} camera" + "s" * (count > 1), {})[bench["variant"]] = bench["p50_ms"]
     for bench in [] if bars else suite(data, "stages"):
-        title = "SmolVLA action chunk by stage, p50 ms"
-        bars[bench["variant"]] = {
-            name: each["p50_ms"] for name, each in bench["stages"].items() if name != "total"
-        }
-    drawn = []
+        title, found = "SmolVLA action chunk by stage, p50 ms", bench["stages"].items()
+        bars[bench["variant"]] = {name: each["p50_ms"] for name, each in found if name != "total"}
     if bars:
         plot.grouped_bars(bars, title, subtitle, path, floors)
         drawn.append(path)

@@ -7,6 +7,7 @@ it; the difference is the host's.
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -16,40 +17,32 @@ from benchmarks.harness.gate import act
 from benchmarks.harness.plugin import rounds
 from benchmarks.harness.setup import Case
 from smolvla_fast.measure.rounds import summary
-from smolvla_fast.model.precision import TIERS
 
 DEVICE_SECONDS = 1.0
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    option = metafunc.config.getoption
-    cameras, batch = (
-        counts(option("--cameras"), "--cameras", (1, 2, 3)),
-        counts(option("--batch"), "--batch", (1,)),
-    )
-    layers = counts(option("--layers"), "--layers", ()) or (None,)
+    default = {"--layers": (), "--batch": (1,), "--cameras": (1, 2, 3)}
+    layers, batch, cameras = (counts(metafunc.config.getoption(f), f, default[f]) for f in default)
     # One policy after the other, and of each what matters most first.
-    cases = [(c, b, n) for n, b, c in product(layers, batch, cameras)]
+    cases = [(c, b, n) for n, b, c in product(layers or (None,), batch, cameras)]
     ids = [f"{c}cameras-batch{b}" + (f"-{n}layers" if n else "") for c, b, n in cases]
     metafunc.parametrize(("cameras", "batch", "layers"), cases, ids=ids)
 
 
-def test_chunk(measure, make_setup, ceilings, pytestconfig, cameras, batch, layers):
+def test_chunk(
+    measure: Any, make_setup: Any, pytestconfig: Any, cameras: int, batch: int, layers: int
+) -> None:
     setup, case = make_setup(layers), Case(cameras, batch)
-    variants = [setup.stock(case), *(setup.tier(name, case) for name in TIERS)]
-    if pytestconfig.getoption("--with-compile"):
-        variants.append(setup.compiled(case, pytestconfig.getoption("--compile-mode")))
-    for each in variants:
-        each.facts["floor_ms"] = setup.floor_ms(each.facts["precision"], case, ceilings)
-    group = f"chunk: {setup.group}, {cameras} cameras" + (f", batch {batch}" if batch > 1 else "")
-    for each in measure(group, variants, rounds(pytestconfig), suite="chunk"):
-        slowest = 1e3 * max(each.stats.stats.data)
+    group, few = setup.named("chunk", case), rounds(pytestconfig)
+    for each in measure(group, setup.variants(case, pytestconfig.option), few, suite="chunk"):
+        wall = summary([1e3 * seconds for seconds in each.stats.stats.data])
         with measure.recorder.attempt(each, group):
             queue = lambda policy=each.policy: act(policy, setup.inputs(cameras, batch))  # noqa: E731
-            found = device_rounds(queue, setup.device, rounds(pytestconfig), DEVICE_SECONDS, slowest + 1.0)
+            found = device_rounds(queue, setup.device, few, DEVICE_SECONDS, wall["max_ms"] + 1.0)
             if found is not None:
-                wall = sorted(1e3 * seconds for seconds in each.stats.stats.data)
                 figures = summary(found)
-                host = summary(wall)["p50_ms"] - figures["p50_ms"]
-                each.facts.update(device_ms=figures, device_rounds_ms=found, host_ms=host)
+                each.facts.update(
+                    device_ms=figures, device_rounds_ms=found, host_ms=wall["p50_ms"] - figures["p50_ms"]
+                )
     measure.recorder.save()

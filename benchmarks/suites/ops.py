@@ -6,18 +6,26 @@ op that is added there is timed here. Rounds go through several copies of the in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import cycle
 from typing import Any
 
 import pytest
 import torch
+from support.contract import OPS, check, inputs_in, reference_module, to_device
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.harness.measure import Variant
 from benchmarks.harness.plugin import rounds
-from benchmarks.suites.op_calls import OPS, REAL_FLOPS, check, cold_inputs, prepared, reference, replay
+from smolvla_fast.measure.rounds import synchronize
 from smolvla_fast.ops import select as backends
 
 DTYPES = (torch.bfloat16, torch.float32)
+# Below this a case is one of the odd ones, which exist for correctness.
+REAL_FLOPS = 2e6
+# A working set above any processor's last-level cache, in at most so many copies.
+COLD_BYTES, MAX_COPIES = 2**28, 32
+WARM = 3
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -26,8 +34,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(op, case, dtype, id="-".join([op, *(f"{k}{v}" for k, v in case.items()), short(dtype)]))
         for dtype in DTYPES
         for op in OPS
-        for case in reference(op).CASES
-        if reference(op).cost(case, 4).flops >= REAL_FLOPS
+        for case in reference_module(op).CASES
+        if reference_module(op).cost(case, 4).flops >= REAL_FLOPS
     ]
     metafunc.parametrize(("op", "case", "dtype"), found)
 
@@ -36,35 +44,77 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def test_op(measure, ceilings, device, pytestconfig, op, case, dtype):
+def prepared(ops: Any, op: str, inputs: dict[str, Any]) -> Callable[[], Any]:
+    """One call of the op, with everything done that a chunk does once for all its calls."""
+    inputs = dict(inputs)
+    if op == "masked_attention":
+        inputs["mask"] = ops.prepare_mask(inputs["mask"])
+    if op == "suffix_embed":
+        folded = ops.suffix_fold(*(inputs.pop(name) for name in ("times", "action_in", "time_in")))
+        return lambda: ops.suffix_embed(inputs["x"], 1, folded, inputs["time_out"])
+    return lambda: getattr(ops, op)(**inputs)
+
+
+def cold_inputs(
+    op: str, case: dict[str, int], dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Any]]:
+    """Several copies of the inputs, to be gone through in turn: a chunk goes through its layers, and weights that one call
+    leaves in the caches would flatter the next."""
+    cost = reference_module(op).cost(case, dtype.itemsize)
+    copies = max(1, min(MAX_COPIES, int(COLD_BYTES // cost.bytes)))
+    inputs = [to_device(inputs_in(op, case, dtype, seed)[0], device) for seed in range(2)]
+    return inputs + [tree_map_only(torch.Tensor, torch.clone, inputs[0]) for _ in range(copies - 2)]
+
+
+def replay(calls: list[Callable[[], Any]], device: torch.device) -> Callable[[], None]:
+    """All calls, one after the other, as one graph: launching one by one would take longer than they."""
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(WARM):
+            calls[0]()
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+
+    def run() -> None:
+        graph.replay()
+        synchronize(device)
+
+    return run
+
+
+@torch.no_grad()
+def test_op(
+    measure: Any, ceilings: Any, device: torch.device, pytestconfig: Any, op: str, case: dict[str, int],
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     sizes = " ".join(f"{name}={value}" for name, value in case.items())
-    group = f"op: {op}, {device.type}, {short(dtype)}, {sizes}"
     served = ["reference", *(row.backend for row in backends.table(device) if row.op == op and row.available)]
-    inputs, cost = [], reference(op).cost(case, dtype.itemsize)
+    inputs: list[dict[str, Any]] = []
+    floor = ceilings.floor(reference_module(op).cost(case, dtype.itemsize), dtype)
 
     def variant(name: str) -> Variant:
-        eager, runs = backends.reference_ops(), []
-
         def checked() -> dict[str, Any]:
+            eager = backends.reference_ops()
             ops = eager if name == "reference" else backends.select(name, device, False)
             if ops is not eager:
                 check(eager, ops, op, case, dtype, device=device)
-            if not inputs:
-                inputs.extend(cold_inputs(op, case, dtype, device))
+            inputs.extend([] if inputs else cold_inputs(op, case, dtype, device))
             calls = [prepared(ops, op, values) for values in inputs]
             if device.type == "cuda":
-                runs.append(replay(calls, device))
+                found.run = replay(calls, device)
                 return {"calls_a_round": len(calls)}
             calls[0]()
             turns = cycle(calls)
-            runs.append(lambda: next(turns)() is None)
+            found.run = lambda: next(turns)() is None
             return {}
 
         facts = dict(
-            suite="ops", variant=name, ratio_to="reference", op=op, case=case, dtype=short(dtype), backend=name,
-            flops=cost.flops, bytes=cost.bytes, floor_ms=ceilings.floor_ms(cost.flops, cost.bytes, dtype),
-        )  # fmt: skip
-        return Variant(name, checked, lambda: runs[0](), facts=facts)
+            variant=name, ratio_to="reference", op=op, case=case, dtype=short(dtype), backend=name, **floor
+        )
+        found = Variant(name, checked, dict, facts=facts)
+        return found
 
-    with torch.no_grad():
-        measure(group, [variant(name) for name in served], rounds(pytestconfig, 20, 100))
+    group = f"op: {op}, {device.type}, {short(dtype)}, {sizes}"
+    measure(group, [variant(name) for name in served], rounds(pytestconfig, 20, 100), suite="ops")

@@ -1,4 +1,4 @@
-"""Where a chunk's time goes: vision, prefix and denoise, each beside the least time it could take here."""
+"""Stages of a chunk: vision, prefix, denoise, each beside the least time it could take here."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from benchmarks.harness.flags import counts
 from benchmarks.harness.measure import Variant
 from benchmarks.harness.plugin import device_of, rounds
 from benchmarks.harness.setup import BenchmarkSetup, Case
-from smolvla_fast.model.precision import TIERS
 
 CAMERAS = 2
 LOOPS = {"cuda": ("triton", "cuda"), "cpu": ("torch", "cpu")}
 """Backends whose denoise loops stand beside each other. On a GPU: op by op, and all steps in one launch."""
 
 
-def by_marks(variant: Variant, setup: BenchmarkSetup, case: Case) -> Variant:
-    """A patched variant, timed inside its captured chunk."""
+def by_stage(variant: Variant, setup: BenchmarkSetup, case: Case) -> Variant:
+    """Stock is synchronized between its stages; a patched variant is timed inside its captured chunk."""
+    if variant.facts["kind"] != "tier":
+        variant.run = lambda: setup.stage_times(variant.policy, case)
+        return variant
     marks, check = StageMarks(setup.device), variant.check
 
     def checked() -> dict[str, Any]:
         facts = check()
         smolvla_fast.refresh(variant.policy)  # graphs are captured anew, with marks
         run()
-        return {**facts, "where": "inside the captured chunk", "status": setup.status_of(variant.policy)}
+        return {**facts, "status": setup.status_of(variant.policy)}
 
     def run() -> dict[str, float]:
         with marks.placed():
@@ -38,22 +40,10 @@ def by_marks(variant: Variant, setup: BenchmarkSetup, case: Case) -> Variant:
     return variant
 
 
-def timed_by_stage(variants: list[Variant], setup: BenchmarkSetup, case: Case, ceilings: Any) -> None:
-    for each in variants:
-        if each.facts["kind"] == "tier":
-            by_marks(each, setup, case)
-        else:
-            each.run = lambda policy=each.policy: setup.stage_times(policy, case)
-            each.facts["where"] = "synchronized between stages"
-        each.facts["stage_floors"] = setup.floors(each.facts["precision"], case, ceilings)
-
-
-def test_stages(measure: Any, make_setup: Any, ceilings: Any, pytestconfig: Any) -> None:
+def test_stages(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
     setup, case = make_setup(), Case(CAMERAS)
-    variants = [setup.stock(case), *(setup.tier(name, case) for name in TIERS)]
-    timed_by_stage(variants, setup, case, ceilings)
-    group = f"stages: {setup.group}, {CAMERAS} cameras"
-    measure(group, variants, rounds(pytestconfig), suite="stages")
+    variants = [by_stage(each, setup, case) for each in setup.variants(case)]
+    measure(setup.named("stages", case), variants, rounds(pytestconfig), suite="stages")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -61,19 +51,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("batch", counts(metafunc.config.getoption("--batch"), "--batch", (1, 8)))
 
 
-def test_denoise(measure: Any, make_setup: Any, ceilings: Any, pytestconfig: Any, batch: int) -> None:
+def test_denoise(measure: Any, make_setup: Any, pytestconfig: Any, batch: int) -> None:
     """The denoise stage of tier bf16 by backend, in turn: ``auto`` takes Triton; whether it should is measured here."""
     if device_of(pytestconfig).type == "cpu" and pytestconfig.getoption("--size") == "full":
         pytest.skip("on a CPU one backend has a loop of its own")
     setup, case = make_setup(), Case(CAMERAS, batch)
-    labels = {f"bf16, {backend}": backend for backend in LOOPS[setup.device.type]}
-    variants = [setup.tier("bf16", case, backend, label) for label, backend in labels.items()]
-    timed_by_stage(variants, setup, case, ceilings)
-    for each in variants:
-        each.facts.update(ratio_to=variants[0].name, loop_backend=labels[each.name])
-    group = (
-        f"stages: {setup.group}, {CAMERAS} cameras"
-        + (f", batch {batch}" if batch > 1 else "")
-        + ", by backend"
-    )
-    measure(group, variants, rounds(pytestconfig), suite="stages")
+    first, second = LOOPS[setup.device.type]
+    variants = [setup.tier("bf16", case, name, f"bf16, {name}") for name in (first, second)]
+    for each, name in zip(variants, (first, second), strict=True):
+        by_stage(each, setup, case).facts.update(ratio_to=f"bf16, {first}", loop_backend=name)
+    measure(setup.named("stages", case) + ", by backend", variants, rounds(pytestconfig), suite="stages")

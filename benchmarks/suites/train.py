@@ -41,90 +41,6 @@ CACHE_BYTES = {CACHED: 2**28, FUSED: 2**28, NEW: 1}
 GRADIENT_BOUND = 1e-5
 
 
-class Trainee:
-    """One twin in train mode, on a batch of so many samples. optimizers, truth  shared by the twins of a case"""
-
-    def __init__(self, case: TrainCase, variant: str) -> None:
-        self.case, self.variant, self.bf16 = case, variant, variant.endswith("bf16")
-        self.policy = twin(case.setup.policy)
-        self.fused = False
-
-    def prepare(self) -> None:
-        if self.variant.startswith("patched"):
-            smolvla_fast.patch(self.policy, training=True, image_cache=CACHE_BYTES.get(self.variant, 0))
-        if self.variant == COMPILED:
-            mode = "max-autotune" if self.case.device.type == "cuda" else "default"
-            self.policy.model.__dict__["forward"] = torch.compile(self.policy.model.forward, mode=mode)
-
-    def step(self) -> Tensor:
-        """One step with the same noise and time as any other; its loss. Gradients stay until the next one."""
-        optimizer = self.case.fused() if self.variant == FUSED else self.case.optimizer
-        optimizer.zero_grad(set_to_none=True)
-        loss = self.case.loss(self.policy, self.bf16)
-        loss.backward()
-        optimizer.step()
-        self.fused = bool(optimizer.param_groups[0]["fused"])
-        synchronize(self.case.device)
-        return loss.detach()
-
-    def found(self) -> list[Tensor]:
-        """Loss and every gradient of a step, in the host's memory: on a GPU they would count among a variant's peak."""
-        loss = self.step()
-        learned = (loss, *(p.grad for p in self.policy.parameters() if p.grad is not None))
-        return [each.detach().to("cpu", copy=True) for each in learned]
-
-    def bound(self) -> float:
-        """In bf16 twice what stock itself loses in bf16."""
-        layout = self.case.setup.layout
-        if self.bf16:
-            return 2 * distance(self.case.stock(True), self.case.stock(False))["gradient_rel_l2"]
-        reordered = self.variant in STOCK or self.variant == COMPILED or layout != "fp32"
-        return COMPILED_BOUND[layout] if reordered else GRADIENT_BOUND
-
-    def check(self) -> dict[str, Any]:
-        """Distances from stock in fp32. Raises CheckFailed beyond the bound.
-
-        With a cache the second step is judged, which finds the frames that the first encodes: such a one is timed.
-        """
-        facts: dict[str, Any] = {}
-        if self.variant in CACHE_BYTES:
-            self.step()
-            hits = smolvla_fast.status(self.policy).training_cache["hits"]
-        found = self.case.stock(self.bf16) if self.variant in STOCK else self.found()
-        truth = self.case.reference() if self.variant == "stock" else self.case.stock(False)
-        error, bound, frames = distance(found, truth), self.bound(), self.case.size * CAMERAS
-        if self.variant in CACHE_BYTES:
-            facts["frames_known"] = smolvla_fast.status(self.policy).training_cache["hits"] - hits
-            if facts["frames_known"] != (0 if self.variant == NEW else frames):
-                raise CheckFailed(f"{facts['frames_known']} of {frames} frames were known")
-        if not error["gradient_rel_l2"] <= bound:
-            raise CheckFailed(
-                f"gradients are {error['gradient_rel_l2']:.3g} from stock's in fp32, allowed {bound:.3g}"
-            )
-        if self.late():
-            raise CheckFailed(str(self.late()))
-        return {**error, **facts, "bound": bound, "peak_bytes": self.peak(), "fused": self.fused}
-
-    def late(self) -> str | None:
-        now = smolvla_fast.status(self.policy)
-        patched = self.variant.startswith("patched")
-        return (
-            f"stock ran: {now.training_fallback}"
-            if patched and (now.training_stock or not now.training_fast)
-            else None
-        )
-
-    def peak(self) -> int | None:
-        """Of one step of this variant alone, on a GPU: what the twins before it hold is not counted."""
-        device = self.case.device
-        if device.type != "cuda":
-            return None
-        before = resident(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        self.step()
-        return torch.cuda.max_memory_allocated(device) - before + self.case.resident
-
-
 class TrainCase:
     """A batch of one size, with what all variants share: weights, moments, and stock's gradients."""
 
@@ -142,11 +58,12 @@ class TrainCase:
         self.batch["action"] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
     def loss(self, policy: Any, bf16: bool) -> Tensor:
+        """With the same noise and time at every call."""
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        autocast = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
+        with torch.random.fork_rng(devices=devices), autocast:
             torch.manual_seed(0)
-            with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
-                return policy.forward(dict(self.batch))[0]
+            return policy.forward(dict(self.batch))[0]
 
     def fused(self) -> torch.optim.AdamW:
         """The fused optimizer over the moments of the other: second ones would count among a variant's peak."""
@@ -163,31 +80,115 @@ class TrainCase:
 
     def reference(self) -> list[Tensor]:
         """Loss and gradients of the plain PyTorch implementation, in the order of the policy's parameters."""
-        other = self.setup.reference().train()
+        other = self.setup.reference.train()
+        other.zero_grad()
         loss = self.loss(other, False)
         loss.backward()
         learned = dict(other.named_parameters())
         names = [name for name, each in self.setup.policy.named_parameters() if each.grad is not None]
-        return [
-            each.detach().to("cpu", copy=True) for each in (loss, *(learned[name].grad for name in names))
-        ]
+        return in_host_memory(loss, *(learned[name].grad for name in names))
 
-    def floor_ms(self, ceilings: Any, dtype: torch.dtype, known: bool) -> float:
+    def floor_ms(self, dtype: torch.dtype, known: bool) -> float:
         """The least time of the step under this machine's roof. known  no frame is encoded"""
         needed = self.batch["observation.language.attention_mask"].any(dim=0)
         costs = training_costs(self.setup.policy.model, CAMERAS, int(needed.sum()), dtype.itemsize, self.size)
         counted = [cost for part, cost in costs.items() if not (known and part == "vision")]
-        return sum(ceilings.floor_ms(cost.flops, cost.bytes, dtype) for cost in counted)
+        return sum(self.setup.ceilings.floor_ms(cost.flops, cost.bytes, dtype) for cost in counted)
+
+
+class Trainee:
+    """One twin in train mode, on the batch of a case."""
+
+    def __init__(self, case: TrainCase, variant: str) -> None:
+        self.case, self.variant, self.bf16 = case, variant, variant.endswith("bf16")
+        self.policy = twin(case.setup.policy)
+        self.patched, self.fused = variant.startswith("patched"), False
+
+    def prepare(self) -> None:
+        if self.patched:
+            smolvla_fast.patch(self.policy, training=True, image_cache=CACHE_BYTES.get(self.variant, 0))
+        if self.variant == COMPILED:
+            mode = "max-autotune" if self.case.device.type == "cuda" else "default"
+            self.policy.model.__dict__["forward"] = torch.compile(self.policy.model.forward, mode=mode)
+
+    def step(self) -> Tensor:
+        """One step; its loss. Gradients stay until the next one."""
+        optimizer = self.case.fused() if self.variant == FUSED else self.case.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        loss = self.case.loss(self.policy, self.bf16)
+        loss.backward()
+        optimizer.step()
+        self.fused = bool(optimizer.param_groups[0]["fused"])
+        synchronize(self.case.device)
+        return loss.detach()
+
+    def found(self) -> list[Tensor]:
+        """Loss and every gradient of a step."""
+        loss = self.step()
+        return in_host_memory(loss, *(p.grad for p in self.policy.parameters() if p.grad is not None))
+
+    def bound(self) -> float:
+        """In bf16 twice what stock itself loses in bf16."""
+        layout = self.case.setup.layout
+        if self.bf16:
+            return 2 * distance(self.case.stock(True), self.case.stock(False))["gradient_rel_l2"]
+        return GRADIENT_BOUND if self.patched and layout == "fp32" else COMPILED_BOUND[layout]
+
+    def check(self) -> dict[str, Any]:
+        """Distances from stock in fp32. Raises CheckFailed beyond the bound.
+
+        With a cache the second step is judged, which finds the frames that the first encodes: such a one is timed.
+        """
+        facts: dict[str, Any] = {}
+        if self.variant in CACHE_BYTES:
+            self.step()
+            hits = smolvla_fast.status(self.policy).training_cache["hits"]
+        found = self.case.stock(self.bf16) if self.variant in STOCK else self.found()
+        truth = self.case.reference() if self.variant == "stock" else self.case.stock(False)
+        error, bound = distance(found, truth), self.bound()
+        if self.variant in CACHE_BYTES:
+            known, frames = (
+                smolvla_fast.status(self.policy).training_cache["hits"] - hits,
+                self.case.size * CAMERAS,
+            )
+            if known != (0 if self.variant == NEW else frames):
+                raise CheckFailed(f"{known} of {frames} frames were known")
+            facts["frames_known"] = known
+        if not error["gradient_rel_l2"] <= bound:
+            apart = f"gradients are {error['gradient_rel_l2']:.3g} from stock's in fp32"
+            raise CheckFailed(f"{apart}, allowed {bound:.3g}")
+        if self.late():
+            raise CheckFailed(str(self.late()))
+        return {**error, **facts, "bound": bound, "peak_bytes": self.peak(), "fused": self.fused}
+
+    def late(self) -> str | None:
+        now = smolvla_fast.status(self.policy)
+        as_wished = not self.patched or (now.training_fast and not now.training_stock)
+        return None if as_wished else f"stock ran: {now.training_fallback}"
+
+    def peak(self) -> int | None:
+        """Of one step of this variant alone, on a GPU: what the twins before it hold is not counted."""
+        device = self.case.device
+        if device.type != "cuda":
+            return None
+        before = resident(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        self.step()
+        return torch.cuda.max_memory_allocated(device) - before + self.case.resident
+
+
+def in_host_memory(*tensors: Tensor) -> list[Tensor]:
+    """Copies: on a GPU they would count among a variant's peak."""
+    return [each.detach().to("cpu", copy=True) for each in tensors]
 
 
 def distance(found: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
     if len(found) != len(truth):
         raise CheckFailed(f"{len(found) - 1} parameters have a gradient, {len(truth) - 1} in stock")
-    loss, *gradients = (x.double() for x in found)
-    true_loss, *true_gradients = (x.double() for x in truth)
-    apart = sum(float((a - b).square().sum()) for a, b in zip(gradients, true_gradients, strict=True)) ** 0.5
-    whole = sum(float(x.square().sum()) for x in true_gradients) ** 0.5
-    return {"gradient_rel_l2": apart / whole, "loss_rel": float((loss - true_loss).abs() / true_loss)}
+    loss, true_loss = float(found[0]), float(truth[0])
+    errors = (a.double() - b for a, b in zip(found[1:], truth[1:], strict=True))
+    apart, whole = (sum(float(x.double().square().sum()) for x in each) for each in (errors, truth[1:]))
+    return {"gradient_rel_l2": (apart / whole) ** 0.5, "loss_rel": abs(loss - true_loss) / abs(true_loss)}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -195,38 +196,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("size", sizes, ids=lambda size: f"batch{size}")
 
 
-def variant_of(case: TrainCase, name: str, ceilings: Any, with_compile: bool) -> Variant:
+def variant_of(case: TrainCase, name: str, with_compile: bool) -> Variant:
     trainee, setup = Trainee(case, name), case.setup
 
     def check() -> dict[str, Any]:
         if name == COMPILED and not with_compile:
             raise Unavailable("compiling takes minutes on a CPU; ask for it by --with-compile")
-        slow = (
-            why_bf16_is_slow()
-            if trainee.bf16 and case.device.type == "cpu" and setup.size == "full"
-            else None
-        )
-        if slow:
-            raise Unavailable(f"{slow}: a step of stock in bf16 takes many minutes here")
+        large = trainee.bf16 and case.device.type == "cpu" and setup.size == "full"
+        if large and why_bf16_is_slow():
+            raise Unavailable(f"{why_bf16_is_slow()}: a step of stock in bf16 takes many minutes here")
         trainee.prepare()
         return trainee.check()
 
     dtype = torch.bfloat16 if trainee.bf16 else setup.dtype("stock")
     facts = dict(
         variant=name, ratio_to=STOCK[trainee.bf16], cameras=CAMERAS, batch=case.size, layout=setup.layout,
-        floor_ms=case.floor_ms(ceilings, dtype, known=name in CACHE_BYTES and name != NEW),
+        floor_ms=case.floor_ms(dtype, known=name in (CACHED, FUSED)),
     )  # fmt: skip
     return Variant(name, check, trainee.step, trainee.late, policy=trainee.policy, facts=facts)
 
 
-def test_train_step(measure: Any, make_setup: Any, ceilings: Any, pytestconfig: Any, size: int) -> None:
-    setup = make_setup()
-    case = TrainCase(setup, size)
-    variants = [
-        variant_of(case, name, ceilings, pytestconfig.getoption("--with-compile")) for name in VARIANTS
-    ]
-    group = f"train: {setup.group.rsplit(',', 1)[0]}, {CAMERAS} cameras, batch {size}"
+def test_train_step(measure: Any, make_setup: Any, pytestconfig: Any, size: int) -> None:
+    case = TrainCase(make_setup(), size)
+    with_compile = pytestconfig.getoption("--with-compile")
+    variants = [variant_of(case, name, with_compile) for name in VARIANTS]
+    group = f"train: {case.setup.group.rsplit(',', 1)[0]}, {CAMERAS} cameras, batch {size}"
     try:
         measure(group, variants, rounds(pytestconfig), suite="train")
     finally:
-        setup.policy.eval()
+        case.setup.policy.eval()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu_run import peers as gpu_peers
-from benchmarks.gpu_run import report as gpu_report
-from benchmarks.gpu_run import visit
+from benchmarks.gpu_run import __main__ as visit
+from benchmarks.gpu_run import parts as gpu
 from benchmarks.harness import run
 from benchmarks.harness.run import Outcome
 
@@ -29,12 +27,10 @@ NEEDED = {
 """What every figure of a suite says beside itself."""
 
 
-def rehearse(
-    kind: str, out: Path, parts: Any, *arguments: str, **environment: str
-) -> tuple[int, dict[str, Any]]:
+def rehearse(kind: str, out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Exit status and result of a rehearsal; each part is a process of its own."""
     before = sorted(RESULTS.glob("*.json"))
-    status = visit.main(kind, parts, ["--rehearse", "--out", str(out), *arguments])
+    status = visit.main([kind, "--rehearse", "--out", str(out), *arguments])
     assert sorted(RESULTS.glob("*.json")) == before, "a rehearsal has no place in benchmarks/results"
     [path] = out.glob("*.json")
     return status, json.loads(path.read_text())
@@ -44,7 +40,7 @@ def rehearse(
 def test_report_rehearsed(tmp_path: Path) -> None:
     """A part in a process of its own; tests/bench/test_suites.py runs the others in one, which is quicker."""
     pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the baseline is LeRobot's")
-    status, data = rehearse("gpu-report", tmp_path, gpu_report.parts, "--part=build", "--part=ops")
+    status, data = rehearse("report", tmp_path, "--part=build", "--part=ops")
     assert status == 0 and [part["name"] for part in data["parts"]] == ["build", "ops"]
     assert data["parts"][0]["status"] in ("green", "skipped") and data["parts"][1]["status"] == "green"
     assert data["rehearsal"] is True
@@ -72,7 +68,7 @@ def test_peers_rehearsed_with_a_broken_engine(tmp_path: Path, monkeypatch: pytes
         "inference.Engine.act = lambda *args, **kwargs: 1.5 * act(*args, **kwargs)\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(broken), str(ROOT)]))
-    status, data = rehearse("gpu-peers", tmp_path / "out", gpu_peers.parts)
+    status, data = rehearse("peers", tmp_path / "out")
     assert status == 1
     assert {part["name"]: part["status"] for part in data["parts"]} == {
         "beside": "red", "compiled-default": "skipped", "compiled-max-autotune": "skipped",
@@ -85,8 +81,8 @@ def test_peers_rehearsed_with_a_broken_engine(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_parts_fit_into_the_time() -> None:
-    for script in (gpu_report, gpu_peers):
-        parts = script.parts(Namespace(rehearse=False, only=None))
+    for make in (gpu.report, gpu.peers):
+        parts = make(Namespace(rehearse=False, only=None))
         assert sum(part.least for part in parts) <= 60 * visit.MINUTES <= 480
 
 
@@ -99,7 +95,7 @@ def test_a_visit_measures_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         lambda self, name, command, s: (commands.append(command), (Outcome(name), 0))[1],
     )
     args = Namespace(rehearse=False, only=None)
-    for part in [*gpu_report.parts(args)[3:], *gpu_peers.parts(args)]:
+    for part in [*gpu.report(args)[3:], *gpu.peers(args)]:
         part.work(run.Context(tmp_path, {}), 60.0)
     assert len(commands) == 6 and all("--device=cuda" in command for command in commands)
     assert "--compile-mode=max-autotune" in commands[-1] and "--layers=16,32" in commands[0]
@@ -112,13 +108,13 @@ def test_a_visit_measures_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def parsed(*arguments: str) -> Any:
-        return visit.arguments_of("gpu-report", ["chunk", "ops"], arguments)
+        return visit.parse(["report", *arguments])
 
     assert parsed().out == RESULTS and parsed("--part", "chunk").out == ROOT / "build"
     assert parsed("--rehearse").out == ROOT / "build" / "gpu-rehearsal"
     assert parsed("--only", "linear").part == ["ops"]
     for wrong, reason in (
-        (["--part", "stagse"], "invalid choice: 'stagse'"),
+        (["--part", "stagse"], "no part stagse; accepted are build, tests, sanitizer, chunk, stages, ops"),
         (["--rehearse", "--out", str(RESULTS)], "a rehearsal has no place in benchmarks/results"),
     ):
         with pytest.raises(SystemExit):
@@ -128,7 +124,7 @@ def test_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert visit.main("gpu-report", gpu_report.parts, []) == 1
+    assert visit.main(["report"]) == 1
     assert "no CUDA GPU here, or no driver for it" in capsys.readouterr().out
 
 
@@ -171,28 +167,26 @@ def test_state_of_the_gpu_is_only_read(tmp_path: Path, monkeypatch: pytest.Monke
 def test_verdict_on_pytest() -> None:
     closing = "3 passed, 2 deselected in 1.52s"
     failed = ["FAILED tests/gpu/a.py::b - AssertionError", "1 failed, 2 passed in 3.00s"]
-    assert gpu_report.judged(Outcome("tests", tail=["...", closing]), 0).reason == closing
-    assert gpu_report.judged(Outcome("tests", tail=[]), 5).status == "skipped"
-    assert gpu_report.judged(Outcome("sanitizer", tail=["3 skipped in 2.01s"]), 0).status == "skipped"
-    red = gpu_report.judged(Outcome("tests", tail=failed), 1)
+    assert gpu.judged(Outcome("tests", tail=["...", closing]), 0).reason == closing
+    assert gpu.judged(Outcome("tests", tail=[]), 5).status == "skipped"
+    assert gpu.judged(Outcome("sanitizer", tail=["3 skipped in 2.01s"]), 0).status == "skipped"
+    red = gpu.judged(Outcome("tests", tail=failed), 1)
     assert red.status == "red" and "1 failed" in red.reason and "tests/gpu/a.py::b" in red.reason
-    late = gpu_report.judged(Outcome("tests", "red", "not done after 9 s"), None)
+    late = gpu.judged(Outcome("tests", "red", "not done after 9 s"), None)
     assert (late.status, late.reason) == ("red", "not done after 9 s")
-    good = Outcome("tests", reason=closing)
-    assert gpu_report.together([good, good]).reason == "6 passed, 4 deselected"
-    whole = gpu_report.together([good, red, late])
-    assert whole.status == "red" and "5 passed" in whole.reason and "not done after 9 s" in whole.reason
-    assert gpu_report.together([Outcome("tests", "skipped", "no test is marked so")]).status == "skipped"
 
 
-def test_shards_run_every_test_once(tmp_path: Path) -> None:
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\n@pytest.mark.parametrize('i', range(10))\ndef test_it(i):\n    open(f'{i}', 'x')\n"
-    )
-    for number in range(3):
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu_run.shard", "-k", "not 9", "."], cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "SMOLVLA_SHARD": f"{number}/3"}, text=True, capture_output=True,
-        )  # fmt: skip
-        assert "3 passed" in done.stdout, done.stdout + done.stderr
-    assert {path.name for path in tmp_path.iterdir() if path.name.isdigit()} == set("012345678")
+@pytest.mark.parametrize(("second", "status"), [("3 passed in 2.0s", "green"), ("1 failed in 1.0s", "red")])
+def test_the_gpus_tests_are_one_outcome(monkeypatch: pytest.MonkeyPatch, second: str, status: str) -> None:
+    """Of a chunk's tests alone, then of the others, several at once."""
+    commands: list[list[str]] = []
+
+    def execute(self: run.Context, name: str, command: list[str], seconds: float) -> Any:
+        commands.append(command)
+        tail = ["2 passed in 1.0s"] if len(commands) == 1 else [second]
+        return Outcome(name, seconds=3.0, tail=tail), int("failed" in tail[0])
+
+    monkeypatch.setattr(run.Context, "execute", execute)
+    found = gpu.tests(run.Context(Path(), {}), 60.0)
+    assert (found.status, found.seconds) == (status, 6.0) and found.reason == f"2 passed in 1.0s; {second}"
+    assert gpu.CHUNKS in commands[0] and f"--ignore={gpu.CHUNKS}" in commands[1]

@@ -20,7 +20,7 @@ pytest.importorskip("pytest_benchmark")
 from benchmarks.harness import machine, run
 from benchmarks.harness.gate import CheckFailed, Unavailable
 from benchmarks.harness.machine import Ceilings
-from benchmarks.harness.measure import LEAST_ROUNDS, Clock, Measure, Variant, limited
+from benchmarks.harness.measure import LEAST_ROUNDS, LEAST_SECONDS, Clock, Measure, Variant, limited
 from benchmarks.harness.recorder import Recorder, derive
 from benchmarks.harness.run import Context, Outcome, Part
 from smolvla_fast.cli import main
@@ -101,7 +101,7 @@ def test_rounds_and_preparations_end_in_time(measure: Measure) -> None:
     measure.clock.end, measure.clock.cases = time.perf_counter() + 1.0, 2
     slow = variant("slow", called, check=lambda: time.sleep(5) or {})
     start = time.perf_counter()
-    # Of one second half is this case's, and of that 0.6 are for preparing.
+    # Of one second all is this case's, for that is less than LEAST_SECONDS, and of that 0.6 are for preparing.
     measure("g", [variant("a", called), slow, variant("behind", called)], rounds=10**9)
     assert (
         time.perf_counter() - start < 2
@@ -114,6 +114,18 @@ def test_rounds_and_preparations_end_in_time(measure: Measure) -> None:
     with pytest.raises(pytest.skip.Exception, match="no time"):
         measure("late", [variant("a", called)], rounds=1)
     assert measure.recorder.left_out[-1] == "late: no time was left"
+
+
+def test_a_case_has_its_share_of_the_time_and_no_less_than_the_least() -> None:
+    clock = Clock(600.0)
+    clock.cases = 60
+    assert clock.next_case(None) == pytest.approx(LEAST_SECONDS) and clock.next_case(0.5) == pytest.approx(
+        300, abs=5
+    )
+    clock.cases = 2
+    assert clock.next_case(None) == pytest.approx(300, abs=5)
+    clock.end -= 590
+    assert 0 < clock.next_case(None) < 10
 
 
 def test_limits_nest_into_nothing_else() -> None:
@@ -310,18 +322,10 @@ def test_what_a_suite_measured_before_it_crashed_counts(
 def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
     """SIGINT while the second case is under way: the file, its Markdown, and what was not begun by name."""
     path, environment = tmp_path / "a.json", {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks",
-        "ops",
-        "chunk",
-        "--size=tiny",
-        "--device=cpu",
-        "--rounds=300",
-    ]
+    # "ops" ends without a policy; the second suite is not begun.
+    command = [sys.executable, "-m", "benchmarks", "ops", "chunk", "--size=tiny", "--device=cpu"]
     process = subprocess.Popen(
-        [*command, "-k", "euler_step or layer_norm", "--json", str(path)], cwd=ROOT, text=True,
+        [*command, "--rounds=3000", "-k", "euler_step and reference", "--json", str(path)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
     )  # fmt: skip
     assert process.stdout is not None

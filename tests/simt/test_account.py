@@ -1,4 +1,4 @@
-"""docs/denoise-persistent.md has the tables that benchmarks/compiled/denoise_account.py prints, to the last figure."""
+"""docs/denoise-persistent.md has the tables that `python -m benchmarks.compiled denoise` prints, to the last figure."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.long
 def test_the_account_is_what_its_script_prints(compiled: Any) -> None:
     """Its plan of shared memory is the launcher's own, so a changed plan is red here until the page says so."""
-    script = str(ROOT / "benchmarks" / "compiled" / "denoise_account.py")
-    printed = subprocess.run(
-        [sys.executable, script], cwd=ROOT, text=True, capture_output=True, check=True
-    ).stdout
+    command = [sys.executable, "-m", "benchmarks.compiled", "denoise"]
+    printed = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
     rows = [line for line in printed.splitlines() if line.startswith("| ")]
     page = (ROOT / "docs" / "denoise-persistent.md").read_text().splitlines()
     assert len(rows) > 20 and [row for row in rows if row not in page] == []

@@ -218,3 +218,8 @@ def markdown() -> str:
             missing = f" Not shown: {NOT_SHOWN[number]}." if number in NOT_SHOWN else ""
             lines.append(f"| {number} | {text} | {tests} | {', '.join(held) or 'nowhere'}.{missing} |")
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(markdown(), encoding="utf-8")
+    print(f"wrote {DOCUMENT}")

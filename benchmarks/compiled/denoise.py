@@ -1,14 +1,14 @@
 """What one launch of denoise_persistent moves, waits for and holds, and what that should take: docs/denoise-persistent.md.
 
-    python benchmarks/compiled/denoise_account.py
-
 Counted from the sizes alone, as csrc/cuda/denoise_plan.cuh deals them out; nothing here is measured. The plan of shared
 memory is asked of the launcher itself, compiled for the host emulator (tests/simt/emulator).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
+
+from benchmarks.report.tables import table
 
 # SmolVLA with two cameras: suffix, prefix, expert width, feed-forward width, heads, KV heads, head size, actions.
 S, P, E, F, H, K, D, A = 50, 177, 720, 2048, 15, 5, 64, 32
@@ -20,14 +20,15 @@ BLOCKS = 132  # multiprocessors of an H100
 # adding up the warps' parts and of writing.
 HBM, L2, L2_ONE = 3.0e12, 5.5e12, 64 * 1.7e9
 BARRIER_US, PHASE_US = 1.2, 0.8
+GPUS = {"227 KB, 132 (H100)": 232448, "163 KB, 108 (A100)": 166912, "99 KB, 128 (4090)": 101376}
+"""What stands in the table, multiprocessors among it, and bytes of shared memory of a block."""
 
 
-@dataclass
-class Phase:
-    """Bytes that all blocks read from L2, what the busiest reads, and weights."""
+class Phase(NamedTuple):
+    """Times a step; bytes that all blocks read from L2, what the busiest reads, and weights."""
 
     name: str
-    count: int  # in a step
+    count: int
     activations: float
     busiest: float
     weights: float
@@ -48,10 +49,8 @@ def product(
     turns = -(-(each + (more > 0)) // together)
     read = S * inputs * (item if name == "mlp_out" else 2)
     squares = S * E // 8 * 4 if normed else 0
-    return Phase(
-        name, count, passes * read + min(units, BLOCKS) * squares, turns * read + squares,
-        units * rows_of * inputs * item,
-    )  # fmt: skip
+    everywhere = passes * read + min(units, BLOCKS) * squares
+    return Phase(name, count, everywhere, turns * read + squares, units * rows_of * inputs * item)
 
 
 def phases() -> list[Phase]:
@@ -74,60 +73,47 @@ def phases() -> list[Phase]:
     ]
 
 
-def main() -> None:
+def account() -> str:
     rows = phases()
-    print("| phase | a step | weights, MB | read from L2, MB | busiest block, KB | us |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for row in rows:
-        print(
-            f"| {row.name} | {row.count} | {row.weights / 1e6:.2f} | {row.activations / 1e6:.2f} "
-            f"| {row.busiest / 1e3:.0f} | {row.us:.2f} |"
-        )
-    weights = sum(row.count * row.weights for row in rows)
-    read = sum(row.count * row.activations for row in rows)
+    by_phase = [
+        [row.name, row.count, f"{row.weights / 1e6:.2f}", f"{row.activations / 1e6:.2f}",
+         f"{row.busiest / 1e3:.0f}", f"{row.us:.2f}"]
+        for row in rows
+    ]  # fmt: skip
+    columns = ["phase", "a step", "weights, MB", "read from L2, MB", "busiest block, KB", "us"]
+    weights, read, us = (
+        sum(row.count * each for row, each in zip(rows, found, strict=True))
+        for found in zip(*((row.weights, row.activations, row.us) for row in rows), strict=True)
+    )
     barriers = 2 + 5 * LAYERS
     terms = {
-        "activations from L2": sum(row.count * row.us for row in rows),
+        "activations from L2": us,
         f"barriers, {barriers} of {BARRIER_US} us": barriers * BARRIER_US,
         f"first load and sums, {barriers} of {PHASE_US} us": barriers * PHASE_US,
     }
-    print(f"\nweights {weights / 1e6:.1f} MB, activations {read / 1e6:.0f} MB a step\n")
-    print("| term | us a step | ms in 10 steps |")
-    print("| --- | ---: | ---: |")
-    for name, us in terms.items():
-        print(f"| {name} | {us:.0f} | {us * STEPS / 1e3:.2f} |")
-    print(f"| sum | {sum(terms.values()):.0f} | {sum(terms.values()) * STEPS / 1e3:.2f} |")
-    hidden = weights / HBM * 1e6
-    print(f"| beside these: weights from HBM | {hidden:.0f} | {hidden * STEPS / 1e3:.2f} |")
-    print()
-    shared_memory()
+    terms |= {"sum": sum(terms.values()), "beside these: weights from HBM": weights / HBM * 1e6}
+    by_term = [[name, f"{us:.0f}", f"{us * STEPS / 1e3:.2f}"] for name, us in terms.items()]
+    return "\n\n".join([
+        table(columns, by_phase, left=1),
+        f"weights {weights / 1e6:.1f} MB, activations {read / 1e6:.0f} MB a step",
+        table(["term", "us a step", "ms in 10 steps"], by_term, left=1),
+        shared_memory(),
+    ])  # fmt: skip
 
 
-def shared_memory() -> None:
+def shared_memory() -> str:
     from simt.emulator import build
 
-    library = build.library()
-    print(
-        "| shared memory of a block | batch | blocks | weights, KB | residual, sums, attention, KB | largest slab, KB |"
-    )
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    gpus = (
-        ("227 KB, 132 (H100)", 132, 232448),
-        ("163 KB, 108 (A100)", 108, 166912),
-        ("99 KB, 128 (4090)", 128, 101376),
-    )
-    for name, multiprocessors, shared in gpus:
+    library, rows = build.library(), []
+    for name, shared in GPUS.items():
+        multiprocessors = int(name.split()[2])
         for batch in (1, 8):
             library.reset()
             library.configure(multiprocessors=multiprocessors, shared_bytes_per_block=shared)
             found = library.denoise_resources([batch, S, P, LAYERS, STEPS, E, F, H, K, D, A, 1])
-            rest = found["shared_bytes"] - found["ring_bytes"]
-            print(
-                f"| {name} | {batch} | {found['blocks']} | {found['ring_bytes'] / 1024:.1f} | {rest / 1024:.1f} "
-                f"| {found['largest_slab'] / 1024:.1f} |"
-            )
+            ring = found["ring_bytes"]
+            sizes = (ring, found["shared_bytes"] - ring, found["largest_slab"])
+            rows.append([name, batch, found["blocks"], *(f"{size / 1024:.1f}" for size in sizes)])
     library.reset()
-
-
-if __name__ == "__main__":
-    main()
+    held = ["weights, KB", "residual, sums, attention, KB", "largest slab, KB"]
+    return table(["shared memory of a block", "batch", "blocks", *held], rows, left=1)

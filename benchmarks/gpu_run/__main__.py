@@ -1,4 +1,9 @@
-"""What both visits share: their flags, LeRobot's wheels, the GPU's state, and the exit status."""
+"""``python -m benchmarks.gpu_run report`` and ``peers``: one result file with Markdown and a chart, within eight minutes.
+
+Needs torch, Triton, transformers, pytest, pybind11 and compilers, no network and no virtual environment; LeRobot comes
+along as wheels (`make gpu-wheels`). `--part chunk` runs one part alone, `--only linear` one op, `--rehearse` all that a CPU
+can. What is red has no figure, costs no other part its figures, and makes the exit status 1.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.harness.run import ROOT, Part, result_name, visit
+from benchmarks.gpu_run import parts
+from benchmarks.harness.run import ROOT, result_name, visit
 
 WHEELS, SITE = ROOT / ".whl", ROOT / "build" / "gpu-site"
 REQUIREMENTS = ROOT / "benchmarks" / "gpu_run" / "requirements.txt"
@@ -19,7 +25,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 MINUTES = 7.5
 """Of the eight that a run may take; the rest is for the report and the last process's end."""
 SMI = "clocks.sm clocks.mem clocks.max.sm clocks.max.mem power.draw power.limit temperature.gpu pstate mig.mode.current"
-REHEARSED = ("--device=cpu", "--size=tiny", "--layout=mixed", "--steps=2", "--rounds=3", "--threads=1")
 
 
 def bring_lerobot(environment: dict[str, str]) -> str | None:
@@ -35,10 +40,9 @@ def bring_lerobot(environment: dict[str, str]) -> str | None:
                 f"lerobot is not installed and there are no wheels in {WHEELS.name}/; run `make gpu-wheels` on a machine "
                 "with a network and bring the folder along"
             )
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--find-links", str(WHEELS),
-             "--target", str(SITE), "-r", str(REQUIREMENTS)], text=True, capture_output=True,
-        )  # fmt: skip
+        install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+        install += ["--find-links", str(WHEELS), "--target", str(SITE), "-r", str(REQUIREMENTS)]
+        done = subprocess.run(install, text=True, capture_output=True)
         if done.returncode:
             shutil.rmtree(SITE, ignore_errors=True)
             return f"the wheels in {WHEELS.name}/ do not install: {done.stderr.strip().splitlines()[-1]}"
@@ -61,44 +65,40 @@ def gpu_state() -> dict[str, str] | None:
     return dict(zip(fields, values, strict=False))
 
 
-def arguments_of(kind: str, names: Sequence[str], arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=kind)
-    parser.add_argument("--part", action="append", choices=names, help="this part alone (may be given again)")
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_run", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("kind", choices=("report", "peers"))
+    parser.add_argument("--part", action="append", help="this part alone (may be given again)")
     parser.add_argument("--only", metavar="OP", help="one op, in the part `ops`")
+    parser.add_argument("--out", type=Path, help="folder of the result (benchmarks/results; a part: build/)")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny: proves the code alone")
     parser.add_argument(
-        "--out", type=Path, help="folder of the result (default: benchmarks/results; a part alone: build/)"
-    )
-    parser.add_argument(
-        "--rehearse", action="store_true", help="on a CPU, tiny, in few rounds: proves the code alone"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help=f"time for all parts (default: {MINUTES:g})"
+        "--minutes", type=float, default=MINUTES, help=f"for all parts (default: {MINUTES:g})"
     )
     parser.add_argument("--commit", help="recorded where the tree has no history of its own")
     args = parser.parse_args(list(arguments))
+    names = [part.name for part in getattr(parts, args.kind)(args)]
+    unknown = [name for name in args.part or () if name not in names]
+    if unknown:
+        parser.error(f"no part {', '.join(unknown)}; accepted are {', '.join(names)}")
     if args.only and "ops" in names and not args.part:
         args.part = ["ops"]
     if args.rehearse and args.out and args.out.resolve().is_relative_to(RESULTS):
         parser.error("a rehearsal has no place in benchmarks/results; give another --out")
-    if args.out is None:
-        args.out = (
-            ROOT / "build" / "gpu-rehearsal" if args.rehearse else ROOT / "build" if args.part else RESULTS
-        )
-    args.out = args.out.absolute()
+    default = ROOT / "build" / "gpu-rehearsal" if args.rehearse else ROOT / "build" if args.part else RESULTS
+    args.out = (args.out or default).absolute()
     return args
 
 
-def main(
-    kind: str, make_parts: Callable[[argparse.Namespace], Sequence[Part]], arguments: Sequence[str]
-) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the parts that are asked for and write the result. Returns the exit status: 1 where a part is red."""
-    names = [part.name for part in make_parts(argparse.Namespace(rehearse=False, only=None))]
-    args = arguments_of(kind, names, arguments)
-    try:
-        import torch
-    except ImportError:
+    args = parse(arguments)
+    kind = f"gpu-{args.kind}"
+    if find_spec("torch") is None:
         print(f"{kind}: {sys.executable} has no torch; run `make venv`, or name a Python: GPU_PYTHON=...")
         return 1
+    import torch
+
     if not args.rehearse and not torch.cuda.is_available():
         print(
             f"{kind}: no CUDA GPU here, or no driver for it: there is nothing to report (--rehearse needs none)"
@@ -117,9 +117,9 @@ def main(
     from benchmarks.report import markdown
     from smolvla_fast.measure import system
 
-    chosen = [part for part in make_parts(args) if not args.part or part.name in args.part]
+    chosen = [part for part in getattr(parts, args.kind)(args) if not args.part or part.name in args.part]
     facts = system.facts()
-    label = "" if kind == "gpu-report" else "peers"
+    label = "" if args.kind == "report" else args.kind
     path = args.out / result_name(facts, "-".join([label, *(args.part or [])]))
     more = {"commit": facts["commit"] or args.commit, "nvcc": system.nvcc()}
     data = visit(
@@ -133,3 +133,7 @@ def main(
     if red:
         print(f"{kind}: red: {', '.join(red)}; what is red has no figure in the report")
     return 1 if red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
