@@ -122,7 +122,7 @@ def test_swiglu_error_against_fp64(shape, dtypes, level):
 
     assert_as_exact_as_eager(y, plain, dtypes, x, gate, up, sums=2)
     assert_as_exact_as_eager(
-        normed, lambda x, w, g, u: norm_swiglu(x, w, 1e-5, g, u), dtypes, x, norm_weight, gate, up, sums=2
+        normed, lambda x, w, g, u: norm_swiglu(x, (w, 1e-5), g, u), dtypes, x, norm_weight, gate, up, sums=2
     )
 
 
