@@ -46,7 +46,7 @@ test-cpus: venv
 test-full: venv
 	SMOLVLA_FAST_LONG=1 $(MAKE) test
 
-# Two thousand drawn cases instead of the hundred of `make test`; other ones every time.
+# Two thousand drawn cases instead of the sixty of `make test`; other ones every time.
 fuzz: venv
 	HF_HUB_OFFLINE=1 SMOLVLA_FAST_FUZZ=$(or $(CASES),2000) $(VENV)/bin/python -m pytest tests/fuzz -s $(ARGS)
 

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from support import fuzz_cases as cases
-from support.fuzz_cases import CALLS, CASES, WORST, Loss, Tally, calls, compare, policies, twins
+from support.fuzz_cases import CALLS, CASES, QUICK, WORST, Loss, Tally, calls, compare, policies, twins
 
 import smolvla_fast
 from smolvla_fast.verify import SCATTER
 
 pytest.importorskip("lerobot.policies.rtc.configuration_rtc")
 
-NIGHTLY = CASES > 100
+NIGHTLY = CASES > QUICK
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 

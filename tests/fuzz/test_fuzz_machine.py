@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support.fuzz_cases import CASES, attempt, rel_l2
+from support.fuzz_cases import CASES, QUICK, attempt, rel_l2
 
 import smolvla_fast
 from smolvla_fast.patching.settings import DISABLE
@@ -191,7 +191,7 @@ class PolicyMachine(RuleBasedStateMachine):
 
 
 def test_interleavings() -> None:
-    nightly = CASES > 100
+    nightly = CASES > QUICK
     run_state_machine_as_test(
         PolicyMachine,
         settings=settings(

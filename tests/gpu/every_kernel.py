@@ -6,11 +6,8 @@ tensors have, which a sanitizer that watches our kernels must see.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +15,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from support.contract import check, reference_module
+from support.contract import check, mapped, reference_module
 
 from smolvla_fast.ops.cuda import library
 from smolvla_fast.ops.select import reference_ops, select
@@ -27,21 +24,6 @@ from smolvla_fast.testing import denoise_loop as loop
 
 SMALL_FLOPS = 3e7
 """Under a sanitizer a kernel takes tens to hundreds of times as long; of these sizes it is done in seconds."""
-
-
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The value with every tensor in it changed, through lists, tuples and dataclasses."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: mapped(item, change) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [mapped(item, change) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-        return dataclasses.replace(value, **mapped(fields, change))
-    return value
 
 
 def single_ops(ops: Ops, device: torch.device) -> None:
@@ -55,17 +37,13 @@ def single_ops(ops: Ops, device: torch.device) -> None:
 def whole_loop(ops: Ops, device: torch.device) -> None:
     """Its smallest case, which has layers of both kinds, two samples, padding and guidance, under the contract."""
     assert ops.denoise_persistent is not None and ops.why_not_persistent is not None
-
-    def inputs(change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        given = loop.make_inputs(loop.CASES[-1], torch.bfloat16, torch.Generator().manual_seed(0))
-        return mapped(given, change)
-
-    there = inputs(lambda tensor: tensor.to(device, copy=True))
+    given = loop.make_inputs(loop.CASES[-1], torch.bfloat16, torch.Generator().manual_seed(0))
+    there = mapped(given, *2 * [lambda tensor: tensor.to(device, copy=True)])
     reason = ops.why_not_persistent(**there)
     assert reason is None, f"the loop is not served, so nothing is watched: {reason}"
     ours = ops.denoise_persistent(**there).cpu().double()
-    eager = loop.denoise_persistent(**inputs(lambda tensor: tensor.clone())).double()
-    truth = loop.denoise_persistent(**inputs(lambda t: t.double() if t.is_floating_point() else t.clone()))
+    eager = loop.denoise_persistent(**mapped(given, Tensor.clone)).double()
+    truth = loop.denoise_persistent(**mapped(given, Tensor.double))
     error, eager_error = ((x - truth).abs().max().item() for x in (ours, eager))
     print(f"denoise_persistent: error {error:.3g}, eager {eager_error:.3g}")
     assert error <= 2 * eager_error

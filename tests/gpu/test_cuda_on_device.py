@@ -1,4 +1,4 @@
-"""Backend ``cuda`` on the GPU: its kernels under the contract, its whole loop in one launch beside its ops one by one."""
+"""Backend ``cuda`` on the GPU: its loop in one launch beside its ops one by one, which test_ops_on_device.py tests."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.contract import check, inputs_in, reference_module, run, to_device
 
 import smolvla_fast
-from smolvla_fast.ops.select import reference_ops, select, why_not
+from smolvla_fast.ops.select import why_not
 from smolvla_fast.patch import engine_of
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import rel_l2
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
-OWN = ("image_prep", "masked_attention", "euler_step")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CASES = [(op, case) for op in OWN for case in reference_module(op).CASES]
 SIZES = {
     "tiny": dict(size="tiny", expert_width_multiplier=1.0),  # 48 wide; 36 is no multiple of 8
     "full": dict(size="full"),
@@ -48,30 +44,6 @@ def chunk(policy: Any, given: Any, noise: Any, **kwargs: Any) -> Any:
 def in_one_launch(policy: Any) -> None:
     now = smolvla_fast.status(policy)
     assert now.stages["denoise"] == "cuda" and now.step_launches == 0, now.fallback_reasons
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "case"), CASES, ids=lambda v: v if isinstance(v, str) else str(v))
-def test_cuda_contract(op: str, case: dict[str, int], dtype: torch.dtype, seed: int) -> None:
-    check(reference_ops(), select("cuda", DEVICE, False), op, case, dtype, seed, device=DEVICE)
-
-
-@pytest.mark.parametrize("op", OWN)
-def test_a_captured_cuda_op_has_the_bits_of_a_plain_call(op: str) -> None:
-    ops = select("cuda", DEVICE, False)
-    inputs = to_device(inputs_in(op, reference_module(op).CASES[0], torch.bfloat16, 0)[0], DEVICE)
-    plain = run(ops, op, inputs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(ops, op, inputs)
-    for value in captured.values():
-        value.fill_(torch.nan)
-    graph.replay()
-    torch.cuda.synchronize()
-    for name, value in plain.items():
-        assert torch.equal(captured[name], value), f"{op}.{name} differs when replayed"
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -29,7 +29,7 @@ def kernels_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 SMALL: dict[str, Any] = dict(
-    cameras=1, num_vlm_layers=2, num_steps=2, chunk_size=5, tokenizer_max_length=16,
+    cameras=1, num_vlm_layers=2, num_steps=1, chunk_size=5, tokenizer_max_length=16,
     vision={"num_hidden_layers": 1, "image_size": 16},
 )  # fmt: skip
 """The interpreter takes milliseconds for a program that a GPU runs in microseconds."""
@@ -40,11 +40,9 @@ SMALL: dict[str, Any] = dict(
     "settings",
     [
         dict(),
-        pytest.param(dict(attention_mode="self_attn", num_steps=1), marks=pytest.mark.long),
-        pytest.param(dict(cameras=2, chunk_size=7, num_steps=1), marks=pytest.mark.long),
-        pytest.param(
-            dict(self_attn_every_n_layers=0, expert_width_multiplier=0.5, num_steps=1), marks=pytest.mark.long
-        ),
+        pytest.param(dict(attention_mode="self_attn"), marks=pytest.mark.long),
+        pytest.param(dict(cameras=2, chunk_size=7), marks=pytest.mark.long),
+        pytest.param(dict(self_attn_every_n_layers=0, expert_width_multiplier=0.5), marks=pytest.mark.long),
     ],
     ids=lambda settings: ",".join(map(str, settings.values())) or "default",
 )
@@ -82,7 +80,7 @@ def test_guided_chunk() -> None:
 @pytest.mark.long  # that no kernel loses a NaN is seen kernel by kernel in tests/ops
 @LEROBOT_ONLY
 def test_nan_in_nan_out_and_the_next_chunk_is_clean() -> None:
-    policy = make_policy("tiny", device=DEVICE, **{**SMALL, "num_steps": 1})
+    policy = make_policy("tiny", device=DEVICE, **SMALL)
     smolvla_fast.patch(policy, precision="fp32", backend="triton")
     given, noise = make_observation(policy, task="go", language_length=16), make_noise(policy)
     clean = chunk(policy, given, noise)

@@ -64,14 +64,6 @@ def test_chunks_are_fresh_and_of_the_bits_without_a_workspace() -> None:
         assert torch.equal(one, chunk(policy, observation, noise))
 
 
-def test_noise_is_not_written_to() -> None:
-    policy = patched()
-    noise = make_noise(policy)
-    before = noise.clone()
-    chunk(policy, make_observation(policy), noise)
-    assert torch.equal(noise, before)
-
-
 def test_threads_have_memory_of_their_own() -> None:
     policy = patched()
     observation, noises = make_observation(policy), [make_noise(policy, seed=seed) for seed in range(4)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.backends import at_every_level
 
 from smolvla_fast.ops import extension, processor
 from smolvla_fast.ops.cpu import kernels as cpu
@@ -27,13 +28,6 @@ def kernels():
         pytest.skip(str(error))
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def bits(tensor):
     return tensor.view({4: torch.int32, 2: torch.int16}[tensor.element_size()])
 
@@ -45,18 +39,12 @@ def sample(rows, width, dtype, seed=0):
 
 @pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", [1, 15, 16, 17, 33, 720, 960])
-def test_every_level_gives_the_same_bits(kernels, dtype, width):
-    x, weight = sample(9, width, dtype)
-    results = {}
-    for level in kernels.levels():
-        with cpu.instruction_level(level):
-            assert kernels.level() == level
-            results[level] = cpu.rms_norm(x, weight, 1e-5)
-    baseline = results.pop("baseline")
-    assert baseline.isfinite().all()
-    for level, result in results.items():
-        assert torch.equal(bits(result), bits(baseline)), level
+@pytest.mark.parametrize(("rows", "width"), [(101, 960), *((9, width) for width in (1, 15, 16, 17, 33, 720))])
+def test_every_level_and_number_of_threads_gives_the_same_bits(kernels, dtype, rows, width):
+    x, weight = sample(rows, width, dtype)
+    first, *others = at_every_level(lambda: (kernels.level(), cpu.rms_norm(x, weight, 1e-5)), (1, 2, 3, 7))
+    assert {level for level, _ in (first, *others)} == set(kernels.levels()) and first[1].isfinite().all()
+    assert all(torch.equal(bits(result), bits(first[1])) for _, result in others)
 
 
 @pytest.mark.cpu_kernels
@@ -72,17 +60,6 @@ def test_the_best_level_is_used_and_a_forced_one_is_given_back(kernels):
     with pytest.raises(ZeroDivisionError), cpu.instruction_level("baseline"):
         raise ZeroDivisionError
     assert kernels.level() == kernels.levels()[-1]
-
-
-@pytest.mark.cpu_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bits_do_not_depend_on_the_number_of_threads(kernels, threads, dtype):
-    x, weight = sample(101, 960, dtype)
-    results = []
-    for count in (1, 2, 3, 7):
-        threads(count)
-        results.append(cpu.rms_norm(x, weight, 1e-5))
-    assert all(torch.equal(bits(y), bits(results[0])) for y in results[1:])
 
 
 @pytest.mark.cpu_kernels

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from support import integer_products
+from support.backends import at_every_level
 from support.processors import play
 from torch import Tensor
 
@@ -41,19 +39,6 @@ def _x(rows: int, width: int, dtype: torch.dtype = F32) -> Tensor:
     return (torch.randn(rows, width, generator=generator) * 3 + 1).to(dtype)
 
 
-def _everywhere(run: Callable[[], Any]) -> Iterator[Any]:
-    """What ``run`` gives at every instruction level, on one thread and on two."""
-    before = torch.get_num_threads()
-    for level in cpu.instruction_levels():
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            try:
-                with cpu.instruction_level(level):
-                    yield run()
-            finally:
-                torch.set_num_threads(before)
-
-
 def _same(found: IntegerRows, want: IntegerRows) -> bool:
     # Scales by their bits: NaN equals NaN then.
     scales = (found.scale.view(torch.int32), want.scale.view(torch.int32))
@@ -68,7 +53,7 @@ def test_rows_have_the_bits_of_the_reference(rows: int, width: int, dtype: torch
     x = _x(rows, width, dtype)
     want = quantize_activations(x)
     assert want.data.dtype is torch.uint8 and want.scale.dtype is F32
-    assert all(_same(found, want) for found in _everywhere(lambda: quantize.quantize_rows(x)))
+    assert all(_same(found, want) for found in at_every_level(lambda: quantize.quantize_rows(x)))
     # Half a step, and what fp32 loses on a number of 127 steps.
     assert ((dequantize(want) - x.float()).abs() <= want.scale[:, None] * (0.5 + 127 * EPS)).all()
 
@@ -87,7 +72,7 @@ def test_rows_of_every_kind() -> None:
     want = quantize_activations(x)
     assert want.scale[[0, 5]].eq(0).all() and want.scale[1:5].isnan().all() and want.scale[6:].gt(0).all()
     assert want.data[:6].eq(128).all() and want.data[6, 18] == 255 and want.data[7, 0] == 1
-    assert all(_same(found, want) for found in _everywhere(lambda: quantize.quantize_rows(x)))
+    assert all(_same(found, want) for found in at_every_level(lambda: quantize.quantize_rows(x)))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -96,10 +81,10 @@ def test_norms_give_the_rows_of_what_they_compute(rows: int, width: int, dtype: 
     x, generator = _x(rows, width, dtype), torch.Generator().manual_seed(1)
     weight, bias = (torch.randn(width, generator=generator) for _ in range(2))
     plain = quantize_activations(cpu.layer_norm(x.float(), weight, bias, 1e-6))
-    for found in _everywhere(lambda: quantize.layer_norm_rows(x, weight, bias, 1e-6)):
+    for found in at_every_level(lambda: quantize.layer_norm_rows(x, weight, bias, 1e-6)):
         assert _same(found, plain)
     plain = quantize_activations(cpu.rms_norm(x.float(), weight, 1e-5))
-    found = list(_everywhere(lambda: quantize.rms_norm_rows(x, weight, 1e-5)))
+    found = list(at_every_level(lambda: quantize.rms_norm_rows(x, weight, 1e-5)))
     assert all(_same(each, found[0]) for each in found)
     # The two kernels order their factors differently: rounding of fp32, which may turn a tie into the next step.
     assert (found[0].data.int() - plain.data.int()).abs().max() <= 1
@@ -118,7 +103,7 @@ def test_finish(rows: int, width: int, activation: str | None) -> None:
     def want(kind: torch.dtype) -> Tensor:
         return act(sums.to(kind) * scale[:, None].to(kind) + bias.to(kind)) + residual.to(kind)
 
-    found = list(_everywhere(lambda: quantize.finish(sums.clone(), scale, bias, activation, residual)))
+    found = list(at_every_level(lambda: quantize.finish(sums.clone(), scale, bias, activation, residual)))
     assert all(torch.equal(found[0], each) for each in found)
     if rows:
         truth = want(torch.float64)
@@ -127,7 +112,7 @@ def test_finish(rows: int, width: int, activation: str | None) -> None:
     hidden = quantize_activations(quantize.finish(sums.clone(), scale, bias, activation))
     up = _x(rows, width).neg()
     gated = quantize.finish(sums.clone(), scale, None, activation) * (up * scale[:, None])
-    for found_rows, product in _everywhere(
+    for found_rows, product in at_every_level(
         lambda: (
             quantize.finish_rows(sums.clone(), scale, bias, activation),
             quantize.finish_rows(sums.clone(), scale, None, activation, up.clone()),
@@ -139,7 +124,7 @@ def test_finish(rows: int, width: int, activation: str | None) -> None:
 def test_activations_far_out_and_nan() -> None:
     far = torch.tensor([[-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30]])
     one = torch.ones(1)
-    for silu, gelu in _everywhere(
+    for silu, gelu in at_every_level(
         lambda: tuple(quantize.finish(far.clone(), one, None, name) for name in ("silu", "gelu_tanh"))
     ):
         assert torch.equal(silu[0, 3:], far[0, 3:]) and torch.equal(gelu[0, 3:], far[0, 3:])
@@ -147,7 +132,7 @@ def test_activations_far_out_and_nan() -> None:
         assert silu[0, 1:3].abs().max() < 1e-35 and silu[0, 0].abs() < 1e-7 and gelu[0, :3].abs().max() < 1e-7
     x = _x(3, 21)
     scale = torch.tensor([1.0, torch.nan, 1.0])
-    for y, rows in _everywhere(
+    for y, rows in at_every_level(
         lambda: (
             quantize.finish(x.clone(), scale, None, "silu"),
             quantize.finish_rows(x.clone(), scale, None, "gelu_tanh"),

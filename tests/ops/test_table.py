@@ -12,7 +12,7 @@ import torch
 from support.contract import check
 
 from smolvla_fast.ops.select import BACKENDS, backend_ops, reference_ops, table
-from smolvla_fast.ops.table import BY_TORCH, NAMES, Ops, derive, exports
+from smolvla_fast.ops.table import BY_TORCH, NAMES, Ops, derive
 
 CPU = torch.device("cpu")
 
@@ -52,20 +52,6 @@ def test_every_backend_exports_ops_alone(name: str) -> None:
     assert ops.backend == {"int8": "cpu"}.get(name, name)
     assert all(getattr(ops, op) is not None for op in NAMES if op != "denoise_persistent")
     assert not set(ops.missing) - set(NAMES)
-
-
-def test_cuda_exports_ops_alone() -> None:
-    from smolvla_fast.ops.cuda import ops as cuda
-
-    own = {
-        "denoise_persistent",
-        "euler_step",
-        "image_prep",
-        "masked_attention",
-        "prepare_mask",
-        "why_not_persistent",
-    }
-    assert exports(cuda).keys() == own
 
 
 def test_every_empty_cell_has_a_reason() -> None:

@@ -215,7 +215,7 @@ def _same(policy: Any, twin: Any, make: Callable[[], dict[str, Any]], undefined:
 
 
 def _twins(precision: str, guided: bool) -> tuple[Any, Any]:
-    twin = make_policy("tiny", num_steps=2)
+    twin = make_policy("tiny", num_steps=1)
     if guided:
         twin.config.rtc_config = rtc.RTCConfig(enabled=True, execution_horizon=6)
         twin.init_rtc_processor()

@@ -9,8 +9,9 @@ several, and the rounding errors of a chain walk at random. Both numbers are sho
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -123,6 +124,25 @@ def to_device(value: Any, device: torch.device | str) -> Any:
         return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
     if isinstance(value, dict):
         return {name: to_device(item, device) for name, item in value.items()}
+    return value
+
+
+Change = Callable[[Tensor], Tensor]
+
+
+def mapped(value: Any, floats: Change, others: Change = Tensor.clone) -> Any:
+    """The value with every tensor in it changed, floating ones and others, through containers and dataclasses."""
+    if isinstance(value, Tensor):
+        return floats(value) if value.is_floating_point() else others(value)
+    if isinstance(value, dict):
+        return {name: mapped(item, floats, others) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [mapped(item, floats, others) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{each.name: mapped(getattr(value, each.name), floats, others) for each in fields(value)}
+        )
     return value
 
 

@@ -18,7 +18,8 @@ from smolvla_fast.measure.rounding import FP32_BOUND, OtherSums, fp32_bound
 from smolvla_fast.model.weights import is_cross
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
-CASES = int(os.environ.get("SMOLVLA_FAST_FUZZ", "100"))
+QUICK = 60
+CASES = int(os.environ.get("SMOLVLA_FAST_FUZZ", QUICK))
 """Chunks compared in a run: 100, or as many as ``make fuzz`` asks for."""
 
 CALLS = 4

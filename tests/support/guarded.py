@@ -14,6 +14,8 @@ from support.contract import to_device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 64
 """Elements before and behind an output; a multiple of 16 bytes in every dtype, as the allocator aligns."""
+UNWRITTEN = 12345
+"""What integers hold there, for which there is no NaN."""
 
 
 def guarded(launcher: Callable[..., Any], device: str = DEVICE) -> Callable[..., Any]:
@@ -28,7 +30,8 @@ def guarded(launcher: Callable[..., Any], device: str = DEVICE) -> Callable[...,
 
         def empty(*shape: Any, dtype: torch.dtype | None = None, device: Any = device) -> Tensor:
             numel = allocate(*shape, device="meta").numel()
-            whole = torch.full((numel + 2 * GUARD,), torch.nan, dtype=dtype, device=device)
+            fill = torch.nan if dtype is None or dtype.is_floating_point else UNWRITTEN
+            whole = torch.full((numel + 2 * GUARD,), fill, dtype=dtype, device=device)
             wholes.append(whole)
             return whole[GUARD : GUARD + numel].view(*shape)
 
@@ -40,7 +43,9 @@ def guarded(launcher: Callable[..., Any], device: str = DEVICE) -> Callable[...,
             out = launcher(*args, **kwargs)
         assert wholes, "the launcher allocated nothing"
         for whole in wholes:
-            assert whole[:GUARD].isnan().all() and whole[-GUARD:].isnan().all(), "wrote beside its output"
+            for guard in (whole[:GUARD], whole[-GUARD:]):
+                left = guard.isnan() if whole.is_floating_point() else guard.eq(UNWRITTEN)
+                assert left.all(), "wrote beside its output"
         return to_device(out, "cpu")
 
     return call
