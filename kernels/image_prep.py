@@ -107,7 +107,9 @@ def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> T
         )
     batch, _, frame_height, frame_width = frames.shape
     new_height, new_width = frame_height, frame_width
-    if (frame_height, frame_width) != (height, width):
+    if min(height, width) < 1:
+        new_height = 0
+    elif (frame_height, frame_width) != (height, width):
         ratio = max(frame_width / width, frame_height / height)
         new_height, new_width = int(frame_height / ratio), int(frame_width / ratio)
     if min(new_height, new_width) < 1:

@@ -20,7 +20,7 @@ Bench = dict[str, Any]
 
 
 def unsteady(figures: Bench) -> bool:
-    return figures["p50_ms"] > UNSTEADY * figures.get("min_ms", figures["p50_ms"])
+    return figures["p50_ms"] > UNSTEADY * (figures.get("min_ms") or figures["p50_ms"])
 
 
 def of(figures: Bench, key: str, unit: float = 1, digits: int = 0) -> str:
