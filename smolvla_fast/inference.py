@@ -11,16 +11,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .engine.cuda_graphs import GraphCache, driver_for
-from .engine.quantized_weights import FLOATS, KINDS, IntegerCast, QuantizedWeights
+from .engine.products import Products
+from .engine.quantized_weights import QuantizedWeights
 from .engine.timing import is_timed, section
 from .model.dims import read_dims
 from .model.precision import Tier
-from .model.weights import Cast, keeps_kv_by_head, read_expert_layers, read_heads
+from .model.weights import keeps_kv_by_head, read_expert_layers, read_heads
 from .ops.memory import Workspace
-from .ops.processor import why_bf16_is_slow
 from .ops.reference.euler_step import Guidances
 from .ops.reference.time_embedding import time_embedding
-from .ops.select import fallback_reasons, select
 from .ops.table import STAGES, serving
 from .stages.denoise import LoopReport, denoise
 from .stages.observation import Observation, prepare_images, prepare_observation
@@ -64,38 +63,33 @@ class Validator(NamedTuple):
 class Engine:
     """Computes action chunks for one model in one tier. Weights are read from the model at each call.
 
-    quantized_weights  of the tiers that have them
+    products           ops and weights of the tier; its own where not given
     graphs             the captured chunks, or None where nothing is captured (a CPU, or graphs switched off)
     """
 
-    def __init__(self, tier: Tier, backend: str, device: torch.device, capture: bool = True) -> None:
-        self.tier = tier
-        self.ops = select(backend, device, tier.stock_order, tier.quantized)
-        self._gemm_dtype = tier.gemm_dtype
-        wished = backend != "auto" or tier.stock_order
-        self._fallback_reasons = {} if wished else fallback_reasons(device)
-        narrow = tier.name not in ("exact", "fp32", "int8")
-        slow = why_bf16_is_slow() if narrow and device.type == "cpu" else None
-        if slow is not None:  # wider products err less and are faster, so they serve the narrower tier
-            self._gemm_dtype = torch.float32
-            self._fallback_reasons["bf16 products"] = f"{slow}; products run in fp32"
+    def __init__(
+        self,
+        tier: Tier,
+        backend: str,
+        device: torch.device,
+        capture: bool = True,
+        products: Products | None = None,
+    ) -> None:
+        self.products = products or Products(tier, backend, device)
+        self.tier, self.ops, self._cast = tier, self.products.ops, self.products.cast
         driver = driver_for(device) if capture else None
         self.graphs = None if driver is None else GraphCache(driver)
+        self._no_graph = {}
         if capture and driver is None and device.type == "cuda":
-            self._fallback_reasons["graph"] = (
-                "chunks are captured on NVIDIA GPUs alone; the ops run one by one"
-            )
+            self._no_graph["graph"] = "chunks are captured on NVIDIA GPUs alone; the ops run one by one"
         self._positions: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._times: dict[tuple[Any, ...], Tensor] = {}
         self._workspace = Workspace() if self.ops.backend == "cpu" else None
         self._loop: LoopReport | None = None
-        self.quantized_weights: QuantizedWeights | None = None
-        self._cast: Cast = self._narrow
-        if tier.quantized:
-            kind = KINDS[tier.quantized]
-            self.quantized_weights = QuantizedWeights(tier.gemm_dtype or torch.bfloat16, kind)
-            if kind is not FLOATS:
-                self._cast = IntegerCast(self.quantized_weights, self._narrow)
+
+    @property
+    def quantized_weights(self) -> QuantizedWeights | None:
+        return self.products.quantized_weights
 
     def act(
         self,
@@ -199,7 +193,7 @@ class Engine:
                     image_ends=inputs.image_ends, length=model.prefix_length if exact else 0,
                     dtype=None if exact else torch.float32,
                 )  # fmt: skip
-                expert = read_expert_layers(pair, self._cast, self._widen)
+                expert = read_expert_layers(pair, self._cast, self.products.widen)
                 by_head = keeps_kv_by_head(pair) if exact else None
                 kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert, by_head)
             with section("denoise"):
@@ -207,17 +201,6 @@ class Engine:
                 return denoise(
                     ops, dims, expert, heads, kv, noise, times, inputs.guidance, observe, self._workspace
                 )
-
-    def _narrow(self, matrix: Tensor) -> Any:
-        quantized = self.quantized_weights
-        if quantized is not None and quantized.kind is FLOATS and matrix.ndim == 2:
-            return quantized.of(matrix)
-        dtype = self._gemm_dtype
-        return matrix if dtype is None or matrix.dtype is dtype else matrix.to(dtype)
-
-    def _widen(self, matrix: Tensor) -> Tensor:
-        """For matrices that no tier narrows: the expert's cross K/V, fp32 in LeRobot's bf16 layout."""
-        return matrix.float() if self._gemm_dtype is torch.float32 else matrix
 
     @property
     def step_launches(self) -> int | None:
@@ -235,12 +218,8 @@ class Engine:
     @property
     def fallback_reasons(self) -> dict[str, str]:
         """What the engine does without, with the reasons; the loop's is of the last chunk."""
-        copies = {} if self.quantized_weights is None else self.quantized_weights.fallback_reasons
-        return {
-            **self._fallback_reasons,
-            **copies,
-            **({} if self._loop is None else self._loop.fallback_reasons),
-        }
+        loop = {} if self._loop is None else self._loop.fallback_reasons
+        return {**self.products.fallback_reasons, **self._no_graph, **loop}
 
     @property
     def bytes(self) -> int:
@@ -252,8 +231,7 @@ class Engine:
         )
 
     def after_fork(self) -> None:
-        if self.quantized_weights is not None:
-            self.quantized_weights.renew_lock()
+        self.products.after_fork()
 
     def _time_embeddings(self, config: Any, width: int, batch: int, device: torch.device) -> Tensor:
         key = (config.num_steps, config.min_period, config.max_period, width, batch, device)

@@ -26,6 +26,8 @@ from .ops.reference.image_prep import image_prep
 from .ops.select import select
 from .patching.call_rules import Call
 from .patching.eligibility import INFERENCE
+from .patching.layer_forward import denoise_step, patch_layers, unpatch_layers
+from .patching.layer_runtime import LAYER_RUNTIMES, stock_layers
 from .patching.rtc import guidance_of
 from .patching.runtime import Status, drop_runtime, runtime_of
 from .patching.settings import DISABLE, SETTINGS, Settings, disabled
@@ -43,7 +45,7 @@ def _listed(given: Any) -> Any:
 
 
 class _Accelerated:
-    """Put before a model's own class by ``patch``; overrides ``sample_actions`` and nothing else."""
+    """Put before a model's own class by ``patch``; overrides ``sample_actions``, and ``denoise_step`` for other samplers."""
 
     stock_class: type
 
@@ -109,7 +111,19 @@ class _Accelerated:
                 else each
                 for each in images
             ]
-        return stock.sample_actions(self, images, *others, noise=noise, **kwargs)
+        with stock_layers():
+            return stock.sample_actions(self, images, *others, noise=noise, **kwargs)
+
+    @_disable_dynamo
+    def denoise_step(
+        self: Any, prefix_pad_masks: Tensor, past_key_values: Any, x_t: Tensor, timestep: Tensor
+    ) -> Tensor:
+        """As the stock method, by the engine's denoise stage where it may."""
+        cls: Any = type(self)
+        given = (prefix_pad_masks, past_key_values, x_t, timestep)
+        if not issubclass(cls, _Accelerated):
+            return self.denoise_step(*given)
+        return denoise_step(self, cls.stock_class.denoise_step, *given)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         cls = type(self)  # read once, as above
@@ -195,6 +209,7 @@ def patch(
     cls: Any = type(model)  # read once, as in a chunk
     stock = cls.stock_class if issubclass(cls, _Accelerated) else cls
     model.__class__ = _accelerated(stock, training)
+    patch_layers(model.vlm_with_expert, settings)
     runtime = runtime_of(model)
     started = time.perf_counter()
     reason = runtime.look(model)[1]
@@ -216,6 +231,7 @@ def patch(
             else:
                 model.__dict__[SETTINGS] = before
                 model.__class__ = _accelerated(stock, before.training)
+                patch_layers(model.vlm_with_expert, before)
             raise
         finally:
             if was_training:
@@ -249,6 +265,7 @@ def unpatch(policy: P) -> P:
     if issubclass(cls, _Accelerated):
         model.__class__ = cls.stock_class
         model.__dict__.pop(SETTINGS, None)
+    unpatch_layers(model.vlm_with_expert)
     drop_runtime(model)
     return policy
 
@@ -268,6 +285,7 @@ def refresh(policy: Any) -> None:
     model = find_policy(policy).model
     if isinstance(model, _Accelerated):
         runtime_of(model).forget()
+        LAYER_RUNTIMES.of(model.vlm_with_expert).forget()
 
 
 def status(policy: Any) -> Status:
@@ -276,4 +294,4 @@ def status(policy: Any) -> Status:
     if not isinstance(model, _Accelerated):
         return Status(last_fallback=f"{DISABLE} is set" if disabled() else "the policy is not patched")
     runtime = runtime_of(model)
-    return runtime.status(runtime.look(model)[1])
+    return runtime.status(model, runtime.look(model)[1])

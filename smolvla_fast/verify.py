@@ -17,6 +17,7 @@ from .measure.rounding import FP32_BOUND, ORDERS, OtherSums, fp32_bound
 from .model.weights import is_cross
 from .ops.reference.patch_embed import patch_embed
 from .patch import engine_of, find_policy, status
+from .patching.layer_runtime import stock_layers
 from .stages.vision import patch_positions
 
 TOKENS = ("observation.language.tokens", "observation.language.attention_mask")
@@ -125,7 +126,7 @@ def _stock_chunk(
         return velocities[-1]
 
     model.__dict__["denoise_step"] = denoise_step
-    with torch.no_grad():
+    with torch.no_grad(), stock_layers():
         return stock.sample_actions(model, *inputs, noise=noise.clone()), velocities
 
 

@@ -26,15 +26,27 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
 
-def _normed(layer: Any, x: Tensor) -> Tensor:
+def normed(layer: Any, x: Tensor) -> Tensor:
+    """x through the norm before attention, in the dtype of the projections."""
     return layer.input_layernorm(x).to(layer.self_attn.q_proj.weight.dtype)
 
 
-def _heads(projection: Any, x: Tensor, head_dim: int) -> Tensor:
+def heads(projection: Any, x: Tensor, head_dim: int) -> Tensor:
+    """[B, T, M] -> [B, T, heads, D]."""
     return projection(x).view(*x.shape[:2], -1, head_dim)
 
 
-def _finish(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
+def cross_kv(layer: Any, k: Tensor, v: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """The expert's projections of the prefix's keys and values, [B, P, K, D] each."""
+    attention = layer.self_attn
+    dtype = attention.k_proj.weight.dtype
+    return (
+        heads(attention.k_proj, k.to(dtype).flatten(2), head_dim),
+        heads(attention.v_proj, v.to(dtype).flatten(2), head_dim),
+    )
+
+
+def finish(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
     """Output projection, MLP and both residual additions, these in fp32."""
     projection, mlp = layer.self_attn.o_proj, layer.mlp
     x = x + projection(attended.to(projection.weight.dtype))
@@ -73,18 +85,18 @@ def text_layers(
                queries, which nobody reads, get a gradient of zeros, and DDP waits for it
     """
     for i, layer in enumerate(layers):
-        h = _normed(layer, x)
+        h = normed(layer, x)
         last = i == len(layers) - 1
-        q = None if last else rotate(_heads(layer.self_attn.q_proj, h, head_dim), rows.rope)
-        k = rotate(_heads(layer.self_attn.k_proj, h, head_dim), rows.rope)
-        v = _heads(layer.self_attn.v_proj, h, head_dim)
+        q = None if last else rotate(heads(layer.self_attn.q_proj, h, head_dim), rows.rope)
+        k = rotate(heads(layer.self_attn.k_proj, h, head_dim), rows.rope)
+        v = heads(layer.self_attn.v_proj, h, head_dim)
         if last and joint_end and any(each.requires_grad for each in layer.self_attn.q_proj.parameters()):
             k = _Beside.apply(k, layer.self_attn.q_proj(h))
         if frozen is not None:
             k, v = torch.cat([frozen[i][0], k], dim=1), torch.cat([frozen[i][1], v], dim=1)
         yield k, v
         if q is not None:
-            x = _finish(layer, x, ops.attention_with_grad(q, k, v, rows.mask))
+            x = finish(layer, x, ops.attention_with_grad(q, k, v, rows.mask))
 
 
 def expert_layers(
@@ -102,16 +114,14 @@ def expert_layers(
     cross  positions from 0, the prefix visible: cross-attention layers, over projections of its keys and values
     """
     for i, (layer, (k, v)) in enumerate(zip(pair.lm_expert.layers, prefix, strict=True)):
-        h, attention = _normed(layer, x), layer.self_attn
-        q = _heads(attention.q_proj, h, head_dim)
+        h, attention = normed(layer, x), layer.self_attn
+        q = heads(attention.q_proj, h, head_dim)
         if is_cross(pair, i):
-            dtype = attention.k_proj.weight.dtype
-            k = _heads(attention.k_proj, k.to(dtype).flatten(2), head_dim)
-            v = _heads(attention.v_proj, v.to(dtype).flatten(2), head_dim)
+            k, v = cross_kv(layer, k, v, head_dim)
             a = ops.attention_with_grad(rotate(q, cross.rope), k, v, cross.mask)
         else:
-            k = torch.cat([k, rotate(_heads(attention.k_proj, h, head_dim), own.rope)], dim=1)
-            v = torch.cat([v, _heads(attention.v_proj, h, head_dim)], dim=1)
+            k = torch.cat([k, rotate(heads(attention.k_proj, h, head_dim), own.rope)], dim=1)
+            v = torch.cat([v, heads(attention.v_proj, h, head_dim)], dim=1)
             a = ops.attention_with_grad(rotate(q, own.rope), k, v, own.mask)
-        x = _finish(layer, x, a)
+        x = finish(layer, x, a)
     return pair.lm_expert.norm(x)

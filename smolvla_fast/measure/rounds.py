@@ -121,13 +121,14 @@ def _peak_resident() -> int:
 @contextmanager
 def as_stock(policy: Any) -> Iterator[None]:
     """Inside, a patched policy is stock: same object, same weights; unlike unpatched, it keeps its engine."""
-    model = policy.model
-    patched = type(model)
-    model.__class__ = getattr(patched, "stock_class", patched)
+    patched = [(each, type(each)) for each in (policy.model, policy.model.vlm_with_expert)]
+    for each, cls in patched:
+        each.__class__ = getattr(cls, "stock_class", cls)
     try:
         yield
     finally:
-        model.__class__ = patched
+        for each, cls in patched:
+            each.__class__ = cls
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from .dims import Dims
+from .dims import Dims, PairDims
 
 
 class Affine(NamedTuple):
@@ -84,7 +84,8 @@ class Heads:
 def representative_weight(model: Any) -> Tensor:
     """The parameter whose dtype and device are taken for the model's: a text layer's, for those of heads may be wider. Where
     that layer is wrapped by something without a ``weight``, any of a floating dtype; the eligibility rules then decide."""
-    layer = model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj
+    pair = getattr(model, "vlm_with_expert", model)
+    layer = pair.get_vlm_model().text_model.layers[0].self_attn.k_proj
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and not weight.is_meta:
         return weight
@@ -142,7 +143,8 @@ def read_vision_end(vlm: Any, cast: Cast) -> tuple[LayerNorm, Tensor]:
     return _layer_norm(vlm.vision_model.post_layernorm), plain(vlm.connector.modality_projection.proj.weight)
 
 
-def _decoder(layer: Any, cross: bool, cast: Cast, cast_cross: Cast) -> DecoderLayer:
+def read_decoder_layer(layer: Any, cross: bool, cast: Cast, cast_cross: Cast) -> DecoderLayer:
+    """layer  a decoder layer of transformers' Llama, or of ours      cast_cross  for k and v of a cross layer"""
     attention, mlp = layer.self_attn, layer.mlp
     kv = [attention.k_proj.weight, attention.v_proj.weight]
     norm1, (q, *own) = _behind(
@@ -168,7 +170,7 @@ def _decoder(layer: Any, cross: bool, cast: Cast, cast_cross: Cast) -> DecoderLa
 
 def read_text_layers(vlm: Any, cast: Cast) -> Iterator[DecoderLayer]:
     for layer in vlm.text_model.layers:
-        yield _decoder(layer, False, cast, cast)
+        yield read_decoder_layer(layer, False, cast, cast)
 
 
 def is_cross(pair: Any, layer: int) -> bool:
@@ -180,14 +182,15 @@ def is_cross(pair: Any, layer: int) -> bool:
 def keeps_kv_by_head(pair: Any) -> bool:
     """Whether the prefix KV of stock lies as [B, K, P, D] (transformers' cache, and ours) or as [B, P, K, D] (LeRobot before
     0.6, whose layers take ``fill_kv_cache``)."""
-    return "fill_kv_cache" not in type(pair).forward_attn_layer.__code__.co_varnames
+    cls: Any = type(pair)
+    return "fill_kv_cache" not in getattr(cls, "stock_class", cls).forward_attn_layer.__code__.co_varnames
 
 
 def read_expert_layers(pair: Any, cast: Cast, cast_cross: Cast) -> list[DecoderLayer]:
     """All layers of the expert: every denoise step goes through them again. ``cast_cross`` is for the cross K/V."""
     crosses = [is_cross(pair, i) for i in range(len(pair.lm_expert.layers))]
     return [
-        _decoder(layer, cross, cast, cast_cross)
+        read_decoder_layer(layer, cross, cast, cast_cross)
         for layer, cross in zip(pair.lm_expert.layers, crosses, strict=True)
     ]
 
@@ -227,7 +230,7 @@ def _linear(name: str, module: Any, inputs: int, outputs: int, bias: bool = Fals
     return Source(name, module, nn.Linear, (outputs, inputs), (outputs,) if bias else None)
 
 
-def frozen_sources(vlm: Any, dims: Dims) -> Iterator[Source]:
+def frozen_sources(vlm: Any, dims: PairDims) -> Iterator[Source]:
     """What ``read_patch_embedding``, ``read_vision_layers``, ``read_vision_end`` and ``read_text_layers`` read."""
     tower, side = vlm.vision_model, dims.patch
     width, hidden = tower.post_layernorm.weight.shape[0], tower.encoder.layers[0].mlp.fc1.weight.shape[0]
@@ -259,20 +262,31 @@ def frozen_sources(vlm: Any, dims: Dims) -> Iterator[Source]:
         yield from _decoder_sources(f"text_model.layers.{i}", layer, dims, dims.text_width, cross=False)
 
 
-def sources(model: Any, dims: Dims) -> Iterator[Source]:
-    """All that a chunk reads: ``frozen_sources``, ``read_expert_layers`` and ``read_heads``."""
-    pair, expert = model.vlm_with_expert, dims.expert_width
+def pair_sources(pair: Any, dims: PairDims) -> Iterator[Source]:
+    """``frozen_sources``, and what ``read_expert_layers`` reads."""
+    expert = dims.expert_width
     yield from frozen_sources(pair.get_vlm_model(), dims)
     for i, layer in enumerate(pair.lm_expert.layers):
         yield from _decoder_sources(f"lm_expert.layers.{i}", layer, dims, expert, is_cross(pair, i))
     yield Source("lm_expert.norm", pair.lm_expert.norm, None, (expert,))
+
+
+def head_sources(model: Any, dims: Dims) -> Iterator[Source]:
+    """What ``read_heads`` reads beside the expert's norm."""
+    expert = dims.expert_width
     state, action = (dims.state_width, dims.text_width), (dims.action_width, expert)
     widths = (state, action, (2 * expert, expert), (expert, expert), action[::-1])
     for name, (inputs, outputs) in zip(HEADS, widths, strict=True):
         yield _linear(name, getattr(model, name), inputs, outputs, bias=True)
 
 
-def _decoder_sources(path: str, layer: Any, dims: Dims, width: int, cross: bool) -> Iterator[Source]:
+def sources(model: Any, dims: Dims) -> Iterator[Source]:
+    """All that a chunk reads: ``pair_sources`` and ``head_sources``."""
+    yield from pair_sources(model.vlm_with_expert, dims)
+    yield from head_sources(model, dims)
+
+
+def _decoder_sources(path: str, layer: Any, dims: PairDims, width: int, cross: bool) -> Iterator[Source]:
     attention, mlp = layer.self_attn, layer.mlp
     queries, keys = dims.query_heads * dims.head_dim, dims.kv_heads * dims.head_dim
     yield Source(f"{path}.input_layernorm", layer.input_layernorm, None, (width,))

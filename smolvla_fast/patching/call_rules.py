@@ -53,6 +53,11 @@ def circumstances(model: Any, call: Call) -> str | None:
         return "the model is in train mode; call policy.eval()"
     if not isinstance(steps, Integral) or steps < 1:
         return f"num_steps={steps!r}; accepted are integers of 1 or more"
+    return ambient(kind)
+
+
+def ambient(kind: str) -> str | None:
+    """What is set around a call on this kind of device and would not see into the kernels, or changes stock."""
     if torch.is_autocast_enabled(kind):
         return "autocast is on: its dtypes decide, not the tier"
     if torch.get_default_dtype() is not torch.float32:

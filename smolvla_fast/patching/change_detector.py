@@ -64,7 +64,7 @@ class ChangeDetector:
         self._types = [type(each) for each in self._parameters]
         self._pointers = [each.data_ptr() for each in self._parameters]
         self._layouts = self._read_layouts()
-        self._use_cache = model.config.use_cache
+        self._use_cache = getattr(model.config, "use_cache", None)
 
     def same_memory(self) -> bool:
         """Whether every parameter lies where it lay: a captured graph may then be replayed."""
@@ -94,7 +94,11 @@ class ChangeDetector:
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return False
         root = self._root()
-        if root is None or root is not model or model.config.use_cache is not self._use_cache:
+        if (
+            root is None
+            or root is not model
+            or getattr(model.config, "use_cache", None) is not self._use_cache
+        ):
             return False
         if any(each() is None for each in self._lent):
             return False

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.dense import memory_reason
-from . import call_rules
+from . import call_rules, layer_rules
 from . import model_rules as rules
-from .call_rules import Call
 from .rtc import guidance_reason
 
 ModelRule = Callable[[Any], str | None]
-CallRule = Callable[[Any, Call], str | None]
+CallRule = Callable[[Any, Any], str | None]
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Eligibility:
     def live_reason(self, model: Any) -> str | None:
         return _first("the structure is not SmolVLA's", self.live, model)
 
-    def call_reason(self, model: Any, call: Call) -> str | None:
+    def call_reason(self, model: Any, call: Any) -> str | None:
         return _first("the arguments are not stock's usual ones", self.call, model, call)
 
 
@@ -82,3 +81,20 @@ TRAINING = Eligibility(
 )  # fmt: skip
 """A training loss. It asks for less: what is differentiated runs through the live modules, so adapters and biases are
 theirs. Whether the engine's ops may compute what is frozen is asked apart (``probe.frozen_reason``)."""
+
+LAYERS = Eligibility(
+    model=(
+        rules.layer_source, rules.device, rules.forward_hooks, memory_reason, rules.heads_match, rules.pair_parts,
+        rules.dtypes,
+    ),
+    live=(rules.layer_source,),
+    call=(layer_rules.around, layer_rules.arguments, layer_rules.gradients),
+)  # fmt: skip
+"""Single layers of a ``SmolVLMWithExpertModel``, whatever model it is a part of."""
+
+STEPS = Eligibility(
+    model=(rules.step_source, rules.layers_match, rules.heads_are_plain),
+    live=(),
+    call=(layer_rules.step_arguments,),
+)
+"""A denoise step of a model whose pair passes LAYERS; asked at every step."""

@@ -13,10 +13,10 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..model.dense import why_not_dense
-from ..model.dims import read_dims
+from ..model.dims import read_dims, read_pair_dims
 from ..model.precision import Tier
-from ..model.weights import HEADS, Source, sources
-from .source_digests import LOSS_METHODS, MODEL_METHODS, PAIR_METHODS, unknown_source
+from ..model.weights import HEADS, Source, head_sources, pair_sources
+from .source_digests import LOSS_METHODS, PAIR_METHODS, STEP_METHODS, Owner, owners, unknown_source
 
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
@@ -24,26 +24,39 @@ DEVICES = ("cpu", "cuda")
 
 def chunk_source(model: Any) -> str | None:
     """Why the code around this model is not what a chunk replaces."""
-    return _source(model, MODEL_METHODS, getattr(model, "rtc_processor", None))
+    return _source(owners(model, getattr(model, "rtc_processor", None)))
 
 
 def loss_source(model: Any) -> str | None:
     """Why the code around this model is not what a loss replaces."""
-    return _source(model, LOSS_METHODS, None)
+    return _source(owners(model, None, LOSS_METHODS))
 
 
-def _source(model: Any, methods: tuple[str, ...], rtc: Any | None) -> str | None:
-    for owner, names in ((model, (*methods, "forward")), (model.vlm_with_expert, PAIR_METHODS)):
-        replaced = [name for name in names if name in owner.__dict__]
+def layer_source(pair: Any) -> str | None:
+    """Why the code of this pair is not what its layers replace."""
+    return _source([("SmolVLMWithExpertModel", pair, PAIR_METHODS)])
+
+
+def step_source(model: Any) -> str | None:
+    """Why the code of this model is not what a denoise step replaces, whatever samples by it."""
+    return _source([("VLAFlowMatching", model, STEP_METHODS)])
+
+
+def _source(of: list[Owner]) -> str | None:
+    for label, owner, names in of:
+        if label == "RTCProcessor":  # its methods may be an instance's own, as long as the source is known
+            continue
+        replaced = [name for name in (*names, "forward") if name in owner.__dict__]
         if replaced:
             return (
                 f"{type(owner).__name__}.{replaced[0]} is replaced on the instance (torch.compile does this)"
             )
-    return unknown_source(model, rtc, methods)
+    return unknown_source(of)
 
 
 def device(model: Any) -> str | None:
-    found = model.state_proj.weight.device
+    """model  a ``VLAFlowMatching``, or its pair"""
+    found = next(model.parameters()).device
     return (
         None if found.type in DEVICES else f"the policy is on {found}; accepted are {' and '.join(DEVICES)}"
     )
@@ -95,21 +108,44 @@ def layers_match(model: Any) -> str | None:
     text, expert = len(pair.get_vlm_model().text_model.layers), len(pair.lm_expert.layers)
     if text != expert:
         return f"{expert} expert layers beside {text} text layers"
+    return heads_match(pair)
+
+
+def heads_match(pair: Any) -> str | None:
     heads, shared = pair.num_attention_heads, pair.num_key_value_heads
     return f"{heads} query heads are no multiple of {shared} KV heads" if heads % shared else None
 
 
 def parts(model: Any) -> str | None:
     """Of a chunk: why the parameters of this model cannot be read in place of calling its modules."""
-    pair = model.vlm_with_expert
-    vlm, expert = pair.get_vlm_model(), pair.lm_expert
     if not model.config.use_cache:
         return "use_cache=False: stock has no such path either"
+    return pair_parts(model.vlm_with_expert) or _first_reason(head_sources(model, read_dims(model)))
+
+
+def pair_parts(pair: Any) -> str | None:
+    """The same of a pair alone."""
+    vlm, expert = pair.get_vlm_model(), pair.lm_expert
     stacks = (("text", vlm.text_model.layers), ("expert", expert.layers))
-    reason = parts_reason(vlm, sources(model, read_dims(model)), stacks)
+    reason = parts_reason(vlm, pair_sources(pair, read_pair_dims(pair)), stacks)
     if reason is None and type(expert.norm) is not type(expert.layers[0].input_layernorm):
         return f"the expert's final norm is a {type(expert.norm).__qualname__}, not the norm of its layers"
     return reason
+
+
+def heads_are_plain(model: Any) -> str | None:
+    """Of a denoise step: why the projections around the layers cannot be read in place of calling them."""
+    for name in HEADS:
+        head = getattr(model, name)
+        if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
+            return f"{name} has a forward hook, or its forward replaced; it would not see the fused path"
+        if head.weight.dtype is not torch.float32:
+            return f"{name} is {head.weight.dtype}; stock feeds it float32, and so do we"
+    return _first_reason(head_sources(model, read_dims(model)))
+
+
+def _first_reason(read: Iterable[Source]) -> str | None:
+    return next(filter(None, map(_source_reason, read)), None)
 
 
 def parts_reason(vlm: Any, read: Iterable[Source], stacks: Sequence[tuple[str, Any]]) -> str | None:
@@ -117,10 +153,9 @@ def parts_reason(vlm: Any, read: Iterable[Source], stacks: Sequence[tuple[str, A
 
     read    what is read      stacks  decoder layers among it, each with its name
     """
-    for source in read:
-        reason = _source_reason(source)
-        if reason is not None:
-            return reason
+    reason = _first_reason(read)
+    if reason is not None:
+        return reason
     for label, stack in (("vision", vlm.vision_model.encoder.layers), *stacks):
         first = code_of(stack[0])
         for i, layer in enumerate(stack):
@@ -198,13 +233,14 @@ def _from_library(function: Any) -> bool:
 
 
 def dtypes(model: Any) -> str | None:
-    home = model.state_proj.weight.device
+    """model  a ``VLAFlowMatching``, or its pair"""
+    home = next(model.parameters()).device
     for name, parameter in model.named_parameters():
         if parameter.dtype not in DTYPES:
             return f"{name} is {parameter.dtype}; accepted are float32 and bfloat16"
         if parameter.device != home:
-            return f"{name} is on {parameter.device} but state_proj on {home}"
-    for name in HEADS:
+            return f"{name} is on {parameter.device} but others on {home}"
+    for name in HEADS if hasattr(model, "state_proj") else ():
         dtype = getattr(model, name).weight.dtype
         if dtype is not torch.float32:
             return f"{name} is {dtype}; stock feeds it float32, and so do we"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.dims import read_dims
+from ..model.dims import read_pair_dims
 from ..model.weights import frozen_sources, read_patch_embedding, read_vision_layers
 from ..ops.reference.layer_norm import layer_norm
 from ..ops.reference.linear import linear
@@ -22,7 +22,7 @@ from ..stages.vision import patch_positions, vision_layer
 from .model_rules import code_of, parts_reason
 
 
-def probe(model: Any, exact: bool, frozen_only: bool = False) -> str | None:
+def probe(pair: Any, exact: bool, frozen_only: bool = False) -> str | None:
     """Run the live vision, text and expert modules beside the references on small inputs; None if they agree.
 
     exact  the ``exact`` tier: bits must be equal. Else a relative difference up to 1e-2 passes: a transformers release
@@ -30,13 +30,12 @@ def probe(model: Any, exact: bool, frozen_only: bool = False) -> str | None:
     frozen_only  leave the expert out: training calls its modules
     """
     try:
-        return _probe(model, exact, frozen_only)
+        return _probe(pair, exact, frozen_only)
     except Exception as error:  # whatever a foreign module raises on a plain input, stock may well run it
         return f"the modules are not SmolVLA's: {error!r}"
 
 
-def _probe(model: Any, exact: bool, frozen_only: bool) -> str | None:
-    pair = model.vlm_with_expert
+def _probe(pair: Any, exact: bool, frozen_only: bool) -> str | None:
     vlm = pair.get_vlm_model()
     with torch.no_grad():
         for name, live, ours in (
@@ -55,20 +54,19 @@ def _probe(model: Any, exact: bool, frozen_only: bool) -> str | None:
     return None
 
 
-def frozen_reason(model: Any) -> str | None:
+def frozen_reason(pair: Any) -> str | None:
     """Why the engine's ops cannot compute vision tower and text layers where these are frozen, or None."""
     try:
-        vlm = model.vlm_with_expert.get_vlm_model()
-        read = frozen_sources(vlm, read_dims(model))
+        vlm = pair.get_vlm_model()
+        read = frozen_sources(vlm, read_pair_dims(pair))
         reason = parts_reason(vlm, read, (("text", vlm.text_model.layers),))
-        return reason or probe(model, exact=False, frozen_only=True)
+        return reason or probe(pair, exact=False, frozen_only=True)
     except Exception as error:
         return f"the structure is not SmolVLA's: {error!r}"
 
 
-def probed_code(model: Any) -> tuple[Any, ...]:
+def probed_code(pair: Any) -> tuple[Any, ...]:
     """What ``probe`` has run: a replaced class, a patched ``forward`` or another setting asks for another run."""
-    pair = model.vlm_with_expert
     vlm = pair.get_vlm_model()
     stacks = (vlm.vision_model.encoder, vlm.text_model, pair.lm_expert)
     return (

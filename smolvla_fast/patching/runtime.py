@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from ..engine.timing import STAGES
 from ..inference import Engine, EngineReplaced, Ineligible, Validator
@@ -14,8 +11,9 @@ from ..model.precision import resolve_tier
 from ..model.weights import representative_weight
 from .change_detector import ChangeDetector
 from .eligibility import INFERENCE
+from .layer_runtime import LAYER_RUNTIMES
 from .probe import probe, probed_code
-from .served import Served, logger
+from .served import Registry, Served, logger
 from .settings import Settings
 from .training_runtime import TrainingRuntime
 
@@ -44,6 +42,10 @@ class Status:
     step_launches     kernel launches of one denoise step; 0: the whole loop is one launch; None: ops are not one launch each
     extra_bytes       bytes held between chunks beyond the policy's own: position ids, time embeddings, the denoise loop's
                       buffers on a CPU, graphs, and in fp8 and int8 quantized weights
+    layers_fast       calls below ``sample_actions`` that the engine served, by method: single layers, all of them, images,
+                      denoise steps
+    layers_stock      such calls that stock served
+    layers_fallback   method and reason of the last of these, or None
     training_fast     losses by the fast path of ``patch(training=True)``
     training_stock    losses by stock while that was asked for
     training_fallback why stock computed the last one it did, or None
@@ -66,6 +68,9 @@ class Status:
     graph_nodes: int | None = None
     step_launches: int | None = None
     extra_bytes: int = 0
+    layers_fast: dict[str, int] = field(default_factory=dict)
+    layers_stock: dict[str, int] = field(default_factory=dict)
+    layers_fallback: str | None = None
     training_fast: int = 0
     training_stock: int = 0
     training_fallback: str | None = None
@@ -95,16 +100,19 @@ class Runtime(Served[Engine]):
             self.engine.graphs.clear()  # they hold addresses and settings of before
         if self.engine is None or self._built_for != key:
             tier = resolve_tier(settings.precision, weight.dtype)
-            self.engine = Engine(tier, settings.backend, weight.device)
+            layers = LAYER_RUNTIMES.of(model.vlm_with_expert)
+            products = layers.products(tier, settings.backend, weight.device)
+            self.engine = Engine(tier, settings.backend, weight.device, products=products)
             if self._built_for and self._built_for[0] == settings:  # not patched anew, which says it itself
                 name = self.engine.ops.backend
                 logger.info("smolvla_fast: now: %s on %s, backend %s", tier.name, weight.device, name)
             self._built_for = key
-        code = (key, probed_code(model))
+        pair = model.vlm_with_expert
+        code = (key, probed_code(pair))
         if self._probed[0] != code:
             # A load in another thread may change a weight between two sides of a comparison: asked twice.
             exact = self.engine.tier.stock_order
-            self._probed = (code, probe(model, exact=exact) and probe(model, exact=exact))
+            self._probed = (code, probe(pair, exact) and probe(pair, exact))
         return self._probed[1]
 
     def gate(self, model: Any) -> tuple[Engine | None, str | None, tuple[Validator, ...]]:
@@ -142,8 +150,12 @@ class Runtime(Served[Engine]):
         super().after_fork()
         self.training.after_fork()
 
-    def status(self, reason: str | None) -> Status:
+    def status(self, model: Any, reason: str | None) -> Status:
+        layers = LAYER_RUNTIMES.of(model.vlm_with_expert)
         counters: dict[str, Any] = dict(
+            layers_fast=layers.calls(fast=True),
+            layers_stock=layers.calls(fast=False),
+            layers_fallback=layers.last_fallback,
             calls_fast=self.fast,
             calls_stock=self.stock,
             last_fallback=reason or self.last_fallback,
@@ -168,38 +180,10 @@ class Runtime(Served[Engine]):
             graph_bytes=held,
             graph_nodes=None if graphs is None else graphs.nodes,
             step_launches=engine.step_launches,
-            extra_bytes=engine.bytes + held,
+            extra_bytes=engine.bytes + held + (0 if layers.engine is None else layers.engine.bytes),
             **counters,
         )
 
 
-_runtimes: WeakKeyDictionary[Any, Runtime] = WeakKeyDictionary()
-# Re-entrant, as a collection of garbage under it may end in somebody's unpatch.
-_runtimes_lock = threading.RLock()
-
-
-def _after_fork() -> None:
-    """In a forked child: locks of the parent may be held by threads that are not in the child."""
-    global _runtimes_lock
-    _runtimes_lock = threading.RLock()
-    for runtime in list(_runtimes.values()):
-        runtime.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def runtime_of(model: Any) -> Runtime:
-    with _runtimes_lock:
-        if model not in _runtimes:
-            _runtimes[model] = Runtime()
-        return _runtimes[model]
-
-
-def drop_runtime(model: Any) -> None:
-    """Forget a model: counters, engine, graphs and their memory."""
-    with _runtimes_lock:
-        runtime = _runtimes.pop(model, None)
-    if runtime is not None:
-        runtime.forget()
+RUNTIMES: Registry[Runtime] = Registry(Runtime)
+runtime_of, drop_runtime = RUNTIMES.of, RUNTIMES.drop

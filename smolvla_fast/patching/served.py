@@ -6,11 +6,13 @@ Never copied, never pickled. Threads may share it.
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 from .change_detector import ChangeDetector, detector_of
 from .eligibility import Eligibility
@@ -43,6 +45,8 @@ class Served(Generic[E]):
     eligibility: Eligibility
     work: str
     """What one call is, for the log."""
+    level = logging.WARNING
+    """How loud a fallback is."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -96,7 +100,7 @@ class Served(Generic[E]):
         with self.lock:
             self.stock += _counts.get()
         if self.note(reason):
-            logger.warning("smolvla_fast: this %s runs stock: %s", self.work, reason)
+            logger.log(self.level, "smolvla_fast: this %s runs stock: %s", self.work, reason)
 
     def note(self, reason: str) -> bool:
         """Keeps the receipt; whether the log has not said it yet."""
@@ -116,3 +120,48 @@ class Served(Generic[E]):
         self.lock, self.detector = threading.RLock(), None
         if self.engine is not None:
             self.engine.after_fork()  # type: ignore[attr-defined]
+
+
+R = TypeVar("R", bound=Served[Any])
+
+
+class Registry(Generic[R]):
+    """What is kept beside each live model."""
+
+    def __init__(self, make: Callable[[], R]) -> None:
+        self._make = make
+        self._kept: WeakKeyDictionary[Any, R] = WeakKeyDictionary()
+        # Re-entrant, as a collection of garbage under it may end in somebody's unpatch.
+        self.lock = threading.RLock()
+        _registries.add(self)
+
+    def of(self, model: Any) -> R:
+        with self.lock:
+            if model not in self._kept:
+                self._kept[model] = self._make()
+            return self._kept[model]
+
+    def drop(self, model: Any) -> None:
+        """Forget a model: counters, engine, graphs and their memory."""
+        with self.lock:
+            found = self._kept.pop(model, None)
+        if found is not None:
+            found.forget()
+
+    def after_fork(self) -> None:
+        self.lock = threading.RLock()
+        for each in list(self._kept.values()):
+            each.after_fork()
+
+
+_registries: WeakSet[Registry[Any]] = WeakSet()
+
+
+def _after_fork() -> None:
+    """In a forked child: locks of the parent may be held by threads that are not in the child."""
+    for each in list(_registries):
+        each.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

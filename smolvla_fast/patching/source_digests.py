@@ -19,6 +19,7 @@ from typing import Any
 MODEL_METHODS = ("sample_actions", "embed_prefix", "embed_suffix", "denoise_step", "_rtc_enabled")
 LOSS_METHODS = ("forward", "embed_prefix", "embed_suffix")
 """What the fast training step replaces, or calls."""
+STEP_METHODS = ("embed_suffix", "denoise_step")
 PAIR_METHODS = (
     "forward",
     "forward_attn_layer",
@@ -117,14 +118,19 @@ def digest(function: Callable[..., Any]) -> str:
     return hashlib.sha256("".join(kept).encode()).hexdigest()[:12]
 
 
-def _functions(model: Any, rtc: Any | None, methods: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
+Owner = tuple[str, Any, tuple[str, ...]]
+"""The name of a class in LeRobot, an object of it or None, and the methods that are replaced, or called."""
+
+
+def owners(model: Any, rtc: Any | None = None, methods: tuple[str, ...] = MODEL_METHODS) -> list[Owner]:
+    """model  a ``VLAFlowMatching``      rtc  its ``RTCProcessor``, or None      methods  of the model"""
+    pair = ("SmolVLMWithExpertModel", model.vlm_with_expert, PAIR_METHODS)
+    return [("VLAFlowMatching", model, methods), pair, ("RTCProcessor", rtc, RTC_METHODS)]
+
+
+def _functions(of: list[Owner]) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {}
-    owners = (
-        ("VLAFlowMatching", model, methods),
-        ("SmolVLMWithExpertModel", model.vlm_with_expert, PAIR_METHODS),
-        ("RTCProcessor", rtc, RTC_METHODS),
-    )
-    for label, owner, names in owners:
+    for label, owner, names in of:
         for name in names if owner is not None else ():
             # The class a policy had before it was patched.
             cls = getattr(type(owner), "stock_class", type(owner))
@@ -138,15 +144,10 @@ def _functions(model: Any, rtc: Any | None, methods: tuple[str, ...]) -> dict[st
     return found
 
 
-def unknown_source(
-    model: Any, rtc: Any | None = None, methods: tuple[str, ...] = MODEL_METHODS
-) -> str | None:
-    """None if every function the engine replaces is one it knows, else which one is not.
-
-    model  a ``VLAFlowMatching``      rtc  its ``RTCProcessor``, or None      methods  of the model
-    """
+def unknown_source(of: list[Owner]) -> str | None:
+    """None if every function the engine replaces is one it knows, else which one is not."""
     versions: set[str] | None = None
-    for name, function in _functions(model, rtc, methods).items():
+    for name, function in _functions(of).items():
         if getattr(function, "__module__", "").startswith("smolvla_fast."):
             continue
         mark = digest(function)
@@ -175,7 +176,7 @@ def _print_table() -> None:
 
     pair = stand_in(modeling_smolvla.SmolVLMWithExpertModel)
     model = stand_in(modeling_smolvla.VLAFlowMatching, vlm_with_expert=pair)
-    found = _functions(model, stand_in(RTCProcessor), (*MODEL_METHODS, "forward"))
+    found = _functions(owners(model, stand_in(RTCProcessor), (*MODEL_METHODS, "forward")))
     print(f'    "{version("lerobot")}": {{')
     for name in sorted(found):
         print(f'        "{name}": "{digest(found[name])}",')

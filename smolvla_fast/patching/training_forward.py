@@ -15,6 +15,7 @@ from torch._compile import _disable_dynamo
 
 from .call_rules import Call
 from .eligibility import TRAINING
+from .layer_runtime import stock_layers
 from .model_rules import size_reason
 from .runtime import runtime_of
 
@@ -46,7 +47,8 @@ class TrainingMixin:
         reason = reason or TRAINING.call_reason(self, Call(*given, noise, actions, time))
         if reason is not None or engine is None:
             runtime.fell_back(str(reason))
-            return cls.stock_class.forward(self, *given, actions, noise, time)
+            with stock_layers():
+                return cls.stock_class.forward(self, *given, actions, noise, time)
         # In stock's order, so that a seeded run draws what stock draws.
         if noise is None:
             noise = self.sample_noise(actions.shape, actions.device)

@@ -34,7 +34,8 @@ class TrainingRuntime(Served[LossEngine]):
             self.engine = LossEngine(tier, settings.backend, weight.device, cache)
             self._built_for = key
         # A load in another thread may change a weight between two sides of a comparison: asked twice.
-        self.engine.look(model, frozen_reason(model) and frozen_reason(model))
+        pair = model.vlm_with_expert
+        self.engine.look(model, frozen_reason(pair) and frozen_reason(pair))
         return None
 
     def announce(self, reason: str | None) -> None:

@@ -15,6 +15,7 @@ from ..ops.memory import Workspace
 from ..ops.reference.euler_step import Guidances
 from ..ops.reference.suffix_tokens import suffix_tokens
 from ..ops.table import Ops
+from .layers import expert_layers
 
 
 class LoopReport(NamedTuple):
@@ -65,7 +66,7 @@ def denoise(
             return ops.denoise_persistent(*call), LoopReport(0, True, {})
         fallback_reasons["denoise_persistent"] = reason
 
-    steps, prefix = times.shape[0], kv.pad_masks.shape[1]
+    steps = times.shape[0]
     own, cross = suffix_tokens(kv.pad_masks, dims.chunk, dims.head_dim)
     own, cross = (tokens._replace(mask=ops.prepare_mask(tokens.mask)) for tokens in (own, cross))
     folded = ops.suffix_fold(times, heads.action_in, heads.time_in)
@@ -75,15 +76,7 @@ def denoise(
     with nullcontext() if workspace is None or observe is not None else workspace.lent() as memory:
         for step in range(steps):
             h = ops.suffix_embed(x, step, folded, heads.time_out, memory=memory)
-            for layer, cache in zip(expert, kv.layers, strict=True):
-                tokens = cross if layer.cross else own
-                weights = (layer.q, None, None) if layer.cross else (layer.q, layer.k, layer.v)
-                slots = None if layer.cross else cache.suffix(prefix)
-                q = ops.norm_qkv_rope(h, layer.norm1, weights, tokens.rope, slots, memory=memory)
-                a = ops.masked_attention(q, cache.k, cache.v, tokens.mask, memory=memory)
-                h = ops.linear_residual(a, layer.o, h, out=h)
-                a = ops.norm_swiglu(h, layer.norm2, layer.gate, layer.up, memory=memory)
-                h = ops.linear_residual(a, layer.down, h, out=h)
+            h = expert_layers(ops, expert, kv.layers, h, own, cross, memory)
             guide = None if guidance is None else guidance.at(step)
             x, v = ops.euler_step(h, heads.expert_norm, heads.action_out, x, dt, guide, memory=memory)
             if observe is not None:

@@ -15,7 +15,9 @@ from ..model.kv_cache import LayerKV, PrefixKV, empty_kv, with_free_slots
 from ..model.weights import Affine, Cast, DecoderLayer, read_text_layers
 from ..ops.reference.masks import block_mask
 from ..ops.reference.rope import rope_tables
+from ..ops.reference.suffix_tokens import Tokens
 from ..ops.table import Ops
+from .layers import decoder_layer
 from .observation import Observation
 
 
@@ -129,26 +131,19 @@ def text_kv(
                    product depends on that
     """
     batch, prefix = pad_masks.shape
-    mask = ops.prepare_mask(block_mask(pad_masks, att_masks))
     rope = rope_tables(torch.cumsum(pad_masks, dim=1) - 1, dims.head_dim)
+    tokens = Tokens(rope, ops.prepare_mask(block_mask(pad_masks, att_masks)))
     x = embeddings
     for i, (layer, slots) in enumerate(zip(read_text_layers(vlm, cast), free, strict=True)):
         last = i == dims.layers - 1
         behind = slots if stock_by_head is None else 0
         shape = (batch, prefix + behind, dims.kv_heads, dims.head_dim)
         k, v = (empty_kv(shape, bool(stock_by_head), layer.k.dtype, x.device) for _ in range(2))
-        q = ops.norm_qkv_rope(
-            x,
-            layer.norm1,
-            (None if last else layer.q, layer.k, layer.v),
-            rope,
-            (k[:, :prefix], v[:, :prefix]),
-        )
-        if q is not None:
-            h = ops.masked_attention(q, k[:, :prefix], v[:, :prefix], mask)
-            x = ops.linear_residual(h, layer.o, x)
-            h = ops.norm_swiglu(x, layer.norm2, layer.gate, layer.up)
-            x = ops.linear_residual(h, layer.down, x)
+        prefix_kv = (k[:, :prefix], v[:, :prefix])
+        if last:  # nobody reads more of it than its keys and values
+            ops.norm_qkv_rope(x, layer.norm1, (None, layer.k, layer.v), tokens.rope, prefix_kv)
+        else:
+            x = decoder_layer(ops, layer, x, tokens, LayerKV(*prefix_kv), prefix_kv)
         if slots > behind:
             k, v = (with_free_slots(each, slots, bool(stock_by_head)) for each in (k, v))
         yield k, v

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import smolvla_fast
 from smolvla_fast.engine import timing
+from smolvla_fast.measure.rounds import as_stock
 from smolvla_fast.ops.reference import rope
 from smolvla_fast.patching import source_digests
 from smolvla_fast.testing.policies import make_noise
@@ -42,8 +43,8 @@ def test_verify_measures_what_the_user_would(
 
 @torch.no_grad()
 def _full_width(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> Tensor:
-    model = policy.model
-    return type(model).stock_class.sample_actions(model, *seam_inputs(policy, observation), noise=noise)
+    with as_stock(policy):
+        return policy.model.sample_actions(*seam_inputs(policy, observation), noise=noise)
 
 
 @LEROBOT_ONLY
@@ -122,7 +123,7 @@ def test_where_bf16_is_slow_products_are_fp32(
     monkeypatch: pytest.MonkeyPatch, layout: str, precision: str
 ) -> None:
     """Said in ``status``, nearer to fp32 than bf16 products are, and never for ``exact``."""
-    from smolvla_fast import inference
+    from smolvla_fast.engine import products
     from smolvla_fast.testing.policies import make_observation
 
     policy = make_policy("tiny", layout=layout)
@@ -130,7 +131,7 @@ def test_where_bf16_is_slow_products_are_fp32(
     smolvla_fast.patch(policy, precision=precision)
     in_bf16 = smolvla_fast.verify(policy, given)
     assert "bf16 products" not in smolvla_fast.status(policy).fallback_reasons
-    monkeypatch.setattr(inference, "why_bf16_is_slow", lambda: "it has no such instruction")
+    monkeypatch.setattr(products, "why_bf16_is_slow", lambda: "it has no such instruction")
     smolvla_fast.refresh(policy)
     in_fp32 = smolvla_fast.verify(policy, given)
     now = smolvla_fast.status(policy)

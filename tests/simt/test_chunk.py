@@ -12,7 +12,7 @@ from support.recorder import RecordedLibrary, RecorderDriver
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast import inference
+from smolvla_fast.engine import products
 from smolvla_fast.ops.cuda import library
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import rel_l2
@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = dict(
 @pytest.fixture
 def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a processor that is slow at them as well: else there would be no bf16 weights for the kernels."""
-    monkeypatch.setattr(inference, "why_bf16_is_slow", lambda: None)
+    monkeypatch.setattr(products, "why_bf16_is_slow", lambda: None)
 
 
 def make(**settings: Any) -> Any:

@@ -15,6 +15,7 @@ pytest.importorskip(
 )
 
 from smolvla_fast import inference
+from smolvla_fast.engine import products
 from smolvla_fast.model.precision import Tier
 from smolvla_fast.testing import policies
 from smolvla_fast.testing.policies import make_noise, make_observation
@@ -99,7 +100,7 @@ def noise(policy: Any) -> Tensor:
 @pytest.fixture(autouse=True)
 def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of the bf16 tier in bf16 on every processor, so that its numerics are tested everywhere."""
-    monkeypatch.setattr(inference, "why_bf16_is_slow", lambda: None)
+    monkeypatch.setattr(products, "why_bf16_is_slow", lambda: None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,64 @@
+"""By whom the ops of a tier run, and in which form their weights are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.precision import Tier
+from ..model.weights import Cast
+from ..ops.processor import why_bf16_is_slow
+from ..ops.select import fallback_reasons, select
+from .quantized_weights import FLOATS, KINDS, IntegerCast, QuantizedWeights
+
+
+class Products:
+    """The ops of one tier on one device, and how they read a weight. Chunks and single layers of a model share one.
+
+    ops                the table of the backend
+    quantized_weights  of the tiers that have them
+    fallback_reasons   what the tier does without here, with the reasons
+    cast               a matrix in the form that the tier multiplies with; see ``weights.Cast``
+    raises             as ``select``
+    """
+
+    def __init__(self, tier: Tier, backend: str, device: torch.device) -> None:
+        self.tier, self.device = tier, device
+        self.ops = select(backend, device, tier.stock_order, tier.quantized)
+        self._gemm_dtype = tier.gemm_dtype
+        wished = backend != "auto" or tier.stock_order
+        self._fallback_reasons = {} if wished else fallback_reasons(device)
+        narrow = tier.name not in ("exact", "fp32", "int8")
+        slow = why_bf16_is_slow() if narrow and device.type == "cpu" else None
+        if slow is not None:  # wider products err less and are faster, so they serve the narrower tier
+            self._gemm_dtype = torch.float32
+            self._fallback_reasons["bf16 products"] = f"{slow}; products run in fp32"
+        self.quantized_weights: QuantizedWeights | None = None
+        self.cast: Cast = self._narrow
+        if tier.quantized:
+            kind = KINDS[tier.quantized]
+            self.quantized_weights = QuantizedWeights(tier.gemm_dtype or torch.bfloat16, kind)
+            if kind is not FLOATS:
+                self.cast = IntegerCast(self.quantized_weights, self._narrow)
+
+    def _narrow(self, matrix: Tensor) -> Any:
+        quantized = self.quantized_weights
+        if quantized is not None and quantized.kind is FLOATS and matrix.ndim == 2:
+            return quantized.of(matrix)
+        dtype = self._gemm_dtype
+        return matrix if dtype is None or matrix.dtype is dtype else matrix.to(dtype)
+
+    def widen(self, matrix: Tensor) -> Tensor:
+        """For matrices that no tier narrows: the expert's cross K/V, fp32 in LeRobot's bf16 layout."""
+        return matrix.float() if self._gemm_dtype is torch.float32 else matrix
+
+    @property
+    def fallback_reasons(self) -> dict[str, str]:
+        copies = {} if self.quantized_weights is None else self.quantized_weights.fallback_reasons
+        return {**self._fallback_reasons, **copies}
+
+    def after_fork(self) -> None:
+        if self.quantized_weights is not None:
+            self.quantized_weights.renew_lock()

@@ -1,0 +1,89 @@
+"""What is kept beside a patched ``SmolVLMWithExpertModel``: its ``LayerEngine``, and who served which kind of layer."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from ..engine.products import Products
+from ..layers.engine import LayerEngine
+from ..model.precision import Tier, resolve_tier
+from ..model.weights import representative_weight
+from .eligibility import LAYERS
+from .probe import probe, probed_code
+from .served import Registry, Served
+from .settings import Settings
+
+_stock: ContextVar[bool] = ContextVar("smolvla_fast_stock_layers", default=False)
+
+
+@contextmanager
+def stock_layers() -> Iterator[None]:
+    """Inside, in this thread, the layers of patched policies are stock's: what falls back to stock is stock throughout."""
+    token = _stock.set(True)
+    try:
+        yield
+    finally:
+        _stock.reset(token)
+
+
+def stock_wanted() -> bool:
+    return _stock.get()
+
+
+class LayerRuntime(Served[LayerEngine]):
+    """Of one pair; the chunks of its policy multiply with the same ``Products``.
+
+    counts  (method, whether the engine served it) -> calls
+    """
+
+    eligibility, work, level = LAYERS, "call below sample_actions", logging.INFO
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[str, bool]] = Counter()
+        self._products: tuple[tuple[Any, ...], Products] | None = None
+        self._probed: tuple[Any, str | None] = (None, None)
+
+    def products(self, tier: Tier, backend: str, device: Any) -> Products:
+        """One for a tier, backend and device: quantised copies are made once."""
+        with self.lock:
+            key = (tier, backend, device)
+            if self._products is None or self._products[0] != key:
+                self._products = key, Products(tier, backend, device)
+            return self._products[1]
+
+    def prepare(self, pair: Any, settings: Settings) -> str | None:
+        weight = representative_weight(pair)
+        tier = resolve_tier(settings.precision, weight.dtype)
+        products = self.products(tier, settings.backend, weight.device)
+        if self.engine is None or self.engine.products is not products:
+            self.engine = LayerEngine(products)
+        code = (tier, weight.device, probed_code(pair))
+        if self._probed[0] != code:
+            # A load in another thread may change a weight between two sides of a comparison: asked twice.
+            exact = tier.stock_order
+            self._probed = code, probe(pair, exact) and probe(pair, exact)
+        return self._probed[1]
+
+    def count(self, method: str, reason: str | None) -> None:
+        with self.lock:
+            self.counts[method, reason is None] += 1
+        if reason is not None:
+            self.fell_back(reason)
+            self.last_fallback = f"{method}: {reason}"
+
+    def calls(self, fast: bool) -> dict[str, int]:
+        return {method: n for (method, by_engine), n in sorted(self.counts.items()) if by_engine is fast}
+
+    def forget(self) -> None:
+        with self.lock:
+            self._products, self._probed = None, (None, None)
+            super().forget()
+
+
+LAYER_RUNTIMES: Registry[LayerRuntime] = Registry(LayerRuntime)

@@ -1,0 +1,1 @@
+from support.both_origins import *  # noqa: F403
