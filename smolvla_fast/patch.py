@@ -71,8 +71,8 @@ class _Accelerated:
         # Read once: another thread may unpatch meanwhile, or have done so by now.
         cls: Any = type(self)
         if not issubclass(cls, _Accelerated):
-            return self.sample_actions(
-                images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs
+            return cls.sample_actions(
+                self, images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs
             )
         runtime, stock = runtime_of(self), cls.stock_class
         takes_bytes = hasattr(stock, "takes_bytes")
@@ -122,7 +122,7 @@ class _Accelerated:
         cls: Any = type(self)
         given = (prefix_pad_masks, past_key_values, x_t, timestep)
         if not issubclass(cls, _Accelerated):
-            return self.denoise_step(*given)
+            return cls.denoise_step(self, *given)
         return denoise_step(self, cls.stock_class.denoise_step, *given)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
@@ -285,7 +285,7 @@ def refresh(policy: Any) -> None:
     model = find_policy(policy).model
     if isinstance(model, _Accelerated):
         runtime_of(model).forget()
-        LAYER_RUNTIMES.of(model.vlm_with_expert).forget()
+        LAYER_RUNTIMES.of(find_policy(policy).model.vlm_with_expert).forget()
 
 
 def status(policy: Any) -> Status:

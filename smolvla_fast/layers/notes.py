@@ -1,4 +1,4 @@
-"""What a cache makes of itself once and is then recognised by: the expert's cross KV, and its weights in the tier's dtype."""
+"""What is made once for a cache: the expert's cross KV, and its weights in the dtype of the tier."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layers import caches
-from ..layers.engine import LayerCall
+from ..layers.run import LayerCall
 from ..model.dense import why_not_dense
 from ..model.weights import is_cross
 from . import model_rules

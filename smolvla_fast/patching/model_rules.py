@@ -16,7 +16,7 @@ from ..model.dense import why_not_dense
 from ..model.dims import read_dims, read_pair_dims
 from ..model.precision import Tier
 from ..model.weights import HEADS, Source, head_sources, pair_sources
-from .source_digests import LOSS_METHODS, PAIR_METHODS, STEP_METHODS, Owner, owners, unknown_source
+from .source_digests import LOSS_METHODS, PAIR_METHODS, STEP_METHODS, Owner, owners, unknown_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
@@ -51,7 +51,7 @@ def _source(of: list[Owner]) -> str | None:
             return (
                 f"{type(owner).__name__}.{replaced[0]} is replaced on the instance (torch.compile does this)"
             )
-    return unknown_source(of)
+    return unknown_of(of)
 
 
 def device(model: Any) -> str | None:

@@ -128,13 +128,20 @@ def owners(model: Any, rtc: Any | None = None, methods: tuple[str, ...] = MODEL_
     return [("VLAFlowMatching", model, methods), pair, ("RTCProcessor", rtc, RTC_METHODS)]
 
 
+def _stock_method(cls: type, name: str) -> Any:
+    """A method as the class has it without what ``patch`` puts before it; somebody may have made a subclass of that."""
+    for base in cls.__mro__:
+        ours = "stock_class" in vars(base) or base.__module__.startswith("smolvla_fast.patch")
+        if not ours and name in vars(base):
+            return getattr(base, name)
+    return None
+
+
 def _functions(of: list[Owner]) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {}
     for label, owner, names in of:
         for name in names if owner is not None else ():
-            # The class a policy had before it was patched.
-            cls = getattr(type(owner), "stock_class", type(owner))
-            method = owner.__dict__.get(name) or getattr(cls, name, None)
+            method = owner.__dict__.get(name) or _stock_method(type(owner), name)
             if method is not None:
                 method = getattr(method, "__func__", method)
                 found[f"{label}.{name}"] = method
@@ -144,8 +151,13 @@ def _functions(of: list[Owner]) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def unknown_source(of: list[Owner]) -> str | None:
-    """None if every function the engine replaces is one it knows, else which one is not."""
+def unknown_source(model: Any) -> str | None:
+    """None if every function that a chunk of this ``VLAFlowMatching`` replaces is one we know, else which one is not."""
+    return unknown_of(owners(model))
+
+
+def unknown_of(of: list[Owner]) -> str | None:
+    """The same of any methods."""
     versions: set[str] | None = None
     for name, function in _functions(of).items():
         if getattr(function, "__module__", "").startswith("smolvla_fast."):

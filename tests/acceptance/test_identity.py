@@ -20,6 +20,9 @@ from torch import Tensor
 import smolvla_fast
 from smolvla_fast.testing.policies import make_noise, make_observation
 
+PATCHED = ("model", "model.vlm_with_expert")
+"""What ``patch`` gives a subclass of its class."""
+
 
 def _seen(policy: Any) -> tuple[Any, ...]:
     state = policy.state_dict()
@@ -31,7 +34,7 @@ def _seen(policy: Any) -> tuple[Any, ...]:
         inspect.signature(policy.predict_action_chunk),
         inspect.signature(policy.select_action),
         [(key, value.data_ptr(), value.dtype) for key, value in state.items()],
-        [(name, type(module)) for name, module in policy.named_modules() if name != "model"],
+        [(name, type(module)) for name, module in policy.named_modules() if name not in PATCHED],
         [(name, id(parameter)) for name, parameter in policy.named_parameters()],
         [name for name, _ in policy.named_buffers()],
     )
@@ -61,7 +64,8 @@ def test_unpatch_restores_class_attributes_and_bits(
     policy: Any, observation: dict[str, Tensor], noise: Tensor
 ) -> None:
     stock = chunk(policy, observation, noise)
-    cls, attributes, before = type(policy.model), list(policy.model.__dict__), _seen(policy)
+    modules = [policy.get_submodule(name) for name in PATCHED]
+    own, before = [(type(each), list(each.__dict__)) for each in modules], _seen(policy)
     smolvla_fast.unpatch(policy)  # of an unpatched policy: nothing
     for _ in range(2):
         smolvla_fast.patch(policy, precision="bf16")
@@ -69,7 +73,7 @@ def test_unpatch_restores_class_attributes_and_bits(
         chunk(policy, observation, noise)
         assert smolvla_fast.status(policy).calls_fast == 1
         assert smolvla_fast.unpatch(policy) is policy
-    assert type(policy.model) is cls and list(policy.model.__dict__) == attributes and _seen(policy) == before
+    assert [(type(each), list(each.__dict__)) for each in modules] == own and _seen(policy) == before
     assert torch.equal(chunk(policy, observation, noise), stock)
 
 

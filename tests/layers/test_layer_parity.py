@@ -36,7 +36,7 @@ FP32 = 1e-5
 """What another order of fp32 sums may move a result relative to its size, as for whole chunks: each sum rounds at 6e-8, and
 four layers of these sharp weights amplify it a few times."""
 TWICE = 2.0
-"""With weights in bf16 the truth is stock in fp32, and ours may lose this many times what stock loses. Two orders of the same
+"""With weights in bf16 the truth is stock in fp32, and ours may lose so many times what stock loses. Two orders of the same
 roundings scatter against each other; a wrong mask or scale loses ten times as much and more."""
 
 
@@ -155,7 +155,9 @@ def test_bf16_weights_lose_no_more_than_in_stock(origin: str, layout: str, call:
         return same(found, want, lambda place: 0.0)
     lost = [0 if x is None else rel_l2(x, y) for x, y in zip(want, exact, strict=True)]
     assert [getattr(x, "dtype", None) for x in found] == [getattr(x, "dtype", None) for x in want]
-    return same([None if x is None else x.float() for x in found], exact, lambda place: TWICE * lost[place] + FP32)
+    return same(
+        [None if x is None else x.float() for x in found], exact, lambda place: TWICE * lost[place] + FP32
+    )
 
 
 @pytest.mark.parametrize("name", KNOBS)

@@ -14,8 +14,8 @@ from support.policies import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, se
 from torch import Tensor, nn
 
 import smolvla_fast
-from smolvla_fast.measure.rounds import as_stock
 from smolvla_fast.patching.eligibility import Eligibility
+from smolvla_fast.patching.layer_runtime import stock_layers
 from smolvla_fast.testing.policies import make_noise, make_observation
 
 
@@ -216,8 +216,9 @@ def test_model_changed_after_patch(name: str, caplog: pytest.LogCaptureFixture) 
     smolvla_fast.patch(policy)
     change(policy)
     chunk(policy, observation, noise)
-    with torch.no_grad(), as_stock(policy):
-        stock = policy.model.sample_actions(*seam_inputs(policy, observation), noise=noise)
+    with torch.no_grad(), stock_layers():
+        model = policy.model
+        stock = type(model).stock_class.sample_actions(model, *seam_inputs(policy, observation), noise=noise)
     _check(policy, stock[:, :, :6], chunk(policy, observation, noise), reason, caplog)
     assert not smolvla_fast.status(policy).active
 

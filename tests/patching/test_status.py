@@ -12,9 +12,9 @@ from torch import Tensor
 
 import smolvla_fast
 from smolvla_fast.engine import timing
-from smolvla_fast.measure.rounds import as_stock
 from smolvla_fast.ops.reference import rope
 from smolvla_fast.patching import source_digests
+from smolvla_fast.patching.layer_runtime import stock_layers
 from smolvla_fast.testing.policies import make_noise
 
 
@@ -43,8 +43,9 @@ def test_verify_measures_what_the_user_would(
 
 @torch.no_grad()
 def _full_width(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> Tensor:
-    with as_stock(policy):
-        return policy.model.sample_actions(*seam_inputs(policy, observation), noise=noise)
+    model = policy.model
+    with stock_layers():
+        return type(model).stock_class.sample_actions(model, *seam_inputs(policy, observation), noise=noise)
 
 
 @LEROBOT_ONLY

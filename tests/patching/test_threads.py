@@ -366,7 +366,7 @@ def test_forked_while_a_thread_holds_a_lock(name: str) -> None:
     if name == "copies":
         lock = engine_of(policy.model).quantized_weights._lock  # type: ignore[union-attr]
     else:
-        locks = {"table": runtime._runtimes_lock, "model": beside.lock, "training": beside.training.lock}
+        locks = {"table": runtime.RUNTIMES.lock, "model": beside.lock, "training": beside.training.lock}
         lock = locks[name]
     held, done = threading.Event(), threading.Event()
 

@@ -12,6 +12,7 @@ from support.recorder import RecordedLibrary, RecorderDriver
 from torch import Tensor
 
 import smolvla_fast
+from smolvla_fast import inference
 from smolvla_fast.engine import products
 from smolvla_fast.ops.cuda import library
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy

@@ -1,4 +1,4 @@
-"""What callers below ``sample_actions`` call, of any release: a prefix, its cache, a suffix, single layers, denoise steps."""
+"""What callers below ``sample_actions`` call, in any release: a prefix, its cache, a suffix, single layers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def given(policy: Any, observation: dict[str, Tensor], noise: Tensor, time: floa
     return Given(prefix, suffix, pads, blocks.bool(), noise, times)
 
 
-def forward(pair: Any, call: tuple[Tensor, Tensor], inputs: list[Any], cache: Any = None, fill: bool = False) -> Any:
+def forward(
+    pair: Any, call: tuple[Tensor, Tensor], inputs: list[Any], cache: Any = None, fill: bool = False
+) -> Any:
     """``pair.forward`` of any release."""
     more = {"fill_kv_cache": fill} if "fill_kv_cache" in signature(pair.forward).parameters else {}
     return pair.forward(
