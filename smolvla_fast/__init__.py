@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 # `patch` and `verify` are functions and module names alike. Importing them here, before anyone imports the modules by
 # name, leaves the functions in the package's namespace for good.
-from .patch import Status, patch, refresh, status, unpatch
+from .patch import Status, captured, patch, refresh, status, unpatch
 from .verify import Report, verify
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "SmolVLAPolicy",
     "Status",
     "__version__",
+    "captured",
     "make_smolvla_pre_post_processors",
     "patch",
     "refresh",

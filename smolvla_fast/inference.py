@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .engine.cuda_graphs import GraphCache, driver_for
+from .engine.cuda_graphs import GraphCache, Graphed, driver_for, math_flags
 from .engine.products import Products
 from .engine.quantized_weights import QuantizedWeights
 from .engine.timing import is_timed, section
@@ -23,7 +22,7 @@ from .ops.reference.time_embedding import time_embedding
 from .ops.table import STAGES, serving
 from .stages.denoise import LoopReport, denoise
 from .stages.observation import Observation, prepare_images, prepare_observation
-from .stages.prefix import embed_prefix, embed_state, fill_prefix
+from .stages.prefix import embed_prefix, embed_state, fill_prefix, image_ends
 from .stages.vision import encode_images, patch_positions
 
 
@@ -130,7 +129,7 @@ class Engine:
             ),
             noise,
             guidance,
-            _image_ends(model, state.device),
+            image_ends(model, state.device),
         )  # fmt: skip
         if self.quantized_weights is not None:
             quantized = self.quantized_weights
@@ -160,17 +159,17 @@ class Engine:
 
             return run, False
 
-        tensors, structure, rebuild = _flatten(inputs)
         # The rest of what the captured work depends on; shapes and dtypes of the inputs are the cache's affair.
         config = model.config
         settings = (config.num_steps, config.min_period, config.max_period, model.prefix_length)
-        key = (*settings, structure, _math_flags())
+        call = Graphed.of(inputs, (*settings, *math_flags()))
 
         def replay() -> Tensor:
-            chunk, self._loop = graphs.run(key, tensors, lambda statics: self._chunk(model, rebuild(statics)))
+            compute = lambda statics: self._chunk(model, call.rebuild(statics))  # noqa: E731
+            chunk, self._loop = graphs.run(call.key, call.tensors, compute)
             return chunk
 
-        return replay, graphs.replays(key, tensors)
+        return replay, graphs.replays(call.key, call.tensors)
 
     def _chunk(
         self, model: Any, inputs: Inputs, observe: Callable[[Tensor, Tensor], None] | None = None
@@ -248,36 +247,6 @@ class Engine:
         if key not in self._positions:
             return self._positions.setdefault(key, patch_positions(vlm, images))
         return self._positions[key]
-
-
-def _flatten(inputs: Inputs) -> tuple[list[Tensor], Hashable, Callable[[list[Tensor]], Inputs]]:
-    """The tensors in order, all else as a key, and the way back from other tensors."""
-    leaves, spec = tree_flatten(inputs)
-    tensors = [each for each in leaves if isinstance(each, Tensor)]
-    plain: tuple[Any, ...] = tuple(
-        Tensor if isinstance(each, Tensor) else (type(each), each) for each in leaves
-    )
-
-    def rebuild(others: list[Tensor]) -> Inputs:
-        given = iter(others)
-        return tree_unflatten([next(given) if each is Tensor else each[1] for each in plain], spec)
-
-    return tensors, (plain, repr(spec)), rebuild  # not every torch since 2.4 can hash a TreeSpec
-
-
-def _math_flags() -> tuple[Any, ...]:
-    """The caller's settings that a captured library call was chosen under."""
-    return (
-        torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-        torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
-
-
-def _image_ends(model: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    if not model.add_image_special_tokens:
-        return None
-    return model.global_image_start_token.to(device), model.image_end_token.to(device)
 
 
 def _time_embeddings(

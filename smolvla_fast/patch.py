@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, TypeVar
 
@@ -25,12 +25,13 @@ from .model.weights import representative_weight
 from .ops.reference.image_prep import image_prep
 from .ops.select import select
 from .patching.call_rules import Call
+from .patching.captured import Captured
 from .patching.eligibility import INFERENCE
-from .patching.layer_forward import denoise_step, patch_layers, unpatch_layers
-from .patching.layer_runtime import LAYER_RUNTIMES, stock_layers
+from .patching.layer_forward import denoise_step, embed_prefix, patch_layers, unpatch_layers
+from .patching.layer_runtime import LAYER_RUNTIMES
 from .patching.rtc import guidance_of
 from .patching.runtime import Status, drop_runtime, runtime_of
-from .patching.settings import DISABLE, SETTINGS, Settings, disabled
+from .patching.settings import DISABLE, SETTINGS, Settings, disabled, stock_layers
 from .patching.training_forward import TrainingMixin, training_reason
 from .patching.warmup import took, warm_up
 
@@ -45,7 +46,7 @@ def _listed(given: Any) -> Any:
 
 
 class _Accelerated:
-    """Put before a model's own class by ``patch``; overrides ``sample_actions``, and ``denoise_step`` for other samplers."""
+    """Put before a model's own class by ``patch``; overrides ``sample_actions``, and what other samplers call."""
 
     stock_class: type
 
@@ -113,6 +114,17 @@ class _Accelerated:
             ]
         with stock_layers():
             return stock.sample_actions(self, images, *others, noise=noise, **kwargs)
+
+    @_disable_dynamo
+    def embed_prefix(
+        self: Any, images: Any, img_masks: Any, lang_tokens: Tensor, lang_masks: Tensor, state: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As the stock method, by the engine's vision and prefix stages where it may."""
+        cls: Any = type(self)
+        given = (_listed(images), _listed(img_masks), lang_tokens, lang_masks, state)
+        if not issubclass(cls, _Accelerated):
+            return cls.embed_prefix(self, *given)
+        return embed_prefix(self, cls.stock_class.embed_prefix, *given)
 
     @_disable_dynamo
     def denoise_step(
@@ -268,6 +280,22 @@ def unpatch(policy: P) -> P:
     unpatch_layers(model.vlm_with_expert)
     drop_runtime(model)
     return policy
+
+
+def captured(policy: Any, function: Callable[..., Tensor]) -> Captured:
+    """A sampler of your own over a patched policy, as a function that replays it on an NVIDIA GPU as one CUDA graph.
+
+    function  called with tensors, and whatever else compares by value, such as a number of steps; returns one tensor.
+              Device work alone: no ``.item()``, no ``torch.tensor(...)``, no random numbers. What changes from call to call
+              is an argument; what else it reads, weights apart, is read where it lay when it was captured
+    returns   a callable of the same arguments. Under ``torch.no_grad()`` a first call of new shapes captures, later ones
+              replay; anywhere else, and where the policy has been unpatched, it calls ``function`` (``.last_fallback`` says
+              why)
+    raises    TypeError as ``patch`` does
+    As for chunks, weights may change where they lie; a replaced parameter or module is noticed and captured anew, and
+    ``unpatch`` and ``refresh`` give the memory back.
+    """
+    return Captured(find_policy(policy).model, function)
 
 
 def engine_of(model: Any) -> Engine:

@@ -17,7 +17,7 @@ from .measure.rounding import FP32_BOUND, ORDERS, OtherSums, fp32_bound
 from .model.weights import is_cross
 from .ops.reference.patch_embed import patch_embed
 from .patch import engine_of, find_policy, status
-from .patching.layer_runtime import stock_layers
+from .patching.settings import stock_layers
 from .stages.vision import patch_positions
 
 TOKENS = ("observation.language.tokens", "observation.language.attention_mask")

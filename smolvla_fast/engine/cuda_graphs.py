@@ -13,11 +13,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 CAPACITY = 6
 """Graphs kept for one policy; the one unused for longest goes first. LeRobot's callers need one or two at a time, an
@@ -26,6 +27,38 @@ evaluation whose last batch is ragged three."""
 Compute = Callable[[list[Tensor]], tuple[Tensor, Any]]
 """From the static inputs to the chunk, in device work alone: no host constants, no waiting; and a report of how it is
 computed, which every replay gives again."""
+
+
+class Graphed(NamedTuple):
+    """The arguments of a call: its tensors, all else as a key, and the way back from other tensors."""
+
+    tensors: list[Tensor]
+    key: Hashable
+    rebuild: Callable[[list[Tensor]], Any]
+
+    @classmethod
+    def of(cls, given: Any, settings: tuple[Any, ...]) -> Graphed:
+        """settings  what else the captured work depends on"""
+        leaves, spec = tree_flatten(given)
+        tensors = [each for each in leaves if isinstance(each, Tensor)]
+        plain: list[Any] = [Tensor if isinstance(each, Tensor) else (type(each), each) for each in leaves]
+
+        def rebuild(others: list[Tensor]) -> Any:
+            left = iter(others)
+            return tree_unflatten([next(left) if each is Tensor else each[1] for each in plain], spec)
+
+        return cls(
+            tensors, (settings, tuple(plain), repr(spec)), rebuild
+        )  # not every torch since 2.4 can hash a TreeSpec
+
+
+def math_flags() -> tuple[Any, ...]:
+    """The caller's settings that a captured library call was chosen under."""
+    return (
+        torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
 
 
 class CaptureFailed(RuntimeError):

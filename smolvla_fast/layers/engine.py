@@ -18,6 +18,8 @@ from ..ops.memory import Memory, Workspace
 from ..ops.reference.suffix_tokens import suffix_tokens
 from ..ops.reference.time_embedding import time_embedding
 from ..stages.layers import expert_layers
+from ..stages.observation import Observation
+from ..stages.prefix import embed_prefix, embed_state, image_ends
 from ..stages.vision import encode_images, patch_positions
 from . import caches
 from .notes import Notebook
@@ -63,6 +65,30 @@ class LayerEngine:
                 self.products.ops, vlm, self.products.cast, read_pair_dims(pair), image, self._positions[key]
             )
             return out.to(vlm.connector.modality_projection.proj.weight.dtype)
+
+    def embed_prefix(
+        self,
+        model: Any,
+        images: list[Tensor],
+        image_masks: list[Tensor],
+        tokens: Tensor,
+        token_masks: Tensor,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[images | language | state] of a prefix, its pad masks and its blocks; see ``stages.prefix.embed_prefix``.
+
+        replaces  ``embed_prefix`` of LeRobot's ``VLAFlowMatching``
+        """
+        pair = model.vlm_with_expert
+        one_by_one = self.products.tier.stock_order
+        found = [self.embed_image(pair, each) for each in (images if one_by_one else [torch.cat(images)])]
+        with self._on(state):
+            return embed_prefix(
+                Observation(images, image_masks, tokens, token_masks, state),
+                found if one_by_one else list(found[0].split(len(state))),
+                pair.get_vlm_model(), embed_state(state, read_heads(model).state), image_ends(model, state.device),
+                length=model.prefix_length, dtype=None,
+            )  # fmt: skip
 
     def forward(self, pair: Any, call: LayerCall, forward: Any, grad: bool) -> tuple[list[Any], Any]:
         """All layers and the norms behind them: outputs of both streams, and the cache.
@@ -176,5 +202,5 @@ class LayerEngine:
 
 
 def _stock_dtype(stack: Any) -> torch.dtype:
-    """Of what stock's norm behind the layers of a stack gives: the residual stream there has the dtype of its last product."""
+    """Of what stock's norm behind a stack gives: its residual stream has the dtype of the last product."""
     return torch.promote_types(stack.norm.weight.dtype, stack.layers[-1].mlp.down_proj.weight.dtype)

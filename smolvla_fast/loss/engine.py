@@ -24,7 +24,7 @@ from ..ops.reference.rope import rope_tables
 from ..ops.reference.suffix_tokens import suffix_tokens
 from ..ops.select import select
 from ..stages.observation import Observation, prepare_images, prepare_observation
-from ..stages.prefix import embed_prefix, text_kv
+from ..stages.prefix import embed_prefix, image_ends, text_kv
 from ..stages.vision import encode_images, encode_patches, patch_positions
 from .image_cache import ImageCache
 from .layers import Rows, expert_layers, text_layers
@@ -187,9 +187,7 @@ class LossEngine:
         """pad_masks [B, P] and the prefix KV, in the cheapest of three ways."""
         vlm = model.vlm_with_expert.get_vlm_model()
         layers, device = vlm.text_model.layers, state_token.device
-        ends = None
-        if model.add_image_special_tokens:
-            ends = model.global_image_start_token.to(device), model.image_end_token.to(device)
+        ends = image_ends(model, device)
         embed = partial(
             embed_prefix, observation, image_tokens, vlm, image_ends=ends, length=0, dtype=torch.float32
         )

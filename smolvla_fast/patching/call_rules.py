@@ -135,12 +135,19 @@ def images(model: Any, call: Call) -> str | None:
     return None
 
 
-def tokens(model: Any, call: Call) -> str | None:
+def token_shapes(model: Any, call: Call) -> str | None:
     ids, masks, size = call.tokens, call.token_masks, len(call.state)
     if ids.ndim != 2 or ids.shape[0] != size or ids.shape != masks.shape:
         return f"tokens {tuple(ids.shape)} with masks {tuple(masks.shape)}; accepted is ({size}, length) for both"
     if ids.dtype not in (torch.int32, torch.int64) or masks.dtype is not torch.bool:
         return f"tokens of {ids.dtype}, language masks of dtype {masks.dtype}; accepted are int64 or int32, and bool"
+    return None
+
+
+def tokens(model: Any, call: Call) -> str | None:
+    reason, ids = token_shapes(model, call), call.tokens
+    if reason is not None:
+        return reason
     # Masked tokens may be cut off here and are looked up by stock. On a GPU the question would wait for the device.
     rows = model.vlm_with_expert.get_vlm_model().text_model.get_input_embeddings().weight.shape[0]
     if not ids.is_cuda and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:

@@ -98,3 +98,8 @@ STEPS = Eligibility(
     call=(layer_rules.step_arguments,),
 )
 """A denoise step of a model whose pair passes LAYERS; asked at every step."""
+
+PREFIX = Eligibility(
+    model=(rules.prefix_source, rules.heads_are_plain), live=(), call=(layer_rules.prefix_arguments,)
+)
+"""``embed_prefix`` of such a model."""

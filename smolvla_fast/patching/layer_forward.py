@@ -16,10 +16,11 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from ..layers.engine import LayerEngine
-from .eligibility import LAYERS, STEPS
+from .call_rules import Call
+from .eligibility import LAYERS, PREFIX, STEPS, Eligibility
 from .layer_rules import LayerRequest, StepRequest, needs_grad, requested
-from .layer_runtime import LAYER_RUNTIMES, stock_layers, stock_wanted
-from .settings import SETTINGS, Settings
+from .layer_runtime import LAYER_RUNTIMES
+from .settings import SETTINGS, Settings, stock_layers, stock_wanted
 
 
 class AcceleratedLayers:
@@ -117,20 +118,36 @@ def unpatch_layers(pair: Any) -> None:
     LAYER_RUNTIMES.drop(pair)
 
 
-def denoise_step(model: Any, stock: Callable[..., Tensor], *given: Any) -> Tensor:
-    """``denoise_step`` of a patched model, by its pair's engine where that may.
-
-    stock  the method itself      given  prefix_pad_masks, past_key_values, x_t, timestep
-    """
+def _of_model(
+    model: Any,
+    name: str,
+    rules: Eligibility,
+    request: Any,
+    serve: Callable[[LayerEngine], Any],
+    stock: Callable[[], Any],
+) -> Any:
+    """A method of a patched model by its pair's engine, where that may."""
     pair = model.vlm_with_expert
     if stock_wanted() or not isinstance(pair, AcceleratedLayers):
-        return stock(model, *given)
-    runtime, request = LAYER_RUNTIMES.of(pair), StepRequest(*given)
+        return stock()
+    runtime = LAYER_RUNTIMES.of(pair)
     engine, reason = runtime.look(pair)
-    reason = reason or STEPS.model_reason(model) or STEPS.call_reason(model, request)
+    reason = reason or rules.model_reason(model) or rules.call_reason(model, request)
     if engine is None or reason is not None:
-        runtime.count("denoise_step", str(reason))
-        return stock(model, *given)  # its layers may still be ours
-    v = engine.denoise_step(model, request.pad_masks, request.cache, request.x, request.time)
-    runtime.count("denoise_step", None)
-    return v
+        runtime.count(name, str(reason))
+        return stock()  # its layers may still be ours
+    found = serve(engine)
+    runtime.count(name, None)
+    return found
+
+
+def denoise_step(model: Any, stock: Callable[..., Tensor], *given: Any) -> Tensor:
+    """stock  the method itself      given  prefix_pad_masks, past_key_values, x_t, timestep"""
+    step = lambda engine: engine.denoise_step(model, *given)  # noqa: E731
+    return _of_model(model, "denoise_step", STEPS, StepRequest(*given), step, lambda: stock(model, *given))
+
+
+def embed_prefix(model: Any, stock: Callable[..., Any], *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """stock  the method itself      given  images, img_masks, lang_tokens, lang_masks, state"""
+    embed = lambda engine: engine.embed_prefix(model, *given)  # noqa: E731
+    return _of_model(model, "embed_prefix", PREFIX, Call(*given), embed, lambda: stock(model, *given))

@@ -12,9 +12,9 @@ from ..layers import caches
 from ..layers.run import LayerCall
 from ..model.dense import why_not_dense
 from ..model.weights import is_cross
-from . import model_rules
-from .call_rules import ambient
-from .settings import SETTINGS
+from . import call_rules, model_rules
+from .call_rules import Call, ambient
+from .settings import SETTINGS, is_captured
 
 
 class LayerRequest(NamedTuple):
@@ -50,7 +50,7 @@ def requested(method: str, signature: Signature, pair: Any, args: Any, kwargs: A
 
 
 def around(pair: Any, request: LayerRequest) -> str | None:
-    return ambient(next(pair.parameters()).device.type)
+    return None if is_captured() else ambient(next(pair.parameters()).device.type)
 
 
 def arguments(pair: Any, request: LayerRequest) -> str | None:
@@ -218,7 +218,20 @@ def step_arguments(model: Any, request: StepRequest) -> str | None:
             or k.dtype not in model_rules.DTYPES
         ):
             return f"the cache holds {tuple(k.shape[:2])} keys in layer {i}; accepted is {wanted}, as the masks have them"
-    learns = any(each.requires_grad for each in (x, *model.parameters()))
-    if torch.is_grad_enabled() and learns:
+    return _no_gradients(model, x)
+
+
+def prefix_arguments(model: Any, call: Call) -> str | None:
+    """Of ``embed_prefix``."""
+    for rule in (call_rules.dense, call_rules.images, call_rules.token_shapes, call_rules.floats):
+        reason = rule(model, call)
+        if reason is not None:
+            return reason
+    return _no_gradients(model, *call.tensors().values())
+
+
+def _no_gradients(model: Any, *read: Tensor) -> str | None:
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (*read, *model.parameters())):
         return "gradients are on: call it under torch.no_grad()"
-    return ambient(home.type)
+    kind = next(model.parameters()).device.type
+    return None if is_captured() else ambient(kind)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from ..engine.products import Products
@@ -17,22 +14,6 @@ from .eligibility import LAYERS
 from .probe import probe, probed_code
 from .served import Registry, Served
 from .settings import Settings
-
-_stock: ContextVar[bool] = ContextVar("smolvla_fast_stock_layers", default=False)
-
-
-@contextmanager
-def stock_layers() -> Iterator[None]:
-    """Inside, in this thread, the layers of patched policies are stock's: what falls back to stock is stock throughout."""
-    token = _stock.set(True)
-    try:
-        yield
-    finally:
-        _stock.reset(token)
-
-
-def stock_wanted() -> bool:
-    return _stock.get()
 
 
 class LayerRuntime(Served[LayerEngine]):

@@ -16,7 +16,7 @@ from ..model.dense import why_not_dense
 from ..model.dims import read_dims, read_pair_dims
 from ..model.precision import Tier
 from ..model.weights import HEADS, Source, head_sources, pair_sources
-from .source_digests import LOSS_METHODS, PAIR_METHODS, STEP_METHODS, Owner, owners, unknown_of
+from .source_digests import LOSS_METHODS, PAIR_METHODS, Owner, owners, unknown_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
@@ -39,7 +39,12 @@ def layer_source(pair: Any) -> str | None:
 
 def step_source(model: Any) -> str | None:
     """Why the code of this model is not what a denoise step replaces, whatever samples by it."""
-    return _source([("VLAFlowMatching", model, STEP_METHODS)])
+    return _source([("VLAFlowMatching", model, ("embed_suffix", "denoise_step"))])
+
+
+def prefix_source(model: Any) -> str | None:
+    """The same of ``embed_prefix``."""
+    return _source([("VLAFlowMatching", model, ("embed_prefix",))])
 
 
 def _source(of: list[Owner]) -> str | None:

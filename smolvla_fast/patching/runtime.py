@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from weakref import WeakSet
 
+from ..engine.cuda_graphs import GraphCache
 from ..engine.timing import STAGES
 from ..inference import Engine, EngineReplaced, Ineligible, Validator
 from ..model.precision import resolve_tier
@@ -89,6 +91,7 @@ class Runtime(Served[Engine]):
     def __init__(self) -> None:
         super().__init__()
         self.training = TrainingRuntime()
+        self.captured: WeakSet[GraphCache] = WeakSet()
         self._built_for: tuple[Any, ...] = ()
         self._probed: tuple[Any, str | None] = (None, None)
 
@@ -140,11 +143,17 @@ class Runtime(Served[Engine]):
     def forget(self) -> None:
         """Drops the engines with their graphs."""
         with self.lock:
-            if self.engine is not None and self.engine.graphs is not None:
-                self.engine.graphs.clear()
+            for each in self._graphs:
+                each.clear()
             self._probed = (None, None)  # what failed for want of memory, say, may pass now
             super().forget()
         self.training.forget()
+
+    @property
+    def _graphs(self) -> list[GraphCache]:
+        """Of chunks, and of the functions that ``captured`` holds."""
+        own = None if self.engine is None else self.engine.graphs
+        return [*([] if own is None else [own]), *self.captured]
 
     def after_fork(self) -> None:
         super().after_fork()
@@ -169,14 +178,14 @@ class Runtime(Served[Engine]):
         if reason is not None or engine is None:
             return Status(**counters)
         graphs = engine.graphs
-        held = 0 if graphs is None else graphs.bytes
+        held = sum(each.bytes for each in self._graphs)
         return Status(
             active=True,
             precision=engine.tier.name,
             backend=engine.ops.backend,
             stages=engine.stages,
             fallback_reasons=engine.fallback_reasons,
-            graphs=0 if graphs is None else graphs.count,
+            graphs=sum(each.count for each in self._graphs),
             graph_bytes=held,
             graph_nodes=None if graphs is None else graphs.nodes,
             step_launches=engine.step_launches,

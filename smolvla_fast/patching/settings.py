@@ -1,8 +1,11 @@
-"""What ``patch`` was asked for, and the one variable that turns all of it off."""
+"""What ``patch`` was asked for, the one variable that turns all of it off, and what holds for one thread alone."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 DISABLE = "SMOLVLA_FAST_DISABLE"
@@ -22,3 +25,37 @@ class Settings:
 
 def disabled() -> bool:
     return os.environ.get(DISABLE, "").lower() not in ("", "0", "false", "no", "off")
+
+
+_stock: ContextVar[bool] = ContextVar("smolvla_fast_stock_layers", default=False)
+
+
+@contextmanager
+def stock_layers() -> Iterator[None]:
+    """Inside, in this thread, the layers of patched policies are stock's: what falls back to stock is stock throughout."""
+    token = _stock.set(True)
+    try:
+        yield
+    finally:
+        _stock.reset(token)
+
+
+def stock_wanted() -> bool:
+    return _stock.get()
+
+
+_captured: ContextVar[bool] = ContextVar("smolvla_fast_captured", default=False)
+
+
+@contextmanager
+def inside_capture() -> Iterator[None]:
+    """A captured function of a user runs inside: what is set around it was asked before it began."""
+    token = _captured.set(True)
+    try:
+        yield
+    finally:
+        _captured.reset(token)
+
+
+def is_captured() -> bool:
+    return _captured.get()

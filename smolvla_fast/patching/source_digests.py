@@ -19,7 +19,6 @@ from typing import Any
 MODEL_METHODS = ("sample_actions", "embed_prefix", "embed_suffix", "denoise_step", "_rtc_enabled")
 LOSS_METHODS = ("forward", "embed_prefix", "embed_suffix")
 """What the fast training step replaces, or calls."""
-STEP_METHODS = ("embed_suffix", "denoise_step")
 PAIR_METHODS = (
     "forward",
     "forward_attn_layer",

@@ -15,9 +15,9 @@ from torch._compile import _disable_dynamo
 
 from .call_rules import Call
 from .eligibility import TRAINING
-from .layer_runtime import stock_layers
 from .model_rules import size_reason
 from .runtime import runtime_of
+from .settings import stock_layers
 
 
 class TrainingMixin:

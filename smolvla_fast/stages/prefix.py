@@ -147,3 +147,10 @@ def text_kv(
         if slots > behind:
             k, v = (with_free_slots(each, slots, bool(stock_by_head)) for each in (k, v))
         yield k, v
+
+
+def image_ends(model: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Token ids before and after each camera, where the checkpoint asks for them."""
+    if not model.add_image_special_tokens:
+        return None
+    return model.global_image_start_token.to(device), model.image_end_token.to(device)

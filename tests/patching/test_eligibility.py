@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import smolvla_fast
 from smolvla_fast.patching.eligibility import Eligibility
-from smolvla_fast.patching.layer_runtime import stock_layers
+from smolvla_fast.patching.settings import stock_layers
 from smolvla_fast.testing.policies import make_noise, make_observation
 
 

@@ -14,7 +14,7 @@ import smolvla_fast
 from smolvla_fast.engine import timing
 from smolvla_fast.ops.reference import rope
 from smolvla_fast.patching import source_digests
-from smolvla_fast.patching.layer_runtime import stock_layers
+from smolvla_fast.patching.settings import stock_layers
 from smolvla_fast.testing.policies import make_noise
 
 

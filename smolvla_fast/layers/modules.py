@@ -1,0 +1,131 @@
+"""Whole decoder layers as modules over the weights of a live one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..loss import layers as with_grad
+from ..model.kv_cache import LayerKV
+from ..model.weights import DecoderLayer, read_decoder_layer
+from ..ops.reference.rope import rope_tables
+from ..ops.reference.suffix_tokens import Tokens
+from ..ops.select import select
+from ..stages.layers import decoder_layer
+
+
+class _Layer(nn.Module):
+    """layer    a decoder layer of transformers' Llama or of ours: norms, projections without biases, gated MLP. Its weights
+             are read at every call and are parameters of this module
+    backend  as of ``patch``
+
+    Products run in the dtype of each weight; the residual stream, norms, scores and softmax are fp32. Where gradients are
+    on and something learns, the layer's own modules compute it over one fused attention.
+    """
+
+    cross: bool
+
+    def __init__(self, layer: nn.Module, backend: str = "auto") -> None:
+        super().__init__()
+        self.layer, self.backend = layer, backend
+
+    def _read(self) -> DecoderLayer:
+        same = lambda matrix: matrix  # noqa: E731
+        return read_decoder_layer(self.layer, self.cross, same, same)
+
+    def _ops(self, x: Tensor) -> Any:
+        return select(self.backend, x.device, stock_order=False)
+
+    def _head_dim(self) -> int:
+        head_dim = self.layer.self_attn.head_dim  # type: ignore[union-attr]
+        assert isinstance(head_dim, int)
+        return head_dim
+
+    def _learns(self, *read: Tensor) -> bool:
+        return torch.is_grad_enabled() and any(
+            each.requires_grad for each in (*read, *self.layer.parameters())
+        )
+
+    def _run(self, x: Tensor, kv: LayerKV, positions: Tensor, mask: Tensor, slots: Any) -> Tensor:
+        ops = self._ops(x)
+        tokens = Tokens(rope_tables(positions, self._head_dim()), ops.prepare_mask(mask))
+        with torch.no_grad():
+            return decoder_layer(ops, self._read(), x.float(), tokens, kv, slots)
+
+
+class SelfAttentionLayer(_Layer):
+    """``y = x + Wo·attention(rope(Wq·n), [k | rope(Wk·n)], [v | Wv·n])`` with ``n = norm(x)``, then
+    ``y + Wdown·(silu(Wgate·norm(y)) * Wup·norm(y))``.
+
+    Replaces ``forward_attn_layer`` of LeRobot's ``SmolVLMWithExpertModel`` and what ``forward`` does behind it; Llama's
+    decoder layer with LeRobot's own RoPE (wavelength 10 000).
+    """
+
+    cross = False
+
+    def forward(
+        self, x: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x          [B, T, M]  any float dtype
+        k, v       [B, P, K, D]  of the tokens before, rotated; P may be 0
+        positions  [B, T]  integers      mask  [B, T, P + T]  bool, True where a token may look
+        returns    [B, T, M] fp32, and k, v [B, P + T, K, D] with those of x behind
+        raises     ValueError, TypeError of the ops for other shapes and dtypes
+        """
+        attention, before = self.layer.self_attn, k.shape[1]
+        if self._learns(x, k, v):
+            rope, head_dim = rope_tables(positions, self._head_dim()), self._head_dim()
+            h = with_grad.normed(self.layer, x.float())
+            q, own = (
+                with_grad.rotate(with_grad.heads(each, h, head_dim), rope)
+                for each in (attention.q_proj, attention.k_proj)  # type: ignore[union-attr]
+            )
+            k = torch.cat([k, own], dim=1)
+            v = torch.cat([v, with_grad.heads(attention.v_proj, h, head_dim)], dim=1)  # type: ignore[union-attr]
+            return (
+                with_grad.finish(self.layer, x.float(), self._ops(x).attention_with_grad(q, k, v, mask)),
+                k,
+                v,
+            )
+        shape = (len(x), x.shape[1], *k.shape[2:])
+        k, v = (torch.cat([each, each.new_empty(shape)], dim=1) for each in (k.detach(), v.detach()))
+        return self._run(x, LayerKV(k, v), positions, mask, (k[:, before:], v[:, before:])), k, v
+
+
+class CrossAttentionLayer(_Layer):
+    """``y = x + Wo·attention(rope(Wq·norm(x)), k, v)``, then ``y + Wdown·(silu(Wgate·norm(y)) * Wup·norm(y))``.
+
+    k and v are the layer's own projections of a prefix's keys and values.
+
+    Replaces ``forward_cross_attn_layer`` of LeRobot's ``SmolVLMWithExpertModel`` and what ``forward`` does behind it, in a
+    layer whose ``k_proj`` and ``v_proj`` read keys and values (SmolVLA, arXiv 2506.01844, section 3).
+    """
+
+    cross = True
+
+    def keys_and_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``Wk·k, Wv·v`` over the joined heads: once for a prefix, for nothing in them depends on the step.
+
+        k, v  [B, P, K, D], rotated      returns  the same in the dtype of the weights
+        """
+        if self._learns(k, v):
+            return with_grad.cross_kv(self.layer, k, v, self._head_dim())
+        record = self._read()
+        with torch.no_grad():
+            return self._ops(k).cross_kv(k, v, record.k, record.v)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """x          [B, S, E]  any float dtype
+        k, v       [B, P, K, D]  from ``keys_and_values``
+        positions  [B, S]  integers; LeRobot counts them from 0      mask  [B, S, P]  bool, True where a token may look
+        returns    [B, S, E] fp32
+        raises     ValueError, TypeError of the ops for other shapes and dtypes
+        """
+        if self._learns(x, k, v):
+            h = with_grad.normed(self.layer, x.float())
+            q = with_grad.heads(self.layer.self_attn.q_proj, h, self._head_dim())  # type: ignore[union-attr]
+            q = with_grad.rotate(q, rope_tables(positions, self._head_dim()))
+            return with_grad.finish(self.layer, x.float(), self._ops(x).attention_with_grad(q, k, v, mask))
+        return self._run(x, LayerKV(k, v), positions, mask, None)

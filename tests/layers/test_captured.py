@@ -1,0 +1,162 @@
+"""``captured``: a user's own sampler as a graph, with the checks and the undo of a chunk."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support.policies import LEROBOT_ONLY, make_policy, rel_l2, seam_inputs
+from support.recorder import RecorderDriver
+from torch import Tensor
+
+import smolvla_fast
+from examples.custom_sampler import heun, main
+from smolvla_fast.patching import captured as module
+from smolvla_fast.testing.policies import make_noise, make_observation
+
+pytestmark = LEROBOT_ONLY
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "driver_for", lambda device: RecorderDriver())
+
+
+class Sampler:
+    """Heun's sampler on a patched policy, captured, and on a plain patched twin."""
+
+    def __init__(self, precision: str = "fp32") -> None:
+        self.policy = make_policy("tiny")
+        self.stock = copy.deepcopy(self.policy)
+        smolvla_fast.patch(self.policy, precision=precision, backend="torch")
+        self.call = smolvla_fast.captured(self.policy, lambda *given: heun(self.policy, *given))
+
+    def inputs(self, seed: int = 0, batch: int = 1) -> tuple[Any, ...]:
+        observation = make_observation(self.policy, seed=seed, batch=batch)
+        return *seam_inputs(self.policy, observation), make_noise(self.policy, seed=seed, batch=batch)
+
+    def right(self, *given: Any) -> bool:
+        """Whether the captured call answers as the function itself does, and as stock does."""
+        given = given or self.inputs()
+        with torch.no_grad():
+            found = self.call(*given)
+            # Another order of fp32 sums; see test_layer_parity.
+            return (
+                torch.equal(found, heun(self.policy, *given))
+                and rel_l2(found, heun(self.stock, *given)) < 1e-5
+            )
+
+    @property
+    def driver(self) -> Any:
+        return self.call._graphs._driver
+
+
+@pytest.mark.usefixtures("recording")
+def test_a_sampler_is_captured_once_for_a_shape() -> None:
+    sampler = Sampler()
+    for seed in (0, 1, 2):
+        assert sampler.right(*sampler.inputs(seed))
+    assert (sampler.driver.captures, sampler.driver.replays) == (1, 3)
+    assert sampler.right(*sampler.inputs(batch=2)) and sampler.driver.captures == 2
+    assert sampler.right(*sampler.inputs(), 3) and sampler.driver.captures == 3, "another number of steps"
+    now = smolvla_fast.status(sampler.policy)
+    assert now.graphs == 3 and now.graph_bytes > 0 and sampler.call.last_fallback is None
+
+
+@pytest.mark.usefixtures("recording")
+def test_changes_of_the_policy_show() -> None:
+    sampler = Sampler()
+    assert sampler.right()
+    layer, twin = (p.model.vlm_with_expert.lm_expert.layers[1] for p in (sampler.policy, sampler.stock))
+    with torch.no_grad():
+        for each in (layer, twin):
+            each.mlp.up_proj.weight.mul_(1.1)
+    assert sampler.right() and sampler.driver.captures == 1, "weights are read where they lie"
+    with torch.no_grad():
+        for each in (layer, twin):
+            each.mlp.up_proj.weight = torch.nn.Parameter(1.1 * each.mlp.up_proj.weight)
+    assert sampler.right() and sampler.driver.captures == 2, "a replaced parameter"
+    for each in (layer, twin):
+        each.mlp = copy.deepcopy(each.mlp)
+    assert sampler.right() and sampler.driver.captures == 3, "a replaced module"
+    hooks = [each.mlp.register_forward_hook(lambda m, i, out: 1.5 * out) for each in (layer, twin)]
+    assert sampler.right(), "a hook: stock's layers, captured or not"
+    for each in hooks:
+        each.remove()
+    assert sampler.right()
+
+
+@pytest.mark.usefixtures("recording")
+def test_undo_gives_the_memory_back() -> None:
+    sampler = Sampler()
+    assert sampler.right()
+    smolvla_fast.refresh(sampler.policy)
+    assert smolvla_fast.status(sampler.policy).graphs == 0 and sampler.right()
+    smolvla_fast.unpatch(sampler.policy)
+    assert sampler.call._graphs.count == 0
+    with torch.no_grad():
+        given = sampler.inputs()
+        assert torch.equal(sampler.call(*given), heun(sampler.stock, *given)), "stock's sampler again"
+    assert sampler.call.last_fallback == "the policy is not patched"
+
+
+@pytest.mark.usefixtures("recording")
+def test_what_cannot_be_captured_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = Sampler()
+    call = smolvla_fast.captured(sampler.policy, lambda x: x + float(x.sum().item()))
+    with torch.no_grad():
+        assert torch.equal(call(torch.ones(3)), torch.full((3,), 4.0)) and "waits for the device" in str(
+            call.last_fallback
+        )
+        pair = smolvla_fast.captured(sampler.policy, lambda x: (x, x))
+        assert isinstance(pair(torch.ones(3)), tuple) and "one tensor" in str(pair.last_fallback)
+    grown = sampler.call(*sampler.inputs())
+    assert grown.requires_grad and "gradients" in str(sampler.call.last_fallback), (
+        "with gradients it is the function itself"
+    )
+    monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
+    with torch.no_grad():
+        sampler.call(*sampler.inputs())
+    assert sampler.call.last_fallback == "the policy is not patched"
+
+
+def test_on_a_cpu_it_is_the_function_itself() -> None:
+    sampler = Sampler()
+    assert sampler.right() and sampler.call.last_fallback == "nothing is captured on cpu"
+    with pytest.raises(TypeError, match="SmolVLAPolicy"):
+        smolvla_fast.captured(object(), lambda x: x)
+
+
+def test_the_example_agrees_with_stock(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "by stock: {}" in capsys.readouterr().out
+
+
+def test_heun_is_of_second_order() -> None:
+    """Twice the steps leave a quarter of the error, where Euler's leave half; the truth is many steps of Heun's."""
+
+    class Straight:
+        """dx/dt = x: at t = 0 e⁻¹ of x."""
+
+        class model:
+            class vlm_with_expert:
+                @staticmethod
+                def forward(**given: Any) -> tuple[None, None]:
+                    return None, None
+
+            @staticmethod
+            def embed_prefix(*given: Any, state: Tensor) -> tuple[Tensor, ...]:
+                ones = torch.ones(1, 1, dtype=torch.bool)
+                return state, ones, ones
+
+            @staticmethod
+            def denoise_step(pads: Any, cache: Any, x: Tensor, t: Tensor) -> Tensor:
+                return x
+
+    x = torch.ones(1, 1, 1, dtype=torch.float64)
+    truth = x * torch.exp(torch.tensor(-1.0, dtype=torch.float64))
+    errors = [float((heun(Straight, [], [], x, x, x, x, steps) - truth).abs()) for steps in (40, 80)]
+    # The last step is Euler's: its error of h²/2 is of second order in a whole chunk as well.
+    assert 3.5 < errors[0] / errors[1] < 4.5
