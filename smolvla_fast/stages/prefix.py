@@ -134,8 +134,8 @@ def text_kv(
     x = embeddings
     for i, (layer, slots) in enumerate(zip(read_text_layers(vlm, cast), free, strict=True)):
         last = i == dims.layers - 1
-        behind = slots if stock_by_head is None else 0
-        shape = (batch, prefix + behind, dims.kv_heads, dims.head_dim)
+        room = slots if stock_by_head is None else 0
+        shape = (batch, prefix + room, dims.kv_heads, dims.head_dim)
         k, v = (empty_kv(shape, bool(stock_by_head), layer.k.dtype, x.device) for _ in range(2))
         q = ops.norm_qkv_rope(
             x,
@@ -149,6 +149,6 @@ def text_kv(
             x = ops.linear_residual(h, layer.o, x)
             h = ops.norm_swiglu(x, layer.norm2, layer.gate, layer.up)
             x = ops.linear_residual(h, layer.down, x)
-        if slots > behind:
+        if slots > room:
             k, v = (with_free_slots(each, slots, bool(stock_by_head)) for each in (k, v))
         yield k, v
