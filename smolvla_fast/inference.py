@@ -16,11 +16,12 @@ from .engine.timing import is_timed, section
 from .model.dims import read_dims
 from .model.precision import Tier
 from .model.weights import Cast, keeps_kv_by_head, read_expert_layers, read_heads
+from .ops.availability import fallback_reasons
 from .ops.memory import Workspace
 from .ops.processor import why_bf16_is_slow
 from .ops.reference.euler_step import Guidances
 from .ops.reference.time_embedding import time_embedding
-from .ops.select import fallback_reasons, select
+from .ops.select import select
 from .ops.table import STAGES, serving
 from .stages.denoise import LoopReport, denoise
 from .stages.observation import Observation, prepare_images, prepare_observation
@@ -43,11 +44,11 @@ class Inputs(NamedTuple):
 
 
 class EngineReplaced(Exception):
-    """The model was changed behind a replay so that another engine serves it now."""
+    """The model was changed during a replay so that another engine serves it now."""
 
 
 class Ineligible(RuntimeError):
-    """What was found behind the first gate: why the engine cannot compute this chunk."""
+    """What was found after the first gate: why the engine cannot compute this chunk."""
 
 
 class Validator(NamedTuple):
@@ -88,7 +89,7 @@ class Engine:
         self._positions: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._times: dict[tuple[Any, ...], Tensor] = {}
         self._workspace = Workspace() if self.ops.backend == "cpu" else None
-        self._loop: LoopReport | None = None
+        self._loop = LoopReport(None, False, {})  # of the chunk that ended last, whichever thread's
         self.quantized_weights: QuantizedWeights | None = None
         self._cast: Cast = self._narrow
         if tier.quantized:
@@ -147,24 +148,20 @@ class Engine:
             if not is_replay:
                 for each in validators:
                     each.check()
-            chunk = run()
+            chunk, loop = run()
             # Compared with what was noted: another thread may have seen the change first.
             if is_replay and [each.check() for each in validators] != [each.noted for each in validators]:
-                chunk = run()
+                chunk, loop = run()
+        self._loop = loop
         return chunk
 
     def _prepare(
         self, model: Any, inputs: Inputs, observe: Callable[[Tensor, Tensor], None] | None
-    ) -> tuple[Callable[[], Tensor], bool]:
-        """What computes the chunk, and whether that would be a replay of a graph."""
+    ) -> tuple[Callable[[], tuple[Tensor, LoopReport]], bool]:
+        """What computes the chunk and its report, and whether that would be a replay of a graph."""
         graphs = self.graphs
         if graphs is None or observe is not None or is_timed():
-
-            def run() -> Tensor:
-                chunk, self._loop = self._chunk(model, inputs, observe)
-                return chunk
-
-            return run, False
+            return lambda: self._chunk(model, inputs, observe), False
 
         tensors, structure, rebuild = _flatten(inputs)
         # The rest of what the captured work depends on; shapes and dtypes of the inputs are the cache's affair.
@@ -172,11 +169,10 @@ class Engine:
         settings = (config.num_steps, config.min_period, config.max_period, model.prefix_length)
         key = (*settings, structure, _math_flags())
 
-        def replay() -> Tensor:
-            chunk, self._loop = graphs.run(key, tensors, lambda statics: self._chunk(model, rebuild(statics)))
-            return chunk
+        def compute(statics: list[Tensor]) -> tuple[Tensor, LoopReport]:
+            return self._chunk(model, rebuild(statics))
 
-        return replay, graphs.replays(key, tensors)
+        return lambda: graphs.run(key, tensors, compute), graphs.replays(key, tensors)
 
     def _chunk(
         self, model: Any, inputs: Inputs, observe: Callable[[Tensor, Tensor], None] | None = None
@@ -219,28 +215,15 @@ class Engine:
         """For matrices that no tier narrows: the expert's cross K/V, fp32 in LeRobot's bf16 layout."""
         return matrix.float() if self._gemm_dtype is torch.float32 else matrix
 
-    @property
-    def step_launches(self) -> int | None:
-        """Kernel launches of one denoise step of the last chunk; see ``LoopReport``."""
-        return None if self._loop is None else self._loop.launches
-
-    @property
-    def stages(self) -> dict[str, str]:
-        """Who computes each stage: of the denoise loop, who ran the last one."""
-        found = {stage: serving(self.ops, stage) for stage in STAGES}
-        if self._loop is not None and self._loop.persistent:
-            found["denoise"] = self.ops.backend
-        return found
-
-    @property
-    def fallback_reasons(self) -> dict[str, str]:
-        """What the engine does without, with the reasons; the loop's is of the last chunk."""
+    def report(self) -> dict[str, Any]:
+        """stages, fallback_reasons and step_launches, as ``Status`` has them: the loop's of one chunk, the last."""
+        loop = self._loop  # read once: another thread's chunk may end meanwhile
+        stages = {stage: serving(self.ops, stage) for stage in STAGES}
+        if loop.persistent:
+            stages["denoise"] = self.ops.backend
         copies = {} if self.quantized_weights is None else self.quantized_weights.fallback_reasons
-        return {
-            **self._fallback_reasons,
-            **copies,
-            **({} if self._loop is None else self._loop.fallback_reasons),
-        }
+        reasons = {**self._fallback_reasons, **copies, **loop.fallback_reasons}
+        return dict(stages=stages, fallback_reasons=reasons, step_launches=loop.launches)
 
     @property
     def bytes(self) -> int:
