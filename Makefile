@@ -52,7 +52,7 @@ fuzz: venv
 
 # Ten minutes at most: ten thousand chunks, then drawn cases; counts, memory first and last.
 soak: venv
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/fuzz/soak.py $(ARGS)
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(VENV)/bin/python -m fuzz.soak $(ARGS)
 
 # The engine's parity and patch tests under other releases of LeRobot, each in an environment of its own: minutes to make
 # the first time, and several GB. ARGS is passed to pytest.

@@ -2,7 +2,7 @@
 
     python examples/custom_sampler.py [--size tiny|full]
 
-It calls what ``sample_actions`` of LeRobot calls, ``embed_prefix``, ``vlm_with_expert.forward`` and ``denoise_step``: it runs on
+It calls what LeRobot's own sampler calls, ``embed_prefix``, ``vlm_with_expert.forward`` and ``denoise_step``, so it runs on
 stock and on a patched policy alike. Prints how far the two chunks are apart, their times, and who served the calls; exit
 status 1 if they are farther apart than fp32 allows, or if stock served a call of the patched policy.
 """

@@ -23,20 +23,20 @@ def to_e4m3(x):
 
 
 @triton.jit
-def scale_of(largest, sick):
-    """What a row is divided by: its largest becomes 448. ``sick`` is NaN for a row with NaN or Inf, which maxima drop."""
-    return tl.where(largest > 0.0, largest / 448.0, 1.0) + sick
+def scale_of(largest, nan_or_inf):
+    """What a row is divided by: its largest becomes 448. ``nan_or_inf``: NaN where the row has either, which maxima drop."""
+    return tl.where(largest > 0.0, largest / 448.0, 1.0) + nan_or_inf
 
 
 @triton.jit
 def row_scale(x_rows, row_mask, inputs, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """[BLOCK_M] scales of the rows that start at x_rows [BLOCK_M, 1]."""
     largest = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    sick = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    nan_or_inf = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for first in range(0, inputs, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & (k < inputs)[None, :], other=0.0)
         x = x.to(tl.float32)
         largest = tl.maximum(largest, tl.abs(x))
-        sick += x * 0.0
-    return scale_of(tl.max(largest, axis=1), tl.sum(sick, axis=1))
+        nan_or_inf += x * 0.0
+    return scale_of(tl.max(largest, axis=1), tl.sum(nan_or_inf, axis=1))

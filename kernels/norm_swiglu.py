@@ -65,14 +65,11 @@ def _norm_swiglu_fwd(
     tl.store(y_ptr + row64 * outputs + col[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
 
 
-def norm_swiglu(
-    x: Tensor, norm: tuple[Tensor, float], gate_weight: Any, up_weight: Any, *, memory: Any = None
-) -> Tensor:
+def norm_swiglu(x: Tensor, norm: tuple[Tensor, float], gate_weight: Any, up_weight: Any) -> Tensor:
     """``h = rms_norm(x);  y = silu(h·Wgᵀ) · (h·Wuᵀ)``.
 
     x        [..., M]      norm  (weight [M], eps)      any of fp32 | bf16 | fp16
     weights  gate_weight, up_weight  [F, M], both of one dtype, any of these; they may be quantised, as in ``linear``
-    memory   not used
     returns  [..., F]  dtype of the weights
     numerics the norm in fp32, x·norm weight rounded once to the weights' dtype
     errors   ValueError for other shapes or dtypes, a strided last dimension; leading dimensions of x are copied where they

@@ -53,14 +53,14 @@ def _pixel_shuffle_linear_fwd(
     if EIGHT_BITS:
         # A block is FACTOR runs; over all of K, whatever this program's part of it.
         largest = tl.zeros((BLOCK_M,), tl.float32)
-        sick = tl.zeros((BLOCK_M,), tl.float32)
+        nan_or_inf = tl.zeros((BLOCK_M,), tl.float32)
         for first in range(0, inputs, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
             within = k // RUN * (SMALL * RUN) + k % RUN
             x = tl.load(x_rows + within[None, :], mask=row_mask[:, None] & (k < inputs)[None, :], other=0.0)
             largest = tl.maximum(largest, tl.max(tl.abs(x.to(tl.float32)), axis=1))
-            sick += tl.sum(x.to(tl.float32) * 0.0, axis=1)
-        scale = scale_of(largest, sick)
+            nan_or_inf += tl.sum(x.to(tl.float32) * 0.0, axis=1)
+        scale = scale_of(largest, nan_or_inf)
         inverse = 1.0 / scale
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(start, stop, BLOCK_K):

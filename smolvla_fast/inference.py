@@ -41,11 +41,11 @@ class Inputs(NamedTuple):
 
 
 class EngineReplaced(Exception):
-    """The model was changed behind a replay so that another engine serves it now."""
+    """The model was changed during a replay so that another engine serves it now."""
 
 
 class Ineligible(RuntimeError):
-    """What was found behind the first gate: why the engine cannot compute this chunk."""
+    """What was found after the first gate: why the engine cannot compute this chunk."""
 
 
 class Validator(NamedTuple):
@@ -84,7 +84,7 @@ class Engine:
         self._positions: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._times: dict[tuple[Any, ...], Tensor] = {}
         self._workspace = Workspace() if self.ops.backend == "cpu" else None
-        self._loop: LoopReport | None = None
+        self._loop = LoopReport(None, False, {})  # of the chunk that ended last, whichever thread's
 
     @property
     def quantized_weights(self) -> QuantizedWeights | None:
@@ -140,36 +140,30 @@ class Engine:
             if not is_replay:
                 for each in validators:
                     each.check()
-            chunk = run()
+            chunk, loop = run()
             # Compared with what was noted: another thread may have seen the change first.
             if is_replay and [each.check() for each in validators] != [each.noted for each in validators]:
-                chunk = run()
+                chunk, loop = run()
+        self._loop = loop
         return chunk
 
     def _prepare(
         self, model: Any, inputs: Inputs, observe: Callable[[Tensor, Tensor], None] | None
-    ) -> tuple[Callable[[], Tensor], bool]:
-        """What computes the chunk, and whether that would be a replay of a graph."""
+    ) -> tuple[Callable[[], tuple[Tensor, LoopReport]], bool]:
+        """What computes the chunk and its report, and whether that would be a replay of a graph."""
         graphs = self.graphs
         if graphs is None or observe is not None or is_timed():
-
-            def run() -> Tensor:
-                chunk, self._loop = self._chunk(model, inputs, observe)
-                return chunk
-
-            return run, False
+            return lambda: self._chunk(model, inputs, observe), False
 
         # The rest of what the captured work depends on; shapes and dtypes of the inputs are the cache's affair.
         config = model.config
         settings = (config.num_steps, config.min_period, config.max_period, model.prefix_length)
         call = Graphed.of(inputs, (*settings, *math_flags()))
 
-        def replay() -> Tensor:
-            compute = lambda statics: self._chunk(model, call.rebuild(statics))  # noqa: E731
-            chunk, self._loop = graphs.run(call.key, call.tensors, compute)
-            return chunk
+        def compute(statics: list[Tensor]) -> tuple[Tensor, LoopReport]:
+            return self._chunk(model, call.rebuild(statics))
 
-        return replay, graphs.replays(call.key, call.tensors)
+        return lambda: graphs.run(call.key, call.tensors, compute), graphs.replays(call.key, call.tensors)
 
     def _chunk(
         self, model: Any, inputs: Inputs, observe: Callable[[Tensor, Tensor], None] | None = None
@@ -201,24 +195,14 @@ class Engine:
                     ops, dims, expert, heads, kv, noise, times, inputs.guidance, observe, self._workspace
                 )
 
-    @property
-    def step_launches(self) -> int | None:
-        """Kernel launches of one denoise step of the last chunk; see ``LoopReport``."""
-        return None if self._loop is None else self._loop.launches
-
-    @property
-    def stages(self) -> dict[str, str]:
-        """Who computes each stage: of the denoise loop, who ran the last one."""
-        found = {stage: serving(self.ops, stage) for stage in STAGES}
-        if self._loop is not None and self._loop.persistent:
-            found["denoise"] = self.ops.backend
-        return found
-
-    @property
-    def fallback_reasons(self) -> dict[str, str]:
-        """What the engine does without, with the reasons; the loop's is of the last chunk."""
-        loop = {} if self._loop is None else self._loop.fallback_reasons
-        return {**self.products.fallback_reasons, **self._no_graph, **loop}
+    def report(self) -> dict[str, Any]:
+        """stages, fallback_reasons and step_launches, as ``Status`` has them: the loop's of one chunk, the last."""
+        loop = self._loop  # read once: another thread's chunk may end meanwhile
+        stages = {stage: serving(self.ops, stage) for stage in STAGES}
+        if loop.persistent:
+            stages["denoise"] = self.ops.backend
+        reasons = {**self.products.fallback_reasons, **self._no_graph, **loop.fallback_reasons}
+        return dict(stages=stages, fallback_reasons=reasons, step_launches=loop.launches)
 
     @property
     def bytes(self) -> int:

@@ -221,7 +221,7 @@ def patch(
     cls: Any = type(model)  # read once, as in a chunk
     stock = cls.stock_class if issubclass(cls, _Accelerated) else cls
     model.__class__ = _accelerated(stock, training)
-    patch_layers(model.vlm_with_expert, settings)
+    patch_layers(model, settings)
     runtime = runtime_of(model)
     started = time.perf_counter()
     reason = runtime.look(model)[1]
@@ -243,7 +243,7 @@ def patch(
             else:
                 model.__dict__[SETTINGS] = before
                 model.__class__ = _accelerated(stock, before.training)
-                patch_layers(model.vlm_with_expert, before)
+                patch_layers(model, before)
             raise
         finally:
             if was_training:

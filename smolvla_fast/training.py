@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .ops.memory import is_out_of_memory
 from .smolvla.features import ACTION
 from .train import checkpoint as files
 from .train.checkpoint import Checkpoints
@@ -38,7 +39,7 @@ from .train.log import Log
 from .train.policy import check_policy, make_policy, make_processors, speed_up
 from .train.random_state import seed_all, seeded
 from .train.settings import TrainSettings
-from .train.trial import is_out_of_memory, try_step
+from .train.trial import try_step
 
 logger = logging.getLogger(__name__)
 
@@ -120,22 +121,22 @@ def _told_how_to_go_on(output_dir: Path) -> Iterator[None]:
         if isinstance(error, TrainingError):
             if last is None:
                 raise
-            told = f"{said.rstrip('.')}. With the data mended, --resume=true goes on; {' and '.join(fixed)} need {new}"
+            message = f"{said.rstrip('.')}. With the data mended, --resume=true goes on; {' and '.join(fixed)} need {new}"
         elif "DataLoader worker" in said:  # torch's signal handler raises it wherever the run is
             again = "go on with --resume=true and" if last else "run again with"
-            told = (
+            message = (
                 f"a process that reads data died ({first_line(error)}), often for want of memory; {again} a smaller "
                 "--num_workers, 0 reads in the process that trains"
             )
         elif is_out_of_memory(error):
-            told = (
+            message = (
                 f"a step needs more memory than there is ({first_line(error)}). Give a smaller --batch_size, with more "
                 "--gradient_accumulation_steps for as many samples, or --dtype=bf16"
                 + (f", to {new}" if last else "")
             )
         else:
             raise
-        raise TrainingError(told) from error
+        raise TrainingError(message) from error
 
 
 def _steps(run: Run, log: Log, on_step: Callable[[int, dict[str, float]], None]) -> None:

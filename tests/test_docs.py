@@ -9,8 +9,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from support.train_steps import make_batch
 
+import smolvla_fast
 from smolvla_fast import cli
+from smolvla_fast.testing.policies import make_observation, make_policy
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 and later")
 
@@ -58,6 +61,32 @@ def test_a_command_exists_and_takes_these_flags(page: str, command: str) -> None
             parser.parse_args(rest[1:] or [])
     else:
         assert program in ELSEWHERE, f"{page}: who runs {program!r}?"
+
+
+PYTHON = {"README.md": (1, 0), "docs/fallbacks.md": (1, 0), "docs/training.md": (1, 1)}
+"""Pages with Python, and the chunks and losses that the engine has served after their blocks and one chunk."""
+
+
+def test_every_page_with_python_is_run() -> None:
+    """docs/standalone.md shows examples/standalone.py, which tests/smolvla runs."""
+    assert {page for page, text in TEXTS.items() if "```python" in text} == {*PYTHON, "docs/standalone.md"}
+
+
+@pytest.mark.parametrize("page", PYTHON)
+def test_the_python_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block after block, on a tiny policy of LeRobot's class and a batch."""
+    modeling = pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla")
+    policy = make_policy("tiny", num_steps=1)
+    if page == "README.md":
+        monkeypatch.setattr(modeling.SmolVLAPolicy, "from_pretrained", lambda name: policy)
+    else:
+        smolvla_fast.patch(policy)
+    names = {"smolvla_fast": smolvla_fast, "policy": policy, "batch": make_batch(policy)}
+    for block in re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL):
+        exec(compile(block, page, "exec"), names)
+    policy.predict_action_chunk(make_observation(policy))
+    now = smolvla_fast.status(policy)
+    assert (now.calls_fast, now.training_fast) == PYTHON[page], (now.last_fallback, now.training_fallback)
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -11,7 +11,7 @@ import torch
 
 from ..measure import system
 from ..measure.console import Console, check_writable, counted, write_json
-from ..ops import extension
+from ..ops import availability, extension
 from ..ops import select as backends
 from ..patching.settings import DISABLE, disabled
 
@@ -46,7 +46,7 @@ def examine() -> dict[str, Any]:
             for kind in extension.KINDS
         },
         "serves": serves(device),
-        "fallback_reasons": backends.fallback_reasons(device),
+        "fallback_reasons": availability.fallback_reasons(device),
         "eight_bits": {tier: reason or "" for tier, reason in backends.why_not_eight_bits(device).items()},
         "backends": [
             {"op": row.op, "backend": row.backend, "available": row.available, "reason": row.reason}

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..model.precision import Tier
 from ..model.weights import Cast
+from ..ops.availability import fallback_reasons
 from ..ops.processor import why_bf16_is_slow
-from ..ops.select import fallback_reasons, select
+from ..ops.select import select
 from .quantized_weights import FLOATS, KINDS, IntegerCast, QuantizedWeights
 
 

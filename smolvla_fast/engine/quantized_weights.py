@@ -35,13 +35,13 @@ class Kind:
     """How copies are made, and made anew.
 
     make      weight, dtype of products with the copy -> copy, with ``nbytes``
-    behind    norm weight, its bias or None, the weights of the products that read the norm -> ``int8.SmoothQuantGroup``;
+    group     norm weight, its bias or None, the weights of the products that read the norm -> ``int8.SmoothQuantGroup``;
               None where norms stay as they are
     rewrite   old copy, new copy -> what is read from now on: the old one with the new numbers where its memory has to stay
     """
 
     make: Callable[[Tensor, torch.dtype], Any]
-    behind: Callable[[Tensor, Tensor | None, list[Tensor]], int8.SmoothQuantGroup] | None
+    group: Callable[[Tensor, Tensor | None, list[Tensor]], int8.SmoothQuantGroup] | None
     rewrite: Callable[[Any, Any], Any]
 
 
@@ -94,9 +94,9 @@ class QuantizedWeights:
         """The copy of this weight; of ``FLOATS`` the same memory at every call, so that a captured graph may read it."""
         return self._copy([weight], lambda sources: self.kind.make(sources[0], self._dtype))
 
-    def behind(self, weight: Tensor, bias: Tensor | None, readers: list[Tensor]) -> int8.SmoothQuantGroup:
+    def group(self, weight: Tensor, bias: Tensor | None, readers: list[Tensor]) -> int8.SmoothQuantGroup:
         """The copies of what reads a norm, with the norm that they are made for."""
-        smooth = self.kind.behind
+        smooth = self.kind.group
         assert smooth is not None, "this kind leaves norms as they are"
         first = 1 if bias is None else 2
 
@@ -180,10 +180,10 @@ class IntegerCast:
     def __call__(self, matrix: Tensor) -> Any:
         return self._copies.of(matrix) if matrix.ndim == 2 else self.plain(matrix)
 
-    def behind(self, norm: Any, readers: list[Tensor]) -> tuple[Any, list[Any]]:
+    def group(self, norm: Any, readers: list[Tensor]) -> tuple[Any, list[Any]]:
         """norm, a NamedTuple with weight and maybe bias -> the same with others of these, and packed readers."""
         bias = getattr(norm, "bias", None)
-        made = self._copies.behind(norm.weight, bias, readers)
+        made = self._copies.group(norm.weight, bias, readers)
         norm = norm._replace(weight=made.weight)
         return (norm if bias is None else norm._replace(bias=made.bias)), list(made.packed)
 

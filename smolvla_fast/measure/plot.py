@@ -141,12 +141,12 @@ def loss_curve(log: list[dict[str, Any]], title: str, path: str | Path) -> None:
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("flow-matching loss")
     axes.set_ylim(bottom=0)
-    beside = axes.twinx()
+    right = axes.twinx()
     norms = [entry["grad_norm"] for entry in log if "loss" in entry]
-    beside.plot(steps, norms, color=PALETTE[0], linewidth=1, zorder=0, label="gradient norm")
-    beside.set_ylabel("gradient norm before clipping")
-    beside.set_ylim(bottom=0)
-    for side in (axes, beside):
+    right.plot(steps, norms, color=PALETTE[0], linewidth=1, zorder=0, label="gradient norm")
+    right.set_ylabel("gradient norm before clipping")
+    right.set_ylim(bottom=0)
+    for side in (axes, right):
         side.spines["top"].set_visible(False)
     figure.legend(loc="outside upper right", ncols=3, frameon=False)
     axes.set_title(title, loc="left", fontsize=11)

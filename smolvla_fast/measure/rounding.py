@@ -19,7 +19,7 @@ FP32_BOUND = 1e-5
 
 MOVEMENTS = 3.0
 """How many times stock's own movement the fast path may be off: each is a draw of the same rounding errors. Measured in
-tests/inference/test_rounding.py on policies of 32 layers at tiny widths."""
+tests/measure/test_rounding.py on policies of 32 layers at tiny widths."""
 
 ORDERS = (None, 0, 1, 2)
 """Orders of sums that stock is tried in: reversed, and shuffled by a seed. One draw may be lucky, four hardly."""

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-import smolvla_fast
-
+from .. import __version__
 from ..ops import processor
 from .console import counted
 
@@ -26,7 +25,7 @@ def versions() -> dict[str, str | None]:
     """Version by package name; None for what is not installed."""
     found: dict[str, str | None] = {
         "python": platform.python_version(),
-        "smolvla_fast": smolvla_fast.__version__,
+        "smolvla_fast": __version__,
     }
     for name in PACKAGES:
         try:
@@ -94,7 +93,7 @@ def driver() -> str | None:
 
 def commit() -> str | None:
     """The checkout's commit, with "+changes" where files differ from it; None outside a checkout."""
-    root = Path(smolvla_fast.__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     name = first_line(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])

@@ -37,7 +37,7 @@ class LayerNorm(NamedTuple):
 NormT = TypeVar("NormT", Norm, LayerNorm)
 Cast = Callable[[Tensor], Any]
 """Gives a matrix in the dtype that a tier wants for its products: the matrix itself where it has it already. One with an
-attribute ``behind`` (``quantized_weights.IntegerCast``) gives what reads a norm together with a norm that suits it, and has
+attribute ``group`` (``quantized_weights.IntegerCast``) gives what reads a norm together with a norm that suits it, and has
 ``plain`` for matrices that are to stay as wide as they were."""
 
 
@@ -106,10 +106,10 @@ def _norm(module: Any) -> Norm:
     return Norm(module.weight, module.variance_epsilon)
 
 
-def _behind(norm: NormT, readers: list[Tensor], cast: Cast) -> tuple[NormT, list[Any]]:
+def _group(norm: NormT, readers: list[Tensor], cast: Cast) -> tuple[NormT, list[Any]]:
     """A norm and the matrices that read it."""
-    together = getattr(cast, "behind", None)
-    return (norm, [cast(reader) for reader in readers]) if together is None else together(norm, readers)
+    group = getattr(cast, "group", None)
+    return (norm, [cast(reader) for reader in readers]) if group is None else group(norm, readers)
 
 
 def read_patch_embedding(vlm: Any, cast: Cast) -> tuple[Affine, Tensor]:
@@ -122,9 +122,9 @@ def read_vision_layers(vlm: Any, cast: Cast) -> Iterator[VisionLayer]:
     for layer in vlm.vision_model.encoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-        norm1, weights = _behind(_layer_norm(layer.layer_norm1), [each.weight for each in qkv], cast)
+        norm1, weights = _group(_layer_norm(layer.layer_norm1), [each.weight for each in qkv], cast)
         q, k, v = (Affine(weight, cast(each.bias)) for weight, each in zip(weights, qkv, strict=True))
-        norm2, (up,) = _behind(_layer_norm(layer.layer_norm2), [mlp.fc1.weight], cast)
+        norm2, (up,) = _group(_layer_norm(layer.layer_norm2), [mlp.fc1.weight], cast)
         yield VisionLayer(
             norm1=norm1,
             q=q,
@@ -147,11 +147,11 @@ def read_decoder_layer(layer: Any, cross: bool, cast: Cast, cast_cross: Cast) ->
     """layer  a decoder layer of transformers' Llama, or of ours      cast_cross  for k and v of a cross layer"""
     attention, mlp = layer.self_attn, layer.mlp
     kv = [attention.k_proj.weight, attention.v_proj.weight]
-    norm1, (q, *own) = _behind(
+    norm1, (q, *own) = _group(
         _norm(layer.input_layernorm), [attention.q_proj.weight, *([] if cross else kv)], cast
     )
     k, v = [cast_cross(each) for each in kv] if cross else own
-    norm2, (gate, up) = _behind(
+    norm2, (gate, up) = _group(
         _norm(layer.post_attention_layernorm), [mlp.gate_proj.weight, mlp.up_proj.weight], cast
     )
     return DecoderLayer(

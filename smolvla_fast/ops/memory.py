@@ -7,6 +7,7 @@ each result once. Without memory every result is fresh. A backend that makes its
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,6 +38,14 @@ class Memory:
 def empty(memory: Memory | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Where a CPU op writes: its buffer of this name in ``memory``, or fresh memory."""
     return torch.empty(shape, dtype=dtype) if memory is None else memory.empty(name, shape, dtype)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also where a device or the CPU's allocator says so in its text alone."""
+    words = r"out of memory|can't allocate memory|ALLOC_FAILED"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
+    )
 
 
 class Workspace:

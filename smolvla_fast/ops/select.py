@@ -8,13 +8,8 @@ from functools import cache
 
 import torch
 
-from .availability import PREFERRED, fallback_reasons, why_not, why_not_auto, why_not_fp8, why_not_int8
+from .availability import PREFERRED, why_not, why_not_auto, why_not_fp8, why_not_int8
 from .table import NAMES, Ops, derive
-
-__all__ = [
-    "BACKENDS", "NAMES", "Row", "backend_ops", "fallback_reasons", "reference_ops", "select", "table", "why_not",
-    "why_not_auto", "why_not_eight_bits", "why_not_fp8", "why_not_int8",
-]  # fmt: skip
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 _MODULES = {

@@ -103,10 +103,17 @@ def restore_layers(stock: type) -> Any:
     return cls.__new__(cls)
 
 
-def patch_layers(pair: Any, settings: Settings) -> None:
+def patch_layers(model: Any, settings: Settings) -> None:
+    """Not of a model that LeRobot compiles (``compile_model``): what is compiled is stock's, layers and all."""
+    pair = model.vlm_with_expert
+    if any(name in model.__dict__ for name in ("sample_actions", "forward")):
+        return unpatch_layers(pair)
     cls: Any = type(pair)
     stock = cls.stock_class if issubclass(cls, AcceleratedLayers) else cls
-    pair.__dict__[SETTINGS] = settings
+    if (
+        pair.__dict__.get(SETTINGS) != settings
+    ):  # the same object else: graphs hold as long as nothing is replaced
+        pair.__dict__[SETTINGS] = settings
     pair.__class__ = _accelerated_layers(stock)
 
 

@@ -50,6 +50,8 @@ def requested(method: str, signature: Signature, pair: Any, args: Any, kwargs: A
 
 
 def around(pair: Any, request: LayerRequest) -> str | None:
+    if pair.training and not pair.__dict__[SETTINGS].training:
+        return "the model is in train mode; call policy.eval(), or patch(policy, training=True)"
     return None if is_captured() else ambient(next(pair.parameters()).device.type)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..model.dims import read_pair_dims
 from ..model.weights import frozen_sources, read_patch_embedding, read_vision_layers
+from ..ops.memory import is_out_of_memory
 from ..ops.reference.layer_norm import layer_norm
 from ..ops.reference.linear import linear
 from ..ops.reference.norm_swiglu import norm_swiglu
@@ -25,6 +26,8 @@ from .model_rules import code_of, parts_reason
 def probe(pair: Any, exact: bool, frozen_only: bool = False) -> str | None:
     """Run the live vision, text and expert modules beside the references on small inputs; None if they agree.
 
+    raises what says that memory is short: another probe may find it
+
     exact  the ``exact`` tier: bits must be equal. Else a relative difference up to 1e-2 passes: a transformers release
            that reorders roundings stays far below (bf16 rounds at 4e-3), one that computes something else far above.
     frozen_only  leave the expert out: training calls its modules
@@ -32,6 +35,8 @@ def probe(pair: Any, exact: bool, frozen_only: bool = False) -> str | None:
     try:
         return _probe(pair, exact, frozen_only)
     except Exception as error:  # whatever a foreign module raises on a plain input, stock may well run it
+        if is_out_of_memory(error):
+            raise
         return f"the modules are not SmolVLA's: {error!r}"
 
 
@@ -60,9 +65,9 @@ def frozen_reason(pair: Any) -> str | None:
         vlm = pair.get_vlm_model()
         read = frozen_sources(vlm, read_pair_dims(pair))
         reason = parts_reason(vlm, read, (("text", vlm.text_model.layers),))
-        return reason or probe(pair, exact=False, frozen_only=True)
     except Exception as error:
         return f"the structure is not SmolVLA's: {error!r}"
+    return reason or probe(pair, exact=False, frozen_only=True)
 
 
 def probed_code(pair: Any) -> tuple[Any, ...]:

@@ -26,7 +26,7 @@ class Status:
 
     active            True: the engine serves chunks. False: stock runs; last_fallback says why
     precision         the tier: "exact", "fp32", "bf16", "fp8" or "int8"
-    backend           who computes: "torch", "cpu", "triton" or "cuda"
+    backend           who computes: "torch", "cpu", "triton" or "cuda"; "reference" in the tier "exact"
     stages            stage -> backend; two where one has no kernel for some ops: "cuda, triton"; the denoise loop's is
                       of the last chunk
     fallback_reasons  what the engine does without, each with the reason:
@@ -183,13 +183,11 @@ class Runtime(Served[Engine]):
             active=True,
             precision=engine.tier.name,
             backend=engine.ops.backend,
-            stages=engine.stages,
-            fallback_reasons=engine.fallback_reasons,
             graphs=sum(each.count for each in self._graphs),
             graph_bytes=held,
             graph_nodes=None if graphs is None else graphs.nodes,
-            step_launches=engine.step_launches,
             extra_bytes=engine.bytes + held + (0 if layers.engine is None else layers.engine.bytes),
+            **engine.report(),
             **counters,
         )
 

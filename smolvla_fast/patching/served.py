@@ -75,17 +75,21 @@ class Served(Generic[E]):
             if settings is None:
                 return None, "the policy was unpatched meanwhile"
             self.settings = settings
-            if self.detector is None or not self.detector.same(model):
+            noted = self.detector
+            if noted is None or not noted.same(model):
                 self.detector = None
-                detector = detector_of(
-                    model
-                )  # before the look, so that what changes during it is looked at again
-                reason = self.eligibility.model_reason(model)
+                # What stock served the last time it may serve for long: asked before a detector is made, which costs more.
+                reason = self.eligibility.model_reason(model) if noted is None else None
+                if reason is None:
+                    detector = detector_of(
+                        model
+                    )  # before the rules: what changes meanwhile is looked at again
+                    reason = self.eligibility.model_reason(model)
                 if reason is not None:
                     return None, reason
                 try:
                     self._refusal = self.prepare(model, settings)
-                except RuntimeError as error:
+                except (RuntimeError, MemoryError) as error:
                     # A wish that cannot be met where the policy has moved, or want of memory: asked again at the next call.
                     return None, str(error)
                 self.detector = detector

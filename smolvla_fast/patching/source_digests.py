@@ -20,30 +20,15 @@ MODEL_METHODS = ("sample_actions", "embed_prefix", "embed_suffix", "denoise_step
 LOSS_METHODS = ("forward", "embed_prefix", "embed_suffix")
 """What the fast training step replaces, or calls."""
 PAIR_METHODS = (
-    "forward",
-    "forward_attn_layer",
-    "forward_cross_attn_layer",
-    "embed_image",
-    "embed_language_tokens",
-    "get_vlm_model",
-    "get_model_layers",
-    "get_attention_interface",
-    "eager_attention_forward",
-)
+    "forward", "forward_attn_layer", "forward_cross_attn_layer", "embed_image", "embed_language_tokens", "get_vlm_model",
+    "get_model_layers", "get_attention_interface", "eager_attention_forward",
+)  # fmt: skip
 RTC_METHODS = (
-    "denoise_step",
-    "get_prefix_weights",
-    "_linweights",
-    "_add_trailing_zeros",
-    "_add_leading_ones",
-)
+    "denoise_step", "get_prefix_weights", "_linweights", "_add_trailing_zeros", "_add_leading_ones",
+)  # fmt: skip
 FUNCTIONS = (
-    "apply_rope",
-    "create_sinusoidal_pos_embedding",
-    "euler_integrate",
-    "make_att_2d_masks",
-    "pad_tensor",
-)
+    "apply_rope", "create_sinusoidal_pos_embedding", "euler_integrate", "make_att_2d_masks", "pad_tensor",
+)  # fmt: skip
 """Module-level functions that the methods call; looked up where the methods find them."""
 
 _LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
@@ -178,16 +163,16 @@ def _print_table() -> None:
     from lerobot.policies.smolvla import modeling_smolvla
 
     class _Instance:
-        """Stands for an object of a class without building the model."""
+        """Replaces an object of a class without building the model."""
 
-    def stand_in(cls: type, **attributes: Any) -> Any:
+    def instance_of(cls: type, **attributes: Any) -> Any:
         made: Any = object.__new__(type(cls.__name__, (_Instance,), {"stock_class": cls}))
         made.__dict__.update(attributes)
         return made
 
-    pair = stand_in(modeling_smolvla.SmolVLMWithExpertModel)
-    model = stand_in(modeling_smolvla.VLAFlowMatching, vlm_with_expert=pair)
-    found = _functions(owners(model, stand_in(RTCProcessor), (*MODEL_METHODS, "forward")))
+    pair = instance_of(modeling_smolvla.SmolVLMWithExpertModel)
+    model = instance_of(modeling_smolvla.VLAFlowMatching, vlm_with_expert=pair)
+    found = _functions(owners(model, instance_of(RTCProcessor), (*MODEL_METHODS, "forward")))
     print(f'    "{version("lerobot")}": {{')
     for name in sorted(found):
         print(f'        "{name}": "{digest(found[name])}",')

@@ -136,15 +136,15 @@ def text_kv(
     x = embeddings
     for i, (layer, slots) in enumerate(zip(read_text_layers(vlm, cast), free, strict=True)):
         last = i == dims.layers - 1
-        behind = slots if stock_by_head is None else 0
-        shape = (batch, prefix + behind, dims.kv_heads, dims.head_dim)
+        room = slots if stock_by_head is None else 0
+        shape = (batch, prefix + room, dims.kv_heads, dims.head_dim)
         k, v = (empty_kv(shape, bool(stock_by_head), layer.k.dtype, x.device) for _ in range(2))
         prefix_kv = (k[:, :prefix], v[:, :prefix])
         if last:  # nobody reads more of it than its keys and values
             ops.norm_qkv_rope(x, layer.norm1, (None, layer.k, layer.v), tokens.rope, prefix_kv)
         else:
             x = decoder_layer(ops, layer, x, tokens, LayerKV(*prefix_kv), prefix_kv)
-        if slots > behind:
+        if slots > room:
             k, v = (with_free_slots(each, slots, bool(stock_by_head)) for each in (k, v))
         yield k, v
 

@@ -6,7 +6,6 @@ only explain an error.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.memory import is_out_of_memory
 from ..smolvla import FeatureType, NormalizationMode, PolicyFeature, SmolVLAConfig
 from ..smolvla.features import ACTION, OBS_STATE
 from .data import Data, few_samples, to_floats
@@ -49,14 +49,6 @@ def try_step(
                 raise
             # Reader, processors and both implementations of the policy each raise their own.
             raise TrainingError(_message(settings, data.names, policy, raw, error)) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Also where a device or the CPU's allocator says so in its text alone."""
-    words = r"out of memory|can't allocate memory|ALLOC_FAILED"
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
-    )
 
 
 def _message(

@@ -348,6 +348,24 @@ def test_lora_as_lerobot_wraps_it(checkpoint: Checkpoint) -> None:
     assert now.active and (now.calls_fast, now.calls_stock) == (1, 1)
 
 
+@pytest.mark.check(38)
+def test_weights_swapped_for_their_average_and_back(checkpoint: Checkpoint) -> None:
+    """As trainers that keep an average of the weights (EMA) do around an evaluation; LeRobot's 0.6.1 keeps none.
+    ``param.data.copy_`` moves no version counter."""
+    stock, fast = _pair(checkpoint)
+    average = copy.deepcopy(stock)
+    for parameter in average.parameters():
+        parameter.data.mul_(1.05)
+    observation, noise = make_observation(stock), make_noise(stock)
+    live, kept = _chunk(fast, observation, noise), copy.deepcopy(stock)
+    for source in (average, kept):
+        for mine, theirs in zip(fast.parameters(), source.parameters(), strict=True):
+            mine.data.copy_(theirs.data)
+        assert torch.equal(_chunk(fast, observation, noise), _chunk(source, observation, noise))
+        assert torch.equal(_chunk(fast, observation, noise), live) is (source is kept)
+    _all_fast(fast, 5)
+
+
 @pytest.mark.check(52)
 @pytest.mark.slow
 def test_compiled_predict_action_chunk() -> None:

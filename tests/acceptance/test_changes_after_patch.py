@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.captured import Captured
-from support.policies import LEROBOT_ONLY, TIERS, chunk, make_policy, rel_l2, seam_inputs
+from support.policies import LEROBOT_ONLY, TIERS, chunk, make_policy, model_inputs, rel_l2
 from torch import Tensor, nn
 
 import smolvla_fast
@@ -19,7 +19,7 @@ from smolvla_fast.verify import FP32_BOUND
 
 
 @pytest.mark.check(35)
-def test_live_config(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+def test_a_changed_config_takes_effect(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
     twin = copy.deepcopy(policy)
     smolvla_fast.patch(policy, precision="exact")
     for owner in (policy, policy.model):
@@ -197,7 +197,7 @@ def test_train_mode_is_stock_with_stock_gradients(policy: Any, observation: dict
         assert mine.grad is None or torch.equal(mine.grad, theirs.grad)
     with torch.no_grad():
         policy.train()
-        policy.model.sample_actions(*seam_inputs(policy, observation), noise=noise)
+        policy.model.sample_actions(*model_inputs(policy, observation), noise=noise)
     assert "train mode" in smolvla_fast.status(policy).last_fallback
     chunk(policy, observation, noise)  # predict_action_chunk goes to eval by itself
     assert smolvla_fast.status(policy).calls_fast == 1
@@ -210,7 +210,7 @@ def test_autograd_through_sample_actions(policy: Any, observation: dict[str, Ten
         given = noise.clone().requires_grad_()
         if patched:
             smolvla_fast.patch(policy)
-        policy.model.sample_actions(*seam_inputs(policy, observation), noise=given).sum().backward()
+        policy.model.sample_actions(*model_inputs(policy, observation), noise=given).sum().backward()
         gradients.append(given.grad)
     assert torch.equal(*gradients)
     now = smolvla_fast.status(policy)

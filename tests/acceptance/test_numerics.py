@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.captured import Captured
-from support.policies import LEROBOT_ONLY, TIERS, chunk, chunk_in_fp64, make_policy, rel_l2, seam_inputs
+from support.policies import LEROBOT_ONLY, TIERS, chunk, chunk_in_fp64, make_policy, model_inputs, rel_l2
 from torch import Tensor
 
 import smolvla_fast
@@ -32,7 +32,7 @@ def test_given_noise_is_used_and_none_is_drawn(
     state = torch.get_rng_state()
     policy.reset()
     with torch.no_grad():
-        sampled = policy.model.sample_actions(*seam_inputs(policy, observation), noise=noise)
+        sampled = policy.model.sample_actions(*model_inputs(policy, observation), noise=noise)
     found = {
         "predict_action_chunk": chunk(policy, observation, noise),
         "select_action": policy.select_action(dict(observation), noise=noise)[:, None],
@@ -75,7 +75,7 @@ def test_a_replay_draws_noise_as_stock_does() -> None:
 
 
 @pytest.mark.check(27)
-def test_fp32_error(policy: Any) -> None:
+def test_fp32_stays_within_its_error(policy: Any) -> None:
     """5e-3 in normalised units is the promise; 1e-5 relative is the gate, and what a missing term could hide in is above."""
     twin = copy.deepcopy(policy)
     smolvla_fast.patch(policy)
@@ -118,7 +118,7 @@ def test_a_mixed_policy_over_a_hundred_observations() -> None:
 def test_error_over_the_number_of_steps(layout: str) -> None:
     """At every number of steps at most what stock itself loses against fp64, so it grows no faster."""
     policy = make_policy("tiny", layout=layout)
-    inputs = seam_inputs(policy, make_observation(policy))
+    inputs = model_inputs(policy, make_observation(policy))
     noise = make_noise(policy)
     errors = {}
     for steps in (1, 4, 10, 50):

@@ -52,7 +52,7 @@ def test_kept_chunks_of_two_policies_do_not_change() -> None:
 
 
 @pytest.mark.check(22)
-def test_output_contract() -> None:
+def test_a_chunk_keeps_the_output_contract() -> None:
     policy = smolvla_fast.patch(make())
     given, noise = make_observation(policy), make_noise(policy)
     for inference in (False, True):
@@ -156,7 +156,7 @@ def test_ordered_on_the_callers_stream() -> None:
 
 
 @pytest.mark.check(55)
-def test_a_second_gpu() -> None:
+def test_a_second_gpu_serves_its_policy() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU here")
     stock = make_policy("tiny", layout="mixed", device="cuda:1")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import integer_products
-from support.policies import chunk_in_fp64, make_policy, rel_l2, seam_inputs
+from support.policies import chunk_in_fp64, make_policy, model_inputs, rel_l2
 from torch import Tensor
 
 import smolvla_fast
@@ -55,7 +55,7 @@ def test_worst_case_of_a_tier(weights: str, layout: str) -> None:
             for other in (wide, narrow):
                 for mine, theirs in zip(other.parameters(), policy.parameters(), strict=True):
                     mine.data.copy_(theirs)
-            inputs = seam_inputs(policy, make_observation(policy, seed=seed))
+            inputs = model_inputs(policy, make_observation(policy, seed=seed))
             noise = make_noise(policy, seed=seed)
             truth = chunk_in_fp64(policy.model, inputs, noise)
             stock = policy.model.sample_actions(*inputs, noise=noise)
@@ -90,7 +90,7 @@ def test_worst_case_of_int8(layout: str, monkeypatch: pytest.MonkeyPatch) -> Non
         for seed in SEEDS:
             policy = make_policy("tiny", layout=layout, seed=seed, num_steps=4)
             with _changed(weights, policy, seed):
-                inputs = seam_inputs(policy, make_observation(policy, seed=seed))
+                inputs = model_inputs(policy, make_observation(policy, seed=seed))
                 noise = make_noise(policy, seed=seed)
                 truth = chunk_in_fp64(policy.model, inputs, noise)
                 smolvla_fast.patch(policy, precision="int8")

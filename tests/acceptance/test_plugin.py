@@ -122,7 +122,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.slow
 @pytest.mark.check(63)
-def test_the_readmes_commands(
+def test_the_readmes_commands_run_fast(
     start: Any, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``lerobot-rollout`` on a robot, and a policy server that a client asks, at the same time: both are accelerated."""
@@ -256,7 +256,7 @@ def test_every_way_of_loading(plugin: Any, checkpoint: Checkpoint, tmp_path: Pat
 
 
 @pytest.mark.check(17)
-def test_a_peft_adapter(plugin: Any, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_peft_adapter_runs_stock_until_merged(plugin: Any, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Loaded as ``make_policy`` loads adapters: unmerged it is not ignored, merged the engine serves it."""
     pytest.importorskip("peft")
     from lerobot.configs.policies import PreTrainedConfig

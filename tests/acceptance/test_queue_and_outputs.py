@@ -79,7 +79,9 @@ def test_replays_leave_kept_chunks_alone() -> None:
 
 @pytest.mark.check(22, 24)
 @pytest.mark.parametrize("precision", TIERS)
-def test_output_contract(policy: Any, observation: dict[str, Tensor], noise: Tensor, precision: str) -> None:
+def test_a_chunk_keeps_the_output_contract(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, precision: str
+) -> None:
     smolvla_fast.patch(policy, precision=precision)
     kept_noise = noise.clone()
     first = chunk(policy, observation, noise)
@@ -92,7 +94,7 @@ def test_output_contract(policy: Any, observation: dict[str, Tensor], noise: Ten
 
 @pytest.mark.check(22)
 @pytest.mark.usefixtures("recording")
-def test_output_contract_of_a_replay() -> None:
+def test_a_replay_keeps_the_output_contract() -> None:
     pair = Captured(num_steps=2)
     given, noise = make_observation(pair.plain), make_noise(pair.plain)
     for inference in (False, True, False):

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import make_policy, seam_inputs
+from support.policies import make_policy, model_inputs
 from support.processors import play
 from torch import Tensor, nn
 
 import smolvla_fast
-from smolvla_fast.ops import select as backends
+from smolvla_fast.ops import availability
 from smolvla_fast.patching import source_digests
 from smolvla_fast.testing.policies import make_noise, make_observation
 
@@ -25,7 +25,7 @@ class Call:
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
-        self.inputs = list(seam_inputs(policy, make_observation(policy)))
+        self.inputs = list(model_inputs(policy, make_observation(policy)))
         self.noise = make_noise(policy)
 
     def run(self) -> Tensor | type[Exception]:
@@ -213,8 +213,8 @@ def test_a_situation_that_comes_and_goes(situation: Situation, caplog: pytest.Lo
                 now = smolvla_fast.status(fast.policy)
         assert (now.calls_fast, now.calls_stock) == (1, 2)
         assert now.active is not of_the_model and reason in str(now.last_fallback)
-        told = {now.precision, now.backend, *now.stages.values()}
-        assert told == {"stock"} if of_the_model else now.precision == "exact" and "stock" not in told
+        reported = {now.precision, now.backend, *now.stages.values()}
+        assert reported == {"stock"} if of_the_model else now.precision == "exact" and "stock" not in reported
         [line] = [record.getMessage() for record in caplog.records]
         assert line == f"smolvla_fast: this chunk runs stock: {now.last_fallback}", "one situation, one line"
         assert _same(fast.run(), before)
@@ -250,7 +250,7 @@ def test_int8_without_vnni_is_refused_and_changes_nothing(monkeypatch: pytest.Mo
         if patched:
             smolvla_fast.patch(policy)
         before = smolvla_fast.status(policy).to_dict()
-        reason = backends.why_not_int8(torch.device("cpu"))
+        reason = availability.why_not_int8(torch.device("cpu"))
         with pytest.raises(RuntimeError, match="precision='int8' cannot serve this policy") as refused:
             smolvla_fast.patch(policy, precision="int8")
         assert str(reason) in str(refused.value) and smolvla_fast.status(policy).to_dict() == before

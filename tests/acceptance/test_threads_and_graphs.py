@@ -70,7 +70,7 @@ def _pausing(policy: Any) -> tuple[threading.Event, threading.Event]:
 
 
 @pytest.mark.check(46)
-def test_reset_during_inference(observation: dict[str, Tensor]) -> None:
+def test_a_reset_leaves_the_chunk_under_way_alone(observation: dict[str, Tensor]) -> None:
     """As the RTC engine's main thread does: the chunk under way ends as if nothing had been, the queue is new."""
     policy = make_policy("tiny")
     smolvla_fast.patch(policy, precision="exact")
@@ -169,7 +169,9 @@ def test_another_policy_works_during_a_capture(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.check(51)
-def test_contexts_of_lerobots_loops(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
+def test_contexts_of_lerobots_loops_change_no_bit(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor
+) -> None:
     stock = chunk(policy, observation, noise)
     smolvla_fast.patch(policy, precision="exact")
     for context in (nullcontext(), torch.no_grad(), torch.inference_mode()):
@@ -178,17 +180,33 @@ def test_contexts_of_lerobots_loops(policy: Any, observation: dict[str, Tensor],
     assert smolvla_fast.status(policy).calls_fast == 3
 
 
+@pytest.mark.check(51)
+@pytest.mark.usefixtures("recording")
+@pytest.mark.parametrize("first", [torch.inference_mode, nullcontext])
+def test_calls_under_inference_mode_and_outside_share_a_graph(first: Callable[[], Any]) -> None:
+    """Its buffers are no inference tensors, whoever captures it: outside nobody could write to those."""
+    pair = Captured(num_steps=2)
+    for seed, context in enumerate((first, nullcontext, torch.inference_mode, torch.no_grad)):
+        with context():
+            assert pair.same(seed=seed), context
+    assert (pair.driver.captures, pair.driver.replays, pair.status.calls_stock) == (1, 4, 0)
+
+
 @pytest.mark.check(52)
 def test_compile_model_is_said_once_and_claims_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """LeRobot's compiled method hides ours; nothing is compiled here, for that happens at the first call."""
+    """LeRobot's compiled method hides ours. Called without dynamo: only who serves is asked here."""
     precision = torch.get_float32_matmul_precision()  # LeRobot sets it
     try:
         policy = make_policy("tiny", compile_model=True)
     finally:
         torch.set_float32_matmul_precision(precision)
+    stock = make_policy("tiny")
+    given, noise = make_observation(stock), make_noise(stock)
     smolvla_fast.patch(policy)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(chunk(policy, given, noise), chunk(stock, given, noise))
     now = smolvla_fast.status(policy)
-    assert not now.active and now.precision == now.backend == "stock"
+    assert not now.active and now.precision == now.backend == "stock" and now.calls_fast == 0
     assert "sample_actions is replaced on the instance (torch.compile does this)" in str(now.last_fallback)
     assert len(caplog.records) == 1 and str(now.last_fallback) in caplog.text
 
@@ -239,7 +257,7 @@ def _child(pipe: Any, policy: Any, given: dict[str, Tensor], noise: Tensor) -> N
 
 @pytest.mark.check(56)
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_another_process(method: str) -> None:
+def test_another_process_computes_the_parents_chunk(method: str) -> None:
     """On a CPU, where nothing is captured, both compute the parent's chunk. A CUDA context does not survive a fork: there
     the child fails as stock does (test_on_a_gpu.py); what is spawned captures for itself."""
     if method not in multiprocessing.get_all_start_methods():

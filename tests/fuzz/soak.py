@@ -1,6 +1,6 @@
 """Ten thousand chunks and then drawn cases, for at most so many minutes: does anything drift, leak or mismatch?
 
-    python tests/fuzz/soak.py [--minutes 10] [--chunks 10000] [--cases N]
+    PYTHONPATH=tests python -m fuzz.soak [--minutes 10] [--chunks 10000] [--cases N]
 
 Every chunk is compared with the one that stock gave for the same input. Four threads at a time call one policy, in tiers
 exact and fp32 in turn, each with an input of its own; prompts and cameras vary, half of the chunks are guided by real-time
@@ -19,20 +19,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from tqdm import tqdm
-
-# As pytest has them: the checkout and tests/.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from support.fuzz_cases import WEIGHTS, Tally, attempt, calls, compare, inputs_of, policies, rel_l2, twins
+from tqdm import tqdm
 
 import smolvla_fast
 from smolvla_fast.testing.policies import make_policy

@@ -190,7 +190,7 @@ class PolicyMachine(RuleBasedStateMachine):
             assert any(word in now.last_fallback for word in (DISABLE, "hook", "contiguous"))
 
 
-def test_interleavings() -> None:
+def test_drawn_interleavings_match_stock() -> None:
     nightly = CASES > QUICK
     run_state_machine_as_test(
         PolicyMachine,

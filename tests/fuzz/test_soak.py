@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("psutil")
-SCRIPT = Path(__file__).with_name("soak.py")
-
+from fuzz import soak
 
 SHORT = ["--minutes", "5", "--chunks", "200", "--cases", "8", "--derandomize"]
 
 
-@pytest.fixture(scope="module")
-def soak() -> Any:
-    spec = importlib.util.spec_from_file_location("soak", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
-def test_a_short_soak(soak: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_soak_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert soak.main(SHORT) == 0, capsys.readouterr().out
     said = capsys.readouterr().out
     assert "chunks 200 of 200, mismatches 0" in said and "grown: nothing" in said
@@ -43,16 +31,14 @@ def test_a_short_soak(soak: Any, capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"{what} first \d+, last \d+", said)
 
 
-def test_a_soak_of_stock_is_none(
-    soak: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_soak_of_stock_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
     assert soak.main(["--minutes", "5", "--chunks", "8", "--cases", "4", "--derandomize"]) == 1
     assert "the engine served 0 of 8 chunks; it has to serve all" in capsys.readouterr().out
 
 
-def test_a_wrong_chunk_is_told_with_its_input(
-    soak: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_wrong_chunk_is_reported_with_its_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compute, drawn = soak.attempt, soak.inputs()
     noise = soak.inputs_of(soak.make_policy("tiny", num_vlm_layers=1, chunk_size=4), drawn[1])[1]["noise"]
@@ -69,7 +55,7 @@ def test_a_wrong_chunk_is_told_with_its_input(
     assert "'seed': 1" in said and "'seed': 0" not in said
 
 
-def test_what_counts_as_growth(soak: Any) -> None:
+def test_what_counts_as_growth() -> None:
     held = {"resident bytes": 2**30, "threads": 9, "file handles": 9}
 
     def grown(chunks: int, **more: int) -> list[str]:

@@ -1,21 +1,16 @@
 """Every CUDA C++ kernel on small inputs, each result held to its reference: what compute-sanitizer watches.
 
-``python tests/gpu/every_kernel.py`` ends with status 0. With ``--overrun`` one kernel is told of more rows than its
+``PYTHONPATH=tests python -m gpu.every_kernel`` ends with status 0. With ``--overrun`` one kernel gets a row count beyond its
 tensors have, which a sanitizer that watches our kernels must see.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from support.contract import check, mapped, reference_module
+from torch import Tensor
 
 from smolvla_fast.ops.cuda import library
 from smolvla_fast.ops.select import reference_ops, select

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import smolvla_fast
-from smolvla_fast.ops.select import why_not
+from smolvla_fast.ops.availability import why_not
 from smolvla_fast.patch import engine_of
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import rel_l2

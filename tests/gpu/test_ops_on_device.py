@@ -8,7 +8,8 @@ import pytest
 import torch
 from support.contract import OPS, check, inputs_in, reference_module, run, to_device
 
-from smolvla_fast.ops.select import reference_ops, select, why_not
+from smolvla_fast.ops.availability import why_not
+from smolvla_fast.ops.select import reference_ops, select
 
 pytestmark = pytest.mark.gpu
 # ``cuda`` has kernels of its own for three; the rest of its table is Triton's.

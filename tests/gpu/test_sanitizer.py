@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from smolvla_fast.measure.system import cuda_homes
-from smolvla_fast.ops.select import why_not
+from smolvla_fast.ops.availability import why_not
 
 pytestmark = pytest.mark.gpu
-SCRIPT = Path(__file__).with_name("every_kernel.py")
+ROOT = Path(__file__).resolve().parents[2]
 FOUND = 9
 """The exit status that the sanitizer is told to give where it found something."""
 SECONDS = 240
@@ -37,11 +37,11 @@ def watch(tool: str, *arguments: str) -> tuple[int, str]:
     if reason:
         pytest.skip(reason)
     # Each tensor an allocation of its own: behind it nothing may be touched.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(
         [path, "--tool", tool, "--kernel-name", "kns=smolvla", "--error-exitcode", str(FOUND), sys.executable,
-         str(SCRIPT), *arguments],
-        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS,
+         "-m", "gpu.every_kernel", *arguments],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS,
     )  # fmt: skip
     print(done.stdout[-4000:])
     return done.returncode, done.stdout
@@ -50,7 +50,7 @@ def watch(tool: str, *arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("tool", "clean"), [("memcheck", r"ERROR SUMMARY: 0 errors"), ("racecheck", r"SUMMARY: 0 hazards")]
 )
-def test_clean(tool: str, clean: str) -> None:
+def test_the_sanitizer_finds_nothing(tool: str, clean: str) -> None:
     status, said = watch(tool)
     assert status == 0 and re.search(clean, said), said[-4000:]
 

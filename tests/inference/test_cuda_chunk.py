@@ -15,14 +15,17 @@ import pytest
 import torch
 from support.policies import LEROBOT_ONLY, chunk, make_policy
 from support.recorder import RecorderDriver
+from support.threads import elsewhere, once_after
 from torch import Tensor
 
 import smolvla_fast
 from smolvla_fast import inference
+from smolvla_fast.engine.cuda_graphs import GraphCache
 from smolvla_fast.ops import availability, extension
 from smolvla_fast.ops import select as backends
+from smolvla_fast.ops.availability import why_not
 from smolvla_fast.ops.cuda import library
-from smolvla_fast.ops.select import select, table, why_not
+from smolvla_fast.ops.select import select, table
 from smolvla_fast.ops.table import Ops, serving
 from smolvla_fast.patch import engine_of
 from smolvla_fast.stages.denoise import denoise
@@ -120,6 +123,48 @@ def test_the_receipt_is_of_the_graph_that_was_replayed(whole: Whole, monkeypatch
     assert now.graphs == 2 and whole.calls == 2, "asked while warming up and while recording, not at a replay"
 
 
+@pytest.fixture
+def shapes(whole: Whole, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A captured policy, chunks of it of 1 and 3 samples, and what status says of each."""
+    monkeypatch.setattr(inference, "driver_for", lambda device: RecorderDriver())
+    policy = patched()
+    said: dict[int, Any] = {}
+
+    def run(batch: int) -> None:
+        chunk(policy, make_observation(policy, batch=batch), make_noise(policy, batch=batch))
+
+    def status() -> Any:
+        now = smolvla_fast.status(policy)
+        return now.step_launches, now.stages["denoise"], now.fallback_reasons
+
+    for batch in (1, 3):
+        run(batch)
+        said[batch] = status()
+    assert said[1][0] == 0 and said[3][0] == 22
+    return run, status, said
+
+
+@pytest.mark.check(47)
+def test_status_reports_the_chunk_that_ended_last(shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's chunk of another shape ends between this one's work and its end."""
+    run, status, said = shapes
+    once_after(monkeypatch, GraphCache, "run", lambda: run(3))
+    run(1)
+    assert status() == said[1]
+
+
+@pytest.mark.check(47)
+def test_status_reports_one_chunk_alone(shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's chunk of another shape ends while it is asked."""
+    run, status, said = shapes
+    run(1)
+    nodes: Any = GraphCache.__dict__["nodes"]
+    monkeypatch.setattr(
+        GraphCache, "nodes", property(lambda self: (elsewhere(lambda: run(3)), nodes.fget(self))[1])
+    )
+    assert status() in said.values()
+
+
 def test_the_log_says_who_serves(whole: Whole, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="smolvla_fast"):
         patched()
@@ -210,7 +255,7 @@ def test_fp8_is_not_for_it(gpu: Any) -> None:
         select("cuda", CUDA, stock_order=False, quantized="e4m3")
 
 
-def test_the_table(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_says_who_serves_a_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU Triton's table with the kernels in it; without Triton torch's. ``auto`` takes Triton."""
     pytest.importorskip("triton")
     ops, triton = select("cuda", CUDA, False), select("triton", CUDA, False)

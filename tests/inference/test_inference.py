@@ -172,7 +172,7 @@ WITH_BF16 = pytest.mark.skipif(
 @LEROBOT_ONLY
 @pytest.mark.slow
 @DEPTHS
-def test_full_size(depth: dict[str, Any]) -> None:
+def test_full_size_keeps_the_bounds_of_its_tiers(depth: dict[str, Any]) -> None:
     """At real widths: exact has stock's bits in fp32, and fp32 is within its bound."""
     policy = make_policy("full", num_steps=2, cameras=1, **depth)
     torch.set_num_threads(2)

@@ -81,7 +81,7 @@ def test_batches_cameras_and_frames() -> None:
 
 
 @SERVED
-def test_second_terms_are_counted_and_told(
+def test_second_terms_are_counted_and_reported(
     policy: Any, observation: dict[str, Tensor], noise: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     truth = chunk(smolvla_fast.patch(policy, precision="fp32"), observation, noise)
@@ -92,11 +92,11 @@ def test_second_terms_are_counted_and_told(
         now = smolvla_fast.status(policy)
         return found, now.extra_bytes, now.fallback_reasons.get("int8 in one term")
 
-    error, held, told = again()
-    assert told is None
-    monkeypatch.setattr(int8, "MOST_LOST", 0.0)
-    error_of_two, held_by_two, told = again()
-    assert told is not None and told.startswith("64 of 64 weights lose more than 0 %")
+    error, held, reason = again()
+    assert reason is None
+    monkeypatch.setattr(int8, "MAX_LOSS", 0.0)
+    error_of_two, held_by_two, reason = again()
+    assert reason is not None and reason.startswith("64 of 64 weights lose more than 0 %")
     elements = sum(matrix.numel() for matrix in _matrices(policy))
     assert held_by_two - held >= 0.7 * elements
     assert error_of_two < error
@@ -218,7 +218,7 @@ def test_never_taken_by_auto(policy: Any) -> None:
     assert smolvla_fast.status(policy).precision == "fp32"
 
 
-def test_refusals(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_refuses_what_it_cannot_serve(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'int4' is not a tier; accepted are .*'fp8', 'int8'"):
         smolvla_fast.patch(policy, precision="int4")
     with pytest.raises(RuntimeError, match="precision='int8' cannot serve.*CPUs, the policy is on cuda"):

@@ -46,7 +46,7 @@ SMALL: dict[str, Any] = dict(
     ],
     ids=lambda settings: ",".join(map(str, settings.values())) or "default",
 )
-def test_chunk(settings: dict[str, Any], kernels_alone: bool) -> None:
+def test_a_chunk_by_kernels_is_within_the_bound(settings: dict[str, Any], kernels_alone: bool) -> None:
     policy = make_policy("tiny", device=DEVICE, **{**SMALL, **settings})
     given = make_observation(policy, batch=2, task="go", language_length=16)
     noise = make_noise(policy, batch=2)
@@ -61,7 +61,7 @@ def test_chunk(settings: dict[str, Any], kernels_alone: bool) -> None:
 
 
 @LEROBOT_ONLY
-def test_guided_chunk() -> None:
+def test_a_guided_chunk_by_kernels_is_within_the_bound() -> None:
     configuration = pytest.importorskip("lerobot.policies.rtc.configuration_rtc")
     policy = make_policy(
         "tiny", device=DEVICE, rtc_config=configuration.RTCConfig(execution_horizon=4), **SMALL

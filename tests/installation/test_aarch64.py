@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from ninja_build import CXX_FLAGS
 from support.masked import masked
 
 from smolvla_fast.ops import extension
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "csrc"))
-
-from ninja_build import CXX_FLAGS  # noqa: E402
-
 CROSS, QEMU = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 SYSTEM = "/usr/aarch64-linux-gnu"
 pytestmark = pytest.mark.skipif(

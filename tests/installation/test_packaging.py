@@ -58,7 +58,7 @@ def test_another_package_called_kernels_wins_in_a_checkout(python, tmp_path):
     assert python(code, [ROOT, tmp_path]) == "theirs"
 
 
-def test_metadata(installed):
+def test_the_wheel_carries_its_metadata(installed):
     text = next(installed.glob("smolvla_fast-*.dist-info/METADATA")).read_text()
     fields = [line.split(": ", 1) for line in text.split("\n\n", 1)[0].splitlines() if ": " in line]
     assert ["Requires-Python", ">=3.10"] in fields

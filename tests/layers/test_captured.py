@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_ONLY, make_policy, rel_l2, seam_inputs
+from support.policies import LEROBOT_ONLY, make_policy, model_inputs, rel_l2
 from support.recorder import RecorderDriver
 from torch import Tensor
 
@@ -35,7 +35,7 @@ class Sampler:
 
     def inputs(self, seed: int = 0, batch: int = 1) -> tuple[Any, ...]:
         observation = make_observation(self.policy, seed=seed, batch=batch)
-        return *seam_inputs(self.policy, observation), make_noise(self.policy, seed=seed, batch=batch)
+        return *model_inputs(self.policy, observation), make_noise(self.policy, seed=seed, batch=batch)
 
     def right(self, *given: Any) -> bool:
         """Whether the captured call answers as the function itself does, and as stock does."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.layer_calls import Given, contents, forward, given, one_layer
-from support.policies import LEROBOT_ONLY, chunk, make_policy, rel_l2, seam_inputs
+from support.policies import LEROBOT_ONLY, chunk, make_policy, model_inputs, rel_l2
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -210,8 +210,8 @@ def test_a_chunk_that_falls_back_has_stocks_bits(
         assert torch.equal(chunk(twin, observation, noise), chunk(policy, observation, noise))
     # Gradients of the noise: refused for a chunk, and no reason of the layers.
     asked = noise.clone().requires_grad_()
-    found = twin.model.sample_actions(*seam_inputs(twin, observation), noise=asked)
-    want = policy.model.sample_actions(*seam_inputs(policy, observation), noise=asked)
+    found = twin.model.sample_actions(*model_inputs(twin, observation), noise=asked)
+    want = policy.model.sample_actions(*model_inputs(policy, observation), noise=asked)
     assert torch.equal(found, want)
     now = smolvla_fast.status(twin)
     assert now.calls_stock == 2 and not now.layers_fast and not now.layers_stock

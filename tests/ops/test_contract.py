@@ -9,8 +9,9 @@ import torch
 from support.contract import HELPERS, OPS, check, inputs_in, reference_module, run
 from support.processors import LEVELS
 
+from smolvla_fast.ops.availability import why_not
 from smolvla_fast.ops.cpu import kernels as cpu
-from smolvla_fast.ops.select import reference_ops, select, why_not
+from smolvla_fast.ops.select import reference_ops, select
 from smolvla_fast.ops.table import NAMES
 from smolvla_fast.ops.torch import linear as aten_linear
 

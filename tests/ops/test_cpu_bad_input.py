@@ -9,8 +9,9 @@ import torch
 from support.contract import OPS, changed, inputs_in, leaves, reference_module, run
 from torch import Tensor
 
+from smolvla_fast.ops.availability import why_not
 from smolvla_fast.ops.cpu import kernels as cpu
-from smolvla_fast.ops.select import reference_ops, select, why_not
+from smolvla_fast.ops.select import reference_ops, select
 
 CPU = torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

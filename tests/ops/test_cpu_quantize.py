@@ -12,6 +12,7 @@ from torch import Tensor
 
 from smolvla_fast.ops import extension
 from smolvla_fast.ops import select as backends
+from smolvla_fast.ops.availability import why_not_int8
 from smolvla_fast.ops.cpu import int8, int8_ops, quantize
 from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.reference.linear import linear as reference_linear
@@ -28,7 +29,7 @@ pytestmark = [
     pytest.mark.cpu_kernels,
     pytest.mark.skipif(not extension.available("cpu"), reason=extension.why_missing("cpu")),
 ]
-PRODUCTS = pytest.mark.skipif(backends.why_not_int8(CPU) is not None, reason=str(backends.why_not_int8(CPU)))
+PRODUCTS = pytest.mark.skipif(why_not_int8(CPU) is not None, reason=str(why_not_int8(CPU)))
 F32, BF16 = torch.float32, torch.bfloat16
 SIZES = [(200, 768), (3, 1), (1, 15), (5, 16), (7, 33), (0, 8)]
 EPS = 2.0**-23
@@ -142,7 +143,7 @@ def test_activations_far_out_and_nan() -> None:
         assert rows.scale.isnan().tolist() == [False, True, False]
 
 
-def test_refusals() -> None:
+def test_quantising_refuses_what_it_cannot_do() -> None:
     x, scale = _x(4, 32), torch.ones(4)
     with pytest.raises(TypeError, match=r"quantize_rows: x has dtype torch.float16; accepted are"):
         quantize.quantize_rows(x.half())
@@ -280,23 +281,23 @@ def test_smoothing_saves_digits_behind_a_loud_norm() -> None:
 
 
 def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = backends.why_not_int8(torch.device("cuda"))
+    gpu = why_not_int8(torch.device("cuda"))
     assert gpu is not None and "oneDNN's for CPUs, the policy is on cuda" in gpu
     with monkeypatch.context() as patch:
         play(patch, "Skylake-X")
-        reason = str(backends.why_not_int8(CPU))
+        reason = str(why_not_int8(CPU))
         assert "multiplies no 8-bit integers; accepted are AVX512-VNNI, AVX-VNNI, AMX-INT8" in reason
         with pytest.raises(RuntimeError, match="precision='int8' cannot serve.*multiplies no 8-bit integers"):
             backends.select("auto", CPU, False, "int8")
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-        assert "built without oneDNN's integer product" in str(backends.why_not_int8(CPU))
+        assert "built without oneDNN's integer product" in str(why_not_int8(CPU))
     with monkeypatch.context() as patch:
         patch.setattr(extension, "why_missing", lambda kind: f"{kind} was not compiled: no compiler")
-        assert backends.why_not_int8(CPU) == "cpu was not compiled: no compiler"
+        assert why_not_int8(CPU) == "cpu was not compiled: no compiler"
     # A product that saturates is found out by asking for one, not by the processor's name alone.
     play(monkeypatch, "Cascade Lake")
     monkeypatch.setattr(int8, "int8_matmul", lambda x, weight: torch.full((2, 16), 1.0))
     int8._sums_are_exact.cache_clear()
-    assert "saturate" in str(backends.why_not_int8(CPU))
+    assert "saturate" in str(why_not_int8(CPU))
     int8._sums_are_exact.cache_clear()

@@ -36,7 +36,7 @@ PAIRS = {
     "cuda": ((BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)),
 }
 GRID = with_dtypes((CPU, PAIRS["cpu"]), ([TRITON], PAIRS["triton"]), ([CUDA], PAIRS["cuda"]))
-EVERY = pytest.mark.parametrize(("backend", "pair"), GRID, indirect=["backend"])
+BACKENDS_AND_DTYPES = pytest.mark.parametrize(("backend", "pair"), GRID, indirect=["backend"])
 ON_CUDA = pytest.mark.parametrize(
     ("backend", "pair"), with_dtypes(([CUDA], PAIRS["cuda"])), indirect=["backend"]
 )
@@ -163,7 +163,7 @@ def test_masks_of_a_denoise_step(tokens: int, prefix: int, pair: Any, attend: An
     assert_as_exact_as_eager(attend(**values), values)
 
 
-@EVERY
+@BACKENDS_AND_DTYPES
 @pytest.mark.parametrize("prefix", [1, 32, 83, 260])
 def test_one_row_of_the_mask_serves_all_queries(prefix: int, pair: Any, backend: str, attend: Any) -> None:
     """The pad mask of the prefix in cross attention, expanded over the queries: the bits of a copy for each."""
@@ -176,7 +176,7 @@ def test_one_row_of_the_mask_serves_all_queries(prefix: int, pair: Any, backend:
     assert torch.equal(out, attend(**{**values, "mask": values["mask"].contiguous()}))
 
 
-@EVERY
+@BACKENDS_AND_DTYPES
 def test_lerobots_blocks(pair: Any, backend: str, attend: Any) -> None:
     """Images and language see each other, padding is seen by none and sees none, the state sees all that is valid."""
     values = inputs(case(2, 21, 21, 6, 2, 24), pair)
@@ -187,7 +187,7 @@ def test_lerobots_blocks(pair: Any, backend: str, attend: Any) -> None:
     assert_as_exact_as_eager(attend(**values), values, slack=1 if backend == "triton" else 0)
 
 
-@EVERY
+@BACKENDS_AND_DTYPES
 def test_a_row_that_sees_nothing_averages_all_values(pair: Any, backend: str, attend: Any) -> None:
     """Of all keys, in every warp or block, and of none that fills up the last piece."""
     values = inputs(SMALL, pair)
@@ -204,7 +204,7 @@ def test_a_row_that_sees_nothing_averages_all_values(pair: Any, backend: str, at
         )
 
 
-@EVERY
+@BACKENDS_AND_DTYPES
 def test_masked_keys_have_no_influence(pair: Any, attend: Any) -> None:
     values = inputs(SMALL, pair)
     before = attend(**values)
@@ -220,7 +220,7 @@ def test_masked_keys_have_no_influence(pair: Any, attend: Any) -> None:
     assert torch.equal(attend(**values), want)
 
 
-@EVERY
+@BACKENDS_AND_DTYPES
 def test_a_row_of_one_key_returns_its_value(pair: Any, attend: Any) -> None:
     values = inputs(SMALL, pair)
     seen = torch.randint(0, 83, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -230,7 +230,7 @@ def test_a_row_of_one_key_returns_its_value(pair: Any, attend: Any) -> None:
     assert torch.equal(attend(**values), want.to(pair[0]))
 
 
-@EVERY
+@BACKENDS_AND_DTYPES
 def test_each_item_of_a_batch_has_its_own_mask(pair: Any, attend: Any) -> None:
     values = inputs(SMALL, pair)
     values["mask"] = torch.rand(2, 7, 83, generator=torch.Generator().manual_seed(1)) < 0.5
@@ -240,7 +240,7 @@ def test_each_item_of_a_batch_has_its_own_mask(pair: Any, attend: Any) -> None:
         assert torch.equal(together[i], alone[0])
 
 
-@EVERY
+@BACKENDS_AND_DTYPES
 def test_a_cache_is_read_where_it_lies(pair: Any, backend: str, attend: Any) -> None:
     """Keys and values are the front of a longer cache of all layers, NaN behind; queries a part of a joint projection."""
     values, device = inputs(SMALL, pair), device_of(backend)
@@ -259,7 +259,7 @@ def test_a_cache_is_read_where_it_lies(pair: Any, backend: str, attend: Any) -> 
     assert torch.equal(attend(**values), want)
 
 
-@EVERY
+@BACKENDS_AND_DTYPES
 def test_nan_comes_out_where_it_went_in(pair: Any, backend: str, attend: Any) -> None:
     """As in the reference, and every other bit stays."""
     values = inputs(SMALL, pair)
@@ -275,7 +275,7 @@ def test_nan_comes_out_where_it_went_in(pair: Any, backend: str, attend: Any) ->
         assert torch.equal(got[~want], clean[~want]), name
 
 
-@EVERY
+@BACKENDS_AND_DTYPES
 def test_large_scores_neither_overflow_nor_lose_the_winner(pair: Any, attend: Any) -> None:
     large = 6e4 if F16 in pair else 1e15
     q, k = torch.zeros(1, 2, 1, 8, dtype=pair[0]), torch.zeros(1, 40, 1, 8, dtype=pair[1])

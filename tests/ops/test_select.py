@@ -19,7 +19,7 @@ from smolvla_fast.engine import cuda_graphs as graphs
 from smolvla_fast.inference import Engine
 from smolvla_fast.measure import system
 from smolvla_fast.model.precision import TIERS, resolve_tier
-from smolvla_fast.ops import extension
+from smolvla_fast.ops import availability, extension
 from smolvla_fast.ops import select as backends
 from smolvla_fast.ops.torch import linear as aten_linear
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
@@ -110,7 +110,9 @@ def test_auto_takes_the_kernels_where_they_were_measured(monkeypatch: pytest.Mon
     monkeypatch.setattr(extension.load("cpu"), "levels", lambda: ["baseline", "avx2"])
     for name in ("x86_64", "AMD64", "amd64"):
         monkeypatch.setattr(platform, "machine", lambda name=name: name)
-        assert backends.select("auto", CPU, False).backend == "cpu" and backends.fallback_reasons(CPU) == {}
+        assert (
+            backends.select("auto", CPU, False).backend == "cpu" and availability.fallback_reasons(CPU) == {}
+        )
 
 
 @pytest.mark.parametrize("capability", ["DEFAULT", "NO AVX", "NEON", "SVE256", "VSX", "Z VECTOR"])
@@ -137,7 +139,7 @@ def rocm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def test_auto_takes_torch_on_an_amd_gpu(rocm: str) -> None:
     assert backends.select("auto", CUDA, False).backend == "torch"
     assert backends.select("auto", CUDA, True).backend == "reference"
-    assert backends.fallback_reasons(CUDA) == {"triton": rocm}
+    assert availability.fallback_reasons(CUDA) == {"triton": rocm}
     assert {row.reason for row in backends.table(CUDA) if row.backend in ("triton", "cuda")} == {rocm}
 
 
@@ -160,7 +162,7 @@ def test_8_bits_are_refused_on_an_amd_gpu(rocm: str) -> None:
 def test_no_graph_is_captured_on_an_amd_gpu(rocm: str, precision: str) -> None:
     assert graphs.driver_for(CUDA) is None
     engine = Engine(resolve_tier(precision, torch.float32), "auto", CUDA)
-    assert engine.graphs is None and "ops run one by one" in engine.fallback_reasons["graph"]
+    assert engine.graphs is None and "ops run one by one" in engine.report()["fallback_reasons"]["graph"]
     assert engine.ops.backend == ("reference" if TIERS.get(precision) is TIERS["exact"] else "torch")
 
 
@@ -184,11 +186,12 @@ BROKEN = {
 }
 ASK = """
 import torch
+from smolvla_fast.ops import availability
 from smolvla_fast.ops import select as backends
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 cuda = torch.device("cuda")
 print(backends.select("auto", cuda, False).backend)
-print(backends.fallback_reasons(cuda)["triton"])
+print(availability.fallback_reasons(cuda)["triton"])
 """
 
 

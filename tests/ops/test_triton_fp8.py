@@ -64,9 +64,9 @@ def test_nan_stays_in_its_row(op: str) -> None:
     clean = run(select("triton", torch.device(DEVICE), False), op, there(narrow))
     x = narrow["x"]
     (x.view(-1, x.shape[-1]))[0, 3] = torch.nan
-    sick = run(select("triton", torch.device(DEVICE), False), op, there(narrow))
+    of_narrow = run(select("triton", torch.device(DEVICE), False), op, there(narrow))
     name = "y" if "y" in clean else "q"
-    rows = (value.reshape(-1, value.shape[-1]) for value in (clean[name], sick[name]))
+    rows = (value.reshape(-1, value.shape[-1]) for value in (clean[name], of_narrow[name]))
     before, after = rows
     assert after[0].isnan().all() and torch.equal(before[-1], after[-1])
 

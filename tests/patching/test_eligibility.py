@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, seam_inputs
+from support.policies import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, model_inputs
 from torch import Tensor, nn
 
 import smolvla_fast
@@ -218,7 +218,7 @@ def test_model_changed_after_patch(name: str, caplog: pytest.LogCaptureFixture) 
     chunk(policy, observation, noise)
     with torch.no_grad(), stock_layers():
         model = policy.model
-        stock = type(model).stock_class.sample_actions(model, *seam_inputs(policy, observation), noise=noise)
+        stock = type(model).stock_class.sample_actions(model, *model_inputs(policy, observation), noise=noise)
     _check(policy, stock[:, :, :6], chunk(policy, observation, noise), reason, caplog)
     assert not smolvla_fast.status(policy).active
 

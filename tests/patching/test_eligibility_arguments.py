@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.policies import LEROBOT_FIRST, make_policy, rel_l2, seam_inputs
+from support.policies import LEROBOT_FIRST, make_policy, model_inputs, rel_l2
 from torch import Tensor
 
 import smolvla_fast
@@ -225,7 +225,7 @@ def _twins(precision: str, guided: bool) -> tuple[Any, Any]:
 def _usual(policy: Any, batch: int) -> dict[str, Any]:
     observation = make_observation(policy, batch=batch)
     given = dict(
-        zip(NAMES, (*seam_inputs(policy, observation), make_noise(policy, batch=batch)), strict=True)
+        zip(NAMES, (*model_inputs(policy, observation), make_noise(policy, batch=batch)), strict=True)
     )
     return {name: list(value) if isinstance(value, list) else value for name, value in given.items()}
 

@@ -19,17 +19,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import smolvla_fast
-from smolvla_fast.model.dense import why_not_dense
-from smolvla_fast.model.dims import read_dims
-from smolvla_fast.model.weights import (
-    read_expert_layers,
-    read_heads,
-    read_patch_embedding,
-    read_text_layers,
-    read_vision_end,
-    read_vision_layers,
-    sources,
-)
 from smolvla_fast.testing.policies import make_noise, make_observation
 
 torchao = pytest.importorskip("torchao.quantization", reason="the quantised weights are torchao's own")
@@ -261,15 +250,6 @@ def test_a_dtensor_runs_stock() -> None:
         distributed.destroy_process_group()
 
 
-def test_freed_memory_and_transforms_are_not_dense() -> None:
-    freed = torch.ones(3)
-    freed.untyped_storage().resize_(0)
-    assert "freed" in str(why_not_dense(freed)) and why_not_dense(torch.empty(0)) is None
-    seen: list[str | None] = []
-    torch.vmap(lambda x: (seen.append(why_not_dense(x)), x)[1])(torch.ones(2, 3))
-    assert seen == ["a tensor of a torch.func transform"]
-
-
 @torch.no_grad()
 def test_swapped_plain_tensors_are_served(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
     """``torch.func.functional_call`` puts plain tensors where parameters were: dense ones, read where they lie."""
@@ -291,28 +271,3 @@ class _Call(nn.Module):
 
     def forward(self, observation: dict[str, Tensor], noise: Tensor) -> Tensor:
         return chunk(self.policy, observation, noise)
-
-
-def test_what_is_read_is_what_is_checked(policy: Any) -> None:
-    """Each tensor that a stage reads is a parameter of a module in ``sources``, and there is nothing else in those."""
-    model = policy.model
-    pair, vlm = model.vlm_with_expert, _vlm(model)
-    read: list[Tensor] = []
-
-    def walk(value: Any) -> None:
-        if isinstance(value, Tensor):
-            read.append(value)
-        elif hasattr(value, "__dataclass_fields__"):
-            walk(list(vars(value).values()))
-        elif isinstance(value, list | tuple):
-            for each in value:
-                walk(each)
-
-    walk([
-        read_patch_embedding(vlm, lambda x: x), list(read_vision_layers(vlm, lambda x: x)),
-        read_vision_end(vlm, lambda x: x), list(read_text_layers(vlm, lambda x: x)),
-        read_expert_layers(pair, lambda x: x, lambda x: x), read_heads(model),
-        vlm.text_model.get_input_embeddings().weight,
-    ])  # fmt: skip
-    checked = [p for source in sources(model, read_dims(model)) for p in source.module.parameters()]
-    assert {id(x) for x in read} == {id(x) for x in checked}

@@ -105,7 +105,7 @@ def test_warmup_counts_nothing_and_leaves_the_batch(policy: Any, observation: di
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
-def test_bad_arguments(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patch_refuses_bad_arguments(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="precision='fp8' cannot serve.*run on an NVIDIA GPU"):
         smolvla_fast.patch(policy, precision="fp8")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, rel_l2, seam_inputs
+from support.policies import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, model_inputs, rel_l2
 from torch import Tensor
 
 import smolvla_fast
@@ -25,7 +25,7 @@ def test_verify_measures_what_the_user_would(
     smolvla_fast.patch(policy, precision="bf16")
     report = smolvla_fast.verify(policy, observation, noise=noise)
     with torch.no_grad():
-        fast = policy.model.sample_actions(*seam_inputs(policy, observation), noise=noise)
+        fast = policy.model.sample_actions(*model_inputs(policy, observation), noise=noise)
     assert report.rel_l2 == pytest.approx(rel_l2(fast, _full_width(policy, observation, noise)), rel=1e-9)
     assert report.max_abs >= float((chunk(policy, observation, noise) - stock).abs().max())
     assert 0.99 < report.cosine <= 1 + 1e-12
@@ -45,7 +45,7 @@ def test_verify_measures_what_the_user_would(
 def _full_width(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> Tensor:
     model = policy.model
     with stock_layers():
-        return type(model).stock_class.sample_actions(model, *seam_inputs(policy, observation), noise=noise)
+        return type(model).stock_class.sample_actions(model, *model_inputs(policy, observation), noise=noise)
 
 
 @LEROBOT_ONLY

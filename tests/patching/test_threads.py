@@ -19,6 +19,7 @@ import torch
 from support.captured import Captured, recording
 from support.policies import LEROBOT_ONLY, chunk, make_policy, rel_l2
 from support.recorder import RecorderDriver
+from support.threads import MOMENT, PATIENCE, Elsewhere, elsewhere, once_after
 from torch import nn
 
 import smolvla_fast
@@ -33,54 +34,6 @@ from smolvla_fast.verify import FP32_BOUND
 __all__ = ["recording"]
 pytestmark = [LEROBOT_ONLY, pytest.mark.check(47)]
 patch_module: Any = sys.modules["smolvla_fast.patch"]
-MOMENT, PATIENCE = 0.3, 60
-
-
-class Elsewhere(threading.Thread):
-    """Another thread does ``work``; what it raises is raised where it is awaited."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self.work, self.error = work, None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.work()
-        except BaseException as error:
-            self.error: BaseException | None = error
-
-    def ended(self) -> None:
-        self.join(PATIENCE)
-        assert not self.is_alive(), "locked up"
-        if self.error is not None:
-            raise self.error
-
-
-def elsewhere(work: Callable[[], Any], wait: float | None = None) -> Elsewhere:
-    """By default it has been done on return, else so much time for it is over."""
-    thread = Elsewhere(work)
-    if wait is None:
-        thread.ended()
-    else:
-        thread.join(wait)
-    return thread
-
-
-def once_after(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, work: Callable[[], Any], wait: float | None = None
-) -> None:
-    """Another thread does ``work`` right behind the first call of ``owner.name``."""
-    stock, done = getattr(owner, name), []
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        found = stock(*args, **kwargs)
-        if not done:
-            done.append(None)
-            elsewhere(work, wait)
-        return found
-
-    monkeypatch.setattr(owner, name, function)
 
 
 def patched(precision: str = "fp32", **settings: Any) -> tuple[Any, Any, Any]:
@@ -297,6 +250,19 @@ def test_a_change_that_another_thread_saw_first(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(mine, other[0]) and not torch.equal(mine, before)
 
 
+@pytest.mark.usefixtures("recording")
+def test_a_replay_that_a_new_tier_overtakes_runs_on_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread asks for another tier while the GPU works: the chunk of the old engine is thrown away."""
+    pair, other = Captured(num_steps=2), Captured("fp32", num_steps=2)
+    given, noise = make_observation(pair.plain), make_noise(pair.plain)
+    exact, wanted = chunk(pair.policy, given, noise), chunk(other.plain, given, noise)
+    assert not torch.equal(exact, wanted), "tiers with the same bits: no test"
+    fp32 = dict(precision="fp32", backend="torch")
+    once_after(monkeypatch, inference.GraphCache, "run", lambda: smolvla_fast.patch(pair.policy, **fp32))
+    assert torch.equal(chunk(pair.policy, given, noise), wanted)
+    assert (pair.status.precision, pair.status.calls_fast, pair.status.calls_stock) == ("fp32", 2, 0)
+
+
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_unpatched_as_a_chunk_begins(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, given, noise = patched()
@@ -362,11 +328,11 @@ def _use(policy: Any, given: Any, noise: Any) -> None:
 @pytest.mark.usefixtures("products")
 def test_forked_while_a_thread_holds_a_lock(name: str) -> None:
     policy, given, noise = patched("int8" if name == "copies" else "fp32")
-    beside = runtime.runtime_of(policy.model)
+    own = runtime.runtime_of(policy.model)
     if name == "copies":
         lock = engine_of(policy.model).quantized_weights._lock  # type: ignore[union-attr]
     else:
-        locks = {"table": runtime.RUNTIMES.lock, "model": beside.lock, "training": beside.training.lock}
+        locks = {"table": runtime.RUNTIMES.lock, "model": own.lock, "training": own.training.lock}
         lock = locks[name]
     held, done = threading.Event(), threading.Event()
 

@@ -78,7 +78,7 @@ def as_right_as_torch(policy: Any, given: Any, noise: Tensor, **kwargs: Any) -> 
     ],
     ids=lambda settings: ",".join(map(str, settings.values())),
 )
-def test_chunk(settings: dict[str, Any]) -> None:
+def test_a_chunk_in_one_launch_errs_no_more_than_torch(settings: dict[str, Any]) -> None:
     """Weights in bf16, and copies of them where they are stored in fp32; every pattern of self and cross layers."""
     policy = make(**settings)
     given, noise = feed(policy, batch=2)
@@ -88,7 +88,7 @@ def test_chunk(settings: dict[str, Any]) -> None:
     assert torch.equal(noise, before) and torch.equal(chunk(policy, given, noise), ours)
 
 
-def test_guided_chunk() -> None:
+def test_a_guided_chunk_in_one_launch_errs_no_more_than_torch() -> None:
     from smolvla_fast.smolvla.rtc import RTCConfig
 
     policy = make(layout="mixed", rtc_config=RTCConfig(execution_horizon=4))

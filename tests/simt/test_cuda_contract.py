@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gpu import every_kernel
 from support.contract import OPS, check, reference_module
 
-from smolvla_fast.ops.select import reference_ops, select, why_not
+from smolvla_fast.ops.availability import why_not
+from smolvla_fast.ops.select import reference_ops, select
 
 CPU = torch.device("cpu")
 MORE = {
@@ -55,9 +56,6 @@ def test_fp32_queries_are_served_by_the_fallback(emulator: Any, monkeypatch: pyt
 
 def test_what_the_sanitizer_watches(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script that compute-sanitizer runs on a GPU does here what it says: all kernels right, and one overrun."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "gpu")
-    import every_kernel
-
     monkeypatch.setattr(every_kernel, "SMALL_FLOPS", 1e5)
     ops = select("cuda", CPU, False)
     every_kernel.single_ops(ops, CPU)

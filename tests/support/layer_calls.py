@@ -11,7 +11,7 @@ from torch import Tensor
 from smolvla_fast.layers import caches
 from smolvla_fast.ops.reference.masks import block_mask
 
-from .policies import seam_inputs
+from .policies import model_inputs
 
 
 class Given(NamedTuple):
@@ -51,7 +51,7 @@ def given(policy: Any, observation: dict[str, Tensor], noise: Tensor, time: floa
     model = policy.model
     times = torch.full((len(noise),), time)
     with torch.no_grad():
-        *rest, state = seam_inputs(policy, observation)
+        *rest, state = model_inputs(policy, observation)
         prefix, pads, blocks = model.embed_prefix(*rest, state=state)
         suffix = model.embed_suffix(noise, times)[0]
     return Given(prefix, suffix, pads, blocks.bool(), noise, times)

@@ -64,7 +64,7 @@ def chunk(policy: Any, observation: dict[str, Tensor], noise: Tensor | None = No
     return policy.predict_action_chunk(copies, noise=noise, **kwargs)
 
 
-def seam_inputs(policy: Any, observation: dict[str, Tensor]) -> tuple[Any, ...]:
+def model_inputs(policy: Any, observation: dict[str, Tensor]) -> tuple[Any, ...]:
     """What ``policy.model.sample_actions`` takes: images, their masks, tokens, their masks, state."""
     images, masks = policy.prepare_images(observation)
     tokens, token_masks = (
@@ -74,7 +74,7 @@ def seam_inputs(policy: Any, observation: dict[str, Tensor]) -> tuple[Any, ...]:
 
 
 def chunk_in_fp64(model: Any, inputs: tuple[Any, ...], noise: Tensor) -> Tensor:
-    """The truth for a chunk from ``seam_inputs``: the references follow the dtype they are given."""
+    """The truth for a chunk from ``model_inputs``: the references follow the dtype they are given."""
     images, masks, tokens, token_masks, state = inputs
     engine = inference.Engine(Tier("fp64", gemm_dtype=None, stock_order=True), "auto", torch.device("cpu"))
     wide = [image.double() for image in images]

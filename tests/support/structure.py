@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+from importlib.util import resolve_name
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +57,9 @@ SAID = {
 }
 
 
+CALLS = ("import_module", "__import__")
+
+
 def files() -> dict[str, Path]:
     """Every module of the package by its name inside it; ``kernels/`` is ``kernels`` there."""
     found = {}
@@ -69,21 +73,26 @@ def files() -> dict[str, Path]:
 FILES = files()
 
 
-def imports(name: str, path: Path) -> set[str]:
-    """Modules of the package that a module imports, inside functions and for type checkers too."""
-    package = [] if name == "__init__" else name.split(".")
-    package = package if path.name == "__init__.py" else package[:-1]
+def imports(name: str, code: str, is_package: bool) -> set[str]:
+    """Modules of the package that a module imports: at its head, inside functions, for type checkers, by name.
+
+    The package's version is no import: whoever reads it needs nothing of what stands above.
+    """
+    module = "smolvla_fast" if name == "__init__" else f"smolvla_fast.{name}"
+    package = module if is_package else module.rpartition(".")[0]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(code)):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [each.name for each in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ["smolvla_fast", *package[: len(package) - node.level + 1]] if node.level else []
-            base += [node.module] if node.module else []
-            names = [".".join([*base, each.name]) for each in node.names]
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            names = [f"{base}.{each.name}" for each in node.names]
+        elif isinstance(node, ast.Call) and node.args and ast.unparse(node.func).endswith(CALLS):
+            given = _beginning(node.args[0], {"__package__": package, "__name__": module})
+            names = [resolve_name(given, package).rstrip(".")] if given else []
         for full in names:
-            if full.split(".")[0] != "smolvla_fast":
+            if full.split(".")[0] != "smolvla_fast" or full == "smolvla_fast.__version__":
                 continue
             inside = full.removeprefix("smolvla_fast").removeprefix(".")
             # The longest beginning that is a module: what comes behind it is a name in that module.
@@ -91,6 +100,19 @@ def imports(name: str, path: Path) -> set[str]:
                 inside = inside.rpartition(".")[0]
             found.add(inside or "__init__")
     return found - {name}
+
+
+def _beginning(argument: ast.expr, known: dict[str, str]) -> str:
+    """What is known of a module's name that is given as text: up to the first part that a run decides."""
+    text = ""
+    for part in argument.values if isinstance(argument, ast.JoinedStr) else [argument]:
+        if isinstance(part, ast.Constant):
+            text += str(part.value)
+        elif isinstance(part, ast.FormattedValue) and ast.unparse(part.value) in known:
+            text += known[ast.unparse(part.value)]
+        else:
+            break
+    return text
 
 
 def room(module: str) -> int:
@@ -105,13 +127,13 @@ def room(module: str) -> int:
     return max(fits)[1]
 
 
-GRAPH = {name: imports(name, path) for name, path in FILES.items()}
+GRAPH = {name: imports(name, path.read_text(), path.name == "__init__.py") for name, path in FILES.items()}
 
 
 def mermaid() -> str:
     """Rooms and their imports as a Mermaid chart, without the arrows that a longer way already draws."""
     names = list(ROOMS)
-    edges = {(room(a), room(b)) for a, found in GRAPH.items() for b in found if b != "__init__"}
+    edges = {(room(a), room(b)) for a, found in GRAPH.items() for b in found}
     below: dict[int, set[int]] = {place: set() for place in range(len(names))}
     for place in reversed(below):
         for other in sorted(b for a, b in edges if a == place and b != place):

@@ -57,7 +57,7 @@ GRID: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "long prompt": (dict(tokenizer_max_length=16), dict(task=["x" * 60, "go"])),
     "aloha": (dict(adapt_to_pi_aloha=True, state_dim=14, action_dim=14), {}),
 }  # fmt: skip
-# Our class shares its maths with LeRobot's, bit for bit; a few knobs show that the seam fits it.
+# Our class shares its maths with LeRobot's, bit for bit; a few knobs show that the override point fits it.
 OURS = ("default", "text learns, vision frozen", "all learns", "biases")
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import pickle
 import re
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchvision import tv_tensors
 
 pytest.importorskip(
     "lerobot.policies.smolvla.modeling_smolvla", reason="parity is against LeRobot's own classes"
@@ -72,7 +73,7 @@ VLM = r".*text_model\..*\.(q|v|up)_proj"
 @pytest.mark.parametrize(
     "targets", [EXPERT, VLM, EXPERT + "|" + VLM], ids=["LeRobot's own", "the VLM's", "both"]
 )
-def test_lora(policy: Any, targets: str) -> None:
+def test_lora_trains_as_in_stock(policy: Any, targets: str) -> None:
     """Adapters are called as modules: the expert's and the heads' beside a frozen prefix, the VLM's under its full graph."""
     _check_lora(policy, targets)
 
@@ -99,7 +100,7 @@ def _check_lora(policy: Any, targets: str) -> Step:
     return stock
 
 
-def test_accelerate(policy: Any) -> None:
+def test_accelerate_trains_as_in_stock(policy: Any) -> None:
     """Prepared by an Accelerator in bf16 with two batches an optimizer step, as lerobot-train does it."""
     accelerate = pytest.importorskip("accelerate")
     batches = [make_batch(policy, seed=seed) for seed in (0, 10)]
@@ -136,7 +137,6 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-sys.path[:0] = [{root!r}, {tests!r}]
 from support.train_steps import copied, distance, gradients_of, make_batch
 import smolvla_fast
 from smolvla_fast.testing.policies import make_policy
@@ -144,8 +144,8 @@ from smolvla_fast.testing.policies import make_policy
 torch.set_num_threads(1)
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-for settings in ({{}}, dict(train_expert_only=False, freeze_vision_encoder=False)):
-    found = {{}}
+for settings in ({}, dict(train_expert_only=False, freeze_vision_encoder=False)):
+    found = {}
     for kind in ("stock", "fast"):
         policy = make_policy("tiny", **settings).train()
         if kind == "fast":
@@ -172,20 +172,22 @@ print("same", rank)
 def test_ddp_of_two_processes(tmp_path: Path) -> None:
     """Gradients averaged over two gloo processes with different batches, against stock's; no unused parameter is left."""
     script = tmp_path / "ddp.py"
-    script.write_text(textwrap.dedent(DDP.format(root=str(ROOT), tests=str(ROOT / "tests"))))
+    script.write_text(DDP)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(tmp_path / "meet")],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "PYTHONPATH": paths},
         )
         for rank in range(2)
     ]  # fmt: skip
     try:
-        told = [process.communicate(timeout=300)[0] for process in processes]
+        messages = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for rank, (process, text) in enumerate(zip(processes, told, strict=True)):
+    for rank, (process, text) in enumerate(zip(processes, messages, strict=True)):
         assert process.returncode == 0 and f"same {rank}" in text, text[-3000:]
 
 
@@ -219,7 +221,7 @@ def test_compile_model_hides_the_fast_path(caplog: pytest.LogCaptureFixture) -> 
     assert any("training runs stock" in record.message for record in caplog.records)
 
 
-def test_validation_without_gradients(policy: Any) -> None:
+def test_validation_computes_the_loss_without_a_graph(policy: Any) -> None:
     batch = make_batch(policy)
     smolvla_fast.patch(policy, training=True)
     with_graph = step(policy, batch)
@@ -362,8 +364,8 @@ def test_stock_runs_with_a_receipt(policy: Any, name: str, caplog: pytest.LogCap
     assert now.training_fallback is not None and re.search(reason, now.training_fallback)
     assert torch.equal(ours.loss, stock.loss)
     assert all(torch.equal(ours.gradients[key], value) for key, value in stock.gradients.items())
-    told = [record for record in caplog.records if "training" in record.message]
-    assert len(told) == 1, [record.message for record in told]
+    messages = [record for record in caplog.records if "training" in record.message]
+    assert len(messages) == 1, [record.message for record in messages]
 
 
 @pytest.mark.parametrize("name", ["a forward hook", "a backward hook", "dropout in the vision tower"])
@@ -395,6 +397,10 @@ def test_a_method_replaced_on_the_class_is_noticed(
 
 CALLS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a frame that learns": (lambda given: given["images"][0].requires_grad_(), "require a gradient"),
+    "a frame of a class of its own": (
+        lambda given: given["images"].__setitem__(0, tv_tensors.Image(given["images"][0])),
+        "image 0 is a torchvision.tv_tensors._image.Image, not a plain tensor",
+    ),
     "actions that learn": (lambda given: given["actions"].requires_grad_(), "require a gradient"),
 }
 

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_the_suite(tmp_path: Path) -> None:
+def test_the_suite_writes_its_figures(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     command = [sys.executable, "-m", "smolvla_fast.cli", "bench", "--suite", "train", "--size", "tiny"]
     command += ["--device", "cpu", "--threads", "1", "--rounds", "1", "--batch", "1", "--json", str(path)]

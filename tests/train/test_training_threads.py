@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,8 @@ pytest.importorskip(
     "lerobot.policies.smolvla.modeling_smolvla", reason="parity is against LeRobot's own classes"
 )
 
-from support.policies import seam_inputs
+from support.policies import model_inputs
+from support.threads import PATIENCE, elsewhere
 from support.train_steps import make_batch
 
 import smolvla_fast
@@ -32,7 +32,6 @@ from smolvla_fast.patching.training_runtime import TrainingRuntime
 from smolvla_fast.testing.policies import make_policy
 
 pytestmark = pytest.mark.training
-PATIENCE = 60
 
 
 class Trainee:
@@ -44,7 +43,7 @@ class Trainee:
         batch = make_batch(self.policy)
         actions = self.policy.prepare_action(batch)
         noise = torch.randn(actions.shape, generator=torch.Generator().manual_seed(0))
-        self.given = (*seam_inputs(self.policy, batch), actions, noise, torch.tensor([0.3, 0.8]))
+        self.given = (*model_inputs(self.policy, batch), actions, noise, torch.tensor([0.3, 0.8]))
 
     def loss(self, autocast: bool = False) -> Tensor:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -66,11 +65,6 @@ class Doubled(nn.Linear):
 @pytest.fixture
 def trainee() -> Trainee:
     return Trainee()
-
-
-def elsewhere(do: Callable[[], Any]) -> None:
-    """In another thread, to its end; what it raises is raised here, and where it waits for this one TimeoutError."""
-    ThreadPoolExecutor(1).submit(do).result(PATIENCE)
 
 
 class Once:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import extension, processor
 from ..reference.quantize import ZERO, IntegerRows, IntegerWeight, dequantize, quantize_weight
 
-MOST_LOST = 0.015
+MAX_LOSS = 0.015
 """The most of its length that a weight may lose to one step a row, before what it loses is kept in a second term. Normal
 weights stay below it, Student's t with 3 degrees of freedom does not (``tests/ops/test_cpu_quantize.py``)."""
 
@@ -48,11 +48,11 @@ class Packed(NamedTuple):
 
 
 def pack(weight: Tensor) -> Packed:
-    """[O, K] any float dtype -> packed; in two terms, each with its scales, where one loses more than ``MOST_LOST``."""
+    """[O, K] any float dtype -> packed; in two terms, each with its scales, where one loses more than ``MAX_LOSS``."""
     first = quantize_weight(weight)
     lost = weight.float() - dequantize(first)
     packed = pack_integers(first)
-    if not lost.norm() > MOST_LOST * weight.float().norm():  # so written that NaN has one term
+    if not lost.norm() > MAX_LOSS * weight.float().norm():  # so written that NaN has one term
         return packed
     return packed._replace(rest=pack_integers(quantize_weight(lost)))
 
@@ -86,7 +86,7 @@ def why_two_terms(copies: list[Any]) -> str | None:
     if not twice:
         return None
     return (
-        f"{twice} of {len(packed)} weights lose more than {100 * MOST_LOST:g} % to one step a row; "
+        f"{twice} of {len(packed)} weights lose more than {100 * MAX_LOSS:g} % to one step a row; "
         "they have a second term, for twice their bytes and time"
     )
 

@@ -11,7 +11,7 @@ from . import library
 
 _FP32 = (torch.float32,)
 # What CUDA accepts as the second extent of a grid, eight actions each.
-_MOST_ACTIONS = 65535 * 8
+_MAX_ACTIONS = 65535 * 8
 
 
 def euler_step(
@@ -52,9 +52,9 @@ def euler_step(
     library.check("euler_step", "action_out.weight", out_weight, (actions, width), like=h)
     library.check("euler_step", "action_out.bias", out_bias, (actions,), like=h)
     library.check("euler_step", "x", x, (batch, tokens, actions), _FP32, like=h)
-    if not width or actions > _MOST_ACTIONS:
+    if not width or actions > _MAX_ACTIONS:
         raise ValueError(
-            f"euler_step: width {width}, {actions} actions; accepted are at least 1, at most {_MOST_ACTIONS}"
+            f"euler_step: width {width}, {actions} actions; accepted are at least 1, at most {_MAX_ACTIONS}"
         )
     time, previous, weights, strength = 0.0, None, None, None
     strides = (0, 0, 0, 0)

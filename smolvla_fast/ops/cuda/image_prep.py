@@ -10,7 +10,7 @@ from . import library
 
 _FRAMES = (*library.DTYPES, torch.uint8)
 # What CUDA accepts as the third extent of a grid.
-_MOST_IMAGES = 65535
+_MAX_IMAGES = 65535
 
 
 def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -32,8 +32,8 @@ def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> T
         )
     frames = channels_first(frames)
     batch, _, frame_height, frame_width = frames.shape
-    if batch > _MOST_IMAGES:
-        raise ValueError(f"image_prep: {batch} images; at most {_MOST_IMAGES} are accepted, split them")
+    if batch > _MAX_IMAGES:
+        raise ValueError(f"image_prep: {batch} images; at most {_MAX_IMAGES} are accepted, split them")
     new_height, new_width = checked_size(frames, height, width)
     kernels = library.library(frames.device)
     out = torch.empty(batch, 3, height, width, dtype=dtype, device=frames.device)

@@ -12,7 +12,7 @@ from . import library
 
 MAX_HEAD_DIM = 128
 # What CUDA accepts as the second and third extent of a grid: KV heads and samples.
-_MOST_BLOCKS = 65535
+_MAX_BLOCKS = 65535
 _NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -77,10 +77,10 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int]:
             f"{op}: {heads} query heads over {kv_heads} KV heads of {keys} keys; accepted is at least one key, and "
             "query heads that are a multiple of the KV heads"
         )
-    if max(batch, kv_heads) > _MOST_BLOCKS or tokens * heads >= 2**31:
+    if max(batch, kv_heads) > _MAX_BLOCKS or tokens * heads >= 2**31:
         raise ValueError(
             f"{op}: {batch} samples, {kv_heads} KV heads, {tokens} queries of {heads} heads; accepted are at most "
-            f"{_MOST_BLOCKS} samples and KV heads, and fewer than 2**31 rows"
+            f"{_MAX_BLOCKS} samples and KV heads, and fewer than 2**31 rows"
         )
     reason = why_not_attention(q, k, v)
     if reason is not None:

@@ -13,6 +13,7 @@ from torch import nn
 
 import smolvla_fast
 from smolvla_fast.measure.rounding import FP32_BOUND, MOVEMENTS, ORDERS, OtherSums, fp32_bound
+from smolvla_fast.ops import availability
 from smolvla_fast.ops import select as backends
 from smolvla_fast.testing import policies
 from smolvla_fast.testing.policies import make_noise, make_observation
@@ -44,7 +45,7 @@ def _deep(seed: int, sharp: float) -> Any:
 def test_deep_policies_pass_and_a_bf16_product_among_them_does_not(
     seed: int, sharp: float, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if reason := backends.why_not(backend, torch.device("cpu")):
+    if reason := availability.why_not(backend, torch.device("cpu")):
         pytest.skip(reason)
     policy = smolvla_fast.patch(_deep(seed, sharp), precision="fp32", backend=backend)
     observation, noise = make_observation(policy, seed=seed), make_noise(policy, seed=seed)
@@ -67,7 +68,7 @@ def test_deep_policies_pass_and_a_bf16_product_among_them_does_not(
 
         return replace(ops, euler_step=euler_step)
 
-    monkeypatch.setattr("smolvla_fast.inference.select", one_in_bf16)
+    monkeypatch.setattr("smolvla_fast.engine.products.select", one_in_bf16)
     smolvla_fast.refresh(policy)
     wrong = smolvla_fast.verify(policy, observation, noise=noise)
     assert not wrong.passed, wrong
