@@ -12,7 +12,9 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -22,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.compiled.kernels import KIB, ROOT, Kernel, Rows, parse_log, section, spilling
+from benchmarks.compiled.kernels import KIB, ROOT, Kernel, Rows, parse_log
 from smolvla_fast.kernels.common import assume_capability
 from smolvla_fast.ops.reference.quantize import quantize_rows
 
@@ -77,9 +79,9 @@ def reference(op: str) -> Any:
 @cache
 def names() -> list[str]:
     """Every file of kernels/ that has a launcher of its own name and a reference."""
-    files, references = ROOT / "kernels", ROOT / "smolvla_fast" / "ops" / "reference"
-    found = (path.stem for path in sorted(files.glob("*.py")) if (references / path.name).is_file())
-    return [name for name in found if callable(getattr(kernel_module(name), name, None))]
+    references = {path.stem for path in (ROOT / "smolvla_fast" / "ops" / "reference").glob("*.py")}
+    found = references & {path.stem for path in (ROOT / "kernels").glob("*.py")}
+    return [name for name in sorted(found) if callable(getattr(kernel_module(name), name, None))]
 
 
 def tasks(names: Sequence[str], targets: Sequence[str]) -> list[tuple[Any, ...]]:
@@ -149,20 +151,13 @@ def call(op: str, inputs: dict[str, Any]) -> None:
         launcher(**inputs)
 
 
-class Target:
+def stand_in(capability: int) -> Any:
     """Stands for Triton's driver: there is a device, of this capability, and nothing is ever launched on it."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability, self.target = capability, GPUTarget("cuda", capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability  # what is compiled for one target is cached apart from the others'
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self.target
+    return SimpleNamespace(
+        get_current_device=lambda: capability,  # what is compiled for one is cached apart from the others'
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+    )
 
 
 @contextlib.contextmanager
@@ -177,17 +172,12 @@ def compiling(capability: int) -> Iterator[list[tuple[str, Kernel]]]:
         launched.append((self.__name__.removeprefix("_"), _noted(kernel, log.getvalue())))
         return kernel
 
-    before, dump = driver._active, triton.knobs.nvidia.dump_ptxas_log
-    driver.set_active(Target(capability))
-    triton.knobs.nvidia.dump_ptxas_log = True
-    JITFunction.run = compile_only
-    try:
-        with assume_capability(capability):
-            yield launched
-    finally:
-        JITFunction.run = launch
-        triton.knobs.nvidia.dump_ptxas_log = dump
-        driver._active = before
+    with (
+        triton.knobs.nvidia.scope(), patch.object(driver, "_active", stand_in(capability)),
+        patch.object(JITFunction, "run", compile_only), assume_capability(capability),
+    ):  # fmt: skip
+        triton.knobs.nvidia.dump_ptxas_log = True
+        yield launched
 
 
 _compiled: dict[str, Kernel] = {}
@@ -228,40 +218,30 @@ def compile_task(task: tuple[str, dict[str, int], Sequence[str]]) -> Rows:
     return found
 
 
-def red(rows: Rows) -> list[str]:
-    """A line for each cell that passes a limit or is none."""
-    found = spilling(rows, SPILLS)
-    for key, cells in rows.items():
-        for target, kernel in cells.items():
-            if isinstance(kernel, Kernel):
-                has = {"bytes of shared memory": kernel.shared, "columns of tensor memory": kernel.tensor}
-                for (what, value), limit in zip(
-                    has.items(), (SHARED[target] * KIB, TENSOR_COLUMNS), strict=True
-                ):
-                    if value > limit:
-                        found.append(f"{', '.join(key)}, sm_{target}: {value} {what}, allowed {limit}")
-    return found
+def beyond(op: str, target: str, kernel: Kernel) -> list[str]:
+    """The limits of a program beside its spills that a kernel passes."""
+    found = (("bytes of shared memory", kernel.shared, SHARED[target] * KIB),
+             ("columns of tensor memory", kernel.tensor, TENSOR_COLUMNS))  # fmt: skip
+    return [f"{value} {what}, allowed {limit}" for what, value, limit in found if value > limit]
 
 
-def markdown(rows: Rows, targets: Sequence[str]) -> str:
-    """The whole file."""
+def about() -> str:
     shared = ", ".join(f"sm_{target} {kib}" for target, kib in SHARED.items())
-    parts = [
-        "# Kernels compiled ahead of time",
-        f"Made by `make aot` with Triton {triton.__version__} and its own ptxas, without a GPU. A cell is registers a "
-        "thread / bytes a thread spills, stored and loaded / KiB of shared memory a program; * where ptxas serialized "
-        "wgmma instructions. Sizes are those of the references' CASES, dtypes and epilogues those of the stages; where "
-        "the backend leaves a size to torch, there is no row.",
-        f"Limits: no kernel spills unless its op's section says so; KiB of shared memory: {shared}.",
-    ]
+    return (
+        f"# Kernels compiled ahead of time\n\nMade by `make aot` with Triton {triton.__version__} and its own ptxas, "
+        "without a GPU. A cell is registers a thread / bytes a thread spills, stored and loaded / KiB of shared memory a "
+        "program; * where ptxas serialized wgmma instructions. Sizes are those of the references' CASES, dtypes and "
+        "epilogues those of the stages; where the backend leaves a size to torch, there is no row.\n\n"
+        f"Limits: no kernel spills unless its op's section says so; KiB of shared memory: {shared}."
+    )
 
-    def text(kernel: Kernel) -> str:
-        found = f"{kernel.registers} / {kernel.spills} / {kernel.shared / KIB:.1f}"
-        return found + " *" * kernel.serialized
 
-    for op in dict.fromkeys(key[0] for key in rows):
-        bound, reason = SPILLS.get(op, (0, ""))
-        parts.append(f"## {op}")
-        parts.append(f"Spilled bytes allowed: {bound}" + (f" ({reason})." if reason else "."))
-        parts.append(section(rows, op, ["kernel", "case", "dtypes"], targets, text))
-    return "\n\n".join(parts) + "\n"
+def allowed(op: str, spills: int, reason: str) -> str:
+    return f"Spilled bytes allowed: {spills}" + (f" ({reason})." if reason else ".")
+
+
+def resources(kernel: Kernel) -> str:
+    return f"{kernel.registers} / {kernel.spills} / {kernel.shared / KIB:.1f}" + " *" * kernel.serialized
+
+
+TABLES = {"kernel, case, dtypes": resources}

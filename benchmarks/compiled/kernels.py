@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,11 +38,6 @@ Rows = dict[Key, dict[str, Kernel | str]]
 """By target; a text says why it does not compile."""
 
 
-def own_cache(folder: str) -> None:
-    """Of a process that compiles: ptxas speaks when it runs, so none may find what another compiled."""
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(dir=folder)
-
-
 def parse_log(log: str) -> dict[str, Kernel]:
     """By mangled name, what ``-Xptxas -v`` says of each kernel."""
     found = {}
@@ -62,31 +55,40 @@ def parse_log(log: str) -> dict[str, Kernel]:
     return found
 
 
-def spilling(rows: Rows, allowed: dict[str, tuple[int, str]]) -> list[str]:
-    """A line for each cell that does not compile or spills more than its section may; 0 where ``allowed`` has no line."""
+def red(kind: Any, rows: Rows) -> list[str]:
+    """A line for each cell that does not compile, spills more than its section may, or passes a limit of the kind.
+
+    kind  the module ``aot`` or ``ptxas``
+    """
     found = []
     for key, cells in rows.items():
-        bound = allowed.get(key[0], (0, ""))[0]
+        bound, _ = kind.SPILLS.get(key[0], (0, ""))
         for target, cell in cells.items():
             if isinstance(cell, str):
-                found.append(f"{', '.join(key)}, sm_{target}: does not compile: {cell}")
-            elif cell.spills > bound:
-                found.append(f"{', '.join(key)}, sm_{target}: {cell.spills} bytes spilled, allowed {bound}")
+                wrong = [f"does not compile: {cell}"]
+            else:
+                wrong = [f"{cell.spills} bytes spilled, allowed {bound}"] if cell.spills > bound else []
+                wrong += kind.beyond(key[0], target, cell)
+            found += [f"{', '.join(key)}, sm_{target}: {each}" for each in wrong]
     return found
 
 
-def section(
-    rows: Rows, name: str, labels: Sequence[str], targets: Sequence[str], text: Callable[[Kernel], str]
-) -> str:
-    """The rows of a section as a table."""
+def markdown(kind: Any, rows: Rows, targets: Sequence[str]) -> str:
+    """The whole file: a section for each op or source, with each of the kind's tables that has something to say."""
 
-    def cell(value: Any) -> str:
+    def cell(value: Any, text: Callable[[Kernel], str]) -> str:
         return NONE if value is None else "does not compile" if isinstance(value, str) else text(value)
 
-    lines = [
-        [*key[1:], *(cell(cells.get(t)) for t in targets)] for key, cells in rows.items() if key[0] == name
-    ]
-    return table([*labels, *(f"sm_{target}" for target in targets)], lines, left=len(labels))
+    parts = [kind.about()]
+    for name in dict.fromkeys(key[0] for key in rows):
+        parts += [f"## {name}", kind.allowed(name, *kind.SPILLS.get(name, (0, "")))]
+        for labels, text in kind.TABLES.items():
+            names = labels.split(", ")
+            own = [(key[1:], cells) for key, cells in rows.items() if key[0] == name]
+            lines = [[*key, *(cell(cells.get(t), text) for t in targets)] for key, cells in own]
+            if any(value != NONE for line in lines for value in line[len(names) :]):
+                parts.append(table([*names, *(f"sm_{t}" for t in targets)], lines, left=len(names)))
+    return "\n\n".join(parts) + "\n"
 
 
 def read(text: str) -> dict[Key, dict[str, str]]:
