@@ -8,16 +8,18 @@ can. What is red has no figure, costs no other part its figures, and makes the e
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.gpu_run import parts
-from benchmarks.harness.run import ROOT, result_name, visit
+from benchmarks.harness.run import ROOT, Context, Outcome, Part, result_name, suite, visit
 
 WHEELS, SITE = ROOT / ".whl", ROOT / "build" / "gpu-site"
 REQUIREMENTS = ROOT / "benchmarks" / "gpu_run" / "requirements.txt"
@@ -25,6 +27,126 @@ RESULTS = ROOT / "benchmarks" / "results"
 MINUTES = 7.5
 """Of the eight that a run may take; the rest is for the report and the last process's end."""
 SMI = "clocks.sm clocks.mem clocks.max.sm clocks.max.mem power.draw power.limit temperature.gpu pstate mig.mode.current"
+
+
+NO_TESTS_COLLECTED = 5
+SANITIZED = "tests/gpu/test_sanitizer.py"
+CHUNKS = "tests/gpu/test_chunk_on_device.py"
+REHEARSED = ("--device=cpu", "--size=tiny", "--layout=mixed", "--steps=2", "--rounds=3", "--threads=1")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+
+
+def report(args: argparse.Namespace) -> list[Part]:
+    """What matters most comes first in each suite; ``--batch`` of a rehearsal is enough to see more than one."""
+    only = ["--choose", args.only] if args.only else []
+    if args.rehearse:
+        chunk = [*REHEARSED, "--cameras=2", "--batch=1,2"]
+        stages = [*REHEARSED, "--batch=1,2"]
+        ops = [*REHEARSED, *(only or ["--choose", "euler_step"])]
+    else:
+        chunk = ["--device=cuda", "--cameras=2,1,3", "--batch=1,8", "--layers=16,32", "--rounds=1000"]
+        stages = ["--device=cuda", "--batch=1,8", "--rounds=200"]
+        ops = ["--device=cuda", "--rounds=50", *only]
+    return [
+        Part("build", 100, 30, build),
+        Part("tests", 210, 30, tests),
+        Part("sanitizer", 120, 0, sanitizer),
+        suite("chunk", 170, 75, *chunk),
+        suite("stages", 120, 65, *stages),
+        suite("ops", 120, 30, *ops),
+    ]
+
+
+def peers(args: argparse.Namespace) -> list[Part]:
+    """Each mode of the compiler in a process of its own: compiling can take longer than there is time."""
+    flags = ("--device=cuda", "--layers=16", "--rounds=1000", "--cameras=2")
+
+    def compiled(mode: str, limit: float) -> Part:
+        name = f"compiled-{mode}"
+        if args.rehearse:
+            skipped = Outcome(name, "skipped", "a rehearsal compiles nothing: it takes minutes on a CPU")
+            return Part(name, limit, 90, lambda context, seconds: skipped)
+        chosen = ("--with-compile", f"--compile-mode={mode}", "--choose", "stock or bf16 or fp32")
+        return suite("chunk", limit, 90, *flags, *chosen, label=name)
+
+    beside = (*REHEARSED, "--cameras=2") if args.rehearse else flags
+    return [
+        suite("chunk", 90, 60, *beside, label="beside"),
+        compiled("default", 150),
+        compiled("max-autotune", 300),
+    ]
+
+
+def build(context: Context, seconds: float) -> Outcome:
+    """The extensions, in place, CUDA for this GPU alone. A rehearsal looks at what is there."""
+    outcome = Outcome("build")
+    if not context.rehearse:
+        import torch
+
+        major, minor = torch.cuda.get_device_capability()
+        context.environment["SMOLVLA_CUDA_ARCHS"] = f"{major}{minor}" + ("a" if major >= 9 else "")
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        outcome, status = context.execute("build", command, seconds)
+        if status:
+            outcome.end("red", f"setup.py ended with status {status}")
+        if outcome.status == "red":
+            return outcome
+    record = ROOT / "smolvla_fast" / "_build.json"
+    found = json.loads(record.read_text()) if record.is_file() else {}
+    made = {kind: found.get(kind, {}) for kind in ("cpu", "cuda")}
+    missing = [f"{k}: {m.get('reason', 'never compiled')}" for k, m in made.items() if not m.get("built")]
+    if missing:
+        outcome.end("skipped" if context.rehearse else "red", "; ".join(missing))
+    return outcome
+
+
+def tests(context: Context, seconds: float) -> Outcome:
+    """The tests marked gpu; a rehearsal collects them.
+
+    Those of a chunk, which fill the card or count its memory, run alone before the kernels', whose time is Triton's
+    compiling, so that they run in several processes where pytest-xdist is there.
+    """
+    start = time.perf_counter()
+    if context.rehearse:
+        return judged(*context.execute("tests", [*PYTEST, "-m", "gpu", "--collect-only"], seconds))
+    alone = judged(*context.execute("tests", [*PYTEST, "-m", "gpu and not slow", CHUNKS], 0.6 * seconds))
+    processes = ["-n", "4"] if find_spec("xdist") else []
+    others = ["-m", "gpu", *processes, f"--ignore={CHUNKS}", f"--ignore={SANITIZED}"]
+    left = max(seconds - (time.perf_counter() - start), 1.0)
+    rest = judged(*context.execute("tests", [*PYTEST, *others], left))
+    return Outcome(
+        "tests", max(alone.status, rest.status, key=["skipped", "green", "red"].index),
+        f"{alone.reason}; {rest.reason}", alone.seconds + rest.seconds, alone.tail[-10:] + rest.tail,
+    )  # fmt: skip
+
+
+def sanitizer(context: Context, seconds: float) -> Outcome:
+    """compute-sanitizer over every CUDA C++ kernel: memcheck and racecheck."""
+    from smolvla_fast.measure.system import cuda_homes
+
+    places = ["compute-sanitizer", *(f"{home}/bin/compute-sanitizer" for home in cuda_homes())]
+    if not any(map(shutil.which, places)):
+        reason = "compute-sanitizer is neither on PATH nor beside nvcc; it comes with the CUDA toolkit"
+        return Outcome("sanitizer", "skipped", reason)
+    collect = ["--collect-only"] if context.rehearse else []
+    return judged(*context.execute("sanitizer", [*PYTEST, "-m", "gpu", SANITIZED, *collect], seconds))
+
+
+def judged(outcome: Outcome, status: int | None) -> Outcome:
+    """An outcome by pytest's status and closing lines."""
+    closing = next((line for line in reversed(outcome.tail) if re.search(r" in [\d.]+s", line)), "")
+    if status == NO_TESTS_COLLECTED:
+        outcome.end("skipped", "no test is marked so")
+    elif status:
+        failed = [line for line in outcome.tail if line.startswith(("FAILED", "ERROR"))]
+        outcome.end("red", "; ".join([closing or f"status {status}", *failed]))
+    elif status == 0:
+        said = closing.strip("= ")
+        outcome.end("skipped" if re.match(r"\d+ skipped", said) else "green", said)
+    return outcome
+
+
+PARTS = {"report": report, "peers": peers}
 
 
 def bring_lerobot(environment: dict[str, str]) -> str | None:
@@ -77,7 +199,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--commit", help="recorded where the tree has no history of its own")
     args = parser.parse_args(list(arguments))
-    names = [part.name for part in getattr(parts, args.kind)(args)]
+    names = [part.name for part in PARTS[args.kind](args)]
     unknown = [name for name in args.part or () if name not in names]
     if unknown:
         parser.error(f"no part {', '.join(unknown)}; accepted are {', '.join(names)}")
@@ -94,9 +216,6 @@ def main(arguments: Sequence[str]) -> int:
     """Run the parts that are asked for and write the result. Returns the exit status: 1 where a part is red."""
     args = parse(arguments)
     kind = f"gpu-{args.kind}"
-    if find_spec("torch") is None:
-        print(f"{kind}: {sys.executable} has no torch; run `make venv`, or name a Python: GPU_PYTHON=...")
-        return 1
     import torch
 
     if not args.rehearse and not torch.cuda.is_available():
@@ -117,7 +236,7 @@ def main(arguments: Sequence[str]) -> int:
     from benchmarks.report import markdown
     from smolvla_fast.measure import system
 
-    chosen = [part for part in getattr(parts, args.kind)(args) if not args.part or part.name in args.part]
+    chosen = [part for part in PARTS[args.kind](args) if not args.part or part.name in args.part]
     facts = system.facts()
     label = "" if args.kind == "report" else args.kind
     path = args.out / result_name(facts, "-".join([label, *(args.part or [])]))

@@ -1,4 +1,4 @@
-"""Checks every variant, then times those that passed, in turn: the one loop of all suites."""
+"""Checks every variant, then times those that passed, in turn, and records what was found: the one loop of all suites."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import copy
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 from _pytest.mark.expression import Expression
 
-from benchmarks.harness.gate import CheckFailed
-from benchmarks.harness.recorder import Recorder
-from smolvla_fast.measure.rounds import percentile
+from benchmarks.harness.gate import CheckFailed, Unavailable
+from benchmarks.harness.run import write_whole
+from smolvla_fast.measure.rounds import percentile, summary
 
 LEAST_ROUNDS = 3
 LEAST_SECONDS = 30.0
@@ -62,6 +63,82 @@ class Variant:
         self.stats.update(seconds)
         if isinstance(stages, dict):
             self.facts.setdefault("stage_rounds_ms", []).append(stages)
+
+
+class Recorder:
+    """The result of one suite.
+
+    facts  the machine's      red, skipped  what has no number, {name, reason}: wrong, or not to be had here
+    left_out  what there was no time for
+    """
+
+    def __init__(self, config: Any, path: Path | None, facts: dict[str, Any]) -> None:
+        self.config, self.path, self.facts = config, path, facts
+        self.red: list[dict[str, str]] = []
+        self.skipped: list[dict[str, str]] = []
+        self.left_out: list[str] = []
+        self.interrupted = False
+
+    def leave_out(self, name: str, reason: str = "no time was left") -> None:
+        self.left_out.append(f"{name}: {reason}")
+        print(f"left out: {self.left_out[-1]}", flush=True)
+
+    @contextmanager
+    def attempt(self, variant: Any, where: str) -> Iterator[None]:
+        """Inside something is done for a variant; what is wrong with it costs its own numbers and no other's."""
+        name = f"{variant.name}, {where}"
+        try:
+            yield
+        except Exception as error:
+            reason, wrong = str(error), isinstance(error, CheckFailed)
+            if not isinstance(error, (TimeoutError, Unavailable, CheckFailed)):
+                first = (reason.strip() or "no message").splitlines()[0][:300]
+                # Another's compiler: whatever it raises is the reason.
+                reason, wrong = f"{type(error).__name__}: {first}", not variant.foreign
+            variant.drop(reason)
+            if isinstance(error, TimeoutError):
+                self.leave_out(name, reason)
+                return
+            (self.red if wrong else self.skipped).append(dict(variant=variant.name, name=name, reason=reason))
+            print(f"{'red, so it is not timed' if wrong else 'skipped'}: {name}: {reason}", flush=True)
+
+    def data(self) -> dict[str, Any]:
+        found = self.config.hook.pytest_benchmark_generate_json(
+            config=self.config, benchmarks=self.config._benchmarksession.benchmarks, include_data=True,
+            machine_info={"smolvla_fast": self.facts}, commit_info={},
+        )  # fmt: skip
+        derive(found["benchmarks"])
+        lists = {"red": self.red, "skipped": self.skipped, "left_out": self.left_out}
+        return {**found, **lists, "interrupted": self.interrupted}
+
+    def save(self) -> None:
+        if self.path is not None:
+            write_whole(self.path, self.data())
+
+
+def derive(benchmarks: Sequence[dict[str, Any]]) -> None:
+    """Adds to ``extra_info`` what follows from raw rounds: percentiles, the share of the roof, the ratio to ``ratio_to``."""
+    taken: dict[tuple[str, str], list[float]] = {}
+    for bench in benchmarks:
+        info = bench["extra_info"]
+        ms = [1e3 * seconds / info.get("calls_a_round", 1) for seconds in bench["stats"]["data"]]
+        taken[bench["group"], info["variant"]] = ms
+        info.update(summary(ms))
+        base = taken.get((bench["group"], info["ratio_to"]))
+        if base:
+            info["ratio"] = percentile([a / b for a, b in zip(base, ms, strict=False)], 0.5)
+        best = info.get("device_ms", info)["p50_ms"]
+        if "floor_ms" in info:
+            info["share_of_floor"] = info["floor_ms"] / best
+        if "flops" in info:
+            info.update(gflops_per_s=info["flops"] / best / 1e6, gbytes_per_s=info["bytes"] / best / 1e6)
+        rounds = info.get("stage_rounds_ms")
+        for stage in rounds[0] if rounds else ():
+            floor = info.get("stage_floors", {}).get(stage, {})
+            figures = {**summary([each[stage] for each in rounds]), **floor}
+            if floor:
+                figures["share_of_floor"] = figures["floor_ms"] / figures["p50_ms"]
+            info.setdefault("stages", {})[stage] = figures
 
 
 class Clock:

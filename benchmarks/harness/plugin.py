@@ -12,8 +12,7 @@ import torch
 
 from benchmarks.harness import flags
 from benchmarks.harness.machine import Ceilings, ceilings_once
-from benchmarks.harness.measure import Clock, Measure
-from benchmarks.harness.recorder import Recorder
+from benchmarks.harness.measure import Clock, Measure, Recorder
 from benchmarks.harness.setup import BenchmarkSetup
 from smolvla_fast.measure import system
 

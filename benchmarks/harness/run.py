@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.recorder import write_whole
 from smolvla_fast.measure import system
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,17 +116,15 @@ def suite(name: str, limit: float, least: float, *flags: str, label: str | None 
         outcome, status = context.execute(label, command, seconds)
         found = found_by(context.folder, label)
         outcome.red, outcome.skipped, outcome.left_out = found["red"], found["skipped"], found["left_out"]
-        if outcome.status == "red":
-            return outcome
-        if outcome.red:
-            return outcome.end("red", "; ".join(f"{each['name']}: {each['reason']}" for each in outcome.red))
-        if found["interrupted"]:
-            context.stopped = True
-            return outcome.end("red", INTERRUPTED)
-        if status:
-            last = next((line for line in reversed(outcome.tail) if line.strip()), "no output")
-            return outcome.end("red", f"ended with status {status}: {last}")
-        return outcome if found["benchmarks"] else outcome.end("red", "nothing was measured")
+        context.stopped |= found["interrupted"]
+        last = next((line for line in reversed(outcome.tail) if line.strip()), "no output")
+        reasons = (
+            outcome.reason, "; ".join(f"{each['name']}: {each['reason']}" for each in outcome.red),
+            INTERRUPTED if found["interrupted"] else "", f"ended with status {status}: {last}" if status else "",
+            "" if found["benchmarks"] else "nothing was measured",
+        )  # fmt: skip
+        reason = next(filter(None, reasons), "")
+        return outcome.end("red", reason) if reason else outcome
 
     return Part(label, limit, least, work)
 
@@ -177,6 +174,14 @@ def visit(
             machine.update({key: own[key] for key in own if key not in machine or key == "threads"})
             write_whole(path, data)
     return data
+
+
+def write_whole(path: Path, data: Any) -> None:
+    """JSON that is never half there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=1, default=str) + "\n")
+    part.replace(path)
 
 
 def result_name(facts: dict[str, Any], label: str = "") -> str:

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from benchmarks.gpu_run import __main__ as visit
-from benchmarks.gpu_run import parts as gpu
 from benchmarks.harness import run
 from benchmarks.harness.run import Outcome
 
@@ -81,7 +80,7 @@ def test_peers_rehearsed_with_a_broken_engine(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_parts_fit_into_the_time() -> None:
-    for make in (gpu.report, gpu.peers):
+    for make in (visit.report, visit.peers):
         parts = make(Namespace(rehearse=False, only=None))
         assert sum(part.least for part in parts) <= 60 * visit.MINUTES <= 480
 
@@ -95,7 +94,7 @@ def test_a_visit_measures_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         lambda self, name, command, s: (commands.append(command), (Outcome(name), 0))[1],
     )
     args = Namespace(rehearse=False, only=None)
-    for part in [*gpu.report(args)[3:], *gpu.peers(args)]:
+    for part in [*visit.report(args)[3:], *visit.peers(args)]:
         part.work(run.Context(tmp_path, {}), 60.0)
     assert len(commands) == 6 and all("--device=cuda" in command for command in commands)
     assert "--compile-mode=max-autotune" in commands[-1] and "--layers=16,32" in commands[0]
@@ -167,12 +166,12 @@ def test_state_of_the_gpu_is_only_read(tmp_path: Path, monkeypatch: pytest.Monke
 def test_verdict_on_pytest() -> None:
     closing = "3 passed, 2 deselected in 1.52s"
     failed = ["FAILED tests/gpu/a.py::b - AssertionError", "1 failed, 2 passed in 3.00s"]
-    assert gpu.judged(Outcome("tests", tail=["...", closing]), 0).reason == closing
-    assert gpu.judged(Outcome("tests", tail=[]), 5).status == "skipped"
-    assert gpu.judged(Outcome("sanitizer", tail=["3 skipped in 2.01s"]), 0).status == "skipped"
-    red = gpu.judged(Outcome("tests", tail=failed), 1)
+    assert visit.judged(Outcome("tests", tail=["...", closing]), 0).reason == closing
+    assert visit.judged(Outcome("tests", tail=[]), 5).status == "skipped"
+    assert visit.judged(Outcome("sanitizer", tail=["3 skipped in 2.01s"]), 0).status == "skipped"
+    red = visit.judged(Outcome("tests", tail=failed), 1)
     assert red.status == "red" and "1 failed" in red.reason and "tests/gpu/a.py::b" in red.reason
-    late = gpu.judged(Outcome("tests", "red", "not done after 9 s"), None)
+    late = visit.judged(Outcome("tests", "red", "not done after 9 s"), None)
     assert (late.status, late.reason) == ("red", "not done after 9 s")
 
 
@@ -187,6 +186,6 @@ def test_the_gpus_tests_are_one_outcome(monkeypatch: pytest.MonkeyPatch, second:
         return Outcome(name, seconds=3.0, tail=tail), int("failed" in tail[0])
 
     monkeypatch.setattr(run.Context, "execute", execute)
-    found = gpu.tests(run.Context(Path(), {}), 60.0)
+    found = visit.tests(run.Context(Path(), {}), 60.0)
     assert (found.status, found.seconds) == (status, 6.0) and found.reason == f"2 passed in 1.0s; {second}"
-    assert gpu.CHUNKS in commands[0] and f"--ignore={gpu.CHUNKS}" in commands[1]
+    assert visit.CHUNKS in commands[0] and f"--ignore={visit.CHUNKS}" in commands[1]

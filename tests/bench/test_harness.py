@@ -20,8 +20,16 @@ pytest.importorskip("pytest_benchmark")
 from benchmarks.harness import machine, run
 from benchmarks.harness.gate import CheckFailed, Unavailable
 from benchmarks.harness.machine import Ceilings
-from benchmarks.harness.measure import LEAST_ROUNDS, LEAST_SECONDS, Clock, Measure, Variant, limited
-from benchmarks.harness.recorder import Recorder, derive
+from benchmarks.harness.measure import (
+    LEAST_ROUNDS,
+    LEAST_SECONDS,
+    Clock,
+    Measure,
+    Recorder,
+    Variant,
+    derive,
+    limited,
+)
 from benchmarks.harness.run import Context, Outcome, Part
 from smolvla_fast.cli import main
 
