@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 import triton
-from support.contract import changed, leaves
+from support.contract import changed, leaves, reference_module
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -72,10 +72,6 @@ def kernel_module(op: str) -> Any:
     return importlib.import_module(f"smolvla_fast.kernels.{op}")
 
 
-def reference(op: str) -> Any:
-    return importlib.import_module(f"smolvla_fast.ops.reference.{op}")
-
-
 @cache
 def names() -> list[str]:
     """Every file of kernels/ that has a launcher of its own name and a reference."""
@@ -85,12 +81,9 @@ def names() -> list[str]:
 
 
 def tasks(names: Sequence[str], targets: Sequence[str]) -> list[tuple[Any, ...]]:
-    return [(op, case, targets) for op in names for case in cases(op)]
-
-
-def cases(op: str) -> list[dict[str, int]]:
-    found = getattr(reference(op), "CASES", ())
-    return [case for case in found if reference(op).cost(case, 2).bytes >= REAL_BYTES]
+    cases = ((op, case) for op in names for case in getattr(reference_module(op), "CASES", ()))
+    real = ((op, case) for op, case in cases if reference_module(op).cost(case, 2).bytes >= REAL_BYTES)
+    return [(op, case, targets) for op, case in real]
 
 
 def calls(op: str, case: dict[str, int]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -99,7 +92,7 @@ def calls(op: str, case: dict[str, int]) -> Iterator[tuple[str, str, dict[str, A
     for layout, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         if layout == "bf16" and op in ("suffix_embed", "flow_loss"):
             continue
-        given = reference(op).make_inputs(case, dtype, torch.Generator().manual_seed(0))
+        given = reference_module(op).make_inputs(case, dtype, torch.Generator().manual_seed(0))
         for label, changes in _ways(op, case, dtype).items():
             inputs = changed(given, changes)
             wide = [n for n in RESIDUAL.get(op, ()) if isinstance(inputs.get(n), Tensor)]

@@ -52,9 +52,8 @@ class Work:
         expert_layer = 2 * d.expert_width * q + 3 * d.expert_width * mlp
         ends = d.expert_width * (2 * d.action_width + d.expert_width)
         self.step_weights = d.layers * expert_layer + self.selfs * 2 * d.expert_width * kv + ends
-        self.keys = (
-            self.selfs * (self.prefix + d.chunk) + self.crosses * self.prefix
-        )  # that a suffix row sees
+        # That a suffix row sees.
+        self.keys = self.selfs * (self.prefix + d.chunk) + self.crosses * self.prefix
         self.step_flops = 2.0 * d.chunk * self.step_weights + 4.0 * d.chunk * self.keys * q
 
     def before_suffix(self, itemsize: int, batch: int) -> dict[str, Cost]:
@@ -65,10 +64,7 @@ class Work:
 
 
 def stage_costs(model: Any, cameras: int, language: int, itemsize: int, batch: int = 1) -> dict[str, Cost]:
-    """Cost of "vision", "prefix" and "denoise" (all steps) for a batch: weights are read once for all of it.
-
-    model  a ``VLAFlowMatching``      language  padded tokens      itemsize  bytes of a weight in its product
-    """
+    """Cost of "vision", "prefix" and "denoise" (all steps) for a batch. itemsize  bytes of a weight in its product"""
     work, steps = Work(model, cameras, language), model.config.num_steps
     step_bytes = itemsize * (work.step_weights + batch * 2 * work.keys * work.kv)
     denoise = Cost(steps * batch * work.step_flops, float(steps * step_bytes))

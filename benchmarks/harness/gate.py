@@ -52,21 +52,19 @@ def worst(chunks: Sequence[Tensor], truths: Sequence[Tensor]) -> dict[str, float
 
 def within(facts: Facts, bound: float) -> Facts:
     """``facts`` with the bound on their rel_l2; raises CheckFailed beyond it. bound  0: equal bits."""
-    said = f"rel L2 {facts['rel_l2']:.1e}, allowed {bound:.0e}" if bound else "equal bits"
     if bound == 0 and facts["max_abs"] != 0:
         raise CheckFailed(f"bits differ from stock's: max abs {facts['max_abs']:.3g}")
-    if not facts["rel_l2"] <= bound:
-        raise CheckFailed(said)
-    return {**facts, "bound": bound, "gate": said}
+    said = f"rel L2 {facts['rel_l2']:.1e}, allowed {bound:.0e}" if bound else "equal bits"
+    return passed({**facts, "bound": bound}, facts["rel_l2"] <= bound, said)
 
 
 def aligned(facts: Facts) -> Facts:
     """The same with the least cosine, of 8-bit weights. A cosine sees no wrong scale, so the length is asked as well."""
     said = f"cosine {facts['cosine']:.5f}, at least {COSINE}"
-    if not facts["cosine"] >= COSINE:
-        raise CheckFailed(said)
-    if not facts["rel_l2"] <= SCALED:
-        raise CheckFailed(f"{said}, but rel L2 {facts['rel_l2']:.2g}, allowed {SCALED:.2g}")
+    passed(facts, facts["cosine"] >= COSINE, said)
+    passed(
+        facts, facts["rel_l2"] <= SCALED, f"{said}, but rel L2 {facts['rel_l2']:.2g}, allowed {SCALED:.2g}"
+    )
     return {**facts, "gate": said}
 
 
@@ -75,9 +73,14 @@ def lossy(facts: Facts, first: float, lost: float | None) -> Facts:
     if lost is None:
         raise CheckFailed("stock could not be run in bf16, so there is nothing to compare with")
     said = f"{first / lost:.2f} of bf16 stock's error, allowed {LOSS_OF_STOCK:g}"
-    if not first / lost <= LOSS_OF_STOCK:
+    more = {"stock_bf16_rel_l2": lost, "rel_l2_to_stock_bf16": first / lost}
+    return passed({**facts, **more}, first / lost <= LOSS_OF_STOCK, said)
+
+
+def passed(facts: Facts, holds: bool, said: str) -> Facts:
+    if not holds:
         raise CheckFailed(said)
-    return {**facts, "stock_bf16_rel_l2": lost, "rel_l2_to_stock_bf16": first / lost, "gate": said}
+    return {**facts, "gate": said}
 
 
 def check_peer(precision: str, chunks: list[Tensor], truths: list[Tensor], lost: float | None) -> Facts:

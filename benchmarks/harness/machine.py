@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
-from smolvla_fast.measure.rounds import synchronize
 from smolvla_fast.ops.reference import Cost
 from smolvla_fast.ops.torch.linear import linear
 
@@ -32,11 +31,9 @@ class Ceilings:
     bytes: float
 
     def floor(self, cost: Cost, dtype: torch.dtype) -> dict[str, float]:
-        return dict(flops=cost.flops, bytes=cost.bytes, floor_ms=self.floor_ms(cost.flops, cost.bytes, dtype))
-
-    def floor_ms(self, flops: float, bytes_: float, dtype: torch.dtype) -> float:
         """The least time for so much work: whichever of arithmetic and memory takes longer."""
-        return 1e3 * max(flops / self.best(dtype), bytes_ / self.bytes)
+        least = max(cost.flops / self.best(dtype), cost.bytes / self.bytes)
+        return dict(flops=cost.flops, bytes=cost.bytes, floor_ms=1e3 * least)
 
     def best(self, dtype: torch.dtype) -> float:
         """Operations a second of the fastest product that is no narrower: fp32 serves bf16 on a processor that multiplies
@@ -53,10 +50,12 @@ def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
 
     small  of a sixteenth of the elements and for a twentieth of the time: for tiny policies, whose times say nothing
     """
+    # Timer waits for the device before and after each block of calls.
     side, budget = GEMM_SIDE[device.type] // (4 if small else 1), 0.05 if small else 1.0
 
     def rate(work: float, function: Callable[[], Any]) -> float:
-        return work / best_seconds(function, device, budget)
+        timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+        return work / min(timer.blocked_autorange(min_run_time=budget).times)
 
     flops = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -81,18 +80,6 @@ def ceilings_once(path: Path | None, device: torch.device, small: bool) -> Ceili
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(ceilings.to_dict()))
     return ceilings
-
-
-def best_seconds(function: Callable[[], Any], device: torch.device, budget: float) -> float:
-    function()
-    best, end = float("inf"), time.perf_counter() + budget
-    while best == float("inf") or time.perf_counter() < end:
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def _int8(side: int) -> Callable[[], Any] | None:

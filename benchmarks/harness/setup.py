@@ -17,22 +17,13 @@ from benchmarks.harness import gate
 from benchmarks.harness.account import stage_costs
 from benchmarks.harness.machine import Ceilings
 from benchmarks.harness.measure import Variant
-from smolvla_fast.engine.timing import stage_times
 from smolvla_fast.measure.rounds import PeakMemory, synchronize, timed_ms
 from smolvla_fast.model.precision import TIERS
 from smolvla_fast.ops.select import select
 from smolvla_fast.testing import policies
 
 MOST_CAMERAS = 4
-STATUS = (
-    "graphs",
-    "graph_nodes",
-    "graph_bytes",
-    "step_launches",
-    "extra_bytes",
-    "stages",
-    "fallback_reasons",
-)
+STATUS = "graphs graph_nodes graph_bytes step_launches extra_bytes stages fallback_reasons"
 
 Inputs = tuple[dict[str, Tensor], Tensor]
 """An observation and its noise."""
@@ -229,7 +220,7 @@ class BenchmarkSetup:
 
     def status_of(self, policy: Any) -> dict[str, Any]:
         now = smolvla_fast.status(policy)
-        return {name: getattr(now, name) for name in STATUS}
+        return {name: getattr(now, name) for name in STATUS.split()}
 
     def dtype(self, precision: str) -> torch.dtype:
         """The dtype of a variant's large matrix products."""
@@ -245,9 +236,6 @@ class BenchmarkSetup:
         language = self.inputs(case.cameras, case.batch)[0]["observation.language.tokens"].shape[1]
         costs = stage_costs(self.policy.model, case.cameras, language, dtype.itemsize, case.batch)
         return {stage: self.ceilings.floor(cost, dtype) for stage, cost in costs.items()}
-
-    def stage_times(self, policy: Any, case: Case) -> dict[str, float]:
-        return stage_times(policy, *self.inputs(case.cameras, case.batch))
 
 
 def resident(device: torch.device) -> int | None:

@@ -12,6 +12,7 @@ from benchmarks.harness.flags import counts
 from benchmarks.harness.measure import Variant
 from benchmarks.harness.plugin import device_of, rounds
 from benchmarks.harness.setup import BenchmarkSetup, Case
+from smolvla_fast.engine.timing import stage_times
 
 CAMERAS = 2
 LOOPS = {"cuda": ("triton", "cuda"), "cpu": ("torch", "cpu")}
@@ -21,7 +22,7 @@ LOOPS = {"cuda": ("triton", "cuda"), "cpu": ("torch", "cpu")}
 def by_stage(variant: Variant, setup: BenchmarkSetup, case: Case) -> Variant:
     """Stock is synchronized between its stages; a patched variant is timed inside its captured chunk."""
     if variant.facts["kind"] != "tier":
-        variant.run = lambda: setup.stage_times(variant.policy, case)
+        variant.run = lambda: stage_times(variant.policy, *setup.inputs(case.cameras, case.batch))
         return variant
     marks, check = StageMarks(setup.device), variant.check
 

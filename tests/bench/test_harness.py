@@ -32,6 +32,7 @@ from benchmarks.harness.measure import (
 )
 from benchmarks.harness.run import Context, Outcome, Part
 from smolvla_fast.cli import main
+from smolvla_fast.ops.reference import Cost
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -176,15 +177,15 @@ def test_figures_follow_from_raw_rounds() -> None:
 
 def test_floor_is_the_slower_of_arithmetic_and_memory() -> None:
     ceilings = Ceilings({torch.float32: 1e12, torch.bfloat16: 4e12}, bytes=1e10)
-    assert ceilings.floor_ms(2e9, 1e6, torch.float32) == pytest.approx(2.0)
-    assert ceilings.floor_ms(2e9, 1e6, torch.bfloat16) == pytest.approx(0.5)
-    assert ceilings.floor_ms(2e9, 1e8, torch.float32) == pytest.approx(10.0)
+    assert ceilings.floor(Cost(2e9, 1e6), torch.float32)["floor_ms"] == pytest.approx(2.0)
+    assert ceilings.floor(Cost(2e9, 1e6), torch.bfloat16)["floor_ms"] == pytest.approx(0.5)
+    assert ceilings.floor(Cost(2e9, 1e8), torch.float32)["floor_ms"] == pytest.approx(10.0)
     rates = {torch.float32: 3e11, torch.bfloat16: 1e11, torch.int8: 9e11}
     assert [Ceilings(rates, 1e10).best(dtype) for dtype in rates] == [3e11, 3e11, 9e11], (
         "of no narrower dtype"
     )
     slow = Ceilings({torch.float32: 1e12, torch.bfloat16: 1e11}, bytes=1e10)  # there fp32 serves bf16
-    assert slow.floor_ms(2e9, 1e6, torch.bfloat16) == pytest.approx(2.0)
+    assert slow.floor(Cost(2e9, 1e6), torch.bfloat16)["floor_ms"] == pytest.approx(2.0)
 
 
 def test_stage_costs_at_full_size() -> None:

@@ -25,7 +25,6 @@ from benchmarks.harness.setup import BenchmarkSetup, Case, twin
 from benchmarks.peers import openvino as openvino_peer
 from benchmarks.report import markdown
 from benchmarks.suites import cpu as cpu_suite
-from benchmarks.suites import overhead
 from smolvla_fast.testing.outliers import OUTLIER, heavy_tailed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,11 +142,11 @@ def test_overhead_is_that_of_the_engine(setup: BenchmarkSetup) -> None:
     policy = smolvla_fast.patch(twin(setup.policy), precision="fp32")
     inputs = setup.inputs(2)
     act(policy, inputs)
-    found = overhead.outside_ops(policy, inputs, rounds=3)
+    found = cpu_suite.outside_ops(policy, inputs, 3)
     layers, steps = setup.policy.config.num_vlm_layers, 3
     assert found["op_calls"] > 5 * layers * steps and 0 < found["outside_share"] < 1
     assert found["outside_ms"] < found["sample_actions_ms"]
-    counted = overhead.step_allocations(policy, inputs)
+    counted = cpu_suite.step_allocations(policy, inputs)
     assert counted["chunk_allocations"] > 0 == counted["step_allocations"]
     assert setup.policy.config.num_steps == steps
     status = smolvla_fast.status(policy)
@@ -157,7 +156,7 @@ def test_overhead_is_that_of_the_engine(setup: BenchmarkSetup) -> None:
 def test_a_step_that_allocates_more_shows(setup: BenchmarkSetup) -> None:
     policy = smolvla_fast.patch(twin(setup.policy), precision="fp32")
     inputs = setup.inputs(2)
-    before = overhead.step_allocations(policy, inputs)
+    before = cpu_suite.step_allocations(policy, inputs)
     engine = smolvla_fast.patch.__globals__["engine_of"](policy.model)
     step = engine.ops.euler_step
 
@@ -166,7 +165,7 @@ def test_a_step_that_allocates_more_shows(setup: BenchmarkSetup) -> None:
         return step(*args, **kwargs)
 
     engine.ops = smolvla_fast.ops.table.Ops(**{**vars(engine.ops), "euler_step": wasteful})
-    after = overhead.step_allocations(policy, inputs)
+    after = cpu_suite.step_allocations(policy, inputs)
     assert after["step_allocations"] == before["step_allocations"] + 1
     assert after["step_bytes"] >= before["step_bytes"] + 4000
 
