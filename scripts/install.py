@@ -37,7 +37,9 @@ def main(*extras: str) -> int:
         compiler = subprocess.Popen(build, cwd=ROOT, start_new_session=True)
         try:
             if missing:
-                print(announcement(sizes_of(missing)), flush=True)
+                names = [item["metadata"]["name"] for item in missing]
+                with ThreadPoolExecutor(16) as pool:
+                    print(announcement(dict(zip(names, pool.map(size_of, missing), strict=True))), flush=True)
                 download(missing)
         except BaseException:
             with suppress(OSError):  # it may have ended
@@ -71,17 +73,11 @@ def resolve(project: str) -> list[dict[str, Any]]:
 
 
 def download(missing: list[dict[str, Any]]) -> None:
-    pins = [f"{item['metadata']['name']}=={item['metadata']['version']}" for item in missing]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "requirements.txt")
-        file.write_text("\n".join(pins) + "\n")
-        pip(*BUILD, "--no-deps", "-r", str(file))
-
-
-def sizes_of(missing: list[dict[str, Any]]) -> dict[str, int | None]:
-    names = [item["metadata"]["name"] for item in missing]
-    with ThreadPoolExecutor(16) as pool:
-        return dict(zip(names, pool.map(size_of, missing), strict=True))
+    pip(
+        *BUILD,
+        "--no-deps",
+        *(f"{item['metadata']['name']}=={item['metadata']['version']}" for item in missing),
+    )
 
 
 def size_of(item: dict[str, Any]) -> int | None:
@@ -97,16 +93,13 @@ def announcement(sizes: dict[str, int | None]) -> str:
     known = {name: size for name, size in sizes.items() if size is not None}
     unknown = len(sizes) - len(known)
     large = sorted((name for name in known if known[name] >= LARGE), key=known.__getitem__, reverse=True)
-    parts = [
+    said = (
         f"Downloading {sum(known.values()) / 1e9:.2f} GB in {len(sizes)} packages, less what pip has cached"
-    ]
-    if unknown:
-        parts.append(f", without {unknown} whose server tells no size")
-    if large:
-        parts.append(": " + ", ".join(f"{name} {known[name] / 1e9:.2f}" for name in large))
-    if any(name.startswith("nvidia-") for name in sizes):
-        parts.append(". torch brings its CUDA libraries with or without a GPU")
-    return "".join(parts) + "."
+    )
+    said += f", without {unknown} whose server tells no size" if unknown else ""
+    said += ": " * bool(large) + ", ".join(f"{name} {known[name] / 1e9:.2f}" for name in large)
+    cuda = any(name.startswith("nvidia-") for name in sizes)
+    return said + ". torch brings its CUDA libraries with or without a GPU" * cuda + "."
 
 
 if __name__ == "__main__":

@@ -61,10 +61,8 @@ def main(arguments: list[str]) -> int:
     targets = args.targets.split(",") if args.targets else list(kind.TARGETS)
     wrong = [*(name for name in names if name not in known), *(t for t in targets if t not in kind.TARGETS)]
     if wrong:
-        parser.error(
-            f"no such name or target: {', '.join(wrong)}; names are {', '.join(known)}; targets "
-            f"{', '.join(kind.TARGETS)}"
-        )
+        accepted = f"names are {', '.join(known)}; targets {', '.join(kind.TARGETS)}"
+        parser.error(f"no such name or target: {', '.join(wrong)}; {accepted}")
     if (args.only or args.targets) and args.out is None:
         parser.error("a part would replace the whole file; name another by --out")
     rows = compile_all(kind, names, targets, args.processes)

@@ -179,12 +179,9 @@ _compiled: dict[str, Kernel] = {}
 def _noted(kernel: Any, log: str) -> Kernel:
     """From ptxas's log, which is there the first time alone, and from Triton's own notes."""
     if kernel.hash not in _compiled:
-        (found,) = parse_log(log).values()
-        notes = kernel.metadata
-        columns = getattr(notes, "tmem_size", 0) or 0
-        _compiled[kernel.hash] = replace(
-            found, shared=notes.shared, tensor=columns, serialized="serialized" in log
-        )
+        [found] = parse_log(log).values()
+        had = dict(shared=kernel.metadata.shared, tensor=getattr(kernel.metadata, "tmem_size", 0) or 0)
+        _compiled[kernel.hash] = replace(found, **had, serialized="serialized" in log)
     return _compiled[kernel.hash]
 
 

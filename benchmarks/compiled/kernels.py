@@ -49,9 +49,8 @@ def parse_log(log: str) -> dict[str, Kernel]:
             raise RuntimeError(f"ptxas says nothing of a kernel; its log:\n{text[:1000]}")
         stack, stores, loads = map(int, frame.groups())
         shared = re.search(r"(\d+) bytes smem", text)
-        found[text.split("'", 1)[0]] = Kernel(
-            int(used[1]), stores + loads, int(shared[1]) if shared else 0, stack
-        )
+        bytes_ = int(shared[1]) if shared else 0
+        found[text.split("'", 1)[0]] = Kernel(int(used[1]), stores + loads, bytes_, stack)
     return found
 
 

@@ -38,22 +38,19 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 def report(args: argparse.Namespace) -> list[Part]:
     """What matters most comes first in each suite; ``--batch`` of a rehearsal is enough to see more than one."""
-    only = ["--choose", args.only] if args.only else []
-    if args.rehearse:
-        chunk = [*REHEARSED, "--cameras=2", "--batch=1,2"]
-        stages = [*REHEARSED, "--batch=1,2"]
-        ops = [*REHEARSED, *(only or ["--choose", "euler_step"])]
-    else:
-        chunk = ["--device=cuda", "--cameras=2,1,3", "--batch=1,8", "--layers=16,32", "--rounds=1000"]
-        stages = ["--device=cuda", "--batch=1,8", "--rounds=200"]
-        ops = ["--device=cuda", "--rounds=50", *only]
+    device = REHEARSED if args.rehearse else ("--device=cuda",)
+    chunk, stages, ops = ("--cameras=2", "--batch=1,2"), ("--batch=1,2",), ("--choose=euler_step",)
+    if not args.rehearse:
+        chunk = ("--cameras=2,1,3", "--batch=1,8", "--layers=16,32", "--rounds=1000")
+        stages, ops = ("--batch=1,8", "--rounds=200"), ("--rounds=50",)
+    only = (f"--choose={args.only}",) if args.only else ()
     return [
         Part("build", 100, 30, build),
         Part("tests", 210, 30, tests),
         Part("sanitizer", 120, 0, sanitizer),
-        suite("chunk", 170, 75, *chunk),
-        suite("stages", 120, 65, *stages),
-        suite("ops", 120, 30, *ops),
+        suite("chunk", 170, 75, *device, *chunk),
+        suite("stages", 120, 65, *device, *stages),
+        suite("ops", 120, 30, *device, *ops, *only),
     ]
 
 
@@ -124,8 +121,9 @@ def sanitizer(context: Context, seconds: float) -> Outcome:
     """compute-sanitizer over every CUDA C++ kernel: memcheck and racecheck."""
     from smolvla_fast.measure.system import cuda_homes
 
-    places = ["compute-sanitizer", *(f"{home}/bin/compute-sanitizer" for home in cuda_homes())]
-    if not any(map(shutil.which, places)):
+    if not any(
+        map(shutil.which, ["compute-sanitizer", *(f"{h}/bin/compute-sanitizer" for h in cuda_homes())])
+    ):
         reason = "compute-sanitizer is neither on PATH nor beside nvcc; it comes with the CUDA toolkit"
         return Outcome("sanitizer", "skipped", reason)
     collect = ["--collect-only"] if context.rehearse else []
@@ -158,10 +156,8 @@ def bring_lerobot(environment: dict[str, str]) -> str | None:
         return None
     if not SITE.is_dir():
         if not WHEELS.is_dir():
-            return (
-                f"lerobot is not installed and there are no wheels in {WHEELS.name}/; run `make gpu-wheels` on a machine "
-                "with a network and bring the folder along"
-            )
+            bring = "run `make gpu-wheels` on a machine with a network and bring the folder along"
+            return f"lerobot is not installed and there are no wheels in {WHEELS.name}/; {bring}"
         install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
         install += ["--find-links", str(WHEELS), "--target", str(SITE), "-r", str(REQUIREMENTS)]
         done = subprocess.run(install, text=True, capture_output=True)
@@ -194,9 +190,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", metavar="OP", help="one op, in the part `ops`")
     parser.add_argument("--out", type=Path, help="folder of the result (benchmarks/results; a part: build/)")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny: proves the code alone")
-    parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help=f"for all parts (default: {MINUTES:g})"
-    )
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all (default: {MINUTES:g})")
     parser.add_argument("--commit", help="recorded where the tree has no history of its own")
     args = parser.parse_args(list(arguments))
     names = [part.name for part in PARTS[args.kind](args)]
@@ -219,17 +213,14 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     if not args.rehearse and not torch.cuda.is_available():
-        print(
-            f"{kind}: no CUDA GPU here, or no driver for it: there is nothing to report (--rehearse needs none)"
-        )
+        print(f"{kind}: no CUDA GPU here, or no driver for it: nothing to report (--rehearse needs none)")
         return 1
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     for unwanted in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):  # a report is about compiled kernels
         environment.pop(unwanted, None)
     if args.rehearse:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    missing = bring_lerobot(environment)
-    if missing:
+    if missing := bring_lerobot(environment):
         print(f"{kind}: {missing}")
         return 1
 
@@ -248,8 +239,7 @@ def main(arguments: Sequence[str]) -> int:
     markdown.write(data, path)
     for written in sorted(path.parent.glob(f"{path.stem}.*")):
         print(f"wrote {written}")
-    red = [part["name"] for part in data["parts"] if part["status"] == "red"]
-    if red:
+    if red := [part["name"] for part in data["parts"] if part["status"] == "red"]:
         print(f"{kind}: red: {', '.join(red)}; what is red has no figure in the report")
     return 1 if red else 0
 

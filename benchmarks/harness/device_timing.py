@@ -78,7 +78,5 @@ class StageMarks:
         assert not missing, f"no marks around {missing}: the engine does not call timing.section there"
         spans = {stage: self._marks[stage] for stage in STAGES}
         spans["total"] = (spans[STAGES[0]][0], spans[STAGES[-1]][1])
-        return {
-            name: start.elapsed_time(stop) if self._cuda else 1e3 * (stop - start)
-            for name, (start, stop) in spans.items()
-        }
+        ms = lambda start, stop: start.elapsed_time(stop) if self._cuda else 1e3 * (stop - start)  # noqa: E731
+        return {name: ms(*span) for name, span in spans.items()}

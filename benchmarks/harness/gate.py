@@ -88,9 +88,8 @@ def check_peer(precision: str, chunks: list[Tensor], truths: list[Tensor], lost:
     facts = worst(chunks, truths)
     if precision == "fp32":
         return within(facts, COMPILED_BOUND["fp32"])
-    return (
-        aligned(facts) if precision != "bf16" else lossy(facts, error(chunks[0], truths[0])["rel_l2"], lost)
-    )
+    first = error(chunks[0], truths[0])["rel_l2"]
+    return lossy(facts, first, lost) if precision == "bf16" else aligned(facts)
 
 
 def check_tier(

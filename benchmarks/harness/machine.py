@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,8 +63,8 @@ def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
         x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         # torch's own fp32 path is MKL, far from the roof on other makers' processors; oneDNN is near it.
         flops[dtype] = rate(2.0 * side**3, partial(linear, x, weight))
-    integers = _int8(side) if device.type == "cpu" else None
-    flops |= {} if integers is None else {torch.int8: rate(2.0 * side**3, integers)}
+    if device.type == "cpu" and (integers := _int8(side)):
+        flops[torch.int8] = rate(2.0 * side**3, integers)
     source = torch.ones(COPY_BYTES[device.type] // (64 if small else 4), device=device)
     target = torch.empty_like(source)
     return Ceilings(flops, rate(2.0 * source.nbytes, lambda: target.copy_(source)))
@@ -73,8 +74,9 @@ def ceilings_once(path: Path | None, device: torch.device, small: bool) -> Ceili
     """Measured by the first suite of a run that asks, and read from this file by the others."""
     if path is not None and path.is_file():
         found = json.loads(path.read_text())
-        flops = {getattr(torch, name): rate for name, rate in found["gemm_flops"].items()}
-        return Ceilings(flops, found["copy_bytes"])
+        return Ceilings(
+            {getattr(torch, n): rate for n, rate in found["gemm_flops"].items()}, found["copy_bytes"]
+        )
     ceilings = measure_ceilings(device, small)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,10 +89,9 @@ def _int8(side: int) -> Callable[[], Any] | None:
     x = torch.randint(0, 255, (side, side), dtype=torch.uint8)
     weight = torch.randint(-127, 127, (side, side), dtype=torch.int8)
     scales, zeros = torch.ones(side), torch.zeros(side, dtype=torch.int32)
-    try:
+    with suppress(AttributeError, RuntimeError):
         packed = torch.ops.onednn.qlinear_prepack(weight, [side, side])
         given = (x, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
         torch.ops.onednn.qlinear_pointwise(*given)
-    except (AttributeError, RuntimeError):
-        return None
-    return lambda: torch.ops.onednn.qlinear_pointwise(*given)
+        return partial(torch.ops.onednn.qlinear_pointwise, *given)
+    return None

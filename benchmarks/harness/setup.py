@@ -163,11 +163,13 @@ class BenchmarkSetup:
         found = [self.stock(case), *(self.tier(name, case) for name in TIERS)]
         return [*found, self.compiled(case, option.compile_mode)] if option and option.with_compile else found
 
-    def compiled(self, case: Case, mode: str | None) -> Variant:
-        """LeRobot's ``compile_model``: its method compiled, by default in the mode that it takes on a GPU."""
+    def compiled(self, case: Case, mode: str | None, left_out: str = "") -> Variant:
+        """LeRobot's ``compile_model``: its method compiled, by default in the mode that it takes on a GPU; or why not."""
         mode = mode or ("max-autotune" if self.device.type == "cuda" else "default")
 
         def make(model: Any) -> Any:
+            if left_out:
+                raise gate.Unavailable(left_out)
             function = torch.compile(model.sample_actions, mode=mode)
 
             def sample_actions(*args: Any, **kwargs: Any) -> Tensor:

@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -49,14 +49,6 @@ def why_missing(precision: str = "fp32") -> str | None:
     return NO_ISA if "ONEDNN_MAX_CPU_ISA" in os.environ else None
 
 
-def version() -> str | None:
-    """OpenVINO's version, or None where it is not installed."""
-    try:
-        return metadata.version("openvino")
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def compile_for_cpu(precision: str, threads: int) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], Call]:
     """Compiles a module for inputs of the shapes of an example.
 
@@ -88,6 +80,10 @@ def compile_for_cpu(precision: str, threads: int) -> Callable[[torch.nn.Module, 
     return compile_
 
 
+def as_stored(matrix: Tensor) -> Tensor:
+    return matrix
+
+
 def rotate(x: Tensor, sin: Tensor, cos: Tensor, out: Any = None) -> Any:
     """See ``reference.rope.apply_rope``."""
     low, high = x.chunk(2, dim=-1)
@@ -101,27 +97,19 @@ class GrownKV:
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v
 
-    def suffix(self, prefix: int) -> tuple[Any, Any]:
-        return _Slots(self, "k"), _Slots(self, "v")
+    def suffix(self, prefix: int) -> Any:
+        return tuple(SimpleNamespace(copy_=partial(self._grow, name)) for name in ("k", "v"))
 
-
-class _Slots:
-    def __init__(self, cache: GrownKV, name: str) -> None:
-        self._cache, self._name = cache, name
-
-    def copy_(self, new: Tensor) -> None:
-        setattr(self._cache, self._name, torch.cat([getattr(self._cache, self._name), new], dim=1))
+    def _grow(self, name: str, new: Tensor) -> None:
+        setattr(self, name, torch.cat([getattr(self, name), new], dim=1))
 
 
 class Stage(torch.nn.Module):
-    """A function of a model and tensors as a module that holds the model's weights."""
+    """A function of tensors as a module that holds the weights of a model."""
 
     def __init__(self, model: Any, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.function(self.model, *inputs)
+        self.model, self.forward = model, function
 
 
 class Runner:
@@ -138,22 +126,22 @@ class Runner:
         self.ops = replace(backend_ops("torch"), **own)
         self.dims, self.heads = read_dims(model), read_heads(model)
         self.vlm = model.vlm_with_expert.get_vlm_model()
-        self.expert = read_expert_layers(model.vlm_with_expert, _as_stored, _as_stored)
+        self.expert = read_expert_layers(model.vlm_with_expert, as_stored, as_stored)
         self._compiled: dict[Any, Call] = {}
 
-    def _vision(self, model: Any, frames: Tensor, positions: Tensor) -> Tensor:
-        return encode_images(self.ops, self.vlm, _as_stored, self.dims, frames, positions)
+    def _vision(self, frames: Tensor, positions: Tensor) -> Tensor:
+        return encode_images(self.ops, self.vlm, as_stored, self.dims, frames, positions)
 
-    def _prefix(self, model: Any, *embedded: Tensor) -> tuple[Tensor, ...]:
+    def _prefix(self, *embedded: Tensor) -> tuple[Tensor, ...]:
         dims = replace(self.dims, chunk=0)  # no free slots
-        kv = fill_prefix(self.ops, self.vlm, _as_stored, dims, *embedded, self.expert)
+        kv = fill_prefix(self.ops, self.vlm, as_stored, dims, *embedded, self.expert)
         return tuple(each for layer in kv.layers for each in (layer.k, layer.v))
 
-    def _step(self, model: Any, x: Tensor, time: Tensor, pad_masks: Tensor, *kv: Tensor) -> Tensor:
+    def _step(self, x: Tensor, time: Tensor, pad_masks: Tensor, *kv: Tensor) -> Tensor:
         """One of N steps: the whole way from noise, which a loop of one step goes, divided by N."""
         layers: Any = [GrownKV(k, v) for k, v in zip(kv[::2], kv[1::2], strict=True)]
         end, _ = denoise(self.ops, self.dims, self.expert, self.heads, PrefixKV(layers, pad_masks), x, time)
-        return x + (end - x) / model.config.num_steps
+        return x + (end - x) / self.model.config.num_steps
 
     def _run(self, function: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, ...]:
         key = (function.__name__, self.model.config.num_steps, *(tuple(each.shape) for each in inputs))
@@ -192,7 +180,3 @@ class Runner:
             for each in times.split(1):
                 (x,) = self._run(self._step, x, each, embedded[1], *kv)
             return x.clone()
-
-
-def _as_stored(matrix: Tensor) -> Tensor:
-    return matrix

@@ -42,7 +42,6 @@ def test_chunk(
             found = device_rounds(queue, setup.device, few, DEVICE_SECONDS, wall["max_ms"] + 1.0)
             if found is not None:
                 figures = summary(found)
-                each.facts.update(
-                    device_ms=figures, device_rounds_ms=found, host_ms=wall["p50_ms"] - figures["p50_ms"]
-                )
+                host = wall["p50_ms"] - figures["p50_ms"]
+                each.facts.update(device_ms=figures, device_rounds_ms=found, host_ms=host)
     measure.recorder.save()

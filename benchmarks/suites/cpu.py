@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch as patched
 
@@ -52,11 +54,8 @@ def peers(setup: BenchmarkSetup, case: Case, with_compile: bool) -> list[Variant
 
         return setup.peer(f"OpenVINO {precision}", precision, case, make)
 
-    def unavailable(model: Any) -> Any:
-        raise Unavailable(COMPILED)
-
     found = [openvino(precision) for precision in ("fp32", "bf16", "int8")]
-    return found if with_compile else [*found, setup.peer("stock compiled", "fp32", case, unavailable)]
+    return found if with_compile else [*found, setup.compiled(case, None, COMPILED)]
 
 
 def test_cpu(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
@@ -64,9 +63,9 @@ def test_cpu(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
     (cameras,) = counts(option.cameras, "--cameras", (2,))
     case = Case(cameras, observations=2)
     measure.recorder.facts.update(
-        openvino_version=openvino_peer.version(), torch_capability=torch.backends.cpu.get_cpu_capability(),
+        openvino_version=version("openvino") if find_spec("openvino") else None, threads=torch.get_num_threads(),
         instruction_level=extension.load("cpu").level() if extension.available("cpu") else None,
-        threads=torch.get_num_threads(),
+        torch_capability=torch.backends.cpu.get_cpu_capability(),
     )  # fmt: skip
     # Every tier but ``exact``, which is stock's own calls. bf16 comes before the peer that is held to its error.
     ours = [each for each in setup.variants(case, option) if each.name != "exact"]
@@ -234,7 +233,9 @@ def step_allocations(policy: Any, inputs: Inputs) -> dict[str, float]:
 def overhead(policy: Any, precision: str, cameras: int, inputs: Inputs, repeats: int) -> dict[str, Any]:
     """What of a chunk of one patched policy is not arithmetic: time outside the ops, and what each step allocates."""
     gate.act(policy, inputs)
-    found: dict[str, Any] = outside_ops(policy, inputs, repeats)
-    found["narrow_ms"] = narrow_ms(policy, precision, cameras, max(3, repeats))
-    found["narrow_share"] = found["narrow_ms"] / found["sample_actions_ms"]
-    return {**found, **step_allocations(policy, inputs)}
+    found, narrow = (
+        outside_ops(policy, inputs, repeats),
+        narrow_ms(policy, precision, cameras, max(3, repeats)),
+    )
+    shares = {"narrow_ms": narrow, "narrow_share": narrow / found["sample_actions_ms"]}
+    return {**found, **shares, **step_allocations(policy, inputs)}

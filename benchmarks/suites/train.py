@@ -126,13 +126,6 @@ class Trainee:
         loss = self.step()
         return in_host_memory(loss, *(p.grad for p in self.policy.parameters() if p.grad is not None))
 
-    def bound(self) -> float:
-        """In bf16 twice what stock itself loses in bf16."""
-        layout = self.case.setup.layout
-        if self.bf16:
-            return 2 * distance(self.case.stock(True), self.case.stock(False))["gradient_rel_l2"]
-        return GRADIENT_BOUND if self.patched and layout == "fp32" else COMPILED_BOUND[layout]
-
     def check(self) -> dict[str, Any]:
         """Distances from stock in fp32, of the bound (in bf16 twice what stock itself loses). Raises CheckFailed beyond it.
 
@@ -144,7 +137,10 @@ class Trainee:
         hits = self.hits()
         found = self.case.stock(self.bf16) if self.variant in STOCK else self.found()
         truth = self.case.reference() if self.variant == "stock" else self.case.stock(False)
-        error, bound = distance(found, truth), self.bound()
+        error, layout = distance(found, truth), self.case.setup.layout
+        bound = GRADIENT_BOUND if self.patched and layout == "fp32" else COMPILED_BOUND[layout]
+        if self.bf16:
+            bound = 2 * distance(self.case.stock(True), self.case.stock(False))["gradient_rel_l2"]
         if self.variant in CACHE_BYTES:
             known, frames = self.hits() - hits, self.case.size * CAMERAS
             if known != (0 if self.variant == NEW else frames):
