@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.harness import flags
-from benchmarks.harness.machine import Ceilings, ceilings_once
 from benchmarks.harness.measure import Clock, Measure, Recorder
+from benchmarks.harness.roof import Ceilings, ceilings_once
 from benchmarks.harness.setup import BenchmarkSetup
 from smolvla_fast.measure import system
 

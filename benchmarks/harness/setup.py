@@ -14,9 +14,8 @@ from torch import Tensor
 
 import smolvla_fast
 from benchmarks.harness import gate
-from benchmarks.harness.account import stage_costs
-from benchmarks.harness.machine import Ceilings
 from benchmarks.harness.measure import Variant
+from benchmarks.harness.roof import Ceilings, stage_costs
 from smolvla_fast.measure.rounds import PeakMemory, synchronize, timed_ms
 from smolvla_fast.model.precision import TIERS
 from smolvla_fast.ops.select import select
@@ -77,15 +76,13 @@ class BenchmarkSetup:
         other.config.num_steps = self.policy.config.num_steps
         return other
 
-    @property
-    def group(self) -> str:
-        size, layers = f"{self.size} size, {self.device.type}", self.policy.config.num_vlm_layers
-        return f"{size}, {self.layout} weights, {layers} layers, {self.policy.config.num_steps} steps"
-
     def named(self, suite: str, case: Case) -> str:
         """The group of a suite's benchmarks."""
-        batch = f", batch {case.batch}" if case.batch > 1 else ""
-        return f"{suite}: {self.group}, {case.cameras} cameras{batch}"
+        config, train = self.policy.config, suite == "train"
+        size = f"{self.size} size, {self.device.type}, {self.layout} weights, {config.num_vlm_layers} layers"
+        steps = "" if train else f", {config.num_steps} steps"
+        batch = f", batch {case.batch}" if train or case.batch > 1 else ""
+        return f"{suite}: {size}{steps}, {case.cameras} cameras{batch}"
 
     def inputs(self, cameras: int, batch: int = 1, seed: int = 0) -> Inputs:
         key = (cameras, batch, seed)
@@ -211,7 +208,9 @@ class BenchmarkSetup:
 
     def _first(self, policy: Any, case: Case) -> tuple[list[Tensor], dict[str, Any]]:
         """The first chunks; with the first one's time and how far memory rose above what was held before."""
-        _give_back()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+        if trim is not None:
+            trim(0)  # or what the allocator keeps of one variant's memory would hide the next one's needs
         before = resident(self.device)
         memory, inputs = PeakMemory(self.device), self.every(case)
         first_ms, found = timed_ms(lambda: gate.act(policy, inputs[0]), self.device)
@@ -249,10 +248,3 @@ def resident(device: torch.device) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), None)
-
-
-def _give_back() -> None:
-    """Returns what the allocator keeps of freed memory, or one variant's leavings would hide the next one's needs."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-    if trim is not None:
-        trim(0)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import smolvla_fast
-from benchmarks.harness.account import training_costs
 from benchmarks.harness.flags import counts
 from benchmarks.harness.gate import COMPILED_BOUND, CheckFailed, Unavailable
 from benchmarks.harness.measure import Variant
 from benchmarks.harness.plugin import device_of, rounds
-from benchmarks.harness.setup import BenchmarkSetup, resident, twin
+from benchmarks.harness.roof import training_costs
+from benchmarks.harness.setup import BenchmarkSetup, Case, resident, twin
 from smolvla_fast.measure.rounds import synchronize
 from smolvla_fast.ops.processor import why_bf16_is_slow
 from smolvla_fast.testing import policies
@@ -214,7 +214,7 @@ def test_train_step(measure: Any, make_setup: Any, pytestconfig: Any, size: int)
     case = TrainCase(make_setup(), size)
     with_compile = pytestconfig.getoption("--with-compile")
     variants = [variant_of(case, name, with_compile) for name in VARIANTS]
-    group = f"train: {case.setup.group.rsplit(',', 1)[0]}, {CAMERAS} cameras, batch {size}"
+    group = case.setup.named("train", Case(CAMERAS, size))
     try:
         measure(group, variants, rounds(pytestconfig), suite="train")
     finally:

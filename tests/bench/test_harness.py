@@ -17,9 +17,8 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks.harness import machine, run
+from benchmarks.harness import roof, run
 from benchmarks.harness.gate import CheckFailed, Unavailable
-from benchmarks.harness.machine import Ceilings
 from benchmarks.harness.measure import (
     LEAST_ROUNDS,
     LEAST_SECONDS,
@@ -30,6 +29,7 @@ from benchmarks.harness.measure import (
     derive,
     limited,
 )
+from benchmarks.harness.roof import Ceilings
 from benchmarks.harness.run import Context, Outcome, Part
 from smolvla_fast.cli import main
 from smolvla_fast.ops.reference import Cost
@@ -190,7 +190,7 @@ def test_floor_is_the_slower_of_arithmetic_and_memory() -> None:
 
 def test_stage_costs_at_full_size() -> None:
     """The design's figures: vision 428 GFLOP, prefix 55 GFLOP / 298 MB, a denoise step 10.3 GFLOP / 198 MB."""
-    from benchmarks.harness.account import stage_costs
+    from benchmarks.harness.roof import stage_costs
 
     found = stage_costs(full_size_model(), cameras=2, language=48, itemsize=2)
     # 2 %: the design rounds, and leaves the patch embedding out.
@@ -243,22 +243,22 @@ def full_size_model() -> Any:
 
 def test_ceilings_are_measured_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[None] = []
-    roof = Ceilings({torch.float32: 1e12, torch.bfloat16: 4e12}, bytes=1e10)
-    monkeypatch.setattr(machine, "measure_ceilings", lambda device, small: (asked.append(None), roof)[1])
+    best = Ceilings({torch.float32: 1e12, torch.bfloat16: 4e12}, bytes=1e10)
+    monkeypatch.setattr(roof, "measure_ceilings", lambda device, small: (asked.append(None), best)[1])
     cpu = torch.device("cpu")
-    assert machine.ceilings_once(tmp_path / "c.json", cpu, True) == machine.ceilings_once(
+    assert roof.ceilings_once(tmp_path / "c.json", cpu, True) == roof.ceilings_once(
         tmp_path / "c.json", cpu, True
     )
     assert len(asked) == 1
 
 
 def test_stage_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.harness import device_timing as timing
+    from benchmarks.suites import chunk, stages
     from smolvla_fast import inference
 
     times = iter(range(100))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: 1e-3 * next(times))
-    marks, plain = timing.StageMarks(torch.device("cpu")), inference.section
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: 1e-3 * next(times))
+    marks, plain = stages.StageMarks(torch.device("cpu")), inference.section
     with marks.placed():
         with inference.section("vision"):
             pass
@@ -269,7 +269,7 @@ def test_stage_marks(monkeypatch: pytest.MonkeyPatch) -> None:
                 next(times)
     assert marks.read() == pytest.approx({"vision": 2.0, "prefix": 2.0, "denoise": 2.0, "total": 8.0})
     assert inference.section is plain
-    assert timing.device_rounds(lambda: None, torch.device("cpu"), 3, 1.0, 1.0) is None
+    assert chunk.device_rounds(lambda: None, torch.device("cpu"), 3, 1.0, 1.0) is None
 
 
 def context(folder: Path) -> Context:

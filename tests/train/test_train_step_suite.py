@@ -19,8 +19,8 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla")
 
 import smolvla_fast
-from benchmarks.harness.account import training_costs
 from benchmarks.harness.gate import CheckFailed
+from benchmarks.harness.roof import training_costs
 from benchmarks.harness.setup import BenchmarkSetup
 from benchmarks.suites import train as train_step
 from smolvla_fast.loss.image_cache import ImageCache
