@@ -20,12 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compiled.kernels import ROOT, Rows, markdown, red
-
-
-def own_cache(folder: str) -> None:
-    """Of a process that compiles: ptxas speaks when it runs, so none may find what another compiled."""
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(dir=folder)
+from benchmarks.compiled.kernels import ROOT, Rows, markdown, own_cache, red
 
 
 def compile_all(kind: Any, names: Sequence[str], targets: Sequence[str], processes: int) -> Rows:

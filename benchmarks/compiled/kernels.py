@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +38,11 @@ Key = tuple[str, ...]
 """section of the file, then the labels of a row"""
 Rows = dict[Key, dict[str, Kernel | str]]
 """By target; a text says why it does not compile."""
+
+
+def own_cache(folder: str) -> None:
+    """Of a process that compiles: ptxas speaks when it runs, so none may find what another compiled."""
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(dir=folder)
 
 
 def parse_log(log: str) -> dict[str, Kernel]:
