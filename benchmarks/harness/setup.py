@@ -114,9 +114,7 @@ class BenchmarkSetup:
             found = gate.within(gate.compare(chunks[0], truth), gate.COMPILED_BOUND[self.layout])
             return {**found, "against": "the plain PyTorch implementation"}
 
-        variant = self._variant("stock", "stock", "stock", case, lambda policy: None, check)
-        variant.policy = self.policy
-        return variant
+        return self._variant("stock", "stock", "stock", case, lambda policy: None, check)
 
     def tier(self, name: str, case: Case, backend: str = "auto", label: str | None = None) -> Variant:
         """A twin patched to a tier."""
@@ -195,16 +193,14 @@ class BenchmarkSetup:
         )  # fmt: skip
         if floors:
             facts.update(stage_floors=floors, floor_ms=sum(each["floor_ms"] for each in floors.values()))
-        variant = Variant(name, dict, lambda: self.chunk(variant.policy, case), facts=facts)
-        variant.policy = twin(self.policy)
+        policy = self.policy if kind == "stock" else twin(self.policy)
 
         def checked() -> dict[str, Any]:
-            make(variant.policy)
-            chunks, found = self._first(variant.policy, case)
-            return {**found, **check(variant.policy, chunks)}
+            make(policy)
+            chunks, found = self._first(policy, case)
+            return {**found, **check(policy, chunks)}
 
-        variant.check = checked
-        return variant
+        return Variant(name, checked, lambda: self.chunk(policy, case), policy=policy, facts=facts)
 
     def _first(self, policy: Any, case: Case) -> tuple[list[Tensor], dict[str, Any]]:
         """The first chunks; with the first one's time and how far memory rose above what was held before."""
