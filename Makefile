@@ -36,7 +36,7 @@ train-demo: venv
 
 test: venv
 	HF_HUB_OFFLINE=1 SMOLVLA_FAST_PYTHONS=$(wildcard $(ALONE)/bin/python) $(VENV)/bin/python -m pytest -n $(JOBS) \
-	    --no-loadscope-reorder $(ARGS)
+	    --no-loadscope-reorder --max-worker-restart=0 $(ARGS)
 
 # What depends on the processor, once as each lesser one that this one can play; tests/support/processors.py says how.
 test-cpus: venv

@@ -42,6 +42,10 @@ class Inputs(NamedTuple):
     image_ends: tuple[Tensor, Tensor] | None
 
 
+class EngineReplaced(Exception):
+    """The model was changed behind a replay so that another engine serves it now."""
+
+
 class Ineligible(RuntimeError):
     """What was found behind the first gate: why the engine cannot compute this chunk."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .engine.cuda_graphs import CaptureFailed, not_capturing
-from .inference import Engine, Ineligible
+from .inference import Engine, EngineReplaced, Ineligible
 from .model.precision import resolve_tier
 from .model.weights import representative_weight
 from .ops.reference.image_prep import image_prep
@@ -86,7 +86,14 @@ class _Accelerated:
                     noise = self.sample_noise(shape, state.device)
             try:
                 guidance = guidance_of(self, kwargs, noise)
-                chunk = engine.act(self, *given, noise.contiguous(), guidance, validators=validators)
+                inputs = (*given, noise.contiguous(), guidance)
+                try:
+                    chunk = engine.act(self, *inputs, validators=validators)
+                except EngineReplaced:
+                    engine, reason = runtime.look(self)
+                    if engine is None:
+                        raise Ineligible(str(reason)) from None
+                    chunk = engine.act(self, *inputs)
             except (CaptureFailed, Ineligible) as refusal:
                 reason = str(refusal)
             else:

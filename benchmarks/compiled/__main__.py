@@ -38,8 +38,6 @@ def compile_all(kind: Any, names: Sequence[str], targets: Sequence[str], process
 
 
 def main(arguments: list[str]) -> int:
-    # Kernels read it when they are imported; interpreted ones never compile.
-    os.environ.pop("TRITON_INTERPRET", None)
     parser = argparse.ArgumentParser(prog="benchmarks.compiled", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("kind", choices=("aot", "ptxas", "denoise"))
     parser.add_argument("--only", metavar="NAME,NAME", help="these ops or sources alone (needs --out)")
@@ -72,4 +70,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # Kernels read it when they are imported; interpreted ones never compile.
+    os.environ.pop("TRITON_INTERPRET", None)
     sys.exit(main(sys.argv[1:]))

@@ -95,8 +95,9 @@ def dense(model: Any, call: Call) -> str | None:
 
 def no_gradients(model: Any, call: Call) -> str | None:
     """Of a chunk."""
-    read = (*call.tensors().values(), *model.parameters())
-    if torch.is_grad_enabled() and any(each.requires_grad for each in read):
+    if not torch.is_grad_enabled():  # asked first: a model has many parameters
+        return None
+    if any(each.requires_grad for each in (*call.tensors().values(), *model.parameters())):
         return "autograd is on: wrap the call in torch.no_grad() unless you want gradients"
     return None
 

@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..engine.timing import STAGES
-from ..inference import Engine, Ineligible, Validator
+from ..inference import Engine, EngineReplaced, Ineligible, Validator
 from ..model.precision import resolve_tier
 from ..model.weights import representative_weight
 from .change_detector import ChangeDetector
@@ -117,14 +117,16 @@ class Runtime(Served[Engine]):
             engine, noted = self.engine, self.detector
             captured = engine is not None and engine.graphs is not None and self._refusal is None
             if captured and noted is not None and noted.same_memory():
-                return engine, None, (Validator(noted, lambda: self._checked(model)),)
+                return engine, None, (Validator(noted, lambda: self._checked(model, engine)),)
             return (*self.look(model), ())
 
-    def _checked(self, model: Any) -> ChangeDetector | None:
+    def _checked(self, model: Any, engine: Engine | None) -> ChangeDetector | None:
         with self.lock:
-            reason = self.look(model)[1]
+            now, reason = self.look(model)
             if reason is not None:
                 raise Ineligible(reason)
+            if now is not engine:
+                raise EngineReplaced
             return self.detector
 
     def forget(self) -> None:
@@ -132,6 +134,7 @@ class Runtime(Served[Engine]):
         with self.lock:
             if self.engine is not None and self.engine.graphs is not None:
                 self.engine.graphs.clear()
+            self._probed = (None, None)  # what failed for want of memory, say, may pass now
             super().forget()
         self.training.forget()
 

@@ -81,8 +81,9 @@ class Served(Generic[E]):
                     return None, reason
                 try:
                     self._refusal = self.prepare(model, settings)
-                except RuntimeError as error:  # the policy has moved to where an explicit wish cannot be met
-                    self._refusal = str(error)
+                except RuntimeError as error:
+                    # A wish that cannot be met where the policy has moved, or want of memory: asked again at the next call.
+                    return None, str(error)
                 self.detector = detector
             reason = self._refusal or self.eligibility.live_reason(model)
             return self.engine if reason is None else None, reason

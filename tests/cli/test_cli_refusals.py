@@ -117,7 +117,6 @@ def without(*names: str) -> Callable[[Path], None]:
     return config(change)
 
 
-FEATURES = "input_features"
 DAMAGE = {
     "no config": (file("config.json", None), "no config.json"),
     "broken json": (file("config.json", b'{"type": "smol'), "cannot read config.json"),

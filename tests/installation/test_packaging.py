@@ -75,7 +75,7 @@ def test_metadata(installed):
         "transformers",
     }
     extras = {value for key, value in fields if key == "Provides-Extra"}
-    assert extras >= {"lerobot", "train", "bench", "test", "flash", "cli"}
+    assert extras >= {"lerobot", "train", "bench", "test", "cli"}
     entry = next(installed.glob("smolvla_fast-*.dist-info/entry_points.txt")).read_text()
     assert "smolvla-fast = smolvla_fast.cli:main" in entry
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from smolvla_fast.testing.policies import make_policy
@@ -52,9 +51,3 @@ def rel_l2(x: Tensor, reference: Tensor) -> float:
 
 def copied(batch: dict[str, Any]) -> dict[str, Any]:
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-@torch.no_grad()
-def scale_weights(policy: Any, factor: float) -> None:
-    for parameter in policy.parameters():
-        parameter.mul_(factor)

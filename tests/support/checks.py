@@ -40,7 +40,7 @@ GROUPS: dict[str, dict[int, str]] = {
         15: "`copy.copy` and `reset()`: the copy has a queue of its own and is right",
         16: "`deepcopy` (with shared parameters too), `pickle`, `torch.save`: copies are right, apart, and have no stale graphs",
         17: "A PeftModel is patched; unmerged LoRA runs stock and is not ignored; merged weights are used",
-        18: "A subclass or an instance that overrides what the engine stands in for runs stock, with a message",
+        18: "A subclass or an instance that overrides what the engine replaces runs stock, with a message",
         19: "A forward hook or replaced submodule is found, before and after `patch`; stock runs, with one message",
     },
     "Queue and outputs": {
