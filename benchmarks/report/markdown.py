@@ -67,26 +67,26 @@ def draw(data: dict[str, Any], path: Path, lines: Path) -> list[Path]:
         from smolvla_fast.measure import plot
     except ImportError:
         return []
-    facts, drawn = data["machine_info"]["smolvla_fast"], []
+    facts, drawn, gpu = data["machine_info"]["smolvla_fast"], [], data.get("kind") == "gpu-report"
     subtitle = f"{facts['machine']}, {facts['threads']} threads, torch {facts['torch_version']}, lerobot "
     subtitle += str(facts["lerobot_version"])
     bars: dict[str, dict[str, float]] = {}
     floors: dict[str, dict[str, float]] = {}
-    title = "SmolVLA action chunk, p50 ms"
-    for bench in suite(data, "stages") if data.get("kind") == "gpu-report" else []:
-        # Of tiers; stock is of another order and stands in the table.
-        if bench["variant"] != "stock" and "loop_backend" not in bench:
-            title = "SmolVLA action chunk by stage, p50 ms; black: floor measured in the same run"
-            for stage, found in bench["stages"].items():
-                if "floor_ms" in found:
-                    bars.setdefault(stage, {})[bench["variant"]] = found["p50_ms"]
-                    floors.setdefault(stage, {})[bench["variant"]] = found["floor_ms"]
-    for bench in [] if bars else suite(data, "chunk") or suite(data, "cpu"):
+    chunks, title = suite(data, "chunk") or suite(data, "cpu"), "SmolVLA action chunk, p50 ms"
+    for bench in suite(data, "stages") if gpu or not chunks else []:
+        title = "SmolVLA action chunk by stage, p50 ms; black: floor measured in the same run"
+        for stage, found in bench["stages"].items():
+            # On a GPU stock is of another order and stands in the table.
+            if (
+                "floor_ms" in found
+                and "loop_backend" not in bench
+                and not (gpu and bench["variant"] == "stock")
+            ):
+                bars.setdefault(stage, {})[bench["variant"]] = found["p50_ms"]
+                floors.setdefault(stage, {})[bench["variant"]] = found["floor_ms"]
+    for bench in [] if bars else chunks:
         count = bench["cameras"]
         bars.setdefault(f"{count} camera" + "s" * (count > 1), {})[bench["variant"]] = bench["p50_ms"]
-    for bench in [] if bars else suite(data, "stages"):
-        title, stages = "SmolVLA action chunk by stage, p50 ms", bench["stages"].items()
-        bars[bench["variant"]] = {name: each["p50_ms"] for name, each in stages if name != "total"}
     if bars:
         title = f"REHEARSAL on a CPU, tiny policy: {title}" if data.get("rehearsal") else title
         plot.grouped_bars(bars, title, subtitle, path, floors or None)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from benchmarks.report import tables
-from benchmarks.report.tables import Bench, figures, groups, of_variants, suite, table
+from benchmarks.report.tables import Bench, figures, groups, suite, table
 
 Data = dict[str, Any]
 
@@ -37,12 +37,27 @@ def joined(*parts: str) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def by_group(
-    data: Data, name: str, columns: str, note: Callable[[list[Bench]], str] = lambda benches: ""
-) -> str:
-    """A table of variants for each group of a suite, with a note below each."""
-    found = groups(suite(data, name)).items()
-    return joined(*(joined(group, of_variants(columns, each), note(each)) for group, each in found))
+class Section(NamedTuple):
+    """A suite's tables, one for each group or, where a label is "group", one of all.
+
+    columns  of ``tables.COLUMNS``, with " | " between them      rows  of a benchmark      labels  columns without a name
+    having   what a benchmark must have      note  below the tables
+    """
+
+    suite: str
+    columns: str
+    rows: Callable[[Bench], list[Bench]] = lambda bench: [bench]
+    labels: Sequence[str] = ("variant",)
+    having: str = "group"
+    note: Callable[[list[Bench]], str] = lambda benches: ""
+
+    def __call__(self, data: Data) -> str:
+        benches, text = suite(data, self.suite, self.having), []
+        apart = self.labels == ("variant",)
+        for group, each in (groups(benches) if apart else {"": benches}).items():
+            rows = [row for bench in each for row in self.rows(bench)]
+            text += [group, figures(self.columns, rows, *self.labels)]
+        return joined(*text, self.note(benches)) if benches else ""
 
 
 def parts(data: Data) -> str:
@@ -56,65 +71,23 @@ def parts(data: Data) -> str:
     return joined(table(["part", "", "s", ""], rows), *lines) if rows else ""
 
 
-def chunk(data: Data) -> str:
-    def note(benches: list[Bench]) -> str:
-        against = next((each["against"] for each in benches if "against" in each), None)
-        said = f"Errors are against stock, stock's against {against}; ratios are of rounds in turn."
-        return said if against else ""
-
-    columns = (
-        "p50 ms | best ms | p95 ms | p99 ms | chunks/s | ratio | of the roof | rel L2 | max abs | rounds"
-    )
-    return by_group(data, "chunk", columns, note)
-
-
-def device(data: Data) -> str:
-    """Wall, device and host time of each tier on a GPU; its graph and its memory."""
-    found = groups(suite(data, "chunk", having="device_ms"))
-    rows = [((group, bench["variant"]), bench) for group, benches in found.items() for bench in benches]
-    columns = (
-        "wall p50 ms | device p50 ms | device p99 ms | host ms | floor ms | first chunk ms | graph nodes"
-    )
-    columns += " | launches a step | graph MiB | peak MiB"
-    return joined(DEVICE, figures(columns, rows)) if rows else ""
-
-
-def stages(data: Data) -> str:
-    text = []
-    for group, benches in groups(suite(data, "stages")).items():
-        base: dict[str, Any] = {}
-        base.update(*(each["stages"] for each in benches if each["variant"] == "stock"))
-        rows = [
-            ([bench["variant"]], {"stage": stage, "base": base.get(stage), "of": bench["stages"], **found})
-            for bench in benches
-            for stage, found in bench["stages"].items()
-        ]
-        text += [group, figures("stage | p50 ms | share | ratio | GFLOP | floor ms | of the roof", rows)]
-    return joined(*text)
-
-
-def denoise(data: Data) -> str:
-    """One tier's denoise stage by backend, and whether its loop was one launch."""
-    columns = "run by | launches | p50 ms | ratio | floor ms | of the roof | not in one launch, for"
-    rows = [
-        ((group, b["variant"]), {"base": benches[0]["stages"]["denoise"], **b, **b["stages"]["denoise"]})
-        for group, benches in groups(suite(data, "stages", having="loop_backend")).items()
-        for b in benches
+def by_stage(bench: Bench) -> list[Bench]:
+    base = (bench["base"] or {}).get("stages", {})
+    kept = {key: bench.get(key) for key in ("group", "variant", "status")}
+    stages = bench["stages"].items()
+    return [
+        {**kept, "stage": name, "base": base.get(name), "of": bench["stages"], **each}
+        for name, each in stages
     ]
-    return figures(columns, rows)
 
 
-def training(data: Data) -> str:
-    columns = "p50 ms | best ms | samples/s | ratio | floor ms | of the roof | gradients, rel L2 | allowed"
-    text = by_group(data, "train", f"{columns} | loss | peak GiB | rounds")
-    return text and joined(text, TRAINING)
-
-
-def ops(data: Data) -> str:
-    columns = "op | case | dtype | backend | p50 µs | best µs | ratio | GFLOP/s | GB/s | of the roof"
-    benches = suite(data, "ops")
-    eager = {bench["group"]: bench for bench in benches if bench["backend"] == "reference"}
-    return figures(columns, [((), {"base": eager.get(bench["group"]), **bench}) for bench in benches])
+def against(benches: list[Bench]) -> str:
+    found = [each["against"] for each in benches if "against" in each]
+    return (
+        f"Errors are against stock, stock's against {found[0]}; ratios are of rounds in turn."
+        if found
+        else ""
+    )
 
 
 def cpu(data: Data) -> str:
@@ -124,32 +97,26 @@ def cpu(data: Data) -> str:
     level, torchs = facts.get("instruction_level") or "no compiled kernels", facts.get("torch_capability")
     columns = "ratio to stock | target | accuracy against stock in fp32 | p50 ms | p95 ms | p99 ms | best ms | rounds"
     columns += " | of the roof | extra bytes | peak memory | of it new"
-    reasons = [
-        f"{bench['variant']}, {name}: {reason}"
-        for bench in benches
-        for name, reason in bench.get("fallback_reasons", {}).items()
-    ]
+    text = [f"{benches[0]['group']}; our kernels at level {level}, torch's at {torchs}"]
+    text += [figures(columns, benches, "variant"), TIERS]
+    for each in benches:
+        reasons = each.get("fallback_reasons", {}).items()
+        text += [f"{each['variant']}, {name}: {reason}" for name, reason in reasons]
     ours = {each["precision"]: each["p50_ms"] for each in benches if each["kind"] == "tier"}
-    peers = (each for each in benches if each["kind"] == "peer" and each["precision"] in ours)
-    beside = (
-        f"Against {each['variant']}: {each['p50_ms'] / ours[each['precision']]:.2f}x at {each['precision']}, medians of the "
-        "same rounds."
-        for each in peers
-    )
-    kernels = (
-        f"{benches[0]['group'].removeprefix('cpu: ')}; our kernels at level {level}, torch's at {torchs}"
-    )
-    return joined(kernels, of_variants(columns, benches), TIERS, *reasons, *beside)
+    for each in benches:
+        if each["kind"] == "peer" and (own := ours.get(each["precision"])):
+            ratio = f"{each['p50_ms'] / own:.2f}x at {each['precision']}"
+            text.append(f"Against {each['variant']}: {ratio}, medians of the same rounds.")
+    return joined(*text)
 
 
 def cpu_stages(data: Data) -> str:
     """Of the CPU suite; the stages suite has a section of its own."""
     benches, names, rows = suite(data, "cpu", having="stages"), ("vision", "prefix", "denoise"), []
     for bench in benches:
-        found = ((bench["stages"][name]["p50_ms"], benches[0]["stages"][name]["p50_ms"]) for name in names)
-        rows.append(
-            [bench["variant"], *(f"{tables.milliseconds(ms)} ({base / ms:.2f}x)" for ms, base in found)]
-        )
+        times = [[each["stages"][name]["p50_ms"] for name in names] for each in (benches[0], bench)]
+        cells = [f"{tables.milliseconds(ms)} ({base / ms:.2f}x)" for base, ms in zip(*times, strict=True)]
+        rows.append([bench["variant"], *cells])
     return table(["", *(f"{name} ms" for name in names)], rows) if rows else ""
 
 
@@ -157,15 +124,15 @@ def cpu_overhead(data: Data) -> str:
     columns = (
         "sample_actions ms | outside ops ms | narrow policy ms | op calls | allocations a step | bytes a step"
     )
-    rows = [([b["variant"]], b["overhead"]) for b in suite(data, "cpu", having="overhead")]
+    rows = [{**b["overhead"], "variant": b["variant"]} for b in suite(data, "cpu", having="overhead")]
     lines = []
-    for [name], each in rows:
+    for each in rows:
         low, high = each["outside_share"] < tables.OVERHEAD, each["narrow_share"] < tables.OVERHEAD
         python = "met by both" if high else "met by the first, missed by the upper bound" if low else "missed"
         loop = "met" if each["step_allocations"] == 0 else f"missed: {each['step_allocations']:,.0f} a step"
         python = f"Python under {tables.OVERHEAD:.0%} of a chunk: {python}"
-        lines.append(f"{name}: {python}. Nothing allocated in the loop: {loop}.")
-    return joined(figures(columns, rows), OUTSIDE, *lines) if rows else ""
+        lines.append(f"{each['variant']}: {python}. Nothing allocated in the loop: {loop}.")
+    return joined(figures(columns, rows, "variant"), OUTSIDE, *lines) if rows else ""
 
 
 def curves(data: Data) -> dict[str, dict[str, dict[int, float]]]:
@@ -181,16 +148,40 @@ def cpu_scaling(data: Data) -> str:
     text = [f"![time against cameras, steps, threads and batch]({chart})"] if chart else []
     for axis, variants in curves(data).items():
         values = sorted(set().union(*variants.values()))
-        rows = [
-            [name, *(tables.milliseconds(each[v]) if v in each else tables.NONE for v in values)]
-            for name, each in variants.items()
-        ]
+        rows = [[name, *(tables.ms(each, value) for value in values)] for name, each in variants.items()]
         text.append(table([f"ms by {axis}", *map(str, values)], rows))
     return joined(*text)
 
 
-SECTIONS = {
-    "Parts": parts, "Chunk": chunk, "Device and host": device, "Stages": stages, "Denoise loop": denoise,
-    "Training step": training, "Ops": ops, "CPU": cpu, "CPU, by stage": cpu_stages, "CPU, overhead": cpu_overhead,
+ROOF = "floor ms | of the roof"
+SECTIONS: dict[str, Callable[[Data], str]] = {
+    "Parts": parts,
+    "Chunk": Section(
+        "chunk", "p50 ms | best ms | p95 ms | p99 ms | chunks/s | ratio | of the roof | rel L2 | max abs | rounds",
+        note=against,
+    ),
+    # Wall, device and host time of each tier on a GPU; its graph and its memory.
+    "Device and host": Section(
+        "chunk", "wall p50 ms | device p50 ms | device p99 ms | host ms | floor ms | first chunk ms | graph nodes"
+        " | launches a step | graph MiB | peak MiB",
+        labels=("group", "variant"), having="device_ms", note=lambda benches: DEVICE,
+    ),
+    "Stages": Section("stages", f"stage | p50 ms | share | ratio | GFLOP | {ROOF}", by_stage),
+    # One tier's denoise stage by backend, and whether its loop was one launch.
+    "Denoise loop": Section(
+        "stages", f"run by | launches | p50 ms | ratio | {ROOF} | not in one launch, for",
+        lambda bench: [row for row in by_stage(bench) if row["stage"] == "denoise"],
+        labels=("group", "variant"), having="loop_backend",
+    ),
+    "Training step": Section(
+        "train", f"p50 ms | best ms | samples/s | ratio | {ROOF} | gradients, rel L2 | allowed | loss | peak GiB | rounds",
+        note=lambda benches: TRAINING,
+    ),
+    "Ops": Section(
+        "ops", "op | case | dtype | backend | p50 µs | best µs | ratio | GFLOP/s | GB/s | of the roof", labels=(),
+    ),
+    "CPU": cpu,
+    "CPU, by stage": cpu_stages,
+    "CPU, overhead": cpu_overhead,
     "CPU, scaling": cpu_scaling,
 }  # fmt: skip
