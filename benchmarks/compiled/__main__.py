@@ -13,27 +13,27 @@ import importlib
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compiled.kernels import ROOT, Rows, markdown, own_cache, red
+from benchmarks import ROOT
+from benchmarks.compiled.kernels import Rows, markdown, red
 
 
 def compile_all(kind: Any, names: Sequence[str], targets: Sequence[str], processes: int) -> Rows:
     """kind  the module ``aot`` or ``ptxas``"""
     tasks, rows, start = kind.tasks(names, targets), {}, time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="smolvla-compiled-") as folder:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, own_cache, (folder,)) as pool:
-            for task, found in zip(tasks, pool.map(kind.compile_task, tasks), strict=True):
-                said = f"{', '.join(map(str, task))}: {len(found)} kernels, at {time.perf_counter() - start:.0f} s"
-                print(said, file=sys.stderr, flush=True)
-                for key, cells in found.items():
-                    rows.setdefault(key, {}).update(cells)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for task, found in zip(tasks, pool.map(kind.compile_task, tasks), strict=True):
+            said = (
+                f"{', '.join(map(str, task))}: {len(found)} kernels, at {time.perf_counter() - start:.0f} s"
+            )
+            print(said, file=sys.stderr, flush=True)
+            for key, cells in found.items():
+                rows.setdefault(key, {}).update(cells)
     return rows
 
 

@@ -82,8 +82,7 @@ def account() -> str:
     ]  # fmt: skip
     columns = ["phase", "a step", "weights, MB", "read from L2, MB", "busiest block, KB", "us"]
     weights, read, us = (
-        sum(row.count * each for row, each in zip(rows, found, strict=True))
-        for found in zip(*((row.weights, row.activations, row.us) for row in rows), strict=True)
+        sum(row.count * getattr(row, of) for row in rows) for of in ("weights", "activations", "us")
     )
     barriers = 2 + 5 * LAYERS
     terms = {

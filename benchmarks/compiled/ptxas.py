@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -15,9 +12,11 @@ from functools import cache
 from pathlib import Path
 
 import networkx
-from ninja_build import CUDA_ARCHS, CUDA_FLAGS, cuda_homes, nvcc_compiler
+import triton
+from ninja_build import CUDA_ARCHS, CUDA_FLAGS, nvcc_compiler
 
-from benchmarks.compiled.kernels import ROOT, Kernel, Rows, parse_log
+from benchmarks import ROOT
+from benchmarks.compiled.kernels import Kernel, Rows, parse_log
 from benchmarks.report.tables import NONE
 
 TARGETS = tuple(CUDA_ARCHS)
@@ -86,16 +85,9 @@ def say(*command: str) -> str:
     return done.stdout
 
 
-@cache
 def disassembler() -> str:
-    """cuobjdump from the PATH, a CUDA toolkit, or Triton's package, which brings one."""
-    triton = importlib.util.find_spec("triton")
-    brought = [str(Path(triton.origin).parent / "backends/nvidia/bin")] if triton and triton.origin else []
-    folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in cuda_homes()), *brought]
-    found = shutil.which("cuobjdump", path=os.pathsep.join(folders))
-    if not found:
-        raise RuntimeError(f"no cuobjdump in {os.pathsep.join(folders)}: install triton")
-    return found
+    """The cuobjdump that Triton brings, or that TRITON_CUOBJDUMP_PATH names."""
+    return triton.knobs.nvidia.cuobjdump.path
 
 
 @cache

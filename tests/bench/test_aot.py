@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.compiled_tables import Key, read
 
 pytest.importorskip("triton")
 import triton
 
 from benchmarks.compiled import __main__ as compiled
 from benchmarks.compiled import aot
-from benchmarks.compiled.kernels import Kernel, Key, markdown, read, red
+from benchmarks.compiled.kernels import Kernel, markdown, red
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "aot.md"

@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from support.compiled_tables import Key, read
 
+from benchmarks import ROOT
 from benchmarks.compiled import ptxas
-from benchmarks.compiled.kernels import ROOT, Kernel, Key, markdown, parse_log, read, red
+from benchmarks.compiled.kernels import Kernel, markdown, parse_log, red
 from benchmarks.compiled.ptxas import compiler_version, disassembler, in_loops, nvcc_compiler, readable
 
 COMMITTED = ROOT / "benchmarks" / "results" / "ptxas.md"

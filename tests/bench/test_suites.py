@@ -279,7 +279,7 @@ def test_chunk_stages_and_ops_on_a_tiny_policy(tmp_path: Path, monkeypatch: pyte
     )
     assert chunks["stock"]["ratio"] == 1 and chunks["fp32"]["floor_ms"] > 0 and chunks["fp32"]["batch"] == 2
     by_stage = [b["extra_info"] for (g, v), b in found.items() if g.startswith("stages") and v == "fp32"]
-    assert set(by_stage[0]["stages"]) == {"vision", "prefix", "denoise", "total"}
+    assert set(by_stage[0]["stages"]) == {"vision", "prefix", "denoise", "other", "total"}
     assert by_stage[0]["stages"]["denoise"]["share_of_floor"] > 0 and len(by_stage[0]["stage_rounds_ms"]) == 2
     loops = [b["extra_info"] for b in data["benchmarks"] if "loop_backend" in b["extra_info"]]
     assert [each["batch"] for each in loops] == [1] * (len(loops) // 2) + [2] * (len(loops) // 2) and loops
