@@ -40,7 +40,7 @@ def main(*extras: str) -> int:
                 names = [item["metadata"]["name"] for item in missing]
                 with ThreadPoolExecutor(16) as pool:
                     print(announcement(dict(zip(names, pool.map(size_of, missing), strict=True))), flush=True)
-                download(missing)
+                pip(*BUILD, "--no-deps", *("{name}=={version}".format(**item["metadata"]) for item in missing))
         except BaseException:
             with suppress(OSError):  # it may have ended
                 os.killpg(compiler.pid, signal.SIGTERM)
@@ -72,14 +72,6 @@ def resolve(project: str) -> list[dict[str, Any]]:
     return [item for item in found if "dir_info" not in item["download_info"]]
 
 
-def download(missing: list[dict[str, Any]]) -> None:
-    pip(
-        *BUILD,
-        "--no-deps",
-        *(f"{item['metadata']['name']}=={item['metadata']['version']}" for item in missing),
-    )
-
-
 def size_of(item: dict[str, Any]) -> int | None:
     """Bytes of a package as its server tells; None where it does not."""
     try:
@@ -90,14 +82,12 @@ def size_of(item: dict[str, Any]) -> int | None:
 
 
 def announcement(sizes: dict[str, int | None]) -> str:
-    known = {name: size for name, size in sizes.items() if size is not None}
-    unknown = len(sizes) - len(known)
-    large = sorted((name for name in known if known[name] >= LARGE), key=known.__getitem__, reverse=True)
-    said = (
-        f"Downloading {sum(known.values()) / 1e9:.2f} GB in {len(sizes)} packages, less what pip has cached"
-    )
+    known = sorted(((size, name) for name, size in sizes.items() if size is not None), reverse=True)
+    total, unknown = sum(size for size, _ in known) / 1e9, len(sizes) - len(known)
+    said = f"Downloading {total:.2f} GB in {len(sizes)} packages, less what pip has cached"
     said += f", without {unknown} whose server tells no size" if unknown else ""
-    said += ": " * bool(large) + ", ".join(f"{name} {known[name] / 1e9:.2f}" for name in large)
+    large = ", ".join(f"{name} {size / 1e9:.2f}" for size, name in known if size >= LARGE)
+    said += f": {large}" if large else ""
     cuda = any(name.startswith("nvidia-") for name in sizes)
     return said + ". torch brings its CUDA libraries with or without a GPU" * cuda + "."
 

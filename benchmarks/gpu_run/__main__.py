@@ -8,18 +8,21 @@ can. What is red has no figure, costs no other part its figures, and makes the e
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.harness.run import ROOT, Context, Outcome, Part, result_name, suite, visit
+import torch
+
+from benchmarks import ROOT
+from benchmarks.harness.run import PYTEST, Part, result_name, suite, visit
+from benchmarks.report import markdown
+from smolvla_fast.measure import system
 
 WHEELS, SITE = ROOT / ".whl", ROOT / "build" / "gpu-site"
 REQUIREMENTS = ROOT / "benchmarks" / "gpu_run" / "requirements.txt"
@@ -27,27 +30,35 @@ RESULTS = ROOT / "benchmarks" / "results"
 MINUTES = 7.5
 """Of the eight that a run may take; the rest is for the report and the last process's end."""
 SMI = "clocks.sm clocks.mem clocks.max.sm clocks.max.mem power.draw power.limit temperature.gpu pstate mig.mode.current"
-
-
-NO_TESTS_COLLECTED = 5
 SANITIZED = "tests/gpu/test_sanitizer.py"
 CHUNKS = "tests/gpu/test_chunk_on_device.py"
 REHEARSED = ("--device=cpu", "--size=tiny", "--layout=mixed", "--steps=2", "--rounds=3", "--threads=1")
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
 def report(args: argparse.Namespace) -> list[Part]:
-    """What matters most comes first in each suite; ``--batch`` of a rehearsal is enough to see more than one."""
+    """What matters most comes first in each suite; ``--batch`` of a rehearsal is enough to see more than one.
+
+    The extensions are compiled in place, CUDA for this GPU alone. A rehearsal compiles nothing and collects the tests. Those
+    of a chunk, which fill the card or count its memory, run alone before the kernels', whose time is Triton's compiling, so
+    that they run in several processes where pytest-xdist is there.
+    """
     device = REHEARSED if args.rehearse else ("--device=cuda",)
     chunk, stages, ops = ("--cameras=2", "--batch=1,2"), ("--batch=1,2",), ("--choose=euler_step",)
     if not args.rehearse:
         chunk = ("--cameras=2,1,3", "--batch=1,8", "--layers=16,32", "--rounds=1000")
         stages, ops = ("--batch=1,8", "--rounds=200"), ("--rounds=50",)
     only = (f"--choose={args.only}",) if args.only else ()
+    marked = (*PYTEST, *(("--collect-only",) if args.rehearse else ()), "-m")
+    processes = ("-n", "4") if find_spec("xdist") and not args.rehearse else ()
+    others = ("gpu", *processes, f"--ignore={CHUNKS}", f"--ignore={SANITIZED}")
+    build = (sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--only")
+    nothing = "a rehearsal compiles nothing" if args.rehearse else ""
     return [
-        Part("build", 100, 30, build),
-        Part("tests", 210, 30, tests),
-        Part("sanitizer", 120, 0, sanitizer),
+        Part("build", 60, 10, (*build, "cpu"), not_run=nothing),
+        Part("build", 100, 20, (*build, "cuda"), not_run=nothing),
+        Part("tests", 125, 15, (*marked, "gpu and not slow", CHUNKS)),
+        Part("tests", 125, 15, (*marked, *others)),
+        Part("sanitizer", 120, 0, (*marked, "gpu", SANITIZED)),
         suite("chunk", 170, 75, *device, *chunk),
         suite("stages", 120, 65, *device, *stages),
         suite("ops", 120, 30, *device, *ops, *only),
@@ -57,14 +68,11 @@ def report(args: argparse.Namespace) -> list[Part]:
 def peers(args: argparse.Namespace) -> list[Part]:
     """Each mode of the compiler in a process of its own: compiling can take longer than there is time."""
     flags = ("--device=cuda", "--layers=16", "--rounds=1000", "--cameras=2")
+    nothing = "a rehearsal compiles nothing: it takes minutes on a CPU" if args.rehearse else ""
 
     def compiled(mode: str, limit: float) -> Part:
-        name = f"compiled-{mode}"
-        if args.rehearse:
-            skipped = Outcome(name, "skipped", "a rehearsal compiles nothing: it takes minutes on a CPU")
-            return Part(name, limit, 90, lambda context, seconds: skipped)
         chosen = ("--with-compile", f"--compile-mode={mode}", "--choose", "stock or bf16 or fp32")
-        return suite("chunk", limit, 90, *flags, *chosen, label=name)
+        return replace(suite("chunk", limit, 90, *flags, *chosen, label=f"compiled-{mode}"), not_run=nothing)
 
     beside = (*REHEARSED, "--cameras=2") if args.rehearse else flags
     return [
@@ -72,76 +80,6 @@ def peers(args: argparse.Namespace) -> list[Part]:
         compiled("default", 150),
         compiled("max-autotune", 300),
     ]
-
-
-def build(context: Context, seconds: float) -> Outcome:
-    """The extensions, in place, CUDA for this GPU alone. A rehearsal looks at what is there."""
-    outcome = Outcome("build")
-    if not context.rehearse:
-        import torch
-
-        major, minor = torch.cuda.get_device_capability()
-        context.environment["SMOLVLA_CUDA_ARCHS"] = f"{major}{minor}" + ("a" if major >= 9 else "")
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        outcome, status = context.execute("build", command, seconds)
-        if status:
-            outcome.end("red", f"setup.py ended with status {status}")
-        if outcome.status == "red":
-            return outcome
-    record = ROOT / "smolvla_fast" / "_build.json"
-    found = json.loads(record.read_text()) if record.is_file() else {}
-    made = {kind: found.get(kind, {}) for kind in ("cpu", "cuda")}
-    missing = [f"{k}: {m.get('reason', 'never compiled')}" for k, m in made.items() if not m.get("built")]
-    if missing:
-        outcome.end("skipped" if context.rehearse else "red", "; ".join(missing))
-    return outcome
-
-
-def tests(context: Context, seconds: float) -> Outcome:
-    """The tests marked gpu; a rehearsal collects them.
-
-    Those of a chunk, which fill the card or count its memory, run alone before the kernels', whose time is Triton's
-    compiling, so that they run in several processes where pytest-xdist is there.
-    """
-    start = time.perf_counter()
-    if context.rehearse:
-        return judged(*context.execute("tests", [*PYTEST, "-m", "gpu", "--collect-only"], seconds))
-    alone = judged(*context.execute("tests", [*PYTEST, "-m", "gpu and not slow", CHUNKS], 0.6 * seconds))
-    processes = ["-n", "4"] if find_spec("xdist") else []
-    others = ["-m", "gpu", *processes, f"--ignore={CHUNKS}", f"--ignore={SANITIZED}"]
-    left = max(seconds - (time.perf_counter() - start), 1.0)
-    rest = judged(*context.execute("tests", [*PYTEST, *others], left))
-    return Outcome(
-        "tests", max(alone.status, rest.status, key=["skipped", "green", "red"].index),
-        f"{alone.reason}; {rest.reason}", alone.seconds + rest.seconds, alone.tail[-10:] + rest.tail,
-    )  # fmt: skip
-
-
-def sanitizer(context: Context, seconds: float) -> Outcome:
-    """compute-sanitizer over every CUDA C++ kernel: memcheck and racecheck."""
-    from smolvla_fast.measure.system import cuda_homes
-
-    if not any(
-        map(shutil.which, ["compute-sanitizer", *(f"{h}/bin/compute-sanitizer" for h in cuda_homes())])
-    ):
-        reason = "compute-sanitizer is neither on PATH nor beside nvcc; it comes with the CUDA toolkit"
-        return Outcome("sanitizer", "skipped", reason)
-    collect = ["--collect-only"] if context.rehearse else []
-    return judged(*context.execute("sanitizer", [*PYTEST, "-m", "gpu", SANITIZED, *collect], seconds))
-
-
-def judged(outcome: Outcome, status: int | None) -> Outcome:
-    """An outcome by pytest's status and closing lines."""
-    closing = next((line for line in reversed(outcome.tail) if re.search(r" in [\d.]+s", line)), "")
-    if status == NO_TESTS_COLLECTED:
-        outcome.end("skipped", "no test is marked so")
-    elif status:
-        failed = [line for line in outcome.tail if line.startswith(("FAILED", "ERROR"))]
-        outcome.end("red", "; ".join([closing or f"status {status}", *failed]))
-    elif status == 0:
-        said = closing.strip("= ")
-        outcome.end("skipped" if re.match(r"\d+ skipped", said) else "green", said)
-    return outcome
 
 
 PARTS = {"report": report, "peers": peers}
@@ -173,14 +111,9 @@ def bring_lerobot(environment: dict[str, str]) -> str | None:
 
 def gpu_state() -> dict[str, str] | None:
     """Clocks, power and temperature as nvidia-smi tells them; nothing is ever set. None where it does not run."""
-    fields = SMI.split()
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
-    return dict(zip(fields, values, strict=False))
+    names = SMI.split()
+    line = system.first_line(["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"])
+    return line and dict(zip(names, line.split(", "), strict=False))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -193,7 +126,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all (default: {MINUTES:g})")
     parser.add_argument("--commit", help="recorded where the tree has no history of its own")
     args = parser.parse_args(list(arguments))
-    names = [part.name for part in PARTS[args.kind](args)]
+    names = list(dict.fromkeys(part.name for part in PARTS[args.kind](args)))
     unknown = [name for name in args.part or () if name not in names]
     if unknown:
         parser.error(f"no part {', '.join(unknown)}; accepted are {', '.join(names)}")
@@ -210,34 +143,23 @@ def main(arguments: Sequence[str]) -> int:
     """Run the parts that are asked for and write the result. Returns the exit status: 1 where a part is red."""
     args = parse(arguments)
     kind = f"gpu-{args.kind}"
-    import torch
-
     if not args.rehearse and not torch.cuda.is_available():
         print(f"{kind}: no CUDA GPU here, or no driver for it: nothing to report (--rehearse needs none)")
         return 1
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    for unwanted in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):  # a report is about compiled kernels
-        environment.pop(unwanted, None)
     if args.rehearse:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     if missing := bring_lerobot(environment):
         print(f"{kind}: {missing}")
         return 1
-
-    from benchmarks.report import markdown
-    from smolvla_fast.measure import system
-
     chosen = [part for part in PARTS[args.kind](args) if not args.part or part.name in args.part]
     facts = system.facts()
     label = "" if args.kind == "report" else args.kind
     path = args.out / result_name(facts, "-".join([label, *(args.part or [])]))
-    more = {"commit": facts["commit"] or args.commit, "nvcc": system.nvcc()}
-    data = visit(
-        chosen, path, args.minutes, environment, gpu_state, {k: v for k, v in more.items() if v},
-        kind=kind, rehearsal=args.rehearse,
-    )  # fmt: skip
-    markdown.write(data, path)
-    for written in sorted(path.parent.glob(f"{path.stem}.*")):
+    facts |= {"commit": facts["commit"] or args.commit, "nvcc": system.nvcc()}
+    about = dict(kind=kind, rehearsal=args.rehearse)
+    data = visit(chosen, path, args.minutes, environment, facts, gpu_state, **about)
+    for written in (path, *markdown.write(data, path)):
         print(f"wrote {written}")
     if red := [part["name"] for part in data["parts"] if part["status"] == "red"]:
         print(f"{kind}: red: {', '.join(red)}; what is red has no figure in the report")

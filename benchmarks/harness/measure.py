@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,26 +64,41 @@ class Variant:
             self.facts.setdefault("stage_rounds_ms", []).append(stages)
 
 
-class Recorder:
-    """The result of one suite.
+class Measure:
+    """What a suite measures with: its result, and its time, shared out among the cases that are still to come.
 
     facts  the machine's      red, skipped  what has no number, {name, reason}: wrong, or not to be had here
-    left_out  what there was no time for
+    left_out  what there was no time for      benchmark  pytest-benchmark's fixture in the test that runs
     """
 
-    def __init__(self, config: Any, path: Path | None, facts: dict[str, Any]) -> None:
-        self.config, self.path, self.facts = config, path, facts
+    benchmark: Any
+
+    def __init__(
+        self, config: Any, path: Path | None, facts: dict[str, Any], seconds: float, choose: str | None
+    ):
+        self.config, self.path, self.facts, self.choose = config, path, facts, choose
+        self.end, self.cases = time.perf_counter() + seconds, 1
         self.red: list[dict[str, str]] = []
         self.skipped: list[dict[str, str]] = []
         self.left_out: list[str] = []
         self.interrupted = False
+
+    @property
+    def left(self) -> float:
+        return self.end - time.perf_counter()
+
+    def next_case(self, share: float | None) -> float:
+        """Seconds of the case that begins now. share  of the time that is left; None: as much as any other case"""
+        part = 1 / max(self.cases, 1) if share is None else share
+        self.cases -= 1
+        return min(max(part * self.left, LEAST_SECONDS), self.left)
 
     def leave_out(self, name: str, reason: str = "no time was left") -> None:
         self.left_out.append(f"{name}: {reason}")
         print(f"left out: {self.left_out[-1]}", flush=True)
 
     @contextmanager
-    def attempt(self, variant: Any, where: str) -> Iterator[None]:
+    def attempt(self, variant: Variant, where: str) -> Iterator[None]:
         """Inside something is done for a variant; what is wrong with it costs its own numbers and no other's."""
         name = f"{variant.name}, {where}"
         try:
@@ -102,6 +116,60 @@ class Recorder:
             (self.red if wrong else self.skipped).append(dict(variant=variant.name, name=name, reason=reason))
             print(f"{'red, so it is not timed' if wrong else 'skipped'}: {name}: {reason}", flush=True)
 
+    def chosen(self, name: str) -> bool:
+        """Whether -k names this variant; a benchmark's name is that of the test and of the variant."""
+        whole = f"{self.benchmark.fullname}[{name}]".lower()
+        wanted = Expression.compile(self.choose) if self.choose else None
+        return wanted is None or wanted.evaluate(lambda word, **_: word.lower() in whole)
+
+    def __call__(
+        self, group: str, variants: list[Variant], rounds: int, share: float | None = None,
+        then: Callable[[list[Variant]], None] = list, **facts: Any,
+    ) -> list[Variant]:  # fmt: skip
+        """Measures the variants; the first is what ratios are to. Returns those that have numbers.
+
+        share  of the time that is left to the suite (None: as much as any other case)
+        then   called with those that passed their checks, before any is timed; it may drop some
+        facts  of the case, the same for all
+        """
+        variants = [each for each in variants if self.chosen(each.name)]
+        begun, seconds = time.perf_counter(), self.next_case(share)
+        if not variants:
+            pytest.skip("no variant is chosen by -k")
+        if self.left <= 0:
+            self.leave_out(group)
+            pytest.skip("no time was left")
+        self.benchmark._mode = "rounds in turn"  # or pytest-benchmark warns that its fixture was not used
+        print(f"\n{group}: {len(variants)} variants, at most {seconds:.0f} s", flush=True)
+        for each in variants:
+            with self.attempt(each, group), limited(begun + PREPARING * seconds - time.perf_counter()):
+                each.facts.update({**facts, **each.check()})
+        then([each for each in variants if not each.dropped])
+        self._rounds(group, variants, rounds, begun + seconds)
+        for each in variants:
+            with self.attempt(each, group):
+                if not each.dropped and (reason := each.late()):
+                    raise CheckFailed(reason)
+        self.save()
+        ready = [each for each in variants if not each.dropped]
+        for each in ready:
+            data = each.stats.stats.data
+            print(f"{each.name}: p50 {1e3 * percentile(data, 0.5):.3f} ms, {len(data)} rounds", flush=True)
+        return ready
+
+    def _rounds(self, group: str, variants: list[Variant], rounds: int, end: float) -> None:
+        """In turn; each round begins with another, so that nobody always follows the same neighbour."""
+        for index in range(rounds):
+            ready = [each for each in variants if not each.dropped]
+            # However little time is left, the medians are of LEAST_ROUNDS, unless the whole suite's is over.
+            over = time.perf_counter() > (end if index >= LEAST_ROUNDS else self.end)
+            if not ready or (index and over):
+                break
+            place = index % len(ready)
+            for each in ready[place:] + ready[:place]:
+                with self.attempt(each, group):
+                    each.round(self.benchmark, group)
+
     def data(self) -> dict[str, Any]:
         found = self.config.hook.pytest_benchmark_generate_json(
             config=self.config, benchmarks=self.config._benchmarksession.benchmarks, include_data=True,
@@ -114,6 +182,24 @@ class Recorder:
     def save(self) -> None:
         if self.path is not None:
             write_whole(self.path, self.data())
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in this block after so many seconds: at once in Python, in a compiled call when it returns."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"its preparation took more than {seconds:.0f} s")
+
+    if seconds <= 0:
+        raise TimeoutError("no time was left")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def derive(benchmarks: Sequence[dict[str, Any]]) -> None:
@@ -139,108 +225,3 @@ def derive(benchmarks: Sequence[dict[str, Any]]) -> None:
             if floor:
                 figures["share_of_floor"] = figures["floor_ms"] / figures["p50_ms"]
             info.setdefault("stages", {})[stage] = figures
-
-
-class Clock:
-    """The time of a suite, shared out among the cases that are still to come."""
-
-    def __init__(self, seconds: float) -> None:
-        self.end, self.cases = time.perf_counter() + seconds, 1
-
-    @property
-    def left(self) -> float:
-        return self.end - time.perf_counter()
-
-    def next_case(self, share: float | None) -> float:
-        """Seconds of the case that begins now. share  of the time that is left; None: as much as any other case"""
-        part = 1 / max(self.cases, 1) if share is None else share
-        self.cases -= 1
-        return min(max(part * self.left, LEAST_SECONDS), self.left)
-
-
-@contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in this block after so many seconds: at once in Python, in a compiled call when it returns."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"its preparation took more than {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@dataclass
-class Measure:
-    """The fixture of a suite's test."""
-
-    benchmark: Any
-    recorder: Recorder
-    clock: Clock
-    choose: str | None
-
-    def chosen(self, name: str) -> bool:
-        """Whether -k names this variant; a benchmark's name is that of the test and of the variant."""
-        whole = f"{self.benchmark.fullname}[{name}]".lower()
-        wanted = Expression.compile(self.choose) if self.choose else None
-        return wanted is None or wanted.evaluate(lambda word, **_: word.lower() in whole)
-
-    def __call__(
-        self, group: str, variants: list[Variant], rounds: int, share: float | None = None,
-        then: Callable[[list[Variant]], None] = lambda ready: None, **facts: Any,
-    ) -> list[Variant]:  # fmt: skip
-        """Measures the variants; the first is what ratios are to. Returns those that have numbers.
-
-        share  of the time that is left to the suite (None: as much as any other case)
-        then   called with those that passed their checks, before any is timed; it may drop some
-        facts  of the case, the same for all
-        """
-        variants = [each for each in variants if self.chosen(each.name)]
-        begun, seconds = time.perf_counter(), self.clock.next_case(share)
-        if not variants:
-            pytest.skip("no variant is chosen by -k")
-        if self.clock.left <= 0:
-            self.recorder.leave_out(group)
-            pytest.skip("no time was left")
-        self.benchmark._mode = "rounds in turn"  # or pytest-benchmark warns that its fixture was not used
-        print(f"\n{group}: {len(variants)} variants, at most {seconds:.0f} s", flush=True)
-        for each in variants:
-            with self.recorder.attempt(each, group):
-                left = begun + PREPARING * seconds - time.perf_counter()
-                if left <= 0:
-                    raise TimeoutError("no time was left")
-                with limited(left):
-                    each.facts.update({**facts, **each.check()})
-        then([each for each in variants if not each.dropped])
-        self._rounds(group, variants, rounds, begun + seconds)
-        for each in variants:
-            with self.recorder.attempt(each, group):
-                reason = None if each.dropped else each.late()
-                if reason:
-                    raise CheckFailed(reason)
-        self.recorder.save()
-        ready = [each for each in variants if not each.dropped]
-        for each in ready:
-            data = each.stats.stats.data
-            print(f"{each.name}: p50 {1e3 * percentile(data, 0.5):.3f} ms, {len(data)} rounds", flush=True)
-        return ready
-
-    def _rounds(self, group: str, variants: list[Variant], rounds: int, end: float) -> None:
-        """In turn; each round begins with another, so that nobody always follows the same neighbour."""
-        for index in range(rounds):
-            ready = [each for each in variants if not each.dropped]
-            # However little time is left, the medians are of LEAST_ROUNDS, unless the whole suite's is over.
-            over = time.perf_counter() > (end if index >= LEAST_ROUNDS else self.clock.end)
-            if not ready or (index and over):
-                break
-            place = index % len(ready)
-            for each in ready[place:] + ready[:place]:
-                with self.recorder.attempt(each, group):
-                    each.round(self.benchmark, group)

@@ -6,7 +6,6 @@ import copy
 import ctypes
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,6 @@ from smolvla_fast.ops.select import select
 from smolvla_fast.testing import policies
 
 MOST_CAMERAS = 4
-STATUS = "graphs graph_nodes graph_bytes step_launches extra_bytes stages fallback_reasons"
 
 Inputs = tuple[dict[str, Tensor], Tensor]
 """An observation and its noise."""
@@ -131,7 +129,7 @@ class BenchmarkSetup:
             facts = gate.check_tier(policy, name, self.layout, inputs, chunks, truths)
             if "stock_bf16_rel_l2" in facts:
                 self.lost[case] = facts["stock_bf16_rel_l2"]
-            return {**facts, "status": self.status_of(policy)}
+            return facts
 
         variant = self._variant(label or name, "tier", name, case, make, check)
         variant.late = lambda: gate.check_late(variant.policy)
@@ -154,17 +152,16 @@ class BenchmarkSetup:
         return variant
 
     def variants(self, case: Case, option: Any = None) -> list[Variant]:
-        """Stock, every tier, and where the option ``with_compile`` is set, stock compiled."""
+        """Stock, every tier, and of a suite with options stock compiled."""
         found = [self.stock(case), *(self.tier(name, case) for name in TIERS)]
-        return [*found, self.compiled(case, option.compile_mode)] if option and option.with_compile else found
+        return [*found, self.compiled(case, option)] if option else found
 
-    def compiled(self, case: Case, mode: str | None, left_out: str = "") -> Variant:
-        """LeRobot's ``compile_model``: its method compiled, by default in the mode that it takes on a GPU; or why not."""
-        mode = mode or ("max-autotune" if self.device.type == "cuda" else "default")
+    def compiled(self, case: Case, option: Any) -> Variant:
+        """LeRobot's ``compile_model``: its method compiled, by default in the mode that it takes on a GPU."""
+        mode = option.compile_mode or ("max-autotune" if self.device.type == "cuda" else "default")
 
         def make(model: Any) -> Any:
-            if left_out:
-                raise gate.Unavailable(left_out)
+            gate.may_compile(option)
             function = torch.compile(model.sample_actions, mode=mode)
 
             def sample_actions(*args: Any, **kwargs: Any) -> Tensor:
@@ -211,13 +208,8 @@ class BenchmarkSetup:
         memory, inputs = PeakMemory(self.device), self.every(case)
         first_ms, found = timed_ms(lambda: gate.act(policy, inputs[0]), self.device)
         peak = memory.bytes
-        added = None if peak is None or before is None else peak - before
-        facts = dict(first_chunk_ms=first_ms, peak_bytes=peak, added_bytes=added)
+        facts = dict(first_chunk_ms=first_ms, peak_bytes=peak, added_bytes=peak and peak - before)
         return [found, *(gate.act(policy, each) for each in inputs[1:])], facts
-
-    def status_of(self, policy: Any) -> dict[str, Any]:
-        now = smolvla_fast.status(policy)
-        return {name: getattr(now, name) for name in STATUS.split()}
 
     def dtype(self, precision: str) -> torch.dtype:
         """The dtype of a variant's large matrix products."""
@@ -235,12 +227,10 @@ class BenchmarkSetup:
         return {stage: self.ceilings.floor(cost, dtype) for stage, cost in costs.items()}
 
 
-def resident(device: torch.device) -> int | None:
-    """Bytes of this process in memory, or on the device; None where the system does not say."""
+def resident(device: torch.device) -> int:
+    """Bytes of this process in memory, or on the device."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), None)
+    import psutil  # on a GPU machine it may be missing
+
+    return psutil.Process().memory_info().rss

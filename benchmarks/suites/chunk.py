@@ -68,11 +68,10 @@ def test_chunk(
     group, few = setup.named("chunk", case), rounds(pytestconfig)
     for each in measure(group, setup.variants(case, pytestconfig.option), few, suite="chunk"):
         wall = summary([1e3 * seconds for seconds in each.stats.stats.data])
-        with measure.recorder.attempt(each, group):
+        with measure.attempt(each, group):
             queue = lambda policy=each.policy: act(policy, setup.inputs(cameras, batch))  # noqa: E731
             found = device_rounds(queue, setup.device, few, DEVICE_SECONDS, wall["max_ms"] + 1.0)
             if found is not None:
                 figures = summary(found)
                 host = wall["p50_ms"] - figures["p50_ms"]
                 each.facts.update(device_ms=figures, device_rounds_ms=found, host_ms=host)
-    measure.recorder.save()

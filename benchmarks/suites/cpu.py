@@ -5,7 +5,6 @@ Stock, every tier and every peer take their rounds in turn, so that whatever els
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,7 +25,7 @@ from benchmarks.harness.plugin import rounds
 from benchmarks.harness.setup import MOST_CAMERAS, BenchmarkSetup, Case, Inputs, twin
 from benchmarks.peers import openvino as openvino_peer
 from smolvla_fast.engine.timing import stage_times
-from smolvla_fast.measure.rounds import percentile, threads, timed_ms
+from smolvla_fast.measure.rounds import median_stages, percentile, threads, timed_ms
 from smolvla_fast.ops import extension, table
 from smolvla_fast.patch import engine_of, patch
 from smolvla_fast.testing import policies
@@ -38,53 +37,44 @@ BY_STAGE_ROUNDS = 2
 AXES = {"cameras": range(1, MOST_CAMERAS + 1), "steps": (1, 2, 5, 10), "threads": None, "batch": (1, 2, 4, 8)}
 OFF_LOOP = 1
 """The fewest denoise steps: what a chunk of so many allocates is not the loop's."""
-COMPILED = "compiling takes minutes on a CPU; ask for it by --with-compile"
 ENDS: pytest.StashKey[list[str]] = pytest.StashKey()
 
 
-def peers(setup: BenchmarkSetup, case: Case, with_compile: bool) -> list[Variant]:
-    def openvino(precision: str) -> Variant:
-        def make(model: Any) -> Any:
-            missing = openvino_peer.why_missing(precision)
-            if missing:
-                raise Unavailable(missing)
-            return openvino_peer.Runner(
-                model, openvino_peer.compile_for_cpu(precision, torch.get_num_threads())
-            )
+def openvino(setup: BenchmarkSetup, case: Case, precision: str) -> Variant:
+    def make(model: Any) -> Any:
+        if missing := openvino_peer.why_missing(precision):
+            raise Unavailable(missing)
+        return openvino_peer.Runner(model, openvino_peer.compile_for_cpu(precision, torch.get_num_threads()))
 
-        return setup.peer(f"OpenVINO {precision}", precision, case, make)
-
-    found = [openvino(precision) for precision in ("fp32", "bf16", "int8")]
-    return found if with_compile else [*found, setup.compiled(case, None, COMPILED)]
+    return setup.peer(f"OpenVINO {precision}", precision, case, make)
 
 
 def test_cpu(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
     option, setup = pytestconfig.option, make_setup()
     (cameras,) = counts(option.cameras, "--cameras", (2,))
-    case = Case(cameras, observations=2)
-    measure.recorder.facts.update(
-        openvino_version=version("openvino") if find_spec("openvino") else None, threads=torch.get_num_threads(),
+    case, threads = Case(cameras, observations=2), torch.get_num_threads()
+    measure.facts.update(
+        openvino_version=version("openvino") if find_spec("openvino") else None, threads=threads,
         instruction_level=extension.load("cpu").level() if extension.available("cpu") else None,
         torch_capability=torch.backends.cpu.get_cpu_capability(),
     )  # fmt: skip
     # Every tier but ``exact``, which is stock's own calls. bf16 comes before the peer that is held to its error.
-    ours = [each for each in setup.variants(case, option) if each.name != "exact"]
-    ours.sort(key=lambda each: each.facts["kind"] == "peer")
-    variants = [*ours, *peers(setup, case, option.with_compile)]
-    group = f"{setup.named('cpu', case)}, {torch.get_num_threads()} threads"
+    variants = [each for each in setup.variants(case, option) if each.name != "exact"]
+    variants += [openvino(setup, case, precision) for precision in ("fp32", "bf16", "int8")]
+    group = f"{setup.named('cpu', case)}, {threads} threads"
 
     def on_heavy_tails(ready: list[Variant]) -> None:
         judged = [each for each in ready if each.facts["kind"] != "peer"]
         with heavy_tailed(setup.policy.model) if judged else nullcontext():
             truth = setup.chunk(setup.policy, case)
             for each in judged:
-                with measure.recorder.attempt(each, group):
+                with measure.attempt(each, group):
                     gate.check_heavy(each.facts, setup.chunk(each.policy, case), truth, setup.size)
 
     ready = measure(group, variants, rounds(pytestconfig, 20, 80), MAIN_SHARE, on_heavy_tails, suite="cpu")
     pytestconfig.stash[ENDS] = two_ends(ready)
     for each in ready:
-        with measure.recorder.attempt(each, group):
+        with measure.attempt(each, group):
             if not each.name.startswith("stock compiled"):
                 times = [stage_times(each.policy, *setup.inputs(cameras)) for _ in range(BY_STAGE_ROUNDS)]
                 each.facts["stage_rounds_ms"] = times
@@ -164,30 +154,28 @@ def outside_ops(policy: Any, inputs: Inputs, repeats: int) -> dict[str, float]:
     Outside are the engine's Python, the look through the model before a chunk, the gathering of weights and the small torch
     calls between ops (masks, rope tables, joining the prefix). The Python inside an op's own wrapper counts as the op's.
     """
-    sample, engine, inside = sampler(policy, inputs), engine_of(policy.model), []
+    sample, engine, inside, found = sampler(policy, inputs), engine_of(policy.model), [], []
 
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(op: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                inside.append(1e3 * (time.perf_counter() - start))
+            ms, result = timed_ms(lambda: op(*args, **kwargs), "cpu")
+            inside.append(ms)
+            return result
 
         return call
 
-    served = {name: getattr(engine.ops, name) for name in table.NAMES}
-    ops = replace(engine.ops, **{name: timed(op) for name, op in served.items() if op is not None})
-    wholes, outsides = [], []
-    with patched.object(engine, "ops", ops):
+    served = {name: op for name in table.NAMES if (op := getattr(engine.ops, name)) is not None}
+    with patched.object(
+        engine, "ops", replace(engine.ops, **{name: timed(op) for name, op in served.items()})
+    ):
         for _ in range(repeats):
             inside.clear()
-            wholes.append(timed_ms(sample, "cpu")[0])
-            outsides.append(wholes[-1] - sum(inside))
-    shares = [outside / whole for outside, whole in zip(outsides, wholes, strict=True)]
-    names = ("sample_actions_ms", "outside_ms", "outside_share")
-    medians = (percentile(each, 0.5) for each in (wholes, outsides, shares))
-    return {**dict(zip(names, medians, strict=True)), "op_calls": len(inside)}
+            whole, _ = timed_ms(sample, "cpu")
+            outside = whole - sum(inside)
+            found.append(
+                {"sample_actions_ms": whole, "outside_ms": outside, "outside_share": outside / whole}
+            )
+    return {**median_stages(found), "op_calls": len(inside)}
 
 
 def narrow_ms(policy: Any, precision: str, cameras: int, repeats: int) -> float:
@@ -201,8 +189,9 @@ def narrow_ms(policy: Any, precision: str, cameras: int, repeats: int) -> float:
         n_action_steps=config.chunk_size, num_steps=config.num_steps,
     )  # fmt: skip
     patch(narrow, precision=precision)
-    observation = policies.make_observation(narrow, cameras=cameras)
-    sample = sampler(narrow, (observation, policies.make_noise(narrow)))
+    sample = sampler(
+        narrow, (policies.make_observation(narrow, cameras=cameras), policies.make_noise(narrow))
+    )
     sample()
     return percentile([timed_ms(sample, "cpu")[0] for _ in range(repeats)], 0.5)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -24,64 +23,51 @@ LOOPS = {"cuda": ("triton", "cuda"), "cpu": ("torch", "cpu")}
 """Backends whose denoise loops stand beside each other. On a GPU: op by op, and all steps in one launch."""
 
 
-class StageMarks:
-    """Two events around each stage of a chunk; captured with it, they time every replay from inside the graph.
+def mark() -> Any:
+    # A graph records an event anew at each replay only if it is an external one.
+    event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
+    event.record()
+    return event
 
-    On a CPU they are points of wall time, taken anew in every chunk.
+
+def times_inside(chunk: Callable[[], Any], marks: dict[str, tuple[Any, Any]]) -> dict[str, float]:
+    """ms by stage, and "total" from the first mark to the last, of a chunk that is waited for.
+
+    marks  two events around each stage, put there when it runs; captured with it, they time every replay from inside
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: dict[str, tuple[Any, Any]] = {}
-
-    def placed(self) -> Any:
-        """Inside, chunks carry these marks, and so do the graphs that are captured there."""
-        return patch.object(inference, "section", self._section)
-
     @contextmanager
-    def _section(self, name: str) -> Iterator[None]:
-        start = self._mark()
+    def section(name: str) -> Iterator[None]:
+        start = mark()
         yield
         # The capture comes after its warm-up and replaces its marks.
-        self._marks[name] = (start, self._mark())
+        marks[name] = (start, mark())
 
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        # A graph records an event anew at each replay only if it is an external one.
-        event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
-        event.record()
-        return event
-
-    def read(self) -> dict[str, float]:
-        """ms by stage, and "total" from the first mark to the last, of the chunk that has just been waited for."""
-        missing = ", ".join(stage for stage in STAGES if stage not in self._marks)
-        assert not missing, f"no marks around {missing}: the engine does not call timing.section there"
-        spans = {stage: self._marks[stage] for stage in STAGES}
-        spans["total"] = (spans[STAGES[0]][0], spans[STAGES[-1]][1])
-        ms = lambda start, stop: start.elapsed_time(stop) if self._cuda else 1e3 * (stop - start)  # noqa: E731
-        return {name: ms(*span) for name, span in spans.items()}
+    with patch.object(inference, "section", section):
+        chunk()
+    missing = ", ".join(stage for stage in STAGES if stage not in marks)
+    assert not missing, f"no marks around {missing}: the engine does not call timing.section there"
+    spans = {
+        **{stage: marks[stage] for stage in STAGES},
+        "total": (marks[STAGES[0]][0], marks[STAGES[-1]][1]),
+    }
+    return {name: start.elapsed_time(stop) for name, (start, stop) in spans.items()}
 
 
 def by_stage(variant: Variant, setup: BenchmarkSetup, case: Case) -> Variant:
-    """Stock is synchronized between its stages; a patched variant is timed inside its captured chunk."""
-    if variant.facts["kind"] != "tier":
-        variant.run = lambda: stage_times(variant.policy, *setup.inputs(case.cameras, case.batch))
-        return variant
-    marks, check = StageMarks(setup.device), variant.check
+    """Stages are synchronized between each other; of a patched variant on a GPU timed inside its captured chunk."""
+    variant.run = lambda: stage_times(variant.policy, *setup.inputs(case.cameras, case.batch))
+    if variant.facts["kind"] == "tier" and setup.device.type == "cuda":
+        check, marks = variant.check, {}
+        run = variant.run = lambda: times_inside(lambda: setup.chunk(variant.policy, case), marks)
 
-    def checked() -> dict[str, Any]:
-        facts = check()
-        smolvla_fast.refresh(variant.policy)  # graphs are captured anew, with marks
-        run()
-        return {**facts, "status": setup.status_of(variant.policy)}
+        def checked() -> dict[str, Any]:
+            facts = check()
+            smolvla_fast.refresh(variant.policy)  # graphs are captured anew, with marks
+            run()
+            return {**facts, "status": smolvla_fast.status(variant.policy).to_dict()}
 
-    def run() -> dict[str, float]:
-        with marks.placed():
-            setup.chunk(variant.policy, case)
-        return marks.read()
-
-    variant.check, variant.run = checked, run
+        variant.check = checked
     return variant
 
 

@@ -71,20 +71,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
         # Single ops need no policy.
         if find_spec(module) is None and (module != "lerobot" or suites != ["ops"]):
             raise CommandError(f'{package} is not installed; run `pip install "smolvla_fast[bench,lerobot]"`')
-    if args.json is not None:
-        path = Path(args.json).absolute()
-    else:
-        path = _checkout() / "benchmarks" / "results" / harness.result_name(system.facts())
+    facts = system.facts()
+    results = _checkout() / "benchmarks" / "results"
+    path = Path(args.json or results / harness.result_name(facts)).absolute()
     check_writable(path, "--json")
     for suffix in (".md", ".png"):
         check_writable(path.with_suffix(suffix), "--json")
     path.unlink(missing_ok=True)  # there may lie the figures of another day
-    # Kernels under Triton's interpreter have no speed; pytest-benchmark measures nothing in a worker of a parallel run.
-    unwanted = {"TRITON_INTERPRET", "PYTEST_XDIST_WORKER"}
-    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
-    seconds = args.seconds or flags.SECONDS * (4 if args.full else 1)
+    seconds = flags.seconds(args)
     parts = [harness.suite(name, seconds, seconds, *_options(name, args)) for name in suites]
-    data = harness.visit(parts, path, seconds * len(parts) / 60, environment)
+    data = harness.visit(parts, path, seconds * len(parts) / 60, dict(os.environ), facts)
     if not data["benchmarks"]:
         path.unlink(missing_ok=True)
         raise CommandError("nothing was timed; the reason stands above")
