@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from _pytest.mark.expression import Expression
 
-from benchmarks.harness.gate import CheckFailed, Unavailable
+from benchmarks.harness.gate import CheckFailed, Unavailable, check_late
 from benchmarks.harness.run import write_whole
 from smolvla_fast.measure.rounds import percentile, summary
 
@@ -31,15 +31,14 @@ class Variant:
 
     check    makes it ready and compares it; returns facts, raises CheckFailed or Unavailable
     run      one round, until the device is done; it may return ms by stage
-    late     asked after the rounds: what is wrong, or None
     foreign  another's code: what it raises is a reason to skip it
+    policy   asked after the rounds whether stock ran in its place
     facts    what the result says beside its times
     """
 
     name: str
     check: Callable[[], dict[str, Any]]
     run: Callable[[], Any]
-    late: Callable[[], str | None] = lambda: None
     foreign: bool = False
     policy: Any = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -148,8 +147,8 @@ class Measure:
         self._rounds(group, variants, rounds, begun + seconds)
         for each in variants:
             with self.attempt(each, group):
-                if not each.dropped and (reason := each.late()):
-                    raise CheckFailed(reason)
+                if not each.dropped and each.policy is not None:
+                    check_late(each.policy)
         self.save()
         ready = [each for each in variants if not each.dropped]
         for each in ready:

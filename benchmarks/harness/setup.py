@@ -97,22 +97,15 @@ class BenchmarkSetup:
         synchronize(self.device)
         return found
 
-    def stock_chunks(self, case: Case) -> list[Tensor]:
+    def stock_chunks(self, case: Case, found: list[Tensor] | None = None) -> list[Tensor]:
+        """Stock's on every observation, computed once. found  these, where there are none yet"""
         if case not in self._stock:
-            self._stock[case] = [gate.act(self.policy, each) for each in self.every(case)]
+            self._stock[case] = found or [gate.act(self.policy, each) for each in self.every(case)]
         return self._stock[case]
 
     def stock(self, case: Case) -> Variant:
-        """LeRobot's own code, held to the plain implementation: nothing of what we change may have reached it."""
-
-        def check(policy: Any, chunks: list[Tensor]) -> dict[str, Any]:
-            truth = gate.act(self.reference, self.inputs(case.cameras, case.batch))
-            if not torch.equal(self._stock.setdefault(case, chunks)[0], chunks[0]):
-                raise gate.CheckFailed("stock gave another chunk for the same observation before")
-            found = gate.within(gate.compare(chunks[0], truth), gate.COMPILED_BOUND[self.layout])
-            return {**found, "against": "the plain PyTorch implementation"}
-
-        return self._variant("stock", "stock", "stock", case, lambda policy: None, check)
+        """LeRobot's own code."""
+        return self._variant("stock", "stock", "stock", case, lambda policy: None)
 
     def tier(self, name: str, case: Case, backend: str = "auto", label: str | None = None) -> Variant:
         """A twin patched to a tier."""
@@ -124,16 +117,7 @@ class BenchmarkSetup:
             except (RuntimeError, ValueError) as error:
                 raise gate.Unavailable(str(error)) from error
 
-        def check(policy: Any, chunks: list[Tensor]) -> dict[str, Any]:
-            inputs, truths = self.every(case), self.stock_chunks(case)
-            facts = gate.check_tier(policy, name, self.layout, inputs, chunks, truths)
-            if "stock_bf16_rel_l2" in facts:
-                self.lost[case] = facts["stock_bf16_rel_l2"]
-            return facts
-
-        variant = self._variant(label or name, "tier", name, case, make, check)
-        variant.late = lambda: gate.check_late(variant.policy)
-        return variant
+        return self._variant(label or name, "tier", name, case, make)
 
     def peer(self, name: str, precision: str, case: Case, make: Callable[[Any], Any]) -> Variant:
         """A twin whose ``sample_actions`` is made from its model. make  raises Unavailable where it cannot"""
@@ -141,15 +125,7 @@ class BenchmarkSetup:
         def replace(policy: Any) -> None:
             policy.model.__dict__["sample_actions"] = make(policy.model)
 
-        def check(policy: Any, chunks: list[Tensor]) -> dict[str, Any]:
-            truths = self.stock_chunks(case)
-            if self.layout == "fp32":
-                return gate.check_peer(precision, chunks, truths, self.lost.get(case))
-            return gate.within(gate.compare(chunks[0], truths[0]), gate.COMPILED_BOUND[self.layout])
-
-        variant = self._variant(name, "peer", precision, case, replace, check)
-        variant.foreign = True
-        return variant
+        return self._variant(name, "peer", precision, case, replace)
 
     def variants(self, case: Case, option: Any = None) -> list[Variant]:
         """Stock, every tier, and of a suite with options stock compiled."""
@@ -179,10 +155,9 @@ class BenchmarkSetup:
         return self.peer(name, "fp32", case, make)
 
     def _variant(
-        self, name: str, kind: str, precision: str, case: Case, make: Callable[[Any], None],
-        check: Callable[[Any, list[Tensor]], dict[str, Any]],
-    ) -> Variant:  # fmt: skip
-        """make  makes a twin ready      check  of the twin and its first chunks"""
+        self, name: str, kind: str, precision: str, case: Case, make: Callable[[Any], None]
+    ) -> Variant:
+        """make  makes a twin ready"""
         config, floors = self.policy.config, self.floors(precision, case)
         facts: dict[str, Any] = dict(
             variant=name, kind=kind, precision=precision, ratio_to="stock", cameras=case.cameras, batch=case.batch,
@@ -195,9 +170,9 @@ class BenchmarkSetup:
         def checked() -> dict[str, Any]:
             make(policy)
             chunks, found = self._first(policy, case)
-            return {**found, **check(policy, chunks)}
+            return {**found, **gate.CHECKS[kind](self, policy, precision, case, chunks)}
 
-        return Variant(name, checked, lambda: self.chunk(policy, case), policy=policy, facts=facts)
+        return Variant(name, checked, lambda: self.chunk(policy, case), kind == "peer", policy, facts)
 
     def _first(self, policy: Any, case: Case) -> tuple[list[Tensor], dict[str, Any]]:
         """The first chunks; with the first one's time and how far memory rose above what was held before."""

@@ -196,25 +196,18 @@ def narrow_ms(policy: Any, precision: str, cameras: int, repeats: int) -> float:
     return percentile([timed_ms(sample, "cpu")[0] for _ in range(repeats)], 0.5)
 
 
-def allocations(policy: Any, inputs: Inputs) -> tuple[int, int]:
-    """How often one chunk asks torch's CPU allocator for memory, and bytes in all. Not seen: what oneDNN and the compiled
-    kernels take from the system by themselves."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        gate.act(policy, inputs)
-    events = profile.profiler.kineto_results.events()
-    taken = [each.nbytes() for each in events if each.name() == "[memory]" and each.nbytes() > 0]
-    return len(taken), sum(taken)
-
-
 def step_allocations(policy: Any, inputs: Inputs) -> dict[str, float]:
-    """Allocations and bytes of one denoise step: the difference of two chunks over the difference of their steps."""
-    steps, found = max(policy.config.num_steps, OFF_LOOP + 1), []
+    """How often one denoise step asks torch's CPU allocator for memory, and bytes in all: the difference of two chunks over
+    the difference of their steps. Not seen: what oneDNN and the compiled kernels take from the system by themselves."""
+    steps, found, cpu = max(policy.config.num_steps, OFF_LOOP + 1), [], [torch.profiler.ProfilerActivity.CPU]
     for count in (OFF_LOOP, steps):
         with patched.object(policy.config, "num_steps", count):
             gate.act(policy, inputs)  # so that what is made once for a number of steps is there
-            found.append(allocations(policy, inputs))
+            with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+                gate.act(policy, inputs)
+        events = profile.profiler.kineto_results.events()
+        taken = [each.nbytes() for each in events if each.name() == "[memory]" and each.nbytes() > 0]
+        found.append((len(taken), sum(taken)))
     count, size = ((high - low) / (steps - OFF_LOOP) for low, high in zip(*found, strict=True))
     return {"step_allocations": count, "step_bytes": size, "chunk_allocations": found[1][0]}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import smolvla_fast
 from benchmarks.harness.flags import counts
-from benchmarks.harness.gate import COMPILED_BOUND, CheckFailed, Unavailable, may_compile
+from benchmarks.harness.gate import COMPILED_BOUND, CheckFailed, Unavailable, check_late, may_compile
 from benchmarks.harness.measure import Variant
 from benchmarks.harness.plugin import device_of, rounds
 from benchmarks.harness.roof import training_costs
@@ -154,14 +154,8 @@ class Trainee:
             facts["frames_known"] = known
         if not (apart := error["gradient_rel_l2"]) <= bound:
             raise CheckFailed(f"gradients are {apart:.3g} from stock's in fp32, allowed {bound:.3g}")
-        if reason := self.late():
-            raise CheckFailed(reason)
+        check_late(self.policy)
         return {**error, **facts, "bound": bound, "peak_bytes": self.peak()}
-
-    def late(self) -> str | None:
-        now = smolvla_fast.status(self.policy)
-        as_wished = not self.patched or (now.training_fast and not now.training_stock)
-        return None if as_wished else f"stock ran: {now.training_fallback}"
 
     def peak(self) -> int | None:
         """Of one step of this variant alone, on a GPU: what the twins before it hold is not counted."""
@@ -179,7 +173,7 @@ class Trainee:
             floor_ms=self.case.floor_ms(dtype, known=self.variant in (CACHED, FUSED)),
         )  # fmt: skip
         check = lambda: self.prepare().check()  # noqa: E731
-        return Variant(self.variant, check, self.step, self.late, policy=self.policy, facts=facts)
+        return Variant(self.variant, check, self.step, policy=self.policy, facts=facts)
 
 
 def in_host_memory(loss: Tensor, policy: Any) -> dict[str, Tensor]:

@@ -71,16 +71,17 @@ def run(args: argparse.Namespace, console: Console) -> int:
         # Single ops need no policy.
         if find_spec(module) is None and (module != "lerobot" or suites != ["ops"]):
             raise CommandError(f'{package} is not installed; run `pip install "smolvla_fast[bench,lerobot]"`')
-    facts = system.facts()
-    results = _checkout() / "benchmarks" / "results"
-    path = Path(args.json or results / harness.result_name(facts)).absolute()
+    if args.json is not None:
+        path = Path(args.json).absolute()
+    else:
+        path = _checkout() / "benchmarks" / "results" / harness.result_name(system.facts())
     check_writable(path, "--json")
     for suffix in (".md", ".png"):
         check_writable(path.with_suffix(suffix), "--json")
     path.unlink(missing_ok=True)  # there may lie the figures of another day
     seconds = flags.seconds(args)
     parts = [harness.suite(name, seconds, seconds, *_options(name, args)) for name in suites]
-    data = harness.visit(parts, path, seconds * len(parts) / 60, dict(os.environ), facts)
+    data = harness.visit(parts, path, seconds * len(parts) / 60, dict(os.environ), system.facts())
     if not data["benchmarks"]:
         path.unlink(missing_ok=True)
         raise CommandError("nothing was timed; the reason stands above")

@@ -54,15 +54,13 @@ def written(benchmarks: list[Any], **_: Any) -> dict[str, Any]:
     return {"benchmarks": [each.as_dict() for each in benchmarks if not each.has_error]}
 
 
-def variant(
-    name: str, called: list[str], check: Any = dict, late: Any = lambda: None, fails: int = 0
-) -> Variant:
+def variant(name: str, called: list[str], check: Any = dict, fails: int = 0, policy: Any = None) -> Variant:
     def round_() -> None:
         called.append(name)
         if called.count(name) == fails:
             raise RuntimeError("CUDA error\nmore")
 
-    return Variant(name, check, round_, late, facts={"variant": name, "ratio_to": "a"})
+    return Variant(name, check, round_, policy=policy, facts={"variant": name, "ratio_to": "a"})
 
 
 def numbers(measure: Measure) -> dict[str, Any]:
@@ -82,7 +80,14 @@ def test_rounds_are_taken_in_turn(measure: Measure) -> None:
     )
 
 
-def test_what_fails_has_no_number_and_costs_no_other(measure: Measure) -> None:
+def test_what_fails_has_no_number_and_costs_no_other(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(policy: str) -> None:
+        raise CheckFailed(policy)
+
+    monkeypatch.setattr("benchmarks.harness.measure.check_late", late)
+
     def wrong() -> Any:
         raise CheckFailed("off by one")
 
@@ -92,7 +97,7 @@ def test_what_fails_has_no_number_and_costs_no_other(measure: Measure) -> None:
     called: list[str] = []
     variants = [
         variant("a", called), variant("wrong", called, wrong), variant("missing", called, missing),
-        variant("breaks", called, fails=2), variant("late", called, late=lambda: "stock ran in its place"),
+        variant("breaks", called, fails=2), variant("late", called, policy="stock ran in its place"),
     ]  # fmt: skip
     measure("g", variants, rounds=3)
     assert "wrong" not in called and list(numbers(measure)) == ["a"]

@@ -198,24 +198,30 @@ def test_stock_is_held_to_other_code(setup: BenchmarkSetup, monkeypatch: pytest.
         other.stock(case).check()
 
 
-def test_gates(setup: BenchmarkSetup) -> None:
+def test_gates(setup: BenchmarkSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(2, observations=2)
     inputs, stock = setup.every(case), setup.stock_chunks(case)
     policy = smolvla_fast.patch(twin(setup.policy))
     ours = [act(policy, each) for each in inputs]
-    green = gate.check_tier(policy, "fp32", "fp32", inputs, ours, stock)
+    green = gate.check_tier(setup, policy, "fp32", case, ours)
     assert green["backend"] in ("cpu", "torch") and green["extra_bytes"] > 0
     assert green["rel_l2"] <= FP32_BOUND == green["bound"] and green["cosine"] > 0.999999
 
-    def reason(found: list[torch.Tensor], check: Any = gate.check_tier, **more: Any) -> str:
+    def tier(found: list[torch.Tensor]) -> Any:
+        return gate.check_tier(setup, policy, "fp32", case, found)
+
+    def reason(found: list[torch.Tensor], check: Any = tier) -> str:
         with pytest.raises(CheckFailed) as failed:
-            check(policy, "fp32", "fp32", inputs, found, stock) if check is gate.check_tier else check(
-                found, **more
-            )
+            check(found)
         return str(failed.value)
 
     def peer(precision: str, lost: float | None = None) -> Any:
-        return lambda found: gate.check_peer(precision, found, stock, lost)
+        def check(found: list[torch.Tensor]) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(setup, "lost", {} if lost is None else {case: lost})
+                return gate.check_peer(setup, policy, precision, case, found)
+
+        return check
 
     assert reason([ours[0], 1.001 * ours[1]]).startswith("rel L2 1.0e-03, allowed 1e-05")
     assert "not finite" in reason([ours[0], torch.full_like(ours[1], torch.nan)])
@@ -232,7 +238,8 @@ def test_gates(setup: BenchmarkSetup) -> None:
     setup.policy.model.action_out_proj.register_forward_hook(lambda *_: None)
     try:
         act(policy, inputs[0])
-        assert "forward hook" in str(gate.check_late(policy))
+        with pytest.raises(CheckFailed, match="stock ran in its place: .*forward hook"):
+            gate.check_late(policy)
     finally:
         setup.policy.model.action_out_proj._forward_hooks.clear()
 

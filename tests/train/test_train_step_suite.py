@@ -218,5 +218,5 @@ def test_the_documented_figures_are_of_the_committed_run() -> None:
 def test_stock_in_the_place_of_ours_is_red(trainee: Any) -> None:
     ours = trainee("patched")
     ours.policy.model.action_out_proj.register_forward_hook(lambda *_: None)
-    with pytest.raises(CheckFailed, match="stock ran: .*forward hook"):
+    with pytest.raises(CheckFailed, match="stock ran in its place: .*forward hook"):
         ours.check()
