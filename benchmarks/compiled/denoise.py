@@ -47,7 +47,7 @@ def product(
     each, more = divmod(units, BLOCKS)
     passes = (BLOCKS - more) * -(-each // together) + more * -(-(each + 1) // together)
     turns = -(-(each + (more > 0)) // together)
-    read = S * inputs * (item if name == "mlp_out" else 2)
+    read = S * inputs * item
     squares = S * E // 8 * 4 if normed else 0
     everywhere = passes * read + min(units, BLOCKS) * squares
     return Phase(name, count, everywhere, turns * read + squares, units * rows_of * inputs * item)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def ceilings(pytestconfig: pytest.Config, device: torch.device) -> Ceilings:
     measure = pytestconfig.stash[MEASURE]
     path = measure.path and measure.path.with_name("ceilings.json")
     found = ceilings_once(path, device, small=pytestconfig.getoption("--size") == "tiny")
-    measure.facts["ceilings"] = found.to_dict()
+    measure.facts["ceilings"] = asdict(found)
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
+from benchmarks.harness.run import write_whole
 from smolvla_fast.model.dims import read_dims
 from smolvla_fast.model.weights import is_cross
 from smolvla_fast.ops.reference import Cost
@@ -36,22 +37,19 @@ class Ceilings:
     int8 is missing where torch has no such product here.
     """
 
-    flops: dict[torch.dtype, float]
-    bytes: float
+    gemm_flops: dict[str, float]
+    copy_bytes: float
 
     def floor(self, cost: Cost, dtype: torch.dtype) -> dict[str, float]:
         """The least time for so much work: whichever of arithmetic and memory takes longer."""
-        least = max(cost.flops / self.best(dtype), cost.bytes / self.bytes)
+        least = max(cost.flops / self.best(dtype), cost.bytes / self.copy_bytes)
         return dict(flops=cost.flops, bytes=cost.bytes, floor_ms=1e3 * least)
 
     def best(self, dtype: torch.dtype) -> float:
         """Operations a second of the fastest product that is no narrower: fp32 serves bf16 on a processor that multiplies
         it no slower."""
-        return max(rate for wide, rate in self.flops.items() if wide.itemsize >= dtype.itemsize)
-
-    def to_dict(self) -> dict[str, Any]:
-        named = {str(dtype).removeprefix("torch."): rate for dtype, rate in self.flops.items()}
-        return {"gemm_flops": named, "copy_bytes": self.bytes}
+        rates = self.gemm_flops.items()
+        return max(rate for name, rate in rates if getattr(torch, name).itemsize >= dtype.itemsize)
 
 
 def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
@@ -67,12 +65,12 @@ def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
         return work / min(timer.blocked_autorange(min_run_time=budget).times)
 
     flops = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    for dtype in ("float32", "bfloat16"):
+        x, weight = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
         # torch's own fp32 path is MKL, far from the roof on other makers' processors; oneDNN is near it.
         flops[dtype] = rate(2.0 * side**3, partial(linear, x, weight))
     if device.type == "cpu" and (integers := _int8(side)):
-        flops[torch.int8] = rate(2.0 * side**3, integers)
+        flops["int8"] = rate(2.0 * side**3, integers)
     source = torch.ones(COPY_BYTES[device.type] // (64 if small else 4), device=device)
     target = torch.empty_like(source)
     return Ceilings(flops, rate(2.0 * source.nbytes, lambda: target.copy_(source)))
@@ -81,14 +79,10 @@ def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
 def ceilings_once(path: Path | None, device: torch.device, small: bool) -> Ceilings:
     """Measured by the first suite of a run that asks, and read from this file by the others."""
     if path is not None and path.is_file():
-        found = json.loads(path.read_text())
-        return Ceilings(
-            {getattr(torch, n): rate for n, rate in found["gemm_flops"].items()}, found["copy_bytes"]
-        )
+        return Ceilings(**json.loads(path.read_text()))
     ceilings = measure_ceilings(device, small)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(ceilings.to_dict()))
+        write_whole(path, asdict(ceilings))
     return ceilings
 
 

@@ -178,15 +178,15 @@ def test_figures_follow_from_raw_rounds() -> None:
 
 
 def test_floor_is_the_slower_of_arithmetic_and_memory() -> None:
-    ceilings = Ceilings({torch.float32: 1e12, torch.bfloat16: 4e12}, bytes=1e10)
+    ceilings = Ceilings({"float32": 1e12, "bfloat16": 4e12}, 1e10)
     assert ceilings.floor(Cost(2e9, 1e6), torch.float32)["floor_ms"] == pytest.approx(2.0)
     assert ceilings.floor(Cost(2e9, 1e6), torch.bfloat16)["floor_ms"] == pytest.approx(0.5)
     assert ceilings.floor(Cost(2e9, 1e8), torch.float32)["floor_ms"] == pytest.approx(10.0)
-    rates = {torch.float32: 3e11, torch.bfloat16: 1e11, torch.int8: 9e11}
-    assert [Ceilings(rates, 1e10).best(dtype) for dtype in rates] == [3e11, 3e11, 9e11], (
+    rates = {"float32": 3e11, "bfloat16": 1e11, "int8": 9e11}
+    assert [Ceilings(rates, 1e10).best(getattr(torch, name)) for name in rates] == [3e11, 3e11, 9e11], (
         "of no narrower dtype"
     )
-    slow = Ceilings({torch.float32: 1e12, torch.bfloat16: 1e11}, bytes=1e10)  # there fp32 serves bf16
+    slow = Ceilings({"float32": 1e12, "bfloat16": 1e11}, 1e10)  # there fp32 serves bf16
     assert slow.floor(Cost(2e9, 1e6), torch.bfloat16)["floor_ms"] == pytest.approx(2.0)
 
 
@@ -245,7 +245,7 @@ def full_size_model() -> Any:
 
 def test_ceilings_are_measured_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[None] = []
-    best = Ceilings({torch.float32: 1e12, torch.bfloat16: 4e12}, bytes=1e10)
+    best = Ceilings({"float32": 1e12, "bfloat16": 4e12}, 1e10)
     monkeypatch.setattr(roof, "measure_ceilings", lambda device, small: (asked.append(None), best)[1])
     cpu = torch.device("cpu")
     assert roof.ceilings_once(tmp_path / "c.json", cpu, True) == roof.ceilings_once(
