@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.report import tables
 from benchmarks.report.tables import Bench, figures, groups, suite, table
@@ -37,7 +38,8 @@ def joined(*parts: str) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-class Section(NamedTuple):
+@dataclass(frozen=True)
+class Section:
     """A suite's tables, one for each group or, where a label is "group", one of all.
 
     columns  of ``tables.COLUMNS``, with " | " between them      rows  of a benchmark      labels  columns without a name

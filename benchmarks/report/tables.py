@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -69,6 +70,10 @@ def accuracy(bench: Bench) -> str:
     return f"rel L2 {bench['rel_l2']:.1e}; cosine {bench['cosine']:.6f}{heavy}; check: {bench['gate']}"
 
 
+def column(key: str, text: Callable[[Any], str]) -> Callable[[Bench], str]:
+    return lambda bench: text(bench[key])
+
+
 MILLISECONDS = {
     "best ms": "min_ms", "floor ms": "floor_ms", "wall p50 ms": "p50_ms", "sample_actions ms": "sample_actions_ms",
 }  # fmt: skip
@@ -78,9 +83,9 @@ ERRORS = {
 MEMORY = {"peak memory": "peak_bytes", "of it new": "added_bytes", "bytes a step": "step_bytes"}
 COLUMNS: dict[str, Callable[[Bench], Any]] = {
     **{name: itemgetter(name) for name in ("rounds", "op", "dtype", "backend", "stage")},
-    **{name: lambda b, key=key: ms(b, key) for name, key in MILLISECONDS.items()},
-    **{name: lambda b, key=key: f"{b[key]:.1e}" for name, key in ERRORS.items()},
-    **{name: lambda b, key=key: mebibytes(b[key]) for name, key in MEMORY.items()},
+    **{name: partial(ms, key=key) for name, key in MILLISECONDS.items()},
+    **{name: column(key, "{:.1e}".format) for name, key in ERRORS.items()},
+    **{name: column(key, mebibytes) for name, key in MEMORY.items()},
     "p50 ms": lambda b: ms(b, "p50_ms") + MARK * ("min_ms" in b and b.get("suite") != "cpu" and unsteady(b)),
     "p95 ms": lambda b: tail(b, "p95_ms"),
     "p99 ms": lambda b: tail(b, "p99_ms"),
