@@ -1,4 +1,4 @@
-"""The pytest plugin of the suites: flags, the clock, the recorder, and the policies under test."""
+"""The pytest plugin of the suites: flags, what they measure with, and the policies under test."""
 
 from __future__ import annotations
 
