@@ -37,8 +37,12 @@ def main(*extras: str) -> int:
         compiler = subprocess.Popen(build, cwd=ROOT, start_new_session=True)
         try:
             if missing:
-                print(announcement(sizes_of(missing)), flush=True)
-                download(missing)
+                names = [item["metadata"]["name"] for item in missing]
+                with ThreadPoolExecutor(16) as pool:
+                    print(announcement(dict(zip(names, pool.map(size_of, missing), strict=True))), flush=True)
+                pip(
+                    *BUILD, "--no-deps", *("{name}=={version}".format(**item["metadata"]) for item in missing)
+                )
         except BaseException:
             with suppress(OSError):  # it may have ended
                 os.killpg(compiler.pid, signal.SIGTERM)
@@ -70,20 +74,6 @@ def resolve(project: str) -> list[dict[str, Any]]:
     return [item for item in found if "dir_info" not in item["download_info"]]
 
 
-def download(missing: list[dict[str, Any]]) -> None:
-    pins = [f"{item['metadata']['name']}=={item['metadata']['version']}" for item in missing]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "requirements.txt")
-        file.write_text("\n".join(pins) + "\n")
-        pip(*BUILD, "--no-deps", "-r", str(file))
-
-
-def sizes_of(missing: list[dict[str, Any]]) -> dict[str, int | None]:
-    names = [item["metadata"]["name"] for item in missing]
-    with ThreadPoolExecutor(16) as pool:
-        return dict(zip(names, pool.map(size_of, missing), strict=True))
-
-
 def size_of(item: dict[str, Any]) -> int | None:
     """Bytes of a package as its server tells; None where it does not."""
     try:
@@ -94,19 +84,14 @@ def size_of(item: dict[str, Any]) -> int | None:
 
 
 def announcement(sizes: dict[str, int | None]) -> str:
-    known = {name: size for name, size in sizes.items() if size is not None}
-    unknown = len(sizes) - len(known)
-    large = sorted((name for name in known if known[name] >= LARGE), key=known.__getitem__, reverse=True)
-    parts = [
-        f"Downloading {sum(known.values()) / 1e9:.2f} GB in {len(sizes)} packages, less what pip has cached"
-    ]
-    if unknown:
-        parts.append(f", without {unknown} whose server tells no size")
-    if large:
-        parts.append(": " + ", ".join(f"{name} {known[name] / 1e9:.2f}" for name in large))
-    if any(name.startswith("nvidia-") for name in sizes):
-        parts.append(". torch brings its CUDA libraries with or without a GPU")
-    return "".join(parts) + "."
+    known = sorted(((size, name) for name, size in sizes.items() if size is not None), reverse=True)
+    total, unknown = sum(size for size, _ in known) / 1e9, len(sizes) - len(known)
+    said = f"Downloading {total:.2f} GB in {len(sizes)} packages, less what pip has cached"
+    said += f", without {unknown} whose server tells no size" if unknown else ""
+    large = ", ".join(f"{name} {size / 1e9:.2f}" for size, name in known if size >= LARGE)
+    said += f": {large}" if large else ""
+    cuda = any(name.startswith("nvidia-") for name in sizes)
+    return said + ". torch brings its CUDA libraries with or without a GPU" * cuda + "."
 
 
 if __name__ == "__main__":

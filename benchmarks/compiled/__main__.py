@@ -13,27 +13,27 @@ import importlib
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compiled.kernels import ROOT, Rows, own_cache
+from benchmarks import ROOT
+from benchmarks.compiled.kernels import Rows, markdown, red
 
 
 def compile_all(kind: Any, names: Sequence[str], targets: Sequence[str], processes: int) -> Rows:
     """kind  the module ``aot`` or ``ptxas``"""
     tasks, rows, start = kind.tasks(names, targets), {}, time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="smolvla-compiled-") as folder:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, own_cache, (folder,)) as pool:
-            for task, found in zip(tasks, pool.map(kind.compile_task, tasks), strict=True):
-                said = f"{', '.join(map(str, task))}: {len(found)} kernels, at {time.perf_counter() - start:.0f} s"
-                print(said, file=sys.stderr, flush=True)
-                for key, cells in found.items():
-                    rows.setdefault(key, {}).update(cells)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for task, found in zip(tasks, pool.map(kind.compile_task, tasks), strict=True):
+            said = (
+                f"{', '.join(map(str, task))}: {len(found)} kernels, at {time.perf_counter() - start:.0f} s"
+            )
+            print(said, file=sys.stderr, flush=True)
+            for key, cells in found.items():
+                rows.setdefault(key, {}).update(cells)
     return rows
 
 
@@ -54,21 +54,19 @@ def main(arguments: list[str]) -> int:
     targets = args.targets.split(",") if args.targets else list(kind.TARGETS)
     wrong = [*(name for name in names if name not in known), *(t for t in targets if t not in kind.TARGETS)]
     if wrong:
-        parser.error(
-            f"no such name or target: {', '.join(wrong)}; names are {', '.join(known)}; targets "
-            f"{', '.join(kind.TARGETS)}"
-        )
+        accepted = f"names are {', '.join(known)}; targets {', '.join(kind.TARGETS)}"
+        parser.error(f"no such name or target: {', '.join(wrong)}; {accepted}")
     if (args.only or args.targets) and args.out is None:
         parser.error("a part would replace the whole file; name another by --out")
     rows = compile_all(kind, names, targets, args.processes)
     out = args.out or ROOT / "benchmarks" / "results" / f"{args.kind}.md"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(kind.markdown(rows, targets))
+    out.write_text(markdown(kind, rows, targets))
     print(f"wrote {out}")
     missed = [name for name in names if name not in {key[0] for key in rows}]
-    red = [*(f"{name}: no kernel was compiled; its call has changed" for name in missed), *kind.red(rows)]
-    print(*red, sep="\n", end="\n" if red else "")
-    return 1 if red else 0
+    wrong = [*(f"{name}: no kernel was compiled; its call has changed" for name in missed), *red(kind, rows)]
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

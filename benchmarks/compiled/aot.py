@@ -11,18 +11,20 @@ import importlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
-from support.contract import changed, leaves
+from support.contract import changed, leaves, reference_module
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.compiled.kernels import KIB, ROOT, Kernel, Rows, parse_log, section, spilling
+from benchmarks import ROOT
+from benchmarks.compiled.kernels import KIB, Kernel, Rows, parse_log
 from smolvla_fast.kernels.common import assume_capability
 from smolvla_fast.ops.reference.quantize import quantize_rows
 
@@ -55,14 +57,8 @@ RESIDUAL = {
     "euler_step": ("h",),
 }
 """What is fp32 beside bf16 weights: the residual stream, camera frames, and LeRobot's expert projections of the cross KV."""
-EIGHT_BITS = {
-    "linear": ("weight",),
-    "linear_residual": ("weight",),
-    "norm_qkv_rope": ("weights.q", "weights.k", "weights.v"),
-    "norm_swiglu": ("gate_weight", "up_weight"),
-    "pixel_shuffle_linear": ("weight",),
-}
-"""The matrices that tier ``fp8`` keeps as 8-bit floats, for targets that multiply them."""
+EIGHT_BITS = ("linear", "linear_residual", "norm_qkv_rope", "norm_swiglu", "pixel_shuffle_linear")
+"""Whose matrices tier ``fp8`` keeps as 8-bit floats, for targets that multiply them."""
 FIRST_EIGHT_BITS = 89
 
 
@@ -70,25 +66,17 @@ def kernel_module(op: str) -> Any:
     return importlib.import_module(f"smolvla_fast.kernels.{op}")
 
 
-def reference(op: str) -> Any:
-    return importlib.import_module(f"smolvla_fast.ops.reference.{op}")
-
-
-@cache
 def names() -> list[str]:
-    """Every file of kernels/ that has a launcher of its own name and a reference."""
-    files, references = ROOT / "kernels", ROOT / "smolvla_fast" / "ops" / "reference"
-    found = (path.stem for path in sorted(files.glob("*.py")) if (references / path.name).is_file())
-    return [name for name in found if callable(getattr(kernel_module(name), name, None))]
+    """Every file of kernels/ that has a reference."""
+    references, files = ROOT / "smolvla_fast" / "ops" / "reference", sorted((ROOT / "kernels").glob("*.py"))
+    return [path.stem for path in files if (references / path.name).is_file()]
 
 
 def tasks(names: Sequence[str], targets: Sequence[str]) -> list[tuple[Any, ...]]:
-    return [(op, case, targets) for op in names for case in cases(op)]
-
-
-def cases(op: str) -> list[dict[str, int]]:
-    found = getattr(reference(op), "CASES", ())
-    return [case for case in found if reference(op).cost(case, 2).bytes >= REAL_BYTES]
+    cases = ((op, case) for op in names for case in reference_module(op).CASES)
+    return [
+        (op, case, targets) for op, case in cases if reference_module(op).cost(case, 2).bytes >= REAL_BYTES
+    ]
 
 
 def calls(op: str, case: dict[str, int]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -97,7 +85,7 @@ def calls(op: str, case: dict[str, int]) -> Iterator[tuple[str, str, dict[str, A
     for layout, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         if layout == "bf16" and op in ("suffix_embed", "flow_loss"):
             continue
-        given = reference(op).make_inputs(case, dtype, torch.Generator().manual_seed(0))
+        given = reference_module(op).make_inputs(case, dtype, torch.Generator().manual_seed(0))
         for label, changes in _ways(op, case, dtype).items():
             inputs = changed(given, changes)
             wide = [n for n in RESIDUAL.get(op, ()) if isinstance(inputs.get(n), Tensor)]
@@ -108,11 +96,12 @@ def calls(op: str, case: dict[str, int]) -> Iterator[tuple[str, str, dict[str, A
             if mixed:
                 inputs = changed(inputs, {name: inputs[name].float() for name in wide})
             yield label, "bf16; fp32: " + ", ".join(wide) if mixed else layout, inputs
-            parts = leaves(inputs)
-            narrow = [n for n in EIGHT_BITS.get(op, ()) if isinstance(parts.get(n), Tensor)]
-            if layout == "bf16" and narrow:
-                quantized = changed(inputs, {name: quantize_rows(parts[name]) for name in narrow})
-                said = [f"{n.removeprefix('weights.')}_weight" if "." in n else n for n in narrow]
+            if layout == "bf16" and op in EIGHT_BITS:
+                weights = {
+                    n: x for n, x in leaves(inputs).items() if "weight" in n and getattr(x, "ndim", 0) == 2
+                }
+                quantized = changed(inputs, {name: quantize_rows(weight) for name, weight in weights.items()})
+                said = (f"{n.removeprefix('weights.')}_weight" if "." in n else n for n in weights)
                 yield label, "fp8: " + ", ".join(said), quantized
 
 
@@ -143,26 +132,17 @@ def call(op: str, inputs: dict[str, Any]) -> None:
     elif op == "flow_loss":
         kernel_module(op).flow_point(inputs["actions"], inputs["noise"], torch.zeros(len(inputs["v"])))
         launcher(**{**inputs, "v": inputs["v"].detach().requires_grad_()}).sum().backward()
-    elif op == "linear":
-        launcher(*(inputs[name] for name in ("x", "weight", "bias", "activation", "residual")))
     else:
         launcher(**inputs)
 
 
-class Target:
+def stand_in(capability: int) -> Any:
     """Stands for Triton's driver: there is a device, of this capability, and nothing is ever launched on it."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability, self.target = capability, GPUTarget("cuda", capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability  # what is compiled for one target is cached apart from the others'
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self.target
+    return SimpleNamespace(
+        get_current_device=lambda: capability,  # what is compiled for one is cached apart from the others'
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+    )
 
 
 @contextlib.contextmanager
@@ -177,17 +157,14 @@ def compiling(capability: int) -> Iterator[list[tuple[str, Kernel]]]:
         launched.append((self.__name__.removeprefix("_"), _noted(kernel, log.getvalue())))
         return kernel
 
-    before, dump = driver._active, triton.knobs.nvidia.dump_ptxas_log
-    driver.set_active(Target(capability))
-    triton.knobs.nvidia.dump_ptxas_log = True
-    JITFunction.run = compile_only
-    try:
-        with assume_capability(capability):
-            yield launched
-    finally:
-        JITFunction.run = launch
-        triton.knobs.nvidia.dump_ptxas_log = dump
-        driver._active = before
+    with (
+        triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(),
+        patch.object(driver, "_active", stand_in(capability)),
+        patch.object(JITFunction, "run", compile_only), assume_capability(capability),
+    ):  # fmt: skip
+        # ptxas speaks when it runs, so nothing may come from the cache on disk.
+        triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+        yield launched
 
 
 _compiled: dict[str, Kernel] = {}
@@ -196,12 +173,9 @@ _compiled: dict[str, Kernel] = {}
 def _noted(kernel: Any, log: str) -> Kernel:
     """From ptxas's log, which is there the first time alone, and from Triton's own notes."""
     if kernel.hash not in _compiled:
-        (found,) = parse_log(log).values()
-        notes = kernel.metadata
-        columns = getattr(notes, "tmem_size", 0) or 0
-        _compiled[kernel.hash] = replace(
-            found, shared=notes.shared, tensor=columns, serialized="serialized" in log
-        )
+        [found] = parse_log(log).values()
+        had = dict(shared=kernel.metadata.shared, tensor=getattr(kernel.metadata, "tmem_size", 0) or 0)
+        _compiled[kernel.hash] = replace(found, **had, serialized="serialized" in log)
     return _compiled[kernel.hash]
 
 
@@ -228,40 +202,30 @@ def compile_task(task: tuple[str, dict[str, int], Sequence[str]]) -> Rows:
     return found
 
 
-def red(rows: Rows) -> list[str]:
-    """A line for each cell that passes a limit or is none."""
-    found = spilling(rows, SPILLS)
-    for key, cells in rows.items():
-        for target, kernel in cells.items():
-            if isinstance(kernel, Kernel):
-                has = {"bytes of shared memory": kernel.shared, "columns of tensor memory": kernel.tensor}
-                for (what, value), limit in zip(
-                    has.items(), (SHARED[target] * KIB, TENSOR_COLUMNS), strict=True
-                ):
-                    if value > limit:
-                        found.append(f"{', '.join(key)}, sm_{target}: {value} {what}, allowed {limit}")
-    return found
+def beyond(op: str, target: str, kernel: Kernel) -> list[str]:
+    """The limits of a program beside its spills that a kernel passes."""
+    found = (("bytes of shared memory", kernel.shared, SHARED[target] * KIB),
+             ("columns of tensor memory", kernel.tensor, TENSOR_COLUMNS))  # fmt: skip
+    return [f"{value} {what}, allowed {limit}" for what, value, limit in found if value > limit]
 
 
-def markdown(rows: Rows, targets: Sequence[str]) -> str:
-    """The whole file."""
+def about() -> str:
     shared = ", ".join(f"sm_{target} {kib}" for target, kib in SHARED.items())
-    parts = [
-        "# Kernels compiled ahead of time",
-        f"Made by `make aot` with Triton {triton.__version__} and its own ptxas, without a GPU. A cell is registers a "
-        "thread / bytes a thread spills, stored and loaded / KiB of shared memory a program; * where ptxas serialized "
-        "wgmma instructions. Sizes are those of the references' CASES, dtypes and epilogues those of the stages; where "
-        "the backend leaves a size to torch, there is no row.",
-        f"Limits: no kernel spills unless its op's section says so; KiB of shared memory: {shared}.",
-    ]
+    return (
+        f"# Kernels compiled ahead of time\n\nMade by `make aot` with Triton {triton.__version__} and its own ptxas, "
+        "without a GPU. A cell is registers a thread / bytes a thread spills, stored and loaded / KiB of shared memory a "
+        "program; * where ptxas serialized wgmma instructions. Sizes are those of the references' CASES, dtypes and "
+        "epilogues those of the stages; where the backend leaves a size to torch, there is no row.\n\n"
+        f"Limits: no kernel spills unless its op's section says so; KiB of shared memory: {shared}."
+    )
 
-    def text(kernel: Kernel) -> str:
-        found = f"{kernel.registers} / {kernel.spills} / {kernel.shared / KIB:.1f}"
-        return found + " *" * kernel.serialized
 
-    for op in dict.fromkeys(key[0] for key in rows):
-        bound, reason = SPILLS.get(op, (0, ""))
-        parts.append(f"## {op}")
-        parts.append(f"Spilled bytes allowed: {bound}" + (f" ({reason})." if reason else "."))
-        parts.append(section(rows, op, ["kernel", "case", "dtypes"], targets, text))
-    return "\n\n".join(parts) + "\n"
+def allowed(op: str, spills: int, reason: str) -> str:
+    return f"Spilled bytes allowed: {spills}" + (f" ({reason})." if reason else ".")
+
+
+def resources(kernel: Kernel) -> str:
+    return f"{kernel.registers} / {kernel.spills} / {kernel.shared / KIB:.1f}" + " *" * kernel.serialized
+
+
+TABLES = {"kernel, case, dtypes": resources}

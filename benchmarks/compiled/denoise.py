@@ -47,7 +47,7 @@ def product(
     each, more = divmod(units, BLOCKS)
     passes = (BLOCKS - more) * -(-each // together) + more * -(-(each + 1) // together)
     turns = -(-(each + (more > 0)) // together)
-    read = S * inputs * (item if name == "mlp_out" else 2)
+    read = S * inputs * item
     squares = S * E // 8 * 4 if normed else 0
     everywhere = passes * read + min(units, BLOCKS) * squares
     return Phase(name, count, everywhere, turns * read + squares, units * rows_of * inputs * item)
@@ -82,8 +82,7 @@ def account() -> str:
     ]  # fmt: skip
     columns = ["phase", "a step", "weights, MB", "read from L2, MB", "busiest block, KB", "us"]
     weights, read, us = (
-        sum(row.count * each for row, each in zip(rows, found, strict=True))
-        for found in zip(*((row.weights, row.activations, row.us) for row in rows), strict=True)
+        sum(row.count * getattr(row, of) for row in rows) for of in ("weights", "activations", "us")
     )
     barriers = 2 + 5 * LAYERS
     terms = {

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -15,9 +12,12 @@ from functools import cache
 from pathlib import Path
 
 import networkx
-from ninja_build import CUDA_ARCHS, CUDA_FLAGS, cuda_homes, nvcc_compiler
+import triton
+from ninja_build import CUDA_ARCHS, CUDA_FLAGS, nvcc_compiler
 
-from benchmarks.compiled.kernels import ROOT, Kernel, Rows, parse_log, section, spilling
+from benchmarks import ROOT
+from benchmarks.compiled.kernels import Kernel, Rows, parse_log
+from benchmarks.report.tables import NONE
 
 TARGETS = tuple(CUDA_ARCHS)
 COUNTED = ("HMMA", "LDGSTS", "UBLKCP", "LDSM")
@@ -42,47 +42,40 @@ def tasks(names: Sequence[str], targets: Sequence[str]) -> list[tuple[str, str]]
     return [(name, target) for name in names for target in targets]
 
 
-def red(rows: Rows) -> list[str]:
-    """A line for each cell that passes a limit."""
-    found = [f"{name}: EXPECTED has no line for it" for name in {key[0] for key in rows} - EXPECTED.keys()]
-    for key, cells in rows.items():
-        for target, kernel in cells.items():
-            inside = kernel.instructions if isinstance(kernel, Kernel) else {}
-            for wish in EXPECTED.get(key[0], ()):
-                if not any(word in inside for word in wish.split(" or ")):
-                    found.append(f"{key[1]}, sm_{target}: no {wish} in its loops")
-    return found + spilling(rows, SPILLS)
+def beyond(source: str, target: str, kernel: Kernel) -> list[str]:
+    """What of EXPECTED a kernel has not in its loops."""
+    if source not in EXPECTED:
+        return ["EXPECTED has no line for its source"]
+    wishes = (wish for wish in EXPECTED[source] if not kernel.instructions.keys() & set(wish.split(" or ")))
+    return [f"no {wish} in its loops" for wish in wishes]
 
 
-def markdown(rows: Rows, targets: Sequence[str]) -> str:
-    """The whole file."""
-    parts = [
-        "# CUDA C++ kernels: registers, spills, instructions",
-        f"Made by `make ptxas` with {compiler_version()}, without a GPU. In the first table of a source a cell is "
-        "registers a thread / bytes a thread spills, stored and loaded / bytes of stack / bytes of static shared memory "
-        "(dynamic shared memory is asked for at launch and unknown here). The second counts "
-        f"{', '.join(COUNTED)} in the loops of the machine code, unrolled as they stand: HMMA multiplies in "
-        "tensor cores, LDGSTS and UBLKCP copy to shared memory in the background, LDSM is ldmatrix.",
-        "No kernel spills unless its section says so.",
-    ]
+def about() -> str:
+    return (
+        f"# CUDA C++ kernels: registers, spills, instructions\n\nMade by `make ptxas` with {compiler_version()}, without a "
+        "GPU. In the first table of a source a cell is registers a thread / bytes a thread spills, stored and loaded / "
+        "bytes of stack / bytes of static shared memory (dynamic shared memory is asked for at launch and unknown here). "
+        f"The second counts {', '.join(COUNTED)} in the loops of the machine code, unrolled as they stand: HMMA multiplies "
+        "in tensor cores, LDGSTS and UBLKCP copy to shared memory in the background, LDSM is ldmatrix.\n\n"
+        "No kernel spills unless its section says so."
+    )
 
-    def resources(kernel: Kernel) -> str:
-        return f"{kernel.registers} / {kernel.spills} / {kernel.stack} / {kernel.shared}"
 
-    def counts(kernel: Kernel) -> str:
-        return ", ".join(f"{n} {name}" for name, n in kernel.instructions.items()) or "–"
+def allowed(source: str, spills: int, reason: str) -> str:
+    wishes = ", ".join(EXPECTED.get(source, ())) or "none"
+    more = f" Spilled bytes allowed: {spills} ({reason})." if spills else ""
+    return f"Instructions that every kernel must have in a loop: {wishes}.{more}"
 
-    quoted: Rows = {(name, f"`{kernel}`"): cells for (name, kernel), cells in rows.items()}
-    for name in dict.fromkeys(key[0] for key in rows):
-        bound, reason = SPILLS.get(name, (0, ""))
-        wishes = ", ".join(EXPECTED.get(name, ())) or "none"
-        spills = f" Spilled bytes allowed: {bound} ({reason})." if bound else ""
-        parts.append(f"## {name}")
-        parts.append(f"Instructions that every kernel must have in a loop: {wishes}.{spills}")
-        parts.append(section(quoted, name, ["kernel"], targets, resources))
-        instructions = section(quoted, name, ["instructions"], targets, counts)
-        parts += [instructions] if any(word in instructions for word in COUNTED) else []
-    return "\n\n".join(parts) + "\n"
+
+def resources(kernel: Kernel) -> str:
+    return f"{kernel.registers} / {kernel.spills} / {kernel.stack} / {kernel.shared}"
+
+
+def counts(kernel: Kernel) -> str:
+    return ", ".join(f"{n} {name}" for name, n in kernel.instructions.items()) or NONE
+
+
+TABLES = {"kernel": resources, "instructions": counts}
 
 
 def say(*command: str) -> str:
@@ -92,17 +85,9 @@ def say(*command: str) -> str:
     return done.stdout
 
 
-@cache
 def disassembler() -> str:
-    """cuobjdump from the PATH, a CUDA toolkit, or Triton's package, which brings one."""
-    folders = [Path(home, "bin") for home in cuda_homes()]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin:
-        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))
-    if not found:
-        raise RuntimeError(f"no cuobjdump on PATH nor in {', '.join(map(str, folders))}: install triton")
-    return found
+    """The cuobjdump that Triton brings, or that TRITON_CUOBJDUMP_PATH names."""
+    return triton.knobs.nvidia.cuobjdump.path
 
 
 @cache
@@ -115,15 +100,8 @@ def compiler_version() -> str:
 
 def readable(mangled: str) -> str:
     """``_ZN7smolvla4cuda...`` as ``euler_step_fwd_kernel<float, bf16, float>``, without namespaces and parameters."""
-    name = say("c++filt", mangled).strip() if mangled.startswith("_Z") else mangled
-    depth = 0
-    for place, sign in enumerate(name):
-        depth += (sign == "<") - (sign == ">")
-        # The parameters' bracket, which the one of "(anonymous namespace)" is not.
-        if sign == "(" and not depth and not name.startswith("(anonymous namespace)", place):
-            name = name[:place]
-            break
-    return re.sub(r"\(anonymous namespace\)::|\b[a-z_]+::", "", name.removeprefix("void ")).strip()
+    name = say("c++filt", "--no-params", mangled).strip() if mangled.startswith("_Z") else mangled
+    return re.sub(r"\(anonymous namespace\)::|\b[a-z_]+::", "", name)
 
 
 def in_loops(code: str) -> dict[str, int]:
@@ -161,7 +139,7 @@ def compile_task(task: tuple[str, str]) -> Rows:
     code = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.DOTALL))
     found: Rows = {}
     for mangled, kernel in parse_log(log).items():
-        key = (name, readable(mangled))
+        key = (name, f"`{readable(mangled)}`")
         if key in found or mangled not in code:
             raise RuntimeError(f"{name}: {key[1]} stands twice in ptxas's log, or not in the machine code")
         found[key] = {target: replace(kernel, instructions=in_loops(code[mangled]))}

@@ -13,11 +13,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.gpu_run import parts
-from benchmarks.harness.run import ROOT, result_name, visit
+import torch
+
+from benchmarks import ROOT
+from benchmarks.harness.run import PYTEST, Part, result_name, suite, visit
+from benchmarks.report import markdown
+from smolvla_fast.measure import system
 
 WHEELS, SITE = ROOT / ".whl", ROOT / "build" / "gpu-site"
 REQUIREMENTS = ROOT / "benchmarks" / "gpu_run" / "requirements.txt"
@@ -25,6 +30,59 @@ RESULTS = ROOT / "benchmarks" / "results"
 MINUTES = 7.5
 """Of the eight that a run may take; the rest is for the report and the last process's end."""
 SMI = "clocks.sm clocks.mem clocks.max.sm clocks.max.mem power.draw power.limit temperature.gpu pstate mig.mode.current"
+SANITIZED = "tests/gpu/test_sanitizer.py"
+CHUNKS = "tests/gpu/test_chunk_on_device.py"
+REHEARSED = ("--device=cpu", "--size=tiny", "--layout=mixed", "--steps=2", "--rounds=3", "--threads=1")
+
+
+def report(args: argparse.Namespace) -> list[Part]:
+    """What matters most comes first in each suite; ``--batch`` of a rehearsal is enough to see more than one.
+
+    The extensions are compiled in place, CUDA for this GPU alone. A rehearsal compiles nothing and collects the tests. Those
+    of a chunk, which fill the card or count its memory, run alone before the kernels', whose time is Triton's compiling, so
+    that they run in several processes where pytest-xdist is there.
+    """
+    device = REHEARSED if args.rehearse else ("--device=cuda",)
+    chunk, stages, ops = ("--cameras=2", "--batch=1,2"), ("--batch=1,2",), ("--choose=euler_step",)
+    if not args.rehearse:
+        chunk = ("--cameras=2,1,3", "--batch=1,8", "--layers=16,32", "--rounds=1000")
+        stages, ops = ("--batch=1,8", "--rounds=200"), ("--rounds=50",)
+    only = (f"--choose={args.only}",) if args.only else ()
+    marked = (*PYTEST, *(("--collect-only",) if args.rehearse else ()), "-m")
+    processes = ("-n", "4") if find_spec("xdist") and not args.rehearse else ()
+    others = ("gpu", *processes, f"--ignore={CHUNKS}", f"--ignore={SANITIZED}")
+    build = (sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--only")
+    nothing = "a rehearsal compiles nothing" if args.rehearse else ""
+    return [
+        Part("build", 60, 10, (*build, "cpu"), not_run=nothing),
+        Part("build", 100, 20, (*build, "cuda"), not_run=nothing),
+        Part("tests", 125, 15, (*marked, "gpu and not slow", CHUNKS)),
+        Part("tests", 125, 15, (*marked, *others)),
+        Part("sanitizer", 120, 0, (*marked, "gpu", SANITIZED)),
+        suite("chunk", 170, 75, *device, *chunk),
+        suite("stages", 120, 65, *device, *stages),
+        suite("ops", 120, 30, *device, *ops, *only),
+    ]
+
+
+def peers(args: argparse.Namespace) -> list[Part]:
+    """Each mode of the compiler in a process of its own: compiling can take longer than there is time."""
+    flags = ("--device=cuda", "--layers=16", "--rounds=1000", "--cameras=2")
+    nothing = "a rehearsal compiles nothing: it takes minutes on a CPU" if args.rehearse else ""
+
+    def compiled(mode: str, limit: float) -> Part:
+        chosen = ("--with-compile", f"--compile-mode={mode}", "--choose", "stock or bf16 or fp32")
+        return replace(suite("chunk", limit, 90, *flags, *chosen, label=f"compiled-{mode}"), not_run=nothing)
+
+    beside = (*REHEARSED, "--cameras=2") if args.rehearse else flags
+    return [
+        suite("chunk", 90, 60, *beside, label="beside"),
+        compiled("default", 150),
+        compiled("max-autotune", 300),
+    ]
+
+
+PARTS = {"report": report, "peers": peers}
 
 
 def bring_lerobot(environment: dict[str, str]) -> str | None:
@@ -36,10 +94,8 @@ def bring_lerobot(environment: dict[str, str]) -> str | None:
         return None
     if not SITE.is_dir():
         if not WHEELS.is_dir():
-            return (
-                f"lerobot is not installed and there are no wheels in {WHEELS.name}/; run `make gpu-wheels` on a machine "
-                "with a network and bring the folder along"
-            )
+            bring = "run `make gpu-wheels` on a machine with a network and bring the folder along"
+            return f"lerobot is not installed and there are no wheels in {WHEELS.name}/; {bring}"
         install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
         install += ["--find-links", str(WHEELS), "--target", str(SITE), "-r", str(REQUIREMENTS)]
         done = subprocess.run(install, text=True, capture_output=True)
@@ -55,14 +111,9 @@ def bring_lerobot(environment: dict[str, str]) -> str | None:
 
 def gpu_state() -> dict[str, str] | None:
     """Clocks, power and temperature as nvidia-smi tells them; nothing is ever set. None where it does not run."""
-    fields = SMI.split()
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
-    return dict(zip(fields, values, strict=False))
+    names = SMI.split()
+    line = system.first_line(["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"])
+    return line and dict(zip(names, line.split(", "), strict=False))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -72,12 +123,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", metavar="OP", help="one op, in the part `ops`")
     parser.add_argument("--out", type=Path, help="folder of the result (benchmarks/results; a part: build/)")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny: proves the code alone")
-    parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help=f"for all parts (default: {MINUTES:g})"
-    )
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all (default: {MINUTES:g})")
     parser.add_argument("--commit", help="recorded where the tree has no history of its own")
     args = parser.parse_args(list(arguments))
-    names = [part.name for part in getattr(parts, args.kind)(args)]
+    names = list(dict.fromkeys(part.name for part in PARTS[args.kind](args)))
     unknown = [name for name in args.part or () if name not in names]
     if unknown:
         parser.error(f"no part {', '.join(unknown)}; accepted are {', '.join(names)}")
@@ -94,43 +143,25 @@ def main(arguments: Sequence[str]) -> int:
     """Run the parts that are asked for and write the result. Returns the exit status: 1 where a part is red."""
     args = parse(arguments)
     kind = f"gpu-{args.kind}"
-    if find_spec("torch") is None:
-        print(f"{kind}: {sys.executable} has no torch; run `make venv`, or name a Python: GPU_PYTHON=...")
-        return 1
-    import torch
-
     if not args.rehearse and not torch.cuda.is_available():
-        print(
-            f"{kind}: no CUDA GPU here, or no driver for it: there is nothing to report (--rehearse needs none)"
-        )
+        print(f"{kind}: no CUDA GPU here, or no driver for it: nothing to report (--rehearse needs none)")
         return 1
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    for unwanted in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):  # a report is about compiled kernels
-        environment.pop(unwanted, None)
     if args.rehearse:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    missing = bring_lerobot(environment)
-    if missing:
+    if missing := bring_lerobot(environment):
         print(f"{kind}: {missing}")
         return 1
-
-    from benchmarks.report import markdown
-    from smolvla_fast.measure import system
-
-    chosen = [part for part in getattr(parts, args.kind)(args) if not args.part or part.name in args.part]
+    chosen = [part for part in PARTS[args.kind](args) if not args.part or part.name in args.part]
     facts = system.facts()
     label = "" if args.kind == "report" else args.kind
     path = args.out / result_name(facts, "-".join([label, *(args.part or [])]))
-    more = {"commit": facts["commit"] or args.commit, "nvcc": system.nvcc()}
-    data = visit(
-        chosen, path, args.minutes, environment, gpu_state, {k: v for k, v in more.items() if v},
-        kind=kind, rehearsal=args.rehearse,
-    )  # fmt: skip
-    markdown.write(data, path)
-    for written in sorted(path.parent.glob(f"{path.stem}.*")):
+    facts |= {"commit": facts["commit"] or args.commit, "nvcc": system.nvcc()}
+    about = dict(kind=kind, rehearsal=args.rehearse)
+    data = visit(chosen, path, args.minutes, environment, facts, gpu_state, **about)
+    for written in (path, *markdown.write(data, path)):
         print(f"wrote {written}")
-    red = [part["name"] for part in data["parts"] if part["status"] == "red"]
-    if red:
+    if red := [part["name"] for part in data["parts"] if part["status"] == "red"]:
         print(f"{kind}: red: {', '.join(red)}; what is red has no figure in the report")
     return 1 if red else 0
 

@@ -1,1 +1,1 @@
-"""How it is timed: flags, gate, recorder, alternating rounds."""
+"""How it is timed: flags, gate, alternating rounds, parts of a run."""

@@ -45,11 +45,11 @@ def handed_on(args: argparse.Namespace) -> list[str]:
     """The flags of ``args`` that are not at their defaults, for another process."""
     found = []
     for name, spec in FLAGS.items():
-        value = getattr(args, spec.get("dest", name[2:].replace("-", "_")))
-        if spec.get("action") is None and value not in (None, spec.get("default")):
-            found.append(f"{name}={value}")
-        elif value is (spec.get("action") == "store_true") and value is not spec.get("default", False):
-            found.append(name)
+        value, action = getattr(args, spec.get("dest", name[2:].replace("-", "_"))), spec.get("action")
+        if value not in (None, spec.get("default", False)) and (
+            not action or value is (action == "store_true")
+        ):
+            found.append(name if action else f"{name}={value}")
     return found
 
 

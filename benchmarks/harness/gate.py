@@ -38,6 +38,11 @@ class Unavailable(Exception):
     """A variant cannot run here; the message says why."""
 
 
+def may_compile(option: Any) -> None:
+    if not option.with_compile:
+        raise Unavailable("compiling takes minutes; ask for it by --with-compile")
+
+
 def compare(found: Tensor, truth: Tensor) -> dict[str, float]:
     """Errors against the truth; raises CheckFailed where a value is not finite."""
     if not torch.isfinite(found).all():
@@ -52,22 +57,18 @@ def worst(chunks: Sequence[Tensor], truths: Sequence[Tensor]) -> dict[str, float
 
 def within(facts: Facts, bound: float) -> Facts:
     """``facts`` with the bound on their rel_l2; raises CheckFailed beyond it. bound  0: equal bits."""
-    said = f"rel L2 {facts['rel_l2']:.1e}, allowed {bound:.0e}" if bound else "equal bits"
     if bound == 0 and facts["max_abs"] != 0:
         raise CheckFailed(f"bits differ from stock's: max abs {facts['max_abs']:.3g}")
-    if not facts["rel_l2"] <= bound:
-        raise CheckFailed(said)
-    return {**facts, "bound": bound, "gate": said}
+    said = f"rel L2 {facts['rel_l2']:.1e}, allowed {bound:.0e}" if bound else "equal bits"
+    return passed({**facts, "bound": bound}, facts["rel_l2"] <= bound, said)
 
 
 def aligned(facts: Facts) -> Facts:
     """The same with the least cosine, of 8-bit weights. A cosine sees no wrong scale, so the length is asked as well."""
     said = f"cosine {facts['cosine']:.5f}, at least {COSINE}"
-    if not facts["cosine"] >= COSINE:
-        raise CheckFailed(said)
-    if not facts["rel_l2"] <= SCALED:
-        raise CheckFailed(f"{said}, but rel L2 {facts['rel_l2']:.2g}, allowed {SCALED:.2g}")
-    return {**facts, "gate": said}
+    longer = f"{said}, but rel L2 {facts['rel_l2']:.2g}, allowed {SCALED:.2g}"
+    passed(facts, facts["rel_l2"] <= SCALED or facts["cosine"] < COSINE, longer)
+    return passed(facts, facts["cosine"] >= COSINE, said)
 
 
 def lossy(facts: Facts, first: float, lost: float | None) -> Facts:
@@ -75,51 +76,62 @@ def lossy(facts: Facts, first: float, lost: float | None) -> Facts:
     if lost is None:
         raise CheckFailed("stock could not be run in bf16, so there is nothing to compare with")
     said = f"{first / lost:.2f} of bf16 stock's error, allowed {LOSS_OF_STOCK:g}"
-    if not first / lost <= LOSS_OF_STOCK:
+    more = {"stock_bf16_rel_l2": lost, "rel_l2_to_stock_bf16": first / lost}
+    return passed({**facts, **more}, first / lost <= LOSS_OF_STOCK, said)
+
+
+def passed(facts: Facts, holds: bool, said: str) -> Facts:
+    if not holds:
         raise CheckFailed(said)
-    return {**facts, "stock_bf16_rel_l2": lost, "rel_l2_to_stock_bf16": first / lost, "gate": said}
+    return {**facts, "gate": said}
 
 
-def check_peer(precision: str, chunks: list[Tensor], truths: list[Tensor], lost: float | None) -> Facts:
-    """Another runtime's chunks against stock's in fp32."""
+def check_stock(setup: Any, policy: Any, precision: str, case: Any, chunks: list[Tensor]) -> Facts:
+    """LeRobot's own code, held to the plain implementation: nothing of what we change may have reached it."""
+    if not torch.equal(setup.stock_chunks(case, chunks)[0], chunks[0]):
+        raise CheckFailed("stock gave another chunk for the same observation before")
+    facts = compare(chunks[0], act(setup.reference, setup.every(case)[0]))
+    return {**within(facts, COMPILED_BOUND[setup.layout]), "against": "the plain PyTorch implementation"}
+
+
+def check_peer(setup: Any, policy: Any, precision: str, case: Any, chunks: list[Tensor]) -> Facts:
+    """Another runtime's chunks against stock's."""
+    truths = setup.stock_chunks(case)
     facts = worst(chunks, truths)
-    if precision == "fp32":
-        return within(facts, COMPILED_BOUND["fp32"])
-    return (
-        aligned(facts) if precision != "bf16" else lossy(facts, error(chunks[0], truths[0])["rel_l2"], lost)
-    )
+    if precision == "fp32" or setup.layout != "fp32":
+        return within(facts, COMPILED_BOUND[setup.layout])
+    if precision == "bf16":
+        return lossy(facts, error(chunks[0], truths[0])["rel_l2"], setup.lost.get(case))
+    return aligned(facts)
 
 
-def check_tier(
-    policy: Any, precision: str, layout: str, inputs: list[Any], chunks: list[Tensor], truths: list[Tensor]
-) -> Facts:
-    """A patched policy's chunks: against stock's, and where they may differ by more than fp32's rounding, by ``verify``.
-
-    chunks, truths  of the policy and of stock on each of ``inputs``
-    """
-    now, tier = smolvla_fast.status(policy), TIERS[precision]
-    if not now.active or now.calls_stock:
+def check_tier(setup: Any, policy: Any, precision: str, case: Any, chunks: list[Tensor]) -> Facts:
+    """A patched policy's chunks: against stock's, and where they may differ by more than fp32's rounding, by ``verify``."""
+    now, tier, wide = smolvla_fast.status(policy), TIERS[precision], setup.layout == "fp32"
+    (observation, noise), truths = setup.every(case)[0], setup.stock_chunks(case)
+    if not now.active:
         raise CheckFailed(f"stock ran in its place: {now.last_fallback}")
+    check_late(policy)
     facts: Facts = dict(worst(chunks, truths))
-    if not torch.equal(act(policy, inputs[0]), chunks[0]):
+    if not torch.equal(act(policy, (observation, noise)), chunks[0]):
         raise CheckFailed("a second chunk of the same observation has other bits")
-    facts.update(
-        backend=now.backend, stage_backends=now.stages, fallback_reasons=now.fallback_reasons,
-        extra_bytes=now.extra_bytes,
-    )  # fmt: skip
-    if tier.stock_order or (precision == "fp32" and layout == "fp32"):
+    kept = ("backend", "fallback_reasons", "extra_bytes")
+    facts.update({name: getattr(now, name) for name in kept}, status=now.to_dict())
+    if tier.stock_order or (precision == "fp32" and wide):
         return within(facts, 0.0 if tier.stock_order else FP32_BOUND)
-    report = smolvla_fast.verify(policy, inputs[0][0], noise=inputs[0][1]).to_dict()
+    report = smolvla_fast.verify(policy, observation, noise=noise).to_dict()
     if not report["passed"]:
         raise CheckFailed(f"verify: rel L2 to fp32 {report['rel_l2']:.2g}, allowed {report['bound']:.2g}")
     facts.update({name: report[name] for name in ("bound", "stock_rel_l2", "stock_max_abs")}, gate="verify")
-    if layout != "fp32":  # stock itself is not the truth
+    if not wide:  # stock itself is not the truth
         facts.update({name: report[name] for name in ("rel_l2", "max_abs", "cosine")})
-    if tier.quantized:
-        return aligned(facts)
-    if layout != "fp32":
-        return facts
-    return lossy(facts, error(chunks[0], truths[0])["rel_l2"], report["stock_rel_l2"])
+    if tier.quantized or not wide:
+        return aligned(facts) if tier.quantized else facts
+    setup.lost[case] = report["stock_rel_l2"]
+    return lossy(facts, error(chunks[0], truths[0])["rel_l2"], setup.lost[case])
+
+
+CHECKS = {"stock": check_stock, "tier": check_tier, "peer": check_peer}
 
 
 def check_heavy(facts: Facts, found: Tensor, stock: Tensor, size: str) -> None:
@@ -131,10 +143,11 @@ def check_heavy(facts: Facts, found: Tensor, stock: Tensor, size: str) -> None:
         raise CheckFailed(f"cosine {facts['heavy_cosine']:.5f} on heavy-tailed weights, at least {least}")
 
 
-def check_late(policy: Any) -> str | None:
-    """What is wrong after the rounds: times are stock's where stock ran."""
+def check_late(policy: Any) -> None:
+    """After the rounds: times are stock's where stock ran."""
     now = smolvla_fast.status(policy)
-    return f"stock ran in its place: {now.last_fallback}" if now.calls_stock else None
+    if now.calls_stock or now.training_stock:
+        raise CheckFailed(f"stock ran in its place: {now.last_fallback or now.training_fallback}")
 
 
 def act(policy: Any, inputs: tuple[dict[str, Tensor], Tensor]) -> Tensor:

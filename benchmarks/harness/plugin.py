@@ -1,9 +1,10 @@
-"""The pytest plugin of the suites: flags, the clock, the recorder, and the policies under test."""
+"""The pytest plugin of the suites: flags, what they measure with, and the policies under test."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,12 @@ import pytest
 import torch
 
 from benchmarks.harness import flags
-from benchmarks.harness.machine import Ceilings, ceilings_once
-from benchmarks.harness.measure import Clock, Measure
-from benchmarks.harness.recorder import Recorder
+from benchmarks.harness.measure import Measure
+from benchmarks.harness.roof import Ceilings, ceilings_once
 from benchmarks.harness.setup import BenchmarkSetup
 from smolvla_fast.measure import system
 
-RECORDER: pytest.StashKey[Recorder] = pytest.StashKey()
-CLOCK: pytest.StashKey[Clock] = pytest.StashKey()
+MEASURE: pytest.StashKey[Measure] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,22 +30,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
-    config.stash[RECORDER] = Recorder(config, config.getoption("--results"), system.facts())
-    config.stash[CLOCK] = Clock(flags.seconds(config.option))
+    path, choose = config.getoption("--results"), config.getoption("--choose")
+    config.stash[MEASURE] = Measure(config, path, system.facts(), flags.seconds(config.option), choose)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    clock = session.config.stash[CLOCK]
-    clock.cases = len(session.items)
-    within = f"within {clock.left / 60:.1f} minutes; what there is no time for is left out by name"
-    print(f"{clock.cases} cases, {within}")
+    measure, cases = session.config.stash[MEASURE], len(session.items)
+    measure.cases = cases
+    within = f"within {measure.left / 60:.1f} minutes; what there is no time for is left out by name"
+    print(f"{cases} cases, {within}")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    recorder = session.config.stash[RECORDER]
-    recorder.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
-    recorder.save()
-    if recorder.red and not recorder.interrupted:
+    measure = session.config.stash[MEASURE]
+    measure.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
+    measure.save()
+    if measure.red and not measure.interrupted:
         session.exitstatus = 1
 
 
@@ -67,10 +66,10 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture(scope="session")
 def ceilings(pytestconfig: pytest.Config, device: torch.device) -> Ceilings:
-    recorder = pytestconfig.stash[RECORDER]
-    path = recorder.path and recorder.path.with_name("ceilings.json")
+    measure = pytestconfig.stash[MEASURE]
+    path = measure.path and measure.path.with_name("ceilings.json")
     found = ceilings_once(path, device, small=pytestconfig.getoption("--size") == "tiny")
-    recorder.facts["ceilings"] = found.to_dict()
+    measure.facts["ceilings"] = asdict(found)
     return found
 
 
@@ -92,6 +91,8 @@ def make_setup(pytestconfig: pytest.Config, device: torch.device, ceilings: Ceil
 
 @pytest.fixture
 def measure(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Measure]:
-    stash = pytestconfig.stash
-    yield Measure(benchmark, stash[RECORDER], stash[CLOCK], pytestconfig.getoption("--choose"))
+    found = pytestconfig.stash[MEASURE]
+    found.benchmark = benchmark
+    yield found
+    found.save()
     gc.collect()

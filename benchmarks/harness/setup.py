@@ -6,7 +6,6 @@ import copy
 import ctypes
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,25 +13,14 @@ from torch import Tensor
 
 import smolvla_fast
 from benchmarks.harness import gate
-from benchmarks.harness.account import stage_costs
-from benchmarks.harness.machine import Ceilings
 from benchmarks.harness.measure import Variant
-from smolvla_fast.engine.timing import stage_times
+from benchmarks.harness.roof import Ceilings, stage_costs
 from smolvla_fast.measure.rounds import PeakMemory, synchronize, timed_ms
 from smolvla_fast.model.precision import TIERS
 from smolvla_fast.ops.select import select
 from smolvla_fast.testing import policies
 
 MOST_CAMERAS = 4
-STATUS = (
-    "graphs",
-    "graph_nodes",
-    "graph_bytes",
-    "step_launches",
-    "extra_bytes",
-    "stages",
-    "fallback_reasons",
-)
 
 Inputs = tuple[dict[str, Tensor], Tensor]
 """An observation and its noise."""
@@ -86,15 +74,13 @@ class BenchmarkSetup:
         other.config.num_steps = self.policy.config.num_steps
         return other
 
-    @property
-    def group(self) -> str:
-        size, layers = f"{self.size} size, {self.device.type}", self.policy.config.num_vlm_layers
-        return f"{size}, {self.layout} weights, {layers} layers, {self.policy.config.num_steps} steps"
-
     def named(self, suite: str, case: Case) -> str:
         """The group of a suite's benchmarks."""
-        batch = f", batch {case.batch}" if case.batch > 1 else ""
-        return f"{suite}: {self.group}, {case.cameras} cameras{batch}"
+        config, train = self.policy.config, suite == "train"
+        size = f"{self.size} size, {self.device.type}, {self.layout} weights, {config.num_vlm_layers} layers"
+        steps = "" if train else f", {config.num_steps} steps"
+        batch = f", batch {case.batch}" if train or case.batch > 1 else ""
+        return f"{suite}: {size}{steps}, {case.cameras} cameras{batch}"
 
     def inputs(self, cameras: int, batch: int = 1, seed: int = 0) -> Inputs:
         key = (cameras, batch, seed)
@@ -111,24 +97,15 @@ class BenchmarkSetup:
         synchronize(self.device)
         return found
 
-    def stock_chunks(self, case: Case) -> list[Tensor]:
+    def stock_chunks(self, case: Case, found: list[Tensor] | None = None) -> list[Tensor]:
+        """Stock's on every observation, computed once. found  these, where there are none yet"""
         if case not in self._stock:
-            self._stock[case] = [gate.act(self.policy, each) for each in self.every(case)]
+            self._stock[case] = found or [gate.act(self.policy, each) for each in self.every(case)]
         return self._stock[case]
 
     def stock(self, case: Case) -> Variant:
-        """LeRobot's own code, held to the plain implementation: nothing of what we change may have reached it."""
-
-        def check(policy: Any, chunks: list[Tensor]) -> dict[str, Any]:
-            truth = gate.act(self.reference, self.inputs(case.cameras, case.batch))
-            if not torch.equal(self._stock.setdefault(case, chunks)[0], chunks[0]):
-                raise gate.CheckFailed("stock gave another chunk for the same observation before")
-            found = gate.within(gate.compare(chunks[0], truth), gate.COMPILED_BOUND[self.layout])
-            return {**found, "against": "the plain PyTorch implementation"}
-
-        variant = self._variant("stock", "stock", "stock", case, lambda policy: None, check)
-        variant.policy = self.policy
-        return variant
+        """LeRobot's own code."""
+        return self._variant("stock", "stock", "stock", case, lambda policy: None)
 
     def tier(self, name: str, case: Case, backend: str = "auto", label: str | None = None) -> Variant:
         """A twin patched to a tier."""
@@ -140,16 +117,7 @@ class BenchmarkSetup:
             except (RuntimeError, ValueError) as error:
                 raise gate.Unavailable(str(error)) from error
 
-        def check(policy: Any, chunks: list[Tensor]) -> dict[str, Any]:
-            inputs, truths = self.every(case), self.stock_chunks(case)
-            facts = gate.check_tier(policy, name, self.layout, inputs, chunks, truths)
-            if "stock_bf16_rel_l2" in facts:
-                self.lost[case] = facts["stock_bf16_rel_l2"]
-            return {**facts, "status": self.status_of(policy)}
-
-        variant = self._variant(label or name, "tier", name, case, make, check)
-        variant.late = lambda: gate.check_late(variant.policy)
-        return variant
+        return self._variant(label or name, "tier", name, case, make)
 
     def peer(self, name: str, precision: str, case: Case, make: Callable[[Any], Any]) -> Variant:
         """A twin whose ``sample_actions`` is made from its model. make  raises Unavailable where it cannot"""
@@ -157,26 +125,19 @@ class BenchmarkSetup:
         def replace(policy: Any) -> None:
             policy.model.__dict__["sample_actions"] = make(policy.model)
 
-        def check(policy: Any, chunks: list[Tensor]) -> dict[str, Any]:
-            truths = self.stock_chunks(case)
-            if self.layout == "fp32":
-                return gate.check_peer(precision, chunks, truths, self.lost.get(case))
-            return gate.within(gate.compare(chunks[0], truths[0]), gate.COMPILED_BOUND[self.layout])
-
-        variant = self._variant(name, "peer", precision, case, replace, check)
-        variant.foreign = True
-        return variant
+        return self._variant(name, "peer", precision, case, replace)
 
     def variants(self, case: Case, option: Any = None) -> list[Variant]:
-        """Stock, every tier, and where the option ``with_compile`` is set, stock compiled."""
+        """Stock, every tier, and of a suite with options stock compiled."""
         found = [self.stock(case), *(self.tier(name, case) for name in TIERS)]
-        return [*found, self.compiled(case, option.compile_mode)] if option and option.with_compile else found
+        return [*found, self.compiled(case, option)] if option else found
 
-    def compiled(self, case: Case, mode: str | None) -> Variant:
+    def compiled(self, case: Case, option: Any) -> Variant:
         """LeRobot's ``compile_model``: its method compiled, by default in the mode that it takes on a GPU."""
-        mode = mode or ("max-autotune" if self.device.type == "cuda" else "default")
+        mode = option.compile_mode or ("max-autotune" if self.device.type == "cuda" else "default")
 
         def make(model: Any) -> Any:
+            gate.may_compile(option)
             function = torch.compile(model.sample_actions, mode=mode)
 
             def sample_actions(*args: Any, **kwargs: Any) -> Tensor:
@@ -194,10 +155,9 @@ class BenchmarkSetup:
         return self.peer(name, "fp32", case, make)
 
     def _variant(
-        self, name: str, kind: str, precision: str, case: Case, make: Callable[[Any], None],
-        check: Callable[[Any, list[Tensor]], dict[str, Any]],
-    ) -> Variant:  # fmt: skip
-        """make  makes a twin ready      check  of the twin and its first chunks"""
+        self, name: str, kind: str, precision: str, case: Case, make: Callable[[Any], None]
+    ) -> Variant:
+        """make  makes a twin ready"""
         config, floors = self.policy.config, self.floors(precision, case)
         facts: dict[str, Any] = dict(
             variant=name, kind=kind, precision=precision, ratio_to="stock", cameras=case.cameras, batch=case.batch,
@@ -205,31 +165,26 @@ class BenchmarkSetup:
         )  # fmt: skip
         if floors:
             facts.update(stage_floors=floors, floor_ms=sum(each["floor_ms"] for each in floors.values()))
-        variant = Variant(name, dict, lambda: self.chunk(variant.policy, case), facts=facts)
-        variant.policy = twin(self.policy)
+        policy = self.policy if kind == "stock" else twin(self.policy)
 
         def checked() -> dict[str, Any]:
-            make(variant.policy)
-            chunks, found = self._first(variant.policy, case)
-            return {**found, **check(variant.policy, chunks)}
+            make(policy)
+            chunks, found = self._first(policy, case)
+            return {**found, **gate.CHECKS[kind](self, policy, precision, case, chunks)}
 
-        variant.check = checked
-        return variant
+        return Variant(name, checked, lambda: self.chunk(policy, case), kind == "peer", policy, facts)
 
     def _first(self, policy: Any, case: Case) -> tuple[list[Tensor], dict[str, Any]]:
         """The first chunks; with the first one's time and how far memory rose above what was held before."""
-        _give_back()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+        if trim is not None:
+            trim(0)  # or what the allocator keeps of one variant's memory would hide the next one's needs
         before = resident(self.device)
         memory, inputs = PeakMemory(self.device), self.every(case)
         first_ms, found = timed_ms(lambda: gate.act(policy, inputs[0]), self.device)
         peak = memory.bytes
-        added = None if peak is None or before is None else peak - before
-        facts = dict(first_chunk_ms=first_ms, peak_bytes=peak, added_bytes=added)
+        facts = dict(first_chunk_ms=first_ms, peak_bytes=peak, added_bytes=peak and peak - before)
         return [found, *(gate.act(policy, each) for each in inputs[1:])], facts
-
-    def status_of(self, policy: Any) -> dict[str, Any]:
-        now = smolvla_fast.status(policy)
-        return {name: getattr(now, name) for name in STATUS}
 
     def dtype(self, precision: str) -> torch.dtype:
         """The dtype of a variant's large matrix products."""
@@ -246,23 +201,11 @@ class BenchmarkSetup:
         costs = stage_costs(self.policy.model, case.cameras, language, dtype.itemsize, case.batch)
         return {stage: self.ceilings.floor(cost, dtype) for stage, cost in costs.items()}
 
-    def stage_times(self, policy: Any, case: Case) -> dict[str, float]:
-        return stage_times(policy, *self.inputs(case.cameras, case.batch))
 
-
-def resident(device: torch.device) -> int | None:
-    """Bytes of this process in memory, or on the device; None where the system does not say."""
+def resident(device: torch.device) -> int:
+    """Bytes of this process in memory, or on the device."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), None)
+    import psutil  # on a GPU machine it may be missing
 
-
-def _give_back() -> None:
-    """Returns what the allocator keeps of freed memory, or one variant's leavings would hide the next one's needs."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-    if trim is not None:
-        trim(0)
+    return psutil.Process().memory_info().rss

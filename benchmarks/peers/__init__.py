@@ -1,1 +1,1 @@
-"""What `smolvla-fast bench --suite cpu` is made of: policies that share weights, gates, peers, scaling, overhead, report."""
+"""Other runtimes that the CPU suite is measured beside."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks import ROOT
 from benchmarks.report.tables import suite
 
-ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "benchmarks/results/amd-epyc-2-cores-2026-11-22.json"
 CAMERAS = 2
 VARIANTS = {"stock": "LeRobot eager", "exact": "exact", "fp32": "fp32", "bf16": "bf16"}

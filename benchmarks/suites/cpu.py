@@ -5,7 +5,11 @@ Stock, every tier and every peer take their rounds in turn, so that whatever els
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch as patched
 
@@ -18,76 +22,65 @@ from benchmarks.harness.flags import counts
 from benchmarks.harness.gate import Unavailable
 from benchmarks.harness.measure import Variant
 from benchmarks.harness.plugin import rounds
-from benchmarks.harness.setup import MOST_CAMERAS, BenchmarkSetup, Case, twin
+from benchmarks.harness.setup import MOST_CAMERAS, BenchmarkSetup, Case, Inputs, twin
 from benchmarks.peers import openvino as openvino_peer
-from benchmarks.suites import overhead
-from smolvla_fast.measure.rounds import threads
-from smolvla_fast.ops import extension
-from smolvla_fast.patch import patch
+from smolvla_fast.engine.timing import stage_times
+from smolvla_fast.measure.rounds import median_stages, percentile, threads, timed_ms
+from smolvla_fast.ops import extension, table
+from smolvla_fast.patch import engine_of, patch
+from smolvla_fast.testing import policies
 from smolvla_fast.testing.outliers import heavy_tailed
 
 MAIN_SHARE = 0.65
 """Of the suite's time, for tiers and peers; the rest is for the curves."""
 BY_STAGE_ROUNDS = 2
 AXES = {"cameras": range(1, MOST_CAMERAS + 1), "steps": (1, 2, 5, 10), "threads": None, "batch": (1, 2, 4, 8)}
-COMPILED = "compiling takes minutes on a CPU; ask for it by --with-compile"
+OFF_LOOP = 1
+"""The fewest denoise steps: what a chunk of so many allocates is not the loop's."""
 ENDS: pytest.StashKey[list[str]] = pytest.StashKey()
 
 
-def peers(setup: BenchmarkSetup, case: Case, with_compile: bool) -> list[Variant]:
-    def openvino(precision: str) -> Variant:
-        def make(model: Any) -> Any:
-            missing = openvino_peer.why_missing(precision)
-            if missing:
-                raise Unavailable(missing)
-            return openvino_peer.Runner(
-                model, openvino_peer.compile_for_cpu(precision, torch.get_num_threads())
-            )
+def openvino(setup: BenchmarkSetup, case: Case, precision: str) -> Variant:
+    def make(model: Any) -> Any:
+        if missing := openvino_peer.why_missing(precision):
+            raise Unavailable(missing)
+        return openvino_peer.Runner(model, openvino_peer.compile_for_cpu(precision, torch.get_num_threads()))
 
-        return setup.peer(f"OpenVINO {precision}", precision, case, make)
-
-    def unavailable(model: Any) -> Any:
-        raise Unavailable(COMPILED)
-
-    found = [openvino(precision) for precision in ("fp32", "bf16", "int8")]
-    return found if with_compile else [*found, setup.peer("stock compiled", "fp32", case, unavailable)]
+    return setup.peer(f"OpenVINO {precision}", precision, case, make)
 
 
 def test_cpu(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
     option, setup = pytestconfig.option, make_setup()
     (cameras,) = counts(option.cameras, "--cameras", (2,))
-    case = Case(cameras, observations=2)
-    measure.recorder.facts.update(
-        openvino_version=openvino_peer.version(), torch_capability=torch.backends.cpu.get_cpu_capability(),
+    case, threads = Case(cameras, observations=2), torch.get_num_threads()
+    measure.facts.update(
+        openvino_version=version("openvino") if find_spec("openvino") else None, threads=threads,
         instruction_level=extension.load("cpu").level() if extension.available("cpu") else None,
-        threads=torch.get_num_threads(),
+        torch_capability=torch.backends.cpu.get_cpu_capability(),
     )  # fmt: skip
     # Every tier but ``exact``, which is stock's own calls. bf16 comes before the peer that is held to its error.
-    ours = [each for each in setup.variants(case, option) if each.name != "exact"]
-    ours.sort(key=lambda each: each.facts["kind"] == "peer")
-    variants = [*ours, *peers(setup, case, option.with_compile)]
-    group = f"{setup.named('cpu', case)}, {torch.get_num_threads()} threads"
+    variants = [each for each in setup.variants(case, option) if each.name != "exact"]
+    variants += [openvino(setup, case, precision) for precision in ("fp32", "bf16", "int8")]
+    group = f"{setup.named('cpu', case)}, {threads} threads"
 
     def on_heavy_tails(ready: list[Variant]) -> None:
         judged = [each for each in ready if each.facts["kind"] != "peer"]
         with heavy_tailed(setup.policy.model) if judged else nullcontext():
             truth = setup.chunk(setup.policy, case)
             for each in judged:
-                with measure.recorder.attempt(each, group):
+                with measure.attempt(each, group):
                     gate.check_heavy(each.facts, setup.chunk(each.policy, case), truth, setup.size)
 
     ready = measure(group, variants, rounds(pytestconfig, 20, 80), MAIN_SHARE, on_heavy_tails, suite="cpu")
     pytestconfig.stash[ENDS] = two_ends(ready)
     for each in ready:
-        with measure.recorder.attempt(each, group):
+        with measure.attempt(each, group):
             if not each.name.startswith("stock compiled"):
-                times = [setup.stage_times(each.policy, case) for _ in range(BY_STAGE_ROUNDS)]
+                times = [stage_times(each.policy, *setup.inputs(cameras)) for _ in range(BY_STAGE_ROUNDS)]
                 each.facts["stage_rounds_ms"] = times
             if each.name in two_ends(ready):
                 few = min(3, rounds(pytestconfig))
-                each.facts["overhead"] = overhead.measure(
-                    each.policy, each.name, cameras, setup.inputs(cameras), few
-                )
+                each.facts["overhead"] = overhead(each.policy, each.name, cameras, setup.inputs(cameras), few)
 
 
 def two_ends(ready: list[Variant]) -> list[str]:
@@ -143,3 +136,88 @@ def check_point(precision: str, found: Tensor, stock: Tensor) -> dict[str, Any]:
     not run in bf16 at every point."""
     facts = gate.compare(found, stock)
     return gate.within(facts, gate.FP32_BOUND) if precision == "fp32" else gate.aligned(facts)
+
+
+def sampler(policy: Any, inputs: Inputs) -> Callable[[], Tensor]:
+    """``sample_actions`` of a patched policy on a prepared observation: without what LeRobot does before and after it."""
+    observation, noise = inputs
+    batch = policy._prepare_batch(dict(observation))
+    images, masks = policy.prepare_images(batch)
+    language = (batch["observation.language.tokens"], batch["observation.language.attention_mask"])
+    call = (images, masks, *language, policy.prepare_state(batch))
+    return torch.no_grad()(lambda: policy.model.sample_actions(*call, noise=noise.clone()))
+
+
+def outside_ops(policy: Any, inputs: Inputs, repeats: int) -> dict[str, float]:
+    """Medians over rounds: ms of ``sample_actions``, ms of it outside every op, their ratio, and calls of ops a chunk.
+
+    Outside are the engine's Python, the look through the model before a chunk, the gathering of weights and the small torch
+    calls between ops (masks, rope tables, joining the prefix). The Python inside an op's own wrapper counts as the op's.
+    """
+    sample, engine, inside, found = sampler(policy, inputs), engine_of(policy.model), [], []
+
+    def timed(op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            ms, result = timed_ms(lambda: op(*args, **kwargs), "cpu")
+            inside.append(ms)
+            return result
+
+        return call
+
+    served = {name: op for name in table.NAMES if (op := getattr(engine.ops, name)) is not None}
+    with patched.object(
+        engine, "ops", replace(engine.ops, **{name: timed(op) for name, op in served.items()})
+    ):
+        for _ in range(repeats):
+            inside.clear()
+            whole, _ = timed_ms(sample, "cpu")
+            outside = whole - sum(inside)
+            found.append(
+                {"sample_actions_ms": whole, "outside_ms": outside, "outside_share": outside / whole}
+            )
+    return {**median_stages(found), "op_calls": len(inside)}
+
+
+def narrow_ms(policy: Any, precision: str, cameras: int, repeats: int) -> float:
+    """Median ms of ``sample_actions`` by the same sequence of calls at widths and images that hardly cost arithmetic:
+    Python, torch's dispatch, the start and end of parallel work. So an upper bound of the Python in a chunk."""
+    config, vlm = policy.config, policy.model.vlm_with_expert.get_vlm_model()
+    layers = len(vlm.text_model.layers)
+    narrow = policies.make_policy(
+        "tiny", cameras=len(config.image_features), vision=dict(num_hidden_layers=len(vlm.vision_model.encoder.layers)),
+        text=dict(num_hidden_layers=layers), num_vlm_layers=layers, chunk_size=config.chunk_size,
+        n_action_steps=config.chunk_size, num_steps=config.num_steps,
+    )  # fmt: skip
+    patch(narrow, precision=precision)
+    sample = sampler(
+        narrow, (policies.make_observation(narrow, cameras=cameras), policies.make_noise(narrow))
+    )
+    sample()
+    return percentile([timed_ms(sample, "cpu")[0] for _ in range(repeats)], 0.5)
+
+
+def step_allocations(policy: Any, inputs: Inputs) -> dict[str, float]:
+    """How often one denoise step asks torch's CPU allocator for memory, and bytes in all: the difference of two chunks over
+    the difference of their steps. Not seen: what oneDNN and the compiled kernels take from the system by themselves."""
+    steps, found, cpu = max(policy.config.num_steps, OFF_LOOP + 1), [], [torch.profiler.ProfilerActivity.CPU]
+    for count in (OFF_LOOP, steps):
+        with patched.object(policy.config, "num_steps", count):
+            gate.act(policy, inputs)  # so that what is made once for a number of steps is there
+            with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+                gate.act(policy, inputs)
+        events = profile.profiler.kineto_results.events()
+        taken = [each.nbytes() for each in events if each.name() == "[memory]" and each.nbytes() > 0]
+        found.append((len(taken), sum(taken)))
+    count, size = ((high - low) / (steps - OFF_LOOP) for low, high in zip(*found, strict=True))
+    return {"step_allocations": count, "step_bytes": size, "chunk_allocations": found[1][0]}
+
+
+def overhead(policy: Any, precision: str, cameras: int, inputs: Inputs, repeats: int) -> dict[str, Any]:
+    """What of a chunk of one patched policy is not arithmetic: time outside the ops, and what each step allocates."""
+    gate.act(policy, inputs)
+    found, narrow = (
+        outside_ops(policy, inputs, repeats),
+        narrow_ms(policy, precision, cameras, max(3, repeats)),
+    )
+    shares = {"narrow_ms": narrow, "narrow_share": narrow / found["sample_actions_ms"]}
+    return {**found, **shares, **step_allocations(policy, inputs)}

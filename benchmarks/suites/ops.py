@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.contract import OPS, check, inputs_in, reference_module, to_device
+from support.contract import OPS, call_of, check, inputs_in, reference_module, to_device
 from torch.utils._pytree import tree_map_only
 
 from benchmarks.harness.measure import Variant
@@ -42,17 +42,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def prepared(ops: Any, op: str, inputs: dict[str, Any]) -> Callable[[], Any]:
-    """One call of the op, with everything done that a chunk does once for all its calls."""
-    inputs = dict(inputs)
-    if op == "masked_attention":
-        inputs["mask"] = ops.prepare_mask(inputs["mask"])
-    if op == "suffix_embed":
-        folded = ops.suffix_fold(*(inputs.pop(name) for name in ("times", "action_in", "time_in")))
-        return lambda: ops.suffix_embed(inputs["x"], 1, folded, inputs["time_out"])
-    return lambda: getattr(ops, op)(**inputs)
 
 
 def cold_inputs(
@@ -101,7 +90,7 @@ def test_op(
             if ops is not eager:
                 check(eager, ops, op, case, dtype, device=device)
             inputs.extend([] if inputs else cold_inputs(op, case, dtype, device))
-            calls = [prepared(ops, op, values) for values in inputs]
+            calls = [call_of(ops, op, values) for values in inputs]
             if device.type == "cuda":
                 found.run = replay(calls, device)
                 return {"calls_a_round": len(calls)}

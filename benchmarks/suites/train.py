@@ -7,7 +7,6 @@ implementation's, each other variant's with stock's.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,15 +14,14 @@ import torch
 from torch import Tensor
 
 import smolvla_fast
-from benchmarks.harness.account import training_costs
 from benchmarks.harness.flags import counts
-from benchmarks.harness.gate import COMPILED_BOUND, CheckFailed, Unavailable
+from benchmarks.harness.gate import COMPILED_BOUND, CheckFailed, Unavailable, check_late, may_compile
 from benchmarks.harness.measure import Variant
 from benchmarks.harness.plugin import device_of, rounds
-from benchmarks.harness.setup import BenchmarkSetup, resident, twin
-from smolvla_fast.measure.rounds import synchronize
+from benchmarks.harness.roof import training_costs
+from benchmarks.harness.setup import BenchmarkSetup, Case, resident, twin
+from smolvla_fast.measure.rounds import PeakMemory, synchronize
 from smolvla_fast.ops.processor import why_bf16_is_slow
-from smolvla_fast.testing import policies
 
 CAMERAS = 2
 BATCHES = {"cpu": (1, 2), "cuda": (8,)}
@@ -51,17 +49,15 @@ class TrainCase:
         learns = [each for each in setup.policy.parameters() if each.requires_grad]
         self.optimizer = torch.optim.AdamW(learns, lr=0.0)
         self._in_one_pass = torch.optim.AdamW(learns, lr=0.0, fused=True)
-        self._stock: dict[bool, list[Tensor]] = {}
-        config = setup.policy.config
-        self.batch = policies.make_observation(setup.policy, cameras=CAMERAS, batch=size)
-        shape = (size, config.chunk_size, config.action_feature.shape[0])
+        self._stock: dict[str, dict[str, Tensor]] = {}
+        self.batch = dict(setup.inputs(CAMERAS, size)[0])
+        shape = (size, setup.policy.config.chunk_size, setup.policy.config.action_feature.shape[0])
         self.batch["action"] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
     def loss(self, policy: Any, bf16: bool) -> Tensor:
         """With the same noise and time at every call."""
         devices = [self.device] if self.device.type == "cuda" else []
-        autocast = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
-        with torch.random.fork_rng(devices=devices), autocast:
+        with torch.random.fork_rng(devices), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             torch.manual_seed(0)
             return policy.forward(dict(self.batch))[0]
 
@@ -73,122 +69,131 @@ class TrainCase:
                 self._in_one_pass.state[weight] = {**state, "step": step}
         return self._in_one_pass
 
-    def stock(self, bf16: bool) -> list[Tensor]:
-        if bf16 not in self._stock:
-            self._stock[bf16] = Trainee(self, STOCK[bf16]).found()
-        return self._stock[bf16]
+    def stock(self, bf16: bool) -> dict[str, Tensor]:
+        name = STOCK[bf16]
+        if name not in self._stock:
+            self._stock[name] = Trainee(self, name).found()
+        return self._stock[name]
 
-    def reference(self) -> list[Tensor]:
-        """Loss and gradients of the plain PyTorch implementation, in the order of the policy's parameters."""
+    def reference(self) -> dict[str, Tensor]:
+        """Loss and gradients of the plain PyTorch implementation."""
         other = self.setup.reference.train()
         other.zero_grad()
         loss = self.loss(other, False)
         loss.backward()
-        learned = dict(other.named_parameters())
-        names = [name for name, each in self.setup.policy.named_parameters() if each.grad is not None]
-        return in_host_memory(loss, *(learned[name].grad for name in names))
+        return in_host_memory(loss, other)
 
     def floor_ms(self, dtype: torch.dtype, known: bool) -> float:
         """The least time of the step under this machine's roof. known  no frame is encoded"""
         needed = self.batch["observation.language.attention_mask"].any(dim=0)
         costs = training_costs(self.setup.policy.model, CAMERAS, int(needed.sum()), dtype.itemsize, self.size)
         counted = [cost for part, cost in costs.items() if not (known and part == "vision")]
-        return sum(self.setup.ceilings.floor_ms(cost.flops, cost.bytes, dtype) for cost in counted)
+        return sum(self.setup.ceilings.floor(cost, dtype)["floor_ms"] for cost in counted)
 
 
 class Trainee:
     """One twin in train mode, on the batch of a case."""
 
-    def __init__(self, case: TrainCase, variant: str) -> None:
-        self.case, self.variant, self.bf16 = case, variant, variant.endswith("bf16")
-        self.policy = twin(case.setup.policy)
-        self.patched, self.fused = variant.startswith("patched"), False
+    def __init__(self, case: TrainCase, variant: str, option: Any = None) -> None:
+        self.case, self.variant, self.option, self.bf16 = case, variant, option, variant.endswith("bf16")
+        self.policy, self.patched = twin(case.setup.policy), variant.startswith("patched")
 
-    def prepare(self) -> None:
+    @property
+    def optimizer(self) -> torch.optim.AdamW:
+        return self.case.fused() if self.variant == FUSED else self.case.optimizer
+
+    def prepare(self) -> Trainee:
+        device = self.case.device.type
+        if (
+            self.bf16
+            and device == "cpu"
+            and self.case.setup.size == "full"
+            and (reason := why_bf16_is_slow())
+        ):
+            raise Unavailable(f"{reason}: a step of stock in bf16 takes many minutes here")
+        if self.variant == COMPILED:
+            may_compile(self.option)
+            mode = "max-autotune" if device == "cuda" else "default"
+            self.policy.model.__dict__["forward"] = torch.compile(self.policy.model.forward, mode=mode)
         if self.patched:
             smolvla_fast.patch(self.policy, training=True, image_cache=CACHE_BYTES.get(self.variant, 0))
-        if self.variant == COMPILED:
-            mode = "max-autotune" if self.case.device.type == "cuda" else "default"
-            self.policy.model.__dict__["forward"] = torch.compile(self.policy.model.forward, mode=mode)
+        return self
 
     def step(self) -> Tensor:
         """One step; its loss. Gradients stay until the next one."""
-        optimizer = self.case.fused() if self.variant == FUSED else self.case.optimizer
+        optimizer = self.optimizer
         optimizer.zero_grad(set_to_none=True)
         loss = self.case.loss(self.policy, self.bf16)
         loss.backward()
         optimizer.step()
-        self.fused = bool(optimizer.param_groups[0]["fused"])
         synchronize(self.case.device)
         return loss.detach()
 
-    def found(self) -> list[Tensor]:
+    def found(self) -> dict[str, Tensor]:
         """Loss and every gradient of a step."""
-        loss = self.step()
-        return in_host_memory(loss, *(p.grad for p in self.policy.parameters() if p.grad is not None))
-
-    def bound(self) -> float:
-        """In bf16 twice what stock itself loses in bf16."""
-        layout = self.case.setup.layout
-        if self.bf16:
-            return 2 * distance(self.case.stock(True), self.case.stock(False))["gradient_rel_l2"]
-        return GRADIENT_BOUND if self.patched and layout == "fp32" else COMPILED_BOUND[layout]
+        return in_host_memory(self.step(), self.policy)
 
     def check(self) -> dict[str, Any]:
-        """Distances from stock in fp32. Raises CheckFailed beyond the bound.
+        """Distances from stock in fp32, of the bound (in bf16 twice what stock itself loses). Raises CheckFailed beyond it.
 
         With a cache the second step is judged, which finds the frames that the first encodes: such a one is timed.
         """
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {"fused": bool(self.optimizer.param_groups[0]["fused"])}
         if self.variant in CACHE_BYTES:
             self.step()
-            hits = smolvla_fast.status(self.policy).training_cache["hits"]
         found = self.case.stock(self.bf16) if self.variant in STOCK else self.found()
         truth = self.case.reference() if self.variant == "stock" else self.case.stock(False)
-        error, bound = distance(found, truth), self.bound()
+        error, layout = distance(found, truth), self.case.setup.layout
+        bound = GRADIENT_BOUND if self.patched and layout == "fp32" else COMPILED_BOUND[layout]
+        if self.bf16:
+            bound = 2 * distance(self.case.stock(True), self.case.stock(False))["gradient_rel_l2"]
         if self.variant in CACHE_BYTES:
-            known, frames = (
-                smolvla_fast.status(self.policy).training_cache["hits"] - hits,
-                self.case.size * CAMERAS,
-            )
+            known, frames = smolvla_fast.status(self.policy).training_cache["hits"], self.case.size * CAMERAS
             if known != (0 if self.variant == NEW else frames):
                 raise CheckFailed(f"{known} of {frames} frames were known")
             facts["frames_known"] = known
-        if not error["gradient_rel_l2"] <= bound:
-            apart = f"gradients are {error['gradient_rel_l2']:.3g} from stock's in fp32"
-            raise CheckFailed(f"{apart}, allowed {bound:.3g}")
-        if self.late():
-            raise CheckFailed(str(self.late()))
-        return {**error, **facts, "bound": bound, "peak_bytes": self.peak(), "fused": self.fused}
-
-    def late(self) -> str | None:
-        now = smolvla_fast.status(self.policy)
-        as_wished = not self.patched or (now.training_fast and not now.training_stock)
-        return None if as_wished else f"stock ran: {now.training_fallback}"
+        if not (apart := error["gradient_rel_l2"]) <= bound:
+            raise CheckFailed(f"gradients are {apart:.3g} from stock's in fp32, allowed {bound:.3g}")
+        check_late(self.policy)
+        return {**error, **facts, "bound": bound, "peak_bytes": self.peak()}
 
     def peak(self) -> int | None:
         """Of one step of this variant alone, on a GPU: what the twins before it hold is not counted."""
         device = self.case.device
         if device.type != "cuda":
             return None
-        before = resident(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        memory, before = PeakMemory(device), resident(device)
         self.step()
-        return torch.cuda.max_memory_allocated(device) - before + self.case.resident
+        return memory.bytes - before + self.case.resident
+
+    def measured(self) -> Variant:
+        setup, dtype = self.case.setup, torch.bfloat16 if self.bf16 else self.case.setup.dtype("stock")
+        facts = dict(
+            variant=self.variant, ratio_to=STOCK[self.bf16], cameras=CAMERAS, batch=self.case.size, layout=setup.layout,
+            floor_ms=self.case.floor_ms(dtype, known=self.variant in (CACHED, FUSED)),
+        )  # fmt: skip
+        check = lambda: self.prepare().check()  # noqa: E731
+        return Variant(self.variant, check, self.step, policy=self.policy, facts=facts)
 
 
-def in_host_memory(*tensors: Tensor) -> list[Tensor]:
-    """Copies: on a GPU they would count among a variant's peak."""
-    return [each.detach().to("cpu", copy=True) for each in tensors]
+def in_host_memory(loss: Tensor, policy: Any) -> dict[str, Tensor]:
+    """Copies of the loss and of every gradient, by name: on a GPU they would count among a variant's peak."""
+    gradients = {name: each.grad for name, each in policy.named_parameters() if each.grad is not None}
+    return {k: each.detach().to("cpu", copy=True) for k, each in {"loss": loss, **gradients}.items()}
 
 
-def distance(found: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
-    if len(found) != len(truth):
-        raise CheckFailed(f"{len(found) - 1} parameters have a gradient, {len(truth) - 1} in stock")
-    loss, true_loss = float(found[0]), float(truth[0])
-    errors = (a.double() - b for a, b in zip(found[1:], truth[1:], strict=True))
-    apart, whole = (sum(float(x.double().square().sum()) for x in each) for each in (errors, truth[1:]))
-    return {"gradient_rel_l2": (apart / whole) ** 0.5, "loss_rel": abs(loss - true_loss) / abs(true_loss)}
+def distance(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    if found.keys() != truth.keys():
+        names = ", ".join(sorted(found.keys() ^ truth.keys()))
+        raise CheckFailed(f"only one of this and stock has a gradient of {names}")
+    square = lambda x: float(x.double().square().sum())  # noqa: E731
+    gradients = truth.keys() - {"loss"}
+    apart = sum(square(found[name].double() - truth[name]) for name in gradients)
+    whole, loss = sum(square(truth[name]) for name in gradients), float(truth["loss"])
+    return {
+        "gradient_rel_l2": (apart / whole) ** 0.5,
+        "loss_rel": abs(float(found["loss"]) - loss) / abs(loss),
+    }
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -196,32 +201,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("size", sizes, ids=lambda size: f"batch{size}")
 
 
-def variant_of(case: TrainCase, name: str, with_compile: bool) -> Variant:
-    trainee, setup = Trainee(case, name), case.setup
-
-    def check() -> dict[str, Any]:
-        if name == COMPILED and not with_compile:
-            raise Unavailable("compiling takes minutes on a CPU; ask for it by --with-compile")
-        large = trainee.bf16 and case.device.type == "cpu" and setup.size == "full"
-        if large and why_bf16_is_slow():
-            raise Unavailable(f"{why_bf16_is_slow()}: a step of stock in bf16 takes many minutes here")
-        trainee.prepare()
-        return trainee.check()
-
-    dtype = torch.bfloat16 if trainee.bf16 else setup.dtype("stock")
-    facts = dict(
-        variant=name, ratio_to=STOCK[trainee.bf16], cameras=CAMERAS, batch=case.size, layout=setup.layout,
-        floor_ms=case.floor_ms(dtype, known=name in (CACHED, FUSED)),
-    )  # fmt: skip
-    return Variant(name, check, trainee.step, trainee.late, policy=trainee.policy, facts=facts)
-
-
 def test_train_step(measure: Any, make_setup: Any, pytestconfig: Any, size: int) -> None:
     case = TrainCase(make_setup(), size)
-    with_compile = pytestconfig.getoption("--with-compile")
-    variants = [variant_of(case, name, with_compile) for name in VARIANTS]
-    group = f"train: {case.setup.group.rsplit(',', 1)[0]}, {CAMERAS} cameras, batch {size}"
+    variants = [Trainee(case, name, pytestconfig.option).measured() for name in VARIANTS]
     try:
-        measure(group, variants, rounds(pytestconfig), suite="train")
+        measure(case.setup.named("train", Case(CAMERAS, size)), variants, rounds(pytestconfig), suite="train")
     finally:
         case.setup.policy.eval()

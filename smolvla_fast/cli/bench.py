@@ -79,12 +79,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     for suffix in (".md", ".png"):
         check_writable(path.with_suffix(suffix), "--json")
     path.unlink(missing_ok=True)  # there may lie the figures of another day
-    # Kernels under Triton's interpreter have no speed; pytest-benchmark measures nothing in a worker of a parallel run.
-    unwanted = {"TRITON_INTERPRET", "PYTEST_XDIST_WORKER"}
-    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
-    seconds = args.seconds or flags.SECONDS * (4 if args.full else 1)
+    seconds = flags.seconds(args)
     parts = [harness.suite(name, seconds, seconds, *_options(name, args)) for name in suites]
-    data = harness.visit(parts, path, seconds * len(parts) / 60, environment)
+    data = harness.visit(parts, path, seconds * len(parts) / 60, dict(os.environ), system.facts())
     if not data["benchmarks"]:
         path.unlink(missing_ok=True)
         raise CommandError("nothing was timed; the reason stands above")

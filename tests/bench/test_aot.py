@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.compiled_tables import Key, read
 
 pytest.importorskip("triton")
 import triton
 
 from benchmarks.compiled import __main__ as compiled
 from benchmarks.compiled import aot
-from benchmarks.compiled.kernels import Kernel, Key, read
+from benchmarks.compiled.kernels import Kernel, markdown, red
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "aot.md"
@@ -86,7 +87,7 @@ def test_the_committed_file_has_every_op_and_target() -> None:
 
 def test_limits() -> None:
     def lines(cell: Kernel | str, target: str = "86", op: str = "linear") -> list[str]:
-        return aot.red({(op, *KEY[1:]): {target: cell}})
+        return red(aot, {(op, *KEY[1:]): {target: cell}})
 
     assert lines(Kernel(255, 0, 99 * 1024)) == []
     assert "4 bytes spilled, allowed 0" in lines(Kernel(255, 4))[0]
@@ -103,8 +104,8 @@ def test_limits() -> None:
 def test_the_file_reads_back() -> None:
     rows = {KEY: {"80": Kernel(40, 0, 2048), "90": Kernel(41, 8, 1024, serialized=True)}}
     key = (KEY[0], "kernel", *KEY[1:])
-    assert read(aot.markdown(rows, ("80", "90"))) == {key: {"80": "40 / 0 / 2.0", "90": "41 / 8 / 1.0 *"}}
-    broken = aot.markdown({KEY: {"80": "CompilationError: no"}}, ("80", "90"))
+    assert read(markdown(aot, rows, ("80", "90"))) == {key: {"80": "40 / 0 / 2.0", "90": "41 / 8 / 1.0 *"}}
+    broken = markdown(aot, {KEY: {"80": "CompilationError: no"}}, ("80", "90"))
     assert read(broken) == {key: {"80": "does not compile", "90": "–"}}
 
 
@@ -131,7 +132,7 @@ def test_what_does_not_compile_is_a_row_and_a_reason(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(aot, "call", call)
     rows = aot.compile_task(("euler_step", dict(B=1, S=2, E=8, A=4), ("90",)))
     assert {key[2] for key in rows} == {"B=1 S=2 E=8 A=4 (guided)", "B=1 S=2 E=8 A=4"}
-    red = aot.red(rows)
-    assert len(red) == len(rows)
-    assert all("sm_90: does not compile: ValueError: euler_step: rows of 20000" in line for line in red)
-    assert "does not compile" in aot.markdown(rows, ("90",))
+    wrong = red(aot, rows)
+    assert len(wrong) == len(rows)
+    assert all("sm_90: does not compile: ValueError: euler_step: rows of 20000" in line for line in wrong)
+    assert "does not compile" in markdown(aot, rows, ("90",))

@@ -17,13 +17,20 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks.harness import machine, run
+from benchmarks.harness import roof, run
 from benchmarks.harness.gate import CheckFailed, Unavailable
-from benchmarks.harness.machine import Ceilings
-from benchmarks.harness.measure import LEAST_ROUNDS, LEAST_SECONDS, Clock, Measure, Variant, limited
-from benchmarks.harness.recorder import Recorder, derive
-from benchmarks.harness.run import Context, Outcome, Part
+from benchmarks.harness.measure import (
+    LEAST_ROUNDS,
+    LEAST_SECONDS,
+    Measure,
+    Variant,
+    derive,
+    limited,
+)
+from benchmarks.harness.roof import Ceilings
+from benchmarks.harness.run import Ended, Part
 from smolvla_fast.cli import main
+from smolvla_fast.ops.reference import Cost
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,28 +45,26 @@ def measure(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> Measure:
     config: Any = SimpleNamespace(
         hook=SimpleNamespace(pytest_benchmark_generate_json=written), _benchmarksession=session
     )
-    return Measure(benchmark, Recorder(config, None, {}), Clock(60.0), None)
+    found = Measure(config, None, {}, 60.0, None)
+    found.benchmark = benchmark
+    return found
 
 
 def written(benchmarks: list[Any], **_: Any) -> dict[str, Any]:
     return {"benchmarks": [each.as_dict() for each in benchmarks if not each.has_error]}
 
 
-def variant(
-    name: str, called: list[str], check: Any = dict, late: Any = lambda: None, fails: int = 0
-) -> Variant:
+def variant(name: str, called: list[str], check: Any = dict, fails: int = 0, policy: Any = None) -> Variant:
     def round_() -> None:
         called.append(name)
         if called.count(name) == fails:
             raise RuntimeError("CUDA error\nmore")
 
-    return Variant(name, check, round_, late, facts={"variant": name, "ratio_to": "a"})
+    return Variant(name, check, round_, policy=policy, facts={"variant": name, "ratio_to": "a"})
 
 
 def numbers(measure: Measure) -> dict[str, Any]:
-    return {
-        each["extra_info"]["variant"]: each["extra_info"] for each in measure.recorder.data()["benchmarks"]
-    }
+    return {each["extra_info"]["variant"]: each["extra_info"] for each in measure.data()["benchmarks"]}
 
 
 def test_rounds_are_taken_in_turn(measure: Measure) -> None:
@@ -75,7 +80,14 @@ def test_rounds_are_taken_in_turn(measure: Measure) -> None:
     )
 
 
-def test_what_fails_has_no_number_and_costs_no_other(measure: Measure) -> None:
+def test_what_fails_has_no_number_and_costs_no_other(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(policy: str) -> None:
+        raise CheckFailed(policy)
+
+    monkeypatch.setattr("benchmarks.harness.measure.check_late", late)
+
     def wrong() -> Any:
         raise CheckFailed("off by one")
 
@@ -85,20 +97,20 @@ def test_what_fails_has_no_number_and_costs_no_other(measure: Measure) -> None:
     called: list[str] = []
     variants = [
         variant("a", called), variant("wrong", called, wrong), variant("missing", called, missing),
-        variant("breaks", called, fails=2), variant("late", called, late=lambda: "stock ran in its place"),
+        variant("breaks", called, fails=2), variant("late", called, policy="stock ran in its place"),
     ]  # fmt: skip
     measure("g", variants, rounds=3)
     assert "wrong" not in called and list(numbers(measure)) == ["a"]
-    reasons = {each["variant"]: each["reason"] for each in measure.recorder.red}
+    reasons = {each["variant"]: each["reason"] for each in measure.red}
     assert reasons == dict(
         wrong="off by one", breaks="RuntimeError: CUDA error", late="stock ran in its place"
     )
-    assert [each["reason"] for each in measure.recorder.skipped] == ["no GPU"]
+    assert [each["reason"] for each in measure.skipped] == ["no GPU"]
 
 
 def test_rounds_and_preparations_end_in_time(measure: Measure) -> None:
     called: list[str] = []
-    measure.clock.end, measure.clock.cases = time.perf_counter() + 1.0, 2
+    measure.end, measure.cases = time.perf_counter() + 1.0, 2
     slow = variant("slow", called, check=lambda: time.sleep(5) or {})
     start = time.perf_counter()
     # Of one second all is this case's, for that is less than LEAST_SECONDS, and of that 0.6 are for preparing.
@@ -108,24 +120,23 @@ def test_rounds_and_preparations_end_in_time(measure: Measure) -> None:
         and list(numbers(measure)) == ["a"]
         and called.count("a") > LEAST_ROUNDS
     )
-    assert [each.split(",")[0] for each in measure.recorder.left_out] == ["slow", "behind"]
-    assert "its preparation took more than" in measure.recorder.left_out[0]
-    measure.clock.end = 0.0
+    assert [each.split(",")[0] for each in measure.left_out] == ["slow", "behind"]
+    assert "its preparation took more than" in measure.left_out[0]
+    measure.end = 0.0
     with pytest.raises(pytest.skip.Exception, match="no time"):
         measure("late", [variant("a", called)], rounds=1)
-    assert measure.recorder.left_out[-1] == "late: no time was left"
+    assert measure.left_out[-1] == "late: no time was left"
 
 
 def test_a_case_has_its_share_of_the_time_and_no_less_than_the_least() -> None:
-    clock = Clock(600.0)
-    clock.cases = 60
-    assert clock.next_case(None) == pytest.approx(LEAST_SECONDS) and clock.next_case(0.5) == pytest.approx(
-        300, abs=5
-    )
-    clock.cases = 2
-    assert clock.next_case(None) == pytest.approx(300, abs=5)
-    clock.end -= 590
-    assert 0 < clock.next_case(None) < 10
+    measure = Measure(None, None, {}, 600.0, None)
+    measure.cases = 60
+    assert measure.next_case(None) == pytest.approx(LEAST_SECONDS)
+    assert measure.next_case(0.5) == pytest.approx(300, abs=5)
+    measure.cases = 2
+    assert measure.next_case(None) == pytest.approx(300, abs=5)
+    measure.end -= 590
+    assert 0 < measure.next_case(None) < 10
 
 
 def test_limits_nest_into_nothing_else() -> None:
@@ -167,21 +178,21 @@ def test_figures_follow_from_raw_rounds() -> None:
 
 
 def test_floor_is_the_slower_of_arithmetic_and_memory() -> None:
-    ceilings = Ceilings({torch.float32: 1e12, torch.bfloat16: 4e12}, bytes=1e10)
-    assert ceilings.floor_ms(2e9, 1e6, torch.float32) == pytest.approx(2.0)
-    assert ceilings.floor_ms(2e9, 1e6, torch.bfloat16) == pytest.approx(0.5)
-    assert ceilings.floor_ms(2e9, 1e8, torch.float32) == pytest.approx(10.0)
-    rates = {torch.float32: 3e11, torch.bfloat16: 1e11, torch.int8: 9e11}
-    assert [Ceilings(rates, 1e10).best(dtype) for dtype in rates] == [3e11, 3e11, 9e11], (
+    ceilings = Ceilings({"float32": 1e12, "bfloat16": 4e12}, 1e10)
+    assert ceilings.floor(Cost(2e9, 1e6), torch.float32)["floor_ms"] == pytest.approx(2.0)
+    assert ceilings.floor(Cost(2e9, 1e6), torch.bfloat16)["floor_ms"] == pytest.approx(0.5)
+    assert ceilings.floor(Cost(2e9, 1e8), torch.float32)["floor_ms"] == pytest.approx(10.0)
+    rates = {"float32": 3e11, "bfloat16": 1e11, "int8": 9e11}
+    assert [Ceilings(rates, 1e10).best(getattr(torch, name)) for name in rates] == [3e11, 3e11, 9e11], (
         "of no narrower dtype"
     )
-    slow = Ceilings({torch.float32: 1e12, torch.bfloat16: 1e11}, bytes=1e10)  # there fp32 serves bf16
-    assert slow.floor_ms(2e9, 1e6, torch.bfloat16) == pytest.approx(2.0)
+    slow = Ceilings({"float32": 1e12, "bfloat16": 1e11}, 1e10)  # there fp32 serves bf16
+    assert slow.floor(Cost(2e9, 1e6), torch.bfloat16)["floor_ms"] == pytest.approx(2.0)
 
 
 def test_stage_costs_at_full_size() -> None:
     """The design's figures: vision 428 GFLOP, prefix 55 GFLOP / 298 MB, a denoise step 10.3 GFLOP / 198 MB."""
-    from benchmarks.harness.account import stage_costs
+    from benchmarks.harness.roof import stage_costs
 
     found = stage_costs(full_size_model(), cameras=2, language=48, itemsize=2)
     # 2 %: the design rounds, and leaves the patch embedding out.
@@ -234,37 +245,39 @@ def full_size_model() -> Any:
 
 def test_ceilings_are_measured_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[None] = []
-    roof = Ceilings({torch.float32: 1e12, torch.bfloat16: 4e12}, bytes=1e10)
-    monkeypatch.setattr(machine, "measure_ceilings", lambda device, small: (asked.append(None), roof)[1])
+    best = Ceilings({"float32": 1e12, "bfloat16": 4e12}, 1e10)
+    monkeypatch.setattr(roof, "measure_ceilings", lambda device, small: (asked.append(None), best)[1])
     cpu = torch.device("cpu")
-    assert machine.ceilings_once(tmp_path / "c.json", cpu, True) == machine.ceilings_once(
+    assert roof.ceilings_once(tmp_path / "c.json", cpu, True) == roof.ceilings_once(
         tmp_path / "c.json", cpu, True
     )
     assert len(asked) == 1
 
 
 def test_stage_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.harness import device_timing as timing
+    from benchmarks.suites import chunk, stages
     from smolvla_fast import inference
 
-    times = iter(range(100))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: 1e-3 * next(times))
-    marks, plain = timing.StageMarks(torch.device("cpu")), inference.section
-    with marks.placed():
-        with inference.section("vision"):
-            pass
-        with pytest.raises(AssertionError, match="no marks around prefix, denoise"):
-            marks.read()
-        for stage in ("vision", "prefix", "denoise"):
+    class Event(float):
+        def elapsed_time(self, other: float) -> float:
+            return other - self
+
+    times, plain = iter(range(100)), inference.section
+    monkeypatch.setattr(stages, "mark", lambda: Event(next(times)))
+
+    def run(*names: str) -> None:
+        for stage in names:
             with inference.section(stage):
                 next(times)
-    assert marks.read() == pytest.approx({"vision": 2.0, "prefix": 2.0, "denoise": 2.0, "total": 8.0})
+
+    with pytest.raises(AssertionError, match="no marks around prefix, denoise"):
+        stages.times_inside(lambda: run("vision"), {})
+    marks: dict[str, Any] = {}
+    wanted = {"vision": 2.0, "prefix": 2.0, "denoise": 2.0, "total": 8.0}
+    assert stages.times_inside(lambda: run("vision", "prefix", "denoise"), marks) == wanted
+    assert stages.times_inside(lambda: None, marks) == wanted, "a replay has the marks of its capture"
     assert inference.section is plain
-    assert timing.device_rounds(lambda: None, torch.device("cpu"), 3, 1.0, 1.0) is None
-
-
-def context(folder: Path) -> Context:
-    return Context(folder, dict(os.environ))
+    assert chunk.device_rounds(lambda: None, torch.device("cpu"), 3, 1.0, 1.0) is None
 
 
 def python(code: str) -> list[str]:
@@ -277,13 +290,14 @@ def test_a_command_is_ended_with_all_it_started(tmp_path: Path, monkeypatch: pyt
     code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # it hangs, and does not end when it is asked to
     code += f"import subprocess, sys, os; print('begun', flush=True); os.chdir({str(tmp_path)!r}); "
     code += f"subprocess.run([sys.executable, '-c', {leaf!r}])"
-    outcome, status = context(tmp_path).execute("slow", python(code), 1.0)
-    assert status is None and outcome.status == "red" and outcome.reason == "not done after 1 s"
-    assert outcome.tail == ["begun"]
+    ended = run.execute(python(code), 1.0, dict(os.environ))
+    assert (ended.status, ended.reason, ended.tail) == (None, "not done after 1 s", ["begun"])
+    assert run.judged(Part("slow", 1, 1), ended, run.EMPTY) == ("red", "not done after 1 s")
     time.sleep(2.5)
     assert not (tmp_path / "left").exists()
-    outcome, status = context(tmp_path).execute("good", python("print('x')"), 30.0)
-    assert (status, outcome.status, outcome.tail) == (0, "green", ["x"])
+    good = run.execute(python("print('x')"), 30.0, dict(os.environ))
+    assert (good.status, good.reason, good.tail) == (0, "", ["x"])
+    assert run.judged(Part("good", 1, 1), good, run.EMPTY) == ("green", "x")
 
 
 def test_what_a_suite_measured_before_it_crashed_counts(
@@ -296,34 +310,38 @@ def test_what_a_suite_measured_before_it_crashed_counts(
         "left_out": ["late"],
         "interrupted": False,
     }
-    execute = Context.execute
+    execute = run.execute
 
-    def crash(self: Context, name: str, command: Any, seconds: float) -> Any:
+    def crash(command: Any, seconds: float, environment: dict[str, str]) -> Any:
         [results] = [word.removeprefix("--results=") for word in command if word.startswith("--results=")]
-        return execute(
-            self,
-            name,
-            python(f"open({results!r}, 'w').write({json.dumps(found)!r}); raise SystemExit('boom')"),
-            30,
-        )
+        code = f"open({results!r}, 'w').write({json.dumps(found)!r}); raise SystemExit('boom')"
+        return execute(python(code), 30, environment)
 
-    monkeypatch.setattr(Context, "execute", crash)
+    monkeypatch.setattr(run, "execute", crash)
     one = run.suite("chunk", 10, 5)
-    data = run.visit([one], tmp_path / "out" / "a.json", 1, dict(os.environ))
+    data = run.visit([one], tmp_path / "out" / "a.json", 1, dict(os.environ), {})
     [part] = data["parts"]
     assert (part["status"], part["reason"]) == ("red", "ended with status 1: boom") and part["left_out"] == [
         "late"
     ]
     assert json.loads((tmp_path / "out" / "a.json").read_text())["benchmarks"] == [{"name": "stock"}]
-    monkeypatch.setattr(Context, "execute", lambda self, name, command, seconds: (Outcome(name), 0))
-    assert one.work(context(tmp_path), 5).reason == "nothing was measured"
+    assert run.judged(one, Ended(0, 1.0, ["x"]), run.EMPTY) == ("red", "nothing was measured")
 
 
 def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
     """SIGINT while the second case is under way: the file, its Markdown, and what was not begun by name."""
     path, environment = tmp_path / "a.json", {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     # "ops" ends without a policy; the second suite is not begun.
-    command = [sys.executable, "-m", "benchmarks", "ops", "chunk", "--size=tiny", "--device=cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "smolvla_fast.cli",
+        "bench",
+        "ops",
+        "chunk",
+        "--size=tiny",
+        "--device=cpu",
+    ]
     process = subprocess.Popen(
         [*command, "--rounds=3000", "-k", "euler_step and reference", "--json", str(path)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
@@ -350,7 +368,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
 
 def test_shares_of_the_time() -> None:
     def part(limit: float, least: float) -> Part:
-        return Part("p", limit, least, lambda context, seconds: Outcome("p"))
+        return Part("p", limit, least)
 
     parts = [part(100, 10), part(50, 20), part(50, 30)]
     assert run.shares(parts, 450) == 100
@@ -363,11 +381,7 @@ def test_shares_of_the_time() -> None:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands that `bench` would have run."""
     commands: list[list[str]] = []
-    monkeypatch.setattr(
-        Context,
-        "execute",
-        lambda self, name, command, seconds: (commands.append(command), (Outcome(name), 0))[1],
-    )
+    monkeypatch.setattr(run, "execute", lambda command, *_: (commands.append(command), Ended(0, 1.0, []))[1])
     return commands
 
 

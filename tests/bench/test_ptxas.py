@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from support.compiled_tables import Key, read
 
+from benchmarks import ROOT
 from benchmarks.compiled import ptxas
-from benchmarks.compiled.kernels import ROOT, Kernel, Key, parse_log, read
+from benchmarks.compiled.kernels import Kernel, markdown, parse_log, red
 from benchmarks.compiled.ptxas import compiler_version, disassembler, in_loops, nvcc_compiler, readable
 
 COMMITTED = ROOT / "benchmarks" / "results" / "ptxas.md"
@@ -72,7 +74,7 @@ def test_the_committed_file_has_every_source_and_architecture() -> None:
 
 def test_limits() -> None:
     def lines(kernel: Kernel, key: tuple[str, str] = KEY) -> list[str]:
-        return ptxas.red({key: {"90a": kernel}})
+        return red(ptxas, {key: {"90a": kernel}})
 
     assert lines(Kernel(255, instructions=HOT)) == []
     assert lines(Kernel(255, instructions={"HMMA": 8, "UBLKCP": 2})) == []
@@ -86,7 +88,7 @@ def test_limits() -> None:
 
 def test_the_file_reads_back() -> None:
     rows = {KEY: {"80": Kernel(40, stack=16, instructions=HOT), "90a": Kernel(41, 8, 32)}}
-    assert read(ptxas.markdown(rows, ["80", "90a"])) == {
+    assert read(markdown(ptxas, rows, ["80", "90a"])) == {
         (KEY[0], "kernel", KEY[1]): {"80": "40 / 0 / 16 / 0", "90a": "41 / 8 / 0 / 32"},
         (KEY[0], "instructions", KEY[1]): {"80": "8 HMMA, 2 LDGSTS", "90a": "–"},
     }

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report import cpu, gpu
 from benchmarks.report import markdown as report
+from benchmarks.report import sections, tables
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
@@ -41,8 +41,8 @@ def sample(rounds: int) -> dict[str, Any]:
 
     def op(backend: str, ms: float) -> dict[str, Any]:
         return bench(
-            "op: linear", suite="ops", op="linear", backend=backend, case={"rows": 7}, dtype="float32", p50_ms=ms,
-            min_ms=ms, gflops_per_s=10.0, gbytes_per_s=1.0, share_of_floor=0.25,
+            "op: linear", suite="ops", op="linear", variant=backend, ratio_to="reference", backend=backend, case={"rows": 7},
+            dtype="float32", p50_ms=ms, min_ms=ms, gflops_per_s=10.0, gbytes_per_s=1.0, share_of_floor=0.25,
         )  # fmt: skip
 
     stages = {
@@ -171,7 +171,7 @@ def test_report_of_little() -> None:
     text = report.markdown(data)
     assert "| fp32 | 2.60x† |" in text and "| 1,154 | – | – | 500 | 5 |" in text and "† unsteady" in text
     assert "overhead" not in text and "scaling" not in text
-    assert cpu.target({"kind": "tier", "precision": "fp8", "ratio": 9.0}) == "–"
+    assert tables.target({"kind": "tier", "precision": "fp8", "ratio": 9.0}) == "–"
 
 
 def test_a_gpus_figures_in_the_report() -> None:
@@ -182,13 +182,13 @@ def test_a_gpus_figures_in_the_report() -> None:
         status={"graph_nodes": 1010, "step_launches": 82, "graph_bytes": 64 * 2**20},
     )  # fmt: skip
     data = {"benchmarks": [{"name": "bf16", "group": "chunk: full", "extra_info": info}]}
-    text = gpu.device(data)
+    text = sections.SECTIONS["Device and host"](data)
     assert "| full | bf16 | 2.5 | 2.25 | 2.3 | 0.25 | 1.4 | 2,900 | 1,010 | 82 | 64 | 3,072 |" in text
-    assert gpu.device({"benchmarks": []}) == "" and gpu.parts({}) == ""
+    assert sections.SECTIONS["Device and host"]({"benchmarks": []}) == "" and sections.parts({}) == ""
 
 
 def test_the_denoise_loop_by_backend() -> None:
-    """One launch for all steps is said as such; ratios are to the first of the same batch."""
+    """One launch for all steps is said as such; ratios are of that stage, not of chunks, to Triton's in the same batch."""
 
     def bench(
         group: str, variant: str, ms: float, backend: str, launches: int | None, **passed: str
@@ -205,7 +205,9 @@ def test_the_denoise_loop_by_backend() -> None:
             suite="stages",
             variant=variant,
             batch=1,
+            ratio_to="bf16, triton",
             loop_backend=backend,
+            ratio=9.0,
             stages={"denoise": loop},
             status=status,
         )
@@ -215,11 +217,12 @@ def test_the_denoise_loop_by_backend() -> None:
     benches = [
         bench("stages: full", "bf16, triton", 2.1, "triton", 82),
         bench("stages: full", "bf16, cuda", 1.4, "cuda", 0),
+        bench("stages: full, batch 8", "bf16, triton", 2.8, "triton", 82),
         bench("stages: full, batch 8", "bf16, cuda", 2.8, "cuda, triton", 82, denoise_persistent=reason),
     ]
     tier = bench("stages: full", "fp32", 9.9, "auto", 82)
     del tier["extra_info"]["loop_backend"]
-    text = gpu.denoise({"benchmarks": [tier, *benches]})
+    text = sections.SECTIONS["Denoise loop"]({"benchmarks": [tier, *benches]})
     assert "| full | bf16, cuda | cuda | one for all steps | 1.4 | 1.50x | 0.7 | 50% |  |" in text
     assert "| full, batch 8 | bf16, cuda | cuda, triton | 82 | 2.8 | 1.00x | 0.7 | 25% | batch 8 |" in text
-    assert "9.9" not in text and gpu.denoise({"benchmarks": [tier]}) == ""
+    assert "9.9" not in text and sections.SECTIONS["Denoise loop"]({"benchmarks": [tier]}) == ""

@@ -28,7 +28,6 @@ from benchmarks.harness.setup import BenchmarkSetup, Case, twin
 from benchmarks.peers import openvino as openvino_peer
 from benchmarks.report import markdown
 from benchmarks.suites import cpu as cpu_suite
-from benchmarks.suites import overhead
 from smolvla_fast.testing.outliers import OUTLIER, heavy_tailed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,11 +156,11 @@ def test_overhead_is_that_of_the_engine(setup: BenchmarkSetup) -> None:
     policy = smolvla_fast.patch(twin(setup.policy), precision="fp32")
     inputs = setup.inputs(2)
     act(policy, inputs)
-    found = overhead.outside_ops(policy, inputs, rounds=3)
+    found = cpu_suite.outside_ops(policy, inputs, 3)
     layers, steps = setup.policy.config.num_vlm_layers, 3
     assert found["op_calls"] > 5 * layers * steps and 0 < found["outside_share"] < 1
     assert found["outside_ms"] < found["sample_actions_ms"]
-    counted = overhead.step_allocations(policy, inputs)
+    counted = cpu_suite.step_allocations(policy, inputs)
     assert counted["chunk_allocations"] > 0 == counted["step_allocations"]
     assert setup.policy.config.num_steps == steps
     status = smolvla_fast.status(policy)
@@ -171,7 +170,7 @@ def test_overhead_is_that_of_the_engine(setup: BenchmarkSetup) -> None:
 def test_a_step_that_allocates_more_shows(setup: BenchmarkSetup) -> None:
     policy = smolvla_fast.patch(twin(setup.policy), precision="fp32")
     inputs = setup.inputs(2)
-    before = overhead.step_allocations(policy, inputs)
+    before = cpu_suite.step_allocations(policy, inputs)
     engine = smolvla_fast.patch.__globals__["engine_of"](policy.model)
     step = engine.ops.euler_step
 
@@ -180,7 +179,7 @@ def test_a_step_that_allocates_more_shows(setup: BenchmarkSetup) -> None:
         return step(*args, **kwargs)
 
     engine.ops = smolvla_fast.ops.table.Ops(**{**vars(engine.ops), "euler_step": wasteful})
-    after = overhead.step_allocations(policy, inputs)
+    after = cpu_suite.step_allocations(policy, inputs)
     assert after["step_allocations"] == before["step_allocations"] + 1
     assert after["step_bytes"] >= before["step_bytes"] + 4000
 
@@ -199,24 +198,30 @@ def test_stock_is_held_to_other_code(setup: BenchmarkSetup, monkeypatch: pytest.
         other.stock(case).check()
 
 
-def test_gates(setup: BenchmarkSetup) -> None:
+def test_gates(setup: BenchmarkSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(2, observations=2)
     inputs, stock = setup.every(case), setup.stock_chunks(case)
     policy = smolvla_fast.patch(twin(setup.policy))
     ours = [act(policy, each) for each in inputs]
-    green = gate.check_tier(policy, "fp32", "fp32", inputs, ours, stock)
+    green = gate.check_tier(setup, policy, "fp32", case, ours)
     assert green["backend"] in ("cpu", "torch") and green["extra_bytes"] > 0
     assert green["rel_l2"] <= FP32_BOUND == green["bound"] and green["cosine"] > 0.999999
 
-    def reason(found: list[torch.Tensor], check: Any = gate.check_tier, **more: Any) -> str:
+    def tier(found: list[torch.Tensor]) -> Any:
+        return gate.check_tier(setup, policy, "fp32", case, found)
+
+    def reason(found: list[torch.Tensor], check: Any = tier) -> str:
         with pytest.raises(CheckFailed) as failed:
-            check(policy, "fp32", "fp32", inputs, found, stock) if check is gate.check_tier else check(
-                found, **more
-            )
+            check(found)
         return str(failed.value)
 
     def peer(precision: str, lost: float | None = None) -> Any:
-        return lambda found: gate.check_peer(precision, found, stock, lost)
+        def check(found: list[torch.Tensor]) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(setup, "lost", {} if lost is None else {case: lost})
+                return gate.check_peer(setup, policy, precision, case, found)
+
+        return check
 
     assert reason([ours[0], 1.001 * ours[1]]).startswith("rel L2 1.0e-03, allowed 1e-05")
     assert "not finite" in reason([ours[0], torch.full_like(ours[1], torch.nan)])
@@ -233,7 +238,8 @@ def test_gates(setup: BenchmarkSetup) -> None:
     setup.policy.model.action_out_proj.register_forward_hook(lambda *_: None)
     try:
         act(policy, inputs[0])
-        assert "forward hook" in str(gate.check_late(policy))
+        with pytest.raises(CheckFailed, match="stock ran in its place: .*forward hook"):
+            gate.check_late(policy)
     finally:
         setup.policy.model.action_out_proj._forward_hooks.clear()
 
@@ -280,7 +286,7 @@ def test_chunk_stages_and_ops_on_a_tiny_policy(tmp_path: Path, monkeypatch: pyte
     )
     assert chunks["stock"]["ratio"] == 1 and chunks["fp32"]["floor_ms"] > 0 and chunks["fp32"]["batch"] == 2
     by_stage = [b["extra_info"] for (g, v), b in found.items() if g.startswith("stages") and v == "fp32"]
-    assert set(by_stage[0]["stages"]) == {"vision", "prefix", "denoise", "total"}
+    assert set(by_stage[0]["stages"]) == {"vision", "prefix", "denoise", "other", "total"}
     assert by_stage[0]["stages"]["denoise"]["share_of_floor"] > 0 and len(by_stage[0]["stage_rounds_ms"]) == 2
     loops = [b["extra_info"] for b in data["benchmarks"] if "loop_backend" in b["extra_info"]]
     assert [each["batch"] for each in loops] == [1] * (len(loops) // 2) + [2] * (len(loops) // 2) and loops

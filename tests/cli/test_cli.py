@@ -56,13 +56,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The command lines with which `bench` would have started pytest. None is started, so nothing is timed."""
     commands: list[list[str]] = []
 
-    from benchmarks.harness.run import Context, Outcome
+    from benchmarks.harness import run
 
-    def record(_: Any, name: str, command: list[str], seconds: float) -> Any:
+    def record(command: list[str], seconds: float, environment: dict[str, str]) -> Any:
         commands.append(command)
-        return Outcome(name), 0
+        return run.Ended(0, 1.0, [])
 
-    monkeypatch.setattr(Context, "execute", record)
+    monkeypatch.setattr(run, "execute", record)
     monkeypatch.setattr("smolvla_fast.cli.bench.find_spec", lambda name: name)
     return commands
 

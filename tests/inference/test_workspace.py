@@ -13,7 +13,7 @@ import torch
 from support.policies import LEROBOT_ONLY, chunk, make_policy
 
 import smolvla_fast
-from benchmarks.suites import overhead
+from benchmarks.suites import cpu as cpu_suite
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.memory import Memory, Workspace
@@ -39,7 +39,7 @@ def patched(precision: str = "fp32", **settings: Any) -> Any:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_denoise_step_allocates_nothing(precision: str, layout: str) -> None:
     policy = patched(precision, layout=layout)
-    found = overhead.step_allocations(policy, (make_observation(policy), make_noise(policy)))
+    found = cpu_suite.step_allocations(policy, (make_observation(policy), make_noise(policy)))
     assert found["step_allocations"] == 0, found
     assert smolvla_fast.status(policy).calls_stock == 0
 
@@ -47,7 +47,7 @@ def test_a_denoise_step_allocates_nothing(precision: str, layout: str) -> None:
 def test_also_for_a_batch_whose_cache_slots_are_in_pieces() -> None:
     policy = patched()
     inputs = make_observation(policy, batch=2), make_noise(policy, batch=2)
-    assert overhead.step_allocations(policy, inputs)["step_allocations"] == 0
+    assert cpu_suite.step_allocations(policy, inputs)["step_allocations"] == 0
 
 
 def test_chunks_are_fresh_and_of_the_bits_without_a_workspace() -> None:

@@ -12,6 +12,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,20 +48,24 @@ def reference_module(op: str) -> Any:
     return importlib.import_module(f"smolvla_fast.ops.reference.{op}")
 
 
-def run(ops: Any, op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """One op of a backend on prepared inputs: every tensor it returns or writes, by name."""
+def call_of(ops: Any, op: str, inputs: dict[str, Any]) -> Callable[..., Any]:
+    """A call of the op, with everything done that a chunk does once for all its calls; suffix_embed's takes the step."""
     inputs = dict(inputs)
     if op == "suffix_embed":
         folded = ops.suffix_fold(*(inputs.pop(name) for name in ("times", "action_in", "time_in")))
-        return {
-            f"y{step}": ops.suffix_embed(inputs["x"], step, folded, inputs["time_out"]) for step in range(3)
-        }
+        return lambda step=1: ops.suffix_embed(inputs["x"], step, folded, inputs["time_out"])
     if op == "masked_attention":
         inputs["mask"] = ops.prepare_mask(inputs["mask"])
+    return partial(getattr(ops, op), **inputs)
+
+
+def run(ops: Any, op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """One op of a backend on prepared inputs: every tensor it returns or writes, by name."""
     if op == "norm_qkv_rope":
         k, v = (torch.full_like(slot, torch.nan) for slot in inputs["slots"])
         return {"q": ops.norm_qkv_rope(**{**inputs, "slots": (k, v)}), "k": k, "v": v}
-    out = getattr(ops, op)(**inputs)
+    call = call_of(ops, op, inputs)
+    out = tuple(map(call, range(3))) if op == "suffix_embed" else call()
     return {f"y{i}": y for i, y in enumerate(out)} if isinstance(out, tuple) else {"y": out}
 
 

@@ -1,19 +1,102 @@
-"""The least work of each stage, from shapes alone: operations of the matrix products, and bytes to be read.
+"""The roof under which every figure is put: the least work of each stage, and what this machine can do at best.
 
-Bytes are weights, once a stage (once a step in the denoise loop), and the prefix KV that every step reads.
-Activations are left out: they fit into caches.
+Work is from shapes alone: operations of the matrix products, and bytes to be read, which are weights, once a stage (once a
+step in the denoise loop), and the prefix KV that every step reads. Activations are left out: they fit into caches.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.benchmark import Timer
+
+from benchmarks.harness.run import write_whole
 from smolvla_fast.model.dims import read_dims
 from smolvla_fast.model.weights import is_cross
 from smolvla_fast.ops.reference import Cost
+from smolvla_fast.ops.torch.linear import linear
 
+# Large enough to reach a machine's top speed, small enough for a second on two cores.
+GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 ADAMW_NUMBERS = 7
 """Of a parameter: it, its gradient and both moments are read, all but the gradient written."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """This machine's best: operations a second in matrix products by dtype, bytes a second in copying.
+
+    int8 is missing where torch has no such product here.
+    """
+
+    gemm_flops: dict[str, float]
+    copy_bytes: float
+
+    def floor(self, cost: Cost, dtype: torch.dtype) -> dict[str, float]:
+        """The least time for so much work: whichever of arithmetic and memory takes longer."""
+        least = max(cost.flops / self.best(dtype), cost.bytes / self.copy_bytes)
+        return dict(flops=cost.flops, bytes=cost.bytes, floor_ms=1e3 * least)
+
+    def best(self, dtype: torch.dtype) -> float:
+        """Operations a second of the fastest product that is no narrower: fp32 serves bf16 on a processor that multiplies
+        it no slower."""
+        rates = self.gemm_flops.items()
+        return max(rate for name, rate in rates if getattr(torch, name).itemsize >= dtype.itemsize)
+
+
+def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
+    """A large matrix product in fp32, bf16 and on a CPU in 8 bits, and a large copy; the best of a few seconds of rounds.
+
+    small  of a sixteenth of the elements and for a twentieth of the time: for tiny policies, whose times say nothing
+    """
+    # Timer waits for the device before and after each block of calls.
+    side, budget = GEMM_SIDE[device.type] // (4 if small else 1), 0.05 if small else 1.0
+
+    def rate(work: float, function: Callable[[], Any]) -> float:
+        timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+        return work / min(timer.blocked_autorange(min_run_time=budget).times)
+
+    flops = {}
+    for dtype in ("float32", "bfloat16"):
+        x, weight = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        # torch's own fp32 path is MKL, far from the roof on other makers' processors; oneDNN is near it.
+        flops[dtype] = rate(2.0 * side**3, partial(linear, x, weight))
+    if device.type == "cpu" and (integers := _int8(side)):
+        flops["int8"] = rate(2.0 * side**3, integers)
+    source = torch.ones(COPY_BYTES[device.type] // (64 if small else 4), device=device)
+    target = torch.empty_like(source)
+    return Ceilings(flops, rate(2.0 * source.nbytes, lambda: target.copy_(source)))
+
+
+def ceilings_once(path: Path | None, device: torch.device, small: bool) -> Ceilings:
+    """Measured by the first suite of a run that asks, and read from this file by the others."""
+    if path is not None and path.is_file():
+        return Ceilings(**json.loads(path.read_text()))
+    ceilings = measure_ceilings(device, small)
+    if path is not None:
+        write_whole(path, asdict(ceilings))
+    return ceilings
+
+
+def _int8(side: int) -> Callable[[], Any] | None:
+    """uint8 activations by a prepacked int8 weight, as oneDNN multiplies them fastest; None where torch cannot."""
+    x = torch.randint(0, 255, (side, side), dtype=torch.uint8)
+    weight = torch.randint(-127, 127, (side, side), dtype=torch.int8)
+    scales, zeros = torch.ones(side), torch.zeros(side, dtype=torch.int32)
+    with suppress(AttributeError, RuntimeError):
+        packed = torch.ops.onednn.qlinear_prepack(weight, [side, side])
+        given = (x, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        torch.ops.onednn.qlinear_pointwise(*given)
+        return partial(torch.ops.onednn.qlinear_pointwise, *given)
+    return None
 
 
 class Work:
@@ -52,9 +135,8 @@ class Work:
         expert_layer = 2 * d.expert_width * q + 3 * d.expert_width * mlp
         ends = d.expert_width * (2 * d.action_width + d.expert_width)
         self.step_weights = d.layers * expert_layer + self.selfs * 2 * d.expert_width * kv + ends
-        self.keys = (
-            self.selfs * (self.prefix + d.chunk) + self.crosses * self.prefix
-        )  # that a suffix row sees
+        # That a suffix row sees.
+        self.keys = self.selfs * (self.prefix + d.chunk) + self.crosses * self.prefix
         self.step_flops = 2.0 * d.chunk * self.step_weights + 4.0 * d.chunk * self.keys * q
 
     def before_suffix(self, itemsize: int, batch: int) -> dict[str, Cost]:
@@ -65,10 +147,7 @@ class Work:
 
 
 def stage_costs(model: Any, cameras: int, language: int, itemsize: int, batch: int = 1) -> dict[str, Cost]:
-    """Cost of "vision", "prefix" and "denoise" (all steps) for a batch: weights are read once for all of it.
-
-    model  a ``VLAFlowMatching``      language  padded tokens      itemsize  bytes of a weight in its product
-    """
+    """Cost of "vision", "prefix" and "denoise" (all steps) for a batch. itemsize  bytes of a weight in its product"""
     work, steps = Work(model, cameras, language), model.config.num_steps
     step_bytes = itemsize * (work.step_weights + batch * 2 * work.keys * work.kv)
     denoise = Cost(steps * batch * work.step_flops, float(steps * step_bytes))

@@ -1,0 +1,189 @@
+"""The sections of a report, by title: each makes its text of a result's data, "" where its suite did not run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.report import tables
+from benchmarks.report.tables import Bench, figures, groups, suite, table
+
+Data = dict[str, Any]
+
+DEVICE = (
+    "wall: `predict_action_chunk` until its chunk can be read; device: what the GPU works on it, by events around "
+    "work that was queued before it began; host: the difference of the medians. Shares of the roof above are of device "
+    "time where it is measured. First chunk: compiling where nothing was cached, capture, and one chunk."
+)
+TRAINING = (
+    "Ratios are to stock, for what runs in bf16 to stock in bf16; the ratio is the median over rounds of stock's "
+    "time by the one beside it. The floor is the least time of a step's parts (vision, prefix, expert with "
+    "its update) under this machine's roof, for whichever of arithmetic and memory takes longer."
+)
+TIERS = (
+    "Rounds are taken in turn; the ratio is the median over rounds of stock's time by the time beside it. Of the roof: "
+    "the least time for the matrix products at the fastest measured product that is no narrower than the tier, by p50. "
+    "Peak memory is the process's during the first chunk, in the order of the rows; of it new is what was not resident "
+    "before that chunk."
+)
+OUTSIDE = (
+    "Outside ops: the engine's Python and the small torch calls between ops. Narrow policy: the same sequence of calls "
+    "at widths that hardly cost arithmetic, so all Python, dispatch and starts of parallel work, the ops' own too: an "
+    "upper bound. Allocations: what a denoise step more asks of torch's allocator."
+)
+
+
+def joined(*parts: str) -> str:
+    return "\n\n".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
+class Section:
+    """A suite's tables, one for each group or, where a label is "group", one of all.
+
+    columns  of ``tables.COLUMNS``, with " | " between them      rows  of a benchmark      labels  columns without a name
+    having   what a benchmark must have      note  below the tables
+    """
+
+    suite: str
+    columns: str
+    rows: Callable[[Bench], list[Bench]] = lambda bench: [bench]
+    labels: Sequence[str] = ("variant",)
+    having: str = "group"
+    note: Callable[[list[Bench]], str] = lambda benches: ""
+
+    def __call__(self, data: Data) -> str:
+        benches, text = suite(data, self.suite, self.having), []
+        apart = self.labels == ("variant",)
+        for group, each in (groups(benches) if apart else {"": benches}).items():
+            rows = [row for bench in each for row in self.rows(bench)]
+            text += [group, figures(self.columns, rows, *self.labels)]
+        return joined(*text, self.note(benches)) if benches else ""
+
+
+def parts(data: Data) -> str:
+    """How each part went, and what has no number, with the reason."""
+    found, lines = data.get("parts", []), []
+    for part in found:
+        lines += [f"**{each['name']} is red, so it has no number**: {each['reason']}" for each in part["red"]]
+        lines += [f"{each['name']} did not run: {each['reason']}" for each in part["skipped"]]
+        lines += [f"Left out: {'; '.join(part['left_out'])}."] if part["left_out"] else []
+    rows = [[p["name"], p["status"], tables.of(p, "seconds"), p["reason"].replace("|", "/")] for p in found]
+    return joined(table(["part", "", "s", ""], rows), *lines) if rows else ""
+
+
+def by_stage(bench: Bench) -> list[Bench]:
+    base = (bench["base"] or {}).get("stages", {})
+    kept = {key: bench.get(key) for key in ("group", "variant", "status")}
+    stages = bench["stages"].items()
+    return [
+        {**kept, "stage": name, "base": base.get(name), "of": bench["stages"], **each}
+        for name, each in stages
+    ]
+
+
+def against(benches: list[Bench]) -> str:
+    found = [each["against"] for each in benches if "against" in each]
+    return (
+        f"Errors are against stock, stock's against {found[0]}; ratios are of rounds in turn."
+        if found
+        else ""
+    )
+
+
+def cpu(data: Data) -> str:
+    benches, facts = suite(data, "cpu"), data["machine_info"]["smolvla_fast"]
+    if not benches:
+        return ""
+    level, torchs = facts.get("instruction_level") or "no compiled kernels", facts.get("torch_capability")
+    columns = "ratio to stock | target | accuracy against stock in fp32 | p50 ms | p95 ms | p99 ms | best ms | rounds"
+    columns += " | of the roof | extra bytes | peak memory | of it new"
+    text = [f"{benches[0]['group']}; our kernels at level {level}, torch's at {torchs}"]
+    text += [figures(columns, benches, "variant"), TIERS]
+    for each in benches:
+        reasons = each.get("fallback_reasons", {}).items()
+        text += [f"{each['variant']}, {name}: {reason}" for name, reason in reasons]
+    ours = {each["precision"]: each["p50_ms"] for each in benches if each["kind"] == "tier"}
+    for each in benches:
+        if each["kind"] == "peer" and (own := ours.get(each["precision"])):
+            ratio = f"{each['p50_ms'] / own:.2f}x at {each['precision']}"
+            text.append(f"Against {each['variant']}: {ratio}, medians of the same rounds.")
+    return joined(*text)
+
+
+def cpu_stages(data: Data) -> str:
+    """Of the CPU suite; the stages suite has a section of its own."""
+    benches, names, rows = suite(data, "cpu", having="stages"), ("vision", "prefix", "denoise"), []
+    for bench in benches:
+        times = [[each["stages"][name]["p50_ms"] for name in names] for each in (benches[0], bench)]
+        cells = [f"{tables.milliseconds(ms)} ({base / ms:.2f}x)" for base, ms in zip(*times, strict=True)]
+        rows.append([bench["variant"], *cells])
+    return table(["", *(f"{name} ms" for name in names)], rows) if rows else ""
+
+
+def cpu_overhead(data: Data) -> str:
+    columns = (
+        "sample_actions ms | outside ops ms | narrow policy ms | op calls | allocations a step | bytes a step"
+    )
+    rows = [{**b["overhead"], "variant": b["variant"]} for b in suite(data, "cpu", having="overhead")]
+    lines = []
+    for each in rows:
+        low, high = each["outside_share"] < tables.OVERHEAD, each["narrow_share"] < tables.OVERHEAD
+        python = "met by both" if high else "met by the first, missed by the upper bound" if low else "missed"
+        loop = "met" if each["step_allocations"] == 0 else f"missed: {each['step_allocations']:,.0f} a step"
+        python = f"Python under {tables.OVERHEAD:.0%} of a chunk: {python}"
+        lines.append(f"{each['variant']}: {python}. Nothing allocated in the loop: {loop}.")
+    return joined(figures(columns, rows, "variant"), OUTSIDE, *lines) if rows else ""
+
+
+def curves(data: Data) -> dict[str, dict[str, dict[int, float]]]:
+    """axis -> variant -> value -> ms."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for row in suite(data, "scaling"):
+        found.setdefault(row["axis"], {}).setdefault(row["variant"], {})[row["value"]] = row["p50_ms"]
+    return found
+
+
+def cpu_scaling(data: Data) -> str:
+    chart = data.get("curves")
+    text = [f"![time against cameras, steps, threads and batch]({chart})"] if chart else []
+    for axis, variants in curves(data).items():
+        values = sorted(set().union(*variants.values()))
+        rows = [[name, *(tables.ms(each, value) for value in values)] for name, each in variants.items()]
+        text.append(table([f"ms by {axis}", *map(str, values)], rows))
+    return joined(*text)
+
+
+ROOF = "floor ms | of the roof"
+SECTIONS: dict[str, Callable[[Data], str]] = {
+    "Parts": parts,
+    "Chunk": Section(
+        "chunk", "p50 ms | best ms | p95 ms | p99 ms | chunks/s | ratio | of the roof | rel L2 | max abs | rounds",
+        note=against,
+    ),
+    # Wall, device and host time of each tier on a GPU; its graph and its memory.
+    "Device and host": Section(
+        "chunk", "wall p50 ms | device p50 ms | device p99 ms | host ms | floor ms | first chunk ms | graph nodes"
+        " | launches a step | graph MiB | peak MiB",
+        labels=("group", "variant"), having="device_ms", note=lambda benches: DEVICE,
+    ),
+    "Stages": Section("stages", f"stage | p50 ms | share | ratio | GFLOP | {ROOF}", by_stage),
+    # One tier's denoise stage by backend, and whether its loop was one launch.
+    "Denoise loop": Section(
+        "stages", f"run by | launches | p50 ms | ratio | {ROOF} | not in one launch, for",
+        lambda bench: [row for row in by_stage(bench) if row["stage"] == "denoise"],
+        labels=("group", "variant"), having="loop_backend",
+    ),
+    "Training step": Section(
+        "train", f"p50 ms | best ms | samples/s | ratio | {ROOF} | gradients, rel L2 | allowed | loss | peak GiB | rounds",
+        note=lambda benches: TRAINING,
+    ),
+    "Ops": Section(
+        "ops", "op | case | dtype | backend | p50 µs | best µs | ratio | GFLOP/s | GB/s | of the roof", labels=(),
+    ),
+    "CPU": cpu,
+    "CPU, by stage": cpu_stages,
+    "CPU, overhead": cpu_overhead,
+    "CPU, scaling": cpu_scaling,
+}  # fmt: skip
