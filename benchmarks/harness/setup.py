@@ -36,8 +36,10 @@ class Case(NamedTuple):
 
 def twin(policy: Any) -> Any:
     """The same weights under another policy object, which can be patched or made to run something else on its own."""
-    other = copy.copy(policy)
-    other._modules = {**policy._modules, "model": copy.copy(policy.model)}
+    other, model = copy.copy(policy), copy.copy(policy.model)
+    # ``patch`` gives the pair of VLM and expert a class of its own as well.
+    model._modules = {**model._modules, "vlm_with_expert": copy.copy(model.vlm_with_expert)}
+    other._modules = {**policy._modules, "model": model}
     return other
 
 
