@@ -19,7 +19,7 @@ ARGS    ?=
 # Processes of `make test`; 0: one process, with live output.
 JOBS    ?= 2
 
-.PHONY: demo train-demo test test-cpus test-full acceptance fuzz soak test-compat simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
+.PHONY: demo train-demo test test-cpus test-full acceptance fuzz soak test-compat account simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
 .DELETE_ON_ERROR:
 
 # Bytecode is made of what is imported, not of all that is installed: most of it nobody imports here. Where Python is told to
@@ -54,13 +54,14 @@ fuzz: venv
 soak: venv
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(VENV)/bin/python -m fuzz.soak $(ARGS)
 
-# The engine's parity and patch tests under other releases of LeRobot, each in an environment of its own: minutes to make
+# Parity and patch tests under other releases of LeRobot, each in an environment of its own: minutes to make
 # the first time, and several GB. ARGS is passed to pytest.
 test-compat: $(COMPAT:%=.venv-lerobot-%/.ready)
 	@for version in $(COMPAT); do \
 	    echo "LeRobot $$version"; \
 	    HF_HUB_OFFLINE=1 .venv-lerobot-$$version/bin/python -m pytest -q -p no:cacheprovider -m "not slow" \
 	        tests/inference/test_inference.py tests/patching/test_patch.py tests/acceptance/test_real_time_chunking.py tests/patching/test_eligibility.py \
+	        tests/layers \
 	        $(ARGS) || exit 1; \
 	done
 
@@ -84,6 +85,10 @@ architecture: venv
 
 acceptance: venv
 	$(VENV)/bin/python tests/support/checks.py
+
+# The predictions of docs/denoise-persistent.md, counted from sizes.
+account: venv
+	PYTHONPATH=.:tests $(VENV)/bin/python -m simt.account
 
 # CUDA C++ kernels run on the host, by the emulator of tests/simt/emulator: without the slow ones, and with them.
 simt: venv

@@ -1,9 +1,8 @@
-"""What compilers make of the kernels, with no GPU: ``python -m benchmarks.compiled aot``, ``ptxas``, or ``denoise``.
+"""What compilers make of the kernels, with no GPU: ``python -m benchmarks.compiled aot`` or ``ptxas``.
 
-aot, ptxas: every kernel compiled for every target, by Triton or nvcc; writes benchmarks/results/<kind>.md. Ends with 1 where
+Every kernel compiled for every target, by Triton or nvcc; writes benchmarks/results/<kind>.md. Ends with 1 where
 a limit is passed or a kernel does not compile. Nothing in a file depends on the day or the machine, so what a fresh run
 writes is compared with what is committed (tests/bench/test_aot.py, test_ptxas.py).
-denoise: prints the account of docs/denoise-persistent.md.
 """
 
 from __future__ import annotations
@@ -39,16 +38,13 @@ def compile_all(kind: Any, names: Sequence[str], targets: Sequence[str], process
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.compiled", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("kind", choices=("aot", "ptxas", "denoise"))
+    parser.add_argument("kind", choices=("aot", "ptxas"))
     parser.add_argument("--only", metavar="NAME,NAME", help="these ops or sources alone (needs --out)")
     parser.add_argument("--targets", metavar="80,90a", help="these architectures alone (needs --out)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<kind>.md")
     parser.add_argument("--processes", type=int, default=2, help="compile with so many (default: 2)")
     args = parser.parse_args(arguments)
     kind = importlib.import_module(f"benchmarks.compiled.{args.kind}")
-    if args.kind == "denoise":
-        print(kind.account())
-        return 0
     known = kind.names()
     names = args.only.split(",") if args.only else known
     targets = args.targets.split(",") if args.targets else list(kind.TARGETS)

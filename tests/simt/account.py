@@ -1,7 +1,7 @@
 """What one launch of denoise_persistent moves, waits for and holds, and what that should take: docs/denoise-persistent.md.
 
 Counted from the sizes alone, as csrc/cuda/denoise_plan.cuh deals them out; nothing here is measured. The plan of shared
-memory is asked of the launcher itself, compiled for the host emulator (tests/simt/emulator).
+memory is asked of the launcher itself, compiled for the emulator that stands here. ``make account`` prints it.
 """
 
 from __future__ import annotations
@@ -116,3 +116,7 @@ def shared_memory() -> str:
     library.reset()
     held = ["weights, KB", "residual, sums, attention, KB", "largest slab, KB"]
     return table(["shared memory of a block", "batch", "blocks", *held], rows, left=1)
+
+
+if __name__ == "__main__":
+    print(account())
