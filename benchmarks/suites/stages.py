@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -74,6 +75,10 @@ def by_stage(variant: Variant, setup: BenchmarkSetup, case: Case) -> Variant:
 def test_stages(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
     setup, case = make_setup(), Case(CAMERAS)
     variants = [by_stage(each, setup, case) for each in setup.variants(case)]
+    for name in ("fp32", "bf16"):  # whoever calls layers and steps one by one
+        each = setup.tier(name, case, label=f"{name}, LeRobot's sampler")
+        each.run = partial(stage_times, each.policy, *setup.inputs(CAMERAS), stock_sampler=True)
+        variants.append(each)
     measure(setup.named("stages", case), variants, rounds(pytestconfig), suite="stages")
 
 

@@ -44,17 +44,21 @@ def section(name: str) -> Iterator[None]:
     clock[name] += (time.perf_counter() - start) * 1e3
 
 
-def stage_times(policy: Any, batch: dict[str, Any], noise: Tensor) -> dict[str, float]:
+def stage_times(
+    policy: Any, batch: dict[str, Any], noise: Tensor, stock_sampler: bool = False
+) -> dict[str, float]:
     """Run one chunk and return its time in ms: "vision", "prefix", "denoise", "other" and "total".
 
     policy  a SmolVLA policy, patched or not        batch  as ``predict_action_chunk`` takes it; not changed
     noise   [B, S, A] fp32, so that no random state moves
 
-    A stock policy is timed on a shallow copy that shares its weights, with three methods replaced.
+    stock_sampler  of a patched policy: LeRobot's own sampler, which calls the policy's layers and steps one by one
+
+    That sampler is timed on a shallow copy that shares the weights, with three methods replaced.
     """
     clock: defaultdict[str, float] = defaultdict(float)
     batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
-    if not hasattr(type(policy.model), "stock_class"):
+    if stock_sampler or not hasattr(type(policy.model), "stock_class"):
         policy = _with_stock_sections(policy)
     token = _clock.set(clock)
     try:
@@ -77,25 +81,24 @@ def _apart(module: Any, **children: Any) -> Any:
 
 
 def _with_stock_sections(policy: Any) -> Any:
-    pair = _apart(policy.model.vlm_with_expert)
-    model = _apart(policy.model, vlm_with_expert=pair)
-    inside_step = False
+    """A twin whose ``sample_actions`` is stock's; what that calls is the policy's own, timed."""
+    own, own_pair = policy.model, policy.model.vlm_with_expert
+    pair = _apart(own_pair)
+    model = _apart(own, vlm_with_expert=pair)
+    for each in (model, pair):
+        each.__class__ = getattr(type(each), "stock_class", type(each))
 
     def denoise_step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal inside_step
-        inside_step = True
         with section("denoise"):
-            return type(model).denoise_step(model, *args, **kwargs)
+            return own.denoise_step(*args, **kwargs)
 
     def prefill(*args: Any, **kwargs: Any) -> Any:
-        if inside_step:
-            return type(pair).forward(pair, *args, **kwargs)
         with section("prefix"):
-            return type(pair).forward(pair, *args, **kwargs)
+            return own_pair.forward(*args, **kwargs)
 
     def embed_image(*args: Any, **kwargs: Any) -> Any:
         with section("vision"):
-            return type(pair).embed_image(pair, *args, **kwargs)
+            return own_pair.embed_image(*args, **kwargs)
 
     model.__dict__["denoise_step"] = denoise_step
     pair.__dict__.update(forward=prefill, embed_image=embed_image)

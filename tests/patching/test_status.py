@@ -70,14 +70,18 @@ def test_verify_leaves_the_policy_alone(policy: Any, observation: dict[str, Tens
     assert torch.equal(chunk(policy, observation, noise), before)
 
 
-@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("served", ["stock", "engine", "layers"])
 def test_stage_times_cover_the_chunk(
-    policy: Any, observation: dict[str, Tensor], noise: Tensor, patched: bool
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, served: str
 ) -> None:
-    if patched:
+    if served != "stock":
         smolvla_fast.patch(policy)
     attributes = set(policy.model.__dict__), set(policy.model.vlm_with_expert.__dict__)
-    times = timing.stage_times(policy, observation, noise)
+    times = timing.stage_times(policy, observation, noise, stock_sampler=served == "layers")
+    now = smolvla_fast.status(policy)
+    assert now.calls_fast == (served == "engine") and not now.calls_stock and not now.layers_stock
+    calls = {"denoise_step": 10, "embed_image": 2, "forward": 1}
+    assert now.layers_fast == (calls if served == "layers" else {})
     assert set(times) == {"vision", "prefix", "denoise", "other", "total"}
     assert all(value > 0 for value in times.values())
     assert sum(times[name] for name in ("vision", "prefix", "denoise", "other")) == pytest.approx(
