@@ -43,6 +43,23 @@ class _Layer(nn.Module):
         assert isinstance(head_dim, int)
         return head_dim
 
+    def _check(self, x: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor, keys: int) -> None:
+        attention, head_dim = self.layer.self_attn, self._head_dim()
+        width, heads = attention.q_proj.weight.shape[1], k.shape[2] if k.ndim == 4 else 0  # type: ignore[union-attr]
+        if not self.cross:
+            heads = attention.k_proj.weight.shape[0] // head_dim  # type: ignore[union-attr]
+        batch, tokens = x.shape[:2]
+        for name, each, shape in (
+            ("x", x, (batch, tokens, width)),
+            ("k", k, (batch, k.shape[1], heads, head_dim)),
+            ("v", v, (batch, k.shape[1], heads, head_dim)),
+            ("positions", positions, (batch, tokens)),
+            ("mask", mask, (batch, tokens, keys)),
+        ):
+            if tuple(each.shape) != shape or (name == "mask" and mask.dtype is not torch.bool):
+                kind = " torch.bool" if name == "mask" else ""
+                raise ValueError(f"{name} is {tuple(each.shape)} {each.dtype}; accepted is {shape}{kind}")
+
     def _learns(self, *read: Tensor) -> bool:
         return torch.is_grad_enabled() and any(
             each.requires_grad for each in (*read, *self.layer.parameters())
@@ -72,9 +89,10 @@ class SelfAttentionLayer(_Layer):
         k, v       [B, P, K, D]  of the tokens before, rotated; P may be 0
         positions  [B, T]  integers      mask  [B, T, P + T]  bool, True where a token may look
         returns    [B, T, M] fp32, and k, v [B, P + T, K, D] with those of x behind
-        raises     ValueError, TypeError of the ops for other shapes and dtypes
+        raises     ValueError for other shapes, TypeError of the ops for other dtypes
         """
         attention, before = self.layer.self_attn, k.shape[1]
+        self._check(x, k, v, positions, mask, before + x.shape[1])
         if self._learns(x, k, v):
             rope, head_dim = rope_tables(positions, self._head_dim()), self._head_dim()
             h = with_grad.normed(self.layer, x.float())
@@ -121,8 +139,9 @@ class CrossAttentionLayer(_Layer):
         k, v       [B, P, K, D]  from ``keys_and_values``
         positions  [B, S]  integers; LeRobot counts them from 0      mask  [B, S, P]  bool, True where a token may look
         returns    [B, S, E] fp32
-        raises     ValueError, TypeError of the ops for other shapes and dtypes
+        raises     ValueError for other shapes, TypeError of the ops for other dtypes
         """
+        self._check(x, k, v, positions, mask, k.shape[1])
         if self._learns(x, k, v):
             h = with_grad.normed(self.layer, x.float())
             q = with_grad.heads(self.layer.self_attn.q_proj, h, self._head_dim())  # type: ignore[union-attr]
