@@ -26,6 +26,7 @@ class _Layer(nn.Module):
     """
 
     cross: bool
+    layer: Any
 
     def __init__(self, layer: nn.Module, backend: str = "auto") -> None:
         super().__init__()
@@ -39,22 +40,24 @@ class _Layer(nn.Module):
         return select(self.backend, x.device, stock_order=False)
 
     def _head_dim(self) -> int:
-        head_dim = self.layer.self_attn.head_dim  # type: ignore[union-attr]
+        head_dim = self.layer.self_attn.head_dim
         assert isinstance(head_dim, int)
         return head_dim
 
-    def _check(self, x: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor, keys: int) -> None:
+    def _check(self, x: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor, own: int) -> None:
         attention, head_dim = self.layer.self_attn, self._head_dim()
-        width, heads = attention.q_proj.weight.shape[1], k.shape[2] if k.ndim == 4 else 0  # type: ignore[union-attr]
-        if not self.cross:
-            heads = attention.k_proj.weight.shape[0] // head_dim  # type: ignore[union-attr]
+        width, heads = attention.q_proj.weight.shape[1], attention.k_proj.weight.shape[0] // head_dim
+        if x.ndim != 3 or k.ndim != 4:
+            raise ValueError(
+                f"x is {tuple(x.shape)}, k {tuple(k.shape)}; accepted are [B, T, M] and [B, P, K, D]"
+            )
         batch, tokens = x.shape[:2]
         for name, each, shape in (
             ("x", x, (batch, tokens, width)),
             ("k", k, (batch, k.shape[1], heads, head_dim)),
             ("v", v, (batch, k.shape[1], heads, head_dim)),
             ("positions", positions, (batch, tokens)),
-            ("mask", mask, (batch, tokens, keys)),
+            ("mask", mask, (batch, tokens, k.shape[1] + own)),
         ):
             if tuple(each.shape) != shape or (name == "mask" and mask.dtype is not torch.bool):
                 kind = " torch.bool" if name == "mask" else ""
@@ -91,17 +94,17 @@ class SelfAttentionLayer(_Layer):
         returns    [B, T, M] fp32, and k, v [B, P + T, K, D] with those of x behind
         raises     ValueError for other shapes, TypeError of the ops for other dtypes
         """
+        self._check(x, k, v, positions, mask, own=x.shape[1])
         attention, before = self.layer.self_attn, k.shape[1]
-        self._check(x, k, v, positions, mask, before + x.shape[1])
         if self._learns(x, k, v):
             rope, head_dim = rope_tables(positions, self._head_dim()), self._head_dim()
             h = with_grad.normed(self.layer, x.float())
             q, own = (
                 with_grad.rotate(with_grad.heads(each, h, head_dim), rope)
-                for each in (attention.q_proj, attention.k_proj)  # type: ignore[union-attr]
+                for each in (attention.q_proj, attention.k_proj)
             )
             k = torch.cat([k, own], dim=1)
-            v = torch.cat([v, with_grad.heads(attention.v_proj, h, head_dim)], dim=1)  # type: ignore[union-attr]
+            v = torch.cat([v, with_grad.heads(attention.v_proj, h, head_dim)], dim=1)
             return (
                 with_grad.finish(self.layer, x.float(), self._ops(x).attention_with_grad(q, k, v, mask)),
                 k,
@@ -141,10 +144,10 @@ class CrossAttentionLayer(_Layer):
         returns    [B, S, E] fp32
         raises     ValueError for other shapes, TypeError of the ops for other dtypes
         """
-        self._check(x, k, v, positions, mask, k.shape[1])
+        self._check(x, k, v, positions, mask, own=0)
         if self._learns(x, k, v):
             h = with_grad.normed(self.layer, x.float())
-            q = with_grad.heads(self.layer.self_attn.q_proj, h, self._head_dim())  # type: ignore[union-attr]
+            q = with_grad.heads(self.layer.self_attn.q_proj, h, self._head_dim())
             q = with_grad.rotate(q, rope_tables(positions, self._head_dim()))
             return with_grad.finish(self.layer, x.float(), self._ops(x).attention_with_grad(q, k, v, mask))
         return self._run(x, LayerKV(k, v), positions, mask, None)
