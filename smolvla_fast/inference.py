@@ -156,9 +156,7 @@ class Engine:
             return lambda: self._chunk(model, inputs, observe), False
 
         # The rest of what the captured work depends on; shapes and dtypes of the inputs are the cache's affair.
-        config = model.config
-        settings = (config.num_steps, config.min_period, config.max_period, model.prefix_length)
-        call = Graphed.of(inputs, (*settings, *math_flags()))
+        call = Graphed.of(inputs, (*chunk_settings(model), *math_flags()))
 
         def compute(statics: list[Tensor]) -> tuple[Tensor, LoopReport]:
             return self._chunk(model, call.rebuild(statics))
@@ -231,6 +229,12 @@ class Engine:
         if key not in self._positions:
             return self._positions.setdefault(key, patch_positions(vlm, images))
         return self._positions[key]
+
+
+def chunk_settings(model: Any) -> tuple[Any, ...]:
+    """What of a model's configuration a captured chunk has in it."""
+    config = model.config
+    return config.num_steps, config.min_period, config.max_period, model.prefix_length
 
 
 def _time_embeddings(

@@ -27,7 +27,7 @@ from .ops.select import select
 from .patching.call_rules import Call
 from .patching.captured import Captured
 from .patching.eligibility import INFERENCE
-from .patching.layer_forward import denoise_step, embed_prefix, patch_layers, unpatch_layers
+from .patching.layer_forward import model_methods, patch_layers, unpatch_layers
 from .patching.layer_runtime import LAYER_RUNTIMES
 from .patching.rtc import guidance_of
 from .patching.runtime import Status, drop_runtime, runtime_of
@@ -46,7 +46,7 @@ def _listed(given: Any) -> Any:
 
 
 class _Accelerated:
-    """Put before a model's own class by ``patch``; overrides ``sample_actions``, and what other samplers call."""
+    """Put before a model's own class by ``patch``; overrides ``sample_actions``; see ``model_methods`` too."""
 
     stock_class: type
 
@@ -115,28 +115,6 @@ class _Accelerated:
         with stock_layers():
             return stock.sample_actions(self, images, *others, noise=noise, **kwargs)
 
-    @_disable_dynamo
-    def embed_prefix(
-        self: Any, images: Any, img_masks: Any, lang_tokens: Tensor, lang_masks: Tensor, state: Any = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As the stock method, by the engine's vision and prefix stages where it may."""
-        cls: Any = type(self)
-        given = (_listed(images), _listed(img_masks), lang_tokens, lang_masks, state)
-        if not issubclass(cls, _Accelerated):
-            return cls.embed_prefix(self, *given)
-        return embed_prefix(self, cls.stock_class.embed_prefix, *given)
-
-    @_disable_dynamo
-    def denoise_step(
-        self: Any, prefix_pad_masks: Tensor, past_key_values: Any, x_t: Tensor, timestep: Tensor
-    ) -> Tensor:
-        """As the stock method, by the engine's denoise stage where it may."""
-        cls: Any = type(self)
-        given = (prefix_pad_masks, past_key_values, x_t, timestep)
-        if not issubclass(cls, _Accelerated):
-            return cls.denoise_step(self, *given)
-        return denoise_step(self, cls.stock_class.denoise_step, *given)
-
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         cls = type(self)  # read once, as above
         if not issubclass(cls, _Accelerated):
@@ -147,7 +125,8 @@ class _Accelerated:
 @cache
 def _accelerated(stock: type, training: bool) -> type:
     bases = (TrainingMixin, _Accelerated, stock) if training else (_Accelerated, stock)
-    return type(stock.__name__, bases, {"stock_class": stock, "__module__": stock.__module__})
+    attributes = {"stock_class": stock, "__module__": stock.__module__, **model_methods(stock, _Accelerated)}
+    return type(stock.__name__, bases, attributes)
 
 
 def _restore(stock: type, training: bool = False) -> Any:
@@ -277,7 +256,7 @@ def unpatch(policy: P) -> P:
     if issubclass(cls, _Accelerated):
         model.__class__ = cls.stock_class
         model.__dict__.pop(SETTINGS, None)
-    unpatch_layers(model.vlm_with_expert)
+    unpatch_layers(model)
     drop_runtime(model)
     return policy
 
@@ -285,7 +264,8 @@ def unpatch(policy: P) -> P:
 def captured(policy: Any, function: Callable[..., Tensor]) -> Captured:
     """A sampler of your own over a patched policy, as a function that replays it on an NVIDIA GPU as one CUDA graph.
 
-    function  called with tensors, and whatever else compares by value, such as a number of steps; returns one tensor.
+    function  called with tensors, and whatever else compares by value, such as a number of steps; a cache that is none of
+              its own is compared by identity and read where it lies. Returns one tensor.
               Device work alone: no ``.item()``, no ``torch.tensor(...)``, no random numbers. What changes from call to call
               is an argument; what else it reads, weights apart, is read where it lay when it was captured
     returns   a callable of the same arguments. Under ``torch.no_grad()`` a first call of new shapes captures, later ones

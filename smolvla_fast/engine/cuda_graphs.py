@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
@@ -59,6 +60,24 @@ def math_flags() -> tuple[Any, ...]:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
+
+
+_of_user: ContextVar[dict[int, Any] | None] = ContextVar("smolvla_fast_capture", default=None)
+
+
+@contextmanager
+def inside_capture() -> Iterator[None]:
+    """A captured function of a user runs inside: what is set around it was asked before it began."""
+    token = _of_user.set({})
+    try:
+        yield
+    finally:
+        _of_user.reset(token)
+
+
+def capture_of_user() -> dict[int, Any] | None:
+    """What is kept for the run of such a function, or None outside."""
+    return _of_user.get()
 
 
 class CaptureFailed(RuntimeError):

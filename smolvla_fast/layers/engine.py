@@ -4,7 +4,8 @@ caches: for whoever samples, analyses or trains below ``sample_actions``.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..stages.observation import Observation
 from ..stages.prefix import embed_prefix, embed_state, image_ends
 from ..stages.vision import encode_images, patch_positions
 from . import caches
-from .notes import Notebook
+from .notes import Notebook, current
 from .run import Fused, LayerCall, Reader, Run, WithGrad
 
 
@@ -149,43 +150,55 @@ class LayerEngine:
         config = model.config
         with self._on(x):
             self._check_copies()
-            kvs, layers = self._prefix(pair, cache, dims.chunk)
             own, cross = suffix_tokens(pad_masks, dims.chunk, dims.head_dim)
             own, cross = (each._replace(mask=ops.prepare_mask(each.mask)) for each in (own, cross))
             times = time_embedding(time, dims.expert_width, config.min_period, config.max_period)
             folded = ops.suffix_fold(times[None], heads.action_in, heads.time_in)
-            with nullcontext() if self._workspace is None else self._workspace.lent() as memory:
+            lent = nullcontext() if self._workspace is None else self._workspace.lent()
+            with self._prefix(pair, cache, dims.chunk) as (kvs, layers), lent as memory:
                 h = ops.suffix_embed(x, 0, folded, heads.time_out, memory=memory)
                 h = expert_layers(ops, layers, kvs, h, own, cross, memory)
                 _, v = ops.euler_step(h, heads.expert_norm, heads.action_out, x, 0.0, None, memory=memory)
                 return v if memory is None else v.clone()
 
-    def _prefix(self, pair: Any, cache: Any, chunk: int) -> tuple[list[LayerKV], list[DecoderLayer]]:
+    @contextmanager
+    def _prefix(
+        self, pair: Any, cache: Any, chunk: int
+    ) -> Iterator[tuple[list[LayerKV], list[DecoderLayer]]]:
         """What the denoise stage reads of a cache: as ``stages.prefix.fill_prefix`` leaves it."""
-        notes = self._notebook.of(cache)
-        reader = Reader(self.products, notes)
+        reader = self._reader(cache)
+        notes, kvs, layers = reader.notes, [], []
+        assert notes is not None
         by_head = self.products.tier.stock_order and not isinstance(cache, dict)
-        kvs, layers = [], []
-        for i, module in enumerate(pair.lm_expert.layers):
-            layers.append(reader.layer(module, is_cross(pair, i)))
-            if layers[-1].cross:
-                kvs.append(reader.cross_kv(cache, i, module))
-                continue
+        # Slots are written by whoever has them: on a GPU what is queued on one stream is not to meet another's.
+        stream = torch.cuda.current_stream().cuda_stream if self.products.device.type == "cuda" else None
+        with ExitStack() as stack:
+            for i, module in enumerate(pair.lm_expert.layers):
+                layers.append(reader.layer(module, is_cross(pair, i)))
+                if layers[-1].cross:
+                    kvs.append(reader.cross_kv(cache, i, module))
+                    continue
 
-            def with_slots(i: int = i) -> LayerKV:
-                return LayerKV(*(with_free_slots(each, chunk, by_head) for each in caches.read(cache, i)))
+                def with_slots(i: int = i) -> LayerKV:
+                    return LayerKV(*(with_free_slots(each, chunk, by_head) for each in caches.read(cache, i)))
 
-            kvs.append(notes.get(("own", i, chunk), caches.held(cache, i), with_slots))
-        return kvs, layers
+                kvs.append(
+                    stack.enter_context(
+                        notes.lent(("own", i, chunk, stream), caches.held(cache, i), with_slots)
+                    )
+                )
+            yield kvs, layers
+
+    def _reader(self, cache: Any) -> Reader:
+        notebook = current(self._notebook)
+        return Reader(self.products, notebook, notebook.of(cache))
 
     def _run(self, pair: Any, call: LayerCall, cache: Any, grad: bool, memory: Memory | None = None) -> Run:
         if grad:
-            return WithGrad(Reader(self.products, None), pair, call, cache, None)
+            return WithGrad(Reader(self.products), pair, call, cache, None)
         self._check_copies()
         known = call.inputs[0] is None and cache is not None
-        return Fused(
-            Reader(self.products, self._notebook.of(cache) if known else None), pair, call, cache, memory
-        )
+        return Fused(self._reader(cache) if known else Reader(self.products), pair, call, cache, memory)
 
     def _check_copies(self) -> None:
         if self.products.quantized_weights is not None:

@@ -21,8 +21,9 @@ class _Layer(nn.Module):
              are read at every call and are parameters of this module
     backend  as of ``patch``
 
-    Products run in the dtype of each weight; the residual stream, norms, scores and softmax are fp32. Where gradients are
-    on and something learns, the layer's own modules compute it over one fused attention.
+    Products run in the dtype of each weight; the residual stream, norms, scores and softmax are fp32. The layer's
+    own modules are called, over one fused attention, where gradients are on and something learns, under autocast, and where
+    one has a hook, a bias or an adapter.
     """
 
     cross: bool
@@ -63,10 +64,19 @@ class _Layer(nn.Module):
                 kind = " torch.bool" if name == "mask" else ""
                 raise ValueError(f"{name} is {tuple(each.shape)} {each.dtype}; accepted is {shape}{kind}")
 
-    def _learns(self, *read: Tensor) -> bool:
-        return torch.is_grad_enabled() and any(
-            each.requires_grad for each in (*read, *self.layer.parameters())
+    def _by_modules(self, *read: Tensor) -> bool:
+        """Whether the layer's own modules are called: something learns, or they do more than their weights say."""
+        layer, device = self.layer, read[0].device.type
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (*read, *layer.parameters()))
+        attention, mlp = layer.self_attn, layer.mlp
+        linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        plain = all(type(each) is nn.Linear and each.bias is None for each in linears)
+        hooked = any(
+            each._forward_hooks or each._forward_pre_hooks or "forward" in vars(each)
+            for each in layer.modules()
         )
+        return learns or hooked or not plain or torch.is_autocast_enabled(device)
 
     def _run(self, x: Tensor, kv: LayerKV, positions: Tensor, mask: Tensor, slots: Any) -> Tensor:
         ops = self._ops(x)
@@ -95,18 +105,13 @@ class SelfAttentionLayer(_Layer):
         raises     ValueError for other shapes, TypeError of the ops for other dtypes
         """
         self._check(x, k, v, positions, mask, own=x.shape[1])
-        attention, before = self.layer.self_attn, k.shape[1]
-        if self._learns(x, k, v):
-            rope, head_dim = rope_tables(positions, self._head_dim()), self._head_dim()
-            h = with_grad.normed(self.layer, x.float())
-            q, own = (
-                with_grad.rotate(with_grad.heads(each, h, head_dim), rope)
-                for each in (attention.q_proj, attention.k_proj)
-            )
-            k = torch.cat([k, own], dim=1)
-            v = torch.cat([v, with_grad.heads(attention.v_proj, h, head_dim)], dim=1)
+        before = k.shape[1]
+        if self._by_modules(x, k, v):
+            rope = rope_tables(positions, self._head_dim())
+            q, own_k, own_v = with_grad.qkv(self.layer, x.float(), rope, self._head_dim())
+            k, v = torch.cat([k, own_k], dim=1), torch.cat([v, own_v], dim=1)
             return (
-                with_grad.finish(self.layer, x.float(), self._ops(x).attention_with_grad(q, k, v, mask)),
+                with_grad.finish(self.layer, x.float(), with_grad.attention(self._ops(x), q, k, v, mask)),
                 k,
                 v,
             )
@@ -131,7 +136,7 @@ class CrossAttentionLayer(_Layer):
 
         k, v  [B, P, K, D], rotated      returns  the same in the dtype of the weights
         """
-        if self._learns(k, v):
+        if self._by_modules(k, v):
             return with_grad.cross_kv(self.layer, k, v, self._head_dim())
         record = self._read()
         with torch.no_grad():
@@ -145,9 +150,8 @@ class CrossAttentionLayer(_Layer):
         raises     ValueError for other shapes, TypeError of the ops for other dtypes
         """
         self._check(x, k, v, positions, mask, own=0)
-        if self._learns(x, k, v):
-            h = with_grad.normed(self.layer, x.float())
-            q = with_grad.heads(self.layer.self_attn.q_proj, h, self._head_dim())
-            q = with_grad.rotate(q, rope_tables(positions, self._head_dim()))
-            return with_grad.finish(self.layer, x.float(), self._ops(x).attention_with_grad(q, k, v, mask))
+        if self._by_modules(x, k, v):
+            rope = rope_tables(positions, self._head_dim())
+            q, _, _ = with_grad.qkv(self.layer, x.float(), rope, self._head_dim(), keys=False)
+            return with_grad.finish(self.layer, x.float(), with_grad.attention(self._ops(x), q, k, v, mask))
         return self._run(x, LayerKV(k, v), positions, mask, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..ops.reference.rope import rope_tables
 from ..ops.reference.suffix_tokens import Rope
 from ..stages.layers import finish, project
 from . import caches
-from .notes import CacheNotes
+from .notes import CacheNotes, Notebook
 
 Stream = tuple[int, Any, Tensor]
 """0 for the VLM or 1 for the expert, its layer at some depth, and what goes into it, [B, T, M]."""
@@ -45,30 +46,31 @@ class LayerCall:
 
 
 class Reader:
-    """Weights as a tier reads them, and the expert's cross KV: each made once for a cache that is known.
+    """Weights as a tier reads them, and the expert's cross KV: what is not live is made once for a cache that is known.
 
-    notes  of the cache, or None
+    notebook, notes  where that is kept, or None
     """
 
-    def __init__(self, products: Products, notes: CacheNotes | None) -> None:
+    def __init__(
+        self, products: Products, notebook: Notebook | None = None, notes: CacheNotes | None = None
+    ) -> None:
         self.products, self.notes = products, notes
+        self._cast, self._cast_cross = products.cast, products.widen
+        # Quantised copies are kept and checked by themselves.
+        if notebook is not None and notes is not None and products.quantized_weights is None:
+            self._cast = partial(notebook.converted, notes, convert=products.cast)
+            self._cast_cross = partial(notebook.converted, notes, convert=products.widen)
 
     def layer(self, module: Any, cross: bool) -> DecoderLayer:
-        def make() -> DecoderLayer:
-            return read_decoder_layer(module, cross, self.products.cast, self.products.widen)
-
-        # Quantised copies are kept and checked by themselves.
-        if self.notes is None or self.products.quantized_weights is not None:
-            return make()
-        return self.notes.get(("weights", id(module), cross), tuple(module.parameters()), make)
+        return read_decoder_layer(module, cross, self._cast, self._cast_cross)
 
     def cross_kv(self, cache: Any, depth: int, module: Any) -> LayerKV:
         """The expert's projections of what a cache holds of a layer."""
         weights = module.self_attn.k_proj.weight, module.self_attn.v_proj.weight
 
         def make() -> LayerKV:
-            layer = self.layer(module, True)
-            return LayerKV(*self.products.ops.cross_kv(*caches.read(cache, depth), layer.k, layer.v))
+            k, v = (self._cast_cross(each) for each in weights)
+            return LayerKV(*self.products.ops.cross_kv(*caches.read(cache, depth), k, v))
 
         if self.notes is None:
             return make()
@@ -201,17 +203,10 @@ class WithGrad(Run):
         return mask
 
     def qkv(self, layer: Any, cross: bool, x: Tensor, rope: Rope) -> tuple[Tensor, Any, Any]:
-        h, attention = modules.normed(layer, x), layer.self_attn
-        q = modules.rotate(modules.heads(attention.q_proj, h, self.head_dim), rope)
-        if cross:
-            return q, None, None
-        k = modules.rotate(modules.heads(attention.k_proj, h, self.head_dim), rope)
-        return q, k, modules.heads(attention.v_proj, h, self.head_dim)
+        return modules.qkv(layer, x, rope, self.head_dim, keys=not cross)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        # A query that sees nothing weighs all keys alike in stock, and so does a query of zeros that sees all.
-        nothing = ~mask.any(-1)[:, :, None, None]
-        return self.ops.attention_with_grad(q.masked_fill(nothing, 0), k, v, mask)
+        return modules.attention(self.ops, q, k, v, mask)
 
     def cross_kv(self, depth: int, layer: Any, kv: caches.KV | None) -> caches.KV:
         return modules.cross_kv(layer, *(kv or caches.read(self.cache, depth)), self.head_dim)

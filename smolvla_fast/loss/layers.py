@@ -36,6 +36,22 @@ def heads(projection: Any, x: Tensor, head_dim: int) -> Tensor:
     return projection(x).view(*x.shape[:2], -1, head_dim)
 
 
+def qkv(layer: Any, x: Tensor, rope: Rope, head_dim: int, keys: bool = True) -> tuple[Tensor, Any, Any]:
+    """q [B, T, H, D], and k, v [B, T, K, D] unless ``keys`` are of another stream: norm, projections, rotation."""
+    h, attention = normed(layer, x), layer.self_attn
+    q = rotate(heads(attention.q_proj, h, head_dim), rope)
+    if not keys:
+        return q, None, None
+    return q, rotate(heads(attention.k_proj, h, head_dim), rope), heads(attention.v_proj, h, head_dim)
+
+
+def attention(ops: Ops, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """``ops.attention_with_grad``, whose rows that see nothing are stock's: they weigh all keys alike, as a query of zeros
+    does that sees all."""
+    nothing = ~mask.any(-1)[:, :, None, None]
+    return ops.attention_with_grad(q.masked_fill(nothing, 0), k, v, mask)
+
+
 def cross_kv(layer: Any, k: Tensor, v: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """The expert's projections of the prefix's keys and values, [B, P, K, D] each."""
     attention = layer.self_attn
@@ -114,14 +130,13 @@ def expert_layers(
     cross  positions from 0, the prefix visible: cross-attention layers, over projections of its keys and values
     """
     for i, (layer, (k, v)) in enumerate(zip(pair.lm_expert.layers, prefix, strict=True)):
-        h, attention = normed(layer, x), layer.self_attn
-        q = heads(attention.q_proj, h, head_dim)
-        if is_cross(pair, i):
+        crosses = is_cross(pair, i)
+        rows = cross if crosses else own
+        q, own_k, own_v = qkv(layer, x, rows.rope, head_dim, keys=not crosses)
+        if crosses:
             k, v = cross_kv(layer, k, v, head_dim)
-            a = ops.attention_with_grad(rotate(q, cross.rope), k, v, cross.mask)
         else:
-            k = torch.cat([k, rotate(heads(attention.k_proj, h, head_dim), own.rope)], dim=1)
-            v = torch.cat([v, heads(attention.v_proj, h, head_dim)], dim=1)
-            a = ops.attention_with_grad(rotate(q, own.rope), k, v, own.mask)
+            k, v = torch.cat([k, own_k], dim=1), torch.cat([v, own_v], dim=1)
+        a = ops.attention_with_grad(q, k, v, rows.mask)
         x = finish(layer, x, a)
     return pair.lm_expert.norm(x)

@@ -8,11 +8,12 @@ Each method keeps stock's signature, in whatever release, and runs stock's own m
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, wraps
 from inspect import Signature, signature
 from typing import Any
+from weakref import ref
 
-from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from ..layers.engine import LayerEngine
@@ -20,7 +21,9 @@ from .call_rules import Call
 from .eligibility import LAYERS, PREFIX, STEPS, Eligibility
 from .layer_rules import LayerRequest, StepRequest, needs_grad, requested
 from .layer_runtime import LAYER_RUNTIMES
+from .runtime import runtime_of
 from .settings import SETTINGS, Settings, stock_layers, stock_wanted
+from .source_digests import unknown_of
 
 
 class AcceleratedLayers:
@@ -104,12 +107,27 @@ def restore_layers(stock: type) -> Any:
 
 
 def patch_layers(model: Any, settings: Settings) -> None:
-    """Not of a model that LeRobot compiles (``compile_model``): what is compiled is stock's, layers and all."""
+    """Not of a model that is compiled (``compile_model``): what is compiled is stock's, layers and all. Nor of a pair that
+    is none of LeRobot's or ours: its layers are not ours to replace, with a receipt."""
     pair = model.vlm_with_expert
-    if any(name in model.__dict__ for name in ("sample_actions", "forward")):
-        return unpatch_layers(pair)
     cls: Any = type(pair)
     stock = cls.stock_class if issubclass(cls, AcceleratedLayers) else cls
+    missing = [name for name in METHODS if not callable(getattr(stock, name, None))]
+    compiled = any(
+        hasattr(model.__dict__.get(name), "_torchdynamo_orig_callable")
+        for name in ("sample_actions", "forward")
+    )
+    if missing or compiled:
+        unpatch_layers(model)
+        if missing:
+            LAYER_RUNTIMES.of(pair).note(f"vlm_with_expert is a {cls.__qualname__} without {missing[0]}")
+        return
+    runtime = LAYER_RUNTIMES.of(pair)
+    before = runtime_of(model).pair
+    if before is not None and before() is not pair:
+        unpatch_layers(model)
+    runtime_of(model).pair = ref(pair)
+    runtime.patched_by[model] = settings
     if (
         pair.__dict__.get(SETTINGS) != settings
     ):  # the same object else: graphs hold as long as nothing is replaced
@@ -117,44 +135,66 @@ def patch_layers(model: Any, settings: Settings) -> None:
     pair.__class__ = _accelerated_layers(stock)
 
 
-def unpatch_layers(pair: Any) -> None:
-    cls: Any = type(pair)
-    if issubclass(cls, AcceleratedLayers):
-        pair.__class__ = cls.stock_class
-        pair.__dict__.pop(SETTINGS, None)
-    LAYER_RUNTIMES.drop(pair)
+def unpatch_layers(model: Any) -> None:
+    """Undo ``patch_layers`` of this model, on the pair it was done to; another patched model that shares it keeps it."""
+    patched = runtime_of(model).pair
+    for pair in {id(x): x for x in (model.vlm_with_expert, patched and patched()) if x is not None}.values():
+        runtime = LAYER_RUNTIMES.of(pair)
+        runtime.patched_by.pop(model, None)
+        left = next(iter(runtime.patched_by.values()), None)
+        if left is not None:
+            pair.__dict__[SETTINGS] = left
+            continue
+        cls: Any = type(pair)
+        if issubclass(cls, AcceleratedLayers):
+            pair.__class__ = cls.stock_class
+            pair.__dict__.pop(SETTINGS, None)
+        LAYER_RUNTIMES.drop(pair)
+
+
+def model_methods(stock: type, accelerated: type) -> dict[str, Callable[..., Any]]:
+    """``denoise_step`` and ``embed_prefix`` for a patched model of this class: what other samplers call."""
+    requests: dict[str, tuple[Eligibility, Any]] = {
+        "denoise_step": (STEPS, StepRequest), "embed_prefix": (PREFIX, Call),
+    }  # fmt: skip
+    return {
+        name: _of_model(stock, accelerated, name, *request)
+        for name, request in requests.items()
+        if callable(getattr(stock, name, None))
+    }
 
 
 def _of_model(
-    model: Any,
-    name: str,
-    rules: Eligibility,
-    request: Any,
-    serve: Callable[[LayerEngine], Any],
-    stock: Callable[[], Any],
-) -> Any:
-    """A method of a patched model by its pair's engine, where that may."""
-    pair = model.vlm_with_expert
-    if stock_wanted() or not isinstance(pair, AcceleratedLayers):
-        return stock()
-    runtime = LAYER_RUNTIMES.of(pair)
-    engine, reason = runtime.look(pair)
-    reason = reason or rules.model_reason(model) or rules.call_reason(model, request)
-    if engine is None or reason is not None:
-        runtime.count(name, str(reason))
-        return stock()  # its layers may still be ours
-    found = serve(engine)
-    runtime.count(name, None)
-    return found
+    stock: type, accelerated: type, name: str, rules: Eligibility, request: Any
+) -> Callable[..., Any]:
+    """By the engine of the model's pair, where that may. request  makes a record of the arguments in stock's order"""
+    own: Any = getattr(stock, name)
+    found, length = signature(own), len(request._fields) if request is StepRequest else 5
 
+    @wraps(own)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        pair: Any = self.vlm_with_expert
+        if stock_wanted() or not issubclass(type(self), accelerated):
+            return own(self, *args, **kwargs)
+        runtime = LAYER_RUNTIMES.of(pair)
+        engine, reason = None, rules.model_reason(self)
+        # A method of the user's own calls layers that may be ours; stock's is stock's throughout.
+        users = reason is not None and unknown_of([("VLAFlowMatching", self, (name,))]) is not None
+        if not isinstance(pair, AcceleratedLayers):
+            reason = "vlm_with_expert is not the one that was patched; patch the policy again"
+        if reason is None:
+            try:
+                given = list(found.bind(self, *args, **kwargs).arguments.values())[1:]
+            except TypeError as error:
+                reason = f"the arguments are not stock's: {error}"
+            else:
+                given += [None] * (length - len(given))
+                engine, reason = runtime.look(pair)
+                reason = reason or rules.call_reason(self, request(*given))
+        runtime.count(name, reason)
+        if engine is None or reason is not None:
+            with nullcontext() if users else stock_layers():
+                return own(self, *args, **kwargs)
+        return getattr(engine, name)(self, *given)
 
-def denoise_step(model: Any, stock: Callable[..., Tensor], *given: Any) -> Tensor:
-    """stock  the method itself      given  prefix_pad_masks, past_key_values, x_t, timestep"""
-    step = lambda engine: engine.denoise_step(model, *given)  # noqa: E731
-    return _of_model(model, "denoise_step", STEPS, StepRequest(*given), step, lambda: stock(model, *given))
-
-
-def embed_prefix(model: Any, stock: Callable[..., Any], *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """stock  the method itself      given  images, img_masks, lang_tokens, lang_masks, state"""
-    embed = lambda engine: engine.embed_prefix(model, *given)  # noqa: E731
-    return _of_model(model, "embed_prefix", PREFIX, Call(*given), embed, lambda: stock(model, *given))
+    return _disable_dynamo(method)

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..engine.cuda_graphs import capture_of_user
 from ..layers import caches
 from ..layers.run import LayerCall
 from ..model.dense import why_not_dense
 from ..model.weights import is_cross
 from . import call_rules, model_rules
 from .call_rules import Call, ambient
-from .settings import SETTINGS, is_captured
+from .settings import SETTINGS
 
 
 class LayerRequest(NamedTuple):
@@ -50,9 +51,14 @@ def requested(method: str, signature: Signature, pair: Any, args: Any, kwargs: A
 
 
 def around(pair: Any, request: LayerRequest) -> str | None:
-    if pair.training and not pair.__dict__[SETTINGS].training:
+    return _around(pair, pair)
+
+
+def _around(module: Any, pair: Any) -> str | None:
+    if module.training and not pair.__dict__[SETTINGS].training:
         return "the model is in train mode; call policy.eval(), or patch(policy, training=True)"
-    return None if is_captured() else ambient(next(pair.parameters()).device.type)
+    # Of a captured function that was asked before it began.
+    return ambient(next(pair.parameters()).device.type) if capture_of_user() is None else None
 
 
 def arguments(pair: Any, request: LayerRequest) -> str | None:
@@ -85,6 +91,9 @@ def arguments(pair: Any, request: LayerRequest) -> str | None:
 def _cache(pair: Any, request: LayerRequest, call: LayerCall, batch: int, tokens: int) -> str | None:
     """What of a cache, and hence of a mask, goes with these inputs."""
     prefix, suffix = call.inputs
+    given, asked = request.given["past_key_values"], bool(request.given["use_cache"])
+    if (given is not None or request.given.get("fill_kv_cache")) and not asked:
+        return "a cache, or one to fill, with use_cache=False"
     if prefix is not None and suffix is not None and call.cache is not None:
         return "a prefix and a suffix with a cache; accepted is one of them, or no cache"
     used, whole = bool(request.given["use_cache"]), request.method == "forward"
@@ -92,6 +101,8 @@ def _cache(pair: Any, request: LayerRequest, call: LayerCall, batch: int, tokens
     if suffix is None:
         if not used or (whole and not (call.fill and call.cache is None)):
             return "a prefix alone; accepted is one that fills a new cache"
+        if not whole and call.cache is None:
+            return "one layer without a cache to fill; accepted is one"
         if not whole and not call.fill and _holds(call.cache, call.layer):
             return f"the cache holds layer {call.layer} already; accepted is a prefix that fills it"
     elif prefix is None:
@@ -102,14 +113,10 @@ def _cache(pair: Any, request: LayerRequest, call: LayerCall, batch: int, tokens
         if len(lengths) > 1:
             return f"the cache holds {sorted(lengths)} tokens in its layers; accepted are as many in each"
         (before,) = lengths
-        k, v = caches.read(call.cache, depths[0])
-        if (
-            len(k) != batch
-            or k.device != call.mask.device
-            or k.dtype not in model_rules.DTYPES
-            or v.dtype != k.dtype
-        ):
-            return f"the cache is of {len(k)} samples in {k.dtype} on {k.device}; the suffix of {batch}"
+        for depth in depths:
+            why = _not_of(pair, *caches.read(call.cache, depth), (batch, before))
+            if why is not None:
+                return why
     elif used:
         return "a prefix and a suffix with use_cache; accepted is use_cache=False"
     cross = request.method == "forward_cross_attn_layer"
@@ -119,6 +126,16 @@ def _cache(pair: Any, request: LayerRequest, call: LayerCall, batch: int, tokens
     if call.mask.dtype is not torch.bool or tuple(call.mask.shape) != wanted:
         return f"attention_mask {tuple(call.mask.shape)} {call.mask.dtype}; accepted is {wanted} bool"
     return _layers(pair, call, whole)
+
+
+def _not_of(pair: Any, k: Tensor, v: Tensor, sizes: tuple[int, int]) -> str | None:
+    """What of a layer's cached keys and values does not go with so many samples and tokens of this pair."""
+    head_dim = pair.get_vlm_model().text_model.layers[0].self_attn.head_dim
+    wanted, home = (*sizes, pair.num_key_value_heads, head_dim), next(pair.parameters()).device
+    for each in (k, v):
+        if tuple(each.shape) != wanted or each.device != home or each.dtype not in model_rules.DTYPES:
+            return f"the cache holds {tuple(each.shape)} {each.dtype} on {each.device}; accepted is {wanted}"
+    return None if k.dtype is v.dtype else f"the cache holds keys in {k.dtype}, values in {v.dtype}"
 
 
 def _holds(cache: Any, layer: int) -> bool:
@@ -171,6 +188,9 @@ def needs_grad(pair: Any, request: LayerRequest) -> bool:
         read = [
             stack for x, stack in zip(inputs, (vlm.text_model, pair.lm_expert), strict=True) if x is not None
         ]
+        call, depths = request.layers, range(pair.num_vlm_layers if request.method == "forward" else 0)
+        if call.cache is not None and call.inputs[0] is None:
+            inputs += [x for i in depths or [call.layer] for x in caches.held(call.cache, i)]
     return any(x is not None and x.requires_grad for x in inputs) or any(
         each.requires_grad for module in read for each in module.parameters()
     )
@@ -208,19 +228,15 @@ def step_arguments(model: Any, request: StepRequest) -> str | None:
         why = why_not_dense(each)
         if why is not None or each.device != home or each.dtype is not dtype or tuple(each.shape) != shape:
             return f"{name} is {why or f'{each.dtype} {tuple(each.shape)} on {each.device}'}; accepted is {dtype} {shape}"
-    if cache is None:
+    if cache is None or not config.use_cache:
         return "no cache of the prefix"
-    for i in range(len(model.vlm_with_expert.lm_expert.layers)):
-        k, v = caches.read(cache, i)
-        wanted = (batch, pad_masks.shape[1])
-        if (
-            tuple(k.shape[:2]) != wanted
-            or k.shape != v.shape
-            or k.device != home
-            or k.dtype not in model_rules.DTYPES
-        ):
-            return f"the cache holds {tuple(k.shape[:2])} keys in layer {i}; accepted is {wanted}, as the masks have them"
-    return _no_gradients(model, x)
+    pair, held = model.vlm_with_expert, list[Tensor]()
+    for i in range(len(pair.lm_expert.layers)):
+        held += caches.held(cache, i)
+        why = _not_of(pair, *caches.read(cache, i), (batch, pad_masks.shape[1]))
+        if why is not None:
+            return why
+    return _no_gradients(model, x, time, *held)
 
 
 def prefix_arguments(model: Any, call: Call) -> str | None:
@@ -235,5 +251,4 @@ def prefix_arguments(model: Any, call: Call) -> str | None:
 def _no_gradients(model: Any, *read: Tensor) -> str | None:
     if torch.is_grad_enabled() and any(each.requires_grad for each in (*read, *model.parameters())):
         return "gradients are on: call it under torch.no_grad()"
-    kind = next(model.parameters()).device.type
-    return None if is_captured() else ambient(kind)
+    return _around(model, model.vlm_with_expert)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..engine.products import Products
 from ..layers.engine import LayerEngine
@@ -28,7 +29,14 @@ class LayerRuntime(Served[LayerEngine]):
         super().__init__()
         self.counts: Counter[tuple[str, bool]] = Counter()
         self._products: tuple[tuple[Any, ...], Products] | None = None
+        self.patched_by: WeakKeyDictionary[Any, Settings] = WeakKeyDictionary()
         self._probed: tuple[Any, str | None] = (None, None)
+
+    def look(self, model: Any) -> tuple[LayerEngine | None, str | None]:
+        wishes = {(each.precision, each.backend) for each in self.patched_by.values()}
+        if len(wishes) > 1:
+            return None, "two policies that share it are patched with other settings; patch them alike"
+        return super().look(model)
 
     def products(self, tier: Tier, backend: str, device: Any) -> Products:
         """One for a tier, backend and device: quantised copies are made once."""
@@ -44,12 +52,17 @@ class LayerRuntime(Served[LayerEngine]):
         products = self.products(tier, settings.backend, weight.device)
         if self.engine is None or self.engine.products is not products:
             self.engine = LayerEngine(products)
-        code = (tier, weight.device, probed_code(pair))
-        if self._probed[0] != code:
-            # A load in another thread may change a weight between two sides of a comparison: asked twice.
-            exact = tier.stock_order
-            self._probed = code, probe(pair, exact) and probe(pair, exact)
-        return self._probed[1]
+        return self.probed(pair, tier)
+
+    def probed(self, pair: Any, tier: Tier) -> str | None:
+        """Why the live modules are not what the engine computes in their place; asked once for a state of them."""
+        with self.lock:
+            code = (tier, [(x.dtype, x.device) for x in pair.parameters()], probed_code(pair))
+            if self._probed[0] != code:
+                # A load in another thread may change a weight between two sides of a comparison: asked twice.
+                exact = tier.stock_order
+                self._probed = code, probe(pair, exact) and probe(pair, exact)
+            return self._probed[1]
 
     def count(self, method: str, reason: str | None) -> None:
         with self.lock:

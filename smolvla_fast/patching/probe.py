@@ -42,7 +42,9 @@ def probe(pair: Any, exact: bool, frozen_only: bool = False) -> str | None:
 
 def _probe(pair: Any, exact: bool, frozen_only: bool) -> str | None:
     vlm = pair.get_vlm_model()
-    with torch.no_grad():
+    # A dropout layer in train mode would draw: the caller's random state does not move.
+    devices = sorted({each.device.index for each in pair.parameters() if each.is_cuda})
+    with torch.no_grad(), torch.random.fork_rng(devices):
         for name, live, ours in (
             *_probe_vision(vlm),
             *_probe_decoder(vlm.text_model),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 from ..engine.cuda_graphs import GraphCache
 from ..engine.timing import STAGES
@@ -14,7 +14,6 @@ from ..model.weights import representative_weight
 from .change_detector import ChangeDetector
 from .eligibility import INFERENCE
 from .layer_runtime import LAYER_RUNTIMES
-from .probe import probe, probed_code
 from .served import Registry, Served, logger
 from .settings import Settings
 from .training_runtime import TrainingRuntime
@@ -92,31 +91,25 @@ class Runtime(Served[Engine]):
         super().__init__()
         self.training = TrainingRuntime()
         self.captured: WeakSet[GraphCache] = WeakSet()
+        self.pair: ref[Any] | None = None  # whose layers were patched with this model
         self._built_for: tuple[Any, ...] = ()
-        self._probed: tuple[Any, str | None] = (None, None)
 
     def prepare(self, model: Any, settings: Settings) -> str | None:
         weight = representative_weight(model)
         # All dtypes and devices: a model that is looked at while another thread moves it is another one afterwards.
         key = (settings, weight.dtype, weight.device, *((x.dtype, x.device) for x in model.parameters()))
+        layers = LAYER_RUNTIMES.of(model.vlm_with_expert)
         if self.engine is not None and self.engine.graphs is not None:
             self.engine.graphs.clear()  # they hold addresses and settings of before
         if self.engine is None or self._built_for != key:
             tier = resolve_tier(settings.precision, weight.dtype)
-            layers = LAYER_RUNTIMES.of(model.vlm_with_expert)
             products = layers.products(tier, settings.backend, weight.device)
             self.engine = Engine(tier, settings.backend, weight.device, products=products)
             if self._built_for and self._built_for[0] == settings:  # not patched anew, which says it itself
                 name = self.engine.ops.backend
                 logger.info("smolvla_fast: now: %s on %s, backend %s", tier.name, weight.device, name)
             self._built_for = key
-        pair = model.vlm_with_expert
-        code = (key, probed_code(pair))
-        if self._probed[0] != code:
-            # A load in another thread may change a weight between two sides of a comparison: asked twice.
-            exact = self.engine.tier.stock_order
-            self._probed = (code, probe(pair, exact) and probe(pair, exact))
-        return self._probed[1]
+        return layers.probed(model.vlm_with_expert, self.engine.tier)
 
     def gate(self, model: Any) -> tuple[Engine | None, str | None, tuple[Validator, ...]]:
         """May it: an engine or why not, and what is still to be checked of the model when the chunk is queued.
@@ -145,7 +138,6 @@ class Runtime(Served[Engine]):
         with self.lock:
             for each in self._graphs:
                 each.clear()
-            self._probed = (None, None)  # what failed for want of memory, say, may pass now
             super().forget()
         self.training.forget()
 

@@ -42,20 +42,3 @@ def stock_layers() -> Iterator[None]:
 
 def stock_wanted() -> bool:
     return _stock.get()
-
-
-_captured: ContextVar[bool] = ContextVar("smolvla_fast_captured", default=False)
-
-
-@contextmanager
-def inside_capture() -> Iterator[None]:
-    """A captured function of a user runs inside: what is set around it was asked before it began."""
-    token = _captured.set(True)
-    try:
-        yield
-    finally:
-        _captured.reset(token)
-
-
-def is_captured() -> bool:
-    return _captured.get()

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.layer_calls import forward, given
 from support.policies import LEROBOT_ONLY, make_policy, model_inputs, rel_l2
 from support.recorder import RecorderDriver
 from torch import Tensor
 
 import smolvla_fast
 from examples.custom_sampler import heun, main
+from smolvla_fast.layers import caches
 from smolvla_fast.patching import captured as module
 from smolvla_fast.testing.policies import make_noise, make_observation
 
@@ -50,7 +52,7 @@ class Sampler:
 
     @property
     def driver(self) -> Any:
-        return self.call._graphs._driver
+        return self.call._graphs()._driver
 
 
 @pytest.mark.usefixtures("recording")
@@ -89,17 +91,60 @@ def test_changes_of_the_policy_show() -> None:
 
 
 @pytest.mark.usefixtures("recording")
+def test_settings_of_the_configuration_show() -> None:
+    sampler = Sampler()
+    assert sampler.right()
+    for each in (sampler.policy, sampler.stock):
+        each.config.min_period = each.model.config.min_period = 0.1
+    assert sampler.right() and sampler.driver.captures == 2
+
+
+@pytest.mark.usefixtures("recording")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_cache_from_outside_is_read_as_it_is(precision: str) -> None:
+    """A step over a cache that the function closes over: what is derived of it and of weights is derived in the graph."""
+    sampler = Sampler(precision)
+    policy, pair = sampler.policy, sampler.policy.model.vlm_with_expert
+    inputs = given(policy, make_observation(policy), make_noise(policy))
+    with torch.no_grad():
+        _, cache = forward(pair, inputs.prefix_call, [inputs.prefix, None], fill=True)
+        step = lambda x, time: policy.model.denoise_step(inputs.pads, cache, x, time)  # noqa: E731
+        step(inputs.x, inputs.time)  # a note of the cache, made outside
+        call = smolvla_fast.captured(policy, step)
+        layer = pair.lm_expert.layers[1]
+        for change in (
+            lambda: None,
+            lambda: caches.held(cache, 1)[0].mul_(1.1),
+            lambda: caches.held(cache, 0)[0].mul_(1.1),
+            lambda: layer.self_attn.k_proj.weight.mul_(1.1),
+            lambda: layer.mlp.up_proj.weight.mul_(1.1),
+        ):
+            change()
+            assert (
+                torch.equal(call(inputs.x, inputs.time), step(inputs.x, inputs.time))
+                and call.last_fallback is None
+            )
+
+
+@pytest.mark.usefixtures("recording")
 def test_undo_gives_the_memory_back() -> None:
     sampler = Sampler()
     assert sampler.right()
     smolvla_fast.refresh(sampler.policy)
     assert smolvla_fast.status(sampler.policy).graphs == 0 and sampler.right()
+    graphs = sampler.call._graphs()
     smolvla_fast.unpatch(sampler.policy)
-    assert sampler.call._graphs.count == 0
+    assert graphs.count == 0
     with torch.no_grad():
         given = sampler.inputs()
         assert torch.equal(sampler.call(*given), heun(sampler.stock, *given)), "stock's sampler again"
     assert sampler.call.last_fallback == "the policy is not patched"
+    smolvla_fast.patch(sampler.policy, precision="fp32", backend="torch")
+    assert sampler.right() and smolvla_fast.status(sampler.policy).graphs == 1, (
+        "patched again, captured again"
+    )
+    smolvla_fast.unpatch(sampler.policy)
+    assert graphs.count == 0
 
 
 @pytest.mark.usefixtures("recording")
@@ -112,6 +157,12 @@ def test_what_cannot_be_captured_is_called(monkeypatch: pytest.MonkeyPatch) -> N
         )
         pair = smolvla_fast.captured(sampler.policy, lambda x: (x, x))
         assert isinstance(pair(torch.ones(3)), tuple) and "one tensor" in str(pair.last_fallback)
+        other = smolvla_fast.captured(sampler.policy, lambda x, names: x)
+        assert torch.equal(other(torch.ones(3), {1, 2}), torch.ones(3)) and "by value" in str(
+            other.last_fallback
+        )
+        named = smolvla_fast.captured(sampler.policy, lambda x, scale: scale * x)
+        assert torch.equal(named(torch.ones(3), scale=2), 2 * torch.ones(3)) and named.last_fallback is None
     grown = sampler.call(*sampler.inputs())
     assert grown.requires_grad and "gradients" in str(sampler.call.last_fallback), (
         "with gradients it is the function itself"
@@ -119,7 +170,7 @@ def test_what_cannot_be_captured_is_called(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
     with torch.no_grad():
         sampler.call(*sampler.inputs())
-    assert sampler.call.last_fallback == "the policy is not patched"
+    assert sampler.call.last_fallback == "SMOLVLA_FAST_DISABLE is set"
 
 
 def test_on_a_cpu_it_is_the_function_itself() -> None:

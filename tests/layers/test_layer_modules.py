@@ -98,6 +98,31 @@ def _by_hand(
     return y + layer.mlp(layer.post_attention_layernorm(y))
 
 
+@pytest.mark.parametrize("what", ["hook", "bias", "replaced"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_what_a_layers_modules_do_besides_their_weights_counts(origin: str, cross: bool, what: str) -> None:
+    """Without gradients as with them, and as by hand; a query that sees nothing among the rows."""
+    module = make_policy("tiny").model.vlm_with_expert.lm_expert.layers[int(cross)]
+    if what == "hook":
+        module.mlp.register_forward_hook(lambda m, i, out: 1.5 * out)
+    elif what == "bias":
+        module.self_attn.q_proj.bias = torch.nn.Parameter(torch.ones(48))
+    else:
+        module.self_attn.q_proj = torch.nn.Sequential(module.self_attn.q_proj, torch.nn.Tanh())
+        module.self_attn.q_proj.weight = module.self_attn.q_proj[0].weight
+    x, k, v = torch.randn(1, 5, 36), torch.randn(1, 7, 1, 16), torch.randn(1, 7, 1, 16)
+    positions, mask = torch.arange(5)[None], torch.ones(1, 5, 7 if cross else 12, dtype=torch.bool)
+    mask[:, 2] = False
+    layer: Any = (fused.CrossAttentionLayer if cross else fused.SelfAttentionLayer)(module)
+    call = lambda: layer(x, *(layer.keys_and_values(k, v) if cross else (k, v)), positions, mask)  # noqa: E731
+    with torch.no_grad():
+        frozen = call()
+        wide = [each.double() for each in (x, k, v)]
+        want = _by_hand(copy.deepcopy(module).double(), cross, *wide, positions, mask)
+    for found in (frozen, call()):
+        assert rel_l2(found if cross else found[0], want) < BOUND
+
+
 def test_modules_hold_the_layers_own_parameters(origin: str) -> None:
     module = make_policy("tiny").model.vlm_with_expert.lm_expert.layers[1]
     layer = fused.CrossAttentionLayer(module)
