@@ -130,13 +130,15 @@ def source_tree(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def installed(source_tree, tmp_path_factory):
-    """A folder with the package as pip installs it; CUDA for one target, where this checkout has that part."""
+    """A folder with the package as pip installs it; in `make test-full` with CUDA, for the target that this checkout has."""
     from smolvla_fast.ops import extension
 
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Processes' folders lie side by side; a second process that builds the package, against TOGETHER, fails here.
         (tmp_path_factory.getbasetemp().parent / "installed_once").mkdir()
-    with_cuda = "90a" in extension.build_record().get("cuda", {}).get("archs", ())
+    with_cuda = os.environ.get("SMOLVLA_FAST_LONG") and "90a" in extension.build_record().get("cuda", {}).get(
+        "archs", ()
+    )
     target = tmp_path_factory.mktemp("installed")
     return _install(source_tree, target, SMOLVLA_CUDA_ARCHS="90a" if with_cuda else "none")
 

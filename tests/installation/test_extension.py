@@ -161,6 +161,7 @@ def has_nvcc():
     return shutil.which("nvcc") is not None or Path("/usr/local/cuda/bin/nvcc").exists()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     "90a" not in extension.build_record().get("cuda", {}).get("archs", ()),
     reason="this checkout has no CUDA part for sm_90a: SMOLVLA_CUDA_ARCHS=90a make cuda, as CI does, takes a minute",
