@@ -97,7 +97,7 @@ STEPS = Eligibility(
     live=(),
     call=(layer_rules.step_arguments,),
 )
-"""A denoise step of a model whose pair passes LAYERS; asked at every step."""
+"""A denoise step of a model whose pair passes LAYERS; asked at every step, for it is quick to ask."""
 
 PREFIX = Eligibility(
     model=(rules.prefix_source, rules.heads_are_plain), live=(), call=(layer_rules.prefix_arguments,)

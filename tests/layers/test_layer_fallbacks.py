@@ -216,7 +216,7 @@ def test_a_chunk_that_falls_back_has_stocks_bits(
 
 
 class _Sampler:
-    """A subclass with a sampler of its own, as users write them: its layers are LeRobot's."""
+    """A subclass whose chunks are not LeRobot's: the engine does not serve it."""
 
     def sample_actions(
         self: Any, images: Any, img_masks: Any, *rest: Any, noise: Tensor, **kwargs: Any
@@ -225,7 +225,7 @@ class _Sampler:
 
 
 @LEROBOT_ONLY
-def test_a_model_with_a_sampler_of_its_own_has_fused_layers(policy: Any, inputs: Given) -> None:
+def test_a_sampler_beside_a_model_that_stock_serves_has_fused_layers(policy: Any, inputs: Given) -> None:
     twin = copy.deepcopy(policy)
     twin.model.__class__ = type("Own", (_Sampler, type(twin.model)), {})
     smolvla_fast.patch(twin)
