@@ -22,7 +22,7 @@ import smolvla_fast
 from smolvla_fast import inference
 from smolvla_fast.cli import main
 from smolvla_fast.ops.cpu import kernels as cpu
-from smolvla_fast.patching import runtime
+from smolvla_fast.patching import layer_runtime, runtime
 from smolvla_fast.patching.eligibility import Eligibility
 from smolvla_fast.testing.policies import make_noise, make_observation
 
@@ -40,13 +40,10 @@ def test_after_a_warm_up_nothing_is_built(precision: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(owner, name, lambda *args, **kw: (built.append(name), function(*args, **kw))[1])
 
     for owner, name in (
-        (runtime, "probe"), (Eligibility, "model_reason"), (runtime, "Engine"), (inference, "patch_positions"),
+        (layer_runtime, "probe"), (Eligibility, "model_reason"), (runtime, "Engine"), (inference, "patch_positions"),
         (inference, "_time_embeddings"),
     ):  # fmt: skip
         counted(owner, name)
-    smolvla_fast.patch(policy, precision=precision, warmup=True)
-    assert set(built) == {"probe", "model_reason", "Engine", "patch_positions", "_time_embeddings"}
-    built.clear()
     given, noise = make_observation(policy), make_noise(policy)
 
     def cost() -> float:
@@ -55,10 +52,19 @@ def test_after_a_warm_up_nothing_is_built(precision: str, monkeypatch: pytest.Mo
         chunk(policy, given, noise)
         return time.thread_time() - started
 
-    first, rest = cost(), sorted(cost() for _ in range(9))
-    assert built == []
+    ratios = []
+    for _ in range(
+        4
+    ):  # a busy machine can make any one first chunk slow; what is built makes each of them slow
+        smolvla_fast.patch(policy, precision=precision, warmup=True)
+        assert set(built) == {"probe", "model_reason", "Engine", "patch_positions", "_time_embeddings"}
+        built.clear()
+        first, rest = cost(), sorted(cost() for _ in range(9))
+        assert built == []
+        ratios.append(first / rest[4])
+        smolvla_fast.unpatch(policy)
     # 1.5 is the promise of a quiet machine; building, when it was left to the first chunk, made that 3 x on this policy.
-    assert first <= 2.5 * rest[4], (first, rest)
+    assert min(ratios) <= 1.5, ratios
 
 
 @pytest.mark.check(58)
