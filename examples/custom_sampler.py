@@ -1,6 +1,6 @@
 """A sampler of your own on a patched policy: five steps of Heun's second-order method instead of ten of Euler's.
 
-    python examples/custom_sampler.py [--size tiny|full]
+    python examples/custom_sampler.py [--size tiny|full] [--device cpu|cuda]
 
 It calls what LeRobot's own sampler calls, ``embed_prefix``, ``vlm_with_expert.forward`` and ``denoise_step``, so it runs on
 stock and on a patched policy alike. Prints how far the two chunks are apart, their times, and who served the calls; exit
@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import smolvla_fast
+from smolvla_fast.measure.rounds import timed_ms
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import rel_l2
 
@@ -63,7 +63,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--size", choices=("tiny", "full"), default="tiny", help="of the policy, which has random weights"
     )
-    policy = make_policy(parser.parse_args(arguments).size)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    args = parser.parse_args(arguments)
+    policy = make_policy(args.size, device=args.device)
     batch, noise = make_observation(policy), make_noise(policy)
     images, image_masks = policy.prepare_images(batch)
     tokens, token_masks = batch["observation.language.tokens"], batch["observation.language.attention_mask"]
@@ -72,8 +74,8 @@ def main(arguments: list[str]) -> int:
     def timed(sampler: Any) -> tuple[Tensor, float]:
         with torch.no_grad():
             sampler(*inputs)  # what is compiled or captured is so now
-            start = time.perf_counter()
-            return sampler(*inputs), 1e3 * (time.perf_counter() - start)
+            ms, chunk = timed_ms(lambda: sampler(*inputs), args.device)
+            return chunk, ms
 
     stock, stock_ms = timed(lambda *given: heun(policy, *given))
     smolvla_fast.patch(policy)

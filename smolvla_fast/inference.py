@@ -184,7 +184,7 @@ class Engine:
                     image_ends=inputs.image_ends, length=model.prefix_length if exact else 0,
                     dtype=None if exact else torch.float32,
                 )  # fmt: skip
-                expert = read_expert_layers(pair, self._cast, self.products.widen)
+                expert = read_expert_layers(pair, self._cast, self.products.cast_cross_kv)
                 by_head = keeps_kv_by_head(pair) if exact else None
                 kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert, by_head)
             with section("denoise"):

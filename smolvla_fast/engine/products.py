@@ -1,4 +1,4 @@
-"""By whom the ops of a tier run, and in which form their weights are read."""
+"""The op table of one precision tier on one device, and the conversion that it applies to weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .quantized_weights import FLOATS, KINDS, IntegerCast, QuantizedWeights
 
 
 class Products:
-    """The ops of one tier on one device, and how they read a weight. Chunks and single layers of a model share one.
+    """Of one model: its chunks and its single layers share one.
 
     ops                the table of the backend
     quantized_weights  of the tiers that have them
@@ -37,21 +37,21 @@ class Products:
             self._gemm_dtype = torch.float32
             self._fallback_reasons["bf16 products"] = f"{slow}; products run in fp32"
         self.quantized_weights: QuantizedWeights | None = None
-        self.cast: Cast = self._narrow
+        self.cast: Cast = self._to_gemm_dtype
         if tier.quantized:
             kind = KINDS[tier.quantized]
             self.quantized_weights = QuantizedWeights(tier.gemm_dtype or torch.bfloat16, kind)
             if kind is not FLOATS:
-                self.cast = IntegerCast(self.quantized_weights, self._narrow)
+                self.cast = IntegerCast(self.quantized_weights, self._to_gemm_dtype)
 
-    def _narrow(self, matrix: Tensor) -> Any:
+    def _to_gemm_dtype(self, matrix: Tensor) -> Any:
         quantized = self.quantized_weights
         if quantized is not None and quantized.kind is FLOATS and matrix.ndim == 2:
             return quantized.of(matrix)
         dtype = self._gemm_dtype
         return matrix if dtype is None or matrix.dtype is dtype else matrix.to(dtype)
 
-    def widen(self, matrix: Tensor) -> Tensor:
+    def cast_cross_kv(self, matrix: Tensor) -> Tensor:
         """For matrices that no tier narrows: the expert's cross K/V, fp32 in LeRobot's bf16 layout."""
         return matrix.float() if self._gemm_dtype is torch.float32 else matrix
 

@@ -41,10 +41,10 @@ def read(cache: Any, layer: int) -> KV:
     return (k, v) if isinstance(cache, dict) else (k.transpose(1, 2), v.transpose(1, 2))
 
 
-def grown(cache: Any, layer: int, k: Tensor, v: Tensor, fill: bool) -> KV:
-    """What a self-attention layer attends to, with its new k, v in the cache as stock has them there.
+def append(cache: Any, layer: int, k: Tensor, v: Tensor, fill: bool) -> KV:
+    """Append k, v and return all keys and values that a self-attention layer attends to.
 
-    fill  of a dict: its prefix is stored now; else the suffix is joined to it and not stored
+    A ``DynamicCache`` or ``KVCache`` is changed in place, a dict only when ``fill``, with its prefix: as in stock.
     """
     if not isinstance(cache, dict):
         k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)

@@ -23,8 +23,8 @@ from ..stages.observation import Observation
 from ..stages.prefix import embed_prefix, embed_state, image_ends
 from ..stages.vision import encode_images, patch_positions
 from . import caches
-from .notes import Notebook, current
-from .run import Fused, LayerCall, Reader, Run, WithGrad
+from .notes import Notebook, notebook_of_call
+from .run import Fused, LayerCall, Run, WeightReader, WithGrad
 
 
 class LayerEngine:
@@ -54,8 +54,8 @@ class LayerEngine:
 
         replaces  ``embed_image`` of LeRobot's ``SmolVLMWithExpertModel``
         """
-        vlm, key = pair.get_vlm_model(), None
-        with self._on(image):
+        vlm = pair.get_vlm_model()
+        with self._context(image):
             dtype = vlm.vision_model.embeddings.patch_embedding.weight.dtype
             key = (image.shape[-1], dtype, image.device)
             if key not in self._positions:
@@ -83,7 +83,7 @@ class LayerEngine:
         pair = model.vlm_with_expert
         one_by_one = self.products.tier.stock_order
         found = [self.embed_image(pair, each) for each in (images if one_by_one else [torch.cat(images)])]
-        with self._on(state):
+        with self._context(state):
             return embed_prefix(
                 Observation(images, image_masks, tokens, token_masks, state),
                 found if one_by_one else list(found[0].split(len(state))),
@@ -91,21 +91,21 @@ class LayerEngine:
                 length=model.prefix_length, dtype=None,
             )  # fmt: skip
 
-    def forward(self, pair: Any, call: LayerCall, forward: Any, grad: bool) -> tuple[list[Any], Any]:
+    def forward(self, pair: Any, call: LayerCall, stock_forward: Any, grad: bool) -> tuple[list[Any], Any]:
         """All layers and the norms behind them: outputs of both streams, and the cache.
 
-        forward   stock's method: it knows which kind of cache is to be made
+        stock_forward  stock's method: it knows which kind of cache is to be made
         grad      differentiable, through the live modules over one fused attention
         replaces  ``forward`` of LeRobot's ``SmolVLMWithExpertModel``
         """
         stacks = [pair.get_vlm_model().text_model, pair.lm_expert]
         model_layers = pair.get_model_layers(stacks)
-        cache = caches.new_cache(forward) if call.fill else call.cache
+        cache = caches.new_cache(stock_forward) if call.fill else call.cache
         suffix = call.inputs[0] is None
         lent = suffix and not grad and self._workspace is not None
-        with self._on(call.positions, grad), self._workspace.lent() if lent else nullcontext() as memory:  # type: ignore[union-attr]
+        with self._context(call.positions, grad), self._workspace.lent() if lent else nullcontext() as memory:  # type: ignore[union-attr]
             run = self._run(pair, call, cache, grad, memory)
-            streams = [None if x is None else run.widen(x) for x in call.inputs]
+            streams = [None if x is None else run.residual(x) for x in call.inputs]
             for depth in range(pair.num_vlm_layers):
                 present = [(i, model_layers[i][depth], x) for i, x in enumerate(streams) if x is not None]
                 if call.fill or not is_cross(pair, depth):
@@ -115,6 +115,7 @@ class LayerEngine:
                 for i, layer, x in present:
                     if layer is not None:
                         cross = not call.fill and i == 1 and is_cross(pair, depth)
+                        # At depth 0 x is the caller's tensor; every stream has a layer there.
                         streams[i] = run.finish(layer, cross, x, attended[i], in_place=depth > 0)
             outputs = [
                 None if x is None else stack.norm(x).to(_stock_dtype(stack))
@@ -122,23 +123,25 @@ class LayerEngine:
             ]
         return outputs, cache
 
-    def layer(self, pair: Any, call: LayerCall, cross: bool, grad: bool) -> tuple[list[Tensor | None], Any]:
+    def attention_layer(
+        self, pair: Any, call: LayerCall, cross: bool, grad: bool
+    ) -> tuple[list[Tensor | None], Any]:
         """The attention of one layer, up to the output projection: [B, T, H·D] of all streams, or, in a cross-attention
         layer, one of each stream that is computed.
 
         replaces  ``forward_attn_layer`` and ``forward_cross_attn_layer`` of LeRobot's ``SmolVLMWithExpertModel``
         """
-        with self._on(call.positions, grad):
+        with self._context(call.positions, grad):
             run = self._run(pair, call, call.cache, grad)
             given = [
                 (i, call.model_layers[i][call.layer], x) for i, x in enumerate(call.inputs) if x is not None
             ]
-            streams = [(i, layer, run.widen(x)) for i, layer, x in given]
+            streams = [(i, layer, run.residual(x)) for i, layer, x in given]
             if cross:
                 found = run.cross_attention(call.layer, streams)
-                return [run.typed[i] if i in found else None for i, *_ in streams], call.cache
-            run.self_attention(call.layer, [each for each in streams if each[1] is not None])
-            return [run.typed[-1]], call.cache
+                return [found[i].to(run.dtypes[i]) if i in found else None for i, *_ in streams], call.cache
+            found = run.self_attention(call.layer, [each for each in streams if each[1] is not None])
+            return [torch.cat(list(found.values()), dim=1).to(run.dtypes[min(found)])], call.cache
 
     def denoise_step(self, model: Any, pad_masks: Tensor, cache: Any, x: Tensor, time: Tensor) -> Tensor:
         """The velocity [B, S, A] fp32 of noisy actions x [B, S, A] at time [B]: one step of the denoise stage.
@@ -148,27 +151,29 @@ class LayerEngine:
         """
         pair, ops, dims, heads = model.vlm_with_expert, self.products.ops, read_dims(model), read_heads(model)
         config = model.config
-        with self._on(x):
+        with self._context(x):
             self._check_copies()
             own, cross = suffix_tokens(pad_masks, dims.chunk, dims.head_dim)
             own, cross = (each._replace(mask=ops.prepare_mask(each.mask)) for each in (own, cross))
             times = time_embedding(time, dims.expert_width, config.min_period, config.max_period)
             folded = ops.suffix_fold(times[None], heads.action_in, heads.time_in)
             lent = nullcontext() if self._workspace is None else self._workspace.lent()
-            with self._prefix(pair, cache, dims.chunk) as (kvs, layers), lent as memory:
+            with self._kv_and_weights(pair, cache, dims.chunk) as (kvs, layers), lent as memory:
                 h = ops.suffix_embed(x, 0, folded, heads.time_out, memory=memory)
                 h = expert_layers(ops, layers, kvs, h, own, cross, memory)
+                # dt = 0: the velocity alone is wanted.
                 _, v = ops.euler_step(h, heads.expert_norm, heads.action_out, x, 0.0, None, memory=memory)
                 return v if memory is None else v.clone()
 
     @contextmanager
-    def _prefix(
+    def _kv_and_weights(
         self, pair: Any, cache: Any, chunk: int
     ) -> Iterator[tuple[list[LayerKV], list[DecoderLayer]]]:
-        """What the denoise stage reads of a cache: as ``stages.prefix.fill_prefix`` leaves it."""
+        """Keys and values of each expert layer, as ``stages.prefix.fill_prefix`` leaves them, and its weights."""
         reader = self._reader(cache)
         notes, kvs, layers = reader.notes, [], []
         assert notes is not None
+        # Stock's layout, on which the last bit of a product depends.
         by_head = self.products.tier.stock_order and not isinstance(cache, dict)
         # Slots are written by whoever has them: on a GPU what is queued on one stream is not to meet another's.
         stream = torch.cuda.current_stream().cuda_stream if self.products.device.type == "cuda" else None
@@ -184,27 +189,28 @@ class LayerEngine:
 
                 kvs.append(
                     stack.enter_context(
-                        notes.lent(("own", i, chunk, stream), caches.held(cache, i), with_slots)
+                        notes.borrowed(("own", i, chunk, stream), caches.held(cache, i), with_slots)
                     )
                 )
             yield kvs, layers
 
-    def _reader(self, cache: Any) -> Reader:
-        notebook = current(self._notebook)
-        return Reader(self.products, notebook, notebook.of(cache))
+    def _reader(self, cache: Any) -> WeightReader:
+        notebook = notebook_of_call(self._notebook)
+        return WeightReader(self.products, notebook, notebook.of(cache))
 
     def _run(self, pair: Any, call: LayerCall, cache: Any, grad: bool, memory: Memory | None = None) -> Run:
         if grad:
-            return WithGrad(Reader(self.products), pair, call, cache, None)
+            return WithGrad(WeightReader(self.products), pair, call, cache, None)
         self._check_copies()
+        # A suffix alone reads a finished cache; one that is being filled changes at every layer.
         known = call.inputs[0] is None and cache is not None
-        return Fused(self._reader(cache) if known else Reader(self.products), pair, call, cache, memory)
+        return Fused(self._reader(cache) if known else WeightReader(self.products), pair, call, cache, memory)
 
     def _check_copies(self) -> None:
         if self.products.quantized_weights is not None:
             self.products.quantized_weights.checked()
 
-    def _on(self, tensor: Tensor, grad: bool = False) -> ExitStack:
+    def _context(self, tensor: Tensor, grad: bool = False) -> ExitStack:
         """No graph unless one is wanted; Triton launches on the current device, whatever device its tensors are on."""
         stack = ExitStack()
         if tensor.is_cuda:

@@ -17,8 +17,8 @@ from ..stages.layers import decoder_layer
 
 
 class _Layer(nn.Module):
-    """layer    a decoder layer of transformers' Llama or of ours: norms, projections without biases, gated MLP. Its weights
-             are read at every call and are parameters of this module
+    """layer    a decoder layer of transformers' Llama or of ours: RMSNorm, projections, SwiGLU MLP. Its
+             weights are read at every call and are parameters of this module
     backend  as of ``patch``
 
     Products run in the dtype of each weight; the residual stream, norms, scores and softmax are fp32. The layer's
@@ -101,7 +101,7 @@ class SelfAttentionLayer(_Layer):
         """x          [B, T, M]  any float dtype
         k, v       [B, P, K, D]  of the tokens before, rotated; P may be 0
         positions  [B, T]  integers      mask  [B, T, P + T]  bool, True where a token may look
-        returns    [B, T, M] fp32, and k, v [B, P + T, K, D] with those of x behind
+        returns    [B, T, M] fp32, and k, v [B, P + T, K, D] with those of x appended
         raises     ValueError for other shapes, TypeError of the ops for other dtypes
         """
         self._check(x, k, v, positions, mask, own=x.shape[1])
@@ -125,8 +125,8 @@ class CrossAttentionLayer(_Layer):
 
     k and v are the layer's own projections of a prefix's keys and values.
 
-    Replaces ``forward_cross_attn_layer`` of LeRobot's ``SmolVLMWithExpertModel`` and what ``forward`` does behind it, in a
-    layer whose ``k_proj`` and ``v_proj`` read keys and values (SmolVLA, arXiv 2506.01844, section 3).
+    Replaces the expert's half of ``forward_cross_attn_layer`` of LeRobot's ``SmolVLMWithExpertModel`` and what ``forward``
+    does behind it, in a layer whose ``k_proj`` and ``v_proj`` read keys and values (SmolVLA, arXiv 2506.01844, section 3).
     """
 
     cross = True
@@ -134,7 +134,7 @@ class CrossAttentionLayer(_Layer):
     def keys_and_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """``Wk·k, Wv·v`` over the joined heads: once for a prefix, for nothing in them depends on the step.
 
-        k, v  [B, P, K, D], rotated      returns  the same in the dtype of the weights
+        k, v  [B, P, K, D], rotated      returns  k, v [B, P, K, D] in the dtype of the weights
         """
         if self._by_modules(k, v):
             return with_grad.cross_kv(self.layer, k, v, self._head_dim())

@@ -50,8 +50,8 @@ class CacheNotes:
         return made
 
     @contextmanager
-    def lent(self, name: Any, of: tuple[Tensor, ...], make: Callable[[], LayerKV]) -> Iterator[LayerKV]:
-        """The same of what is written to: another thread meanwhile gets one of its own."""
+    def borrowed(self, name: Any, of: tuple[Tensor, ...], make: Callable[[], LayerKV]) -> Iterator[LayerKV]:
+        """A buffer that ``make`` made of these tensors, until the block ends; a concurrent caller gets another."""
         free: list[LayerKV] = self.get(name, of, list)
         try:
             kv = free.pop()
@@ -108,7 +108,7 @@ class Notebook:
         return sum(each.bytes for each in notes) + weights
 
 
-def current(own: Notebook) -> Notebook:
+def notebook_of_call(own: Notebook) -> Notebook:
     """The notebook of the captured function that runs now, else one's own: what a graph reads is made inside it."""
     capture = capture_of_user()
     return own if capture is None else capture.setdefault(id(own), Notebook())

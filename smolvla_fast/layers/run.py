@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..engine.products import Products
-from ..loss import layers as modules
+from ..loss import layers as with_grad
 from ..model.kv_cache import LayerKV
 from ..model.weights import DecoderLayer, read_decoder_layer
 from ..ops.memory import Memory
@@ -45,21 +45,21 @@ class LayerCall:
     layer: int = 0
 
 
-class Reader:
-    """Weights as a tier reads them, and the expert's cross KV: what is not live is made once for a cache that is known.
+class WeightReader:
+    """Reads a layer's weights in the tier's dtype, and projects the expert's cross KV.
 
-    notebook, notes  where that is kept, or None
+    notebook, notes  where converted weights and cross KV are kept for a cache, or None
     """
 
     def __init__(
         self, products: Products, notebook: Notebook | None = None, notes: CacheNotes | None = None
     ) -> None:
         self.products, self.notes = products, notes
-        self._cast, self._cast_cross = products.cast, products.widen
+        self._cast, self._cast_cross = products.cast, products.cast_cross_kv
         # Quantised copies are kept and checked by themselves.
         if notebook is not None and notes is not None and products.quantized_weights is None:
             self._cast = partial(notebook.converted, notes, convert=products.cast)
-            self._cast_cross = partial(notebook.converted, notes, convert=products.widen)
+            self._cast_cross = partial(notebook.converted, notes, convert=products.cast_cross_kv)
 
     def layer(self, module: Any, cross: bool) -> DecoderLayer:
         return read_decoder_layer(module, cross, self._cast, self._cast_cross)
@@ -78,17 +78,20 @@ class Reader:
 
 
 class Run:
-    """The attention of the layers of one call: which keys and values meet which queries, by LeRobot's rules.
+    """The layers of one call, as LeRobot interleaves them.
 
-    typed  of the last layer: the attention of each stream that has its own, and under -1 that of all together, in stock's
-           dtype
+    A self-attention layer joins the streams and appends to the cache. In a cross-attention layer the suffix attends to the
+    expert's projections of the prefix's keys and values.
+
     """
 
-    def __init__(self, reader: Reader, pair: Any, call: LayerCall, cache: Any, memory: Memory | None) -> None:
+    def __init__(
+        self, reader: WeightReader, pair: Any, call: LayerCall, cache: Any, memory: Memory | None
+    ) -> None:
         self.reader, self.ops, self.call, self.cache = reader, reader.products.ops, call, cache
         self.memory = memory
         self.head_dim = pair.get_vlm_model().text_model.layers[0].self_attn.head_dim
-        self.typed: dict[int, Tensor] = {}
+        self.dtypes: dict[int, torch.dtype] = {}  # in which stock has the attention of each stream
         self._ropes: dict[Any, Rope] = {}
         self._masks: dict[Any, Any] = {}
 
@@ -115,9 +118,9 @@ class Run:
             parts.append(self.qkv(layer, False, x, self.rope(ends[-2], ends[-1])))
         q, k, v = (torch.cat(p, dim=1) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
         if self.cache is not None:
-            k, v = caches.grown(self.cache, depth, k, v, self.call.fill)
+            k, v = caches.append(self.cache, depth, k, v, self.call.fill)
         attended = self.attention(q, k, v, self.mask(slice(0, ends[-1]), k.shape[1]))
-        self.typed = {-1: attended.to(v.dtype)}
+        self.dtypes = dict.fromkeys([i for i, *_ in streams], v.dtype)
         spans = zip(streams, ends, ends[1:], strict=False)
         return {i: attended[:, start:stop] for (i, *_), start, stop in spans}
 
@@ -125,23 +128,22 @@ class Run:
         """A prefix that is there attends to itself, the suffix to the expert's projections of its keys and values."""
         found: dict[int, Tensor] = {}
         start, kv = 0, None
-        self.typed = {}
         for i, layer, x in streams:
             stop = start + x.shape[1]
             if i == 0:
                 q, k, v = self.qkv(layer, False, x, self.rope(0, stop))
                 found[0], kv = self.attention(q, k, v, self.mask(slice(0, stop), stop)), (k, v)
-                self.typed[0] = found[0].to(v.dtype)
+                self.dtypes[0] = v.dtype
             elif layer is not None:
                 k, v = self.cross_kv(depth, layer, kv)
                 q, _, _ = self.qkv(layer, True, x, self.rope(start, stop, from_0=True))
                 rows = slice(self.call.mask.shape[1] - x.shape[1], self.call.mask.shape[1])
                 found[1] = self.attention(q, k, v, self.mask(rows, k.shape[1]))
-                self.typed[1] = found[1].to(v.dtype)
+                self.dtypes[1] = v.dtype
             start = stop
         return found
 
-    def widen(self, x: Tensor) -> Tensor:
+    def residual(self, x: Tensor) -> Tensor:
         """The residual stream: fp32 but in ``exact``, where stock's own promotions decide."""
         return x if self.reader.products.tier.stock_order else x.float()
 
@@ -168,17 +170,28 @@ class Run:
 class Fused(Run):
     """By the ops of the tier."""
 
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._read: dict[tuple[int, bool], DecoderLayer] = {}
+
+    def _weights(self, layer: Any, cross: bool) -> DecoderLayer:
+        """Read once for the attention of a layer and what follows it: a tier may have to convert them."""
+        key = (id(layer), cross)
+        if key not in self._read:
+            self._read[key] = self.reader.layer(layer, cross)
+        return self._read[key]
+
     def prepare_mask(self, mask: Tensor) -> Any:
         return self.ops.prepare_mask(mask)
 
     def qkv(self, layer: Any, cross: bool, x: Tensor, rope: Rope) -> tuple[Tensor, Any, Any]:
-        record = self.reader.layer(layer, cross)
+        weights = self._weights(layer, cross)
         if cross:
-            return project(self.ops, record, x, rope, None, self.memory), None, None
+            return project(self.ops, weights, x, rope, None, self.memory), None, None
         stored = layer.self_attn.k_proj.weight
         shape = (*x.shape[:2], stored.shape[0] // self.head_dim, self.head_dim)
-        k, v = (torch.empty(shape, dtype=record.k.dtype, device=x.device) for _ in range(2))
-        q = project(self.ops, record, x, rope, (k, v), self.memory)
+        k, v = (torch.empty(shape, dtype=weights.k.dtype, device=x.device) for _ in range(2))
+        q = project(self.ops, weights, x, rope, (k, v), self.memory)
         return q, k.to(stored.dtype), v.to(stored.dtype)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
@@ -188,12 +201,13 @@ class Fused(Run):
         if kv is None:
             found = self.reader.cross_kv(self.cache, depth, layer)
             return found.k, found.v
-        record = self.reader.layer(layer, True)
-        return self.ops.cross_kv(*kv, record.k, record.v)
+        weights = self._weights(layer, True)
+        return self.ops.cross_kv(*kv, weights.k, weights.v)
 
     def finish(self, layer: Any, cross: bool, x: Tensor, attended: Tensor, in_place: bool) -> Tensor:
-        out = x if in_place else None
-        return finish(self.ops, self.reader.layer(layer, cross), x, attended, out, self.memory)
+        out, weights = x if in_place else None, self._weights(layer, cross)
+        del self._read[id(layer), cross]  # converted weights of one depth alone are held
+        return finish(self.ops, weights, x, attended, out, self.memory)
 
 
 class WithGrad(Run):
@@ -203,13 +217,13 @@ class WithGrad(Run):
         return mask
 
     def qkv(self, layer: Any, cross: bool, x: Tensor, rope: Rope) -> tuple[Tensor, Any, Any]:
-        return modules.qkv(layer, x, rope, self.head_dim, keys=not cross)
+        return with_grad.qkv(layer, x, rope, self.head_dim, keys=not cross)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return modules.attention(self.ops, q, k, v, mask)
+        return with_grad.attention(self.ops, q, k, v, mask)
 
     def cross_kv(self, depth: int, layer: Any, kv: caches.KV | None) -> caches.KV:
-        return modules.cross_kv(layer, *(kv or caches.read(self.cache, depth)), self.head_dim)
+        return with_grad.cross_kv(layer, *(kv or caches.read(self.cache, depth)), self.head_dim)
 
     def finish(self, layer: Any, cross: bool, x: Tensor, attended: Tensor, in_place: bool) -> Tensor:
-        return modules.finish(layer, x, attended)
+        return with_grad.finish(layer, x, attended)

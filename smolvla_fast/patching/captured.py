@@ -91,17 +91,17 @@ class Captured:
         device = next(model.parameters()).device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             if self._detector is None or not self._detector.same_memory():
-                self._look(graphs)
+                self._reset(graphs)
             noted, copies = self._detector, self._generation()
             replay = graphs.replays(call.key, call.tensors)
             found, _ = graphs.run(call.key, call.tensors, compute)
             # While the GPU works: a module, a setting or a quantised weight may have changed, which a replay does not see.
             if replay and (noted is None or not noted.same(model) or self._generation() != copies):
-                self._look(graphs)
+                self._reset(graphs)
                 found, _ = graphs.run(call.key, call.tensors, compute)
             return found
 
-    def _look(self, graphs: GraphCache) -> None:
+    def _reset(self, graphs: GraphCache) -> None:
         """Forget what was captured of the model as it was."""
         graphs.clear()
         self._detector = detector_of(self._model)

@@ -88,7 +88,7 @@ LAYERS = Eligibility(
         rules.dtypes,
     ),
     live=(rules.layer_source,),
-    call=(layer_rules.around, layer_rules.arguments, layer_rules.gradients),
+    call=(layer_rules.mode_reason, layer_rules.arguments, layer_rules.gradients),
 )  # fmt: skip
 """Single layers of a ``SmolVLMWithExpertModel``, whatever model it is a part of."""
 

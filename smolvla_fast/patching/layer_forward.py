@@ -1,8 +1,9 @@
 """Where callers below ``sample_actions`` and the fused layers meet: methods of ``policy.model.vlm_with_expert``, and
 ``denoise_step`` of its model.
 
-The pair is given a subclass of its own class, as the model is: nothing is renamed, copies and pickles work, undo is exact.
-Each method keeps stock's signature, in whatever release, and runs stock's own method where the engine may not serve.
+The *pair* is the ``SmolVLMWithExpertModel``: VLM and action expert. It gets a subclass of its own class, as the model does:
+nothing is renamed, copies and pickles work, undo is exact. Each method keeps stock's signature, in whatever release, and
+runs stock's own method where the engine may not serve.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ class AcceleratedLayers:
 
 
 def _forward(engine: LayerEngine, pair: Any, request: LayerRequest, stock: Callable[..., Any]) -> Any:
-    return engine.forward(pair, request.layers, stock, needs_grad(pair, request))
+    return engine.forward(pair, request.call, stock, needs_grad(pair, request))
 
 
 def _self_attention(engine: LayerEngine, pair: Any, request: LayerRequest, stock: Callable[..., Any]) -> Any:
-    return engine.layer(pair, request.layers, False, needs_grad(pair, request))
+    return engine.attention_layer(pair, request.call, False, needs_grad(pair, request))
 
 
 def _cross_attention(engine: LayerEngine, pair: Any, request: LayerRequest, stock: Callable[..., Any]) -> Any:
-    return engine.layer(pair, request.layers, True, needs_grad(pair, request))
+    return engine.attention_layer(pair, request.call, True, needs_grad(pair, request))
 
 
 def _embed_image(engine: LayerEngine, pair: Any, request: LayerRequest, stock: Callable[..., Any]) -> Any:
@@ -71,11 +72,9 @@ def _override(stock: type, name: str) -> Callable[..., Any]:
         if stock_wanted() or not issubclass(type(self), AcceleratedLayers):
             return own(self, *args, **kwargs)
         request, reason, engine = _asked(self, name, found, args, kwargs)
+        LAYER_RUNTIMES.of(self).count(name, reason)
         if engine is not None and request is not None and reason is None:
-            result = serve(engine, self, request, own)
-            LAYER_RUNTIMES.of(self).count(name, None)
-            return result
-        LAYER_RUNTIMES.of(self).count(name, str(reason))
+            return serve(engine, self, request, own)
         with stock_layers():
             return own(self, *args, **kwargs)
 
@@ -107,8 +106,11 @@ def restore_layers(stock: type) -> Any:
 
 
 def patch_layers(model: Any, settings: Settings) -> None:
-    """Not of a model that is compiled (``compile_model``): what is compiled is stock's, layers and all. Nor of a pair that
-    is none of LeRobot's or ours: its layers are not ours to replace, with a receipt."""
+    """Accelerate the layers of this model's pair.
+
+    Leaves out a model that LeRobot compiles (``compile_model``), whose chunk has a receipt, and a pair of a foreign class,
+    with a reason in ``layers_fallback``.
+    """
     pair = model.vlm_with_expert
     cls: Any = type(pair)
     stock = cls.stock_class if issubclass(cls, AcceleratedLayers) else cls
@@ -169,7 +171,10 @@ def _of_model(
 ) -> Callable[..., Any]:
     """By the engine of the model's pair, where that may. request  makes a record of the arguments in stock's order"""
     own: Any = getattr(stock, name)
-    found, length = signature(own), len(request._fields) if request is StepRequest else 5
+    found, length = (
+        signature(own),
+        5 if request is Call else len(request._fields),
+    )  # of a ``Call`` the first five fields
 
     @wraps(own)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ class LayerRequest(NamedTuple):
     given: dict[str, Any]
 
     @property
-    def layers(self) -> LayerCall:
+    def call(self) -> LayerCall:
         """Of ``forward`` and of one layer."""
         given = self.given
         cache, used = given["past_key_values"], bool(given["use_cache"])
@@ -50,11 +50,11 @@ def requested(method: str, signature: Signature, pair: Any, args: Any, kwargs: A
     return LayerRequest(method, given)
 
 
-def around(pair: Any, request: LayerRequest) -> str | None:
-    return _around(pair, pair)
+def mode_reason(pair: Any, request: LayerRequest) -> str | None:
+    return _mode_reason(pair, pair)
 
 
-def _around(module: Any, pair: Any) -> str | None:
+def _mode_reason(module: Any, pair: Any) -> str | None:
     if module.training and not pair.__dict__[SETTINGS].training:
         return "the model is in train mode; call policy.eval(), or patch(policy, training=True)"
     # Of a captured function that was asked before it began.
@@ -64,7 +64,7 @@ def _around(module: Any, pair: Any) -> str | None:
 def arguments(pair: Any, request: LayerRequest) -> str | None:
     if request.method == "embed_image":
         return _image(pair, request.given["image"])
-    call = request.layers
+    call = request.call
     streams, home = call.inputs, next(pair.parameters()).device
     if not isinstance(streams, list | tuple) or len(streams) != 2 or all(x is None for x in streams):
         return "inputs_embeds are not a prefix and a suffix; accepted are two, one of which may be None"
@@ -72,7 +72,7 @@ def arguments(pair: Any, request: LayerRequest) -> str | None:
     for name, x, width in zip(("the prefix", "the suffix"), streams, widths, strict=True):
         if x is None:
             continue
-        why = _not_floats(name, x, home)
+        why = _float_reason(name, x, home)
         if why is not None:
             return why
         if x.ndim != 3 or x.shape[-1] != width or not x.numel():
@@ -96,7 +96,7 @@ def _cache(pair: Any, request: LayerRequest, call: LayerCall, batch: int, tokens
         return "a cache, or one to fill, with use_cache=False"
     if prefix is not None and suffix is not None and call.cache is not None:
         return "a prefix and a suffix with a cache; accepted is one of them, or no cache"
-    used, whole = bool(request.given["use_cache"]), request.method == "forward"
+    used, whole = asked, request.method == "forward"
     before = 0
     if suffix is None:
         if not used or (whole and not (call.fill and call.cache is None)):
@@ -114,7 +114,7 @@ def _cache(pair: Any, request: LayerRequest, call: LayerCall, batch: int, tokens
             return f"the cache holds {sorted(lengths)} tokens in its layers; accepted are as many in each"
         (before,) = lengths
         for depth in depths:
-            why = _not_of(pair, *caches.read(call.cache, depth), (batch, before))
+            why = _kv_reason(pair, *caches.read(call.cache, depth), (batch, before))
             if why is not None:
                 return why
     elif used:
@@ -128,7 +128,7 @@ def _cache(pair: Any, request: LayerRequest, call: LayerCall, batch: int, tokens
     return _layers(pair, call, whole)
 
 
-def _not_of(pair: Any, k: Tensor, v: Tensor, sizes: tuple[int, int]) -> str | None:
+def _kv_reason(pair: Any, k: Tensor, v: Tensor, sizes: tuple[int, int]) -> str | None:
     """What of a layer's cached keys and values does not go with so many samples and tokens of this pair."""
     head_dim = pair.get_vlm_model().text_model.layers[0].self_attn.head_dim
     wanted, home = (*sizes, pair.num_key_value_heads, head_dim), next(pair.parameters()).device
@@ -159,13 +159,13 @@ def _layers(pair: Any, call: LayerCall, whole: bool) -> str | None:
 
 def _image(pair: Any, image: Any) -> str | None:
     side, home = pair.get_vlm_model().vision_model.embeddings.image_size, next(pair.parameters()).device
-    why = _not_floats("image", image, home)
+    why = _float_reason("image", image, home)
     if why is None and (image.ndim != 4 or tuple(image.shape[1:]) != (3, side, side) or not len(image)):
         why = f"image is {tuple(image.shape)}; accepted is [n, 3, {side}, {side}]"
     return why
 
 
-def _not_floats(name: str, x: Any, home: torch.device) -> str | None:
+def _float_reason(name: str, x: Any, home: torch.device) -> str | None:
     if not isinstance(x, Tensor):
         return f"{name} is a {type(x).__qualname__}; accepted is a tensor"
     why = why_not_dense(x)
@@ -184,11 +184,11 @@ def needs_grad(pair: Any, request: LayerRequest) -> bool:
     if request.method == "embed_image":
         inputs, read = [request.given["image"]], [vlm.vision_model, vlm.connector]
     else:
-        inputs = list(request.layers.inputs)
+        inputs = list(request.call.inputs)
         read = [
             stack for x, stack in zip(inputs, (vlm.text_model, pair.lm_expert), strict=True) if x is not None
         ]
-        call, depths = request.layers, range(pair.num_vlm_layers if request.method == "forward" else 0)
+        call, depths = request.call, range(pair.num_vlm_layers if request.method == "forward" else 0)
         if call.cache is not None and call.inputs[0] is None:
             inputs += [x for i in depths or [call.layer] for x in caches.held(call.cache, i)]
     return any(x is not None and x.requires_grad for x in inputs) or any(
@@ -233,7 +233,7 @@ def step_arguments(model: Any, request: StepRequest) -> str | None:
     pair, held = model.vlm_with_expert, list[Tensor]()
     for i in range(len(pair.lm_expert.layers)):
         held += caches.held(cache, i)
-        why = _not_of(pair, *caches.read(cache, i), (batch, pad_masks.shape[1]))
+        why = _kv_reason(pair, *caches.read(cache, i), (batch, pad_masks.shape[1]))
         if why is not None:
             return why
     return _no_gradients(model, x, time, *held)
@@ -251,4 +251,4 @@ def prefix_arguments(model: Any, call: Call) -> str | None:
 def _no_gradients(model: Any, *read: Tensor) -> str | None:
     if torch.is_grad_enabled() and any(each.requires_grad for each in (*read, *model.parameters())):
         return "gradients are on: call it under torch.no_grad()"
-    return _around(model, model.vlm_with_expert)
+    return _mode_reason(model, model.vlm_with_expert)

@@ -52,9 +52,9 @@ class LayerRuntime(Served[LayerEngine]):
         products = self.products(tier, settings.backend, weight.device)
         if self.engine is None or self.engine.products is not products:
             self.engine = LayerEngine(products)
-        return self.probed(pair, tier)
+        return self.probe_reason(pair, tier)
 
-    def probed(self, pair: Any, tier: Tier) -> str | None:
+    def probe_reason(self, pair: Any, tier: Tier) -> str | None:
         """Why the live modules are not what the engine computes in their place; asked once for a state of them."""
         with self.lock:
             code = (tier, [(x.dtype, x.device) for x in pair.parameters()], probed_code(pair))

@@ -109,7 +109,7 @@ class Runtime(Served[Engine]):
                 name = self.engine.ops.backend
                 logger.info("smolvla_fast: now: %s on %s, backend %s", tier.name, weight.device, name)
             self._built_for = key
-        return layers.probed(model.vlm_with_expert, self.engine.tier)
+        return layers.probe_reason(model.vlm_with_expert, self.engine.tier)
 
     def gate(self, model: Any) -> tuple[Engine | None, str | None, tuple[Validator, ...]]:
         """May it: an engine or why not, and what is still to be checked of the model when the chunk is queued.

@@ -63,7 +63,7 @@ def decoder_layer(
     """A whole layer: ``finish(x, attention(project(x), kv))``.
 
     x       [B, T, M]      tokens  rotation, and the mask as ``ops.prepare_mask`` gives it
-    kv      what the tokens attend to, [B, S, K, D] each; read when ``slots``, which may be a part of it, is written
+    kv      what the tokens attend to, [B, S, K, D] each; read after ``slots`` are written, which may be views of it
     returns [B, T, M]
     """
     q = project(ops, layer, x, tokens.rope, slots, memory)
@@ -82,7 +82,7 @@ def expert_layers(
 ) -> Tensor:
     """The expert over the suffix, one denoise step: x [B, S, E], overwritten, -> [B, S, E].
 
-    kvs    one a layer: with slots for the suffix behind the prefix, or the expert's cross KV
+    kvs    one per layer: with slots for the suffix behind the prefix, or the expert's cross KV
     own    positions counted on from the prefix, [prefix | suffix so far] visible: self-attention layers
     cross  positions from 0, the prefix visible: cross-attention layers
     """

@@ -188,7 +188,7 @@ def test_the_example_agrees_with_stock(capsys: pytest.CaptureFixture[str]) -> No
 def test_heun_is_of_second_order() -> None:
     """Twice the steps leave a quarter of the error, where Euler's leave half; the truth is many steps of Heun's."""
 
-    class Straight:
+    class Exponential:
         """dx/dt = x: at t = 0 e⁻¹ of x."""
 
         class model:
@@ -208,6 +208,6 @@ def test_heun_is_of_second_order() -> None:
 
     x = torch.ones(1, 1, 1, dtype=torch.float64)
     truth = x * torch.exp(torch.tensor(-1.0, dtype=torch.float64))
-    errors = [float((heun(Straight, [], [], x, x, x, x, steps) - truth).abs()) for steps in (40, 80)]
+    errors = [float((heun(Exponential, [], [], x, x, x, x, steps) - truth).abs()) for steps in (40, 80)]
     # The last step is Euler's: its error of h²/2 is of second order in a whole chunk as well.
     assert 3.5 < errors[0] / errors[1] < 4.5
