@@ -44,19 +44,9 @@ SPILLS: dict[str, tuple[int, str]] = {
 
 # Below this a case is one of the odd ones, which exist for correctness.
 REAL_BYTES = 60_000
-RESIDUAL = {
-    "layer_norm": ("x",),
-    "linear": ("residual",),
-    "linear_residual": ("residual",),
-    "norm_qkv_rope": ("x",),
-    "norm_swiglu": ("x",),
-    "patch_embed": ("pixels",),
-    "cross_kv": ("k_weight", "v_weight"),
-    "masked_attention": ("k", "v"),
-    "masked_attention_backward": ("k", "v"),
-    "euler_step": ("h",),
-}
-"""What is fp32 beside bf16 weights: the residual stream, camera frames, and LeRobot's expert projections of the cross KV."""
+WIDE = ("residual", "pixels", "h", "k_weight", "v_weight")
+"""Inputs in fp32 beside bf16 weights: the residual stream, which norms read as x, camera frames, and LeRobot's expert
+projections of the cross KV, hence the keys and values of attention that they make."""
 EIGHT_BITS = ("linear", "linear_residual", "norm_qkv_rope", "norm_swiglu", "pixel_shuffle_linear")
 """Whose matrices tier ``fp8`` keeps as 8-bit floats, for targets that multiply them."""
 FIRST_EIGHT_BITS = 89
@@ -73,22 +63,21 @@ def names() -> list[str]:
 
 
 def tasks(names: Sequence[str], targets: Sequence[str]) -> list[tuple[Any, ...]]:
-    cases = ((op, case) for op in names for case in reference_module(op).CASES)
-    return [
-        (op, case, targets) for op, case in cases if reference_module(op).cost(case, 2).bytes >= REAL_BYTES
-    ]
+    found = [(op, case) for op in names for case in reference_module(op).CASES]
+    return [(op, c, targets) for op, c in found if reference_module(op).cost(c, 2).bytes >= REAL_BYTES]
 
 
 def calls(op: str, case: dict[str, int]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(what differs from the reference's inputs, dtypes, inputs): each way in which the stages call an op."""
     attends = op.startswith("masked_attention")
+    stream = ("x",) if "norm" in op else ("k", "v") if attends else WIDE
     for layout, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         if layout == "bf16" and op in ("suffix_embed", "flow_loss"):
             continue
         given = reference_module(op).make_inputs(case, dtype, torch.Generator().manual_seed(0))
         for label, changes in _ways(op, case, dtype).items():
             inputs = changed(given, changes)
-            wide = [n for n in RESIDUAL.get(op, ()) if isinstance(inputs.get(n), Tensor)]
+            wide = [n for n in stream if isinstance(inputs.get(n), Tensor)]
             # Of attention only cross KV is fp32; the prefix and the suffix see bf16.
             mixed = layout == "bf16" and bool(wide) and not (attends and case["T"] == case["S"])
             if mixed and attends:
@@ -97,11 +86,10 @@ def calls(op: str, case: dict[str, int]) -> Iterator[tuple[str, str, dict[str, A
                 inputs = changed(inputs, {name: inputs[name].float() for name in wide})
             yield label, "bf16; fp32: " + ", ".join(wide) if mixed else layout, inputs
             if layout == "bf16" and op in EIGHT_BITS:
-                weights = {
-                    n: x for n, x in leaves(inputs).items() if "weight" in n and getattr(x, "ndim", 0) == 2
-                }
-                quantized = changed(inputs, {name: quantize_rows(weight) for name, weight in weights.items()})
-                said = (f"{n.removeprefix('weights.')}_weight" if "." in n else n for n in weights)
+                parts = leaves(inputs)
+                matrices = [n for n, x in parts.items() if "weight" in n and getattr(x, "ndim", 0) == 2]
+                said = (f"{n.removeprefix('weights.')}_weight" if "." in n else n for n in matrices)
+                quantized = changed(inputs, {name: quantize_rows(parts[name]) for name in matrices})
                 yield label, "fp8: " + ", ".join(said), quantized
 
 
@@ -111,13 +99,13 @@ def _ways(op: str, case: dict[str, int], dtype: torch.dtype) -> dict[str, dict[s
             return {"gelu_tanh": {}}
         residual = torch.zeros(case["rows"], case["outputs"], dtype=dtype)
         return {"bias": {"activation": None}, "residual": {"activation": None, "residual": residual}}
-    if op == "norm_qkv_rope":
-        only_q = {"weights.k": None, "weights.v": None, "slots": None}
-        return {"q, k, v": {}, "k, v": {"weights.q": None}, "q": only_q}
-    return {
+    only_q = {"weights.k": None, "weights.v": None, "slots": None}
+    ways: dict[str, dict[str, dict[str, Any]]] = {
+        "norm_qkv_rope": {"q, k, v": {}, "k, v": {"weights.q": None}, "q": only_q},
         "euler_step": {"guided": {}, "": {"guidance": None}},
         "layer_norm": {"": {"dtype": dtype}},
-    }.get(op, {"": {}})
+    }
+    return ways.get(op, {"": {}})
 
 
 def call(op: str, inputs: dict[str, Any]) -> None:

@@ -63,11 +63,11 @@ def red(kind: Any, rows: Rows) -> list[str]:
     for key, cells in rows.items():
         bound, _ = kind.SPILLS.get(key[0], (0, ""))
         for target, cell in cells.items():
-            wrong = (
-                [f"does not compile: {cell}"] if isinstance(cell, str) else kind.beyond(key[0], target, cell)
-            )
-            if isinstance(cell, Kernel) and cell.spills > bound:
-                wrong.append(f"{cell.spills} bytes spilled, allowed {bound}")
+            if isinstance(cell, str):
+                wrong = [f"does not compile: {cell}"]
+            else:
+                spilled = [f"{cell.spills} bytes spilled, allowed {bound}"] if cell.spills > bound else []
+                wrong = [*kind.beyond(key[0], target, cell), *spilled]
             found += [f"{', '.join(key)}, sm_{target}: {each}" for each in wrong]
     return found
 

@@ -113,9 +113,7 @@ def in_loops(code: str) -> dict[str, int]:
     found = (re.search(r"\b0x([0-9a-f]+)\s*(?:&.*|\?.*)?$", rest) for *_, rest in lines)
     targets = [at and place.get(int(at[1], 16)) for at in found]
     # Where the lanes that parted at BSSY go on from BSYNC.
-    joins = [
-        to for (*_, word, _), to in zip(lines, targets, strict=True) if word == "BSSY" and to is not None
-    ]
+    joins = [to for line, to in zip(lines, targets, strict=True) if line[2] == "BSSY" and to is not None]
     flow = networkx.DiGraph()
     for i, ((_, guard, word, rest), to) in enumerate(zip(lines, targets, strict=True)):
         ends = word in ("BRA", "EXIT", "RET") and not guard and not re.search(r"\bU?P\d", rest)

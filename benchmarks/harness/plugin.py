@@ -15,6 +15,7 @@ from benchmarks.harness import flags
 from benchmarks.harness.measure import Measure
 from benchmarks.harness.roof import Ceilings, ceilings_once
 from benchmarks.harness.setup import BenchmarkSetup
+from smolvla_fast.cli.subject import resolve_device
 from smolvla_fast.measure import system
 
 MEASURE: pytest.StashKey[Measure] = pytest.StashKey()
@@ -50,9 +51,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def device_of(config: pytest.Config) -> torch.device:
-    name = config.getoption("--device") or "auto"
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(here if name == "auto" else name)
+    return resolve_device(config.getoption("--device") or "auto")
 
 
 def rounds(config: pytest.Config, few: int = 3, many: int = 20) -> int:

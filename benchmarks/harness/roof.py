@@ -170,9 +170,8 @@ def training_costs(model: Any, cameras: int, language: int, itemsize: int, batch
     linear -= 2.0 * d.chunk * d.action_width * d.expert_width  # no gradient of actions
     learning_keys = work.selfs * (d.chunk + 1) + work.crosses * work.prefix
     attention = (8.0 * work.keys + 4.0 * learning_keys) * d.chunk * work.queries
-    of_prefix = (
-        2.0 * work.prefix_weights + 2.0 * work.prefix * work.cross_weights
-    )  # the state's row; cross KV
+    # The state's row, and cross KV.
+    of_prefix = 2.0 * (work.prefix_weights + work.prefix * work.cross_weights)
     learns = weights + work.cross_weights + d.state_width * d.text_width
     stored = model.vlm_with_expert.lm_expert.layers[0].mlp.gate_proj.weight.element_size()
     expert_bytes = 2 * itemsize * weights + ADAMW_NUMBERS * stored * learns

@@ -67,9 +67,8 @@ def compile_for_cpu(precision: str, threads: int) -> Callable[[torch.nn.Module, 
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
             given = [each.contiguous().numpy() for each in inputs]
-            return tuple(
-                map(torch.from_numpy, compiled(given, share_inputs=True, share_outputs=True).to_tuple())
-            )
+            found = compiled(given, share_inputs=True, share_outputs=True)
+            return tuple(map(torch.from_numpy, found.to_tuple()))
 
         return run
 

@@ -70,6 +70,12 @@ def accuracy(bench: Bench) -> str:
     return f"rel L2 {bench['rel_l2']:.1e}; cosine {bench['cosine']:.6f}{heavy}; check: {bench['gate']}"
 
 
+def of_stage(bench: Bench, stage: str) -> str:
+    """ms of one stage, and how many times faster than stock's."""
+    base, own = (each["stages"][stage]["p50_ms"] for each in (bench["base"] or bench, bench))
+    return f"{milliseconds(own)} ({base / own:.2f}x)"
+
+
 def column(key: str, text: Callable[[Any], str]) -> Callable[[Bench], str]:
     return lambda bench: text(bench[key])
 
@@ -83,6 +89,7 @@ ERRORS = {
 MEMORY = {"peak memory": "peak_bytes", "of it new": "added_bytes", "bytes a step": "step_bytes"}
 COLUMNS: dict[str, Callable[[Bench], Any]] = {
     **{name: itemgetter(name) for name in ("rounds", "op", "dtype", "backend", "stage")},
+    **{f"{name} ms": partial(of_stage, stage=name) for name in ("vision", "prefix", "denoise")},
     **{name: partial(ms, key=key) for name, key in MILLISECONDS.items()},
     **{name: column(key, "{:.1e}".format) for name, key in ERRORS.items()},
     **{name: column(key, mebibytes) for name, key in MEMORY.items()},
@@ -144,10 +151,3 @@ def suite(data: dict[str, Any], name: str, having: str = "group") -> list[Bench]
     rows = [each for each in found if each.get("suite") == name]
     bases = {(each["group"], each["variant"]): each for each in rows}
     return [{**r, "base": bases.get((r["group"], r.get("ratio_to", "stock")))} for r in rows if having in r]
-
-
-def groups(benches: list[Bench]) -> dict[str, list[Bench]]:
-    found: dict[str, list[Bench]] = {}
-    for bench in benches:
-        found.setdefault(bench["group"], []).append(bench)
-    return found

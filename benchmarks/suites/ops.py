@@ -99,11 +99,9 @@ def test_op(
             found.run = lambda: next(turns)() is None
             return {}
 
-        facts = dict(
-            variant=name, ratio_to="reference", op=op, case=case, dtype=short(dtype), backend=name, **floor
-        )
-        found = Variant(name, checked, dict, facts=facts)
+        found = Variant(name, checked, dict, facts={**facts, "variant": name, "backend": name})
         return found
 
+    facts = dict(ratio_to="reference", op=op, case=case, dtype=short(dtype), **floor)
     group = f"op: {op}, {device.type}, {short(dtype)}, {sizes}"
     measure(group, [variant(name) for name in served], rounds(pytestconfig, 20, 100), suite="ops")

@@ -7,6 +7,8 @@ implementation's, each other variant's with stock's.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from benchmarks.harness.gate import COMPILED_BOUND, CheckFailed, Unavailable, ch
 from benchmarks.harness.measure import Variant
 from benchmarks.harness.plugin import device_of, rounds
 from benchmarks.harness.roof import training_costs
-from benchmarks.harness.setup import BenchmarkSetup, Case, resident, twin
+from benchmarks.harness.setup import BenchmarkSetup, Case, twin
 from smolvla_fast.measure.rounds import PeakMemory, synchronize
 from smolvla_fast.ops.processor import why_bf16_is_slow
 
@@ -45,7 +47,7 @@ class TrainCase:
     def __init__(self, setup: BenchmarkSetup, size: int) -> None:
         self.setup, self.size, self.device = setup, size, setup.device
         setup.policy.train()
-        self.resident = resident(self.device)
+        self.resident = PeakMemory(self.device).bytes
         learns = [each for each in setup.policy.parameters() if each.requires_grad]
         self.optimizer = torch.optim.AdamW(learns, lr=0.0)
         self._in_one_pass = torch.optim.AdamW(learns, lr=0.0, fused=True)
@@ -77,11 +79,8 @@ class TrainCase:
 
     def reference(self) -> dict[str, Tensor]:
         """Loss and gradients of the plain PyTorch implementation."""
-        other = self.setup.reference.train()
-        other.zero_grad()
-        loss = self.loss(other, False)
-        loss.backward()
-        return in_host_memory(loss, other)
+        self.setup.reference.zero_grad()
+        return Trainee(self, "stock", policy=self.setup.reference.train()).found()
 
     def floor_ms(self, dtype: torch.dtype, known: bool) -> float:
         """The least time of the step under this machine's roof. known  no frame is encoded"""
@@ -92,11 +91,11 @@ class TrainCase:
 
 
 class Trainee:
-    """One twin in train mode, on the batch of a case."""
+    """One policy in train mode, on the batch of a case. policy  None: a twin of the setup's"""
 
-    def __init__(self, case: TrainCase, variant: str, option: Any = None) -> None:
+    def __init__(self, case: TrainCase, variant: str, option: Any = None, policy: Any = None) -> None:
         self.case, self.variant, self.option, self.bf16 = case, variant, option, variant.endswith("bf16")
-        self.policy, self.patched = twin(case.setup.policy), variant.startswith("patched")
+        self.policy, self.patched = policy or twin(case.setup.policy), variant.startswith("patched")
 
     @property
     def optimizer(self) -> torch.optim.AdamW:
@@ -104,13 +103,9 @@ class Trainee:
 
     def prepare(self) -> Trainee:
         device = self.case.device.type
-        if (
-            self.bf16
-            and device == "cpu"
-            and self.case.setup.size == "full"
-            and (reason := why_bf16_is_slow())
-        ):
-            raise Unavailable(f"{reason}: a step of stock in bf16 takes many minutes here")
+        slow = device == "cpu" and self.case.setup.size == "full" and why_bf16_is_slow()
+        if self.bf16 and slow:
+            raise Unavailable(f"{slow}: a step of stock in bf16 takes many minutes here")
         if self.variant == COMPILED:
             may_compile(self.option)
             mode = "max-autotune" if device == "cuda" else "default"
@@ -130,8 +125,10 @@ class Trainee:
         return loss.detach()
 
     def found(self) -> dict[str, Tensor]:
-        """Loss and every gradient of a step."""
-        return in_host_memory(self.step(), self.policy)
+        """Copies of the loss and of every gradient of a step, by name: on a GPU they would count among a variant's peak."""
+        found = {"loss": self.step()}
+        found |= {name: each.grad for name, each in self.policy.named_parameters() if each.grad is not None}
+        return {name: each.detach().to("cpu", copy=True) for name, each in found.items()}
 
     def check(self) -> dict[str, Any]:
         """Distances from stock in fp32, of the bound (in bf16 twice what stock itself loses). Raises CheckFailed beyond it.
@@ -162,7 +159,8 @@ class Trainee:
         device = self.case.device
         if device.type != "cuda":
             return None
-        memory, before = PeakMemory(device), resident(device)
+        memory = PeakMemory(device)
+        before = memory.bytes
         self.step()
         return memory.bytes - before + self.case.resident
 
@@ -176,24 +174,18 @@ class Trainee:
         return Variant(self.variant, check, self.step, policy=self.policy, facts=facts)
 
 
-def in_host_memory(loss: Tensor, policy: Any) -> dict[str, Tensor]:
-    """Copies of the loss and of every gradient, by name: on a GPU they would count among a variant's peak."""
-    gradients = {name: each.grad for name, each in policy.named_parameters() if each.grad is not None}
-    return {k: each.detach().to("cpu", copy=True) for k, each in {"loss": loss, **gradients}.items()}
-
-
 def distance(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
     if found.keys() != truth.keys():
         names = ", ".join(sorted(found.keys() ^ truth.keys()))
         raise CheckFailed(f"only one of this and stock has a gradient of {names}")
-    square = lambda x: float(x.double().square().sum())  # noqa: E731
-    gradients = truth.keys() - {"loss"}
-    apart = sum(square(found[name].double() - truth[name]) for name in gradients)
-    whole, loss = sum(square(truth[name]) for name in gradients), float(truth["loss"])
-    return {
-        "gradient_rel_l2": (apart / whole) ** 0.5,
-        "loss_rel": abs(float(found["loss"]) - loss) / abs(loss),
-    }
+
+    def rel_l2(names: Iterable[str]) -> float:
+        """Of all of these as one vector."""
+        norms = [[x.norm() for x in (found[n].double() - truth[n], truth[n].double())] for n in names]
+        apart, whole = (math.hypot(*each) for each in zip(*norms, strict=True))
+        return apart / whole
+
+    return {"gradient_rel_l2": rel_l2(truth.keys() - {"loss"}), "loss_rel": rel_l2(["loss"])}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

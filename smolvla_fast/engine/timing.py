@@ -69,7 +69,7 @@ def stage_times(policy: Any, batch: dict[str, Any], noise: Tensor) -> dict[str, 
     return {**times, "other": total - sum(times.values()), "total": total}
 
 
-def _apart(module: Any, **children: Any) -> Any:
+def apart(module: Any, **children: Any) -> Any:
     """A shallow copy of a module with other children: weights are shared, namespaces are not."""
     twin = copy.copy(module)
     twin._modules = {**module._modules, **children}
@@ -77,8 +77,8 @@ def _apart(module: Any, **children: Any) -> Any:
 
 
 def _with_stock_sections(policy: Any) -> Any:
-    pair = _apart(policy.model.vlm_with_expert)
-    model = _apart(policy.model, vlm_with_expert=pair)
+    pair = apart(policy.model.vlm_with_expert)
+    model = apart(policy.model, vlm_with_expert=pair)
     inside_step = False
 
     def denoise_step(*args: Any, **kwargs: Any) -> Any:
@@ -99,4 +99,4 @@ def _with_stock_sections(policy: Any) -> Any:
 
     model.__dict__["denoise_step"] = denoise_step
     pair.__dict__.update(forward=prefill, embed_image=embed_image)
-    return _apart(policy, model=model)
+    return apart(policy, model=model)
