@@ -66,8 +66,8 @@ def red(kind: Any, rows: Rows) -> list[str]:
             if isinstance(cell, str):
                 wrong = [f"does not compile: {cell}"]
             else:
-                spilled = [f"{cell.spills} bytes spilled, allowed {bound}"] if cell.spills > bound else []
-                wrong = [*kind.beyond(key[0], target, cell), *spilled]
+                wrong = kind.beyond(key[0], target, cell)
+                wrong += [f"{cell.spills} bytes spilled, allowed {bound}"] if cell.spills > bound else []
             found += [f"{', '.join(key)}, sm_{target}: {each}" for each in wrong]
     return found
 
@@ -80,7 +80,10 @@ def markdown(kind: Any, rows: Rows, targets: Sequence[str]) -> str:
 
     parts = [kind.about()]
     for name in dict.fromkeys(key[0] for key in rows):
-        parts += [f"## {name}", kind.allowed(name, *kind.SPILLS.get(name, (0, "")))]
+        bound, reason = kind.SPILLS.get(name, (0, ""))
+        wishes = ", ".join(kind.EXPECTED.get(name, ())) or "none"
+        asked = f"Instructions that every kernel must have in a loop: {wishes}. " if kind.EXPECTED else ""
+        parts += [f"## {name}", f"{asked}Spilled bytes allowed: {bound}{reason and f' ({reason})'}."]
         for labels, text in kind.TABLES.items():
             names = labels.split(", ")
             own = [(key[1:], cells) for key, cells in rows.items() if key[0] == name]

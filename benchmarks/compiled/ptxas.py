@@ -61,21 +61,10 @@ def about() -> str:
     )
 
 
-def allowed(source: str, spills: int, reason: str) -> str:
-    wishes = ", ".join(EXPECTED.get(source, ())) or "none"
-    more = f" Spilled bytes allowed: {spills} ({reason})." if spills else ""
-    return f"Instructions that every kernel must have in a loop: {wishes}.{more}"
-
-
-def resources(kernel: Kernel) -> str:
-    return f"{kernel.registers} / {kernel.spills} / {kernel.stack} / {kernel.shared}"
-
-
-def counts(kernel: Kernel) -> str:
-    return ", ".join(f"{n} {name}" for name, n in kernel.instructions.items()) or NONE
-
-
-TABLES = {"kernel": resources, "instructions": counts}
+TABLES = {
+    "kernel": "{0.registers} / {0.spills} / {0.stack} / {0.shared}".format,
+    "instructions": lambda k: ", ".join(f"{n} {name}" for name, n in k.instructions.items()) or NONE,
+}
 
 
 def say(*command: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from argparse import BooleanOptionalAction
 from typing import Any
 
 from smolvla_fast.cli.subject import positive, threads
@@ -21,7 +20,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--cameras": dict(metavar="N,N", help="camera counts of suite chunk (default: 1,2,3); of cpu one, up to 4 (2)"),
     "--batch": dict(metavar="N,N", help="batch sizes of suite chunk (default: 1), of train (CPU: 1,2, GPU: 8)"),
     "--layers": dict(metavar="N,N", help="VLM layers of suite chunk (default: the configuration's)"),
-    "--scaling": dict(action=BooleanOptionalAction, default=True, help="cpu suite: curves by cameras, steps, ... (default)"),
+    "--scaling": dict(action=argparse.BooleanOptionalAction, default=True, help="cpu suite: time by cameras, steps, ..."),
     "--steps": dict(type=positive, help="denoise steps"),
     "--size": dict(choices=("full", "tiny"), default="full", help="policy size (default: full)"),
     "--layout": dict(choices=("fp32", "mixed"), help="dtypes of the weights (CPU: fp32, GPU: mixed)"),

@@ -38,11 +38,6 @@ class Unavailable(Exception):
     """A variant cannot run here; the message says why."""
 
 
-def may_compile(option: Any) -> None:
-    if not option.with_compile:
-        raise Unavailable("compiling takes minutes; ask for it by --with-compile")
-
-
 def compare(found: Tensor, truth: Tensor) -> dict[str, float]:
     """Errors against the truth; raises CheckFailed where a value is not finite."""
     if not torch.isfinite(found).all():
@@ -111,19 +106,17 @@ def check_tier(setup: Any, policy: Any, precision: str, case: Any, chunks: list[
     if not now.active:
         raise CheckFailed(f"stock ran in its place: {now.last_fallback}")
     check_late(policy)
-    facts: Facts = dict(worst(chunks, truths))
+    kept = {name: getattr(now, name) for name in ("backend", "fallback_reasons", "extra_bytes")}
+    facts: Facts = {**worst(chunks, truths), **kept, "status": now.to_dict()}
     if not torch.equal(act(policy, (observation, noise)), chunks[0]):
         raise CheckFailed("a second chunk of the same observation has other bits")
-    kept = ("backend", "fallback_reasons", "extra_bytes")
-    facts.update({name: getattr(now, name) for name in kept}, status=now.to_dict())
     if tier.stock_order or (precision == "fp32" and wide):
         return within(facts, 0.0 if tier.stock_order else FP32_BOUND)
     report = smolvla_fast.verify(policy, observation, noise=noise).to_dict()
-    if not report["passed"]:
-        raise CheckFailed(f"verify: rel L2 to fp32 {report['rel_l2']:.2g}, allowed {report['bound']:.2g}")
-    facts.update({name: report[name] for name in ("bound", "stock_rel_l2", "stock_max_abs")}, gate="verify")
-    if not wide:  # stock itself is not the truth
-        facts.update({name: report[name] for name in ("rel_l2", "max_abs", "cosine")})
+    said = f"verify: rel L2 to fp32 {report['rel_l2']:.2g}, allowed {report['bound']:.2g}"
+    # Where weights are not fp32 stock itself is not the truth.
+    own = ("bound", "stock_rel_l2", "stock_max_abs", *(() if wide else ("rel_l2", "max_abs", "cosine")))
+    facts = passed({**facts, **{name: report[name] for name in own}}, report["passed"], said)
     if tier.quantized or not wide:
         return aligned(facts) if tier.quantized else facts
     setup.lost[case] = report["stock_rel_l2"]

@@ -24,6 +24,7 @@ MOST_CAMERAS = 4
 
 Inputs = tuple[dict[str, Tensor], Tensor]
 """An observation and its noise."""
+Make = Callable[[Any], Any]
 
 
 class Case(NamedTuple):
@@ -45,15 +46,14 @@ class BenchmarkSetup:
     """One policy of random weights, never patched itself: it is stock.
 
     size    "full" or "tiny"      layout  "fp32" or "mixed"; None: fp32 on a CPU, mixed elsewhere
-    steps, layers  None: the configuration's      ceilings  of this machine; None: variants have no floors
+    steps, layers  None: the configuration's      ceilings  of this machine
     """
 
     def __init__(
-        self, device: torch.device, size: str = "full", layout: str | None = None, steps: int | None = None,
-        layers: int | None = None, ceilings: Ceilings | None = None,
+        self, device: torch.device, ceilings: Ceilings, size: str = "full", layout: str | None = None,
+        steps: int | None = None, layers: int | None = None,
     ) -> None:  # fmt: skip
-        self.ceilings = ceilings
-        self.device, self.size = device, size
+        self.device, self.ceilings, self.size = device, ceilings, size
         self.layout = layout or ("fp32" if device.type == "cpu" else "mixed")
         self._config = {} if layers is None else {"num_vlm_layers": layers}
         self.policy = self._make("lerobot")
@@ -125,7 +125,7 @@ class BenchmarkSetup:
 
         return self._variant(label or name, kind, name, case, make)
 
-    def peer(self, name: str, precision: str, case: Case, make: Callable[[Any], Any]) -> Variant:
+    def peer(self, name: str, precision: str, case: Case, make: Make) -> Variant:
         """A twin whose ``sample_actions`` is made from its model. make  raises Unavailable where it cannot"""
 
         def replace(policy: Any) -> None:
@@ -139,12 +139,11 @@ class BenchmarkSetup:
         return [*found, self.compiled(case, option)] if option else found
 
     def compiled(self, case: Case, option: Any) -> Variant:
-        """LeRobot's ``compile_model``: its method compiled, by default in the mode that it takes on a GPU."""
-        mode = option.compile_mode or ("max-autotune" if self.device.type == "cuda" else "default")
+        """LeRobot's ``compile_model``: its method compiled."""
+        mode = self.compile_mode(option)
 
         def make(model: Any) -> Any:
-            gate.may_compile(option)
-            function = torch.compile(model.sample_actions, mode=mode)
+            function = self.compile(model.sample_actions, option)
 
             def sample_actions(*args: Any, **kwargs: Any) -> Tensor:
                 before = torch.get_float32_matmul_precision()
@@ -160,17 +159,26 @@ class BenchmarkSetup:
         name = "stock compiled" if mode == "default" else f"stock compiled, {mode}"
         return self.peer(name, "fp32", case, make)
 
-    def _variant(
-        self, name: str, kind: str, precision: str, case: Case, make: Callable[[Any], None]
-    ) -> Variant:
-        """make  makes a twin ready"""
-        config, floors = self.policy.config, self.floors(precision, case)
+    def compile_mode(self, option: Any) -> str:
+        """By default that which LeRobot takes on a GPU."""
+        return option.compile_mode or ("max-autotune" if self.device.type == "cuda" else "default")
+
+    def compile(self, function: Callable[..., Any], option: Any) -> Callable[..., Any]:
+        if not option.with_compile:
+            raise gate.Unavailable("compiling takes minutes; ask for it by --with-compile")
+        return torch.compile(function, mode=self.compile_mode(option))
+
+    def _variant(self, name: str, kind: str, precision: str, case: Case, make: Make) -> Variant:
+        """make  makes a twin ready. Floors are by stage: operations, bytes, the least time for them on this machine."""
+        config, dtype = self.policy.config, self.dtype(precision)
+        language = self.inputs(case.cameras, case.batch)[0]["observation.language.tokens"].shape[1]
+        costs = stage_costs(self.policy.model, case.cameras, language, dtype.itemsize, case.batch)
+        floors = {stage: self.ceilings.floor(cost, dtype) for stage, cost in costs.items()}
         facts: dict[str, Any] = dict(
             variant=name, kind=kind, precision=precision, ratio_to="stock", cameras=case.cameras, batch=case.batch,
             layers=config.num_vlm_layers, steps=config.num_steps, layout=self.layout, threads=torch.get_num_threads(),
+            stage_floors=floors, floor_ms=sum(each["floor_ms"] for each in floors.values()),
         )  # fmt: skip
-        if floors:
-            facts.update(stage_floors=floors, floor_ms=sum(each["floor_ms"] for each in floors.values()))
         policy = self.policy if name == "stock" else twin(self.policy)
 
         def checked() -> dict[str, Any]:
@@ -197,12 +205,3 @@ class BenchmarkSetup:
         stored = torch.float32 if self.layout == "fp32" else torch.bfloat16
         tier = TIERS.get(precision)
         return torch.int8 if tier and tier.quantized else (tier and tier.gemm_dtype) or stored
-
-    def floors(self, precision: str, case: Case) -> dict[str, dict[str, float]]:
-        """By stage: operations, bytes, and the least time for them on this machine."""
-        if self.ceilings is None:
-            return {}
-        dtype = self.dtype(precision)
-        language = self.inputs(case.cameras, case.batch)[0]["observation.language.tokens"].shape[1]
-        costs = stage_costs(self.policy.model, case.cameras, language, dtype.itemsize, case.batch)
-        return {stage: self.ceilings.floor(cost, dtype) for stage, cost in costs.items()}

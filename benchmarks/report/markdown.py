@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,8 @@ def header(facts: dict[str, Any]) -> str:
     for when, state in (facts.get("gpu_state") or {}).items():
         rows[f"GPU {when}"] = ", ".join(f"{key} {value}" for key, value in (state or {}).items())
     if "torch_capability" in facts:
-        level = facts["instruction_level"]
-        ours = f"at level {level}" if level else "not compiled"
-        rows["kernels"] = f"ours {ours}, torch's at {facts['torch_capability']}"
+        level = facts["instruction_level"] or "none (not compiled)"
+        rows["kernels"] = f"ours at level {level}, torch's at {facts['torch_capability']}"
     if "ceilings" in facts:
         rates = facts["ceilings"]["gemm_flops"].items()
         gemm = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates)
@@ -74,8 +72,8 @@ def draw(data: dict[str, Any], path: Path, lines: Path) -> list[Path]:
     facts, drawn, gpu = data["machine_info"]["smolvla_fast"], [], data.get("kind") == "gpu-report"
     subtitle = f"{facts['machine']}, {facts['threads']} threads, torch {facts['torch_version']}, lerobot "
     subtitle += str(facts["lerobot_version"])
-    bars: defaultdict[str, dict[str, float]] = defaultdict(dict)
-    floors: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    bars: dict[str, dict[str, float]] = {}
+    floors: dict[str, dict[str, float]] = {}
     chunks, title = suite(data, "chunk") or suite(data, "cpu"), "SmolVLA action chunk, p50 ms"
     for bench in suite(data, "stages") if gpu or not chunks else []:
         title = "SmolVLA action chunk by stage, p50 ms; black: floor measured in the same run"
@@ -83,10 +81,10 @@ def draw(data: dict[str, Any], path: Path, lines: Path) -> list[Path]:
         shown = "loop_backend" not in bench and not (gpu and bench["variant"] == "stock")
         for stage, found in bench["stages"].items():
             if shown and "floor_ms" in found:
-                bars[stage][bench["variant"]] = found["p50_ms"]
-                floors[stage][bench["variant"]] = found["floor_ms"]
+                bars.setdefault(stage, {})[bench["variant"]] = found["p50_ms"]
+                floors.setdefault(stage, {})[bench["variant"]] = found["floor_ms"]
     for bench in [] if bars else chunks:
-        bars[counted(bench["cameras"], "camera")][bench["variant"]] = bench["p50_ms"]
+        bars.setdefault(counted(bench["cameras"], "camera"), {})[bench["variant"]] = bench["p50_ms"]
     if bars:
         title = f"REHEARSAL on a CPU, tiny policy: {title}" if data.get("rehearsal") else title
         plot.grouped_bars(bars, title, subtitle, path, floors)

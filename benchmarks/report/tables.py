@@ -76,10 +76,6 @@ def of_stage(bench: Bench, stage: str) -> str:
     return f"{milliseconds(own)} ({base / own:.2f}x)"
 
 
-def column(key: str, text: Callable[[Any], str]) -> Callable[[Bench], str]:
-    return lambda bench: text(bench[key])
-
-
 MILLISECONDS = {
     "best ms": "min_ms", "floor ms": "floor_ms", "wall p50 ms": "p50_ms", "sample_actions ms": "sample_actions_ms",
 }  # fmt: skip
@@ -91,8 +87,8 @@ COLUMNS: dict[str, Callable[[Bench], Any]] = {
     **{name: itemgetter(name) for name in ("rounds", "op", "dtype", "backend", "stage")},
     **{f"{name} ms": partial(of_stage, stage=name) for name in ("vision", "prefix", "denoise")},
     **{name: partial(ms, key=key) for name, key in MILLISECONDS.items()},
-    **{name: column(key, "{:.1e}".format) for name, key in ERRORS.items()},
-    **{name: column(key, mebibytes) for name, key in MEMORY.items()},
+    **{name: lambda b, key=key: f"{b[key]:.1e}" for name, key in ERRORS.items()},
+    **{name: lambda b, key=key: mebibytes(b[key]) for name, key in MEMORY.items()},
     "p50 ms": lambda b: ms(b, "p50_ms") + MARK * ("min_ms" in b and b.get("suite") != "cpu" and unsteady(b)),
     "p95 ms": lambda b: tail(b, "p95_ms"),
     "p99 ms": lambda b: tail(b, "p99_ms"),

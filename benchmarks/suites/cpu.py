@@ -22,7 +22,7 @@ from benchmarks.harness.flags import counts
 from benchmarks.harness.gate import Unavailable
 from benchmarks.harness.measure import Variant
 from benchmarks.harness.plugin import rounds
-from benchmarks.harness.setup import MOST_CAMERAS, BenchmarkSetup, Case, Inputs
+from benchmarks.harness.setup import MOST_CAMERAS, Case, Inputs
 from benchmarks.peers import openvino as openvino_peer
 from smolvla_fast.engine.timing import stage_times
 from smolvla_fast.measure.rounds import median_stages, percentile, threads, timed_ms
@@ -40,13 +40,10 @@ OFF_LOOP = 1
 ENDS: pytest.StashKey[list[str]] = pytest.StashKey()
 
 
-def openvino(setup: BenchmarkSetup, case: Case, precision: str) -> Variant:
-    def make(model: Any) -> Any:
-        if missing := openvino_peer.why_missing(precision):
-            raise Unavailable(missing)
-        return openvino_peer.Runner(model, openvino_peer.compile_for_cpu(precision, torch.get_num_threads()))
-
-    return setup.peer(f"OpenVINO {precision}", precision, case, make)
+def openvino(model: Any, precision: str) -> openvino_peer.Runner:
+    if missing := openvino_peer.why_missing(precision):
+        raise Unavailable(missing)
+    return openvino_peer.Runner(model, openvino_peer.compile_for_cpu(precision, torch.get_num_threads()))
 
 
 def test_cpu(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
@@ -60,7 +57,8 @@ def test_cpu(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
     )  # fmt: skip
     # Every tier but ``exact``, which is stock's own calls. bf16 comes before the peer that is held to its error.
     variants = [each for each in setup.variants(case, option) if each.name != "exact"]
-    variants += [openvino(setup, case, precision) for precision in ("fp32", "bf16", "int8")]
+    for name in ("fp32", "bf16", "int8"):
+        variants.append(setup.peer(f"OpenVINO {name}", name, case, partial(openvino, precision=name)))
     group = f"{setup.named('cpu', case)}, {threads} threads"
 
     def on_heavy_tails(ready: list[Variant]) -> None:
@@ -79,8 +77,11 @@ def test_cpu(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
                 times = [stage_times(each.policy, *setup.inputs(cameras)) for _ in range(BY_STAGE_ROUNDS)]
                 each.facts["stage_rounds_ms"] = times
             if each.name in two_ends(ready):
-                few = min(3, rounds(pytestconfig))
-                each.facts["overhead"] = overhead(each.policy, each.name, cameras, setup.inputs(cameras), few)
+                few, inputs = min(3, rounds(pytestconfig)), setup.inputs(cameras)
+                outside = outside_ops(each.policy, inputs, few)
+                narrow = narrow_ms(each.policy, each.name, cameras, max(3, few))
+                shares = dict(narrow_ms=narrow, narrow_share=narrow / outside["sample_actions_ms"])
+                each.facts["overhead"] = {**outside, **shares, **step_allocations(each.policy, inputs)}
 
 
 def two_ends(ready: list[Variant]) -> list[str]:
@@ -102,15 +103,13 @@ def test_scaling(measure: Any, make_setup: Any, pytestconfig: Any, axis: str, va
     (cameras,) = counts(pytestconfig.getoption("--cameras"), "--cameras", (2,))
     case = Case(value if axis == "cameras" else cameras, value if axis == "batch" else 1)
     tiers = pytestconfig.stash.get(ENDS, ["fp32"])
-    # Stock computes a batch sample by sample at best; its curve would say nothing there.
-    first, few = [] if axis == "batch" else [setup.stock], min(rounds(pytestconfig, 2, 5), 5)
-    config = setup.policy.config
+    config, few = setup.policy.config, min(rounds(pytestconfig, 2, 5), 5)
     steps = patched.object(config, "num_steps", value if axis == "steps" else config.num_steps)
     with steps, threads(value if axis == "threads" else None):
-        makers = [*first, *(partial(setup.tier, name) for name in tiers)]
-        points = [make(case, kind="point") for make in makers]
-        facts = dict(suite="scaling", axis=axis, value=value)
-        measure(f"scaling: {axis} {value}", points, few, **facts)
+        # Stock computes a batch sample by sample at best; its curve would say nothing there.
+        points = [] if axis == "batch" else [setup.stock(case, "point")]
+        points += [setup.tier(name, case, kind="point") for name in tiers]
+        measure(f"scaling: {axis} {value}", points, few, suite="scaling", axis=axis, value=value)
 
 
 def recorded(function: Callable[..., Any], found: list[float]) -> Callable[..., Any]:
@@ -179,12 +178,3 @@ def step_allocations(policy: Any, inputs: Inputs) -> dict[str, float]:
         found.append((len(taken), sum(taken)))
     count, size = ((high - low) / (steps - OFF_LOOP) for low, high in zip(*found, strict=True))
     return {"step_allocations": count, "step_bytes": size, "chunk_allocations": found[1][0]}
-
-
-def overhead(policy: Any, precision: str, cameras: int, inputs: Inputs, repeats: int) -> dict[str, Any]:
-    """What of a chunk of one patched policy is not arithmetic: time outside the ops, and what each step allocates."""
-    gate.act(policy, inputs)
-    found = outside_ops(policy, inputs, repeats)
-    narrow = narrow_ms(policy, precision, cameras, max(3, repeats))
-    shares = {"narrow_ms": narrow, "narrow_share": narrow / found["sample_actions_ms"]}
-    return {**found, **shares, **step_allocations(policy, inputs)}

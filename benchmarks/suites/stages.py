@@ -13,7 +13,7 @@ import torch
 import smolvla_fast
 from benchmarks.harness.flags import counts
 from benchmarks.harness.measure import Variant
-from benchmarks.harness.plugin import device_of, rounds
+from benchmarks.harness.plugin import rounds
 from benchmarks.harness.setup import BenchmarkSetup, Case
 from smolvla_fast import inference
 from smolvla_fast.engine.timing import STAGES, stage_times
@@ -80,13 +80,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("batch", counts(metafunc.config.getoption("--batch"), "--batch", (1, 8)))
 
 
-def test_denoise(measure: Any, make_setup: Any, pytestconfig: Any, batch: int) -> None:
+def test_denoise(measure: Any, make_setup: Any, pytestconfig: Any, device: torch.device, batch: int) -> None:
     """The denoise stage of tier bf16 by backend, in turn: ``auto`` takes Triton; whether it should is measured here."""
-    if device_of(pytestconfig).type == "cpu" and pytestconfig.getoption("--size") == "full":
+    if device.type == "cpu" and pytestconfig.getoption("--size") == "full":
         pytest.skip("on a CPU one backend has a loop of its own")
     setup, case = make_setup(), Case(CAMERAS, batch)
     variants = []
-    for name in LOOPS[setup.device.type]:
+    for name in LOOPS[device.type]:
         variants.append(by_stage(setup.tier("bf16", case, name, f"bf16, {name}"), setup, case))
         variants[-1].facts.update(ratio_to=variants[0].name, loop_backend=name)
     measure(setup.named("stages", case) + ", by backend", variants, rounds(pytestconfig), suite="stages")

@@ -17,11 +17,12 @@ from torch import Tensor
 
 import smolvla_fast
 from benchmarks.harness.flags import counts
-from benchmarks.harness.gate import COMPILED_BOUND, CheckFailed, Unavailable, check_late, may_compile
+from benchmarks.harness.gate import COMPILED_BOUND, CheckFailed, Unavailable, check_late
 from benchmarks.harness.measure import Variant
-from benchmarks.harness.plugin import device_of, rounds
+from benchmarks.harness.plugin import rounds
 from benchmarks.harness.roof import training_costs
 from benchmarks.harness.setup import BenchmarkSetup, Case, twin
+from smolvla_fast.cli.subject import resolve_device
 from smolvla_fast.measure.rounds import PeakMemory, synchronize
 from smolvla_fast.ops.processor import why_bf16_is_slow
 
@@ -31,6 +32,7 @@ COMPILED = "stock compiled"
 CACHED, NEW = "patched, frames known", "patched, frames new"
 FUSED = "patched, frames known, AdamW fused"
 STOCK = ("stock", "stock bf16")
+PLAIN = "plain PyTorch"
 VARIANTS = ("stock", "patched", CACHED, FUSED, NEW, COMPILED, "stock bf16", "patched bf16")
 """Those in bf16 run under autocast, as accelerate does it. CACHED and NEW have ``image_cache``: a step of a later epoch,
 which finds the image tokens of all its frames, and one of the first, which finds none. FUSED is CACHED with the optimizer
@@ -51,7 +53,7 @@ class TrainCase:
         learns = [each for each in setup.policy.parameters() if each.requires_grad]
         self.optimizer = torch.optim.AdamW(learns, lr=0.0)
         self._in_one_pass = torch.optim.AdamW(learns, lr=0.0, fused=True)
-        self._stock: dict[str, dict[str, Tensor]] = {}
+        self._truths: dict[str, dict[str, Tensor]] = {}
         self.batch = dict(setup.inputs(CAMERAS, size)[0])
         shape = (size, setup.policy.config.chunk_size, setup.policy.config.action_feature.shape[0])
         self.batch["action"] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
@@ -71,23 +73,13 @@ class TrainCase:
                 self._in_one_pass.state[weight] = {**state, "step": step}
         return self._in_one_pass
 
-    def stock(self, bf16: bool) -> dict[str, Tensor]:
-        name = STOCK[bf16]
-        if name not in self._stock:
-            self._stock[name] = Trainee(self, name).found()
-        return self._stock[name]
-
-    def reference(self) -> dict[str, Tensor]:
-        """Loss and gradients of the plain PyTorch implementation."""
-        self.setup.reference.zero_grad()
-        return Trainee(self, "stock", policy=self.setup.reference.train()).found()
-
-    def floor_ms(self, dtype: torch.dtype, known: bool) -> float:
-        """The least time of the step under this machine's roof. known  no frame is encoded"""
-        needed = self.batch["observation.language.attention_mask"].any(dim=0)
-        costs = training_costs(self.setup.policy.model, CAMERAS, int(needed.sum()), dtype.itemsize, self.size)
-        counted = [cost for part, cost in costs.items() if not (known and part == "vision")]
-        return sum(self.setup.ceilings.floor(cost, dtype)["floor_ms"] for cost in counted)
+    def truth(self, name: str) -> dict[str, Tensor]:
+        """Loss and gradients of one of STOCK or of PLAIN, computed once."""
+        if name not in self._truths:
+            policy = self.setup.reference.train() if name == PLAIN else twin(self.setup.policy)
+            policy.zero_grad()
+            self._truths[name] = Trainee(self, name, policy=policy).found()
+        return self._truths[name]
 
 
 class Trainee:
@@ -102,14 +94,12 @@ class Trainee:
         return self.case.fused() if self.variant == FUSED else self.case.optimizer
 
     def prepare(self) -> Trainee:
-        device = self.case.device.type
-        slow = device == "cpu" and self.case.setup.size == "full" and why_bf16_is_slow()
+        setup, model = self.case.setup, self.policy.model
+        slow = setup.device.type == "cpu" and setup.size == "full" and why_bf16_is_slow()
         if self.bf16 and slow:
             raise Unavailable(f"{slow}: a step of stock in bf16 takes many minutes here")
         if self.variant == COMPILED:
-            may_compile(self.option)
-            mode = "max-autotune" if device == "cuda" else "default"
-            self.policy.model.__dict__["forward"] = torch.compile(self.policy.model.forward, mode=mode)
+            model.__dict__["forward"] = setup.compile(model.forward, self.option)
         if self.patched:
             smolvla_fast.patch(self.policy, training=True, image_cache=CACHE_BYTES.get(self.variant, 0))
         return self
@@ -138,12 +128,12 @@ class Trainee:
         facts: dict[str, Any] = {"fused": bool(self.optimizer.param_groups[0]["fused"])}
         if self.variant in CACHE_BYTES:
             self.step()
-        found = self.case.stock(self.bf16) if self.variant in STOCK else self.found()
-        truth = self.case.reference() if self.variant == "stock" else self.case.stock(False)
+        found = self.case.truth(self.variant) if self.variant in STOCK else self.found()
+        truth = self.case.truth(PLAIN if self.variant == "stock" else "stock")
         error, layout = distance(found, truth), self.case.setup.layout
         bound = GRADIENT_BOUND if self.patched and layout == "fp32" else COMPILED_BOUND[layout]
         if self.bf16:
-            bound = 2 * distance(self.case.stock(True), self.case.stock(False))["gradient_rel_l2"]
+            bound = 2 * distance(self.case.truth("stock bf16"), self.case.truth("stock"))["gradient_rel_l2"]
         if self.variant in CACHE_BYTES:
             known, frames = smolvla_fast.status(self.policy).training_cache["hits"], self.case.size * CAMERAS
             if known != (0 if self.variant == NEW else frames):
@@ -165,13 +155,18 @@ class Trainee:
         return memory.bytes - before + self.case.resident
 
     def measured(self) -> Variant:
-        setup, dtype = self.case.setup, torch.bfloat16 if self.bf16 else self.case.setup.dtype("stock")
+        """With the least time of a step under this machine's roof; a frame that is known is not encoded."""
+        case, dtype = self.case, torch.bfloat16 if self.bf16 else self.case.setup.dtype("stock")
+        needed = int(case.batch["observation.language.attention_mask"].any(dim=0).sum())
+        costs = training_costs(self.policy.model, CAMERAS, needed, dtype.itemsize, case.size)
+        if self.variant in (CACHED, FUSED):
+            del costs["vision"]
+        name, check = self.variant, lambda: self.prepare().check()
         facts = dict(
-            variant=self.variant, ratio_to=STOCK[self.bf16], cameras=CAMERAS, batch=self.case.size, layout=setup.layout,
-            floor_ms=self.case.floor_ms(dtype, known=self.variant in (CACHED, FUSED)),
+            variant=name, ratio_to=STOCK[self.bf16], cameras=CAMERAS, batch=case.size, layout=case.setup.layout,
+            floor_ms=sum(case.setup.ceilings.floor(cost, dtype)["floor_ms"] for cost in costs.values()),
         )  # fmt: skip
-        check = lambda: self.prepare().check()  # noqa: E731
-        return Variant(self.variant, check, self.step, policy=self.policy, facts=facts)
+        return Variant(name, check, self.step, policy=self.policy, facts=facts)
 
 
 def distance(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
@@ -189,7 +184,8 @@ def distance(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, fl
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    sizes = counts(metafunc.config.getoption("--batch"), "--batch", BATCHES[device_of(metafunc.config).type])
+    option = metafunc.config.option
+    sizes = counts(option.batch, "--batch", BATCHES[resolve_device(option.device or "auto").type])
     metafunc.parametrize("size", sizes, ids=lambda size: f"batch{size}")
 
 

@@ -25,6 +25,7 @@ pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the pol
 
 from benchmarks.harness import gate
 from benchmarks.harness.gate import COMPILED_BOUND, CheckFailed, act
+from benchmarks.harness.roof import Ceilings
 from benchmarks.harness.setup import BenchmarkSetup, Case, twin
 from benchmarks.peers import openvino as openvino_peer
 from benchmarks.report import markdown
@@ -32,12 +33,13 @@ from benchmarks.suites import cpu as cpu_suite
 from smolvla_fast.testing.outliers import OUTLIER, heavy_tailed
 
 ROOT = Path(__file__).resolve().parents[2]
+CEILINGS = Ceilings({"float32": 1e12, "bfloat16": 1e12, "int8": 1e12}, 1e10)
 TINY = ("--device=cpu", "--size=tiny", "--steps=2", "--rounds=2", "--threads=1")
 
 
 @pytest.fixture(scope="module")
 def setup() -> BenchmarkSetup:
-    return BenchmarkSetup(torch.device("cpu"), "tiny", steps=3)
+    return BenchmarkSetup(torch.device("cpu"), CEILINGS, "tiny", steps=3)
 
 
 def run_suites(path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -190,7 +192,7 @@ def test_stock_is_held_to_other_code(setup: BenchmarkSetup, monkeypatch: pytest.
     case = Case(2)
     facts = setup.stock(case).check()
     assert facts["rel_l2"] <= facts["bound"] == COMPILED_BOUND["fp32"] and "plain PyTorch" in facts["against"]
-    other = BenchmarkSetup(torch.device("cpu"), "tiny", steps=3)
+    other = BenchmarkSetup(torch.device("cpu"), CEILINGS, "tiny", steps=3)
     sample = type(other.policy.model).sample_actions
     monkeypatch.setattr(
         type(other.policy.model), "sample_actions", lambda *args, **kw: 1.1 * sample(*args, **kw)
