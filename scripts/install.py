@@ -40,9 +40,8 @@ def main(*extras: str) -> int:
                 names = [item["metadata"]["name"] for item in missing]
                 with ThreadPoolExecutor(16) as pool:
                     print(announcement(dict(zip(names, pool.map(size_of, missing), strict=True))), flush=True)
-                pip(
-                    *BUILD, "--no-deps", *("{name}=={version}".format(**item["metadata"]) for item in missing)
-                )
+                pinned = ["{name}=={version}".format(**item["metadata"]) for item in missing]
+                pip(*BUILD, "--no-deps", *pinned)
         except BaseException:
             with suppress(OSError):  # it may have ended
                 os.killpg(compiler.pid, signal.SIGTERM)

@@ -27,10 +27,8 @@ def compile_all(kind: Any, names: Sequence[str], targets: Sequence[str], process
     tasks, rows, start = kind.tasks(names, targets), {}, time.perf_counter()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         for task, found in zip(tasks, pool.map(kind.compile_task, tasks), strict=True):
-            said = (
-                f"{', '.join(map(str, task))}: {len(found)} kernels, at {time.perf_counter() - start:.0f} s"
-            )
-            print(said, file=sys.stderr, flush=True)
+            name, seconds = ", ".join(map(str, task)), time.perf_counter() - start
+            print(f"{name}: {len(found)} kernels, at {seconds:.0f} s", file=sys.stderr, flush=True)
             for key, cells in found.items():
                 rows.setdefault(key, {}).update(cells)
     return rows
@@ -48,8 +46,7 @@ def main(arguments: list[str]) -> int:
     known = kind.names()
     names = args.only.split(",") if args.only else known
     targets = args.targets.split(",") if args.targets else list(kind.TARGETS)
-    wrong = [*(name for name in names if name not in known), *(t for t in targets if t not in kind.TARGETS)]
-    if wrong:
+    if wrong := [each for each in (*names, *targets) if each not in (*known, *kind.TARGETS)]:
         accepted = f"names are {', '.join(known)}; targets {', '.join(kind.TARGETS)}"
         parser.error(f"no such name or target: {', '.join(wrong)}; {accepted}")
     if (args.only or args.targets) and args.out is None:

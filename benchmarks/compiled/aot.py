@@ -35,6 +35,8 @@ TARGETS = tuple(SHARED)
 TENSOR_COLUMNS = 512
 ONE_REGISTER = "one register, stored before the loop and loaded behind it"
 IN_FP8 = "on sm_89 with 8-bit weights: the gather's offsets beside x in fp32, for a launch a chunk"
+EXPECTED: dict[str, tuple[str, ...]] = {}
+"""Nothing is asked of the instructions of a kernel."""
 SPILLS: dict[str, tuple[int, str]] = {
     "norm_swiglu": (8, ONE_REGISTER),
     "patch_embed": (8, ONE_REGISTER),
@@ -44,26 +46,13 @@ SPILLS: dict[str, tuple[int, str]] = {
 
 # Below this a case is one of the odd ones, which exist for correctness.
 REAL_BYTES = 60_000
-RESIDUAL = {
-    "layer_norm": ("x",),
-    "linear": ("residual",),
-    "linear_residual": ("residual",),
-    "norm_qkv_rope": ("x",),
-    "norm_swiglu": ("x",),
-    "patch_embed": ("pixels",),
-    "cross_kv": ("k_weight", "v_weight"),
-    "masked_attention": ("k", "v"),
-    "masked_attention_backward": ("k", "v"),
-    "euler_step": ("h",),
-}
-"""What is fp32 beside bf16 weights: the residual stream, camera frames, and LeRobot's expert projections of the cross KV."""
+WIDE = ("residual", "pixels", "h", "k_weight", "v_weight")
+"""Inputs in fp32 beside bf16 weights: the residual stream, which norms read as x, camera frames, and LeRobot's expert
+projections of the cross KV, hence the keys and values of attention that they make."""
 EIGHT_BITS = ("linear", "linear_residual", "norm_qkv_rope", "norm_swiglu", "pixel_shuffle_linear")
 """Whose matrices tier ``fp8`` keeps as 8-bit floats, for targets that multiply them."""
 FIRST_EIGHT_BITS = 89
-
-
-def kernel_module(op: str) -> Any:
-    return importlib.import_module(f"smolvla_fast.kernels.{op}")
+_compiled: dict[str, Kernel] = {}
 
 
 def names() -> list[str]:
@@ -73,22 +62,21 @@ def names() -> list[str]:
 
 
 def tasks(names: Sequence[str], targets: Sequence[str]) -> list[tuple[Any, ...]]:
-    cases = ((op, case) for op in names for case in reference_module(op).CASES)
-    return [
-        (op, case, targets) for op, case in cases if reference_module(op).cost(case, 2).bytes >= REAL_BYTES
-    ]
+    found = [(op, case) for op in names for case in reference_module(op).CASES]
+    return [(op, c, targets) for op, c in found if reference_module(op).cost(c, 2).bytes >= REAL_BYTES]
 
 
 def calls(op: str, case: dict[str, int]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(what differs from the reference's inputs, dtypes, inputs): each way in which the stages call an op."""
     attends = op.startswith("masked_attention")
-    for layout, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        if layout == "bf16" and op in ("suffix_embed", "flow_loss"):
-            continue
+    stream = ("x",) if "norm" in op else ("k", "v") if attends else WIDE
+    layouts = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    for layout in layouts if op not in ("suffix_embed", "flow_loss") else ("fp32",):
+        dtype = layouts[layout]
         given = reference_module(op).make_inputs(case, dtype, torch.Generator().manual_seed(0))
         for label, changes in _ways(op, case, dtype).items():
             inputs = changed(given, changes)
-            wide = [n for n in RESIDUAL.get(op, ()) if isinstance(inputs.get(n), Tensor)]
+            wide = [n for n in stream if isinstance(inputs.get(n), Tensor)]
             # Of attention only cross KV is fp32; the prefix and the suffix see bf16.
             mixed = layout == "bf16" and bool(wide) and not (attends and case["T"] == case["S"])
             if mixed and attends:
@@ -97,11 +85,10 @@ def calls(op: str, case: dict[str, int]) -> Iterator[tuple[str, str, dict[str, A
                 inputs = changed(inputs, {name: inputs[name].float() for name in wide})
             yield label, "bf16; fp32: " + ", ".join(wide) if mixed else layout, inputs
             if layout == "bf16" and op in EIGHT_BITS:
-                weights = {
-                    n: x for n, x in leaves(inputs).items() if "weight" in n and getattr(x, "ndim", 0) == 2
-                }
-                quantized = changed(inputs, {name: quantize_rows(weight) for name, weight in weights.items()})
-                said = (f"{n.removeprefix('weights.')}_weight" if "." in n else n for n in weights)
+                parts = leaves(inputs)
+                matrices = [n for n, x in parts.items() if "weight" in n and getattr(x, "ndim", 0) == 2]
+                said = (f"{n.removeprefix('weights.')}_weight" if "." in n else n for n in matrices)
+                quantized = changed(inputs, {name: quantize_rows(parts[name]) for name in matrices})
                 yield label, "fp8: " + ", ".join(said), quantized
 
 
@@ -111,13 +98,13 @@ def _ways(op: str, case: dict[str, int], dtype: torch.dtype) -> dict[str, dict[s
             return {"gelu_tanh": {}}
         residual = torch.zeros(case["rows"], case["outputs"], dtype=dtype)
         return {"bias": {"activation": None}, "residual": {"activation": None, "residual": residual}}
-    if op == "norm_qkv_rope":
-        only_q = {"weights.k": None, "weights.v": None, "slots": None}
-        return {"q, k, v": {}, "k, v": {"weights.q": None}, "q": only_q}
-    return {
+    only_q = {"weights.k": None, "weights.v": None, "slots": None}
+    ways: dict[str, dict[str, dict[str, Any]]] = {
+        "norm_qkv_rope": {"q, k, v": {}, "k, v": {"weights.q": None}, "q": only_q},
         "euler_step": {"guided": {}, "": {"guidance": None}},
         "layer_norm": {"": {"dtype": dtype}},
-    }.get(op, {"": {}})
+    }
+    return ways.get(op, {"": {}})
 
 
 def call(op: str, inputs: dict[str, Any]) -> None:
@@ -125,24 +112,16 @@ def call(op: str, inputs: dict[str, Any]) -> None:
     from smolvla_fast.ops.torch.suffix import suffix_fold
     from smolvla_fast.ops.triton import ops as backend
 
-    inputs, launcher = dict(inputs), getattr(backend, op, None) or getattr(kernel_module(op), op)
+    inputs, module = dict(inputs), importlib.import_module(f"smolvla_fast.kernels.{op}")
+    launcher = getattr(backend, op, None) or getattr(module, op)
     if op == "suffix_embed":
         folded = suffix_fold(*(inputs.pop(name) for name in ("times", "action_in", "time_in")))
         launcher(inputs["x"], 0, folded, inputs["time_out"])
     elif op == "flow_loss":
-        kernel_module(op).flow_point(inputs["actions"], inputs["noise"], torch.zeros(len(inputs["v"])))
+        module.flow_point(inputs["actions"], inputs["noise"], torch.zeros(len(inputs["v"])))
         launcher(**{**inputs, "v": inputs["v"].detach().requires_grad_()}).sum().backward()
     else:
         launcher(**inputs)
-
-
-def stand_in(capability: int) -> Any:
-    """Stands for Triton's driver: there is a device, of this capability, and nothing is ever launched on it."""
-    return SimpleNamespace(
-        get_current_device=lambda: capability,  # what is compiled for one is cached apart from the others'
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", capability, 32),
-    )
 
 
 @contextlib.contextmanager
@@ -150,33 +129,31 @@ def compiling(capability: int) -> Iterator[list[tuple[str, Kernel]]]:
     """Inside, launching a kernel on CPU tensors compiles it for this capability; yields (name, Kernel) of each launch."""
     launched: list[tuple[str, Kernel]] = []
     launch = JITFunction.run
+    # Stands for Triton's driver: there is a device, and nothing is ever launched on it.
+    stand_in = SimpleNamespace(
+        get_current_device=lambda: capability,  # what is compiled for one is cached apart from the others'
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+    )
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         with contextlib.redirect_stdout(io.StringIO()) as log:
             kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        launched.append((self.__name__.removeprefix("_"), _noted(kernel, log.getvalue())))
+        if kernel.hash not in _compiled:  # ptxas speaks the first time alone
+            [found] = parse_log(log.getvalue()).values()
+            had = dict(shared=kernel.metadata.shared, tensor=getattr(kernel.metadata, "tmem_size", 0) or 0)
+            _compiled[kernel.hash] = replace(found, **had, serialized="serialized" in log.getvalue())
+        launched.append((self.__name__.removeprefix("_"), _compiled[kernel.hash]))
         return kernel
 
     with (
         triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(),
-        patch.object(driver, "_active", stand_in(capability)),
+        patch.object(driver, "_active", stand_in),
         patch.object(JITFunction, "run", compile_only), assume_capability(capability),
     ):  # fmt: skip
         # ptxas speaks when it runs, so nothing may come from the cache on disk.
         triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
         yield launched
-
-
-_compiled: dict[str, Kernel] = {}
-
-
-def _noted(kernel: Any, log: str) -> Kernel:
-    """From ptxas's log, which is there the first time alone, and from Triton's own notes."""
-    if kernel.hash not in _compiled:
-        [found] = parse_log(log).values()
-        had = dict(shared=kernel.metadata.shared, tensor=getattr(kernel.metadata, "tmem_size", 0) or 0)
-        _compiled[kernel.hash] = replace(found, **had, serialized="serialized" in log)
-    return _compiled[kernel.hash]
 
 
 def compile_task(task: tuple[str, dict[str, int], Sequence[str]]) -> Rows:
@@ -189,16 +166,15 @@ def compile_task(task: tuple[str, dict[str, int], Sequence[str]]) -> Rows:
         for target in targets:
             if dtypes.startswith("fp8") and int(target) < FIRST_EIGHT_BITS:
                 continue
+            cells: list[tuple[str, Any]]
             try:
-                with compiling(int(target)) as launched:
+                with compiling(int(target)) as cells:
                     call(op, inputs)
             except Exception as error:
                 reason = (str(error).strip() or "no message").splitlines()[0]
-                cell = f"{type(error).__name__}: {reason}"
-                found.setdefault((op, "none", where, dtypes), {})[target] = cell
-                continue
-            for name, kernel in launched:
-                found.setdefault((op, name, where, dtypes), {})[target] = kernel
+                cells = [("none", f"{type(error).__name__}: {reason}")]
+            for name, cell in cells:
+                found.setdefault((op, name, where, dtypes), {})[target] = cell
     return found
 
 
@@ -218,10 +194,6 @@ def about() -> str:
         "epilogues those of the stages; where the backend leaves a size to torch, there is no row.\n\n"
         f"Limits: no kernel spills unless its op's section says so; KiB of shared memory: {shared}."
     )
-
-
-def allowed(op: str, spills: int, reason: str) -> str:
-    return f"Spilled bytes allowed: {spills}" + (f" ({reason})." if reason else ".")
 
 
 def resources(kernel: Kernel) -> str:

@@ -63,11 +63,11 @@ def red(kind: Any, rows: Rows) -> list[str]:
     for key, cells in rows.items():
         bound, _ = kind.SPILLS.get(key[0], (0, ""))
         for target, cell in cells.items():
-            wrong = (
-                [f"does not compile: {cell}"] if isinstance(cell, str) else kind.beyond(key[0], target, cell)
-            )
-            if isinstance(cell, Kernel) and cell.spills > bound:
-                wrong.append(f"{cell.spills} bytes spilled, allowed {bound}")
+            if isinstance(cell, str):
+                wrong = [f"does not compile: {cell}"]
+            else:
+                wrong = kind.beyond(key[0], target, cell)
+                wrong += [f"{cell.spills} bytes spilled, allowed {bound}"] if cell.spills > bound else []
             found += [f"{', '.join(key)}, sm_{target}: {each}" for each in wrong]
     return found
 
@@ -80,7 +80,10 @@ def markdown(kind: Any, rows: Rows, targets: Sequence[str]) -> str:
 
     parts = [kind.about()]
     for name in dict.fromkeys(key[0] for key in rows):
-        parts += [f"## {name}", kind.allowed(name, *kind.SPILLS.get(name, (0, "")))]
+        bound, reason = kind.SPILLS.get(name, (0, ""))
+        wishes = ", ".join(kind.EXPECTED.get(name, ())) or "none"
+        asked = f"Instructions that every kernel must have in a loop: {wishes}. " if kind.EXPECTED else ""
+        parts += [f"## {name}", f"{asked}Spilled bytes allowed: {bound}{reason and f' ({reason})'}."]
         for labels, text in kind.TABLES.items():
             names = labels.split(", ")
             own = [(key[1:], cells) for key, cells in rows.items() if key[0] == name]

@@ -61,21 +61,10 @@ def about() -> str:
     )
 
 
-def allowed(source: str, spills: int, reason: str) -> str:
-    wishes = ", ".join(EXPECTED.get(source, ())) or "none"
-    more = f" Spilled bytes allowed: {spills} ({reason})." if spills else ""
-    return f"Instructions that every kernel must have in a loop: {wishes}.{more}"
-
-
-def resources(kernel: Kernel) -> str:
-    return f"{kernel.registers} / {kernel.spills} / {kernel.stack} / {kernel.shared}"
-
-
-def counts(kernel: Kernel) -> str:
-    return ", ".join(f"{n} {name}" for name, n in kernel.instructions.items()) or NONE
-
-
-TABLES = {"kernel": resources, "instructions": counts}
+TABLES = {
+    "kernel": "{0.registers} / {0.spills} / {0.stack} / {0.shared}".format,
+    "instructions": lambda k: ", ".join(f"{n} {name}" for name, n in k.instructions.items()) or NONE,
+}
 
 
 def say(*command: str) -> str:
@@ -113,9 +102,7 @@ def in_loops(code: str) -> dict[str, int]:
     found = (re.search(r"\b0x([0-9a-f]+)\s*(?:&.*|\?.*)?$", rest) for *_, rest in lines)
     targets = [at and place.get(int(at[1], 16)) for at in found]
     # Where the lanes that parted at BSSY go on from BSYNC.
-    joins = [
-        to for (*_, word, _), to in zip(lines, targets, strict=True) if word == "BSSY" and to is not None
-    ]
+    joins = [to for line, to in zip(lines, targets, strict=True) if line[2] == "BSSY" and to is not None]
     flow = networkx.DiGraph()
     for i, ((_, guard, word, rest), to) in enumerate(zip(lines, targets, strict=True)):
         ends = word in ("BRA", "EXIT", "RET") and not guard and not re.search(r"\bU?P\d", rest)

@@ -127,8 +127,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--commit", help="recorded where the tree has no history of its own")
     args = parser.parse_args(list(arguments))
     names = list(dict.fromkeys(part.name for part in PARTS[args.kind](args)))
-    unknown = [name for name in args.part or () if name not in names]
-    if unknown:
+    if unknown := [name for name in args.part or () if name not in names]:
         parser.error(f"no part {', '.join(unknown)}; accepted are {', '.join(names)}")
     if args.only and "ops" in names and not args.part:
         args.part = ["ops"]

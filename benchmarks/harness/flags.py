@@ -20,8 +20,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--cameras": dict(metavar="N,N", help="camera counts of suite chunk (default: 1,2,3); of cpu one, up to 4 (2)"),
     "--batch": dict(metavar="N,N", help="batch sizes of suite chunk (default: 1), of train (CPU: 1,2, GPU: 8)"),
     "--layers": dict(metavar="N,N", help="VLM layers of suite chunk (default: the configuration's)"),
-    "--scaling": dict(action="store_true", default=True, help="cpu suite: time against cameras, steps, ... (default)"),
-    "--no-scaling": dict(action="store_false", dest="scaling", default=True, help="leave these curves out"),
+    "--scaling": dict(action=argparse.BooleanOptionalAction, default=True, help="cpu suite: time by cameras, steps, ..."),
     "--steps": dict(type=positive, help="denoise steps"),
     "--size": dict(choices=("full", "tiny"), default="full", help="policy size (default: full)"),
     "--layout": dict(choices=("fp32", "mixed"), help="dtypes of the weights (CPU: fp32, GPU: mixed)"),
@@ -45,11 +44,10 @@ def handed_on(args: argparse.Namespace) -> list[str]:
     """The flags of ``args`` that are not at their defaults, for another process."""
     found = []
     for name, spec in FLAGS.items():
-        value, action = getattr(args, spec.get("dest", name[2:].replace("-", "_"))), spec.get("action")
-        if value not in (None, spec.get("default", False)) and (
-            not action or value is (action == "store_true")
-        ):
-            found.append(name if action else f"{name}={value}")
+        value = getattr(args, name[2:].replace("-", "_"))
+        if value not in (None, spec.get("default", False)):
+            switch = name if value else f"--no-{name[2:]}"
+            found.append(switch if isinstance(value, bool) else f"{name}={value}")
     return found
 
 

@@ -45,11 +45,6 @@ class Variant:
     stats: Any = None
     dropped: str | None = None
 
-    def drop(self, reason: str) -> None:
-        self.dropped = reason
-        if self.stats is not None:
-            self.stats.fixture.has_error = True  # pytest-benchmark then writes no number
-
     def round(self, benchmark: Any, group: str) -> None:
         start = time.perf_counter()
         stages = self.run()
@@ -72,9 +67,7 @@ class Measure:
 
     benchmark: Any
 
-    def __init__(
-        self, config: Any, path: Path | None, facts: dict[str, Any], seconds: float, choose: str | None
-    ):
+    def __init__(self, config: Any, path: Path | None, facts: dict[str, Any], seconds: float, choose: str):
         self.config, self.path, self.facts, self.choose = config, path, facts, choose
         self.end, self.cases = time.perf_counter() + seconds, 1
         self.red: list[dict[str, str]] = []
@@ -108,7 +101,9 @@ class Measure:
                 first = (reason.strip() or "no message").splitlines()[0][:300]
                 # Another's compiler: whatever it raises is the reason.
                 reason, wrong = f"{type(error).__name__}: {first}", not variant.foreign
-            variant.drop(reason)
+            variant.dropped = reason
+            if variant.stats is not None:
+                variant.stats.fixture.has_error = True  # pytest-benchmark then writes no number
             if isinstance(error, TimeoutError):
                 self.leave_out(name, reason)
                 return
@@ -209,8 +204,7 @@ def derive(benchmarks: Sequence[dict[str, Any]]) -> None:
         ms = [1e3 * seconds / info.get("calls_a_round", 1) for seconds in bench["stats"]["data"]]
         taken[bench["group"], info["variant"]] = ms
         info.update(summary(ms))
-        base = taken.get((bench["group"], info["ratio_to"]))
-        if base:
+        if base := taken.get((bench["group"], info["ratio_to"])):
             info["ratio"] = percentile([a / b for a, b in zip(base, ms, strict=False)], 0.5)
         best = info.get("device_ms", info)["p50_ms"]
         if "floor_ms" in info:

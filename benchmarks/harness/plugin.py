@@ -15,6 +15,7 @@ from benchmarks.harness import flags
 from benchmarks.harness.measure import Measure
 from benchmarks.harness.roof import Ceilings, ceilings_once
 from benchmarks.harness.setup import BenchmarkSetup
+from smolvla_fast.cli.subject import resolve_device
 from smolvla_fast.measure import system
 
 MEASURE: pytest.StashKey[Measure] = pytest.StashKey()
@@ -23,7 +24,7 @@ MEASURE: pytest.StashKey[Measure] = pytest.StashKey()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("smolvla_fast")
     flags.add_to(group.addoption)
-    group.addoption("--choose", metavar="EXPRESSION", help="as -k, of benchmarks and of their variants")
+    group.addoption("--choose", metavar="EXPRESSION", default="", help="as -k, of benchmarks and variants")
     group.addoption("--results", type=Path, help="where the JSON goes, after every case")
 
 
@@ -35,10 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    measure, cases = session.config.stash[MEASURE], len(session.items)
-    measure.cases = cases
+    measure = session.config.stash[MEASURE]
+    measure.cases = len(session.items)
     within = f"within {measure.left / 60:.1f} minutes; what there is no time for is left out by name"
-    print(f"{cases} cases, {within}")
+    print(f"{measure.cases} cases, {within}")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -49,19 +50,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = 1
 
 
-def device_of(config: pytest.Config) -> torch.device:
-    name = config.getoption("--device") or "auto"
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(here if name == "auto" else name)
-
-
 def rounds(config: pytest.Config, few: int = 3, many: int = 20) -> int:
     return config.getoption("--rounds") or (many if config.getoption("--full") else few)
 
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    return device_of(pytestconfig)
+    return resolve_device(pytestconfig.getoption("--device") or "auto")
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +78,7 @@ def make_setup(pytestconfig: pytest.Config, device: torch.device, ceilings: Ceil
         if layers not in held:
             held.clear()
             gc.collect()
-            held[layers] = BenchmarkSetup(device, size, layout, steps, layers, ceilings)
+            held[layers] = BenchmarkSetup(device, ceilings, size, layout, steps, layers)
         return held[layers]
 
     return make

@@ -69,8 +69,15 @@ def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
         x, weight = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
         # torch's own fp32 path is MKL, far from the roof on other makers' processors; oneDNN is near it.
         flops[dtype] = rate(2.0 * side**3, partial(linear, x, weight))
-    if device.type == "cpu" and (integers := _int8(side)):
-        flops["int8"] = rate(2.0 * side**3, integers)
+    if device.type == "cpu":
+        # uint8 activations by a prepacked int8 weight, as oneDNN multiplies them fastest.
+        x = torch.randint(0, 255, (side, side), dtype=torch.uint8)
+        weight = torch.randint(-127, 127, (side, side), dtype=torch.int8)
+        scales, zeros = torch.ones(side), torch.zeros(side, dtype=torch.int32)
+        with suppress(AttributeError, RuntimeError):  # where torch has no such product
+            packed = torch.ops.onednn.qlinear_prepack(weight, [side, side])
+            given = (x, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+            flops["int8"] = rate(2.0 * side**3, partial(torch.ops.onednn.qlinear_pointwise, *given))
     source = torch.ones(COPY_BYTES[device.type] // (64 if small else 4), device=device)
     target = torch.empty_like(source)
     return Ceilings(flops, rate(2.0 * source.nbytes, lambda: target.copy_(source)))
@@ -84,19 +91,6 @@ def ceilings_once(path: Path | None, device: torch.device, small: bool) -> Ceili
     if path is not None:
         write_whole(path, asdict(ceilings))
     return ceilings
-
-
-def _int8(side: int) -> Callable[[], Any] | None:
-    """uint8 activations by a prepacked int8 weight, as oneDNN multiplies them fastest; None where torch cannot."""
-    x = torch.randint(0, 255, (side, side), dtype=torch.uint8)
-    weight = torch.randint(-127, 127, (side, side), dtype=torch.int8)
-    scales, zeros = torch.ones(side), torch.zeros(side, dtype=torch.int32)
-    with suppress(AttributeError, RuntimeError):
-        packed = torch.ops.onednn.qlinear_prepack(weight, [side, side])
-        given = (x, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-        torch.ops.onednn.qlinear_pointwise(*given)
-        return partial(torch.ops.onednn.qlinear_pointwise, *given)
-    return None
 
 
 class Work:
@@ -170,9 +164,8 @@ def training_costs(model: Any, cameras: int, language: int, itemsize: int, batch
     linear -= 2.0 * d.chunk * d.action_width * d.expert_width  # no gradient of actions
     learning_keys = work.selfs * (d.chunk + 1) + work.crosses * work.prefix
     attention = (8.0 * work.keys + 4.0 * learning_keys) * d.chunk * work.queries
-    of_prefix = (
-        2.0 * work.prefix_weights + 2.0 * work.prefix * work.cross_weights
-    )  # the state's row; cross KV
+    # The state's row, and cross KV.
+    of_prefix = 2.0 * (work.prefix_weights + work.prefix * work.cross_weights)
     learns = weights + work.cross_weights + d.state_width * d.text_width
     stored = model.vlm_with_expert.lm_expert.layers[0].mlp.gate_proj.weight.element_size()
     expert_bytes = 2 * itemsize * weights + ADAMW_NUMBERS * stored * learns

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 from collections.abc import Callable
 from functools import cached_property
@@ -15,6 +14,7 @@ import smolvla_fast
 from benchmarks.harness import gate
 from benchmarks.harness.measure import Variant
 from benchmarks.harness.roof import Ceilings, stage_costs
+from smolvla_fast.engine.timing import apart
 from smolvla_fast.measure.rounds import PeakMemory, synchronize, timed_ms
 from smolvla_fast.model.precision import TIERS
 from smolvla_fast.ops.select import select
@@ -24,6 +24,7 @@ MOST_CAMERAS = 4
 
 Inputs = tuple[dict[str, Tensor], Tensor]
 """An observation and its noise."""
+Make = Callable[[Any], Any]
 
 
 class Case(NamedTuple):
@@ -36,33 +37,29 @@ class Case(NamedTuple):
 
 def twin(policy: Any) -> Any:
     """The same weights under another policy object, which can be patched or made to run something else on its own."""
-    other, model = copy.copy(policy), copy.copy(policy.model)
     # ``patch`` gives the pair of VLM and expert a class of its own as well.
-    model._modules = {**model._modules, "vlm_with_expert": copy.copy(model.vlm_with_expert)}
-    other._modules = {**policy._modules, "model": model}
-    return other
+    pair = apart(policy.model.vlm_with_expert)
+    return apart(policy, model=apart(policy.model, vlm_with_expert=pair))
 
 
 class BenchmarkSetup:
     """One policy of random weights, never patched itself: it is stock.
 
     size    "full" or "tiny"      layout  "fp32" or "mixed"; None: fp32 on a CPU, mixed elsewhere
-    steps, layers  None: the configuration's      ceilings  of this machine; None: variants have no floors
+    steps, layers  None: the configuration's      ceilings  of this machine
     """
 
     def __init__(
-        self, device: torch.device, size: str = "full", layout: str | None = None, steps: int | None = None,
-        layers: int | None = None, ceilings: Ceilings | None = None,
+        self, device: torch.device, ceilings: Ceilings, size: str = "full", layout: str | None = None,
+        steps: int | None = None, layers: int | None = None,
     ) -> None:  # fmt: skip
-        self.ceilings = ceilings
-        self.device, self.size = device, size
+        self.device, self.ceilings, self.size = device, ceilings, size
         self.layout = layout or ("fp32" if device.type == "cpu" else "mixed")
         self._config = {} if layers is None else {"num_vlm_layers": layers}
         self.policy = self._make("lerobot")
         self.policy.config.num_steps = steps or self.policy.config.num_steps
         self.lost: dict[Case, float] = {}
-        self._inputs: dict[tuple[int, int, int], Inputs] = {}
-        self._stock: dict[Case, list[Tensor]] = {}
+        self._known: dict[Any, Any] = {}
 
     def _make(self, origin: str) -> Any:
         named: dict[str, Any] = dict(origin=origin, layout=self.layout, device=self.device, **self._config)
@@ -84,12 +81,18 @@ class BenchmarkSetup:
         batch = f", batch {case.batch}" if train or case.batch > 1 else ""
         return f"{suite}: {size}{steps}, {case.cameras} cameras{batch}"
 
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned the first time that it was asked for by this key."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
     def inputs(self, cameras: int, batch: int = 1, seed: int = 0) -> Inputs:
-        key = (cameras, batch, seed)
-        if key not in self._inputs:
+        def make() -> Inputs:
             observation = policies.make_observation(self.policy, cameras=cameras, batch=batch, seed=seed)
-            self._inputs[key] = observation, policies.make_noise(self.policy, batch=batch, seed=seed)
-        return self._inputs[key]
+            return observation, policies.make_noise(self.policy, batch=batch, seed=seed)
+
+        return self.once((cameras, batch, seed), make)
 
     def every(self, case: Case) -> list[Inputs]:
         return [self.inputs(case.cameras, case.batch, seed) for seed in range(case.observations)]
@@ -101,15 +104,16 @@ class BenchmarkSetup:
 
     def stock_chunks(self, case: Case, found: list[Tensor] | None = None) -> list[Tensor]:
         """Stock's on every observation, computed once. found  these, where there are none yet"""
-        if case not in self._stock:
-            self._stock[case] = found or [gate.act(self.policy, each) for each in self.every(case)]
-        return self._stock[case]
+        inputs = self.every(case)
+        return self.once(("stock", case), lambda: found or [gate.act(self.policy, each) for each in inputs])
 
-    def stock(self, case: Case) -> Variant:
-        """LeRobot's own code."""
-        return self._variant("stock", "stock", "stock", case, lambda policy: None)
+    def stock(self, case: Case, kind: str = "stock") -> Variant:
+        """LeRobot's own code. kind  of ``gate.CHECKS``"""
+        return self._variant("stock", kind, "stock", case, lambda policy: None)
 
-    def tier(self, name: str, case: Case, backend: str = "auto", label: str | None = None) -> Variant:
+    def tier(
+        self, name: str, case: Case, backend: str = "auto", label: str | None = None, kind: str = "tier"
+    ) -> Variant:
         """A twin patched to a tier."""
 
         def make(policy: Any) -> None:
@@ -119,9 +123,9 @@ class BenchmarkSetup:
             except (RuntimeError, ValueError) as error:
                 raise gate.Unavailable(str(error)) from error
 
-        return self._variant(label or name, "tier", name, case, make)
+        return self._variant(label or name, kind, name, case, make)
 
-    def peer(self, name: str, precision: str, case: Case, make: Callable[[Any], Any]) -> Variant:
+    def peer(self, name: str, precision: str, case: Case, make: Make) -> Variant:
         """A twin whose ``sample_actions`` is made from its model. make  raises Unavailable where it cannot"""
 
         def replace(policy: Any) -> None:
@@ -135,12 +139,11 @@ class BenchmarkSetup:
         return [*found, self.compiled(case, option)] if option else found
 
     def compiled(self, case: Case, option: Any) -> Variant:
-        """LeRobot's ``compile_model``: its method compiled, by default in the mode that it takes on a GPU."""
-        mode = option.compile_mode or ("max-autotune" if self.device.type == "cuda" else "default")
+        """LeRobot's ``compile_model``: its method compiled."""
+        mode = self.compile_mode(option)
 
         def make(model: Any) -> Any:
-            gate.may_compile(option)
-            function = torch.compile(model.sample_actions, mode=mode)
+            function = self.compile(model.sample_actions, option)
 
             def sample_actions(*args: Any, **kwargs: Any) -> Tensor:
                 before = torch.get_float32_matmul_precision()
@@ -156,18 +159,27 @@ class BenchmarkSetup:
         name = "stock compiled" if mode == "default" else f"stock compiled, {mode}"
         return self.peer(name, "fp32", case, make)
 
-    def _variant(
-        self, name: str, kind: str, precision: str, case: Case, make: Callable[[Any], None]
-    ) -> Variant:
-        """make  makes a twin ready"""
-        config, floors = self.policy.config, self.floors(precision, case)
+    def compile_mode(self, option: Any) -> str:
+        """By default that which LeRobot takes on a GPU."""
+        return option.compile_mode or ("max-autotune" if self.device.type == "cuda" else "default")
+
+    def compile(self, function: Callable[..., Any], option: Any) -> Callable[..., Any]:
+        if not option.with_compile:
+            raise gate.Unavailable("compiling takes minutes; ask for it by --with-compile")
+        return torch.compile(function, mode=self.compile_mode(option))
+
+    def _variant(self, name: str, kind: str, precision: str, case: Case, make: Make) -> Variant:
+        """make  makes a twin ready. Floors are by stage: operations, bytes, the least time for them on this machine."""
+        config, dtype = self.policy.config, self.dtype(precision)
+        language = self.inputs(case.cameras, case.batch)[0]["observation.language.tokens"].shape[1]
+        costs = stage_costs(self.policy.model, case.cameras, language, dtype.itemsize, case.batch)
+        floors = {stage: self.ceilings.floor(cost, dtype) for stage, cost in costs.items()}
         facts: dict[str, Any] = dict(
             variant=name, kind=kind, precision=precision, ratio_to="stock", cameras=case.cameras, batch=case.batch,
             layers=config.num_vlm_layers, steps=config.num_steps, layout=self.layout, threads=torch.get_num_threads(),
+            stage_floors=floors, floor_ms=sum(each["floor_ms"] for each in floors.values()),
         )  # fmt: skip
-        if floors:
-            facts.update(stage_floors=floors, floor_ms=sum(each["floor_ms"] for each in floors.values()))
-        policy = self.policy if kind == "stock" else twin(self.policy)
+        policy = self.policy if name == "stock" else twin(self.policy)
 
         def checked() -> dict[str, Any]:
             make(policy)
@@ -181,11 +193,11 @@ class BenchmarkSetup:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
         if trim is not None:
             trim(0)  # or what the allocator keeps of one variant's memory would hide the next one's needs
-        before = resident(self.device)
         memory, inputs = PeakMemory(self.device), self.every(case)
+        before = memory.bytes  # what is held; None where the system forgets no peak
         first_ms, found = timed_ms(lambda: gate.act(policy, inputs[0]), self.device)
         peak = memory.bytes
-        facts = dict(first_chunk_ms=first_ms, peak_bytes=peak, added_bytes=peak and peak - before)
+        facts = dict(first_chunk_ms=first_ms, peak_bytes=peak, added_bytes=before and peak and peak - before)
         return [found, *(gate.act(policy, each) for each in inputs[1:])], facts
 
     def dtype(self, precision: str) -> torch.dtype:
@@ -193,21 +205,3 @@ class BenchmarkSetup:
         stored = torch.float32 if self.layout == "fp32" else torch.bfloat16
         tier = TIERS.get(precision)
         return torch.int8 if tier and tier.quantized else (tier and tier.gemm_dtype) or stored
-
-    def floors(self, precision: str, case: Case) -> dict[str, dict[str, float]]:
-        """By stage: operations, bytes, and the least time for them on this machine."""
-        if self.ceilings is None:
-            return {}
-        dtype = self.dtype(precision)
-        language = self.inputs(case.cameras, case.batch)[0]["observation.language.tokens"].shape[1]
-        costs = stage_costs(self.policy.model, case.cameras, language, dtype.itemsize, case.batch)
-        return {stage: self.ceilings.floor(cost, dtype) for stage, cost in costs.items()}
-
-
-def resident(device: torch.device) -> int:
-    """Bytes of this process in memory, or on the device."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    import psutil  # on a GPU machine it may be missing
-
-    return psutil.Process().memory_info().rss

@@ -67,9 +67,8 @@ def compile_for_cpu(precision: str, threads: int) -> Callable[[torch.nn.Module, 
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
             given = [each.contiguous().numpy() for each in inputs]
-            return tuple(
-                map(torch.from_numpy, compiled(given, share_inputs=True, share_outputs=True).to_tuple())
-            )
+            found = compiled(given, share_inputs=True, share_outputs=True)
+            return tuple(map(torch.from_numpy, found.to_tuple()))
 
         return run
 
@@ -94,14 +93,6 @@ class GrownKV:
         setattr(self, name, torch.cat([getattr(self, name), new], dim=1))
 
 
-class Stage(torch.nn.Module):
-    """A function of tensors as a module that holds the weights of a model."""
-
-    def __init__(self, model: Any, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model, self.forward = model, function
-
-
 class Runner:
     """Stands for ``sample_actions`` of one fp32 model: the engine's own chunk, each of its stages compiled.
 
@@ -120,10 +111,12 @@ class Runner:
     def _run(self, function: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, ...]:
         key = (function.__name__, self.model.config.num_steps, *(tuple(each.shape) for each in inputs))
         if key not in self._compiled:
+            stage = torch.nn.Module()
+            stage.model, stage.forward = self.model, function  # a module, as it holds weights
             # oneDNN's own op is torch's alone.
             with patch.object(linear, "onednn_serves", lambda dtype: False), warnings.catch_warnings():
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)  # other shapes are traced anew
-                self._compiled[key] = self.compile(Stage(self.model, function), inputs)
+                self._compiled[key] = self.compile(stage, inputs)
         return self._compiled[key](*inputs)
 
     def _vision(self, ops: Any, vlm: Any, cast: Any, dims: Any, *given: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.report.sections import SECTIONS, curves
 from benchmarks.report.tables import suite, table
 from smolvla_fast.measure import system
+from smolvla_fast.measure.console import counted
 
 INTERRUPTED = "**Interrupted**: the run was stopped; here is what it had measured until then."
 REHEARSAL = (
@@ -46,19 +47,20 @@ def header(facts: dict[str, Any]) -> str:
     versions = [f"{name} {facts.get(f'{name}_version') or 'none'}" for name in names]
     versions += [f"openvino {facts['openvino_version']}"] if facts.get("openvino_version") else []
     processor = ", ".join(filter(None, [facts["cpu"], facts.get("cpu_model"), *facts["cpu_features"]]))
-    rows = [
-        ("machine", facts["machine"]), ("processor", processor), ("threads", facts["threads"]),
-        ("versions", ", ".join(versions)), ("commit", facts["commit"] or "not a checkout"), ("date", facts["date"]),
-    ]  # fmt: skip
-    rows += [("driver", facts["driver"])] if facts.get("driver") else []
+    rows = {
+        "machine": facts["machine"], "processor": processor, "threads": facts["threads"], "versions": ", ".join(versions),
+        "commit": facts["commit"] or "not a checkout", "date": facts["date"], "driver": facts.get("driver"),
+    }  # fmt: skip
     for when, state in (facts.get("gpu_state") or {}).items():
-        said = ", ".join(f"{key} {value}" for key, value in (state or {}).items())
-        rows += [(f"GPU {when}", said)] if said else []
+        rows[f"GPU {when}"] = ", ".join(f"{key} {value}" for key, value in (state or {}).items())
+    if "torch_capability" in facts:
+        level = facts["instruction_level"] or "none (not compiled)"
+        rows["kernels"] = f"ours at level {level}, torch's at {facts['torch_capability']}"
     if "ceilings" in facts:
         rates = facts["ceilings"]["gemm_flops"].items()
         gemm = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates)
-        rows.append(("roof, measured", f"{gemm}, copy {facts['ceilings']['copy_bytes'] / 1e9:,.1f} GB/s"))
-    return table(["", ""], rows)
+        rows["roof, measured"] = f"{gemm}, copy {facts['ceilings']['copy_bytes'] / 1e9:,.1f} GB/s"
+    return table(["", ""], [(name, said) for name, said in rows.items() if said])
 
 
 def draw(data: dict[str, Any], path: Path, lines: Path) -> list[Path]:
@@ -75,21 +77,17 @@ def draw(data: dict[str, Any], path: Path, lines: Path) -> list[Path]:
     chunks, title = suite(data, "chunk") or suite(data, "cpu"), "SmolVLA action chunk, p50 ms"
     for bench in suite(data, "stages") if gpu or not chunks else []:
         title = "SmolVLA action chunk by stage, p50 ms; black: floor measured in the same run"
+        # On a GPU stock is of another order and stands in the table.
+        shown = "loop_backend" not in bench and not (gpu and bench["variant"] == "stock")
         for stage, found in bench["stages"].items():
-            # On a GPU stock is of another order and stands in the table.
-            if (
-                "floor_ms" in found
-                and "loop_backend" not in bench
-                and not (gpu and bench["variant"] == "stock")
-            ):
+            if shown and "floor_ms" in found:
                 bars.setdefault(stage, {})[bench["variant"]] = found["p50_ms"]
                 floors.setdefault(stage, {})[bench["variant"]] = found["floor_ms"]
     for bench in [] if bars else chunks:
-        count = bench["cameras"]
-        bars.setdefault(f"{count} camera" + "s" * (count > 1), {})[bench["variant"]] = bench["p50_ms"]
+        bars.setdefault(counted(bench["cameras"], "camera"), {})[bench["variant"]] = bench["p50_ms"]
     if bars:
         title = f"REHEARSAL on a CPU, tiny policy: {title}" if data.get("rehearsal") else title
-        plot.grouped_bars(bars, title, subtitle, path, floors or None)
+        plot.grouped_bars(bars, title, subtitle, path, floors)
         drawn.append(path)
     if curves(data):
         plot.curves(curves(data), "SmolVLA action chunk on a CPU, ms", subtitle, lines)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.report import tables
-from benchmarks.report.tables import Bench, figures, groups, suite, table
+from benchmarks.report.tables import Bench, figures, suite, table
 
 Data = dict[str, Any]
 
@@ -56,8 +56,8 @@ class Section:
     def __call__(self, data: Data) -> str:
         benches, text = suite(data, self.suite, self.having), []
         apart = self.labels == ("variant",)
-        for group, each in (groups(benches) if apart else {"": benches}).items():
-            rows = [row for bench in each for row in self.rows(bench)]
+        for group in dict.fromkeys(bench["group"] for bench in benches) if apart else [""]:
+            rows = [row for bench in benches if group in ("", bench["group"]) for row in self.rows(bench)]
             text += [group, figures(self.columns, rows, *self.labels)]
         return joined(*text, self.note(benches)) if benches else ""
 
@@ -74,33 +74,20 @@ def parts(data: Data) -> str:
 
 
 def by_stage(bench: Bench) -> list[Bench]:
-    base = (bench["base"] or {}).get("stages", {})
     kept = {key: bench.get(key) for key in ("group", "variant", "status")}
-    stages = bench["stages"].items()
-    return [
-        {**kept, "stage": name, "base": base.get(name), "of": bench["stages"], **each}
-        for name, each in stages
-    ]
+    base, of = (bench["base"] or {}).get("stages", {}), bench["stages"]
+    return [{**kept, "stage": name, "base": base.get(name), "of": of, **each} for name, each in of.items()]
 
 
 def against(benches: list[Bench]) -> str:
     found = [each["against"] for each in benches if "against" in each]
-    return (
-        f"Errors are against stock, stock's against {found[0]}; ratios are of rounds in turn."
-        if found
-        else ""
-    )
+    said = "Errors are against stock, stock's against {}; ratios are of rounds in turn."
+    return said.format(found[0]) if found else ""
 
 
-def cpu(data: Data) -> str:
-    benches, facts = suite(data, "cpu"), data["machine_info"]["smolvla_fast"]
-    if not benches:
-        return ""
-    level, torchs = facts.get("instruction_level") or "no compiled kernels", facts.get("torch_capability")
-    columns = "ratio to stock | target | accuracy against stock in fp32 | p50 ms | p95 ms | p99 ms | best ms | rounds"
-    columns += " | of the roof | extra bytes | peak memory | of it new"
-    text = [f"{benches[0]['group']}; our kernels at level {level}, torch's at {torchs}"]
-    text += [figures(columns, benches, "variant"), TIERS]
+def beside(benches: list[Bench]) -> str:
+    """What the tiers fell back from, and each peer beside the tier of its precision."""
+    text = [TIERS]
     for each in benches:
         reasons = each.get("fallback_reasons", {}).items()
         text += [f"{each['variant']}, {name}: {reason}" for name, reason in reasons]
@@ -112,29 +99,16 @@ def cpu(data: Data) -> str:
     return joined(*text)
 
 
-def cpu_stages(data: Data) -> str:
-    """Of the CPU suite; the stages suite has a section of its own."""
-    benches, names, rows = suite(data, "cpu", having="stages"), ("vision", "prefix", "denoise"), []
-    for bench in benches:
-        times = [[each["stages"][name]["p50_ms"] for name in names] for each in (benches[0], bench)]
-        cells = [f"{tables.milliseconds(ms)} ({base / ms:.2f}x)" for base, ms in zip(*times, strict=True)]
-        rows.append([bench["variant"], *cells])
-    return table(["", *(f"{name} ms" for name in names)], rows) if rows else ""
-
-
-def cpu_overhead(data: Data) -> str:
-    columns = (
-        "sample_actions ms | outside ops ms | narrow policy ms | op calls | allocations a step | bytes a step"
-    )
-    rows = [{**b["overhead"], "variant": b["variant"]} for b in suite(data, "cpu", having="overhead")]
-    lines = []
-    for each in rows:
-        low, high = each["outside_share"] < tables.OVERHEAD, each["narrow_share"] < tables.OVERHEAD
+def targets(benches: list[Bench]) -> str:
+    text = [OUTSIDE]
+    for each in benches:
+        low, high = (each["overhead"][key] < tables.OVERHEAD for key in ("outside_share", "narrow_share"))
         python = "met by both" if high else "met by the first, missed by the upper bound" if low else "missed"
-        loop = "met" if each["step_allocations"] == 0 else f"missed: {each['step_allocations']:,.0f} a step"
+        calls = each["overhead"]["step_allocations"]
+        loop = f"missed: {calls:,.0f} a step" if calls else "met"
         python = f"Python under {tables.OVERHEAD:.0%} of a chunk: {python}"
-        lines.append(f"{each['variant']}: {python}. Nothing allocated in the loop: {loop}.")
-    return joined(figures(columns, rows, "variant"), OUTSIDE, *lines) if rows else ""
+        text.append(f"{each['variant']}: {python}. Nothing allocated in the loop: {loop}.")
+    return joined(*text)
 
 
 def curves(data: Data) -> dict[str, dict[str, dict[int, float]]]:
@@ -182,8 +156,14 @@ SECTIONS: dict[str, Callable[[Data], str]] = {
     "Ops": Section(
         "ops", "op | case | dtype | backend | p50 µs | best µs | ratio | GFLOP/s | GB/s | of the roof", labels=(),
     ),
-    "CPU": cpu,
-    "CPU, by stage": cpu_stages,
-    "CPU, overhead": cpu_overhead,
+    "CPU": Section(
+        "cpu", "ratio to stock | target | accuracy against stock in fp32 | p50 ms | p95 ms | p99 ms | best ms | rounds"
+        " | of the roof | extra bytes | peak memory | of it new", note=beside,
+    ),
+    "CPU, by stage": Section("cpu", "vision ms | prefix ms | denoise ms", having="stages"),
+    "CPU, overhead": Section(
+        "cpu", "sample_actions ms | outside ops ms | narrow policy ms | op calls | allocations a step | bytes a step",
+        lambda bench: [{**bench["overhead"], "variant": bench["variant"]}], having="overhead", note=targets,
+    ),
     "CPU, scaling": cpu_scaling,
 }  # fmt: skip

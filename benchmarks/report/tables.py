@@ -70,8 +70,10 @@ def accuracy(bench: Bench) -> str:
     return f"rel L2 {bench['rel_l2']:.1e}; cosine {bench['cosine']:.6f}{heavy}; check: {bench['gate']}"
 
 
-def column(key: str, text: Callable[[Any], str]) -> Callable[[Bench], str]:
-    return lambda bench: text(bench[key])
+def of_stage(bench: Bench, stage: str) -> str:
+    """ms of one stage, and how many times faster than stock's."""
+    base, own = (each["stages"][stage]["p50_ms"] for each in (bench["base"] or bench, bench))
+    return f"{milliseconds(own)} ({base / own:.2f}x)"
 
 
 MILLISECONDS = {
@@ -80,15 +82,13 @@ MILLISECONDS = {
 ERRORS = {
     "rel L2": "rel_l2", "max abs": "max_abs", "gradients, rel L2": "gradient_rel_l2", "allowed": "bound", "loss": "loss_rel",
 }  # fmt: skip
-MEMORY = {"peak memory": "peak_bytes", "of it new": "added_bytes", "bytes a step": "step_bytes"}
 COLUMNS: dict[str, Callable[[Bench], Any]] = {
     **{name: itemgetter(name) for name in ("rounds", "op", "dtype", "backend", "stage")},
+    **{f"{name} ms": partial(of_stage, stage=name) for name in ("vision", "prefix", "denoise")},
     **{name: partial(ms, key=key) for name, key in MILLISECONDS.items()},
-    **{name: column(key, "{:.1e}".format) for name, key in ERRORS.items()},
-    **{name: column(key, mebibytes) for name, key in MEMORY.items()},
+    **{name: f"{{0[{key}]:.1e}}".format for name, key in ERRORS.items()},
     "p50 ms": lambda b: ms(b, "p50_ms") + MARK * ("min_ms" in b and b.get("suite") != "cpu" and unsteady(b)),
-    "p95 ms": lambda b: tail(b, "p95_ms"),
-    "p99 ms": lambda b: tail(b, "p99_ms"),
+    **{f"{name} ms": partial(tail, key=f"{name}_ms") for name in ("p95", "p99")},
     "chunks/s": lambda b: f"{1000 / b['p50_ms']:.2f}",
     "samples/s": lambda b: f"{1e3 * b['batch'] / b['p50_ms']:.3g}",
     "ratio": ratio,
@@ -115,6 +115,9 @@ COLUMNS: dict[str, Callable[[Bench], Any]] = {
     "run by": lambda b: b["status"]["stages"]["denoise"],
     "launches": lambda b: "one for all steps" if b["status"]["step_launches"] == 0 else of(b["status"], "step_launches"),
     "not in one launch, for": lambda b: b["status"]["fallback_reasons"].get("denoise_persistent", ""),
+    "peak memory": lambda b: mebibytes(b["peak_bytes"]),
+    "of it new": lambda b: mebibytes(b["added_bytes"]),
+    "bytes a step": lambda b: mebibytes(b["step_bytes"]),
     "extra bytes": lambda b: mebibytes(b.get("extra_bytes")) if b["kind"] == "tier" else NONE,
     "outside ops ms": lambda b: f"{ms(b, 'outside_ms')} ({b['outside_share']:.1%})",
     "narrow policy ms": lambda b: f"{ms(b, 'narrow_ms')} ({b['narrow_share']:.1%})",
@@ -144,10 +147,3 @@ def suite(data: dict[str, Any], name: str, having: str = "group") -> list[Bench]
     rows = [each for each in found if each.get("suite") == name]
     bases = {(each["group"], each["variant"]): each for each in rows}
     return [{**r, "base": bases.get((r["group"], r.get("ratio_to", "stock")))} for r in rows if having in r]
-
-
-def groups(benches: list[Bench]) -> dict[str, list[Bench]]:
-    found: dict[str, list[Bench]] = {}
-    for bench in benches:
-        found.setdefault(bench["group"], []).append(bench)
-    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -15,14 +16,13 @@ from unittest.mock import patch as patched
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks.harness import gate
 from benchmarks.harness.flags import counts
 from benchmarks.harness.gate import Unavailable
 from benchmarks.harness.measure import Variant
 from benchmarks.harness.plugin import rounds
-from benchmarks.harness.setup import MOST_CAMERAS, BenchmarkSetup, Case, Inputs, twin
+from benchmarks.harness.setup import MOST_CAMERAS, Case, Inputs
 from benchmarks.peers import openvino as openvino_peer
 from smolvla_fast.engine.timing import stage_times
 from smolvla_fast.measure.rounds import median_stages, percentile, threads, timed_ms
@@ -40,13 +40,10 @@ OFF_LOOP = 1
 ENDS: pytest.StashKey[list[str]] = pytest.StashKey()
 
 
-def openvino(setup: BenchmarkSetup, case: Case, precision: str) -> Variant:
-    def make(model: Any) -> Any:
-        if missing := openvino_peer.why_missing(precision):
-            raise Unavailable(missing)
-        return openvino_peer.Runner(model, openvino_peer.compile_for_cpu(precision, torch.get_num_threads()))
-
-    return setup.peer(f"OpenVINO {precision}", precision, case, make)
+def openvino(model: Any, precision: str) -> openvino_peer.Runner:
+    if missing := openvino_peer.why_missing(precision):
+        raise Unavailable(missing)
+    return openvino_peer.Runner(model, openvino_peer.compile_for_cpu(precision, torch.get_num_threads()))
 
 
 def test_cpu(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
@@ -60,7 +57,8 @@ def test_cpu(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
     )  # fmt: skip
     # Every tier but ``exact``, which is stock's own calls. bf16 comes before the peer that is held to its error.
     variants = [each for each in setup.variants(case, option) if each.name != "exact"]
-    variants += [openvino(setup, case, precision) for precision in ("fp32", "bf16", "int8")]
+    for name in ("fp32", "bf16", "int8"):
+        variants.append(setup.peer(f"OpenVINO {name}", name, case, partial(openvino, precision=name)))
     group = f"{setup.named('cpu', case)}, {threads} threads"
 
     def on_heavy_tails(ready: list[Variant]) -> None:
@@ -79,8 +77,11 @@ def test_cpu(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
                 times = [stage_times(each.policy, *setup.inputs(cameras)) for _ in range(BY_STAGE_ROUNDS)]
                 each.facts["stage_rounds_ms"] = times
             if each.name in two_ends(ready):
-                few = min(3, rounds(pytestconfig))
-                each.facts["overhead"] = overhead(each.policy, each.name, cameras, setup.inputs(cameras), few)
+                few, inputs = min(3, rounds(pytestconfig)), setup.inputs(cameras)
+                outside = outside_ops(each.policy, inputs, few)
+                narrow = narrow_ms(each.policy, each.name, cameras, max(3, few))
+                shares = dict(narrow_ms=narrow, narrow_share=narrow / outside["sample_actions_ms"])
+                each.facts["overhead"] = {**outside, **shares, **step_allocations(each.policy, inputs)}
 
 
 def two_ends(ready: list[Variant]) -> list[str]:
@@ -98,54 +99,36 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_scaling(measure: Any, make_setup: Any, pytestconfig: Any, axis: str, value: int) -> None:
-    """One point; of a batch stock computes the first and the last sample alone, as a check."""
     setup = make_setup()
     (cameras,) = counts(pytestconfig.getoption("--cameras"), "--cameras", (2,))
-    seeds = range(value if axis == "batch" else 1)
-    samples = [setup.inputs(value if axis == "cameras" else cameras, seed=seed) for seed in seeds]
-    joined = {key: torch.cat([each[0][key] for each in samples]) for key in samples[0][0]}
-    inputs = joined, torch.cat([noise for _, noise in samples])
-    judged = sorted({0, len(samples) - 1})
-    truth: list[Tensor] = []
-
-    def variant(name: str) -> Variant:
-        policy = twin(setup.policy)
-
-        def check() -> dict[str, Any]:
-            if not truth:
-                truth.append(torch.cat([gate.act(setup.policy, samples[index]) for index in judged]))
-            if name == "stock":
-                return {}
-            patch(policy, precision=name)
-            return check_point(name, gate.act(policy, inputs)[judged], truth[0])
-
-        facts = dict(variant=name, ratio_to="stock", axis=axis, value=value)
-        return Variant(name, check, lambda: gate.act(policy, inputs), policy=policy, facts=facts)
-
-    ends = pytestconfig.stash.get(ENDS, ["fp32"])
-    # Stock computes a batch sample by sample at best; its curve would say nothing there.
-    names, few = ends if axis == "batch" else ["stock", *ends], min(rounds(pytestconfig, 2, 5), 5)
-    config = setup.policy.config
+    case = Case(value if axis == "cameras" else cameras, value if axis == "batch" else 1)
+    tiers = pytestconfig.stash.get(ENDS, ["fp32"])
+    config, few = setup.policy.config, min(rounds(pytestconfig, 2, 5), 5)
     steps = patched.object(config, "num_steps", value if axis == "steps" else config.num_steps)
     with steps, threads(value if axis == "threads" else None):
-        measure(f"scaling: {axis} {value}", [variant(name) for name in names], few, suite="scaling")
+        # Stock computes a batch sample by sample at best; its curve would say nothing there.
+        points = [] if axis == "batch" else [setup.stock(case, "point")]
+        points += [setup.tier(name, case, kind="point") for name in tiers]
+        measure(f"scaling: {axis} {value}", points, few, suite="scaling", axis=axis, value=value)
 
 
-def check_point(precision: str, found: Tensor, stock: Tensor) -> dict[str, Any]:
-    """One point of the curves against stock. bf16 is held to the cosine of 8 bits, looser than its own gate, for stock is
-    not run in bf16 at every point."""
-    facts = gate.compare(found, stock)
-    return gate.within(facts, gate.FP32_BOUND) if precision == "fp32" else gate.aligned(facts)
+def recorded(function: Callable[..., Any], found: list[float]) -> Callable[..., Any]:
+    """The function, with the ms of each call added to ``found``."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        ms, result = timed_ms(lambda: function(*args, **kwargs), "cpu")
+        found.append(ms)
+        return result
+
+    return call
 
 
-def sampler(policy: Any, inputs: Inputs) -> Callable[[], Tensor]:
-    """``sample_actions`` of a patched policy on a prepared observation: without what LeRobot does before and after it."""
-    observation, noise = inputs
-    batch = policy._prepare_batch(dict(observation))
-    images, masks = policy.prepare_images(batch)
-    language = (batch["observation.language.tokens"], batch["observation.language.attention_mask"])
-    call = (images, masks, *language, policy.prepare_state(batch))
-    return torch.no_grad()(lambda: policy.model.sample_actions(*call, noise=noise.clone()))
+def sample_ms(policy: Any, inputs: Inputs) -> float:
+    """ms of ``sample_actions`` of a patched policy: without what LeRobot does before and after it."""
+    found, cls = [], type(policy.model)  # one that is replaced on the object itself is for stock
+    with patched.object(cls, "sample_actions", recorded(cls.sample_actions, found)):
+        gate.act(policy, inputs)
+    return found[0]
 
 
 def outside_ops(policy: Any, inputs: Inputs, repeats: int) -> dict[str, float]:
@@ -154,27 +137,16 @@ def outside_ops(policy: Any, inputs: Inputs, repeats: int) -> dict[str, float]:
     Outside are the engine's Python, the look through the model before a chunk, the gathering of weights and the small torch
     calls between ops (masks, rope tables, joining the prefix). The Python inside an op's own wrapper counts as the op's.
     """
-    sample, engine, inside, found = sampler(policy, inputs), engine_of(policy.model), [], []
-
-    def timed(op: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            ms, result = timed_ms(lambda: op(*args, **kwargs), "cpu")
-            inside.append(ms)
-            return result
-
-        return call
-
+    engine, inside, found = engine_of(policy.model), [], []
     served = {name: op for name in table.NAMES if (op := getattr(engine.ops, name)) is not None}
-    with patched.object(
-        engine, "ops", replace(engine.ops, **{name: timed(op) for name, op in served.items()})
-    ):
+    timed = replace(engine.ops, **{name: recorded(op, inside) for name, op in served.items()})
+    with patched.object(engine, "ops", timed):
         for _ in range(repeats):
             inside.clear()
-            whole, _ = timed_ms(sample, "cpu")
+            whole = sample_ms(policy, inputs)
             outside = whole - sum(inside)
-            found.append(
-                {"sample_actions_ms": whole, "outside_ms": outside, "outside_share": outside / whole}
-            )
+            shares = dict(outside_ms=outside, outside_share=outside / whole)
+            found.append(dict(sample_actions_ms=whole, **shares))
     return {**median_stages(found), "op_calls": len(inside)}
 
 
@@ -185,15 +157,11 @@ def narrow_ms(policy: Any, precision: str, cameras: int, repeats: int) -> float:
     layers = len(vlm.text_model.layers)
     narrow = policies.make_policy(
         "tiny", cameras=len(config.image_features), vision=dict(num_hidden_layers=len(vlm.vision_model.encoder.layers)),
-        text=dict(num_hidden_layers=layers), num_vlm_layers=layers, chunk_size=config.chunk_size,
-        n_action_steps=config.chunk_size, num_steps=config.num_steps,
+        text=dict(num_hidden_layers=layers), num_vlm_layers=layers, chunk_size=config.chunk_size, num_steps=config.num_steps,
     )  # fmt: skip
     patch(narrow, precision=precision)
-    sample = sampler(
-        narrow, (policies.make_observation(narrow, cameras=cameras), policies.make_noise(narrow))
-    )
-    sample()
-    return percentile([timed_ms(sample, "cpu")[0] for _ in range(repeats)], 0.5)
+    inputs = policies.make_observation(narrow, cameras=cameras), policies.make_noise(narrow)
+    return percentile([sample_ms(narrow, inputs) for _ in range(repeats + 1)][1:], 0.5)
 
 
 def step_allocations(policy: Any, inputs: Inputs) -> dict[str, float]:
@@ -210,14 +178,3 @@ def step_allocations(policy: Any, inputs: Inputs) -> dict[str, float]:
         found.append((len(taken), sum(taken)))
     count, size = ((high - low) / (steps - OFF_LOOP) for low, high in zip(*found, strict=True))
     return {"step_allocations": count, "step_bytes": size, "chunk_allocations": found[1][0]}
-
-
-def overhead(policy: Any, precision: str, cameras: int, inputs: Inputs, repeats: int) -> dict[str, Any]:
-    """What of a chunk of one patched policy is not arithmetic: time outside the ops, and what each step allocates."""
-    gate.act(policy, inputs)
-    found, narrow = (
-        outside_ops(policy, inputs, repeats),
-        narrow_ms(policy, precision, cameras, max(3, repeats)),
-    )
-    shares = {"narrow_ms": narrow, "narrow_share": narrow / found["sample_actions_ms"]}
-    return {**found, **shares, **step_allocations(policy, inputs)}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.contract import OPS, call_of, check, inputs_in, reference_module, to_device
+from support.contract import OPS, call_of, check, inputs_in, reference_module, sizes, to_device
 from torch.utils._pytree import tree_map_only
 
 from benchmarks.harness.measure import Variant
@@ -20,7 +20,7 @@ from benchmarks.harness.plugin import rounds
 from smolvla_fast.measure.rounds import synchronize
 from smolvla_fast.ops import select as backends
 
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = ("bfloat16", "float32")
 # Below this a case is one of the odd ones, which exist for correctness.
 REAL_FLOPS = 2e6
 # A working set above any processor's last-level cache, in at most so many copies.
@@ -31,22 +31,16 @@ WARM = 3
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # bf16 of every op before fp32 of any: time may run out.
     found = [
-        pytest.param(op, case, dtype, id="-".join([op, *(f"{k}{v}" for k, v in case.items()), short(dtype)]))
+        pytest.param(op, case, dtype, id=f"{op}-{sizes(case)}-{dtype}")
         for dtype in DTYPES
         for op in OPS
         for case in reference_module(op).CASES
         if reference_module(op).cost(case, 4).flops >= REAL_FLOPS
     ]
-    metafunc.parametrize(("op", "case", "dtype"), found)
+    metafunc.parametrize(("op", "case", "name"), found)
 
 
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def cold_inputs(
-    op: str, case: dict[str, int], dtype: torch.dtype, device: torch.device
-) -> list[dict[str, Any]]:
+def cold_inputs(op: str, case: dict[str, int], dtype: torch.dtype, device: torch.device) -> list[Any]:
     """Several copies of the inputs, to be gone through in turn: a chunk goes through its layers, and weights that one call
     leaves in the caches would flatter the next."""
     cost = reference_module(op).cost(case, dtype.itemsize)
@@ -75,18 +69,17 @@ def replay(calls: list[Callable[[], Any]], device: torch.device) -> Callable[[],
 
 @torch.no_grad()
 def test_op(
-    measure: Any, ceilings: Any, device: torch.device, pytestconfig: Any, op: str, case: dict[str, int],
-    dtype: torch.dtype,
+    measure: Any, ceilings: Any, device: torch.device, pytestconfig: Any, op: str, case: dict[str, int], name: str,
 ) -> None:  # fmt: skip
-    sizes = " ".join(f"{name}={value}" for name, value in case.items())
+    dtype = getattr(torch, name)
     served = ["reference", *(row.backend for row in backends.table(device) if row.op == op and row.available)]
     inputs: list[dict[str, Any]] = []
     floor = ceilings.floor(reference_module(op).cost(case, dtype.itemsize), dtype)
 
-    def variant(name: str) -> Variant:
+    def variant(backend: str) -> Variant:
         def checked() -> dict[str, Any]:
             eager = backends.reference_ops()
-            ops = eager if name == "reference" else backends.select(name, device, False)
+            ops = eager if backend == "reference" else backends.select(backend, device, False)
             if ops is not eager:
                 check(eager, ops, op, case, dtype, device=device)
             inputs.extend([] if inputs else cold_inputs(op, case, dtype, device))
@@ -99,11 +92,9 @@ def test_op(
             found.run = lambda: next(turns)() is None
             return {}
 
-        facts = dict(
-            variant=name, ratio_to="reference", op=op, case=case, dtype=short(dtype), backend=name, **floor
-        )
-        found = Variant(name, checked, dict, facts=facts)
+        found = Variant(backend, checked, dict, facts={**facts, "variant": backend, "backend": backend})
         return found
 
-    group = f"op: {op}, {device.type}, {short(dtype)}, {sizes}"
-    measure(group, [variant(name) for name in served], rounds(pytestconfig, 20, 100), suite="ops")
+    facts = dict(ratio_to="reference", op=op, case=case, dtype=name, **floor)
+    group = f"op: {op}, {device.type}, {name}, " + " ".join(f"{size}={value}" for size, value in case.items())
+    measure(group, [variant(backend) for backend in served], rounds(pytestconfig, 20, 100), suite="ops")

@@ -14,7 +14,7 @@ import torch
 import smolvla_fast
 from benchmarks.harness.flags import counts
 from benchmarks.harness.measure import Variant
-from benchmarks.harness.plugin import device_of, rounds
+from benchmarks.harness.plugin import rounds
 from benchmarks.harness.setup import BenchmarkSetup, Case
 from smolvla_fast import inference
 from smolvla_fast.engine.timing import STAGES, stage_times
@@ -48,10 +48,8 @@ def times_inside(chunk: Callable[[], Any], marks: dict[str, tuple[Any, Any]]) ->
         chunk()
     missing = ", ".join(stage for stage in STAGES if stage not in marks)
     assert not missing, f"no marks around {missing}: the engine does not call timing.section there"
-    spans = {
-        **{stage: marks[stage] for stage in STAGES},
-        "total": (marks[STAGES[0]][0], marks[STAGES[-1]][1]),
-    }
+    spans = {stage: marks[stage] for stage in STAGES}
+    spans["total"] = (marks[STAGES[0]][0], marks[STAGES[-1]][1])
     return {name: start.elapsed_time(stop) for name, (start, stop) in spans.items()}
 
 
@@ -87,13 +85,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("batch", counts(metafunc.config.getoption("--batch"), "--batch", (1, 8)))
 
 
-def test_denoise(measure: Any, make_setup: Any, pytestconfig: Any, batch: int) -> None:
+def test_denoise(measure: Any, make_setup: Any, pytestconfig: Any, device: torch.device, batch: int) -> None:
     """The denoise stage of tier bf16 by backend, in turn: ``auto`` takes Triton; whether it should is measured here."""
-    if device_of(pytestconfig).type == "cpu" and pytestconfig.getoption("--size") == "full":
+    if device.type == "cpu" and pytestconfig.getoption("--size") == "full":
         pytest.skip("on a CPU one backend has a loop of its own")
     setup, case = make_setup(), Case(CAMERAS, batch)
-    first, second = LOOPS[setup.device.type]
-    variants = [setup.tier("bf16", case, name, f"bf16, {name}") for name in (first, second)]
-    for each, name in zip(variants, (first, second), strict=True):
-        by_stage(each, setup, case).facts.update(ratio_to=f"bf16, {first}", loop_backend=name)
+    variants = []
+    for name in LOOPS[device.type]:
+        variants.append(by_stage(setup.tier("bf16", case, name, f"bf16, {name}"), setup, case))
+        variants[-1].facts.update(ratio_to=variants[0].name, loop_backend=name)
     measure(setup.named("stages", case) + ", by backend", variants, rounds(pytestconfig), suite="stages")

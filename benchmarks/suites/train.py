@@ -7,6 +7,8 @@ implementation's, each other variant's with stock's.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -15,11 +17,12 @@ from torch import Tensor
 
 import smolvla_fast
 from benchmarks.harness.flags import counts
-from benchmarks.harness.gate import COMPILED_BOUND, CheckFailed, Unavailable, check_late, may_compile
+from benchmarks.harness.gate import COMPILED_BOUND, CheckFailed, Unavailable, check_late
 from benchmarks.harness.measure import Variant
-from benchmarks.harness.plugin import device_of, rounds
+from benchmarks.harness.plugin import rounds
 from benchmarks.harness.roof import training_costs
-from benchmarks.harness.setup import BenchmarkSetup, Case, resident, twin
+from benchmarks.harness.setup import BenchmarkSetup, Case, twin
+from smolvla_fast.cli.subject import resolve_device
 from smolvla_fast.measure.rounds import PeakMemory, synchronize
 from smolvla_fast.ops.processor import why_bf16_is_slow
 
@@ -29,6 +32,7 @@ COMPILED = "stock compiled"
 CACHED, NEW = "patched, frames known", "patched, frames new"
 FUSED = "patched, frames known, AdamW fused"
 STOCK = ("stock", "stock bf16")
+PLAIN = "plain PyTorch"
 VARIANTS = ("stock", "patched", CACHED, FUSED, NEW, COMPILED, "stock bf16", "patched bf16")
 """Those in bf16 run under autocast, as accelerate does it. CACHED and NEW have ``image_cache``: a step of a later epoch,
 which finds the image tokens of all its frames, and one of the first, which finds none. FUSED is CACHED with the optimizer
@@ -45,11 +49,11 @@ class TrainCase:
     def __init__(self, setup: BenchmarkSetup, size: int) -> None:
         self.setup, self.size, self.device = setup, size, setup.device
         setup.policy.train()
-        self.resident = resident(self.device)
+        self.resident = PeakMemory(self.device).bytes
         learns = [each for each in setup.policy.parameters() if each.requires_grad]
         self.optimizer = torch.optim.AdamW(learns, lr=0.0)
         self._in_one_pass = torch.optim.AdamW(learns, lr=0.0, fused=True)
-        self._stock: dict[str, dict[str, Tensor]] = {}
+        self._truths: dict[str, dict[str, Tensor]] = {}
         self.batch = dict(setup.inputs(CAMERAS, size)[0])
         shape = (size, setup.policy.config.chunk_size, setup.policy.config.action_feature.shape[0])
         self.batch["action"] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
@@ -69,52 +73,33 @@ class TrainCase:
                 self._in_one_pass.state[weight] = {**state, "step": step}
         return self._in_one_pass
 
-    def stock(self, bf16: bool) -> dict[str, Tensor]:
-        name = STOCK[bf16]
-        if name not in self._stock:
-            self._stock[name] = Trainee(self, name).found()
-        return self._stock[name]
-
-    def reference(self) -> dict[str, Tensor]:
-        """Loss and gradients of the plain PyTorch implementation."""
-        other = self.setup.reference.train()
-        other.zero_grad()
-        loss = self.loss(other, False)
-        loss.backward()
-        return in_host_memory(loss, other)
-
-    def floor_ms(self, dtype: torch.dtype, known: bool) -> float:
-        """The least time of the step under this machine's roof. known  no frame is encoded"""
-        needed = self.batch["observation.language.attention_mask"].any(dim=0)
-        costs = training_costs(self.setup.policy.model, CAMERAS, int(needed.sum()), dtype.itemsize, self.size)
-        counted = [cost for part, cost in costs.items() if not (known and part == "vision")]
-        return sum(self.setup.ceilings.floor(cost, dtype)["floor_ms"] for cost in counted)
+    def truth(self, name: str) -> dict[str, Tensor]:
+        """Loss and gradients of one of STOCK or of PLAIN, computed once."""
+        if name not in self._truths:
+            policy = self.setup.reference.train() if name == PLAIN else twin(self.setup.policy)
+            policy.zero_grad()
+            self._truths[name] = Trainee(self, name, policy=policy).found()
+        return self._truths[name]
 
 
 class Trainee:
-    """One twin in train mode, on the batch of a case."""
+    """One policy in train mode, on the batch of a case. policy  None: a twin of the setup's"""
 
-    def __init__(self, case: TrainCase, variant: str, option: Any = None) -> None:
+    def __init__(self, case: TrainCase, variant: str, option: Any = None, policy: Any = None) -> None:
         self.case, self.variant, self.option, self.bf16 = case, variant, option, variant.endswith("bf16")
-        self.policy, self.patched = twin(case.setup.policy), variant.startswith("patched")
+        self.policy, self.patched = policy or twin(case.setup.policy), variant.startswith("patched")
 
     @property
     def optimizer(self) -> torch.optim.AdamW:
         return self.case.fused() if self.variant == FUSED else self.case.optimizer
 
     def prepare(self) -> Trainee:
-        device = self.case.device.type
-        if (
-            self.bf16
-            and device == "cpu"
-            and self.case.setup.size == "full"
-            and (reason := why_bf16_is_slow())
-        ):
-            raise Unavailable(f"{reason}: a step of stock in bf16 takes many minutes here")
+        setup, model = self.case.setup, self.policy.model
+        slow = setup.device.type == "cpu" and setup.size == "full" and why_bf16_is_slow()
+        if self.bf16 and slow:
+            raise Unavailable(f"{slow}: a step of stock in bf16 takes many minutes here")
         if self.variant == COMPILED:
-            may_compile(self.option)
-            mode = "max-autotune" if device == "cuda" else "default"
-            self.policy.model.__dict__["forward"] = torch.compile(self.policy.model.forward, mode=mode)
+            model.__dict__["forward"] = setup.compile(model.forward, self.option)
         if self.patched:
             smolvla_fast.patch(self.policy, training=True, image_cache=CACHE_BYTES.get(self.variant, 0))
         return self
@@ -130,8 +115,10 @@ class Trainee:
         return loss.detach()
 
     def found(self) -> dict[str, Tensor]:
-        """Loss and every gradient of a step."""
-        return in_host_memory(self.step(), self.policy)
+        """Copies of the loss and of every gradient of a step, by name: on a GPU they would count among a variant's peak."""
+        found = {"loss": self.step()}
+        found |= {name: each.grad for name, each in self.policy.named_parameters() if each.grad is not None}
+        return {name: each.detach().to("cpu", copy=True) for name, each in found.items()}
 
     def check(self) -> dict[str, Any]:
         """Distances from stock in fp32, of the bound (in bf16 twice what stock itself loses). Raises CheckFailed beyond it.
@@ -141,12 +128,12 @@ class Trainee:
         facts: dict[str, Any] = {"fused": bool(self.optimizer.param_groups[0]["fused"])}
         if self.variant in CACHE_BYTES:
             self.step()
-        found = self.case.stock(self.bf16) if self.variant in STOCK else self.found()
-        truth = self.case.reference() if self.variant == "stock" else self.case.stock(False)
+        found = self.case.truth(self.variant) if self.variant in STOCK else self.found()
+        truth = self.case.truth(PLAIN if self.variant == "stock" else "stock")
         error, layout = distance(found, truth), self.case.setup.layout
         bound = GRADIENT_BOUND if self.patched and layout == "fp32" else COMPILED_BOUND[layout]
         if self.bf16:
-            bound = 2 * distance(self.case.stock(True), self.case.stock(False))["gradient_rel_l2"]
+            bound = 2 * distance(self.case.truth("stock bf16"), self.case.truth("stock"))["gradient_rel_l2"]
         if self.variant in CACHE_BYTES:
             known, frames = smolvla_fast.status(self.policy).training_cache["hits"], self.case.size * CAMERAS
             if known != (0 if self.variant == NEW else frames):
@@ -162,42 +149,43 @@ class Trainee:
         device = self.case.device
         if device.type != "cuda":
             return None
-        memory, before = PeakMemory(device), resident(device)
+        memory = PeakMemory(device)
+        before = memory.bytes
         self.step()
         return memory.bytes - before + self.case.resident
 
     def measured(self) -> Variant:
-        setup, dtype = self.case.setup, torch.bfloat16 if self.bf16 else self.case.setup.dtype("stock")
+        """With the least time of a step under this machine's roof; a frame that is known is not encoded."""
+        case, dtype = self.case, torch.bfloat16 if self.bf16 else self.case.setup.dtype("stock")
+        needed = int(case.batch["observation.language.attention_mask"].any(dim=0).sum())
+        costs = training_costs(self.policy.model, CAMERAS, needed, dtype.itemsize, case.size)
+        if self.variant in (CACHED, FUSED):
+            del costs["vision"]
+        name, check = self.variant, lambda: self.prepare().check()
         facts = dict(
-            variant=self.variant, ratio_to=STOCK[self.bf16], cameras=CAMERAS, batch=self.case.size, layout=setup.layout,
-            floor_ms=self.case.floor_ms(dtype, known=self.variant in (CACHED, FUSED)),
+            variant=name, ratio_to=STOCK[self.bf16], cameras=CAMERAS, batch=case.size, layout=case.setup.layout,
+            floor_ms=sum(case.setup.ceilings.floor(cost, dtype)["floor_ms"] for cost in costs.values()),
         )  # fmt: skip
-        check = lambda: self.prepare().check()  # noqa: E731
-        return Variant(self.variant, check, self.step, policy=self.policy, facts=facts)
-
-
-def in_host_memory(loss: Tensor, policy: Any) -> dict[str, Tensor]:
-    """Copies of the loss and of every gradient, by name: on a GPU they would count among a variant's peak."""
-    gradients = {name: each.grad for name, each in policy.named_parameters() if each.grad is not None}
-    return {k: each.detach().to("cpu", copy=True) for k, each in {"loss": loss, **gradients}.items()}
+        return Variant(name, check, self.step, policy=self.policy, facts=facts)
 
 
 def distance(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
     if found.keys() != truth.keys():
         names = ", ".join(sorted(found.keys() ^ truth.keys()))
         raise CheckFailed(f"only one of this and stock has a gradient of {names}")
-    square = lambda x: float(x.double().square().sum())  # noqa: E731
-    gradients = truth.keys() - {"loss"}
-    apart = sum(square(found[name].double() - truth[name]) for name in gradients)
-    whole, loss = sum(square(truth[name]) for name in gradients), float(truth["loss"])
-    return {
-        "gradient_rel_l2": (apart / whole) ** 0.5,
-        "loss_rel": abs(float(found["loss"]) - loss) / abs(loss),
-    }
+
+    def rel_l2(names: Iterable[str]) -> float:
+        """Of all of these as one vector."""
+        norms = [[x.norm() for x in (found[n].double() - truth[n], truth[n].double())] for n in names]
+        apart, whole = (math.hypot(*each) for each in zip(*norms, strict=True))
+        return apart / whole
+
+    return {"gradient_rel_l2": rel_l2(truth.keys() - {"loss"}), "loss_rel": rel_l2(["loss"])}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    sizes = counts(metafunc.config.getoption("--batch"), "--batch", BATCHES[device_of(metafunc.config).type])
+    option = metafunc.config.option
+    sizes = counts(option.batch, "--batch", BATCHES[resolve_device(option.device or "auto").type])
     metafunc.parametrize("size", sizes, ids=lambda size: f"batch{size}")
 
 

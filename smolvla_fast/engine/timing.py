@@ -73,7 +73,7 @@ def stage_times(
     return {**times, "other": total - sum(times.values()), "total": total}
 
 
-def _apart(module: Any, **children: Any) -> Any:
+def apart(module: Any, **children: Any) -> Any:
     """A shallow copy of a module with other children: weights are shared, namespaces are not."""
     twin = copy.copy(module)
     twin._modules = {**module._modules, **children}
@@ -83,8 +83,8 @@ def _apart(module: Any, **children: Any) -> Any:
 def _with_stock_sections(policy: Any) -> Any:
     """A twin whose ``sample_actions`` is stock's; what that calls is the policy's own, timed."""
     own, own_pair = policy.model, policy.model.vlm_with_expert
-    pair = _apart(own_pair)
-    model = _apart(own, vlm_with_expert=pair)
+    pair = apart(own_pair)
+    model = apart(own, vlm_with_expert=pair)
     for each in (model, pair):
         each.__class__ = getattr(type(each), "stock_class", type(each))
 
@@ -102,4 +102,4 @@ def _with_stock_sections(policy: Any) -> Any:
 
     model.__dict__["denoise_step"] = denoise_step
     pair.__dict__.update(forward=prefill, embed_image=embed_image)
-    return _apart(policy, model=model)
+    return apart(policy, model=model)

@@ -45,7 +45,7 @@ def measure(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> Measure:
     config: Any = SimpleNamespace(
         hook=SimpleNamespace(pytest_benchmark_generate_json=written), _benchmarksession=session
     )
-    found = Measure(config, None, {}, 60.0, None)
+    found = Measure(config, None, {}, 60.0, "")
     found.benchmark = benchmark
     return found
 
@@ -129,7 +129,7 @@ def test_rounds_and_preparations_end_in_time(measure: Measure) -> None:
 
 
 def test_a_case_has_its_share_of_the_time_and_no_less_than_the_least() -> None:
-    measure = Measure(None, None, {}, 600.0, None)
+    measure = Measure(None, None, {}, 600.0, "")
     measure.cases = 60
     assert measure.next_case(None) == pytest.approx(LEAST_SECONDS)
     assert measure.next_case(0.5) == pytest.approx(300, abs=5)

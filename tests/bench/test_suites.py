@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch as patched
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the pol
 
 from benchmarks.harness import gate
 from benchmarks.harness.gate import COMPILED_BOUND, CheckFailed, act
+from benchmarks.harness.roof import Ceilings
 from benchmarks.harness.setup import BenchmarkSetup, Case, twin
 from benchmarks.peers import openvino as openvino_peer
 from benchmarks.report import markdown
@@ -31,12 +33,13 @@ from benchmarks.suites import cpu as cpu_suite
 from smolvla_fast.testing.outliers import OUTLIER, heavy_tailed
 
 ROOT = Path(__file__).resolve().parents[2]
+CEILINGS = Ceilings({"float32": 1e12, "bfloat16": 1e12, "int8": 1e12}, 1e10)
 TINY = ("--device=cpu", "--size=tiny", "--steps=2", "--rounds=2", "--threads=1")
 
 
 @pytest.fixture(scope="module")
 def setup() -> BenchmarkSetup:
-    return BenchmarkSetup(torch.device("cpu"), "tiny", steps=3)
+    return BenchmarkSetup(torch.device("cpu"), CEILINGS, "tiny", steps=3)
 
 
 def run_suites(path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -189,7 +192,7 @@ def test_stock_is_held_to_other_code(setup: BenchmarkSetup, monkeypatch: pytest.
     case = Case(2)
     facts = setup.stock(case).check()
     assert facts["rel_l2"] <= facts["bound"] == COMPILED_BOUND["fp32"] and "plain PyTorch" in facts["against"]
-    other = BenchmarkSetup(torch.device("cpu"), "tiny", steps=3)
+    other = BenchmarkSetup(torch.device("cpu"), CEILINGS, "tiny", steps=3)
     sample = type(other.policy.model).sample_actions
     monkeypatch.setattr(
         type(other.policy.model), "sample_actions", lambda *args, **kw: 1.1 * sample(*args, **kw)
@@ -244,16 +247,26 @@ def test_gates(setup: BenchmarkSetup, monkeypatch: pytest.MonkeyPatch) -> None:
         setup.policy.model.action_out_proj._forward_hooks.clear()
 
 
-def test_a_point_of_the_curves_is_checked() -> None:
-    stock = torch.tensor([1.0, 0.0])
-    assert cpu_suite.check_point("fp32", stock, stock)["rel_l2"] == 0
+def test_a_point_of_the_curves_is_checked(setup: BenchmarkSetup) -> None:
+    """The first and the last sample of a batch, against stock's of each alone."""
+    case = Case(2, batch=3)
+    stock = act(setup.policy, setup.inputs(2, batch=3))
+
+    def check(precision: str, found: torch.Tensor) -> Any:
+        return gate.check_point(setup, None, precision, case, [found])
+
+    assert check("fp32", stock)["rel_l2"] <= FP32_BOUND
+    turned = torch.cat([stock[:2], stock[2:].roll(1, dims=1)])
     for precision, found, reason in (
-        ("int8", [1.0, 0.1], "cosine"),
-        ("fp32", [1.1, 0.0], "rel L2"),
-        ("bf16", [1.1, 0.0], "rel L2"),
+        ("int8", turned, "cosine"),
+        ("fp32", turned, "rel L2"),
+        ("bf16", 1.1 * stock, "rel L2"),
     ):
         with pytest.raises(CheckFailed, match=reason):
-            cpu_suite.check_point(precision, torch.tensor(found), stock)
+            check(precision, found)
+    other = setup.policy.config.num_steps - 1
+    with patched.object(setup.policy.config, "num_steps", other), pytest.raises(CheckFailed, match="rel L2"):
+        check("fp32", stock)
 
 
 def test_heavy_tails_fail_only_8_bits() -> None:
