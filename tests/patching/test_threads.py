@@ -26,7 +26,7 @@ import smolvla_fast
 from smolvla_fast import inference
 from smolvla_fast.engine import quantized_weights
 from smolvla_fast.patch import engine_of
-from smolvla_fast.patching import runtime
+from smolvla_fast.patching import layer_runtime, runtime
 from smolvla_fast.patching.change_detector import ChangeDetector
 from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
@@ -60,7 +60,7 @@ def test_a_module_replaced_while_the_model_is_looked_at(monkeypatch: pytest.Monk
         adapted.weight = mlp.down_proj.weight
         mlp.down_proj = adapted.eval()
 
-    once_after(monkeypatch, runtime, "probe", adapt)
+    once_after(monkeypatch, layer_runtime, "probe", adapt)
     smolvla_fast.patch(policy)
     given, noise = make_observation(policy), make_noise(policy)
     assert torch.equal(chunk(policy, given, noise), chunk(stock_of(policy), given, noise))
@@ -118,7 +118,7 @@ def test_settings_change_while_an_engine_is_built(monkeypatch: pytest.MonkeyPatc
     """``refresh`` makes a chunk under way build an engine; ``patch`` comes in between."""
     policy, given, noise = patched("fp32")
     at, go = threading.Event(), threading.Event()
-    read = runtime.probed_code
+    read = layer_runtime.probed_code
 
     def slow(model: Any) -> Any:
         found = read(model)
@@ -131,7 +131,7 @@ def test_settings_change_while_an_engine_is_built(monkeypatch: pytest.MonkeyPatc
         smolvla_fast.refresh(policy)
         chunk(policy, given, noise)
 
-    monkeypatch.setattr(runtime, "probed_code", slow)
+    monkeypatch.setattr(layer_runtime, "probed_code", slow)
     worker = threading.Thread(target=refreshed_chunk, daemon=True)
     worker.start()
     assert at.wait(PATIENCE)
@@ -462,7 +462,7 @@ def test_garbage_that_unpatches_a_policy_in_use(monkeypatch: pytest.MonkeyPatch)
 def test_a_load_in_the_middle_of_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen as a difference between the modules and ours, it must not send the policy to stock for good."""
     answers = ["of two checkpoints"]
-    monkeypatch.setattr(runtime, "probe", lambda *_, **__: answers.pop() if answers else None)
+    monkeypatch.setattr(layer_runtime, "probe", lambda *_, **__: answers.pop() if answers else None)
     policy, given, noise = patched()
     chunk(policy, given, noise)
     assert smolvla_fast.status(policy).calls_fast == 1 and not answers
