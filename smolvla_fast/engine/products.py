@@ -48,8 +48,11 @@ class Products:
         quantized = self.quantized_weights
         if quantized is not None and quantized.kind is FLOATS and matrix.ndim == 2:
             return quantized.of(matrix)
-        dtype = self._gemm_dtype
-        return matrix if dtype is None or matrix.dtype is dtype else matrix.to(dtype)
+        return matrix if self.is_live(matrix) else matrix.to(self._gemm_dtype)
+
+    def is_live(self, matrix: Tensor) -> bool:
+        """Whether the tier multiplies with the matrix itself, with no copy of it."""
+        return self.quantized_weights is None and self._gemm_dtype in (None, matrix.dtype)
 
     def cast_cross_kv(self, matrix: Tensor) -> Tensor:
         """For matrices that no tier narrows: the expert's cross K/V, fp32 in LeRobot's bf16 layout."""

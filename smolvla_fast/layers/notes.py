@@ -85,8 +85,8 @@ class Notebook:
         with self._lock:
             return self._notes.setdefault(anchor(cache), CacheNotes())
 
-    def converted(self, notes: CacheNotes, matrix: Tensor, convert: Callable[[Tensor], Any]) -> Any:
-        """A matrix in the tier's dtype: itself where it has that, else a copy that is kept while one cache is used."""
+    def converted(self, notes: CacheNotes | None, matrix: Tensor, convert: Callable[[Tensor], Any]) -> Any:
+        """A matrix in the tier's dtype, kept while one cache is used."""
         with self._lock:
             if self._weights[0] is None or self._weights[0]() is not notes:
                 self._weights = ref(notes), {}

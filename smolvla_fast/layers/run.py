@@ -58,8 +58,13 @@ class WeightReader:
         self._cast, self._cast_cross = products.cast, products.cast_cross_kv
         # Quantised copies are kept and checked by themselves.
         if notebook is not None and notes is not None and products.quantized_weights is None:
-            self._cast = partial(notebook.converted, notes, convert=products.cast)
-            self._cast_cross = partial(notebook.converted, notes, convert=products.cast_cross_kv)
+            self._cast = partial(self._kept, notebook, products.cast)
+            self._cast_cross = partial(self._kept, notebook, products.cast_cross_kv)
+
+    def _kept(self, notebook: Notebook, convert: Any, matrix: Tensor) -> Any:
+        if self.products.is_live(matrix):
+            return matrix
+        return notebook.converted(self.notes, matrix, convert)
 
     def layer(self, module: Any, cross: bool) -> DecoderLayer:
         return read_decoder_layer(module, cross, self._cast, self._cast_cross)

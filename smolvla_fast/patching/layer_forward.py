@@ -194,7 +194,8 @@ def _of_model(
                 reason = f"the arguments are not stock's: {error}"
             else:
                 given += [None] * (length - len(given))
-                engine, reason = runtime.look(pair)
+                look = runtime.look_for_step if request is StepRequest else runtime.look
+                engine, reason = look(pair)
                 reason = reason or rules.call_reason(self, request(*given))
         runtime.count(name, reason)
         if engine is None or reason is not None:

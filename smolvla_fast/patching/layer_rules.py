@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from inspect import Signature
 from typing import Any, NamedTuple
 
@@ -113,10 +114,9 @@ def _cache(pair: Any, request: LayerRequest, call: LayerCall, batch: int, tokens
         if len(lengths) > 1:
             return f"the cache holds {sorted(lengths)} tokens in its layers; accepted are as many in each"
         (before,) = lengths
-        for depth in depths:
-            why = _kv_reason(pair, *caches.read(call.cache, depth), (batch, before))
-            if why is not None:
-                return why
+        why = _kv_reason(pair, call.cache, depths, (batch, before))
+        if why is not None:
+            return why
     elif used:
         return "a prefix and a suffix with use_cache; accepted is use_cache=False"
     cross = request.method == "forward_cross_attn_layer"
@@ -128,14 +128,20 @@ def _cache(pair: Any, request: LayerRequest, call: LayerCall, batch: int, tokens
     return _layers(pair, call, whole)
 
 
-def _kv_reason(pair: Any, k: Tensor, v: Tensor, sizes: tuple[int, int]) -> str | None:
-    """What of a layer's cached keys and values does not go with so many samples and tokens of this pair."""
+def _kv_reason(pair: Any, cache: Any, depths: Iterable[int], sizes: tuple[int, int]) -> str | None:
+    """Which cached keys and values do not go with so many samples and tokens of this pair."""
     head_dim = pair.get_vlm_model().text_model.layers[0].self_attn.head_dim
     wanted, home = (*sizes, pair.num_key_value_heads, head_dim), next(pair.parameters()).device
-    for each in (k, v):
-        if tuple(each.shape) != wanted or each.device != home or each.dtype not in model_rules.DTYPES:
-            return f"the cache holds {tuple(each.shape)} {each.dtype} on {each.device}; accepted is {wanted}"
-    return None if k.dtype is v.dtype else f"the cache holds keys in {k.dtype}, values in {v.dtype}"
+    for depth in depths:
+        k, v = caches.read(cache, depth)
+        for each in (k, v):
+            if each.shape != wanted or each.device != home or each.dtype not in model_rules.DTYPES:
+                return (
+                    f"the cache holds {tuple(each.shape)} {each.dtype} on {each.device}; accepted is {wanted}"
+                )
+        if k.dtype is not v.dtype:
+            return f"the cache holds keys in {k.dtype}, values in {v.dtype}"
+    return None
 
 
 def _holds(cache: Any, layer: int) -> bool:
@@ -230,13 +236,10 @@ def step_arguments(model: Any, request: StepRequest) -> str | None:
             return f"{name} is {why or f'{each.dtype} {tuple(each.shape)} on {each.device}'}; accepted is {dtype} {shape}"
     if cache is None or not config.use_cache:
         return "no cache of the prefix"
-    pair, held = model.vlm_with_expert, list[Tensor]()
-    for i in range(len(pair.lm_expert.layers)):
-        held += caches.held(cache, i)
-        why = _kv_reason(pair, *caches.read(cache, i), (batch, pad_masks.shape[1]))
-        if why is not None:
-            return why
-    return _no_gradients(model, x, time, *held)
+    pair = model.vlm_with_expert
+    depths = range(len(pair.lm_expert.layers))
+    why = _kv_reason(pair, cache, depths, (batch, pad_masks.shape[1]))
+    return why or _no_gradients(model, x, time, *(each for i in depths for each in caches.held(cache, i)))
 
 
 def prefix_arguments(model: Any, call: Call) -> str | None:

@@ -11,10 +11,11 @@ from ..engine.products import Products
 from ..layers.engine import LayerEngine
 from ..model.precision import Tier, resolve_tier
 from ..model.weights import representative_weight
+from .change_detector import ChangeDetector, detector_of
 from .eligibility import LAYERS
 from .probe import probe, probed_code
 from .served import Registry, Served
-from .settings import Settings
+from .settings import SETTINGS, Settings, disabled
 
 
 class LayerRuntime(Served[LayerEngine]):
@@ -29,6 +30,8 @@ class LayerRuntime(Served[LayerEngine]):
         super().__init__()
         self.counts: Counter[tuple[str, bool]] = Counter()
         self._products: tuple[tuple[Any, ...], Products] | None = None
+        self._expert: ChangeDetector | None = None
+        self._noted_with: ChangeDetector | None = None  # the whole pair's, when the expert's was noted
         self.patched_by: WeakKeyDictionary[Any, Settings] = WeakKeyDictionary()
         self._probed: tuple[Any, str | None] = (None, None)
 
@@ -37,6 +40,25 @@ class LayerRuntime(Served[LayerEngine]):
         if len(wishes) > 1:
             return None, "two policies that share it are patched with other settings; patch them alike"
         return super().look(model)
+
+    def look_for_step(self, pair: Any) -> tuple[LayerEngine | None, str | None]:
+        """The same for what reads the expert alone, ten times a chunk: a third of the modules are looked through."""
+        with self.lock:
+            noted, settings = self._expert, pair.__dict__.get(SETTINGS)
+            if (
+                noted is not None
+                and self._noted_with is self.detector
+                and settings is self.settings
+                and not disabled()
+            ):
+                if len(self.patched_by) < 2 and noted.same(pair.lm_expert):
+                    reason = self._refusal or self.eligibility.live_reason(pair)
+                    return self.engine if reason is None else None, reason
+            engine, reason = self.look(pair)
+            self._expert, self._noted_with = (
+                (detector_of(pair.lm_expert), self.detector) if engine else (None, None)
+            )
+            return engine, reason
 
     def products(self, tier: Tier, backend: str, device: Any) -> Products:
         """One for a tier, backend and device: quantised copies are made once."""
