@@ -45,15 +45,10 @@ class LayerRuntime(Served[LayerEngine]):
         """The same for what reads the expert alone, ten times a chunk: a third of the modules are looked through."""
         with self.lock:
             noted, settings = self._expert, pair.__dict__.get(SETTINGS)
-            if (
-                noted is not None
-                and self._noted_with is self.detector
-                and settings is self.settings
-                and not disabled()
-            ):
-                if len(self.patched_by) < 2 and noted.same(pair.lm_expert):
-                    reason = self._refusal or self.eligibility.live_reason(pair)
-                    return self.engine if reason is None else None, reason
+            as_noted = self._noted_with is self.detector and settings is self.settings and not disabled()
+            if as_noted and noted is not None and len(self.patched_by) < 2 and noted.same(pair.lm_expert):
+                reason = self._refusal or self.eligibility.live_reason(pair)
+                return self.engine if reason is None else None, reason
             engine, reason = self.look(pair)
             self._expert, self._noted_with = (
                 (detector_of(pair.lm_expert), self.detector) if engine else (None, None)
