@@ -78,7 +78,7 @@ def test_guided_chunks_share_a_graph() -> None:
     """Delay, horizon, length and values of the previous chunk change from call to call; the graph does not."""
     from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
-    pair = Captured(rtc_config=RTCConfig(execution_horizon=6), num_steps=2)
+    pair = Captured(rtc_config=RTCConfig(enabled=True, execution_horizon=6), num_steps=2)
     for policy in (pair.plain, pair.policy):
         policy.init_rtc_processor()
     assert pair.same()
