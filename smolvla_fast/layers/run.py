@@ -87,7 +87,6 @@ class Run:
 
     A self-attention layer joins the streams and appends to the cache. In a cross-attention layer the suffix attends to the
     expert's projections of the prefix's keys and values.
-
     """
 
     def __init__(

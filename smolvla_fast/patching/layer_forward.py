@@ -130,9 +130,8 @@ def patch_layers(model: Any, settings: Settings) -> None:
         unpatch_layers(model)
     runtime_of(model).pair = ref(pair)
     runtime.patched_by[model] = settings
-    if (
-        pair.__dict__.get(SETTINGS) != settings
-    ):  # the same object else: graphs hold as long as nothing is replaced
+    # The same object stays where it is equal: graphs hold as long as nothing is replaced.
+    if pair.__dict__.get(SETTINGS) != settings:
         pair.__dict__[SETTINGS] = settings
     pair.__class__ = _accelerated_layers(stock)
 
@@ -171,10 +170,8 @@ def _of_model(
 ) -> Callable[..., Any]:
     """By the engine of the model's pair, where that may. request  makes a record of the arguments in stock's order"""
     own: Any = getattr(stock, name)
-    found, length = (
-        signature(own),
-        5 if request is Call else len(request._fields),
-    )  # of a ``Call`` the first five fields
+    found = signature(own)
+    length = 5 if request is Call else len(request._fields)  # of a ``Call`` the first five fields
 
     @wraps(own)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:

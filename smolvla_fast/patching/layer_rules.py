@@ -13,7 +13,8 @@ from ..engine.cuda_graphs import capture_of_user
 from ..layers import caches
 from ..layers.run import LayerCall
 from ..model.dense import why_not_dense
-from ..model.weights import is_cross
+from ..model.precision import resolve_tier
+from ..model.weights import is_cross, representative_weight
 from . import call_rules, model_rules
 from .call_rules import Call, ambient
 from .settings import SETTINGS
@@ -92,13 +93,12 @@ def arguments(pair: Any, request: LayerRequest) -> str | None:
 def _cache(pair: Any, request: LayerRequest, call: LayerCall, batch: int, tokens: int) -> str | None:
     """What of a cache, and hence of a mask, goes with these inputs."""
     prefix, suffix = call.inputs
-    given, asked = request.given["past_key_values"], bool(request.given["use_cache"])
-    if (given is not None or request.given.get("fill_kv_cache")) and not asked:
+    given, used = request.given["past_key_values"], bool(request.given["use_cache"])
+    if (given is not None or request.given.get("fill_kv_cache")) and not used:
         return "a cache, or one to fill, with use_cache=False"
     if prefix is not None and suffix is not None and call.cache is not None:
         return "a prefix and a suffix with a cache; accepted is one of them, or no cache"
-    used, whole = asked, request.method == "forward"
-    before = 0
+    whole, before = request.method == "forward", 0
     if suffix is None:
         if not used or (whole and not (call.fill and call.cache is None)):
             return "a prefix alone; accepted is one that fills a new cache"
@@ -207,9 +207,15 @@ def gradients(pair: Any, request: LayerRequest) -> str | None:
         return None
     if request.method == "embed_image":
         return "gradients go through the vision tower; its own modules compute it"
-    if not pair.__dict__[SETTINGS].training:
+    settings = pair.__dict__[SETTINGS]
+    if not settings.training:
         return "gradients are on: call it under torch.no_grad(), or patch(policy, training=True)"
-    return model_rules.modules_are_fixed(pair) or model_rules.backward_hooks(pair)
+    tier = resolve_tier(settings.precision, representative_weight(pair).dtype)
+    return (
+        model_rules.tier_reason(pair, tier)
+        or model_rules.modules_are_fixed(pair)
+        or model_rules.backward_hooks(pair)
+    )
 
 
 class StepRequest(NamedTuple):

@@ -185,13 +185,14 @@ def test_gradients_are_stocks(case: tuple[Any, Any, Given], name: str) -> None:
     assert rel_l2(ours, theirs) <= 2 * FP32
 
 
-def test_gradients_are_stocks_own_without_training(origin: str) -> None:
-    """``patch`` alone promises nothing of training: stock's layers run, with a receipt."""
+@pytest.mark.parametrize("settings", [{}, dict(precision="exact", training=True)], ids=["plain", "exact"])
+def test_gradients_are_stocks_own_where_no_training_path_is(origin: str, settings: dict[str, Any]) -> None:
+    """``patch`` alone promises nothing of training, and ``exact`` has no such path: stock's layers run, with a receipt."""
     policy, inputs = _made(origin, "default")
     twin = copy.deepcopy(policy)
-    smolvla_fast.patch(twin)
+    smolvla_fast.patch(twin, **settings)
     outputs, _ = forward(twin.model.vlm_with_expert, inputs.joint_call, [inputs.prefix, inputs.suffix])
     want, _ = forward(policy.model.vlm_with_expert, inputs.joint_call, [inputs.prefix, inputs.suffix])
     assert torch.equal(outputs[1], want[1]) and outputs[1].requires_grad
     now = smolvla_fast.status(twin)
-    assert now.layers_stock == {"forward": 1} and "training=True" in str(now.layers_fallback)
+    assert now.layers_stock == {"forward": 1} and "training" in str(now.layers_fallback)
