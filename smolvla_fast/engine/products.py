@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..model.precision import Tier
 from ..model.weights import Cast
+from ..ops import plan as plans
 from ..ops.availability import fallback_reasons
 from ..ops.processor import why_bf16_is_slow
 from ..ops.select import select
@@ -21,18 +22,20 @@ class Products:
     ops                the table of the backend
     quantized_weights  of the tiers that have them
     fallback_reasons   what the tier does without here, with the reasons
+    plan               who computes what, as it was measured on this machine; None: by the defaults
     cast               a matrix in the form that the tier multiplies with; see ``weights.Cast``
     raises             as ``select``
     """
 
-    def __init__(self, tier: Tier, backend: str, device: torch.device) -> None:
-        self.tier, self.device = tier, device
-        self.ops = select(backend, device, tier.stock_order, tier.quantized)
+    def __init__(
+        self, tier: Tier, backend: str, device: torch.device, plan: plans.Plan | None = None
+    ) -> None:
+        self.tier, self.device, self.plan = tier, device, plan
+        self.ops = select(backend, device, tier.stock_order, tier.quantized, plan)
         self._gemm_dtype = tier.gemm_dtype
         wished = backend != "auto" or tier.stock_order
         self._fallback_reasons = {} if wished else fallback_reasons(device)
-        narrow = tier.name not in ("exact", "fp32", "int8")
-        slow = why_bf16_is_slow() if narrow and device.type == "cpu" else None
+        slow = self._why_wider(plan)
         if slow is not None:  # wider products err less and are faster, so they serve the narrower tier
             self._gemm_dtype = torch.float32
             self._fallback_reasons["bf16 products"] = f"{slow}; products run in fp32"
@@ -43,6 +46,19 @@ class Products:
             self.quantized_weights = QuantizedWeights(tier.gemm_dtype or torch.bfloat16, kind)
             if kind is not FLOATS:
                 self.cast = IntegerCast(self.quantized_weights, self._to_gemm_dtype)
+
+    @property
+    def may_widen(self) -> bool:
+        """Whether products of this tier may run in fp32 in place of bf16, where that is faster."""
+        return self.device.type == "cpu" and self.tier.name not in ("exact", "fp32", "int8")
+
+    def _why_wider(self, plan: plans.Plan | None) -> str | None:
+        measured = None if plan is None else plan.choices.get(plans.PRODUCTS)
+        if not self.may_widen or measured == "bfloat16":
+            return None
+        if measured == "float32":
+            return "products of bf16 measured no faster than fp32's on this machine"
+        return why_bf16_is_slow()
 
     def _to_gemm_dtype(self, matrix: Tensor) -> Any:
         quantized = self.quantized_weights

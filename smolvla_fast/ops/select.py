@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 import torch
 
 from .availability import PREFERRED, why_not, why_not_auto, why_not_fp8, why_not_int8
-from .table import NAMES, Ops, derive
+from .choice import choose
+from .plan import Plan
+from .table import NAMES, Ops, derive, exports
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 _MODULES = {
@@ -23,26 +26,30 @@ _MODULES = {
 imported when its table is first asked for: nothing has to import Triton to run on a CPU."""
 
 
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{_MODULES[name][0]}")
+
+
 @cache
 def backend_ops(name: str) -> Ops:
-    """The table of "reference", "torch", "cpu", "int8" (backend ``cpu`` with integer products) or "triton"."""
-    path, below = _MODULES[name]
-    module = importlib.import_module(f"{__package__}.{path}")
+    """The table of "reference", "torch", "cpu", "int8" (backend ``cpu`` with integer products) or "triton": each op by the
+    backend's own function where it has one, whatever the shape."""
+    below = _MODULES[name][1]
     backend = "cpu" if name == "int8" else name
-    return derive(backend, module, None if below is None else backend_ops(below))
+    return derive(backend, _module(name), None if below is None else backend_ops(below))
 
 
 def reference_ops() -> Ops:
     return backend_ops("reference")
 
 
-@cache
-def _cuda(fallback: str) -> Ops:
-    """CUDA C++ where there is a kernel, all the rest by the backend ``fallback``."""
+def _cuda(device: torch.device, plan: Plan | None) -> Ops:
+    """CUDA C++ where there is a kernel, all the rest by Triton, or by torch where that cannot serve."""
     from .cuda import masked_attention
     from .cuda import ops as module
 
-    below = backend_ops(fallback)
+    fallback = "triton" if device.type == "cuda" and why_not("triton", device) is None else "torch"
+    below = choose(backend_ops(fallback), device, fallback, plan)
     attention = masked_attention.masked_attention_or_fallback(below.masked_attention, below.prepare_mask)
     return derive("cuda", module, below, fallback=below, masked_attention=attention)
 
@@ -57,11 +64,11 @@ class Row:
     reason: str
 
 
-def _ops(backend: str, device: torch.device) -> Ops:
-    """The table of a backend that can serve this device."""
-    if backend != "cuda":
-        return backend_ops(backend)
-    return _cuda("triton" if device.type == "cuda" and why_not("triton", device) is None else "torch")
+def _ops(backend: str, device: torch.device, wish: str = "", plan: Plan | None = None) -> Ops:
+    """The table of a backend that can serve this device. ``wish``: the backend asked for, where that is not ``backend``."""
+    if backend == "cuda":
+        return _cuda(device, plan)
+    return choose(backend_ops(backend), device, wish or backend, plan)
 
 
 _EIGHT_BITS = {
@@ -78,13 +85,20 @@ def why_not_eight_bits(device: torch.device) -> dict[str, str | None]:
     }
 
 
-def select(backend: str, device: torch.device, stock_order: bool, quantized: str | None = None) -> Ops:
+def select(
+    backend: str,
+    device: torch.device,
+    stock_order: bool,
+    quantized: str | None = None,
+    plan: Plan | None = None,
+) -> Ops:
     """The ops for a wish.
 
     backend      "auto": on a CPU "cpu", on an NVIDIA GPU "triton", and "torch" where these cannot serve or were never
                  measured ahead of it; or a name. "cuda" has to be named: it was never measured to be ahead of Triton
     quantized    "e4m3", the tier ``fp8``, which Triton's kernels alone serve, or "int8", which backend ``cpu`` alone does
-    stock_order  the ``exact`` tier: the references, which are stock's own ATen calls, on any device
+    stock_order  the ``exact`` tier: the references, which are stock's own ATen calls, on any device, whatever the plan
+    plan         who computes what, as it was measured; where it says nothing, ``defaults.py``
     raises       ValueError for an unknown name, RuntimeError naming the reason where an explicit wish cannot be met
     """
     if backend not in ("auto", *BACKENDS):
@@ -107,14 +121,15 @@ def select(backend: str, device: torch.device, stock_order: bool, quantized: str
             raise RuntimeError(
                 f"precision={tier!r} cannot serve this policy: {reason}; 'auto' takes what can"
             )
-        return backend_ops(ops)
+        fixed = exports(_module(ops)) if ops == "int8" else ()
+        return choose(backend_ops(ops), device, alone, plan, fixed)
     if backend == "auto":
         ready = (name for name in PREFERRED.get(device.type, ()) if why_not_auto(name, device) is None)
-        return _ops(next(ready, "torch"), device)
+        return _ops(next(ready, "torch"), device, "auto", plan)
     reason = why_not(backend, device)
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot serve this policy: {reason}; 'auto' takes what can")
-    return _ops(backend, device)
+    return _ops(backend, device, plan=plan)
 
 
 def table(device: torch.device | None = None) -> list[Row]:

@@ -23,10 +23,8 @@ class Ops:
     """One function for each op. The stages call these and nothing else for their heavy work."""
 
     backend: str
-    single_launch: bool
-    """whether every op of a denoise step is one kernel launch, but for products that the backend leaves to torch"""
-    leaves_to_torch: Callable[[Any, int], bool]
-    """dtype of a weight, rows -> whether the products of a decoder layer are torch's calls"""
+    single_launch: Callable[[int], bool]
+    """rows of a denoise step -> whether each of its ops was one kernel launch"""
     image_prep: Callable[..., Tensor]
     """observation: camera frames of any size, bytes or floats -> images of the vision tower's size"""
     patch_embed: Callable[..., Tensor]
@@ -73,7 +71,7 @@ class Ops:
     """why the backend has no kernel of its own for an op, by name"""
 
 
-SETTINGS = ("backend", "single_launch", "leaves_to_torch", "why_not_persistent", "fallback", "missing")
+SETTINGS = ("backend", "single_launch", "why_not_persistent", "fallback", "missing")
 NAMES = tuple(name for name in Ops.__dataclass_fields__ if name not in SETTINGS)
 STAGES = {
     "vision": ("patch_embed", "layer_norm", "linear", "attention", "pixel_shuffle_linear"),
@@ -99,8 +97,6 @@ def exports(module: ModuleType) -> dict[str, Any]:
             f"{module.__name__} has {', '.join(unknown)}, which is no op; accepted are {', '.join(NAMES)}. "
             "Helpers begin with an underscore"
         )
-    if hasattr(module, "single_launch"):
-        found["single_launch"] = module.single_launch
     return found
 
 
@@ -108,7 +104,7 @@ def derive(backend: str, module: ModuleType, below: Ops | None, **changes: Any) 
     """The table of a backend: what its module exports, and the ops of the table ``below`` for the rest, with the reason."""
     own = {**exports(module), **changes}
     if below is None:
-        return Ops(backend=backend, single_launch=False, leaves_to_torch=lambda dtype, rows: True, **own)
+        return Ops(backend=backend, single_launch=lambda rows: False, **own)
     by_torch = below.backend in ("reference", "torch")
     missing = {
         name: below.missing.get(name)

@@ -83,5 +83,5 @@ def denoise(
                 observe(x, v)
         # Copied while the memory is still lent: the moment it is given back, another thread may write to it.
         chunk = x if memory is None else x.clone()
-    single = ops.single_launch and not ops.leaves_to_torch(expert[0].gate.dtype, x.shape[0] * dims.chunk)
+    single = ops.single_launch(x.shape[0] * dims.chunk)
     return chunk, LoopReport(2 + 5 * len(expert) if single else None, False, fallback_reasons)

@@ -42,7 +42,7 @@ class Whole:
         self.torch = select("torch", CPU, False)
         self.calls = 0
         self.ops: Ops = dataclasses.replace(
-            self.torch, backend="cuda", single_launch=True, leaves_to_torch=lambda *_: False, fallback=self.torch,
+            self.torch, backend="cuda", single_launch=lambda rows: True, fallback=self.torch,
             denoise_persistent=self.run, why_not_persistent=self.why_not, euler_step=self.euler_step,
         )  # fmt: skip
 
@@ -65,7 +65,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> Whole:
     """``backend="cuda"`` gives this table."""
     found = Whole()
     monkeypatch.setattr(availability, "_why_not_cuda", lambda device: None)
-    monkeypatch.setattr(backends, "_cuda", lambda fallback: found.ops)
+    monkeypatch.setattr(backends, "_cuda", lambda device, plan: found.ops)
     return found
 
 
@@ -258,12 +258,14 @@ def test_fp8_is_not_for_it(gpu: Any) -> None:
 def test_the_table_says_who_serves_a_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU Triton's table with the kernels in it; without Triton torch's. ``auto`` takes Triton."""
     pytest.importorskip("triton")
-    ops, triton = select("cuda", CUDA, False), select("triton", CUDA, False)
+    ops = select("cuda", CUDA, False)
+    triton = ops.fallback
+    assert triton is not None and triton.backend == "triton"
     own = ("image_prep", "masked_attention", "euler_step", "denoise_persistent", "prepare_mask")
     for name in backends.NAMES:
         assert (getattr(ops, name) is not getattr(triton, name)) == (name in own), name
-    assert ops.fallback is triton and ops.single_launch and ops.leaves_to_torch is triton.leaves_to_torch
-    assert select("auto", CUDA, False) is triton
+    assert ops.single_launch is triton.single_launch
+    assert select("auto", CUDA, False).backend == "triton"
     rows = {(row.op, row.backend): row for row in table(CUDA)}
     assert all(rows[name, "cuda"].available for name in own)
     assert rows["norm_qkv_rope", "cuda"].reason == "the kernel of 'triton' serves it"
@@ -271,7 +273,8 @@ def test_the_table_says_who_serves_a_gpu(gpu: Any, monkeypatch: pytest.MonkeyPat
     for backend in ("torch", "triton"):
         assert rows["denoise_persistent", backend].reason == "it runs the denoise loop op by op"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert select("cuda", CUDA, False).fallback is select("torch", CUDA, False)
+    fallback = select("cuda", CUDA, False).fallback
+    assert fallback is not None and fallback.backend == "torch"
     rows = {(row.op, row.backend): row for row in table(CPU)}
     assert (
         rows["denoise_persistent", "cuda"].reason == "its kernels run on an NVIDIA GPU, the policy is on cpu"

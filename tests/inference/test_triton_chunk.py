@@ -9,9 +9,9 @@ import torch
 from support.policies import LEROBOT_ONLY, chunk, make_policy, rel_l2
 
 import smolvla_fast
+from smolvla_fast.ops import defaults
 from smolvla_fast.ops.availability import MIN_CAPABILITY, fallback_reasons, why_not
 from smolvla_fast.ops.select import backend_ops, select
-from smolvla_fast.ops.triton import ops as fused
 from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
 
@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def kernels_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Products of many rows in fp32 by our kernels too, or by torch as they are served."""
     if request.param:
-        monkeypatch.setattr(fused, "MANY_ROWS", 10**9)
+        monkeypatch.setattr(defaults, "MANY_ROWS", 10**9)
     return request.param
 
 

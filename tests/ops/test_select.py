@@ -120,8 +120,8 @@ def test_products_are_stocks_own_call_where_onednn_was_not_measured(
     monkeypatch: pytest.MonkeyPatch, capability: str
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert not aten_linear.onednn_serves.__wrapped__(torch.float32)
-    assert not aten_linear.onednn_serves.__wrapped__(torch.bfloat16)
+    assert not aten_linear.onednn_serves(torch.float32)
+    assert not aten_linear.onednn_serves(torch.bfloat16)
 
 
 @pytest.fixture(params=[(9, 4), (9, 0), (11, 0), (12, 0)], ids=["gfx942", "gfx90a", "gfx1100", "gfx1201"])

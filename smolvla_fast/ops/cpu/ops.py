@@ -1,7 +1,6 @@
-"""Backend ``cpu``: the compiled CPU kernels under the signatures of the ops, where they measure faster than torch's own.
+"""Backend ``cpu``: the compiled CPU kernels under the signatures of the ops.
 
-Everything not named here is served by the ``torch`` backend. Matrix products of many rows are too: there oneDNN is near
-the processor's peak. At the 50 rows of an action chunk it is not, for it first rearranges each weight it reads.
+Where others are faster: ``ops/defaults.py``.
 """
 
 from __future__ import annotations
@@ -16,21 +15,12 @@ from ..memory import empty as _empty
 from ..reference import image_prep as _reference_image_prep
 from ..reference.euler_step import Guidance
 from ..reference.guidance import guide as _guide
-from ..torch import decoder, suffix
-from ..torch.linear import linear as _torch_linear
 from ..torch.suffix import Folded
 from . import image_prep as _image_prep
 from . import kernels
 from .rope import rotate as _rotate
 
-FEW_ROWS = 64
-"""Up to this many rows a product goes to the compiled kernel, above it to oneDNN."""
-
 _RESULTS = (torch.float32, torch.bfloat16)
-
-
-def _few_rows(x: Tensor) -> bool:
-    return x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 def _dense(x: Tensor | None) -> Any:
@@ -62,14 +52,7 @@ def linear(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """See ``reference.linear``.
-
-    oneDNN is ahead on plain products. With an activation, or a residual wider than the weight, its epilogue or the
-    separate addition costs more than the difference.
-    """
-    wider = residual is not None and residual.dtype is not weight.dtype
-    if (activation is None and not wider) or (residual is not None and not wider):
-        return _torch_linear(x, weight, bias, activation, residual)
+    """See ``reference.linear``."""
     return kernels.linear(_rows(x, weight), _dense(weight), _dense(bias), activation, _dense(residual))
 
 
@@ -101,11 +84,6 @@ def masked_attention(
     return kernels.attention(_heads(q), _heads(k), _heads(v), mask, out=out).flatten(2)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """See ``torch.rms_norm``: from the fp32 residual stream, rounded once to ``dtype``."""
-    return kernels.rms_norm(_dense(x), _dense(weight.to(x.dtype)), eps).to(dtype)
-
-
 def norm_qkv_rope(
     x: Tensor,
     norm: tuple[Tensor, float],
@@ -116,8 +94,6 @@ def norm_qkv_rope(
     memory: Memory | None = None,
 ) -> Tensor | None:
     """See ``reference.norm_qkv_rope``."""
-    if not _few_rows(x):
-        return decoder.norm_qkv_rope(x, norm, weights, rope, slots, rms_norm=_rms_norm, rotate=_rotate)
     q_weight, k_weight, v_weight = weights
     head_dim = 2 * rope[0].shape[-1]
     x = _dense(x)
@@ -144,8 +120,6 @@ def norm_qkv_rope(
 
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
     """See ``reference.linear_residual``; returns the dtype of the residual."""
-    if not _few_rows(x):
-        return decoder.linear_residual(x, weight, residual)
     out = out if out is not None and out.is_contiguous() else None
     return kernels.linear(_rows(x, weight), _dense(weight), residual=_dense(residual), out=out)
 
@@ -159,8 +133,6 @@ def norm_swiglu(
     memory: Memory | None = None,
 ) -> Tensor:
     """See ``reference.norm_swiglu``."""
-    if not _few_rows(x):
-        return decoder.norm_swiglu(x, norm, gate_weight, up_weight, rms_norm=_rms_norm)
     out = _empty(memory, "hidden", (*x.shape[:-1], gate_weight.shape[0]), gate_weight.dtype)
     weights = (_dense(gate_weight), _dense(up_weight))
     return kernels.swiglu(_dense(x), *weights, norm=norm, out=out, memory=memory)
@@ -170,8 +142,6 @@ def suffix_embed(
     x: Tensor, step: int, folded: Folded, time_out: tuple[Tensor, Tensor], *, memory: Memory | None = None
 ) -> Tensor:
     """See ``reference.suffix_embed``; returns fp32."""
-    if not _few_rows(x):
-        return suffix.suffix_embed(x, step, folded, time_out)
     width = folded.weight.shape[0]
     hidden = _empty(memory, "suffix hidden", (*x.shape[:-1], width), folded.weight.dtype)
     kernels.linear(_dense(x.to(folded.weight.dtype)), folded.weight, out=hidden)
@@ -192,8 +162,6 @@ def euler_step(
     memory: Memory | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.euler_step``."""
-    if not _few_rows(h):
-        return suffix.euler_step(h, norm, action_out, x, dt, guidance, rms_norm=_rms_norm)
     weight, bias = action_out
     v = _empty(memory, "velocity", (*h.shape[:-1], weight.shape[0]), torch.float32)
     operands = (_rows(h, weight), _dense(weight), _dense(bias))

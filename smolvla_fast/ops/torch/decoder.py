@@ -1,4 +1,4 @@
-"""The ops of text and expert layers over oneDNN linears."""
+"""The ops of text and expert layers over a linear of choice, torch's own where none is named."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..memory import Memory
 from ..reference.rope import apply_rope
-from .linear import linear
+from .linear import Linear
+from .linear import linear as best_linear
 from .rms_norm import RMSNorm
 from .rms_norm import rms_norm as plain_rms_norm
 
@@ -30,6 +31,7 @@ def norm_qkv_rope(
     slots: tuple[Tensor, Tensor] | None,
     *,
     memory: Memory | None = None,
+    linear: Linear = best_linear,
     rms_norm: RMSNorm = plain_rms_norm,
     rotate: Rotate = rotate,
 ) -> Tensor | None:
@@ -46,12 +48,21 @@ def norm_qkv_rope(
     return None if q_weight is None else rotate(linear(h, q_weight).view(heads), *rope)
 
 
-def cross_kv(k: Tensor, v: Tensor, k_weight: Tensor, v_weight: Tensor) -> tuple[Tensor, Tensor]:
+def cross_kv(
+    k: Tensor, v: Tensor, k_weight: Tensor, v_weight: Tensor, *, linear: Linear = best_linear
+) -> tuple[Tensor, Tensor]:
     """See ``reference.cross_kv``."""
     return linear(k.flatten(2), k_weight).view(k.shape), linear(v.flatten(2), v_weight).view(v.shape)
 
 
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    *,
+    out: Tensor | None = None,
+    linear: Linear = best_linear,
+) -> Tensor:
     """See ``reference.linear_residual``; returns the dtype of the residual."""
     return linear(x, weight, residual=residual)
 
@@ -63,6 +74,7 @@ def norm_swiglu(
     up_weight: Tensor,
     *,
     memory: Memory | None = None,
+    linear: Linear = best_linear,
     rms_norm: RMSNorm = plain_rms_norm,
 ) -> Tensor:
     """See ``reference.norm_swiglu``."""

@@ -7,6 +7,7 @@ measured beside it, so stock's own call serves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -16,13 +17,19 @@ from ..reference import linear as reference
 
 _ATTR = {None: ("none", ""), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
 
+Linear = Callable[..., Tensor]
+"""x, weight, bias, activation, residual -> y, as ``reference.linear``"""
+
+
+def onednn_serves(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's fused linear is there for CPU tensors of this dtype, and was measured on such a processor."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX") and onednn_has(dtype)
+
 
 @cache
-def onednn_serves(dtype: torch.dtype) -> bool:
-    """Whether this torch build has oneDNN's fused linear for CPU tensors of this dtype on this CPU, and it was measured."""
+def onednn_has(dtype: torch.dtype) -> bool:
+    """Whether this torch build has oneDNN's fused linear for CPU tensors of this dtype on this CPU."""
     ops = torch.ops.mkldnn
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        return False
     if not (torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")):
         return False
     if dtype is torch.bfloat16:
@@ -38,11 +45,32 @@ def linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """See ``reference.linear``; x is converted to the dtype of the weight, a residual keeps its own."""
+    serve = onednn if x.device.type == "cpu" and onednn_serves(weight.dtype) else aten
+    return serve(x, weight, bias, activation, residual)
+
+
+def aten(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The same by ``F.linear``: MKL, cuBLAS, whatever this torch has for the device."""
+    return reference.linear(x.to(weight.dtype), weight, bias, activation, residual)
+
+
+def onednn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The same by oneDNN's product with what follows it, CPU tensors."""
     x = x.to(weight.dtype)
     if activation not in _ATTR:
         return reference.linear(x, weight, bias, activation, residual)  # raises, naming what is accepted
-    if not (x.device.type == "cpu" and onednn_serves(weight.dtype)):
-        return reference.linear(x, weight, bias, activation, residual)
     # oneDNN reads these two as if each lay in one piece.
     bias, residual = (None if each is None else each.contiguous() for each in (bias, residual))
     if residual is not None and activation is None and residual.dtype is weight.dtype:

@@ -18,10 +18,17 @@ def prepare_mask(mask: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, lowest)[:, None, None]
 
 
+def visible(mask: Tensor) -> Tensor:
+    """A mask in either form as [B, T, S] bool."""
+    return mask if mask.dtype is torch.bool else mask[:, 0, 0] == 0
+
+
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: Memory | None = None
 ) -> Tensor:
-    """See ``reference.masked_attention``; ``mask`` comes from ``prepare_mask``. Returns the dtype of q."""
+    """See ``reference.masked_attention``; ``mask`` in either form. Returns the dtype of q."""
+    if mask.dtype is torch.bool:
+        mask = prepare_mask(mask)
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
@@ -31,6 +38,13 @@ def masked_attention(
     probs = torch.softmax(scores, dim=-1)
     out = torch.matmul(probs, v.permute(0, 2, 1, 3).float()[:, :, None])
     return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * head_dim)
+
+
+def fused_masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: Memory | None = None
+) -> Tensor:
+    """``masked_attention`` by torch's fused attention; ``mask`` in either form."""
+    return attention_with_grad(q, k, v, visible(mask))
 
 
 def attention_with_grad(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

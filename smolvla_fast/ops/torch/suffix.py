@@ -10,7 +10,8 @@ from torch import Tensor
 from ..memory import Memory
 from ..reference.euler_step import Guidance
 from ..reference.guidance import guide
-from .linear import linear
+from .linear import Linear
+from .linear import linear as best_linear
 from .rms_norm import RMSNorm
 from .rms_norm import rms_norm as plain_rms_norm
 
@@ -31,7 +32,13 @@ def suffix_fold(times: Tensor, action_in: tuple[Tensor, Tensor], time_in: tuple[
 
 
 def suffix_embed(
-    x: Tensor, step: int, folded: Folded, time_out: tuple[Tensor, Tensor], *, memory: Memory | None = None
+    x: Tensor,
+    step: int,
+    folded: Folded,
+    time_out: tuple[Tensor, Tensor],
+    *,
+    memory: Memory | None = None,
+    linear: Linear = best_linear,
 ) -> Tensor:
     """See ``reference.suffix_embed``; returns fp32."""
     hidden = torch.nn.functional.silu(linear(x, folded.weight) + folded.bias[step])
@@ -47,6 +54,7 @@ def euler_step(
     guidance: Guidance | None = None,
     *,
     memory: Memory | None = None,
+    linear: Linear = best_linear,
     rms_norm: RMSNorm = plain_rms_norm,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.euler_step``."""

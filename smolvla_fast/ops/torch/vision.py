@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import linear
+from .linear import Linear
+from .linear import linear as best_linear
 
 
 def patch_embed(
@@ -27,7 +28,7 @@ def layer_norm(
     return y if dtype is None else y.to(dtype)
 
 
-def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
+def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int, *, linear: Linear = best_linear) -> Tensor:
     """See ``reference.pixel_shuffle_linear``."""
     n, tokens, width = x.shape
     small = int(tokens**0.5) // factor

@@ -1,0 +1,209 @@
+"""Who computes a call of an op: by a plan where one was measured, else by the defaults.
+
+Each op of a table that has several candidates becomes a ``Choice``. It looks a call's shape class up once and remembers the
+answer. Candidates are named after who computes: "cpu", "triton" and "cuda" (our kernels), "onednn", "aten" (``F.linear``),
+"sdpa", "torch"; a Triton kernel with another tile than its default has the tile behind its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .availability import why_not
+from .defaults import Rule, default_rules
+from .plan import LOOP, Plan
+from .reference.attention import attention as sdpa_attention
+from .reference.image_prep import image_prep
+from .shape_class import CLASSES, Product, Shape, rows_of, up
+from .table import STAGES, Ops, exports
+from .torch import decoder, suffix, vision
+from .torch import masked_attention as attention
+from .torch.linear import aten, onednn, onednn_has
+
+Candidates = dict[str, Callable[..., Any]]
+PRODUCTS = (
+    decoder.norm_qkv_rope, decoder.cross_kv, decoder.linear_residual, decoder.norm_swiglu, suffix.suffix_embed,
+    suffix.euler_step, vision.pixel_shuffle_linear,
+)  # fmt: skip
+"""Ops over a linear of choice, and some over a norm or a rotation of choice."""
+
+
+class Choice:
+    """One op of a table, as a function that hands each call to a candidate.
+
+    candidates  by name, the first the one that serves whatever the others cannot
+    rule        shape class -> name of the default, or None: the first
+    plan        "op shape class" -> name
+    served      what was decided so far
+    """
+
+    def __init__(self, op: str, candidates: Candidates, rule: Rule | None, plan: Mapping[str, str]) -> None:
+        self.op, self.candidates, self._rule, self._plan = op, candidates, rule, plan
+        self._shape_of = CLASSES[op]
+        self._serves: dict[Shape, Callable[..., Any]] = {}
+        self.served: dict[Shape, str] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        shape = self._shape_of(*args, **kwargs)
+        serve = self._serves.get(shape)
+        if serve is None:
+            self.served[shape] = name = self.chosen(shape)
+            serve = self._serves[shape] = self.function(name)
+        return serve(*args, **kwargs)
+
+    def key(self, shape: Shape) -> str:
+        """The name of this choice in a plan."""
+        return f"{self.op} {shape}"
+
+    def names(self, shape: Shape) -> list[str]:
+        """The candidates that can serve a shape class, the backend's own first."""
+        first = next(iter(self.candidates))
+        return [name for name in self.candidates if _can(name, shape)] or [first]
+
+    def default(self, shape: Shape) -> str:
+        names = self.names(shape)
+        wished = None if self._rule is None else self._rule(shape)
+        return wished if wished in names else names[0]
+
+    def chosen(self, shape: Shape) -> str:
+        """The plan's candidate, or the default where the plan has none that exists here."""
+        wished = self._plan.get(self.key(shape), "")
+        name, _, tile = wished.partition(" ")
+        exists = name in self.names(shape) and (not tile or (name == "triton" and _tile(tile) is not None))
+        return wished if exists else self.default(shape)
+
+    def function(self, name: str) -> Callable[..., Any]:
+        name, _, tile = name.partition(" ")
+        return partial(_with_tile, self.candidates[name], _tile(tile)) if tile else self.candidates[name]
+
+
+def _can(name: str, shape: Shape) -> bool:
+    """Whether a candidate has anything for the dtypes of a shape class."""
+    if name not in ("aten", "onednn") or not isinstance(shape, Product):
+        return True
+    # Quantised weights, which have no torch dtype, are for our kernels.
+    return isinstance(shape.dtype, torch.dtype) and (name == "aten" or onednn_has(shape.dtype))
+
+
+def _tile(text: str) -> Any:
+    """The tile of that name, or None where there is no such tile."""
+    from ..kernels.tuning import tile_from_json
+
+    try:
+        return tile_from_json(text)
+    except ValueError:
+        return None
+
+
+def _with_tile(function: Callable[..., Any], tile: Any, *args: Any, **kwargs: Any) -> Any:
+    from ..kernels.tuning import using
+
+    with using(tile):
+        return function(*args, **kwargs)
+
+
+def choose(ops: Ops, device: torch.device, wish: str, plan: Plan | None, fixed: Collection[str] = ()) -> Ops:
+    """The table with every op that has several candidates on this device made a ``Choice``.
+
+    wish   the backend asked for: with a plan, "auto" lets every backend compete; else that backend's and torch's do
+    plan   None where nothing was measured
+    fixed  ops that nobody else has, such as products of packed integers
+    """
+    chosen: Mapping[str, str] = {} if plan is None else plan.choices
+    rules = default_rules(ops.backend, device)
+    backends = (ops.backend, *(others(device, wish) if plan is not None else ()))
+    found: dict[str, Any] = {
+        op: Choice(op, candidates, rules.get(op), chosen)
+        for op, candidates in _candidates(ops, device, backends).items()
+        if op not in fixed and (len(candidates) > 1 or ops.backend == "triton")
+    }
+    if ops.backend == "triton":
+        found["single_launch"] = partial(_single_launch, {op: found[op] for op in STAGES["denoise"]})
+    if chosen.get(LOOP) == "cuda" and "cuda" in backends:
+        from .cuda import ops as cuda
+
+        found |= dict(denoise_persistent=cuda.denoise_persistent, why_not_persistent=cuda.why_not_persistent)
+    return replace(ops, **found)
+
+
+def _single_launch(choices: dict[str, Choice], rows: int) -> bool:
+    """Whether kernels of ours alone have served the ops of a denoise step of so many rows."""
+    return all(
+        name.startswith(("triton", "cuda"))
+        for choice in choices.values()
+        for shape, name in choice.served.items()
+        if rows_of(shape) == up(rows)
+    )
+
+
+def others(device: torch.device, wish: str) -> list[str]:
+    """The backends that compete on a device beside the one that serves by default."""
+    return [name for name in ("cpu", "cuda") if wish == "auto" and why_not(name, device) is None]
+
+
+def _candidates(ops: Ops, device: torch.device, backends: Collection[str]) -> dict[str, Candidates]:
+    """Of each op with a shape class: who has it on this device; the table's own kernels come first."""
+    sources = list(_torch(ops, device))
+    if "cpu" in backends:
+        own = list(_cpu())
+        sources = [*own, *sources] if ops.backend == "cpu" else [*sources, *own]
+    if ops.backend == "triton":
+        from .triton import ops as triton
+
+        sources = [("triton", exports(triton)), *sources]
+    if "cuda" in backends:
+        from .cuda import ops as cuda
+
+        sources.append(("cuda", exports(cuda)))
+    found: dict[str, Candidates] = {}
+    for name, functions in sources:
+        for op, function in functions.items():
+            if op in CLASSES:
+                found.setdefault(op, {}).setdefault(name, function)
+    return found
+
+
+def _over(linear: Callable[..., Any], **more: Any) -> dict[str, Callable[..., Any]]:
+    """The ops that are products, over this linear and what else of ``more`` they take."""
+    return {
+        op.__name__: partial(op, linear=linear, **{k: v for k, v in more.items() if k in signature(op).parameters})
+        for op in PRODUCTS
+    } | {"linear": linear}  # fmt: skip
+
+
+def _cpu() -> Iterator[tuple[str, dict[str, Any]]]:
+    from .cpu import ops as cpu
+
+    def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: Any = None) -> Tensor:
+        return cpu.masked_attention(q, k, v, attention.visible(mask), memory=memory)
+
+    yield "cpu", {**_over(cpu.linear), **exports(cpu), "masked_attention": masked_attention}
+
+
+def _torch(ops: Ops, device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
+    more: dict[str, Any] = {}
+    if ops.backend == "cpu":
+        from .cpu.rms_norm import rms_norm
+        from .cpu.rope import rotate
+
+        more = dict(rms_norm=rms_norm, rotate=rotate)
+    if device.type == "cpu":
+        yield "onednn", _over(onednn, **more)
+    yield "aten", _over(aten, **more)
+    yield (
+        "torch",
+        {
+            "layer_norm": vision.layer_norm,
+            "masked_attention": attention.masked_attention,
+            "image_prep": image_prep,
+            "patch_embed": vision.patch_embed,
+        },
+    )
+    yield "sdpa", {"attention": sdpa_attention, "masked_attention": attention.fused_masked_attention}

@@ -1,0 +1,55 @@
+"""Who computes a shape class where nothing was measured on this machine: what measured fastest on most of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from .shape_class import Product
+from .torch import linear
+
+Rule = Callable[[Any], str]
+"""shape class -> name of a candidate"""
+
+FEW_ROWS = 64
+"""Up to this many rows a product on a CPU goes to our kernel: oneDNN first rearranges each weight it reads. Above it oneDNN
+is near the processor's peak."""
+MANY_ROWS = 64
+"""Above this many rows an fp32 product on a GPU goes to torch: without TF32 it runs outside the tensor cores, where a kernel
+of ours has nothing to win over the vendor's library. The 50 rows of an action chunk stay below."""
+
+
+def default_rules(backend: str, device: torch.device) -> dict[str, Rule]:
+    """Of the ops whose default is not the first candidate: how it follows from the shape class."""
+    by_torch = partial(_torch, device.type == "cpu")
+    decoder = ("norm_qkv_rope", "linear_residual", "norm_swiglu", "suffix_embed", "euler_step")
+    products = ("linear", "cross_kv", "pixel_shuffle_linear", *decoder)
+    if backend == "cpu":
+        return {
+            **dict.fromkeys(products, by_torch),
+            **dict.fromkeys(decoder, lambda shape: "cpu" if shape.rows <= FEW_ROWS else by_torch(shape)),
+            "linear": lambda shape: "cpu" if _epilogue_costs(shape) else by_torch(shape),
+        }
+    if backend == "triton":
+        alike = ("linear", "pixel_shuffle_linear", "norm_qkv_rope", "linear_residual", "norm_swiglu")
+        return dict.fromkeys(alike, _triton)
+    return dict.fromkeys(products, by_torch)
+
+
+def _torch(on_cpu: bool, shape: Product) -> str:
+    return "onednn" if on_cpu and linear.onednn_serves(shape.dtype) else "aten"
+
+
+def _epilogue_costs(shape: Product) -> bool:
+    """Whether what follows the product costs oneDNN more than it is ahead: an activation, or the separate addition of a
+    residual wider than the weight."""
+    return any(each not in (shape.dtype, "tf32") for each in shape.end)
+
+
+def _triton(shape: Product) -> str:
+    # Not where the caller lets fp32 products run in TF32, which torch then would do and our kernels do not.
+    plain = shape.dtype is torch.float32 and "tf32" not in shape.end
+    return "aten" if plain and shape.rows > MANY_ROWS else "triton"

@@ -1,0 +1,148 @@
+"""The shape class of a call: what decides who computes it fastest, and no more.
+
+Counts that change with the prompt (rows, keys) are rounded up to a power of two; widths and dtypes are exact. The text of a
+class, ``str(shape)``, is its name in a plan: "256 960>960,320,320 float32".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Product(NamedTuple):
+    """Rows [rows, inputs] times weights [outputs, inputs], with what the op does before and after.
+
+    dtype   of the weights; a name, such as "packed", where these are quantised      x  of the rows
+    end     what follows: an activation, the dtype of a residual, "guided"; "tf32" where fp32 products may round to it
+    """
+
+    rows: int
+    inputs: int
+    outputs: tuple[int, ...]
+    dtype: Any
+    x: Any
+    end: tuple[Any, ...] = ()
+
+    def __str__(self) -> str:
+        widths = f"{self.inputs}>{','.join(map(str, self.outputs))}"
+        return _joined(self.rows, widths, self.dtype, None if self.x == self.dtype else self.x, *self.end)
+
+
+class Attention(NamedTuple):
+    """Queries and keys of one sample or image, heads of both, and their dtypes."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: str
+    head_dim: int
+    q: Any
+    kv: Any
+
+    def __str__(self) -> str:
+        sizes = f"{self.batch}x{self.queries}x{self.keys}"
+        return _joined(sizes, self.heads, self.head_dim, self.q, None if self.kv == self.q else self.kv)
+
+
+class Rows(NamedTuple):
+    """Rows of one width, from a dtype to another."""
+
+    rows: int
+    width: str
+    dtype: Any
+    out: Any
+
+    def __str__(self) -> str:
+        return _joined(self.rows, self.width, self.dtype, None if self.out == self.dtype else self.out)
+
+
+Shape = Product | Attention | Rows
+
+
+def _joined(*parts: Any) -> str:
+    return " ".join(str(each).removeprefix("torch.") for each in parts if each is not None)
+
+
+def up(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def _rows(x: Any) -> int:
+    if isinstance(x, Tensor):
+        return up(x.numel() // max(x.shape[-1], 1))
+    return up(x.scale.numel())  # quantised rows have a scale each
+
+
+def _dtype(value: Any) -> Any:
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__.lower()
+
+
+def _product(x: Any, weights: tuple[Any, ...], *end: Any, rows: int | None = None) -> Product:
+    given = [each for each in weights if each is not None]
+    outputs, inputs, dtype = tuple(each.shape[0] for each in given), given[0].shape[-1], _dtype(given[0])
+    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        end = (*end, "tf32")
+    kept = tuple(each for each in end if each is not None)
+    return Product(_rows(x) if rows is None else up(rows), inputs, outputs, dtype, _dtype(x), kept)
+
+
+def _linear(
+    x: Any, weight: Any, bias: Any = None, activation: Any = None, residual: Any = None, **_: Any
+) -> Product:
+    return _product(x, (weight,), activation, None if residual is None else residual.dtype)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Attention:
+    images, tokens, width = q.shape
+    return Attention(up(images), tokens, tokens, str(heads), width // heads, q.dtype, k.dtype)
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> Attention:
+    batch, tokens, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    return Attention(up(batch), up(tokens), up(keys), f"{heads}/{kv_heads}", head_dim, q.dtype, k.dtype)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: Any = None, **_: Any) -> Rows:
+    return Rows(_rows(x), str(x.shape[-1]), x.dtype, dtype or x.dtype)
+
+
+def _image_prep(frames: Tensor, height: int, width: int, dtype: Any, **_: Any) -> Rows:
+    side = "x".join(map(str, frames.shape[1:]))
+    return Rows(up(frames.shape[0]), f"{side}>{height}x{width}", frames.dtype, dtype)
+
+
+CLASSES: dict[str, Callable[..., Shape]] = {
+    "image_prep": _image_prep,
+    "patch_embed": lambda pixels, weight, *args, **_: Product(
+        up(pixels.shape[0]), weight[0].numel(), (weight.shape[0],), weight.dtype, pixels.dtype
+    ),
+    "layer_norm": _layer_norm,
+    "linear": _linear,
+    "attention": _attention,
+    "pixel_shuffle_linear": lambda x, weight, factor, **_: _product(
+        x, (weight,), rows=x.shape[0] * x.shape[1] // factor**2
+    ),
+    "norm_qkv_rope": lambda x, norm, weights, rope, slots, **_: _product(x, weights),
+    "masked_attention": _masked_attention,
+    "cross_kv": lambda k, v, k_weight, v_weight, **_: _product(
+        k, (k_weight, v_weight), rows=k.shape[0] * k.shape[1]
+    ),
+    "linear_residual": lambda x, weight, residual, **_: _product(x, (weight,)),
+    "norm_swiglu": lambda x, norm, gate_weight, up_weight, **_: _product(x, (gate_weight, up_weight)),
+    "suffix_embed": lambda x, step, folded, time_out, **_: _product(x, (folded.weight, time_out[0])),
+    "euler_step": lambda h, norm, action_out, x, dt, guidance=None, **_: _product(
+        h, (action_out[0],), None if guidance is None else "guided"
+    ),
+}
+"""Arguments of an op -> its shape class. Ops that are not here have one implementation a backend."""
+
+
+def rows_of(shape: Shape) -> int:
+    """Rows of a product; of an attention the queries of all samples."""
+    return up(shape.batch * shape.queries) if isinstance(shape, Attention) else shape.rows
