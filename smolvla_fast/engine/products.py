@@ -22,15 +22,21 @@ class Products:
     ops                the table of the backend
     quantized_weights  of the tiers that have them
     fallback_reasons   what the tier does without here, with the reasons
+    backend            that was asked for
     plan               who computes what, as it was measured on this machine; None: by the defaults
     cast               a matrix in the form that the tier multiplies with; see ``weights.Cast``
     raises             as ``select``
     """
 
     def __init__(
-        self, tier: Tier, backend: str, device: torch.device, plan: plans.Plan | None = None
+        self,
+        tier: Tier,
+        backend: str,
+        device: torch.device,
+        plan: plans.Plan | None = None,
+        quantized_weights: QuantizedWeights | None = None,
     ) -> None:
-        self.tier, self.device, self.plan = tier, device, plan
+        self.tier, self.backend, self.device, self.plan = tier, backend, device, plan
         self.ops = select(backend, device, tier.stock_order, tier.quantized, plan)
         self._gemm_dtype = tier.gemm_dtype
         wished = backend != "auto" or tier.stock_order
@@ -39,13 +45,18 @@ class Products:
         if slow is not None:  # wider products err less and are faster, so they serve the narrower tier
             self._gemm_dtype = torch.float32
             self._fallback_reasons["bf16 products"] = f"{slow}; products run in fp32"
-        self.quantized_weights: QuantizedWeights | None = None
+        self.quantized_weights = quantized_weights
         self.cast: Cast = self._to_gemm_dtype
         if tier.quantized:
             kind = KINDS[tier.quantized]
-            self.quantized_weights = QuantizedWeights(tier.gemm_dtype or torch.bfloat16, kind)
+            if self.quantized_weights is None:
+                self.quantized_weights = QuantizedWeights(tier.gemm_dtype or torch.bfloat16, kind)
             if kind is not FLOATS:
                 self.cast = IntegerCast(self.quantized_weights, self._to_gemm_dtype)
+
+    def by(self, plan: plans.Plan | None) -> Products:
+        """The same by another plan; quantised copies are shared."""
+        return Products(self.tier, self.backend, self.device, plan, self.quantized_weights)
 
     @property
     def may_widen(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
@@ -11,7 +11,7 @@ import torch
 
 from .availability import PREFERRED, why_not, why_not_auto, why_not_fp8, why_not_int8
 from .choice import choose
-from .plan import Plan
+from .plan import LOOP, Plan
 from .table import NAMES, Ops, derive, exports
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
@@ -51,7 +51,9 @@ def _cuda(device: torch.device, plan: Plan | None) -> Ops:
     fallback = "triton" if device.type == "cuda" and why_not("triton", device) is None else "torch"
     below = choose(backend_ops(fallback), device, fallback, plan)
     attention = masked_attention.masked_attention_or_fallback(below.masked_attention, below.prepare_mask)
-    return derive("cuda", module, below, fallback=below, masked_attention=attention)
+    ops = derive("cuda", module, below, fallback=below, masked_attention=attention)
+    by_ops = plan is not None and plan.choices.get(LOOP) == "ops"
+    return replace(ops, denoise_persistent=None) if by_ops else ops
 
 
 @dataclass(frozen=True)
