@@ -20,9 +20,12 @@ Outputs = dict[str, Tensor]
 
 
 def allowance(want: Tensor, dtype: torch.dtype, terms: int) -> float:
-    """What rounding alone may add to twice eager's error: one unit in the last place of the largest value, for eager is
-    sometimes exact; in fp32 sqrt(K)/8 units for sums of K > 64 terms, as the errors of one chain of additions walk at
-    random where eager's several chains walk less."""
+    """What rounding alone may add to twice eager's error: one unit in the last place of the largest value.
+
+    terms  K of the longest sum      dtype  that results are rounded to
+    Eager is sometimes exact, and twice nothing is nothing. In fp32 it is sqrt(K)/8 units for K > 64: oneDNN adds up one
+    chain an output where MKL, which serves eager, adds up several, and the rounding errors of a chain walk at random.
+    """
     chain = max(1.0, terms**0.5 / 8) if dtype is torch.float32 else 1.0
     return float(torch.finfo(dtype).eps * want.abs().max() * chain) if want.numel() else 0.0
 

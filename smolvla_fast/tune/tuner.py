@@ -231,7 +231,15 @@ class _Tuner:
         engines = {"before": default} if plan is None else {"before": default, "after": self._engine(plan)}
         errors = {n: _rel_l2(each.act(self._model, *self._inputs), stock) for n, each in engines.items()}
         runs: Runs = {name: partial(self._chunk_ms, each) for name, each in engines.items()}
-        times = rounds_of(runs, lambda count, _: count < FEWEST or (count < CHUNKS and self._left > 0))
+        began = time.perf_counter()
+
+        def more(count: int, _: Times) -> bool:
+            spent = time.perf_counter() - began
+            # Chunks of milliseconds scatter more than a plan gains: as many as a second holds.
+            wanted = count < CHUNKS or spent < 1.0
+            return count == 0 or (wanted and self._left > spent / count)
+
+        times = rounds_of(runs, more)
         found = {n: ChunkTime(p50(each), scatter(each), errors[n]) for n, each in times.items()}
         return found["before"], found.get("after")
 
