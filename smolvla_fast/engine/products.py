@@ -24,6 +24,7 @@ class Products:
     fallback_reasons   what the tier does without here, with the reasons
     backend            that was asked for
     plan               who computes what, as it was measured on this machine; None: by the defaults
+    gemm_dtype         of the products; None: each in that of its weight
     cast               a matrix in the form that the tier multiplies with; see ``weights.Cast``
     raises             as ``select``
     """
@@ -38,12 +39,12 @@ class Products:
     ) -> None:
         self.tier, self.backend, self.device, self.plan = tier, backend, device, plan
         self.ops = select(backend, device, tier.stock_order, tier.quantized, plan)
-        self._gemm_dtype = tier.gemm_dtype
+        self.gemm_dtype = tier.gemm_dtype
         wished = backend != "auto" or tier.stock_order
         self._fallback_reasons = {} if wished else fallback_reasons(device)
         slow = self._why_wider(plan)
         if slow is not None:  # wider products err less and are faster, so they serve the narrower tier
-            self._gemm_dtype = torch.float32
+            self.gemm_dtype = torch.float32
             self._fallback_reasons["bf16 products"] = f"{slow}; products run in fp32"
         self.quantized_weights = quantized_weights
         self.cast: Cast = self._to_gemm_dtype
@@ -75,15 +76,15 @@ class Products:
         quantized = self.quantized_weights
         if quantized is not None and quantized.kind is FLOATS and matrix.ndim == 2:
             return quantized.of(matrix)
-        return matrix if self.is_live(matrix) else matrix.to(self._gemm_dtype)
+        return matrix if self.is_live(matrix) else matrix.to(self.gemm_dtype)
 
     def is_live(self, matrix: Tensor) -> bool:
         """Whether the tier multiplies with the matrix itself, with no copy of it."""
-        return self.quantized_weights is None and self._gemm_dtype in (None, matrix.dtype)
+        return self.quantized_weights is None and self.gemm_dtype in (None, matrix.dtype)
 
     def cast_cross_kv(self, matrix: Tensor) -> Tensor:
         """For matrices that no tier narrows: the expert's cross K/V, fp32 in LeRobot's bf16 layout."""
-        return matrix.float() if self._gemm_dtype is torch.float32 else matrix
+        return matrix.float() if self.gemm_dtype is torch.float32 else matrix
 
     @property
     def fallback_reasons(self) -> dict[str, str]:

@@ -170,7 +170,7 @@ def _candidates(ops: Ops, device: torch.device, backends: Collection[str]) -> di
     return found
 
 
-def _over(linear: Callable[..., Any], **more: Any) -> dict[str, Callable[..., Any]]:
+def over(linear: Callable[..., Any], **more: Any) -> dict[str, Callable[..., Any]]:
     """The ops that are products, over this linear and what else of ``more`` they take."""
     return {
         op.__name__: partial(op, linear=linear, **{k: v for k, v in more.items() if k in signature(op).parameters})
@@ -184,7 +184,7 @@ def _cpu() -> Iterator[tuple[str, dict[str, Any]]]:
     def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: Any = None) -> Tensor:
         return cpu.masked_attention(q, k, v, attention.visible(mask), memory=memory)
 
-    yield "cpu", {**_over(cpu.linear), **exports(cpu), "masked_attention": masked_attention}
+    yield "cpu", {**over(cpu.linear), **exports(cpu), "masked_attention": masked_attention}
 
 
 def _torch(ops: Ops, device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -195,8 +195,8 @@ def _torch(ops: Ops, device: torch.device) -> Iterator[tuple[str, dict[str, Any]
 
         more = dict(rms_norm=rms_norm, rotate=rotate)
     if device.type == "cpu":
-        yield "onednn", _over(onednn, **more)
-    yield "aten", _over(aten, **more)
+        yield "onednn", over(onednn, **more)
+    yield "aten", over(aten, **more)
     yield (
         "torch",
         {

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.recorder import RecorderDriver
 from torch import Tensor
 
 from smolvla_fast.engine.products import Products
@@ -193,6 +194,41 @@ def test_what_time_does_not_reach_keeps_its_default(subject: Any, seconds: float
 def test_an_earlier_plan_keeps_what_is_not_measured_again(subject: Any) -> None:
     known = {"linear 4096 768>768 float32": "aten", "cross_kv 64 16>16,16 float32": "no longer there"}
     assert tuned(subject, seconds=0.001, known=known).plan.choices.items() >= known.items()
+
+
+@pytest.mark.parametrize(("slow", "wanted"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("", "")])
+def test_the_dtype_of_bf16_products_is_measured(
+    subject: Any, monkeypatch: pytest.MonkeyPatch, slow: str, wanted: str
+) -> None:
+    """Whichever the rules of this processor prefer."""
+    took = {"bfloat16": 1.0, "float32": 1.0, slow: 9.0}
+    monkeypatch.setattr(
+        tuner._Tuner,
+        "_chunk_ms",
+        lambda self, engine: took[str(engine.products.gemm_dtype).removeprefix("torch.")],
+    )
+    found = tuned(subject, tier="bf16")
+    choice = chosen(found, "products")[0]
+    assert choice.reached and choice.chosen == (wanted or choice.default)
+    assert found.plan.choices["products"] == choice.chosen
+    by_plan = Products(TIERS["bf16"], "auto", CPU, found.plan)
+    assert by_plan.gemm_dtype is getattr(torch, choice.chosen)
+    reason = by_plan.fallback_reasons.get("bf16 products")
+    assert (reason is None) == (choice.chosen == "bfloat16")
+
+
+def test_on_a_gpu_sweeps_are_captured_graphs(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drivers: list[RecorderDriver] = []
+
+    def driver_for(device: torch.device) -> RecorderDriver:
+        drivers.append(RecorderDriver())
+        return drivers[-1]
+
+    monkeypatch.setattr("smolvla_fast.tune.stopwatch.driver_for", driver_for)
+    found = tuned(subject)
+    timed = [one for each in found.choices for one in each.timed if one.p50_ms is not None]
+    assert len(drivers) == 1 and drivers[0].captures >= len(timed) > 10
+    assert drivers[0].replays >= tuner.FEWEST * len(timed)
 
 
 def test_a_chunk_that_got_slower_or_worse_leaves_the_defaults() -> None:
