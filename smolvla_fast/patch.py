@@ -33,11 +33,13 @@ from .patching.rtc import guidance_of
 from .patching.runtime import Status, drop_runtime, runtime_of
 from .patching.settings import DISABLE, SETTINGS, Settings, disabled, stock_layers
 from .patching.training_forward import TrainingMixin, training_reason
+from .patching.tuning import keep, tune_policy
 from .patching.warmup import took, warm_up
 
 logger = logging.getLogger("smolvla_fast")
 
 P = TypeVar("P")
+TUNE = ("cached", "now", "off")
 
 
 def _listed(given: Any) -> Any:
@@ -158,6 +160,7 @@ def patch(
     warmup: Any = None,
     training: bool = False,
     image_cache: int = 0,
+    tune: str = "cached",
 ) -> P:
     """Accelerate this one policy, in place, and return it.
 
@@ -170,6 +173,9 @@ def patch(
     warmup     an example batch as ``predict_action_chunk`` takes it, or True: run a chunk now, so that the first real one
                is not slow; how long that took is said. No random state moves.
     training   speed up ``policy.forward``, the training loss, as well: what is frozen runs once and without a graph
+    tune       who computes an op: "cached" (by the plan that `smolvla-fast tune` has measured on this machine for such a
+               policy, where there is one), "now" (measure it, about 90 s, on the ``warmup`` batch or on a made observation,
+               and keep the plan), "off" (by the defaults)
     image_cache  bytes for tokens of frozen image frames, which a later step with the same frame looks up; 0: none. For data
                sets that fit into it, 245 KB a frame, and are trained on without random image transforms
     raises     TypeError for another kind of object, ValueError for an unknown name, RuntimeError for an explicit wish
@@ -188,11 +194,16 @@ def patch(
         raise ValueError(
             f"image_cache={image_cache!r}; accepted are bytes, 0 or more, together with training=True"
         )
+    if tune not in TUNE:
+        raise ValueError(f"tune={tune!r}; accepted are {', '.join(map(repr, TUNE))}")
     if disabled():  # before anything is asked of this machine, for it may be why the variable was set
         logger.warning("smolvla_fast: off: %s is set; unset it and load or patch the policy again", DISABLE)
         return policy
     select(backend, weight.device, tier.stock_order, tier.quantized)
-    before, settings = model.__dict__.get(SETTINGS), Settings(precision, backend, training, image_cache)
+    before, settings = (
+        model.__dict__.get(SETTINGS),
+        Settings(precision, backend, training, image_cache, plans=tune != "off"),
+    )
     if before is None and runtime_of(model).settings is None:
         drop_runtime(model)  # what a call left that was under way when the policy was unpatched
     if before != settings:  # the same object else: graphs hold as long as nothing of the model is replaced
@@ -207,6 +218,8 @@ def patch(
     checked = time.perf_counter()
     if reason is not None:
         runtime.note(reason)
+    if tune == "now" and reason is None:
+        _tune_now(found, warmup)
     timed = ""
     if warmup is not None and warmup is not False:
         was_training = found.training
@@ -234,12 +247,27 @@ def patch(
         now = status(policy)
         instead = "".join(f"; not {name}: {why}" for name, why in now.fallback_reasons.items())
         logger.info(
-            "smolvla_fast: on: %s on %s, backend %s for %s%s%s",
-            now.precision, weight.device, now.backend, _shared(now), instead, timed,
+            "smolvla_fast: on: %s on %s, backend %s for %s%s%s%s",
+            now.precision, weight.device, now.backend, _shared(now),
+            "" if now.plan is None else f", by a plan of {now.plan}", instead, timed,
         )  # fmt: skip
     if training:
         runtime.training.announce(training_reason(model))
     return policy
+
+
+def _tune_now(policy: Any, example: Any) -> None:
+    """What cannot be tuned or kept is said: the policy runs all the same."""
+    from .testing.observations import make_observation
+
+    try:
+        batch = example if isinstance(example, dict) else make_observation(policy)
+        tuning = tune_policy(policy, batch)
+        logger.info(
+            "smolvla_fast: tuned in %.0f s: %s; %s", tuning.seconds, tuning.note, keep(policy, tuning)
+        )
+    except (RuntimeError, OSError) as error:
+        logger.warning("smolvla_fast: not tuned: %s", error)
 
 
 def _shared(now: Status) -> str:

@@ -17,10 +17,10 @@ from .measure.rounding import FP32_BOUND, ORDERS, OtherSums, fp32_bound
 from .model.weights import is_cross
 from .ops.reference.patch_embed import patch_embed
 from .patch import engine_of, find_policy, status
+from .patching.inputs import chunk_inputs
 from .patching.settings import stock_layers
 from .stages.vision import patch_positions
 
-TOKENS = ("observation.language.tokens", "observation.language.attention_mask")
 SCATTER = 1.5
 """How far one observation may exceed stock's own loss in the same dtype. Rounding errors of two orders of computation
 scatter against each other, so a single one may lie above. tests/inference/test_inference.py holds the sum over six policies
@@ -150,15 +150,8 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
         raise TypeError(
             f"batch is a {type(batch).__qualname__}; accepted is a dict as predict_action_chunk takes it"
         )
-    missing = [name for name in TOKENS if name not in batch]
-    if missing:
-        raise ValueError(f"batch has no {missing[0]!r}; accepted is what the policy's preprocessor returns")
-    batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
-    batch = found._prepare_batch(batch)
-    images, image_masks = found.prepare_images(batch)
-    tokens, token_masks = (batch[name] for name in TOKENS)
-    state = found.prepare_state(batch)
-    inputs = (images, image_masks, tokens, token_masks, state)
+    inputs = chunk_inputs(found, batch)
+    state = inputs[-1]
     wanted = (state.shape[0], *shape)
     if noise is None:
         noise = torch.randn(wanted, generator=torch.Generator().manual_seed(0)).to(state.device)
@@ -169,7 +162,8 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
         truth, true_velocities = _stock_chunk(model, torch.float32, inputs, noise)
     stock = _stock_chunk(model, tier.gemm_dtype, inputs, noise)[0]
     velocities: list[Tensor] = []
-    engine = Engine(tier, "auto" if tier.stock_order else now.backend, state.device, capture=False)
+    products = served.products  # the plan that serves the caller, and his quantised copies
+    engine = Engine(tier, products.backend, state.device, capture=False, products=products)
     fast = engine.act(model, *inputs, noise, observe=lambda _, v: velocities.append(v))
     # What the caller gets is judged: a replay, and a loop in one launch, which cannot be observed.
     if served.graphs is not None or served.ops.denoise_persistent is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..engine import plan_files
 from ..measure import system
 from ..measure.console import Console, check_writable, counted, write_json
 from ..ops import availability, extension
@@ -47,6 +48,8 @@ def examine() -> dict[str, Any]:
         },
         "serves": serves(device),
         "fallback_reasons": availability.fallback_reasons(device),
+        "plan_folder": str(plan_files.folder()),
+        "plans": plans(device),
         "eight_bits": {tier: reason or "" for tier, reason in backends.why_not_eight_bits(device).items()},
         "backends": [
             {"op": row.op, "backend": row.backend, "available": row.available, "reason": row.reason}
@@ -58,6 +61,20 @@ def examine() -> dict[str, Any]:
 def serves(device: torch.device) -> str:
     """The backend that ``backend="auto"`` takes on this device."""
     return backends.select("auto", device, False).backend
+
+
+def plans(device: torch.device) -> list[dict[str, Any]]:
+    """What lies where plans do: file, tier, date, choices, and why it serves no policy here, or an empty string."""
+    here, rows = plan_files.machine(device), []
+    for path, found, reason in plan_files.plans():
+        row: dict[str, Any] = {"file": str(path), "tier": None, "measured": None, "choices": None}
+        if found is not None:
+            key = found["key"]
+            other = [part for part, value in here.items() if key.get(part) != value]
+            reason = f"it is for {' and '.join(other)} other than here" if other else ""
+            row |= dict(tier=key.get("tier"), measured=found["measured"], choices=len(found["choices"]))
+        rows.append({**row, "reason": reason})
+    return rows
 
 
 def show(found: dict[str, Any], console: Console) -> None:
@@ -110,6 +127,17 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.table(title, ["op", *names], rows, left=1 + len(names))
     for number, reason in enumerate(reasons, 1):
         console.line(f"({number}) {reason}")
+    rows = [
+        [plan["file"], plan["tier"], plan["measured"], plan["choices"], plan["reason"] or "serves"]
+        for plan in found["plans"]
+    ]
+    if rows:
+        columns = ["plan", "tier", "measured", "choices", "here"]
+        console.table("Plans of `smolvla-fast tune`", columns, rows, left=5)
+    else:
+        console.line(
+            f"no plan in {found['plan_folder']}: ops are computed by the defaults; `smolvla-fast tune` measures one"
+        )
     for name, reason in found["fallback_reasons"].items():
         console.line(f"backend='auto' does not take {name}: {reason}")
     if found["disabled"]:

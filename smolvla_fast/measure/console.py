@@ -54,14 +54,21 @@ class Console:
         self._out.print(table)
 
     @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Callable[[str], None]]:
-        """Yields ``step(label)``, to be called when the work named by ``label`` begins."""
+    def share(self, title: str) -> Iterator[Callable[[float, str], None]]:
+        """Yields ``step(share, label)``: the share of the whole that is done as the work named by ``label`` begins."""
+        with self.progress(title, 100) as step:
+            yield lambda share, label: step(label, round(100 * share))
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        """Yields ``step(label)``, to be called when the work named by ``label`` begins; ``step(label, done)`` where what is
+        done is no count of labels."""
         if not (self.rich and sys.stderr.isatty()):
             done = 0
 
-            def step(label: str) -> None:
+            def step(label: str, share: int | None = None) -> None:
                 nonlocal done
-                done += 1
+                done = done + 1 if share is None else share
                 print(f"[{min(done, total)}/{total}] {label}", file=sys.stderr, flush=True)
 
             yield step
@@ -74,8 +81,9 @@ class Console:
             task = bar.add_task(title, total=total)
             begun = 0
 
-            def advance(label: str) -> None:
+            def advance(label: str, share: int | None = None) -> None:
                 nonlocal begun
+                begun = begun if share is None else share
                 bar.update(task, completed=min(begun, total), description=label)
                 begun += 1
 

@@ -151,3 +151,29 @@ def loss_curve(log: list[dict[str, Any]], title: str, path: str | Path) -> None:
     figure.legend(loc="outside upper right", ncols=3, frameon=False)
     axes.set_title(title, loc="left", fontsize=11)
     save(figure, path)
+
+
+def tuned_bars(head: dict[str, Any], found: dict[str, Any], path: str | Path) -> None:
+    """A pair of bars for each op and shape class, by the default and by what was chosen. ``found``: ``Tuning.to_dict``."""
+    names, default, chosen = [], [], []
+    for each in found["choices"]:
+        times = {timed["candidate"]: timed["p50_ms"] for timed in each["timed"]}
+        pair = times.get(each["default"]), times.get(each["chosen"])
+        if None not in pair:
+            by = each["default"] + ("" if each["chosen"] == each["default"] else f" -> {each['chosen']}")
+            names.append(f"{each['op']} {each['shape']}: {by}")
+            default.append(pair[0] * each["calls"])
+            chosen.append(pair[1] * each["calls"])
+    figure = Figure(figsize=(11, 1.6 + 0.34 * max(len(names), 1)), layout="constrained")
+    axes = figure.subplots()
+    for shift, values, name, colour in ((-0.2, default, "default", 0), (0.2, chosen, "chosen", 1)):
+        places = [place + shift for place in range(len(names))]
+        axes.barh(places, values, 0.38, label=name, color=PALETTE[colour])
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    machine = f"{head['machine']}, {counted(head['threads'], 'thread')}, torch {head['torch_version']}"
+    axes.set_xlabel(f"ms of all calls in a chunk; {machine}", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    axes.set_title(f"Who computes what: {found['note']}", loc="left", fontsize=10)
+    save(figure, path)

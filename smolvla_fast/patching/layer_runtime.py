@@ -11,6 +11,7 @@ from ..engine.products import Products
 from ..layers.engine import LayerEngine
 from ..model.precision import Tier, resolve_tier
 from ..model.weights import representative_weight
+from ..ops.plan import Plan
 from .change_detector import ChangeDetector, detector_of
 from .eligibility import LAYERS
 from .probe import probe, probed_code
@@ -62,6 +63,15 @@ class LayerRuntime(Served[LayerEngine]):
             if self._products is None or self._products[0] != key:
                 self._products = key, Products(tier, backend, device)
             return self._products[1]
+
+    def products_by(self, plan: Plan | None, tier: Tier, backend: str, device: Any) -> Products:
+        """The same by a plan, for chunks and layers alike from now on."""
+        with self.lock:
+            found = self.products(tier, backend, device)
+            if found.plan != plan:
+                found = found.by(plan)
+                self._products = (tier, backend, device), found
+            return found
 
     def prepare(self, pair: Any, settings: Settings) -> str | None:
         weight = representative_weight(pair)

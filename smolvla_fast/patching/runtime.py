@@ -6,11 +6,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import WeakSet, ref
 
+import torch
+
+from ..engine import plan_files
 from ..engine.cuda_graphs import GraphCache
 from ..engine.timing import STAGES
 from ..inference import Engine, EngineReplaced, Ineligible, Validator
-from ..model.precision import resolve_tier
+from ..model.precision import Tier, resolve_tier
 from ..model.weights import representative_weight
+from ..ops.plan import Plan
 from .change_detector import ChangeDetector
 from .eligibility import INFERENCE
 from .layer_runtime import LAYER_RUNTIMES
@@ -26,6 +30,7 @@ class Status:
     active            True: the engine serves chunks. False: stock runs; last_fallback says why
     precision         the tier: "exact", "fp32", "bf16", "fp8" or "int8"
     backend           who computes: "torch", "cpu", "triton" or "cuda"; "reference" in the tier "exact"
+    plan              the measured plan by which it is decided who computes an op, its age and where it lies, or None
     stages            stage -> backend; two where one has no kernel for some ops: "cuda, triton"; the denoise loop's is
                       of the last chunk
     fallback_reasons  what the engine does without, each with the reason:
@@ -59,6 +64,7 @@ class Status:
     active: bool = False
     precision: str = "stock"
     backend: str = "stock"
+    plan: str | None = None
     stages: dict[str, str] = field(default_factory=lambda: dict.fromkeys(STAGES, "stock"))
     fallback_reasons: dict[str, str] = field(default_factory=dict)
     calls_fast: int = 0
@@ -92,6 +98,7 @@ class Runtime(Served[Engine]):
         self.training = TrainingRuntime()
         self.captured: WeakSet[GraphCache] = WeakSet()
         self.pair: ref[Any] | None = None  # whose layers were patched with this model
+        self.tuned: tuple[dict[str, Any], Plan] | None = None  # by this process, for this key
         self._built_for: tuple[Any, ...] = ()
 
     def prepare(self, model: Any, settings: Settings) -> str | None:
@@ -103,13 +110,31 @@ class Runtime(Served[Engine]):
             self.engine.graphs.clear()  # they hold addresses and settings of before
         if self.engine is None or self._built_for != key:
             tier = resolve_tier(settings.precision, weight.dtype)
-            products = layers.products(tier, settings.backend, weight.device)
+            plan = self._plan(model, tier, settings, weight.device)
+            products = layers.products_by(plan, tier, settings.backend, weight.device)
             self.engine = Engine(tier, settings.backend, weight.device, products=products)
             if self._built_for and self._built_for[0] == settings:  # not patched anew, which says it itself
                 name = self.engine.ops.backend
                 logger.info("smolvla_fast: now: %s on %s, backend %s", tier.name, weight.device, name)
             self._built_for = key
         return layers.probe_reason(model.vlm_with_expert, self.engine.tier)
+
+    def _plan(self, model: Any, tier: Tier, settings: Settings, device: torch.device) -> Plan | None:
+        """What was measured on this machine for this model; ``exact`` is stock's own calls, whatever was measured."""
+        if tier.stock_order or not settings.plans:
+            return None
+        key = plan_files.key_of(model, tier.name, settings.backend, device)
+        if self.tuned is not None and self.tuned[0] == key:
+            return self.tuned[1]
+        return plan_files.find(key)
+
+    def use(self, model: Any, key: dict[str, Any], plan: Plan) -> None:
+        """From the next call on: what was tuned for this key."""
+        with self.lock:
+            self.tuned, self._built_for, self.detector = (key, plan), (), None
+        layers = LAYER_RUNTIMES.of(model.vlm_with_expert)
+        with layers.lock:
+            layers.detector = None
 
     def gate(self, model: Any) -> tuple[Engine | None, str | None, tuple[Validator, ...]]:
         """May it: an engine or why not, and what is still to be checked of the model when the chunk is queued.
@@ -175,6 +200,7 @@ class Runtime(Served[Engine]):
             active=True,
             precision=engine.tier.name,
             backend=engine.ops.backend,
+            plan=None if engine.products.plan is None else plan_files.described(engine.products.plan),
             graphs=sum(each.count for each in self._graphs),
             graph_bytes=held,
             graph_nodes=None if graphs is None else graphs.nodes,

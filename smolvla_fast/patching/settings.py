@@ -15,12 +15,16 @@ SETTINGS = "_smolvla_fast"
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``patch`` was asked for; travels with copies and pickles of the model."""
+    """What ``patch`` was asked for; travels with copies and pickles of the model.
+
+    plans   whether a plan that was measured on this machine is used
+    """
 
     precision: str
     backend: str
     training: bool = False
     image_cache: int = 0
+    plans: bool = True
 
 
 def disabled() -> bool:
