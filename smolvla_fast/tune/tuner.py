@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
@@ -62,6 +62,24 @@ def tune(
         return _Tuner(model, products, inputs, seconds, progress).run(dict(known or {}), key or {})
 
 
+BEFORE, AFTER = "by the defaults", "by what was chosen"
+
+
+@dataclass
+class _Final:
+    """An engine whose whole chunk is checked and timed.
+
+    choices  of whole segments, which it differs in from what was chosen op by op
+    """
+
+    engine: Engine
+    choices: dict[str, str]
+    error: float = 0.0
+    allowed: float = 0.0
+    rounds: list[float] = field(default_factory=list)
+    time: ChunkTime | None = None
+
+
 class _Tuner:
     def __init__(
         self, model: Any, products: Products, inputs: tuple[Any, ...], seconds: float, progress: Progress
@@ -80,81 +98,96 @@ class _Tuner:
     def run(self, known: dict[str, str], key: dict[str, Any]) -> Tuning:
         self._say("a chunk by the defaults")
         default = self._engine(Plan())
-        truth = Engine(TIERS["exact"], "auto", self._products.device, capture=False)
-        stock = truth.act(self._model, *self._inputs)
-        default.act(self._model, *self._inputs)  # what is built or captured is so by now
+        stock = self._act(Engine(TIERS["exact"], "auto", self._products.device, capture=False))
+        self._act(default)  # what is built or captured is so by now
         chunk = self._chunk_ms(default) / 1e3
-        reserve = min(2 * CHUNKS * chunk, self._seconds / 2)
+        competitors = self._competitors()
+        reserve = min((2 * CHUNKS + 2 * len(competitors)) * chunk, self._seconds / 2)
 
-        segments = self._segments(stock, chunk)
-        decided = {each.op: each.chosen for each in segments if each.reached}
-        recorded = self._record(Plan(decided))
-        choices = self._choices(recorded, reserve)
-        decided |= {f"{each.op} {each.shape}": each.chosen for each in choices if each.reached}
-        plan = Plan({**known, **decided}, "tuned now", datetime.now(timezone.utc).strftime("%Y-%m-%d"))
+        choices = self._choices(self._record(), reserve)
+        decided = {f"{each.op} {each.shape}": each.chosen for each in choices if each.reached}
+        changed = [each for each in choices if each.chosen != each.default]
 
         self._say("the whole chunk, before and after")
-        changed = [each for each in (*segments, *choices) if each.chosen != each.default]
-        before, after = self._before_and_after(default, plan if changed else None, stock)
-        kept, note = _verdict(changed, before, after)
-        if not kept:  # what was measured stays in the result, the plan says nothing of it
-            plan = replace(plan, choices=known)
+        finals = {BEFORE: _Final(default, {})}
+        if changed:
+            finals[AFTER] = _Final(self._engine(Plan(decided)), {})
+        for segment, _, other in competitors:
+            finals[f"{segment} {other}"] = _Final(
+                self._engine(Plan({**decided, segment: other})), {segment: other}
+            )
+        self._compare(finals, stock)
+        segments = [_segment(*each, finals) for each in competitors]
+        best, note = _verdict(finals, len(changed))
+        measured = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+        plan = Plan(
+            {**known, **({} if best is None else {**decided, **finals[best].choices})}, "tuned now", measured
+        )
         self._say("done")
         took = time.perf_counter() - self._began
-        return Tuning(key, plan, [*segments, *choices], before, after, kept, note, took)
+        before, after = (None if name is None else finals[name].time for name in (BEFORE, best))
+        return Tuning(key, plan, [*segments, *choices], before, after, best is not None, note, took)
 
     def _engine(self, plan: Plan | None) -> Engine:
         products = self._products.by(plan)
         return Engine(products.tier, products.backend, products.device, products=products)
 
+    def _act(self, engine: Engine) -> Tensor:
+        return engine.act(self._model, *self._inputs)
+
     def _chunk_ms(self, engine: Engine) -> float:
-        return timed_ms(lambda: engine.act(self._model, *self._inputs), self._products.device)[0]
+        return timed_ms(lambda: self._act(engine), self._products.device)[0]
 
-    # What competes as a whole
-
-    def _segments(self, stock: Tensor, chunk: float) -> list[Choice]:
-        found = []
-        for key, default, other in self._competitors():
-            choice = Choice(key, "the whole chunk", 1, default, default)
-            found.append(choice)
-            if self._left < 3 * FEWEST * 2 * chunk:
-                continue
-            self._say(f"{key}: {default} or {other}")
-            engines = {name: self._engine(Plan({key: name})) for name in (default, other)}
-            for name, engine in engines.items():
-                chunk_made = engine.act(self._model, *self._inputs)
-                choice.timed.append(Timed(name, error=_rel_l2(chunk_made, stock)))
-            runs: Runs = {name: partial(self._chunk_ms, engine) for name, engine in engines.items()}
-            allowed = max(FP32_BOUND, 2 * (choice.timed[0].error or 0.0))
-            times = rounds_of(runs, lambda count, _: count < FEWEST)
-            for timed in choice.timed:
-                timed.allowed = allowed
-                timed.p50_ms, timed.scatter_ms = p50(times[timed.candidate]), scatter(times[timed.candidate])
-                if not (timed.error or 0.0) <= allowed:
-                    timed.refused = f"the chunk is off by {timed.error:.2g}, allowed is {allowed:.2g}"
-            choice.reached = True
-            if choice.timed[1].refused is None and is_faster(times[other], times[default]):
-                choice.chosen = other
-        return found
+    # The whole chunk
 
     def _competitors(self) -> list[tuple[str, str, str]]:
-        """Key, default and the other of what the whole chunk decides."""
-        products, found = self._products, []
+        """Key, default and the other of what is decided for the whole chunk at once."""
+        products, found = self._products.by(Plan()), []
         if products.may_widen:
-            wide = "bf16 products" in products.by(Plan()).fallback_reasons
+            wide = "bf16 products" in products.fallback_reasons
             found.append((PRODUCTS, *(("float32", "bfloat16") if wide else ("bfloat16", "float32"))))
-        ops = products.by(Plan()).ops
-        if ops.denoise_persistent is not None:
+        if products.ops.denoise_persistent is not None:
             found.append((LOOP, "cuda", "ops"))
-        elif ops.backend == "triton" and "cuda" in others(products.device, products.backend):
+        elif products.ops.backend == "triton" and "cuda" in others(products.device, products.backend):
             found.append((LOOP, "ops", "cuda"))
         return found
 
+    def _compare(self, finals: dict[str, _Final], stock: Tensor) -> None:
+        """Checks each engine's chunk, and times those that are right in rounds of one chunk each."""
+        for final in finals.values():
+            final.error = _rel_l2(self._act(final.engine), stock)
+        allowed = max(FP32_BOUND, 2 * finals[BEFORE].error)
+        for final in finals.values():
+            narrow = final.choices.get(PRODUCTS) == "bfloat16"
+            final.allowed = max(allowed, 2 * self._eager_error(stock)) if narrow else allowed
+        runs: Runs = {
+            name: partial(self._chunk_ms, final.engine)
+            for name, final in finals.items()
+            if name == BEFORE or final.error <= final.allowed
+        }
+        began = time.perf_counter()
+
+        def more(count: int, times: Times) -> bool:
+            _drop_hopeless(runs, times, BEFORE)
+            spent = time.perf_counter() - began
+            # Chunks of milliseconds scatter more than a plan gains: as many as a second holds.
+            wanted = count < CHUNKS or spent < 1.0
+            return count == 0 or (wanted and len(runs) > 1 and self._left > spent / count)
+
+        for name, rounds in rounds_of(runs, more).items():
+            final = finals[name]
+            final.rounds, final.time = rounds, ChunkTime(p50(rounds), scatter(rounds), final.error)
+
+    def _eager_error(self, stock: Tensor) -> float:
+        """What the chunk of backend ``torch`` loses with its products in bf16."""
+        products = Products(self._products.tier, "torch", self._products.device, Plan({PRODUCTS: "bfloat16"}))
+        return _rel_l2(self._act(Engine(products.tier, "torch", products.device, products=products)), stock)
+
     # Op by op
 
-    def _record(self, plan: Plan) -> list[Recorded]:
+    def _record(self) -> list[Recorded]:
         self._say("recording a chunk")
-        products = self._products.by(plan)
+        products = self._products.by(Plan())
         recorder = Recorder(products.device)
         products.ops = recorder.table(products.ops)
         Engine(
@@ -210,9 +243,7 @@ class _Tuner:
 
             def more(count: int, times: Times) -> bool:
                 if count >= FEWEST:
-                    best = min(p50(each) for each in times.values())
-                    for name in [n for n in runs if n != choice.default and p50(times[n]) > HOPELESS * best]:
-                        del runs[name]
+                    _drop_hopeless(runs, times, choice.default)
                 return count < FEWEST or (count < MOST and time.perf_counter() < deadline)
 
             times = rounds_of(runs, more)
@@ -222,26 +253,6 @@ class _Tuner:
         choice.reached = True
         ahead = [name for name in runs if is_faster(times[name], times[choice.default])]
         choice.chosen = min(ahead, key=lambda name: p50(times[name]), default=choice.default)
-
-    # The whole chunk
-
-    def _before_and_after(
-        self, default: Engine, plan: Plan | None, stock: Tensor
-    ) -> tuple[ChunkTime | None, ChunkTime | None]:
-        engines = {"before": default} if plan is None else {"before": default, "after": self._engine(plan)}
-        errors = {n: _rel_l2(each.act(self._model, *self._inputs), stock) for n, each in engines.items()}
-        runs: Runs = {name: partial(self._chunk_ms, each) for name, each in engines.items()}
-        began = time.perf_counter()
-
-        def more(count: int, _: Times) -> bool:
-            spent = time.perf_counter() - began
-            # Chunks of milliseconds scatter more than a plan gains: as many as a second holds.
-            wanted = count < CHUNKS or spent < 1.0
-            return count == 0 or (wanted and self._left > spent / count)
-
-        times = rounds_of(runs, more)
-        found = {n: ChunkTime(p50(each), scatter(each), errors[n]) for n, each in times.items()}
-        return found["before"], found.get("after")
 
 
 def _sweep(recorded: Recorded, function: Callable[..., Any]) -> Callable[[], Tensor]:
@@ -278,15 +289,52 @@ def _rel_l2(x: Tensor, reference: Tensor) -> float:
     return float((x.double() - reference.double()).norm() / reference.double().norm())
 
 
-def _verdict(changed: list[Choice], before: ChunkTime | None, after: ChunkTime | None) -> tuple[bool, str]:
-    """Whether the plan is kept, and why."""
-    if not changed:
-        return True, "the defaults stay: nothing was faster by more than the scatter"
-    assert before is not None and after is not None
-    times = f"{before.p50_ms:.4g} -> {after.p50_ms:.4g} ms"
-    allowed = max(FP32_BOUND, 2 * before.error)
-    if not after.error <= allowed:
-        return False, f"not kept: the chunk is off by {after.error:.2g}, allowed is {allowed:.2g}"
-    if after.p50_ms - before.p50_ms > max(before.scatter_ms, after.scatter_ms):
-        return False, f"not kept: the chunk as a whole is slower, {times}"
-    return True, f"{len(changed)} choices changed hands, chunk {times}"
+def _drop_hopeless(runs: Runs, times: Times, default: str) -> None:
+    measured = {name: p50(rounds) for name, rounds in times.items() if rounds}
+    for name in [n for n in runs if n != default and n in measured]:
+        if measured[name] > HOPELESS * min(measured.values()):
+            del runs[name]
+
+
+def _segment(key: str, default: str, other: str, finals: dict[str, _Final]) -> Choice:
+    """What was measured of a segment, as a choice."""
+    final, beside = finals[f"{key} {other}"], finals.get(AFTER, finals[BEFORE])
+    choice = Choice(key, "the whole chunk", 1, default, default)
+    for name, each in ((default, beside), (other, final)):
+        timed = Timed(name, error=each.error, allowed=each.allowed)
+        if each.time is not None:
+            timed.p50_ms, timed.scatter_ms = each.time.p50_ms, each.time.scatter_ms
+        elif not each.error <= each.allowed:
+            timed.refused = f"the chunk is off by {each.error:.2g}, allowed is {each.allowed:.2g}"
+        choice.timed.append(timed)
+    choice.reached = all(each.p50_ms is not None or each.refused for each in choice.timed)
+    if final.time is not None and is_faster(final.rounds, beside.rounds):
+        choice.chosen = other
+    return choice
+
+
+def _verdict(finals: dict[str, _Final], changed: int) -> tuple[str | None, str]:
+    """Which of the engines serves from now on, None where nobody is ahead of the defaults, and a sentence."""
+    before = finals[BEFORE]
+    assert before.time is not None
+    best = BEFORE
+    for name, final in finals.items():
+        if name != BEFORE and final.time is not None and is_faster(final.rounds, finals[best].rounds):
+            best = name
+    after = finals.get(AFTER)
+    if best == BEFORE and after is not None and after.time is not None:
+        behind = after.time.p50_ms - before.time.p50_ms
+        if behind <= max(before.time.scatter_ms, after.time.scatter_ms):
+            best = AFTER  # each of its ops is ahead by itself, and the whole is not behind
+    if best != BEFORE:
+        time_after = finals[best].time
+        assert time_after is not None
+        hands = [f"{changed} choice{'s' * (changed != 1)} changed hands"] if changed else []
+        hands += [f"{key}: {name}" for key, name in finals[best].choices.items()]
+        return best, f"{', '.join(hands)}; chunk {before.time.p50_ms:.4g} -> {time_after.p50_ms:.4g} ms"
+    if after is None:
+        return BEFORE, "the defaults stay: nothing was faster by more than the scatter"
+    if not after.error <= after.allowed:
+        return None, f"not kept: the chunk is off by {after.error:.2g}, allowed is {after.allowed:.2g}"
+    times = f"{before.time.p50_ms:.4g} -> {after.time.p50_ms:.4g} ms" if after.time else "by far"
+    return None, f"not kept: the chunk as a whole is slower, {times}"

@@ -196,25 +196,26 @@ def test_an_earlier_plan_keeps_what_is_not_measured_again(subject: Any) -> None:
     assert tuned(subject, seconds=0.001, known=known).plan.choices.items() >= known.items()
 
 
-@pytest.mark.parametrize(("slow", "wanted"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("", "")])
+@pytest.mark.parametrize("quick", ["bfloat16", "float32"])
+@pytest.mark.parametrize("slow_bf16", [None, "this processor has no AMX"])
 def test_the_dtype_of_bf16_products_is_measured(
-    subject: Any, monkeypatch: pytest.MonkeyPatch, slow: str, wanted: str
+    subject: Any, monkeypatch: pytest.MonkeyPatch, quick: str, slow_bf16: str | None
 ) -> None:
-    """Whichever the rules of this processor prefer."""
-    took = {"bfloat16": 1.0, "float32": 1.0, slow: 9.0}
-    monkeypatch.setattr(
-        tuner._Tuner,
-        "_chunk_ms",
-        lambda self, engine: took[str(engine.products.gemm_dtype).removeprefix("torch.")],
-    )
+    """Whichever the rules prefer on this processor."""
+    monkeypatch.setattr("smolvla_fast.engine.products.why_bf16_is_slow", lambda: slow_bf16)
+
+    def scripted(self: Any, engine: Engine) -> float:
+        return 1.0 if engine.products.gemm_dtype is getattr(torch, quick) else 9.0
+
+    monkeypatch.setattr(tuner._Tuner, "_chunk_ms", scripted)
     found = tuned(subject, tier="bf16")
+    default = "bfloat16" if slow_bf16 is None else "float32"
     choice = chosen(found, "products")[0]
-    assert choice.reached and choice.chosen == (wanted or choice.default)
-    assert found.plan.choices["products"] == choice.chosen
+    assert (choice.default, choice.chosen, choice.reached) == (default, quick, True)
+    assert found.kept and found.plan.choices.get("products", default) == quick
     by_plan = Products(TIERS["bf16"], "auto", CPU, found.plan)
-    assert by_plan.gemm_dtype is getattr(torch, choice.chosen)
-    reason = by_plan.fallback_reasons.get("bf16 products")
-    assert (reason is None) == (choice.chosen == "bfloat16")
+    assert by_plan.gemm_dtype is getattr(torch, quick)
+    assert ("bf16 products" in by_plan.fallback_reasons) == (quick == "float32")
 
 
 def test_on_a_gpu_sweeps_are_captured_graphs(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,22 +232,38 @@ def test_on_a_gpu_sweeps_are_captured_graphs(subject: Any, monkeypatch: pytest.M
     assert drivers[0].replays >= tuner.FEWEST * len(timed)
 
 
-def test_a_chunk_that_got_slower_or_worse_leaves_the_defaults() -> None:
-    changed = [Choice("linear", "64 32>32 float32", 1, "cpu", "aten", True)]
-    before = ChunkTime(100.0, 2.0, 1e-6)
-    for after, kept, words in (
-        (ChunkTime(90.0, 2.0, 1e-6), True, "1 choices changed hands, chunk 100 -> 90 ms"),
-        (ChunkTime(101.0, 2.0, 1e-6), True, "100 -> 101 ms"),
-        (ChunkTime(103.0, 2.0, 1e-6), False, "not kept: the chunk as a whole is slower, 100 -> 103 ms"),
-        (ChunkTime(90.0, 2.0, 1e-4), False, "not kept: the chunk is off by 0.0001, allowed is 1e-05"),
-        (ChunkTime(90.0, 2.0, float("nan")), False, "off by nan"),
-    ):
-        found, note = tuner._verdict(changed, before, after)
-        assert found is kept and words in note
-    assert tuner._verdict([], before, None) == (
-        True,
-        "the defaults stay: nothing was faster by more than the scatter",
-    )
+def final(ms: float, error: float = 1e-6, allowed: float = 1e-5, **choices: str) -> Any:
+    rounds = [ms - 2, ms - 1, ms, ms + 1, ms + 2]  # scatters by 1
+    time = None if error > allowed else ChunkTime(ms, 1.0, error)
+    return tuner._Final(None, choices, error, allowed, rounds, time)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("after", "best", "words"),
+    [
+        (final(90), tuner.AFTER, "1 choice changed hands; chunk 100 -> 90 ms"),
+        (final(101), tuner.AFTER, "chunk 100 -> 101 ms"),
+        (final(103), None, "not kept: the chunk as a whole is slower, 100 -> 103 ms"),
+        (final(90, 1e-4), None, "not kept: the chunk is off by 0.0001, allowed is 1e-05"),
+        (None, tuner.BEFORE, "the defaults stay: nothing was faster by more than the scatter"),
+    ],
+    ids=["faster", "level", "slower", "worse", "nothing changed"],
+)
+def test_the_whole_chunk_decides(after: Any, best: str | None, words: str) -> None:
+    finals = {tuner.BEFORE: final(100), **({} if after is None else {tuner.AFTER: after})}
+    found, note = tuner._verdict(finals, 0 if after is None else 1)
+    assert found == best and words in note
+
+
+@pytest.mark.parametrize(("ms", "wins"), [(50, True), (99, False), (200, False)])
+def test_a_segment_competes_with_what_was_chosen_op_by_op(ms: float, wins: bool) -> None:
+    """A loop in one launch, or products in another dtype: ahead of the plan, or the plan stays."""
+    finals = {tuner.BEFORE: final(100), tuner.AFTER: final(90), "denoise cuda": final(ms, denoise="cuda")}
+    best, note = tuner._verdict(finals, 2)
+    segment = tuner._segment("denoise", "ops", "cuda", finals)
+    assert segment.reached and [each.p50_ms for each in segment.timed] == [90, ms]
+    assert (best == "denoise cuda") is (segment.chosen == "cuda") is wins
+    assert ("denoise: cuda" in note) is wins and "2 choices changed hands" in note
 
 
 def rel_l2(x: Tensor, reference: Tensor) -> float:
