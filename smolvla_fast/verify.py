@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,18 +9,11 @@ import torch
 from torch import Tensor
 
 from .inference import Engine
-from .measure.rounding import FP32_BOUND, ORDERS, OtherSums, fp32_bound
-from .model.weights import is_cross
-from .ops.reference.patch_embed import patch_embed
+from .measure.rounding import FP32_BOUND as FP32_BOUND
 from .patch import engine_of, find_policy, status
 from .patching.inputs import chunk_inputs
-from .patching.settings import stock_layers
-from .stages.vision import patch_positions
-
-SCATTER = 1.5
-"""How far one observation may exceed stock's own loss in the same dtype. Rounding errors of two orders of computation
-scatter against each other, so a single one may lie above. tests/inference/test_inference.py holds the sum over six policies
-to stock's own."""
+from .patching.judge import SCATTER as SCATTER
+from .patching.judge import Stock, cosine, rel_l2
 
 
 @dataclass
@@ -61,75 +50,6 @@ class Report:
         return asdict(self)
 
 
-def rel_l2(x: Tensor, reference: Tensor) -> float:
-    """``|x - reference| / |reference|``, in fp64."""
-    x, reference = x.double(), reference.double()
-    return float((x - reference).norm() / reference.norm())
-
-
-def cosine(x: Tensor, reference: Tensor) -> float:
-    return float(
-        torch.nn.functional.cosine_similarity(x.double().flatten(), reference.double().flatten(), dim=0)
-    )
-
-
-def _keep_patch_positions(vlm: Any, positions: Tensor) -> None:
-    """Transformers 4.57 gives patches other position ids in another dtype; a copy is to differ in rounding alone."""
-    embeddings = vlm.vision_model.embeddings
-
-    def forward(pixel_values: Tensor, patch_attention_mask: Tensor) -> Tensor:
-        patch = embeddings.patch_embedding
-        table = embeddings.position_embedding.weight
-        return patch_embed(pixel_values, patch.weight, patch.bias, table, positions)
-
-    embeddings.__dict__["forward"] = forward
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    """fp32 products in fp32 while the reference is computed; the caller's settings are put back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _stock_chunk(
-    model: Any, dtype: torch.dtype | None, inputs: tuple[Any, ...], noise: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The stock method's own chunk and velocities, with the backbone in ``dtype``: on a copy where it is not stored so."""
-    pair = model.vlm_with_expert
-    live = pair.get_vlm_model()
-    stored = {
-        live.vision_model.post_layernorm.weight.dtype,
-        live.text_model.layers[0].self_attn.q_proj.weight.dtype,
-        pair.lm_expert.norm.weight.dtype,
-    }
-    if dtype is not None and stored != {dtype}:
-        model = copy.deepcopy(model)
-        pair = model.vlm_with_expert.to(dtype)
-        _keep_patch_positions(pair.get_vlm_model(), patch_positions(live, inputs[0][0]))
-        for i, layer in enumerate(pair.lm_expert.layers):
-            if is_cross(pair, i):  # fp32 in LeRobot's bf16 layout
-                layer.self_attn.k_proj.float(), layer.self_attn.v_proj.float()
-    stock = model.stock_class
-    # A shallow copy shares every weight and has a namespace of its own: the live model is not touched, so threads may
-    # go on using it.
-    model = copy.copy(model)
-    velocities: list[Tensor] = []
-
-    def denoise_step(*args: Any, **kwargs: Any) -> Tensor:
-        velocities.append(stock.denoise_step(model, *args, **kwargs))
-        return velocities[-1]
-
-    model.__dict__["denoise_step"] = denoise_step
-    with torch.no_grad(), stock_layers():
-        return stock.sample_actions(model, *inputs, noise=noise.clone()), velocities
-
-
 def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -> Report:
     """Compare the patched policy's chunk for this observation with the reference in fp32.
 
@@ -158,9 +78,8 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
     elif tuple(noise.shape) != wanted or noise.dtype is not torch.float32:
         raise ValueError(f"noise is {tuple(noise.shape)} {noise.dtype}; accepted is {wanted} float32")
 
-    with _without_tf32():
-        truth, true_velocities = _stock_chunk(model, torch.float32, inputs, noise)
-    stock = _stock_chunk(model, tier.gemm_dtype, inputs, noise)[0]
+    stock = Stock(model, tier, inputs, noise)
+    truth = stock.truth
     velocities: list[Tensor] = []
     products = served.products  # the plan that serves the caller, and his quantised copies
     engine = Engine(tier, products.backend, state.device, capture=False, products=products)
@@ -168,37 +87,18 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
     # What the caller gets is judged: a replay, and a loop in one launch, which cannot be observed.
     if served.graphs is not None or served.ops.denoise_persistent is not None:
         fast = served.act(model, *inputs, noise)
-
-    movement = None
-    if tier.name == "fp32":
-        movement = 0.0
-        for order in ORDERS:
-            with _without_tf32(), OtherSums(order):
-                moved = rel_l2(_stock_chunk(model, torch.float32, inputs, noise)[0], truth)
-            movement = max(movement, moved)
-            if rel_l2(fast, truth) <= fp32_bound(movement):
-                break  # the other orders could only widen the bound
-    if movement is not None:
-        bound = fp32_bound(movement)
-    elif tier.cosine is not None:
-        # Of two chunks of one size with that cosine. A cosine alone does not see a chunk that is too large or too small.
-        bound = math.sqrt(2 * (1 - tier.cosine))
-    else:
-        bound = max(SCATTER * rel_l2(stock, truth), FP32_BOUND)
-    passed = torch.equal(fast, stock) if tier.stock_order else rel_l2(fast, truth) <= bound
-    if tier.cosine is not None:
-        passed = passed and cosine(fast, truth) >= tier.cosine
+    judgement = stock.judge(fast)
     return Report(
         precision=tier.name,
         backend=now.backend,
         rel_l2=rel_l2(fast, truth),
         max_abs=float((fast - truth).abs().max()),
         cosine=cosine(fast, truth),
-        stock_rel_l2=rel_l2(stock, truth),
-        stock_max_abs=float((stock - truth).abs().max()),
-        stock_cosine=cosine(stock, truth),
-        movement=movement,
-        velocity_rel_l2=[rel_l2(v, t) for v, t in zip(velocities, true_velocities, strict=True)],
-        bound=bound,
-        passed=passed,
+        stock_rel_l2=rel_l2(stock.chunk, truth),
+        stock_max_abs=float((stock.chunk - truth).abs().max()),
+        stock_cosine=cosine(stock.chunk, truth),
+        movement=judgement.movement,
+        velocity_rel_l2=[rel_l2(v, t) for v, t in zip(velocities, stock.velocities, strict=True)],
+        bound=judgement.bound,
+        passed=judgement.passed,
     )
