@@ -10,29 +10,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
-from .engine.cuda_graphs import CaptureFailed, not_capturing
-from .inference import Engine, EngineReplaced, Ineligible
+from .inference import Engine
 from .model.precision import resolve_tier
 from .model.weights import representative_weight
-from .ops.reference.image_prep import image_prep
 from .ops.select import select
-from .patching.call_rules import Call
 from .patching.captured import Captured
-from .patching.eligibility import INFERENCE
-from .patching.layer_forward import model_methods, patch_layers, unpatch_layers
+from .patching.chunk_forward import Accelerated, accelerated
+from .patching.layer_forward import patch_layers, unpatch_layers
 from .patching.layer_runtime import LAYER_RUNTIMES
-from .patching.rtc import guidance_of
 from .patching.runtime import Status, drop_runtime, runtime_of
-from .patching.settings import DISABLE, SETTINGS, Settings, disabled, stock_layers
-from .patching.training_forward import TrainingMixin, training_reason
+from .patching.settings import DISABLE, SETTINGS, Settings, disabled
+from .patching.training_forward import training_reason
 from .patching.tuning import keep, tune_policy
 from .patching.warmup import took, warm_up
 
@@ -40,100 +33,6 @@ logger = logging.getLogger("smolvla_fast")
 
 P = TypeVar("P")
 TUNE = ("cached", "now", "off")
-
-
-def _listed(given: Any) -> Any:
-    """An iterator can be gone through once, and stock may have to; what is none is for stock to refuse."""
-    return list(given) if isinstance(given, Iterator) else given
-
-
-class _Accelerated:
-    """Put before a model's own class by ``patch``; overrides ``sample_actions``; see ``model_methods`` too."""
-
-    stock_class: type
-
-    @property
-    def takes_bytes(self) -> bool:
-        """Whether ``images`` may be uint8 frames of any size: for our own model, as LeRobot's gives bytes no meaning."""
-        cls = type(self)
-        return hasattr(getattr(cls, "stock_class", cls), "takes_bytes")
-
-    # Not torch.compiler.disable: that imports dynamo, and with it Triton, as soon as it decorates.
-    @_disable_dynamo
-    def sample_actions(
-        self: Any,
-        images: Any,
-        img_masks: Any,
-        lang_tokens: Tensor,
-        lang_masks: Tensor,
-        state: Tensor,
-        noise: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """As the stock method, computed by the engine where it may."""
-        # Read once: another thread may unpatch meanwhile, or have done so by now.
-        cls: Any = type(self)
-        if not issubclass(cls, _Accelerated):
-            return cls.sample_actions(
-                self, images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs
-            )
-        runtime, stock = runtime_of(self), cls.stock_class
-        takes_bytes = hasattr(stock, "takes_bytes")
-        given = (_listed(images), _listed(img_masks), lang_tokens, lang_masks, state)
-        engine, reason, validators = runtime.gate(self)
-        reason = reason or INFERENCE.call_reason(
-            self, Call(*given, noise, kwargs=kwargs, takes_bytes=takes_bytes)
-        )
-        if reason is None and engine is not None:
-            if noise is None:
-                shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
-                with not_capturing():
-                    noise = self.sample_noise(shape, state.device)
-            try:
-                guidance = guidance_of(self, kwargs, noise)
-                inputs = (*given, noise.contiguous(), guidance)
-                try:
-                    chunk = engine.act(self, *inputs, validators=validators)
-                except EngineReplaced:
-                    engine, reason = runtime.look(self)
-                    if engine is None:
-                        raise Ineligible(str(reason)) from None
-                    chunk = engine.act(self, *inputs)
-            except (CaptureFailed, Ineligible) as refusal:
-                reason = str(refusal)
-            else:
-                runtime.served()
-                return chunk
-        runtime.fell_back(str(reason))
-        images, *others = given
-        if takes_bytes and isinstance(images, list | tuple):
-            side = self.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
-            images = [
-                image_prep(each, side, side, torch.float32)
-                if getattr(each, "dtype", None) is torch.uint8
-                else each
-                for each in images
-            ]
-        with stock_layers():
-            return stock.sample_actions(self, images, *others, noise=noise, **kwargs)
-
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        cls = type(self)  # read once, as above
-        if not issubclass(cls, _Accelerated):
-            return object.__reduce_ex__(self, protocol)
-        return _restore, (cls.stock_class, issubclass(cls, TrainingMixin)), self.__dict__
-
-
-@cache
-def _accelerated(stock: type, training: bool) -> type:
-    bases = (TrainingMixin, _Accelerated, stock) if training else (_Accelerated, stock)
-    attributes = {"stock_class": stock, "__module__": stock.__module__, **model_methods(stock, _Accelerated)}
-    return type(stock.__name__, bases, attributes)
-
-
-def _restore(stock: type, training: bool = False) -> Any:
-    cls: Any = _accelerated(stock, training)
-    return cls.__new__(cls)
 
 
 def find_policy(policy: Any) -> Any:
@@ -161,6 +60,7 @@ def patch(
     training: bool = False,
     image_cache: int = 0,
     tune: str = "cached",
+    trial: bool = True,
 ) -> P:
     """Accelerate this one policy, in place, and return it.
 
@@ -176,6 +76,8 @@ def patch(
     tune       who computes an op: "cached" (by the plan that `smolvla-fast tune` has measured on this machine for such a
                policy, where there is one), "now" (measure it, about 90 s, on the ``warmup`` batch or on a made observation,
                and keep the plan), "off" (by the defaults)
+    trial      what is unread or was never tried (another LeRobot release, another kind of device) is tried: the first call
+               of each kind computes stock's chunk and ours, and returns stock's. False: stock runs
     image_cache  bytes for tokens of frozen image frames, which a later step with the same frame looks up; 0: none. For data
                sets that fit into it, 245 KB a frame, and are trained on without random image transforms
     raises     TypeError for another kind of object, ValueError for an unknown name, RuntimeError for an explicit wish
@@ -194,6 +96,8 @@ def patch(
         raise ValueError(
             f"image_cache={image_cache!r}; accepted are bytes, 0 or more, together with training=True"
         )
+    if not isinstance(trial, bool):
+        raise TypeError(f"trial={trial!r}; accepted are True and False")
     if tune not in TUNE:
         raise ValueError(f"tune={tune!r}; accepted are {', '.join(map(repr, TUNE))}")
     if disabled():  # before anything is asked of this machine, for it may be why the variable was set
@@ -202,23 +106,24 @@ def patch(
     select(backend, weight.device, tier.stock_order, tier.quantized)
     before, settings = (
         model.__dict__.get(SETTINGS),
-        Settings(precision, backend, training, image_cache, plans=tune != "off"),
+        Settings(precision, backend, training, image_cache, plans=tune != "off", trial=trial),
     )
     if before is None and runtime_of(model).settings is None:
         drop_runtime(model)  # what a call left that was under way when the policy was unpatched
     if before != settings:  # the same object else: graphs hold as long as nothing of the model is replaced
         model.__dict__[SETTINGS] = settings
     cls: Any = type(model)  # read once, as in a chunk
-    stock = cls.stock_class if issubclass(cls, _Accelerated) else cls
-    model.__class__ = _accelerated(stock, training)
+    stock = cls.stock_class if issubclass(cls, Accelerated) else cls
+    model.__class__ = accelerated(stock, training)
     patch_layers(model, settings)
     runtime = runtime_of(model)
     started = time.perf_counter()
-    reason = runtime.look(model)[1]
+    engine, reason = runtime.look(model)
     checked = time.perf_counter()
+    pending = engine is not None and reason is not None
     if reason is not None:
         runtime.note(reason)
-    if tune == "now" and reason is None:
+    if tune == "now" and engine is not None:
         _tune_now(found, warmup)
     timed = ""
     if warmup is not None and warmup is not False:
@@ -234,14 +139,16 @@ def patch(
                 unpatch(policy)
             else:
                 model.__dict__[SETTINGS] = before
-                model.__class__ = _accelerated(stock, before.training)
+                model.__class__ = accelerated(stock, before.training)
                 patch_layers(model, before)
             raise
         finally:
             if was_training:
                 found.train()
         timed = took(model.state_proj.weight.device, started, checked)
-    if reason is not None:
+    if pending and not status(policy).active:
+        logger.info("smolvla_fast: %s%s", status(policy).last_fallback, timed)
+    elif reason is not None and not pending:
         logger.warning("smolvla_fast: stock runs: %s%s", reason, timed)
     else:
         now = status(policy)
@@ -281,7 +188,7 @@ def unpatch(policy: P) -> P:
     """Undo ``patch``: the model's class and attributes are what they were. A policy that is not patched stays as it is."""
     model = find_policy(policy).model
     cls = type(model)
-    if issubclass(cls, _Accelerated):
+    if issubclass(cls, Accelerated):
         model.__class__ = cls.stock_class
         model.__dict__.pop(SETTINGS, None)
     unpatch_layers(model)
@@ -319,7 +226,7 @@ def refresh(policy: Any) -> None:
     weights at every chunk and have nothing to refresh. A graph whose capture failed, for want of memory say, is tried
     again."""
     model = find_policy(policy).model
-    if isinstance(model, _Accelerated):
+    if isinstance(model, Accelerated):
         runtime_of(model).forget()
         LAYER_RUNTIMES.of(find_policy(policy).model.vlm_with_expert).forget()
 
@@ -327,7 +234,7 @@ def refresh(policy: Any) -> None:
 def status(policy: Any) -> Status:
     """What is on, what is not and why; see ``Status``."""
     model = find_policy(policy).model
-    if not isinstance(model, _Accelerated):
+    if not isinstance(model, Accelerated):
         return Status(last_fallback=f"{DISABLE} is set" if disabled() else "the policy is not patched")
     runtime = runtime_of(model)
     return runtime.status(model, runtime.look(model)[1])

@@ -14,6 +14,7 @@ from ..model.dense import memory_reason
 from . import call_rules, layer_rules
 from . import model_rules as rules
 from .rtc import guidance_reason
+from .untried import Untried
 
 ModelRule = Callable[[Any], str | None]
 CallRule = Callable[[Any, Any], str | None]
@@ -43,15 +44,19 @@ class Eligibility:
 
 
 def _first(foreign: str, rules: tuple[Callable[..., str | None], ...], *given: Any) -> str | None:
-    """The first reason. Whatever a foreign object raises under a rule is one too, for stock may well run it."""
+    """The first refusal, else all that is untried. Whatever a foreign object raises under a rule is a refusal too, for stock
+    may well run it."""
+    untried: Untried | None = None
     try:
         for rule in rules:
             reason = rule(*given)
-            if reason is not None:
+            if isinstance(reason, Untried):
+                untried = reason.beside(untried)
+            elif reason is not None:
                 return reason
     except Exception as error:
         return f"{foreign}: {error!r}"
-    return None
+    return untried
 
 
 INFERENCE = Eligibility(
@@ -59,7 +64,7 @@ INFERENCE = Eligibility(
         rules.chunk_source, rules.device, rules.forward_hooks, memory_reason, rules.layers_match, rules.parts,
         rules.dtypes,
     ),
-    live=(rules.chunk_source,),
+    live=(rules.chunk_source, rules.device),
     call=(
         call_rules.circumstances, call_rules.dense, call_rules.no_gradients, call_rules.images, call_rules.tokens,
         call_rules.floats,

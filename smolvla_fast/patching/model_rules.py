@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from ..model.dims import read_dims, read_pair_dims
 from ..model.precision import Tier
 from ..model.weights import HEADS, Source, head_sources, pair_sources
 from .source_digests import LOSS_METHODS, PAIR_METHODS, Owner, owners, unknown_of
+from .untried import Untried
 
 DTYPES = (torch.float32, torch.bfloat16)
-DEVICES = ("cpu", "cuda")
 
 
 def chunk_source(model: Any) -> str | None:
@@ -60,10 +62,34 @@ def _source(of: list[Owner]) -> str | None:
 
 
 def device(model: Any) -> str | None:
-    """model  a ``VLAFlowMatching``, or its pair"""
+    """Which device nobody has tried yet.      model  a ``VLAFlowMatching``, or its pair"""
     found = next(model.parameters()).device
-    return (
-        None if found.type in DEVICES else f"the policy is on {found}; accepted are {' and '.join(DEVICES)}"
+    if found.type == "meta":
+        return "the policy is on meta and has no values; accepted are cpu and cuda"
+    if found.type == "cpu":
+        return None
+    if found.type != "cuda":
+        return Untried(f"the policy is on {found}; known are cpu and cuda", str(found))
+    if torch.version.hip is not None:
+        return Untried(
+            f"the policy is on an AMD GPU (ROCm {torch.version.hip}), which nobody has tried", str(found)
+        )
+    return _untried_architecture(found)
+
+
+@cache
+def _untried_architecture(found: torch.device) -> str | None:
+    """Of an NVIDIA GPU: where Triton's tiles have no row for it."""
+    if find_spec("triton") is None:
+        return None
+    from ..kernels.tuning import TARGETS
+
+    major, minor = torch.cuda.get_device_capability(found)
+    if 10 * major + minor in TARGETS:
+        return None
+    known = ", ".join(f"{cc // 10}.{cc % 10}" for cc in TARGETS)
+    return Untried(
+        f"compute capability {major}.{minor} is none that tiles were chosen for ({known})", str(found)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import WeakSet, ref
@@ -18,9 +19,11 @@ from ..ops.plan import Plan
 from .change_detector import ChangeDetector
 from .eligibility import INFERENCE
 from .layer_runtime import LAYER_RUNTIMES
-from .served import Registry, Served, logger
+from .served import Registry, Served, counts, logger
 from .settings import Settings
 from .training_runtime import TrainingRuntime
+from .trial import Kind, Verdict
+from .untried import Untried
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Status:
     calls_fast        chunks served by the engine
     calls_stock       chunks served by stock
     last_fallback     why stock ran the last time it did, or None
+    trials            of what is unread or untried: kind of call -> what its trial found; ``active`` once one has passed
     graphs            captured CUDA graphs
     graph_bytes       bytes that they hold
     graph_nodes       nodes of the one used last, or None
@@ -70,6 +74,7 @@ class Status:
     calls_fast: int = 0
     calls_stock: int = 0
     last_fallback: str | None = None
+    trials: dict[str, str] = field(default_factory=dict)
     graphs: int = 0
     graph_bytes: int = 0
     graph_nodes: int | None = None
@@ -91,10 +96,11 @@ class Status:
 class Runtime(Served[Engine]):
     """What serves chunks, and beside it what serves losses."""
 
-    eligibility, work = INFERENCE, "chunk"
+    eligibility, work, tries = INFERENCE, "chunk", True
 
     def __init__(self) -> None:
         super().__init__()
+        self._verdicts: dict[Kind, Verdict | None] = {}  # None: a trial is under way, in whichever thread
         self.training = TrainingRuntime()
         self.captured: WeakSet[GraphCache] = WeakSet()
         self.pair: ref[Any] | None = None  # whose layers were patched with this model
@@ -128,6 +134,38 @@ class Runtime(Served[Engine]):
             return self.tuned[1]
         return plan_files.find(key)
 
+    def begin_trial(self, kind: Kind, untried: str) -> tuple[bool, str | None]:
+        """Whether this call is to be the trial of its kind, and if not, why stock is to serve it, or None."""
+        with self.lock:
+            if kind not in self._verdicts:
+                self._verdicts[kind] = None
+                return True, None
+            verdict = self._verdicts[kind]
+        if verdict is None:
+            return False, "the trial of this kind of call is under way in another thread"
+        return False, None if verdict.passed else f"{untried}; its trial: {verdict.text}"
+
+    def end_trial(self, kind: Kind, verdict: Verdict | None) -> None:
+        """None: stock raised, so that nothing is known."""
+        with self.lock:
+            if verdict is None:
+                self._verdicts.pop(kind, None)
+                return
+            self._verdicts[kind] = verdict
+            self.stock += counts()
+            self.last_fallback = f"trial of {kind}: {verdict.text}"
+        level = logging.INFO if verdict.passed else logging.WARNING
+        what = "the engine serves" if verdict.passed else "stock serves"
+        logger.log(level, "smolvla_fast: trial of %s: %s from now on: %s", kind, what, verdict.text)
+
+    @property
+    def trials(self) -> dict[str, str]:
+        return {
+            str(kind): ("passed: " if verdict.passed else "stock: ") + verdict.text
+            for kind, verdict in self._verdicts.items()
+            if verdict is not None
+        }
+
     def use(self, model: Any, key: dict[str, Any], plan: Plan) -> None:
         """From the next call on: what was tuned for this key."""
         with self.lock:
@@ -144,7 +182,7 @@ class Runtime(Served[Engine]):
         """
         with self.lock:
             engine, noted = self.engine, self.detector
-            captured = engine is not None and engine.graphs is not None and self._refusal is None
+            captured = engine is not None and engine.graphs is not None and not self._open
             if captured and noted is not None and noted.same_memory():
                 return engine, None, (Validator(noted, lambda: self._checked(model, engine)),)
             return (*self.look(model), ())
@@ -164,6 +202,7 @@ class Runtime(Served[Engine]):
             for each in self._graphs:
                 each.clear()
             super().forget()
+            self._verdicts.clear()
         self.training.forget()
 
     @property
@@ -178,13 +217,20 @@ class Runtime(Served[Engine]):
 
     def status(self, model: Any, reason: str | None) -> Status:
         layers = LAYER_RUNTIMES.of(model.vlm_with_expert)
+        untried = isinstance(reason, Untried)
+        if untried and any(each is not None and each.passed for each in self._verdicts.values()):
+            reason, untried = None, False
+        pending = (
+            f"{reason}; the first call of each kind is a trial" if untried and not self._verdicts else None
+        )
         counters: dict[str, Any] = dict(
+            trials=self.trials,
             layers_fast=layers.calls(fast=True),
             layers_stock=layers.calls(fast=False),
             layers_fallback=layers.last_fallback,
             calls_fast=self.fast,
             calls_stock=self.stock,
-            last_fallback=reason or self.last_fallback,
+            last_fallback=pending or (self.last_fallback if untried else reason) or self.last_fallback,
             training_fast=self.training.fast,
             training_stock=self.training.stock,
             training_fallback=self.training.last_fallback,

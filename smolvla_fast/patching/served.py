@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from .change_detector import ChangeDetector, detector_of
 from .eligibility import Eligibility
 from .settings import DISABLE, SETTINGS, Settings, disabled
+from .untried import Untried
 
 logger = logging.getLogger("smolvla_fast")
 
@@ -35,6 +36,11 @@ def uncounted() -> Iterator[None]:
         _counts.reset(token)
 
 
+def counts() -> bool:
+    """Whether a chunk of this thread counts."""
+    return _counts.get()
+
+
 class Served(Generic[E]):
     """Chunks and losses each have one; they differ in rules and in how an engine is made.
 
@@ -45,6 +51,8 @@ class Served(Generic[E]):
     eligibility: Eligibility
     work: str
     """What one call is, for the log."""
+    tries = False
+    """Whether it tries what is untried (``untried.py``)."""
     level = logging.WARNING
     """How loud a fallback is."""
 
@@ -54,6 +62,7 @@ class Served(Generic[E]):
         self.engine: E | None = None
         self.detector: ChangeDetector | None = None
         self._refusal: str | None = None
+        self._open = True  # whether the last look ended with a reason
         self.fast = self.stock = 0
         self.last_fallback: str | None = None
         self.logged_reasons: set[str] = set()
@@ -64,7 +73,7 @@ class Served(Generic[E]):
 
     def look(self, model: Any) -> tuple[E | None, str | None]:
         """An engine that has looked at this model as it is now, and why it may not serve it whatever the call, or None.
-        Cheap while nothing in the model has changed.
+        Cheap while nothing in the model has changed. An engine with a reason, which is ``Untried`` then, may be tried.
 
         One question under one lock: another thread forgets before it or after it, not in between.
         """
@@ -80,12 +89,12 @@ class Served(Generic[E]):
                 self.detector = None
                 # What stock served the last time it may serve for long: asked before a detector is made, which costs more.
                 reason = self.eligibility.model_reason(model) if noted is None else None
-                if reason is None:
+                if self._may_serve(reason, settings):
                     detector = detector_of(
                         model
                     )  # before the rules: what changes meanwhile is looked at again
                     reason = self.eligibility.model_reason(model)
-                if reason is not None:
+                if not self._may_serve(reason, settings):
                     return None, reason
                 try:
                     self._refusal = self.prepare(model, settings)
@@ -94,7 +103,11 @@ class Served(Generic[E]):
                     return None, str(error)
                 self.detector = detector
             reason = self._refusal or self.eligibility.live_reason(model)
-            return self.engine if reason is None else None, reason
+            self._open = reason is not None
+            return self.engine if self._may_serve(reason, settings) else None, reason
+
+    def _may_serve(self, reason: str | None, settings: Settings) -> bool:
+        return reason is None or (self.tries and settings.trial and isinstance(reason, Untried))
 
     def served(self) -> None:
         with self.lock:

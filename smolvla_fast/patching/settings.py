@@ -18,6 +18,7 @@ class Settings:
     """What ``patch`` was asked for; travels with copies and pickles of the model.
 
     plans   whether a plan that was measured on this machine is used
+    trial   whether what is unread or untried may be tried
     """
 
     precision: str
@@ -25,6 +26,7 @@ class Settings:
     training: bool = False
     image_cache: int = 0
     plans: bool = True
+    trial: bool = True
 
 
 def disabled() -> bool:

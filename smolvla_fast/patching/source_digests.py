@@ -14,7 +14,11 @@ import textwrap
 import tokenize
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .untried import Untried
 
 MODEL_METHODS = ("sample_actions", "embed_prefix", "embed_suffix", "denoise_step", "_rtc_enabled")
 LOSS_METHODS = ("forward", "embed_prefix", "embed_suffix")
@@ -102,6 +106,17 @@ def digest(function: Callable[..., Any]) -> str:
     return hashlib.sha256("".join(kept).encode()).hexdigest()[:12]
 
 
+class Found(NamedTuple):
+    """A function that is replaced, or called.
+
+    home  the class that defines it, of a method; the module-level method that calls it, of a helper
+    """
+
+    name: str
+    function: Callable[..., Any]
+    home: Any
+
+
 Owner = tuple[str, Any, tuple[str, ...]]
 """The name of a class in LeRobot, an object of it or None, and the methods that are replaced, or called."""
 
@@ -112,27 +127,41 @@ def owners(model: Any, rtc: Any | None = None, methods: tuple[str, ...] = MODEL_
     return [("VLAFlowMatching", model, methods), pair, ("RTCProcessor", rtc, RTC_METHODS)]
 
 
-def _stock_method(cls: type, name: str) -> Any:
-    """A method as the class has it without what ``patch`` puts before it; somebody may have made a subclass of that."""
-    for base in cls.__mro__:
-        ours = "stock_class" in vars(base) or base.__module__.startswith("smolvla_fast.patch")
-        if not ours and name in vars(base):
-            return getattr(base, name)
-    return None
+def _homes(cls: type, name: str) -> list[type]:
+    """The classes that define a method, without what ``patch`` puts before them; somebody may have made a subclass of
+    that."""
+    return [
+        base
+        for base in cls.__mro__
+        if name in vars(base)
+        and base is not nn.Module
+        and not ("stock_class" in vars(base) or base.__module__.startswith("smolvla_fast.patch"))
+    ]
 
 
-def _functions(of: list[Owner]) -> dict[str, Callable[..., Any]]:
-    found: dict[str, Callable[..., Any]] = {}
+def _functions(of: list[Owner]) -> dict[str, Found]:
+    found: dict[str, Found] = {}
     for label, owner, names in of:
         for name in names if owner is not None else ():
-            method = owner.__dict__.get(name) or _stock_method(type(owner), name)
+            homes = _homes(type(owner), name)
+            method = owner.__dict__.get(name) or (getattr(homes[0], name) if homes else None)
             if method is not None:
-                method = getattr(method, "__func__", method)
-                found[f"{label}.{name}"] = method
+                own = getattr(method, "__func__", method)
+                home = homes[0] if len(homes) == 1 and name not in owner.__dict__ else None
+                found[f"{label}.{name}"] = Found(name, own, home)
                 for helper in FUNCTIONS:
-                    if helper in getattr(method, "__globals__", {}):
-                        found[helper] = method.__globals__[helper]
+                    if helper in getattr(own, "__globals__", {}):
+                        found[helper] = Found(helper, own.__globals__[helper], own)
     return found
+
+
+def _is_lerobots_own(found: Found) -> bool:
+    """Whether a function stands where LeRobot would have written it: in the body of the one class that has it, or in the
+    package of the method that calls it. What is put there from outside, or over it in a subclass, is somebody's wish."""
+    function, home = found.function, found.home
+    if hasattr(function, "__wrapped__") or not hasattr(function, "__code__") or home is None:
+        return False
+    return function.__module__.partition(".")[0] == home.__module__.partition(".")[0]
 
 
 def unknown_source(model: Any) -> str | None:
@@ -141,19 +170,26 @@ def unknown_source(model: Any) -> str | None:
 
 
 def unknown_of(of: list[Owner]) -> str | None:
-    """The same of any methods."""
+    """The same of any methods. ``Untried`` where all that is not known is LeRobot's own, of a release that nobody read."""
     versions: set[str] | None = None
-    for name, function in _functions(of).items():
+    unread, known = "", []
+    for name, found in _functions(of).items():
+        function = found.function
         if getattr(function, "__module__", "").startswith("smolvla_fast."):
             continue
         mark = digest(function)
         fits = {version for version, table in KNOWN.items() if table.get(name) == mark}
+        known.append(function)
         versions = fits if versions is None else versions & fits
-        if not versions:
-            accepted = ", ".join(KNOWN)
-            found = f"{function.__module__}.{getattr(function, '__qualname__', name)}"
-            return f"{name} is {found}, not the source this release knows (lerobot {accepted})"
-    return None
+        if versions:
+            continue
+        where = f"{function.__module__}.{getattr(function, '__qualname__', name)}"
+        reason = f"{name} is {where}, not the source this release knows (lerobot {', '.join(KNOWN)})"
+        if not fits and not _is_lerobots_own(found):
+            return reason
+        unread = unread or reason
+    # Code by value: a source that changes under a live policy is another question.
+    return Untried(unread, *((each.__code__, repr(each.__defaults__)) for each in known)) if unread else None
 
 
 def _print_table() -> None:
@@ -175,7 +211,7 @@ def _print_table() -> None:
     found = _functions(owners(model, instance_of(RTCProcessor), (*MODEL_METHODS, "forward")))
     print(f'    "{version("lerobot")}": {{')
     for name in sorted(found):
-        print(f'        "{name}": "{digest(found[name])}",')
+        print(f'        "{name}": "{digest(found[name].function)}",')
     print("    },")
 
 

@@ -21,7 +21,7 @@ from .settings import stock_layers
 
 
 class TrainingMixin:
-    """Put before ``_Accelerated`` by ``patch(training=True)``; overrides ``forward`` and nothing else."""
+    """Put before ``Accelerated`` by ``patch(training=True)``; overrides ``forward`` and nothing else."""
 
     stock_class: type
 

@@ -23,7 +23,7 @@ def warm_up(policy: Any, example: Any) -> None:
         return
     calls: list[dict[str, Any]] = [{}]
     # Guidance is data of one shape: leftovers are padded to a chunk, so one number stands for any of them.
-    left = dict(inference_delay=0, prev_chunk_left_over=torch.zeros(1, 1, device=device))
+    left = dict(inference_delay=0, prev_chunk_left_over=torch.ones(1, 1, device=device))
     if guided(model, left) and guidance_reason(model, left, 1, device) is None:
         calls.append(left)
     for kwargs in calls:
@@ -32,23 +32,38 @@ def warm_up(policy: Any, example: Any) -> None:
 
 
 def _one(policy: Any, example: Any, kwargs: dict[str, Any]) -> None:
-    """One chunk of an example batch, or of zeros where it is True."""
+    """One chunk of an example batch, or of drawn numbers where it is True."""
     model = policy.model
     device, config = model.state_proj.weight.device, model.config
     if example is True:
         side = model.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
-        images = [torch.zeros(1, 3, side, side, device=device) for _ in config.image_features]
-        masks = [torch.ones(1, dtype=torch.bool, device=device) for _ in images]
-        tokens = torch.zeros(1, config.tokenizer_max_length, dtype=torch.long, device=device)
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
+        # Of numbers that differ: where the warm-up is a trial, a fault that zeros would hide is to show.
+        empty = [("empty_camera" in name) for name in config.image_features]
+        images = [
+            torch.full_like(x, -1.0) if none else x.tanh()
+            for none in empty
+            for x in [drawn(1, 3, side, side)]
+        ]
+        masks = [torch.full((1,), not none, dtype=torch.bool, device=device) for none in empty]
+        length = config.tokenizer_max_length
+        rows = model.vlm_with_expert.get_vlm_model().text_model.get_input_embeddings().weight.shape[0]
+        tokens = torch.randint(rows, (1, length), generator=generator).to(device)
         token_masks = torch.ones_like(tokens, dtype=torch.bool)
-        state = torch.zeros(1, config.max_state_dim, device=device)
-        noise = torch.zeros(1, config.chunk_size, config.max_action_dim, device=device)
+        if getattr(config, "pad_language_to", None) == "max_length":
+            token_masks[:, length // 2 :] = False
+        state, noise = drawn(1, config.max_state_dim), drawn(1, config.chunk_size, config.max_action_dim)
         with torch.no_grad():
             model.sample_actions(images, masks, tokens, token_masks, state, noise=noise, **kwargs)
     else:
         batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in example.items()}
         shape = (batch["observation.state"].shape[0], config.chunk_size, config.max_action_dim)
-        policy.predict_action_chunk(batch, noise=torch.zeros(shape, device=device), **kwargs)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        policy.predict_action_chunk(batch, noise=noise, **kwargs)
 
 
 def took(device: torch.device, started: float, checked: float) -> str:

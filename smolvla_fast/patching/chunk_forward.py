@@ -1,0 +1,157 @@
+"""Where callers of a chunk and the engine meet: ``sample_actions`` of a patched model.
+
+It is the one call whose meaning is the same from lerobot 0.3.3 to main. The model gets a subclass of its own class, made on
+demand and rebuilt by name when it is unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from ..engine.cuda_graphs import CaptureFailed, not_capturing
+from ..inference import Engine, EngineReplaced, Ineligible
+from ..ops.reference.image_prep import image_prep
+from .call_rules import Call
+from .eligibility import INFERENCE
+from .layer_forward import model_methods
+from .rtc import guidance_of
+from .runtime import runtime_of
+from .settings import stock_layers
+from .training_forward import TrainingMixin
+from .trial import Kind, judged, kind_of
+from .untried import Untried
+
+
+def _listed(given: Any) -> Any:
+    """An iterator can be gone through once, and stock may have to; what is none is for stock to refuse."""
+    return list(given) if isinstance(given, Iterator) else given
+
+
+class Accelerated:
+    """Put before a model's own class by ``patch``; overrides ``sample_actions``; see ``model_methods`` too."""
+
+    stock_class: type
+
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether ``images`` may be uint8 frames of any size: for our own model, as LeRobot's gives bytes no meaning."""
+        cls = type(self)
+        return hasattr(getattr(cls, "stock_class", cls), "takes_bytes")
+
+    # Not torch.compiler.disable: that imports dynamo, and with it Triton, as soon as it decorates.
+    @_disable_dynamo
+    def sample_actions(
+        self: Any,
+        images: Any,
+        img_masks: Any,
+        lang_tokens: Tensor,
+        lang_masks: Tensor,
+        state: Tensor,
+        noise: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the stock method, computed by the engine where it may."""
+        # Read once: another thread may unpatch meanwhile, or have done so by now.
+        cls: Any = type(self)
+        if not issubclass(cls, Accelerated):
+            return cls.sample_actions(
+                self, images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs
+            )
+        runtime, stock = runtime_of(self), cls.stock_class
+        takes_bytes = hasattr(stock, "takes_bytes")
+        given = (_listed(images), _listed(img_masks), lang_tokens, lang_masks, state)
+
+        def stock_chunk(noise: Tensor | None) -> Tensor:
+            images = given[0]
+            if takes_bytes and isinstance(images, list | tuple):
+                side = self.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
+                images = [_as_floats(each, side) for each in images]
+            with stock_layers():
+                return stock.sample_actions(self, images, *given[1:], noise=noise, **kwargs)
+
+        def drawn() -> Tensor:
+            with not_capturing():
+                shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
+                return self.sample_noise(shape, state.device)
+
+        engine, reason, validators = runtime.gate(self)
+        call = Call(*given, noise, kwargs=kwargs, takes_bytes=takes_bytes)
+        untried = reason if isinstance(reason, Untried) and engine is not None else None
+        reason = (None if untried else reason) or INFERENCE.call_reason(self, call)
+        if untried is not None and engine is not None and reason is None:
+            kind = kind_of(self, call, (*untried.about, engine.tier.name, engine.ops.backend))
+            is_trial, reason = runtime.begin_trial(kind, untried)
+            if is_trial:
+                noise = drawn() if noise is None else noise
+                return _tried(self, engine, kind, call._replace(noise=noise), stock_chunk)
+        if reason is None and engine is not None:
+            noise = drawn() if noise is None else noise
+            try:
+                guidance = guidance_of(self, kwargs, noise)
+                inputs = (*given, noise.contiguous(), guidance)
+                try:
+                    chunk = engine.act(self, *inputs, validators=validators)
+                except EngineReplaced:
+                    engine, reason = runtime.look(self)
+                    if engine is None or reason is not None:
+                        raise Ineligible(str(reason)) from None
+                    chunk = engine.act(self, *inputs)
+            except (CaptureFailed, Ineligible) as refusal:
+                reason = str(refusal)
+            else:
+                runtime.served()
+                return chunk
+        runtime.fell_back(str(reason))
+        return stock_chunk(noise)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        cls = type(self)  # read once, as above
+        if not issubclass(cls, Accelerated):
+            return object.__reduce_ex__(self, protocol)
+        return restore, (cls.stock_class, issubclass(cls, TrainingMixin)), self.__dict__
+
+
+def _as_floats(image: Any, side: int) -> Any:
+    """What our own model computes of a frame in bytes before its layers see it."""
+    return (
+        image_prep(image, side, side, torch.float32)
+        if getattr(image, "dtype", None) is torch.uint8
+        else image
+    )
+
+
+def _tried(
+    model: Any, engine: Engine, kind: Kind, call: Call, stock_chunk: Callable[[Tensor | None], Tensor]
+) -> Tensor:
+    """Stock's chunk; the engine's is judged beside it."""
+    verdict, kwargs = None, call.kwargs or {}
+    assert call.noise is not None
+    try:
+        noise, guidance = call.noise.clone(), guidance_of(model, kwargs, call.noise)
+        inputs = (call.images, call.image_masks, call.tokens, call.token_masks, call.state)
+        chunk, verdict = judged(
+            model, engine, inputs, noise, kwargs,
+            act=lambda: engine.act(model, *inputs, noise, guidance),
+            stock=lambda: stock_chunk(call.noise),
+        )  # fmt: skip
+        return chunk
+    finally:
+        runtime_of(model).end_trial(kind, verdict)
+
+
+@cache
+def accelerated(stock: type, training: bool) -> type:
+    bases = (TrainingMixin, Accelerated, stock) if training else (Accelerated, stock)
+    attributes = {"stock_class": stock, "__module__": stock.__module__, **model_methods(stock, Accelerated)}
+    return type(stock.__name__, bases, attributes)
+
+
+def restore(stock: type, training: bool = False) -> Any:
+    cls: Any = accelerated(stock, training)
+    return cls.__new__(cls)
