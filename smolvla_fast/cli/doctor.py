@@ -48,7 +48,7 @@ def examine() -> dict[str, Any]:
         },
         "serves": serves(device),
         "fallback_reasons": availability.fallback_reasons(device),
-        "plan_folder": str(plan_files.folder()),
+        "plan_folder": plan_folder(),
         "plans": plans(device),
         "eight_bits": {tier: reason or "" for tier, reason in backends.why_not_eight_bits(device).items()},
         "backends": [
@@ -61,6 +61,13 @@ def examine() -> dict[str, Any]:
 def serves(device: torch.device) -> str:
     """The backend that ``backend="auto"`` takes on this device."""
     return backends.select("auto", device, False).backend
+
+
+def plan_folder() -> str:
+    try:
+        return str(plan_files.folder())
+    except OSError as error:
+        return str(error)
 
 
 def plans(device: torch.device) -> list[dict[str, Any]]:

@@ -38,9 +38,21 @@ _logged: set[str] = set()
 
 
 def folder() -> Path:
-    """The user's plans."""
+    """The user's plans. Raises OSError where the system names no folder for caches."""
     given = os.environ.get(FOLDER)
-    return Path(given).expanduser() / "plans" if given else Path(user_cache_dir("smolvla_fast")) / "plans"
+    try:
+        return Path(given).expanduser() / "plans" if given else Path(user_cache_dir("smolvla_fast")) / "plans"
+    except Exception as error:  # each system has its own way to have no home
+        raise OSError(f"this system names no cache folder ({error!r}); name one in {FOLDER}") from error
+
+
+def _places() -> list[Path]:
+    """Where plans may lie, the user's first."""
+    try:
+        return [folder(), SHIPPED]
+    except OSError as error:
+        _log_once(f"smolvla_fast: no plan of yours is used: {error}")
+        return [SHIPPED]
 
 
 def key_of(model: Any, tier: str, backend: str, device: torch.device) -> dict[str, Any]:
@@ -103,7 +115,7 @@ def name_of(key: dict[str, Any]) -> str:
 
 def find(key: dict[str, Any]) -> Plan | None:
     """The user's plan for this key, else one that ships, else None. What is there and no plan is named in the log, once."""
-    for place in (folder(), SHIPPED):
+    for place in _places():
         path = place / name_of(key)
         try:
             path.lstat()
@@ -181,7 +193,7 @@ def described(plan: Plan) -> str:
 
 def plans() -> Iterator[tuple[Path, dict[str, Any] | None, str]]:
     """Every file that lies where plans do: its contents, or None and the reason."""
-    for place in (folder(), SHIPPED):
+    for place in _places():
         for path in sorted(place.glob("*.json")) if place.is_dir() else ():
             try:
                 yield path, read(path), ""

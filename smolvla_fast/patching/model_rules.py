@@ -63,7 +63,8 @@ def _source(of: list[Owner]) -> str | None:
 
 def device(model: Any) -> str | None:
     """Which device nobody has tried yet.      model  a ``VLAFlowMatching``, or its pair"""
-    found = next(model.parameters()).device
+    # Asked at every call: of a whole model the first parameter is far to seek.
+    found = (model.state_proj.weight if hasattr(model, "state_proj") else next(model.parameters())).device
     if found.type == "meta":
         return "the policy is on meta and has no values; accepted are cpu and cuda"
     if found.type == "cpu":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.checks import TESTS
-from support.policies import LEROBOT_ONLY, TIERS, chunk, make_policy
+from support.policies import LEROBOT_ONLY, TIERS, chunk, make_policy, rel_l2
 from torch import Tensor
 
 import smolvla_fast
@@ -126,7 +126,8 @@ def test_status_counts(policy: Any, observation: dict[str, Tensor], noise: Tenso
     assert now.active and (now.calls_fast, now.calls_stock) == (3, 0)
     assert now.graphs == 0 and now.last_fallback is None
     assert set(now.to_dict()) == {
-        "active", "precision", "backend", "stages", "fallback_reasons", "calls_fast", "calls_stock", "last_fallback",
+        "active", "precision", "backend", "plan", "stages", "fallback_reasons", "calls_fast", "calls_stock", "last_fallback",
+            "trials",
         "graphs", "graph_bytes", "graph_nodes", "step_launches", "extra_bytes",
         "layers_fast", "layers_stock", "layers_fallback",
         "training_fast", "training_stock", "training_fallback", "training_fallback_reasons", "training_cache",
@@ -181,11 +182,14 @@ def test_exact_and_stock_have_the_same_bits(layout: str, caplog: pytest.LogCaptu
 
 @pytest.mark.check(4)
 def test_other_devices_run_stock(caplog: pytest.LogCaptureFixture) -> None:
-    """A device that no backend was made for, MPS say: here ``meta``, which every machine has."""
+    """A device without values is none to try; what may be tried: tests/patching/test_trial.py."""
     policy = make_policy("tiny").to("meta")
     smolvla_fast.patch(policy)
     now = smolvla_fast.status(policy)
-    assert not now.active and now.last_fallback == "the policy is on meta; accepted are cpu and cuda"
+    assert (
+        not now.active
+        and now.last_fallback == "the policy is on meta and has no values; accepted are cpu and cuda"
+    )
     assert len(caplog.records) == 1 and str(now.last_fallback) in caplog.text
     assert backends.select("auto", torch.device("mps"), False).backend == "torch"
 
@@ -240,7 +244,7 @@ def test_no_global_state_moves() -> None:
 
 @pytest.mark.check(7)
 @LEROBOT_ONLY
-def test_another_source_runs_stock_and_is_named(
+def test_another_source_runs_stock_until_its_trial_and_is_named(
     policy: Any, observation: dict[str, Tensor], noise: Tensor, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -248,10 +252,15 @@ def test_another_source_runs_stock_and_is_named(
     stock = chunk(policy, observation, noise)
     known = {version: {**table, "apply_rope": "0" * 12} for version, table in source_digests.KNOWN.items()}
     monkeypatch.setattr(source_digests, "KNOWN", known)
-    smolvla_fast.patch(policy)
+    smolvla_fast.patch(policy, trial=False)
     assert torch.equal(chunk(policy, observation, noise), stock)
     now = smolvla_fast.status(policy)
     assert not now.active and now.calls_stock == 1
     assert len(caplog.records) == 1
+    smolvla_fast.patch(policy)
+    assert torch.equal(chunk(policy, observation, noise), stock), "the trial returns stock's chunk"
+    assert rel_l2(chunk(policy, observation, noise), stock) <= FP32_BOUND
+    trial = smolvla_fast.status(policy)
+    assert trial.active and (trial.calls_fast, trial.calls_stock, len(trial.trials)) == (1, 2, 1)
     for word in ("apply_rope", "0.6.1", "0.4.4"):
         assert word in str(now.last_fallback) and word in caplog.text

@@ -267,7 +267,7 @@ def test_a_replay_that_a_new_tier_overtakes_runs_on_its_engine(monkeypatch: pyte
 def test_unpatched_as_a_chunk_begins(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, given, noise = patched()
     wanted = chunk(stock_of(policy), given, noise)
-    find, done = patch_module.runtime_of, []
+    find, done = chunk_forward.runtime_of, []
 
     def found(model: Any) -> Any:
         runtime = find(model) if moment == "after" else None
@@ -276,7 +276,7 @@ def test_unpatched_as_a_chunk_begins(moment: str, monkeypatch: pytest.MonkeyPatc
             elsewhere(lambda: smolvla_fast.unpatch(policy))
         return runtime or find(model)
 
-    monkeypatch.setattr(patch_module, "runtime_of", found)
+    monkeypatch.setattr(chunk_forward, "runtime_of", found)
     got = chunk(policy, given, noise)
     # Of stock, or of the engine that was there as it began.
     assert done and rel_l2(got, wanted) <= FP32_BOUND
