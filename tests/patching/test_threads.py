@@ -26,7 +26,7 @@ import smolvla_fast
 from smolvla_fast import inference
 from smolvla_fast.engine import quantized_weights
 from smolvla_fast.patch import engine_of
-from smolvla_fast.patching import layer_runtime, runtime
+from smolvla_fast.patching import chunk_forward, layer_runtime, runtime
 from smolvla_fast.patching.change_detector import ChangeDetector
 from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import FP32_BOUND
