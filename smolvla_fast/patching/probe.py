@@ -52,7 +52,7 @@ def _probe(pair: Any, exact: bool, frozen_only: bool) -> str | None:
         ):
             if exact and not torch.equal(live, ours) and not (live.isnan().any() and ours.isnan().any()):
                 return f"{name} of this transformers version rounds otherwise than the reference"
-            live, ours = live.double(), ours.double()
+            live, ours = live.cpu().double(), ours.cpu().double()  # not every device has fp64
             # Not a number, or infinite, in the same places: weights that make it so in stock make it so here.
             same = (live == ours) | (live.isnan() & ours.isnan())
             difference = (live - ours).masked_fill(same, 0).norm()

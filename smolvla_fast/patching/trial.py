@@ -72,8 +72,10 @@ class Verdict(NamedTuple):
 def kind_of(model: Any, call: Call, about: tuple[Hashable, ...]) -> Kind:
     """The kind of a call that the rules let pass."""
     kwargs = call.kwargs or {}
-    masked = tuple(tuple(each.tolist()) for each in call.image_masks)
-    lengths, language = call.token_masks.sum(dim=1), call.token_masks.long()
+    # One copy each: reading a mask waits for the device.
+    masked = tuple(map(tuple, torch.stack(list(call.image_masks)).cpu().tolist()))
+    language = call.token_masks.cpu().long()
+    lengths = language.sum(dim=1)
     filled = (lengths == language.shape[1]).tolist()
     alike, behind = bool((lengths == lengths[0]).all()), bool((language.diff(dim=1) <= 0).all())
     dtypes = tuple(sorted({str(each.dtype) for each in call.images}))
