@@ -100,7 +100,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
-    tile = attention_tile(tokens, block_dim, on_tensor_cores(capability(q.device), q.dtype))
+    cc = capability(q.device)
+    tile = attention_tile(tokens, block_dim, on_tensor_cores(cc, q.dtype), cc)
     _attention_fwd[(triton.cdiv(tokens, tile.rows), images * heads)](
         q,
         k,

@@ -52,9 +52,9 @@ def layer_norm(
     check("layer_norm", "bias", bias, (width,), like=x)
     y = torch.empty(x.shape, dtype=x.dtype if dtype is None else dtype, device=x.device)
     check("layer_norm", "the result", y, tuple(x.shape))
-    block_cols, num_warps = row_tile(width)
+    tile = row_tile(width)
     if x.numel():
         _layer_norm_fwd[(x.numel() // width,)](
-            x, weight, bias, y, width, eps, BLOCK_COLS=block_cols, num_warps=num_warps
+            x, weight, bias, y, width, eps, BLOCK_COLS=tile.cols, num_warps=tile.num_warps
         )
     return y

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check
+from .common import capability, check
 from .masked_attention import LOWEST, TYPES, masked_attention
 from .tuning import ATTENTION_PRECISION, attention_backward_tile, head_block
 
@@ -237,7 +237,7 @@ def masked_attention_backward(
     ]
     compute = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     block_dim = head_block(head_dim)
-    tile = attention_backward_tile(block_dim, compute.itemsize == 2)
+    tile = attention_backward_tile(block_dim, compute.itemsize == 2, capability(q.device))
     sizes = (tokens, keys, kv_heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride())
     scale = 1 / math.sqrt(head_dim)
     last = (*sizes, *out.stride()[:2], scale * math.log2(math.e), scale)

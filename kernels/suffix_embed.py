@@ -111,7 +111,7 @@ def suffix_embed(
         return y
     cc = capability(x.device)
     rows = batch * tokens
-    tile = suffix_embed_tile(rows, width, cc)
+    tile = suffix_embed_tile(rows, width, actions, cc)
     _suffix_embed_fwd[(triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.cols))](
         x,
         folded.weight,
