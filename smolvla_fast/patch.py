@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from .engine import plan_files
 from .engine.cuda_graphs import CaptureFailed, not_capturing
 from .inference import Engine, EngineReplaced, Ineligible
 from .model.precision import resolve_tier
@@ -33,6 +35,7 @@ from .patching.rtc import guidance_of
 from .patching.runtime import Status, drop_runtime, runtime_of
 from .patching.settings import DISABLE, SETTINGS, Settings, disabled, stock_layers
 from .patching.training_forward import TrainingMixin, training_reason
+from .patching.tuning import check_tune, tune_now
 from .patching.warmup import took, warm_up
 
 logger = logging.getLogger("smolvla_fast")
@@ -158,6 +161,7 @@ def patch(
     warmup: Any = None,
     training: bool = False,
     image_cache: int = 0,
+    tune: str = "cached",
 ) -> P:
     """Accelerate this one policy, in place, and return it.
 
@@ -172,6 +176,8 @@ def patch(
     training   speed up ``policy.forward``, the training loss, as well: what is frozen runs once and without a graph
     image_cache  bytes for tokens of frozen image frames, which a later step with the same frame looks up; 0: none. For data
                sets that fit into it, 245 KB a frame, and are trained on without random image transforms
+    tune       who computes what. "cached": as a plan says that was measured on this machine, if there is one; "now": measure
+               one first, in a minute or two, and keep it; "off": the defaults. ``exact`` has no plan
     raises     TypeError for another kind of object, ValueError for an unknown name, RuntimeError for an explicit wish
                that cannot be met, each naming what is accepted
     Patching again only changes the settings. ``unpatch`` undoes all of it.
@@ -188,11 +194,15 @@ def patch(
         raise ValueError(
             f"image_cache={image_cache!r}; accepted are bytes, 0 or more, together with training=True"
         )
+    check_tune(tune, tier)
     if disabled():  # before anything is asked of this machine, for it may be why the variable was set
         logger.warning("smolvla_fast: off: %s is set; unset it and load or patch the policy again", DISABLE)
         return policy
     select(backend, weight.device, tier.stock_order, tier.quantized)
-    before, settings = model.__dict__.get(SETTINGS), Settings(precision, backend, training, image_cache)
+    if tune == "now":
+        plan_files.check_writable()
+    before = model.__dict__.get(SETTINGS)
+    settings = Settings(precision, backend, training, image_cache, "off" if tune == "off" else "cached")
     if before is None and runtime_of(model).settings is None:
         drop_runtime(model)  # what a call left that was under way when the policy was unpatched
     if before != settings:  # the same object else: graphs hold as long as nothing of the model is replaced
@@ -202,44 +212,56 @@ def patch(
     model.__class__ = _accelerated(stock, training)
     patch_layers(model, settings)
     runtime = runtime_of(model)
+    runtime.look_for_plan(model)
+    timed = tuned = ""
+    if tune == "now":
+        with _in_eval_or_undone(found, before, settings):
+            tuned = tune_now(found, warmup if isinstance(warmup, dict) else None)
     started = time.perf_counter()
     reason = runtime.look(model)[1]
     checked = time.perf_counter()
     if reason is not None:
         runtime.note(reason)
-    timed = ""
     if warmup is not None and warmup is not False:
-        was_training = found.training
-        try:
-            if was_training:
-                found.eval()
+        with _in_eval_or_undone(found, before, settings):
             warm_up(found, warmup)
-        except Exception:
-            if model.__dict__.get(SETTINGS) is not settings:
-                pass  # as it was, or as another thread has patched it meanwhile
-            elif before is None:
-                unpatch(policy)
-            else:
-                model.__dict__[SETTINGS] = before
-                model.__class__ = _accelerated(stock, before.training)
-                patch_layers(model, before)
-            raise
-        finally:
-            if was_training:
-                found.train()
         timed = took(model.state_proj.weight.device, started, checked)
     if reason is not None:
-        logger.warning("smolvla_fast: stock runs: %s%s", reason, timed)
+        logger.warning("smolvla_fast: stock runs: %s%s%s", reason, tuned, timed)
     else:
         now = status(policy)
         instead = "".join(f"; not {name}: {why}" for name, why in now.fallback_reasons.items())
+        planned = f"; {now.plan}" if now.plan else ""
         logger.info(
-            "smolvla_fast: on: %s on %s, backend %s for %s%s%s",
-            now.precision, weight.device, now.backend, _shared(now), instead, timed,
+            "smolvla_fast: on: %s on %s, backend %s for %s%s%s%s%s",
+            now.precision, weight.device, now.backend, _shared(now), instead, planned, tuned, timed,
         )  # fmt: skip
     if training:
         runtime.training.announce(training_reason(model))
     return policy
+
+
+@contextmanager
+def _in_eval_or_undone(policy: Any, before: Settings | None, settings: Settings) -> Iterator[None]:
+    """Inside, a policy that was just patched is in eval mode; an error undoes the patch."""
+    model, was_training = policy.model, policy.training
+    try:
+        if was_training:
+            policy.eval()
+        yield
+    except Exception:
+        if model.__dict__.get(SETTINGS) is not settings:
+            pass  # as it was, or as another thread has patched it meanwhile
+        elif before is None:
+            unpatch(policy)
+        else:
+            model.__dict__[SETTINGS] = before
+            model.__class__ = _accelerated(type(model).stock_class, before.training)
+            patch_layers(model, before)
+        raise
+    finally:
+        if was_training:
+            policy.train()
 
 
 def _shared(now: Status) -> str:

@@ -169,7 +169,7 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
         truth, true_velocities = _stock_chunk(model, torch.float32, inputs, noise)
     stock = _stock_chunk(model, tier.gemm_dtype, inputs, noise)[0]
     velocities: list[Tensor] = []
-    engine = Engine(tier, "auto" if tier.stock_order else now.backend, state.device, capture=False)
+    engine = Engine(tier, served.products.backend, state.device, capture=False, products=served.products)
     fast = engine.act(model, *inputs, noise, observe=lambda _, v: velocities.append(v))
     # What the caller gets is judged: a replay, and a loop in one launch, which cannot be observed.
     if served.graphs is not None or served.ops.denoise_persistent is not None:

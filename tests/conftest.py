@@ -14,6 +14,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Plans that were measured on this machine decide who computes what; tests have none but their own.
+os.environ["SMOLVLA_FAST_CACHE_DIR"] = str(Path(__file__).parent / "no-cache")
+
 # Several processes of a run share the processor; threads of OpenMP that wait for one another would stop them all.
 if "PYTEST_XDIST_WORKER" in os.environ:
     share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))

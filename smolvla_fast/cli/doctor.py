@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..engine import plan_files
 from ..measure import system
 from ..measure.console import Console, check_writable, counted, write_json
 from ..ops import availability, extension
@@ -35,8 +36,16 @@ def examine() -> dict[str, Any]:
     """All findings, as JSON values."""
     facts = system.facts()
     device = torch.device("cuda" if facts["gpus"] else "cpu")
+    plans, trouble = plan_files.listing()
+    try:
+        folder = str(plan_files.cache_folder())
+    except plan_files.CannotSave as error:
+        folder = str(error)
     return {
         **facts,
+        "cache_folder": folder,
+        "plans": plans,
+        "plans_trouble": trouble,
         "disabled": disabled(),
         "versions": system.versions(),
         "compiler": system.compiler(),
@@ -84,6 +93,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         ),
         *([f"precision {tier}", reason or "served"] for tier, reason in found["eight_bits"].items()),
         ["commit", found["commit"] or "not a checkout"],
+        ["cache folder", found["cache_folder"]],
     ]
     console.table("Machine", ["what", "found"], rows, left=2)
 
@@ -110,6 +120,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.table(title, ["op", *names], rows, left=1 + len(names))
     for number, reason in enumerate(reasons, 1):
         console.line(f"({number}) {reason}")
+    show_plans(found, console)
     for name, reason in found["fallback_reasons"].items():
         console.line(f"backend='auto' does not take {name}: {reason}")
     if found["disabled"]:
@@ -119,3 +130,30 @@ def show(found: dict[str, Any], console: Console) -> None:
             "lerobot is missing: demo and verify run smolvla_fast's own SmolVLA; train, serve and bench need it; "
             '`pip install "smolvla_fast[lerobot]"`'
         )
+
+
+def show_plans(found: dict[str, Any], console: Console) -> None:
+    """The plans that are there, and why some are not for this machine."""
+    fits = [plan for plan in found["plans"] if plan["reason"] is None]
+    if fits:
+        rows = [
+            [
+                plan["tier"],
+                plan["backend"],
+                f"{plan['measured']} ({plan['age']})",
+                plan["choices"],
+                plan["file"],
+            ]
+            for plan in fits
+        ]
+        title = "Plans for this machine, software and number of threads"
+        console.table(title, ["tier", "backend", "measured", "choices", "file"], rows, left=5)
+    else:
+        console.line(
+            "no plan for this machine, software and number of threads: `smolvla-fast tune` makes one"
+        )
+    for plan in found["plans"]:
+        if plan["reason"] is not None:
+            console.line(f"plan not used here: {plan['file']}: {plan['reason']}")
+    if found["plans_trouble"]:
+        console.line(f"plans: {found['plans_trouble']}")

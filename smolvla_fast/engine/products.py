@@ -10,6 +10,7 @@ from torch import Tensor
 from ..model.precision import Tier
 from ..model.weights import Cast
 from ..ops.availability import fallback_reasons
+from ..ops.plan import Plan
 from ..ops.processor import why_bf16_is_slow
 from ..ops.select import select
 from .quantized_weights import FLOATS, KINDS, IntegerCast, QuantizedWeights
@@ -18,16 +19,18 @@ from .quantized_weights import FLOATS, KINDS, IntegerCast, QuantizedWeights
 class Products:
     """Of one model: its chunks and its single layers share one.
 
-    ops                the table of the backend
+    ops                the table of the backend, or of the plan
+    backend, plan      the wish, and who serves what as measured on this machine; never in the tier ``exact``
     quantized_weights  of the tiers that have them
     fallback_reasons   what the tier does without here, with the reasons
     cast               a matrix in the form that the tier multiplies with; see ``weights.Cast``
     raises             as ``select``
     """
 
-    def __init__(self, tier: Tier, backend: str, device: torch.device) -> None:
-        self.tier, self.device = tier, device
-        self.ops = select(backend, device, tier.stock_order, tier.quantized)
+    def __init__(self, tier: Tier, backend: str, device: torch.device, plan: Plan | None = None) -> None:
+        self.tier, self.backend, self.device = tier, backend, device
+        self.plan = None if tier.stock_order else plan
+        self.ops = select(backend, device, tier.stock_order, tier.quantized, plan=self.plan)
         self._gemm_dtype = tier.gemm_dtype
         wished = backend != "auto" or tier.stock_order
         self._fallback_reasons = {} if wished else fallback_reasons(device)

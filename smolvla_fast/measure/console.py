@@ -81,6 +81,20 @@ class Console:
 
             yield advance
 
+    @contextmanager
+    def shares(self, title: str) -> Iterator[Callable[[str, float], None]]:
+        """Yields ``show(label, share)``, to be called when a piece of work begins with the share of all that is done."""
+        if not (self.rich and sys.stderr.isatty()):
+            yield lambda label, share: print(f"[{share:4.0%}] {label}", file=sys.stderr, flush=True)
+            return
+        from rich.console import Console as Rich
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Rich(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=1.0)
+            yield lambda label, share: bar.update(task, completed=share, description=label)
+
 
 def _cell(value: Any) -> str:
     return "" if value is None else str(value)

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from .availability import PREFERRED, why_not, why_not_auto, why_not_fp8, why_not_int8
+from .plan import Plan
 from .table import NAMES, Ops, derive
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
@@ -78,12 +79,19 @@ def why_not_eight_bits(device: torch.device) -> dict[str, str | None]:
     }
 
 
-def select(backend: str, device: torch.device, stock_order: bool, quantized: str | None = None) -> Ops:
+def select(
+    backend: str,
+    device: torch.device,
+    stock_order: bool,
+    quantized: str | None = None,
+    plan: Plan | None = None,
+) -> Ops:
     """The ops for a wish.
 
     backend      "auto": on a CPU "cpu", on an NVIDIA GPU "triton", and "torch" where these cannot serve or were never
                  measured ahead of it; or a name. "cuda" has to be named: it was never measured to be ahead of Triton
     quantized    "e4m3", the tier ``fp8``, which Triton's kernels alone serve, or "int8", which backend ``cpu`` alone does
+    plan         who serves what on this machine, as far as it was measured; not asked by the ``exact`` tier
     stock_order  the ``exact`` tier: the references, which are stock's own ATen calls, on any device
     raises       ValueError for an unknown name, RuntimeError naming the reason where an explicit wish cannot be met
     """

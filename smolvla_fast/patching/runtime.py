@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import WeakSet, ref
 
+from ..engine import plan_files
 from ..engine.cuda_graphs import GraphCache
 from ..engine.timing import STAGES
 from ..inference import Engine, EngineReplaced, Ineligible, Validator
@@ -15,7 +16,7 @@ from .change_detector import ChangeDetector
 from .eligibility import INFERENCE
 from .layer_runtime import LAYER_RUNTIMES
 from .served import Registry, Served, logger
-from .settings import Settings
+from .settings import SETTINGS, Settings
 from .training_runtime import TrainingRuntime
 
 
@@ -26,6 +27,7 @@ class Status:
     active            True: the engine serves chunks. False: stock runs; last_fallback says why
     precision         the tier: "exact", "fp32", "bf16", "fp8" or "int8"
     backend           who computes: "torch", "cpu", "triton" or "cuda"; "reference" in the tier "exact"
+    plan              who serves what as measured on this machine: its date, its choices, its file; None: the defaults
     stages            stage -> backend; two where one has no kernel for some ops: "cuda, triton"; the denoise loop's is
                       of the last chunk
     fallback_reasons  what the engine does without, each with the reason:
@@ -59,6 +61,7 @@ class Status:
     active: bool = False
     precision: str = "stock"
     backend: str = "stock"
+    plan: str | None = None
     stages: dict[str, str] = field(default_factory=lambda: dict.fromkeys(STAGES, "stock"))
     fallback_reasons: dict[str, str] = field(default_factory=dict)
     calls_fast: int = 0
@@ -103,7 +106,7 @@ class Runtime(Served[Engine]):
             self.engine.graphs.clear()  # they hold addresses and settings of before
         if self.engine is None or self._built_for != key:
             tier = resolve_tier(settings.precision, weight.dtype)
-            products = layers.products(tier, settings.backend, weight.device)
+            products = layers.products(model.vlm_with_expert, tier, settings, weight.device)
             self.engine = Engine(tier, settings.backend, weight.device, products=products)
             if self._built_for and self._built_for[0] == settings:  # not patched anew, which says it itself
                 name = self.engine.ops.backend
@@ -141,6 +144,19 @@ class Runtime(Served[Engine]):
             super().forget()
         self.training.forget()
 
+    def look_for_plan(self, model: Any) -> None:
+        """Forgets the engines where the plan that they were made with is no longer the one that is found."""
+        with self.lock:
+            layers = LAYER_RUNTIMES.of(model.vlm_with_expert)
+            settings = model.__dict__.get(SETTINGS)
+            if self.engine is None or settings is None:
+                return
+            products = self.engine.products
+            if layers.plan(model.vlm_with_expert, products.tier, settings, products.device) != products.plan:
+                self.forget()
+                layers.forget()
+                self._built_for = ()  # as if patched anew: who asked says what serves now
+
     @property
     def _graphs(self) -> list[GraphCache]:
         """Of chunks, and of the functions that ``captured`` holds."""
@@ -169,12 +185,13 @@ class Runtime(Served[Engine]):
         engine = self.engine
         if reason is not None or engine is None:
             return Status(**counters)
-        graphs = engine.graphs
+        graphs, plan = engine.graphs, engine.products.plan
         held = sum(each.bytes for each in self._graphs)
         return Status(
             active=True,
             precision=engine.tier.name,
             backend=engine.ops.backend,
+            plan=None if plan is None else plan_files.describe(plan),
             graphs=sum(each.count for each in self._graphs),
             graph_bytes=held,
             graph_nodes=None if graphs is None else graphs.nodes,

@@ -21,6 +21,8 @@ class Settings:
     backend: str
     training: bool = False
     image_cache: int = 0
+    tune: str = "cached"
+    """"cached" or "off": a copy of a policy that was tuned when it was patched is not tuned again."""
 
 
 def disabled() -> bool:

@@ -73,6 +73,7 @@ def test_the_wheel_carries_its_metadata(installed):
         "numpy",
         "safetensors",
         "transformers",
+        "platformdirs",
     }
     extras = {value for key, value in fields if key == "Provides-Extra"}
     assert extras >= {"lerobot", "train", "bench", "test", "cli"}

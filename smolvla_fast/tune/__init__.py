@@ -1,0 +1,1 @@
+"""Measures on this machine who computes which op fastest."""
