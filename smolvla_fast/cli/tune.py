@@ -149,18 +149,14 @@ def show(found: Tuning, written: dict[str, Any], console: Console) -> None:
 
 def role(choice: Choice, timed: Timed, kept: bool) -> str:
     """What one candidate is to the choice."""
+    if not choice.reached and timed.p50_ms is None:
+        return "not reached"
+    if timed.refused is not None:
+        return "refused"
     chosen = choice.chosen if kept else choice.default
-    names = [
-        name
-        for name, holds in (
-            ("default", timed.candidate == choice.default),
-            ("chosen", timed.candidate == chosen),
-            ("refused", timed.refused is not None),
-            ("not reached", not choice.reached and timed.p50_ms is None),
-        )
-        if holds
-    ]
-    return ", ".join(names)
+    return ", ".join(
+        name for name, whose in (("default", choice.default), ("chosen", chosen)) if timed.candidate == whose
+    )
 
 
 def figures(timed: Timed) -> list[str]:

@@ -105,7 +105,9 @@ def tuning_bars(found: dict[str, Any], path: str | Path) -> None:
     ops: dict[str, tuple[float, float]] = {}
     for choice in found["choices"]:
         times = {each["candidate"]: each["p50_ms"] for each in choice["timed"]}
-        default, chosen = (times.get(choice[name]) for name in ("default", "chosen"))
+        default, chosen = (
+            times.get(choice[name]) for name in ("default", "chosen" if found["kept"] else "default")
+        )
         if default is not None and chosen is not None:
             whose = choice["default"] if chosen is default else f"{choice['default']} -> {choice['chosen']}"
             label = f"{choice['op']} {choice['shape']}\n{whose}"
