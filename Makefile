@@ -105,7 +105,7 @@ $(ALONE)/.ready:
 	echo "Creating $(ALONE) with $$python: torch and transformers, no LeRobot."; \
 	"$$python" -m venv --clear $(ALONE)
 	@$(ALONE)/bin/python -m pip install -qq --disable-pip-version-check --upgrade pip
-	@$(ALONE)/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0 transformers safetensors numpy pillow
+	@$(ALONE)/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0 transformers safetensors numpy platformdirs pillow
 	@touch $@
 
 lint: venv

@@ -10,6 +10,7 @@ Environment, read at each load:
     SMOLVLA_FAST_DISABLE    1: policies stay stock
     SMOLVLA_FAST_PRECISION  as ``precision`` of ``patch``; "auto" where unset
     SMOLVLA_FAST_BACKEND    as ``backend`` of ``patch``; "auto" where unset
+    SMOLVLA_FAST_TUNE       as ``tune`` of ``patch``; "cached" where unset
     SMOLVLA_FAST_WARMUP     1: a first chunk at once, as ``warmup=True`` of ``patch``, so that the first real one waits
                             for no capture
 """
@@ -31,6 +32,7 @@ logger = logging.getLogger("smolvla_fast")
 
 PRECISION = "SMOLVLA_FAST_PRECISION"
 BACKEND = "SMOLVLA_FAST_BACKEND"
+TUNE = "SMOLVLA_FAST_TUNE"
 WARMUP = "SMOLVLA_FAST_WARMUP"
 
 
@@ -56,8 +58,9 @@ def patch_as_loaded(policy_class: Any) -> None:
 
 def _try_to_patch(policy: Any) -> None:
     precision, backend = os.environ.get(PRECISION) or "auto", os.environ.get(BACKEND) or "auto"
+    tune = os.environ.get(TUNE) or "cached"
     try:
-        patch(policy, precision=precision, backend=backend, warmup=_warmup())
+        patch(policy, precision=precision, backend=backend, warmup=_warmup(), tune=tune)
         if not disabled():
             weakref.finalize(policy.model, _report, runtime_of(policy.model))
     except Exception as error:  # whatever it is, a robot must not stop for it

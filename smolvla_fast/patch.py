@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+from .engine import plan_files
 from .inference import Engine
 from .model.precision import resolve_tier
 from .model.weights import representative_weight
@@ -26,13 +28,12 @@ from .patching.layer_runtime import LAYER_RUNTIMES
 from .patching.runtime import Status, drop_runtime, runtime_of
 from .patching.settings import DISABLE, SETTINGS, Settings, disabled
 from .patching.training_forward import training_reason
-from .patching.tuning import keep, tune_policy
+from .patching.tuning import check_tune, tune_now
 from .patching.warmup import took, warm_up
 
 logger = logging.getLogger("smolvla_fast")
 
 P = TypeVar("P")
-TUNE = ("cached", "now", "off")
 
 
 def find_policy(policy: Any) -> Any:
@@ -98,16 +99,16 @@ def patch(
         )
     if not isinstance(trial, bool):
         raise TypeError(f"trial={trial!r}; accepted are True and False")
-    if tune not in TUNE:
-        raise ValueError(f"tune={tune!r}; accepted are {', '.join(map(repr, TUNE))}")
+    check_tune(tune, tier)
     if disabled():  # before anything is asked of this machine, for it may be why the variable was set
         logger.warning("smolvla_fast: off: %s is set; unset it and load or patch the policy again", DISABLE)
         return policy
     select(backend, weight.device, tier.stock_order, tier.quantized)
-    before, settings = (
-        model.__dict__.get(SETTINGS),
-        Settings(precision, backend, training, image_cache, plans=tune != "off", trial=trial),
-    )
+    if tune == "now":
+        plan_files.check_writable()
+    before = model.__dict__.get(SETTINGS)
+    plans = "off" if tune == "off" else "cached"
+    settings = Settings(precision, backend, training, image_cache, plans, trial)
     if before is None and runtime_of(model).settings is None:
         drop_runtime(model)  # what a call left that was under way when the policy was unpatched
     if before != settings:  # the same object else: graphs hold as long as nothing of the model is replaced
@@ -117,64 +118,58 @@ def patch(
     model.__class__ = accelerated(stock, training)
     patch_layers(model, settings)
     runtime = runtime_of(model)
+    runtime.look_for_plan(model)
+    timed = tuned = ""
+    if tune == "now":
+        with _in_eval_or_undone(found, before, settings):
+            tuned = tune_now(found, warmup if isinstance(warmup, dict) else None)
     started = time.perf_counter()
     engine, reason = runtime.look(model)
     checked = time.perf_counter()
-    pending = engine is not None and reason is not None
     if reason is not None:
         runtime.note(reason)
-    if tune == "now" and engine is not None:
-        _tune_now(found, warmup)
-    timed = ""
     if warmup is not None and warmup is not False:
-        was_training = found.training
-        try:
-            if was_training:
-                found.eval()
+        with _in_eval_or_undone(found, before, settings):
             warm_up(found, warmup)
-        except Exception:
-            if model.__dict__.get(SETTINGS) is not settings:
-                pass  # as it was, or as another thread has patched it meanwhile
-            elif before is None:
-                unpatch(policy)
-            else:
-                model.__dict__[SETTINGS] = before
-                model.__class__ = accelerated(stock, before.training)
-                patch_layers(model, before)
-            raise
-        finally:
-            if was_training:
-                found.train()
         timed = took(model.state_proj.weight.device, started, checked)
-    if pending and not status(policy).active:
-        logger.info("smolvla_fast: %s%s", status(policy).last_fallback, timed)
-    elif reason is not None and not pending:
-        logger.warning("smolvla_fast: stock runs: %s%s", reason, timed)
-    else:
-        now = status(policy)
+    now = status(policy)
+    if now.active:
         instead = "".join(f"; not {name}: {why}" for name, why in now.fallback_reasons.items())
+        planned = f"; {now.plan}" if now.plan else ""
         logger.info(
-            "smolvla_fast: on: %s on %s, backend %s for %s%s%s%s",
-            now.precision, weight.device, now.backend, _shared(now),
-            "" if now.plan is None else f", by a plan of {now.plan}", instead, timed,
+            "smolvla_fast: on: %s on %s, backend %s for %s%s%s%s%s",
+            now.precision, weight.device, now.backend, _shared(now), instead, planned, tuned, timed,
         )  # fmt: skip
+    elif engine is not None and not now.trials:
+        logger.info("smolvla_fast: stock runs until a trial: %s%s%s", now.last_fallback, tuned, timed)
+    else:
+        logger.warning("smolvla_fast: stock runs: %s%s%s", now.last_fallback, tuned, timed)
     if training:
         runtime.training.announce(training_reason(model))
     return policy
 
 
-def _tune_now(policy: Any, example: Any) -> None:
-    """What cannot be tuned or kept is said: the policy runs all the same."""
-    from .testing.observations import make_observation
-
+@contextmanager
+def _in_eval_or_undone(policy: Any, before: Settings | None, settings: Settings) -> Iterator[None]:
+    """Inside, a policy that was just patched is in eval mode; an error undoes the patch."""
+    model, was_training = policy.model, policy.training
     try:
-        batch = example if isinstance(example, dict) else make_observation(policy)
-        tuning = tune_policy(policy, batch)
-        logger.info(
-            "smolvla_fast: tuned in %.0f s: %s; %s", tuning.seconds, tuning.note, keep(policy, tuning)
-        )
-    except (RuntimeError, OSError) as error:
-        logger.warning("smolvla_fast: not tuned: %s", error)
+        if was_training:
+            policy.eval()
+        yield
+    except Exception:
+        if model.__dict__.get(SETTINGS) is not settings:
+            pass  # as it was, or as another thread has patched it meanwhile
+        elif before is None:
+            unpatch(policy)
+        else:
+            model.__dict__[SETTINGS] = before
+            model.__class__ = accelerated(type(model).stock_class, before.training)
+            patch_layers(model, before)
+        raise
+    finally:
+        if was_training:
+            policy.train()
 
 
 def _shared(now: Status) -> str:

@@ -1,12 +1,10 @@
 """What the whole suite shares: Triton's interpreter where there is no GPU, and packages built once a run."""
 
-import atexit
 import logging
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,15 +14,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Plans that were measured on this machine decide who computes what; tests have none but their own.
+os.environ["SMOLVLA_FAST_CACHE_DIR"] = str(Path(__file__).parent / "no-cache")
+
 # Several processes of a run share the processor; threads of OpenMP that wait for one another would stop them all.
 if "PYTEST_XDIST_WORKER" in os.environ:
     share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
-# Nobody's plans have a say in a test: who computes an op is the default's affair unless the test brings a plan.
-os.environ["SMOLVLA_FAST_CACHE_DIR"] = tempfile.mkdtemp(prefix="smolvla_fast-tests-")
-atexit.register(shutil.rmtree, os.environ["SMOLVLA_FAST_CACHE_DIR"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = pytest.mark.skip(reason="no CUDA GPU here")

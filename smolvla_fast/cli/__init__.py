@@ -1,4 +1,4 @@
-"""The command line: ``smolvla-fast doctor | demo | verify | tune | train | bench | serve``."""
+"""The command line: ``smolvla-fast doctor | demo | tune | verify | train | bench | serve``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ NEEDS = {"train": "train", "serve": "callers", "bench": "bench,lerobot"}
 COMMANDS = {
     "doctor": "what is installed, what this machine can do, and which backend serves which op",
     "demo": "run SmolVLA stock and patched on one observation; times, error, chart",
+    "tune": "measure who computes what fastest on this machine, and keep it for the next patch",
     "verify": "check the patched policy against stock; exit status 1 if it fails",
-    "tune": "measure who computes each op fastest on this machine, and keep it as a plan",
     "train": "train or fine-tune SmolVLA on a LeRobotDataset, with LeRobot's flags",
     "bench": "run the benchmark suites; JSON, Markdown and chart",
     "serve": "LeRobot's policy server with its SmolVLA policies patched",

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     show(found, console)
     write_json(args.json, found)
     console.line(f"wrote {args.json}")
-    draw(found, args.plot, console)
+    draw("stage_bars", found, args.plot, console)
     if not fast_ran:
         console.line(
             f"The patched policy ran stock, so nothing was compared: {found['status']['last_fallback']}"
@@ -172,6 +172,8 @@ def show(found: dict[str, Any], console: Console) -> None:
         f"{counted(found['steps'], 'step')}, chunk of {policy['chunk_size']}, on {found['device']}"
     )
     subject.say_whose(policy, console)
+    if found["status"]["plan"]:
+        console.line(found["status"]["plan"])
     warning = system.busy(found)
     if warning:
         console.line(warning)
@@ -222,15 +224,15 @@ def check_plot(path: str) -> None:
         raise CommandError(f"--plot {path}: no kind of picture; accepted are {', '.join(sorted(KINDS))}")
 
 
-def draw(found: dict[str, Any], path: str, console: Console) -> None:
-    """Saves the chart, or prints why there is none."""
+def draw(chart: str, found: Any, path: str, console: Console) -> None:
+    """Saves what ``plot`` draws under this name, or prints why there is none."""
     try:
-        from ..measure.plot import stage_bars
+        from ..measure import plot
     except ImportError:
         console.line('no chart: matplotlib is not installed; run `pip install "smolvla_fast[cli]"`')
         return
     try:
-        stage_bars(found, path)
+        getattr(plot, chart)(found, path)
     except (OSError, ValueError) as reason:
         raise cannot_write(path, reason, "--plot") from reason
     console.line(f"wrote {path}")

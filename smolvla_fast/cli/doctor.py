@@ -36,8 +36,16 @@ def examine() -> dict[str, Any]:
     """All findings, as JSON values."""
     facts = system.facts()
     device = torch.device("cuda" if facts["gpus"] else "cpu")
+    plans, trouble = plan_files.listing()
+    try:
+        folder = str(plan_files.cache_folder())
+    except plan_files.CannotSave as error:
+        folder = str(error)
     return {
         **facts,
+        "cache_folder": folder,
+        "plans": plans,
+        "plans_trouble": trouble,
         "disabled": disabled(),
         "versions": system.versions(),
         "compiler": system.compiler(),
@@ -48,8 +56,6 @@ def examine() -> dict[str, Any]:
         },
         "serves": serves(device),
         "fallback_reasons": availability.fallback_reasons(device),
-        "plan_folder": plan_folder(),
-        "plans": plans(device),
         "eight_bits": {tier: reason or "" for tier, reason in backends.why_not_eight_bits(device).items()},
         "backends": [
             {"op": row.op, "backend": row.backend, "available": row.available, "reason": row.reason}
@@ -61,27 +67,6 @@ def examine() -> dict[str, Any]:
 def serves(device: torch.device) -> str:
     """The backend that ``backend="auto"`` takes on this device."""
     return backends.select("auto", device, False).backend
-
-
-def plan_folder() -> str:
-    try:
-        return str(plan_files.folder())
-    except OSError as error:
-        return str(error)
-
-
-def plans(device: torch.device) -> list[dict[str, Any]]:
-    """What lies where plans do: file, tier, date, choices, and why it serves no policy here, or an empty string."""
-    here, rows = plan_files.machine(device), []
-    for path, found, reason in plan_files.plans():
-        row: dict[str, Any] = {"file": str(path), "tier": None, "measured": None, "choices": None}
-        if found is not None:
-            key = found["key"]
-            other = [part for part, value in here.items() if key.get(part) != value]
-            reason = f"it is for {' and '.join(other)} other than here" if other else ""
-            row |= dict(tier=key.get("tier"), measured=found["measured"], choices=len(found["choices"]))
-        rows.append({**row, "reason": reason})
-    return rows
 
 
 def show(found: dict[str, Any], console: Console) -> None:
@@ -108,6 +93,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         ),
         *([f"precision {tier}", reason or "served"] for tier, reason in found["eight_bits"].items()),
         ["commit", found["commit"] or "not a checkout"],
+        ["cache folder", found["cache_folder"]],
     ]
     console.table("Machine", ["what", "found"], rows, left=2)
 
@@ -134,17 +120,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.table(title, ["op", *names], rows, left=1 + len(names))
     for number, reason in enumerate(reasons, 1):
         console.line(f"({number}) {reason}")
-    rows = [
-        [plan["file"], plan["tier"], plan["measured"], plan["choices"], plan["reason"] or "serves"]
-        for plan in found["plans"]
-    ]
-    if rows:
-        columns = ["plan", "tier", "measured", "choices", "here"]
-        console.table("Plans of `smolvla-fast tune`", columns, rows, left=5)
-    else:
-        console.line(
-            f"no plan in {found['plan_folder']}: ops are computed by the defaults; `smolvla-fast tune` measures one"
-        )
+    show_plans(found, console)
     for name, reason in found["fallback_reasons"].items():
         console.line(f"backend='auto' does not take {name}: {reason}")
     if found["disabled"]:
@@ -154,3 +130,30 @@ def show(found: dict[str, Any], console: Console) -> None:
             "lerobot is missing: demo and verify run smolvla_fast's own SmolVLA; train, serve and bench need it; "
             '`pip install "smolvla_fast[lerobot]"`'
         )
+
+
+def show_plans(found: dict[str, Any], console: Console) -> None:
+    """The plans that are there, and why some are not for this machine."""
+    fits = [plan for plan in found["plans"] if plan["reason"] is None]
+    if fits:
+        rows = [
+            [
+                plan["tier"],
+                plan["backend"],
+                f"{plan['measured']} ({plan['age']})",
+                plan["choices"],
+                plan["file"],
+            ]
+            for plan in fits
+        ]
+        title = "Plans for this machine, software and number of threads"
+        console.table(title, ["tier", "backend", "measured", "choices", "file"], rows, left=5)
+    else:
+        console.line(
+            "no plan for this machine, software and number of threads: `smolvla-fast tune` makes one"
+        )
+    for plan in found["plans"]:
+        if plan["reason"] is not None:
+            console.line(f"plan not used here: {plan['file']}: {plan['reason']}")
+    if found["plans_trouble"]:
+        console.line(f"plans: {found['plans_trouble']}")

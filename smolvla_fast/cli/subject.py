@@ -1,4 +1,4 @@
-"""The policy and observation of `demo` and `verify`, from the same arguments."""
+"""The policy and observation of `demo`, `tune` and `verify`, from the same arguments."""
 
 from __future__ import annotations
 

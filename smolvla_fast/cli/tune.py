@@ -1,131 +1,174 @@
-"""Measures on this machine who computes each op of a chunk fastest, and keeps it as a plan that `patch` uses from then on.
+"""Measures on this machine who computes each op of a policy fastest, and keeps that for the next patch of such a policy.
 
-A chunk is recorded. Each candidate (our kernels, oneDNN, MKL or cuBLAS through torch, torch's fused attention, Triton's
-tiles) is checked against fp64 first and refused where its error is more than twice eager torch's; then it is timed in
-alternating rounds. A difference below the scatter keeps the default. At the end the whole chunk decides: a plan that does
-not make it faster is not kept. Exit status 0 once it has measured, 2 where it could not run.
+Every candidate is compared with fp64 first; one that errs more than twice what torch's own calls do is refused. A candidate
+that is not faster by more than the scatter leaves the default. Then the whole chunk is timed before and after. What was
+not reached within --seconds keeps its default. Tier exact has nothing to tune.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+from ..engine import plan_files
 from ..measure import system
 from ..measure.console import CommandError, Console, check_writable, counted, milliseconds, write_json
 from ..measure.rounds import threads
-from ..patching.tuning import SECONDS, keep, tune_policy
-from ..tune.result import Choice, Tuning
+from ..model.precision import TIERS
+from ..patching import tuning
+from ..patching.settings import DISABLE, disabled
+from ..tune.result import Choice, Timed, Tuning
+from ..tune.tuner import SECONDS
 from . import subject
+from .demo import check_plot, draw
 
-LONGEST = 86_400.0
+MOST_SECONDS = 86_400
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject.add_arguments(parser)
     parser.add_argument(
-        "--seconds", type=_seconds, default=SECONDS, help=f"how long it may take (default: {SECONDS:g})"
+        "--seconds", type=seconds, default=SECONDS, help=f"how long it may take (default: {SECONDS:.0f})"
     )
-    parser.add_argument("--plot", metavar="PATH", help="draw what was measured into this file")
-    parser.add_argument("--dry-run", action="store_true", help="measure, and keep no plan")
+    parser.add_argument("--plot", metavar="PATH", help="a chart of defaults beside choices")
+    parser.add_argument("--dry-run", action="store_true", help="measure and show, but keep no plan")
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 1 <= value <= LONGEST:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to {LONGEST:g}")
+    if not 0 < value <= MOST_SECONDS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of seconds above 0 and up to {MOST_SECONDS:,}"
+        )
     return value
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    import smolvla_fast
-
-    device = subject.check(args)
     if args.precision == "exact":
-        raise CommandError(
-            "--precision exact runs stock's own calls, whatever is faster: it has nothing to tune; accepted are the others"
-        )
-    if args.json is not None:
-        check_writable(args.json, "--json")
+        accepted = ", ".join(name for name in ("auto", *TIERS) if name != "exact")
+        raise CommandError(f"--precision exact: {tuning.NOTHING}; accepted are {accepted}")
+    device = subject.check(args)
+    if disabled():
+        raise CommandError(f"{DISABLE} is set, so every policy runs stock; unset it to tune")
+    for path, option in ((args.json, "--json"), (args.plot, "--plot")):
+        if path is not None:
+            check_writable(path, option)
     if args.plot is not None:
-        _check_plot(args.plot)
-    with threads(args.threads), console.share("tune") as step:
-        step(0.0, "making the policy" if args.policy_path is None else "loading the policy")
-        policy = subject.make_policy(args, device)
-        batch, _ = subject.make_observation(policy, args, args.seed)
-        try:
-            smolvla_fast.patch(policy, precision=args.precision, backend=args.backend)
-            found = tune_policy(policy, batch, args.seconds, step)
-            path = None if args.dry_run else keep(policy, found)
-        except (ValueError, RuntimeError, OSError) as reason:
-            raise CommandError(str(reason)) from reason
-        facts = system.facts()
-    head = {**facts, "device": str(device), "policy": subject.describe(policy, args)}
-    show(head, found, console)
-    console.line(found.note)
-    console.line(f"the plan is in {path}" if path is not None else "no plan was kept (--dry-run)")
+        check_plot(args.plot)
+    path, fault = None, None
+    try:
+        if not args.dry_run:
+            plan_files.check_writable()
+        with threads(args.threads):
+            found, policy = measure(args, device, console)
+            facts = system.facts()
+    except plan_files.CannotSave as error:
+        raise CommandError(f"{error}, or measure alone with --dry-run") from error
+    try:
+        path = None if args.dry_run else str(found.save())
+    except (
+        plan_files.CannotSave
+    ) as error:  # the disk has become full, say: what was measured is shown all the same
+        fault = error
+    written = {
+        **facts, "device": str(device), "policy": subject.describe(policy, args), **found.to_dict(), "path": path,
+    }  # fmt: skip
+    show(found, written, console)
     if args.json is not None:
-        write_json(args.json, {**head, **found.to_dict(), "path": path and str(path)})
+        write_json(args.json, written)
         console.line(f"wrote {args.json}")
     if args.plot is not None:
-        from ..measure.plot import tuned_bars
-
-        tuned_bars(head, found.to_dict(), args.plot)
-        console.line(f"wrote {args.plot}")
+        draw("tuning_bars", written, args.plot, console)
+    if fault is not None:
+        raise CommandError(str(fault)) from fault
+    if path is None:
+        console.line("no plan was written: --dry-run")
+    else:
+        count = counted(written["threads"], "thread")
+        console.line(f"wrote {path}, which patch(policy) uses from now on where torch runs {count}")
+    console.line(found.verdict())
     return 0
 
 
-def _check_plot(path: str) -> None:
-    if find_spec("matplotlib") is None:
-        raise CommandError('--plot needs matplotlib; run `pip install "smolvla_fast[cli]"`')
-    from ..measure.plot import KINDS
+def measure(args: argparse.Namespace, device: Any, console: Console) -> tuple[Tuning, Any]:
+    """Tunes the policy of the arguments."""
+    import smolvla_fast
 
-    if Path(path).suffix.lstrip(".").lower() not in KINDS:
-        raise CommandError(f"--plot {path}: accepted are names that end with {', '.join(sorted(KINDS))}")
-    check_writable(path, "--plot")
+    with console.shares("tune") as show:
+        show("making the policy" if args.policy_path is None else "loading the policy", 0.0)
+        policy = subject.make_policy(args, device)
+        batch, noise = subject.make_observation(policy, args, args.seed)
+        try:
+            smolvla_fast.patch(policy, precision=args.precision, backend=args.backend, tune="off")
+            return tuning.tune_policy(policy, batch, noise, seconds=args.seconds, progress=show), policy
+        except (ValueError, RuntimeError) as reason:
+            raise CommandError(str(reason)) from reason
 
 
-def show(head: dict[str, Any], found: Tuning, console: Console) -> None:
-    console.line(system.headline(head))
-    warning = system.busy(head)
+def show(found: Tuning, written: dict[str, Any], console: Console) -> None:
+    """Prints the tables."""
+    console.line(system.headline(written))
+    subject.say_whose(written["policy"], console)
+    warning = system.busy(written)
     if warning:
         console.line(warning)
-    reached = [each for each in found.choices if each.reached]
-    rows = [_row(each) for each in reached if len(each.timed) > 1]
-    columns = ["op", "shape class", "calls", "default", "chosen", "ms a call", "others"]
-    console.table("Who computes what", columns, rows, left=2)
-    for each in reached:
-        for timed in each.timed:
-            if timed.refused:
-                console.line(f"{each.op} {each.shape}: {timed.candidate} is refused: {timed.refused}")
-    alone = sum(not each.timed for each in found.choices)
-    missed = len(found.choices) - len(reached) - alone
-    if missed > 0:
+    console.line()
+    columns = ["op", "shape", "calls", "candidate", "", "p50 ms", "scatter", "error", "allowed"]
+    rows: list[list[Any]] = []
+    refused = []
+    for choice in found.choices:
+        heads: list[Any] = [choice.op, choice.shape, choice.calls]
+        for timed in choice.timed or [Timed(choice.default, None, None, None, None, None)]:
+            rows.append([*heads, timed.candidate, role(choice, timed, found.kept), *figures(timed)])
+            heads = ["", "", ""]
+            if timed.refused is not None:
+                refused.append(
+                    f"{timed.candidate} for {choice.op} {choice.shape} is refused: {timed.refused}"
+                )
+    console.table(f"Ops of one chunk, precision {found.key['tier']}", columns, rows, left=5)
+    for line in refused:
+        console.line(line)
+    late = sum(not choice.reached for choice in found.choices)
+    if late:
         console.line(
-            f"{counted(missed, 'shape class')} not reached in {found.seconds:.0f} s; more --seconds reach them"
+            f"{late} of {counted(len(found.choices), 'choice')} were not reached in {found.seconds:.0f} s and keep their "
+            "default; give more --seconds"
         )
-    if found.before is None:
-        return
     rows = [
         [name, milliseconds(chunk.p50_ms), milliseconds(chunk.scatter_ms), f"{chunk.error:.2e}"]
-        for name, chunk in (("by the defaults", found.before), ("by what was chosen", found.after))
+        for name, chunk in (("defaults", found.before), ("plan", found.after))
         if chunk is not None
     ]
-    console.table("The whole chunk", ["", "p50 ms", "scatter ms", "rel L2 to stock"], rows)
+    if rows:
+        console.table("The whole chunk", ["", "p50 ms", "scatter", "error"], rows)
 
 
-def _row(choice: Choice) -> list[str]:
-    def told(name: str) -> str:
-        timed = next(each for each in choice.timed if each.candidate == name)
-        return "-" if timed.p50_ms is None else f"{timed.p50_ms:.3g} ± {timed.scatter_ms or 0:.1g}"
+def role(choice: Choice, timed: Timed, kept: bool) -> str:
+    """What one candidate is to the choice."""
+    if not choice.reached and timed.p50_ms is None:
+        return "not reached"
+    if timed.refused is not None:
+        return "refused"
+    chosen = choice.chosen if kept else choice.default
+    return ", ".join(
+        name for name, whose in (("default", choice.default), ("chosen", chosen)) if timed.candidate == whose
+    )
 
-    others = [each.candidate for each in choice.timed if each.candidate != choice.chosen]
-    beside = ", ".join(f"{name} {told(name)}" for name in others)
-    changed = choice.chosen if choice.chosen != choice.default else "="
-    return [choice.op, choice.shape, str(choice.calls), choice.default, changed, told(choice.chosen), beside]
+
+def figures(timed: Timed) -> list[str]:
+    def cell(value: float | None, form: Any) -> str:
+        return "-" if value is None else form(value)
+
+    def power(value: float) -> str:
+        return f"{value:.1e}"
+
+    return [
+        cell(timed.p50_ms, milliseconds),
+        cell(timed.scatter_ms, milliseconds),
+        cell(timed.error, power),
+        cell(timed.allowed, power),
+    ]

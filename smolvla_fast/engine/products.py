@@ -23,7 +23,7 @@ class Products:
     quantized_weights  of the tiers that have them
     fallback_reasons   what the tier does without here, with the reasons
     backend            that was asked for
-    plan               who computes what, as it was measured on this machine; None: by the defaults
+    plan               who computes what, as it was measured on this machine; None: by the defaults; never in tier ``exact``
     gemm_dtype         of the products; None: each in that of its weight
     cast               a matrix in the form that the tier multiplies with; see ``weights.Cast``
     raises             as ``select``
@@ -37,7 +37,8 @@ class Products:
         plan: plans.Plan | None = None,
         quantized_weights: QuantizedWeights | None = None,
     ) -> None:
-        self.tier, self.backend, self.device, self.plan = tier, backend, device, plan
+        self.tier, self.backend, self.device = tier, backend, device
+        self.plan = plan = None if tier.stock_order else plan
         self.ops = select(backend, device, tier.stock_order, tier.quantized, plan)
         self.gemm_dtype = tier.gemm_dtype
         wished = backend != "auto" or tier.stock_order

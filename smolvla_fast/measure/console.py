@@ -54,21 +54,14 @@ class Console:
         self._out.print(table)
 
     @contextmanager
-    def share(self, title: str) -> Iterator[Callable[[float, str], None]]:
-        """Yields ``step(share, label)``: the share of the whole that is done as the work named by ``label`` begins."""
-        with self.progress(title, 100) as step:
-            yield lambda share, label: step(label, round(100 * share))
-
-    @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Callable[..., None]]:
-        """Yields ``step(label)``, to be called when the work named by ``label`` begins; ``step(label, done)`` where what is
-        done is no count of labels."""
+    def progress(self, title: str, total: int) -> Iterator[Callable[[str], None]]:
+        """Yields ``step(label)``, to be called when the work named by ``label`` begins."""
         if not (self.rich and sys.stderr.isatty()):
             done = 0
 
-            def step(label: str, share: int | None = None) -> None:
+            def step(label: str) -> None:
                 nonlocal done
-                done = done + 1 if share is None else share
+                done += 1
                 print(f"[{min(done, total)}/{total}] {label}", file=sys.stderr, flush=True)
 
             yield step
@@ -81,13 +74,26 @@ class Console:
             task = bar.add_task(title, total=total)
             begun = 0
 
-            def advance(label: str, share: int | None = None) -> None:
+            def advance(label: str) -> None:
                 nonlocal begun
-                begun = begun if share is None else share
                 bar.update(task, completed=min(begun, total), description=label)
                 begun += 1
 
             yield advance
+
+    @contextmanager
+    def shares(self, title: str) -> Iterator[Callable[[str, float], None]]:
+        """Yields ``show(label, share)``, to be called when a piece of work begins with the share of all that is done."""
+        if not (self.rich and sys.stderr.isatty()):
+            yield lambda label, share: print(f"[{share:4.0%}] {label}", file=sys.stderr, flush=True)
+            return
+        from rich.console import Console as Rich
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Rich(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=1.0)
+            yield lambda label, share: bar.update(task, completed=share, description=label)
 
 
 def _cell(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .console import counted
+from .console import counted, milliseconds
 
 # Told apart in grey and by colour-blind eyes.
 COLOURS = {"vision": "#4477aa", "prefix": "#66ccee", "denoise": "#ccbb44", "other": "#bbbbbb"}
@@ -100,6 +100,47 @@ def grouped_bars(
     save(figure, path)
 
 
+def tuning_bars(found: dict[str, Any], path: str | Path) -> None:
+    """Default beside chosen: each op that was timed, then the chunk. ``found`` is what `tune` writes as JSON."""
+    ops: dict[str, tuple[float, float]] = {}
+    for choice in found["choices"]:
+        times = {each["candidate"]: each["p50_ms"] for each in choice["timed"]}
+        default, chosen = (
+            times.get(choice[name]) for name in ("default", "chosen" if found["kept"] else "default")
+        )
+        if default is not None and chosen is not None:
+            whose = choice["default"] if chosen is default else f"{choice['default']} -> {choice['chosen']}"
+            label = f"{choice['op']} {choice['shape']}\n{whose}"
+            ops[label] = default * choice["calls"], chosen * choice["calls"]
+    chunk = {}
+    if found["before"] and found["after"]:
+        chunk = {"whole chunk": (found["before"]["p50_ms"], found["after"]["p50_ms"])}
+    heights = [max(1, len(ops)), 1]
+    figure = Figure(figsize=(9, 1.6 + 0.5 * sum(heights)), layout="constrained")
+    for axes, bars in zip(figure.subplots(2, 1, height_ratios=heights), (ops, chunk), strict=True):
+        for index, name in enumerate(("default", "chosen")):
+            places = [place + 0.4 * index - 0.2 for place in range(len(bars))]
+            values = [pair[index] for pair in bars.values()]
+            drawn = axes.barh(places, values, 0.38, color=PALETTE[index], label=name)
+            axes.bar_label(drawn, [milliseconds(value) for value in values], fontsize=7, padding=2)
+        axes.set_yticks(range(len(bars)), list(bars), fontsize=7)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+        if not bars:
+            axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
+    figure.axes[0].set_title(found["verdict"], loc="left", fontsize=9, wrap=True)
+    figure.axes[1].set_xlabel(
+        f"ms in a chunk, medians\n{found['machine']}, {counted(found['threads'], 'thread')}, "
+        f"precision {found['key']['tier']}, torch {found['torch_version']}",
+        fontsize=8,
+    )
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), ncols=2, loc="outside upper right", frameon=False
+    )
+    save(figure, path)
+
+
 def curves(
     found: dict[str, dict[str, dict[int, float]]], title: str, subtitle: str, path: str | Path
 ) -> None:
@@ -150,30 +191,4 @@ def loss_curve(log: list[dict[str, Any]], title: str, path: str | Path) -> None:
         side.spines["top"].set_visible(False)
     figure.legend(loc="outside upper right", ncols=3, frameon=False)
     axes.set_title(title, loc="left", fontsize=11)
-    save(figure, path)
-
-
-def tuned_bars(head: dict[str, Any], found: dict[str, Any], path: str | Path) -> None:
-    """A pair of bars for each op and shape class, by the default and by what was chosen. ``found``: ``Tuning.to_dict``."""
-    names, default, chosen = [], [], []
-    for each in found["choices"]:
-        times = {timed["candidate"]: timed["p50_ms"] for timed in each["timed"]}
-        pair = times.get(each["default"]), times.get(each["chosen"])
-        if None not in pair:
-            by = each["default"] + ("" if each["chosen"] == each["default"] else f" -> {each['chosen']}")
-            names.append(f"{each['op']} {each['shape']}: {by}")
-            default.append(pair[0] * each["calls"])
-            chosen.append(pair[1] * each["calls"])
-    figure = Figure(figsize=(11, 1.6 + 0.34 * max(len(names), 1)), layout="constrained")
-    axes = figure.subplots()
-    for shift, values, name, colour in ((-0.2, default, "default", 0), (0.2, chosen, "chosen", 1)):
-        places = [place + shift for place in range(len(names))]
-        axes.barh(places, values, 0.38, label=name, color=PALETTE[colour])
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
-    machine = f"{head['machine']}, {counted(head['threads'], 'thread')}, torch {head['torch_version']}"
-    axes.set_xlabel(f"ms of all calls in a chunk; {machine}", fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
-    axes.set_title(f"Who computes what: {found['note']}", loc="left", fontsize=10)
     save(figure, path)

@@ -1,16 +1,19 @@
-"""From a batch as ``predict_action_chunk`` takes it to what ``sample_actions`` is given."""
+"""What ``sample_actions`` is given: from a batch as ``predict_action_chunk`` takes it, or drawn."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+Inputs = tuple[Any, Any, Tensor, Tensor, Tensor]
+"""images, image masks, tokens, token masks, state"""
 TOKENS = ("observation.language.tokens", "observation.language.attention_mask")
 
 
-def chunk_inputs(policy: Any, batch: dict[str, Any]) -> tuple[Any, Any, Tensor, Tensor, Tensor]:
-    """images, image masks, tokens, token masks and state, by the policy's own methods; the batch is not changed.
+def chunk_inputs(policy: Any, batch: dict[str, Any]) -> Inputs:
+    """By the policy's own methods; the batch is not changed.
 
     raises  ValueError for a batch that no preprocessor of the policy's has made
     """
@@ -22,3 +25,38 @@ def chunk_inputs(policy: Any, batch: dict[str, Any]) -> tuple[Any, Any, Tensor, 
     images, image_masks = policy.prepare_images(batch)
     tokens, token_masks = (batch[name] for name in TOKENS)
     return images, image_masks, tokens, token_masks, policy.prepare_state(batch)
+
+
+def made_inputs(model: Any) -> Inputs:
+    """One observation of the sizes that a ``VLAFlowMatching`` is configured for; no random state moves.
+
+    Of numbers that differ: zeros would hide a fault, and make nothing of attention. Empty cameras are masked, language is
+    padded where the policy's processor pads it.
+    """
+    config, device, generator = model.config, model.state_proj.weight.device, torch.Generator().manual_seed(0)
+    vlm = model.vlm_with_expert.get_vlm_model()
+    side, rows = vlm.vision_model.embeddings.image_size, vlm.text_model.get_input_embeddings().weight.shape[0]
+    images, masks = [], []
+    for name in config.image_features:
+        is_empty = "empty_camera" in name
+        frame = torch.randn(1, 3, side, side, generator=generator).tanh()
+        images.append((torch.full_like(frame, -1.0) if is_empty else frame).to(device))
+        masks.append(torch.full((1,), not is_empty, dtype=torch.bool, device=device))
+    length = config.tokenizer_max_length
+    tokens = torch.randint(rows, (1, length), generator=generator).to(device)
+    token_masks = torch.ones_like(tokens, dtype=torch.bool)
+    if getattr(config, "pad_language_to", None) == "max_length":
+        token_masks[:, length // 2 :] = False
+    return (
+        images,
+        masks,
+        tokens,
+        token_masks,
+        torch.randn(1, config.max_state_dim, generator=generator).to(device),
+    )
+
+
+def made_noise(model: Any, batch: int = 1) -> Tensor:
+    """[B, S, A] fp32; no random state moves."""
+    shape = (batch, model.config.chunk_size, model.config.max_action_dim)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(model.state_proj.weight.device)

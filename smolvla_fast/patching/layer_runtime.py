@@ -7,6 +7,8 @@ from collections import Counter
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from ..engine import plan_files
+from ..engine.plan_key import key_of, shapes_of
 from ..engine.products import Products
 from ..layers.engine import LayerEngine
 from ..model.precision import Tier, resolve_tier
@@ -37,7 +39,7 @@ class LayerRuntime(Served[LayerEngine]):
         self._probed: tuple[Any, str | None] = (None, None)
 
     def look(self, model: Any) -> tuple[LayerEngine | None, str | None]:
-        wishes = {(each.precision, each.backend) for each in self.patched_by.values()}
+        wishes = {(each.precision, each.backend, each.tune) for each in self.patched_by.values()}
         if len(wishes) > 1:
             return None, "two policies that share it are patched with other settings; patch them alike"
         return super().look(model)
@@ -56,27 +58,33 @@ class LayerRuntime(Served[LayerEngine]):
             )
             return engine, reason
 
-    def products(self, tier: Tier, backend: str, device: Any) -> Products:
-        """One for a tier, backend and device: quantised copies are made once."""
+    def products(self, pair: Any, tier: Tier, settings: Settings, device: Any) -> Products:
+        """One for a tier, backend, device and the shapes of a pair: quantised copies are made once, a plan is looked for
+        once."""
         with self.lock:
-            key = (tier, backend, device)
+            shapes = shapes_of(pair)
+            key = (tier, settings.backend, settings.tune, device, shapes)
             if self._products is None or self._products[0] != key:
-                self._products = key, Products(tier, backend, device)
+                plan = self.plan(pair, tier, settings, device)
+                self._products = key, Products(tier, settings.backend, device, plan)
             return self._products[1]
 
-    def products_by(self, plan: Plan | None, tier: Tier, backend: str, device: Any) -> Products:
-        """The same by a plan, for chunks and layers alike from now on."""
+    def use_plan(self, plan: Plan | None) -> None:
+        """Chunks and layers alike, from their next look on; quantised copies stay."""
         with self.lock:
-            found = self.products(tier, backend, device)
-            if found.plan != plan:
-                found = found.by(plan)
-                self._products = (tier, backend, device), found
-            return found
+            if self._products is not None and self._products[1].plan != plan:
+                self._products = self._products[0], self._products[1].by(plan)
+                self.engine, self.detector = None, None
+
+    def plan(self, pair: Any, tier: Tier, settings: Settings, device: Any) -> Plan | None:
+        if settings.tune == "off" or tier.stock_order:
+            return None
+        return plan_files.find(key_of(pair, tier.name, settings.backend, device))[0]
 
     def prepare(self, pair: Any, settings: Settings) -> str | None:
         weight = representative_weight(pair)
         tier = resolve_tier(settings.precision, weight.dtype)
-        products = self.products(tier, settings.backend, weight.device)
+        products = self.products(pair, tier, settings, weight.device)
         if self.engine is None or self.engine.products is not products:
             self.engine = LayerEngine(products)
         return self.probe_reason(pair, tier)

@@ -7,20 +7,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import WeakSet, ref
 
-import torch
-
 from ..engine import plan_files
 from ..engine.cuda_graphs import GraphCache
 from ..engine.timing import STAGES
 from ..inference import Engine, EngineReplaced, Ineligible, Validator
-from ..model.precision import Tier, resolve_tier
+from ..model.precision import resolve_tier
 from ..model.weights import representative_weight
-from ..ops.plan import Plan
 from .change_detector import ChangeDetector
 from .eligibility import INFERENCE
 from .layer_runtime import LAYER_RUNTIMES
 from .served import Registry, Served, counts, logger
-from .settings import Settings
+from .settings import SETTINGS, Settings
 from .training_runtime import TrainingRuntime
 from .trial import Kind, Verdict
 from .untried import Untried
@@ -104,7 +101,6 @@ class Runtime(Served[Engine]):
         self.training = TrainingRuntime()
         self.captured: WeakSet[GraphCache] = WeakSet()
         self.pair: ref[Any] | None = None  # whose layers were patched with this model
-        self.tuned: tuple[dict[str, Any], Plan] | None = None  # by this process, for this key
         self._built_for: tuple[Any, ...] = ()
 
     def prepare(self, model: Any, settings: Settings) -> str | None:
@@ -116,23 +112,13 @@ class Runtime(Served[Engine]):
             self.engine.graphs.clear()  # they hold addresses and settings of before
         if self.engine is None or self._built_for != key:
             tier = resolve_tier(settings.precision, weight.dtype)
-            plan = self._plan(model, tier, settings, weight.device)
-            products = layers.products_by(plan, tier, settings.backend, weight.device)
+            products = layers.products(model.vlm_with_expert, tier, settings, weight.device)
             self.engine = Engine(tier, settings.backend, weight.device, products=products)
             if self._built_for and self._built_for[0] == settings:  # not patched anew, which says it itself
                 name = self.engine.ops.backend
                 logger.info("smolvla_fast: now: %s on %s, backend %s", tier.name, weight.device, name)
             self._built_for = key
         return layers.probe_reason(model.vlm_with_expert, self.engine.tier)
-
-    def _plan(self, model: Any, tier: Tier, settings: Settings, device: torch.device) -> Plan | None:
-        """What was measured on this machine for this model; ``exact`` is stock's own calls, whatever was measured."""
-        if tier.stock_order or not settings.plans:
-            return None
-        key = plan_files.key_of(model, tier.name, settings.backend, device)
-        if self.tuned is not None and self.tuned[0] == key:
-            return self.tuned[1]
-        return plan_files.find(key)
 
     def begin_trial(self, kind: Kind, untried: str) -> tuple[bool, str | None]:
         """Whether this call is to be the trial of its kind, and if not, why stock is to serve it, or None."""
@@ -166,13 +152,18 @@ class Runtime(Served[Engine]):
             if verdict is not None
         }
 
-    def use(self, model: Any, key: dict[str, Any], plan: Plan) -> None:
-        """From the next call on: what was tuned for this key."""
+    def look_for_plan(self, model: Any) -> None:
+        """Drops the engine where the plan that it was made with is no longer the one that is found."""
         with self.lock:
-            self.tuned, self._built_for, self.detector = (key, plan), (), None
-        layers = LAYER_RUNTIMES.of(model.vlm_with_expert)
-        with layers.lock:
-            layers.detector = None
+            layers, settings = LAYER_RUNTIMES.of(model.vlm_with_expert), model.__dict__.get(SETTINGS)
+            if self.engine is None or settings is None:
+                return
+            products = self.engine.products
+            plan = layers.plan(model.vlm_with_expert, products.tier, settings, products.device)
+            if plan != products.plan:
+                layers.use_plan(plan)
+                # As if patched anew: who asked says what serves now.
+                self._built_for, self.detector = (), None
 
     def gate(self, model: Any) -> tuple[Engine | None, str | None, tuple[Validator, ...]]:
         """May it: an engine or why not, and what is still to be checked of the model when the chunk is queued.
@@ -246,7 +237,7 @@ class Runtime(Served[Engine]):
             active=True,
             precision=engine.tier.name,
             backend=engine.ops.backend,
-            plan=None if engine.products.plan is None else plan_files.described(engine.products.plan),
+            plan=None if engine.products.plan is None else plan_files.describe(engine.products.plan),
             graphs=sum(each.count for each in self._graphs),
             graph_bytes=held,
             graph_nodes=None if graphs is None else graphs.nodes,

@@ -15,18 +15,16 @@ SETTINGS = "_smolvla_fast"
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``patch`` was asked for; travels with copies and pickles of the model.
-
-    plans   whether a plan that was measured on this machine is used
-    trial   whether what is unread or untried may be tried
-    """
+    """What ``patch`` was asked for; travels with copies and pickles of the model."""
 
     precision: str
     backend: str
     training: bool = False
     image_cache: int = 0
-    plans: bool = True
+    tune: str = "cached"
+    """"cached" or "off": a copy of a policy that was tuned when it was patched is not tuned again."""
     trial: bool = True
+    """Whether what is unread or untried may be tried."""
 
 
 def disabled() -> bool:

@@ -1,64 +1,74 @@
-"""Tunes the chunks of a patched policy, and keeps the plan beside it and in the user's cache folder."""
+"""A tuning of a patched policy: what it computes with, handed to the tuner."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from ..engine import plan_files
+from ..engine.plan_key import key_of
+from ..model.precision import Tier
+from ..tune import tuner
 from ..tune.result import Tuning
-from ..tune.tuner import Progress, tune
-from .inputs import chunk_inputs
+from .inputs import chunk_inputs, made_inputs, made_noise
 from .runtime import runtime_of
 
-SECONDS = 90.0
-"""How long a tuning may take where nothing else is said."""
+TUNE = ("cached", "now", "off")
+NOTHING = "precision 'exact' runs stock's own calls and has nothing to tune"
+
+
+def check_tune(tune: str, tier: Tier) -> None:
+    """Raises ValueError for an unknown word, RuntimeError for "now" in the tier ``exact``."""
+    if not isinstance(tune, str) or tune not in TUNE:
+        accepted = ", ".join(map(repr, TUNE))
+        raise ValueError(f"tune={tune!r} is no way to choose; accepted are {accepted}")
+    if tune == "now" and tier.stock_order:
+        raise RuntimeError(f"tune='now': {NOTHING}; accepted are 'cached' and 'off'")
 
 
 def tune_policy(
     policy: Any,
-    batch: dict[str, Any],
-    seconds: float = SECONDS,
-    progress: Progress = lambda share, doing: None,
+    batch: dict[str, Any] | None = None,
+    noise: Tensor | None = None,
+    *,
+    seconds: float = tuner.SECONDS,
+    progress: Callable[[str, float], None] | None = None,
 ) -> Tuning:
-    """Measure who computes each op of this patched policy's chunks fastest, and use it from its next chunk on.
+    """A plan for a patched SmolVLAPolicy on this machine; nothing is written, and its engine stays.
 
-    policy  a SmolVLA policy      batch  as ``predict_action_chunk`` takes it: its cameras and batch size are measured
-    raises  RuntimeError where stock runs or the tier has nothing to tune, with the reason
+    batch    as ``predict_action_chunk`` takes it, not changed; drawn where not given      noise  [B, S, A] fp32
+             its cameras and its batch size are what is measured
+    seconds, progress  see ``tuner.tune``
+    raises   RuntimeError where stock runs, or in the tier ``exact``
     """
     model = policy.model
-    runtime = runtime_of(model)
-    engine, reason = runtime.look(model)
+    engine, reason = runtime_of(model).look(model)
     if engine is None:
-        raise RuntimeError(f"stock runs, so there is nothing to tune: {reason}")
-    products = engine.products
-    if products.tier.stock_order:
-        raise RuntimeError(
-            "precision='exact' runs stock's own calls, whatever is faster: it has nothing to tune"
-        )
-    inputs = chunk_inputs(policy, batch)
-    shape = (len(inputs[-1]), model.config.chunk_size, model.config.max_action_dim)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(inputs[-1].device)
-    key = plan_files.key_of(model, products.tier.name, products.backend, products.device)
-    known: Mapping[str, str] = {} if products.plan is None else products.plan.choices
-    was_training = policy.training
+        raise RuntimeError(f"nothing to tune, stock runs: {reason}")
+    if engine.tier.stock_order:
+        raise RuntimeError(NOTHING)
+    inputs = made_inputs(model) if batch is None else chunk_inputs(policy, batch)
+    noise = made_noise(model, len(inputs[-1])) if noise is None else noise
+    products, was_training = engine.products, policy.training
+    key = key_of(model, products.tier.name, products.backend, products.device)
+    known = None if products.plan is None else products.plan.choices
     policy.eval()
     try:
-        found = tune(
-            model, products, (*inputs, noise), seconds=seconds, known=known, key=key, progress=progress
+        return tuner.tune(
+            model, products, (*inputs, noise), seconds=seconds, progress=progress, key=key, known=known
         )
     finally:
         policy.train(was_training)
-    runtime.use(model, key, found.plan)
-    return found
 
 
-def keep(policy: Any, tuning: Tuning) -> Path:
-    """Write the plan where the next process looks for it. Raises OSError naming the folder and what to do."""
-    path = plan_files.save(tuning.key, tuning.plan, tuning.to_dict())
-    runtime_of(policy.model).use(policy.model, tuning.key, replace(tuning.plan, origin=str(path)))
-    return path
+def tune_now(policy: Any, batch: dict[str, Any] | None) -> str:
+    """Tunes a patched policy, keeps the plan and has it used; what that gave, for the log. Where stock runs, nothing."""
+    model = policy.model
+    runtime = runtime_of(model)
+    if runtime.look(model)[0] is None:
+        return "; nothing was tuned"
+    tuning = tune_policy(policy, batch)
+    tuning.save()
+    runtime.look_for_plan(model)
+    return f"; tuned in {tuning.seconds:.0f} s: {tuning.verdict()}"

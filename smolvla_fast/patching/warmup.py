@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .inputs import made_inputs, made_noise
 from .rtc import guidance_reason, guided
 from .served import uncounted
 
@@ -34,35 +35,12 @@ def warm_up(policy: Any, example: Any) -> None:
 def _one(policy: Any, example: Any, kwargs: dict[str, Any]) -> None:
     """One chunk of an example batch, or of drawn numbers where it is True."""
     model = policy.model
-    device, config = model.state_proj.weight.device, model.config
     if example is True:
-        side = model.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
-        generator = torch.Generator().manual_seed(0)
-
-        def drawn(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device)
-
-        # Of numbers that differ: where the warm-up is a trial, a fault that zeros would hide is to show.
-        empty = [("empty_camera" in name) for name in config.image_features]
-        images = [
-            torch.full_like(x, -1.0) if none else x.tanh()
-            for none in empty
-            for x in [drawn(1, 3, side, side)]
-        ]
-        masks = [torch.full((1,), not none, dtype=torch.bool, device=device) for none in empty]
-        length = config.tokenizer_max_length
-        rows = model.vlm_with_expert.get_vlm_model().text_model.get_input_embeddings().weight.shape[0]
-        tokens = torch.randint(rows, (1, length), generator=generator).to(device)
-        token_masks = torch.ones_like(tokens, dtype=torch.bool)
-        if getattr(config, "pad_language_to", None) == "max_length":
-            token_masks[:, length // 2 :] = False
-        state, noise = drawn(1, config.max_state_dim), drawn(1, config.chunk_size, config.max_action_dim)
         with torch.no_grad():
-            model.sample_actions(images, masks, tokens, token_masks, state, noise=noise, **kwargs)
+            model.sample_actions(*made_inputs(model), noise=made_noise(model), **kwargs)
     else:
         batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in example.items()}
-        shape = (batch["observation.state"].shape[0], config.chunk_size, config.max_action_dim)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        noise = made_noise(model, len(batch["observation.state"]))
         policy.predict_action_chunk(batch, noise=noise, **kwargs)
 
 

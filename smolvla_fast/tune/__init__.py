@@ -1,1 +1,1 @@
-"""Who computes an op fastest on this machine: recorded from a chunk, checked, timed, and written into a plan."""
+"""Measures on this machine who computes which op fastest."""

@@ -1,20 +1,24 @@
-"""What a tuning found."""
+"""What a tuning has found: each candidate's time and error, the choices, the whole chunk before and after."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from ..engine import plan_files
+from ..measure.console import counted, milliseconds
 from ..ops.plan import Plan
 
 
 @dataclass
 class Timed:
-    """One candidate of one choice.
+    """One candidate for an op of one shape.
 
-    p50_ms, scatter_ms  median of a sweep over the recorded calls, by call, and half the distance of its quartiles
-    error, allowed      worst error against fp64, and the most that the op contract allows: twice eager torch's
-    refused             why it was not timed, or None
+    p50_ms, scatter_ms  median and scatter of its rounds; None where it was not timed
+    error               its worst error against fp64      allowed  twice that of torch's own calls
+    refused             why it may not serve, or None
     """
 
     candidate: str
@@ -27,9 +31,10 @@ class Timed:
 
 @dataclass
 class Choice:
-    """Who computes one op in one shape class.
+    """One op at one shape class.
 
-    calls    in a chunk      reached  whether there was time to measure it
+    calls    in a chunk      default, chosen  names of candidates
+    reached  False: there was no time for it, and the default stays
     """
 
     op: str
@@ -43,7 +48,7 @@ class Choice:
 
 @dataclass
 class ChunkTime:
-    """A whole chunk.      error  relative L2 to the chunk of tier ``exact``, which is stock's own"""
+    """A whole chunk: median and scatter of its rounds, relative L2 to the chunk of tier ``exact``."""
 
     p50_ms: float
     scatter_ms: float
@@ -52,11 +57,12 @@ class ChunkTime:
 
 @dataclass
 class Tuning:
-    """All of it.
+    """One tuning.
 
-    key     what the plan holds for      plan  what to use from now on      kept  whether it is ahead of the defaults
-    before  the chunk by the defaults    after  by what was chosen; None where there was no time
-    note    one sentence                 seconds  how long it took
+    key            of the plan: ``plan_files.key_of``
+    before, after  the chunk by the defaults and by the plan; None where it was not measured
+    kept           False: the defaults stay, as ``note`` says
+    seconds        that all of it took
     """
 
     key: dict[str, Any]
@@ -68,12 +74,42 @@ class Tuning:
     note: str
     seconds: float
 
+    @property
+    def changed(self) -> list[Choice]:
+        return [each for each in self.choices if self.kept and each.chosen != each.default]
+
+    def verdict(self) -> str:
+        """One sentence: how many choices changed hands, and the chunk before and after."""
+        if not self.changed:
+            return f"the defaults stay: {self.note or 'no difference above the scatter'}"
+        said = f"{len(self.changed)} of {counted(len(self.choices), 'choice')} changed hands"
+        if self.before is not None and self.after is not None:
+            before, after = self.before.p50_ms, self.after.p50_ms
+            said += f"; chunk {milliseconds(before)} -> {milliseconds(after)} ms ({after / before - 1:+.1%})"
+            said += f", error {self.before.error:.1e} -> {self.after.error:.1e}"
+        return said + (f"; {self.note}" if self.note else "")
+
     def to_dict(self) -> dict[str, Any]:
-        found = {name: getattr(self, name) for name in ("key", "kept", "note", "seconds")}
-        return {
-            **found,
-            "plan": dict(self.plan.choices),
-            "choices": [asdict(each) for each in self.choices],
-            "before": self.before and asdict(self.before),
-            "after": self.after and asdict(self.after),
+        """As JSON values; what is no finite number is None."""
+        found = asdict(replace(self, plan=Plan({})))
+        plan = {
+            "choices": dict(self.plan.choices),
+            "origin": self.plan.origin,
+            "measured": self.plan.measured,
         }
+        return _finite({**found, "plan": plan, "verdict": self.verdict()})
+
+    def save(self) -> Path:
+        """Keeps the plan for the next ``patch``. What was measured and is not kept leaves it.
+
+        raises  as ``plan_files.save``
+        """
+        return plan_files.save(self.key, self.plan, self.to_dict())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -30,8 +30,10 @@ from .recorder import Recorded, Recorder
 from .result import Choice, ChunkTime, Timed, Tuning
 from .stopwatch import Runs, Stopwatch, Times, is_faster, p50, rounds_of, scatter
 
-Progress = Callable[[float, str], None]
-"""share done, what is being done"""
+Progress = Callable[[str, float], None]
+"""what begins, the share that is done"""
+SECONDS = 90.0
+"""How long a tuning may take where nobody says."""
 
 FEWEST, MOST = 3, 11
 """Rounds of a candidate."""
@@ -46,10 +48,10 @@ def tune(
     products: Products,
     inputs: tuple[Any, ...],
     *,
-    seconds: float = 90.0,
+    seconds: float = SECONDS,
     known: Mapping[str, str] | None = None,
     key: dict[str, Any] | None = None,
-    progress: Progress = lambda share, doing: None,
+    progress: Progress | None = None,
 ) -> Tuning:
     """Measure who serves the chunks of this model fastest, here and now.
 
@@ -59,7 +61,8 @@ def tune(
     known      choices of an earlier plan for other shapes, which the new one keeps
     """
     with torch.no_grad():
-        return _Tuner(model, products, inputs, seconds, progress).run(dict(known or {}), key or {})
+        silent: Progress = lambda label, share: None  # noqa: E731
+        return _Tuner(model, products, inputs, seconds, progress or silent).run(dict(known or {}), key or {})
 
 
 BEFORE, AFTER = "by the defaults", "by what was chosen"
@@ -93,7 +96,7 @@ class _Tuner:
         return self._seconds - (time.perf_counter() - self._began)
 
     def _say(self, doing: str) -> None:
-        self._progress(min(1.0, 1 - self._left / self._seconds), doing)
+        self._progress(doing, min(1.0, 1 - self._left / self._seconds))
 
     def run(self, known: dict[str, str], key: dict[str, Any]) -> Tuning:
         self._say("a chunk by the defaults")
@@ -118,11 +121,11 @@ class _Tuner:
             )
         self._compare(finals, stock)
         segments = [_segment(*each, finals) for each in competitors]
-        best, note = _verdict(finals, len(changed))
-        measured = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-        plan = Plan(
-            {**known, **({} if best is None else {**decided, **finals[best].choices})}, "tuned now", measured
-        )
+        best, note = _verdict(finals)
+        known = {name: each for name, each in known.items() if name not in decided}
+        chosen = {} if best is None else {**decided, **finals[best].choices}
+        today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+        plan = Plan({**known, **chosen}, "tuned now", today)
         self._say("done")
         took = time.perf_counter() - self._began
         before, after = (None if name is None else finals[name].time for name in (BEFORE, best))
@@ -313,8 +316,8 @@ def _segment(key: str, default: str, other: str, finals: dict[str, _Final]) -> C
     return choice
 
 
-def _verdict(finals: dict[str, _Final], changed: int) -> tuple[str | None, str]:
-    """Which of the engines serves from now on, None where nobody is ahead of the defaults, and a sentence."""
+def _verdict(finals: dict[str, _Final]) -> tuple[str | None, str]:
+    """Which of the engines serves from now on, None where what was chosen is not ahead of the defaults, and why."""
     before = finals[BEFORE]
     assert before.time is not None
     best = BEFORE
@@ -327,14 +330,10 @@ def _verdict(finals: dict[str, _Final], changed: int) -> tuple[str | None, str]:
         if behind <= max(before.time.scatter_ms, after.time.scatter_ms):
             best = AFTER  # each of its ops is ahead by itself, and the whole is not behind
     if best != BEFORE:
-        time_after = finals[best].time
-        assert time_after is not None
-        hands = [f"{changed} choice{'s' * (changed != 1)} changed hands"] if changed else []
-        hands += [f"{key}: {name}" for key, name in finals[best].choices.items()]
-        return best, f"{', '.join(hands)}; chunk {before.time.p50_ms:.4g} -> {time_after.p50_ms:.4g} ms"
+        return best, ""
     if after is None:
-        return BEFORE, "the defaults stay: nothing was faster by more than the scatter"
+        return BEFORE, "nothing was faster by more than the scatter"
     if not after.error <= after.allowed:
-        return None, f"not kept: the chunk is off by {after.error:.2g}, allowed is {after.allowed:.2g}"
+        return None, f"the chunk is off by {after.error:.2g}, allowed is {after.allowed:.2g}"
     times = f"{before.time.p50_ms:.4g} -> {after.time.p50_ms:.4g} ms" if after.time else "by far"
-    return None, f"not kept: the chunk as a whole is slower, {times}"
+    return None, f"the chunk as a whole is slower, {times}"

@@ -2,6 +2,10 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -44,6 +48,28 @@ def test_installation_from_the_sdist_holds_every_kernel_and_source(installed):
     )
 
 
+def test_plans_travel(source_tree, tmp_path):
+    """A file in smolvla_fast/plans, where there need be none, from a checkout into the sdist, and from that into a wheel."""
+    checkout, sdist = tmp_path / "checkout", tmp_path / "sdist"
+    shutil.copytree(source_tree, checkout, ignore=shutil.ignore_patterns("build"))
+    (checkout / "smolvla_fast" / "plans").mkdir(exist_ok=True)
+    name = "smolvla_fast/plans/some-gpu-bf16-0123456789abcdef.json"
+    (checkout / name).write_text("{}")
+    build = "from setuptools import build_meta; build_meta.build_{0}('..')"
+    # No compiler: what is shipped is the same without.
+    environment = {**os.environ, "PATH": "", "CXX": "", "SMOLVLA_CUDA_ARCHS": "none"}
+    command = [sys.executable, "-c"]
+    subprocess.run([*command, build.format("sdist")], cwd=checkout, check=True, capture_output=True)
+    shutil.unpack_archive(next(tmp_path.glob("*.tar.gz")), sdist, filter="data")
+    tree = next(sdist.iterdir())
+    assert (tree / name).read_text() == "{}"
+    subprocess.run(
+        [*command, build.format("wheel")], cwd=tree, check=True, capture_output=True, env=environment
+    )
+    with zipfile.ZipFile(next(sdist.glob("*.whl"))) as wheel:
+        assert wheel.read(name) == b"{}"
+
+
 def test_installed_kernels_are_imported_from_the_package(installed, python):
     pytest.importorskip("triton")
     code = "import smolvla_fast.kernels.layer_norm as k; print(k.__file__)"
@@ -73,6 +99,7 @@ def test_the_wheel_carries_its_metadata(installed):
         "numpy",
         "safetensors",
         "transformers",
+        "platformdirs",
     }
     extras = {value for key, value in fields if key == "Provides-Extra"}
     assert extras >= {"lerobot", "train", "bench", "test", "cli"}
