@@ -201,7 +201,7 @@ def _attention_neighbours(
             return "does not suit so few rows and keys"
         if tile.keys >= keys and tile.num_stages > 1:
             return "has no second block of keys to load in advance"
-        return attention_refusal(tile, block_dim, narrow, cc, backward)
+        return attention_refusal(tile, block_dim, narrow, cc, backward=backward)
 
     more, fewer = min(best.num_stages + 1, 3), max(best.num_stages - 1, 1)
     changes: list[dict[str, int]] = [

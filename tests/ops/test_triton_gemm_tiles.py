@@ -137,14 +137,24 @@ PRODUCTS = {
 @pytest.mark.parametrize("weight_bytes", [2, 4])
 def test_tiles_fit_the_target(cc, weight_bytes):
     for name, (rows, inputs, outputs, x_bytes, keywords) in PRODUCTS.items():
-        tile = tuning.gemm_tile(rows, inputs, outputs, cc, x_bytes, weight_bytes, **keywords)
         products = keywords.get("products", 1)
-        needed = tuning.shared_bytes(tile, cc, x_bytes, weight_bytes, products)
-        assert needed <= tuning.target(cc).shared_bytes, f"{name}: {tile}"
-        assert min(tile.rows, tile.cols, tile.depth) >= 16, "what a product on tensor cores needs"
-        assert tile.split == 1 or (keywords.get("split") and tile.split <= inputs / tile.depth)
-        # fp32 sums and, without tensor cores, operands are registers: 255 a thread.
-        assert tile.rows * tile.cols * products <= 32 * tile.warps * 128
+        for tile in tuning.gemm_tiles(rows, inputs, outputs, cc, x_bytes, weight_bytes, **keywords):
+            needed = tuning.shared_bytes(tile, cc, x_bytes, weight_bytes, products)
+            assert needed <= tuning.target(cc).shared_bytes, f"{name}: {tile}"
+            assert min(tile.rows, tile.cols, tile.depth) >= 16, "what a product on tensor cores needs"
+            assert tile.split == 1 or (keywords.get("split") and tile.split <= -(-inputs // tile.depth))
+            # fp32 sums and, without tensor cores, operands are registers: 255 a thread.
+            assert tile.rows * tile.cols * products <= 32 * tile.warps * 128
+
+
+@pytest.mark.parametrize("cc", [75, 80, 90, 120])
+def test_candidates_differ_in_what_a_program_computes(cc):
+    """Of each rows x cols one, for a measurement of tiles that differ in less finds noise."""
+    for name, (rows, inputs, outputs, x_bytes, keywords) in PRODUCTS.items():
+        tiles = tuning.gemm_tiles(rows, inputs, outputs, cc, x_bytes, 2, **keywords)
+        sides = [(tile.rows, tile.cols) for tile in tiles]
+        assert len(set(sides)) == len(sides) <= 6, name
+        assert len(sides) >= (1 if name == "one" else 3), name
 
 
 def test_an_h100_has_work_everywhere():
