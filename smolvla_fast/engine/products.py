@@ -39,7 +39,7 @@ class Products:
     ) -> None:
         self.tier, self.backend, self.device = tier, backend, device
         self.plan = plan = None if tier.stock_order else plan
-        self.ops = select(backend, device, tier.stock_order, tier.quantized, plan)
+        self.ops = select(backend, device, tier.stock_order, tier.quantized, plan=plan)
         self.gemm_dtype = tier.gemm_dtype
         wished = backend != "auto" or tier.stock_order
         self._fallback_reasons = {} if wished else fallback_reasons(device)

@@ -113,7 +113,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Attenti
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> Attention:
     batch, tokens, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    return Attention(up(batch), up(tokens), up(keys), f"{heads}/{kv_heads}", head_dim, q.dtype, k.dtype)
+    return Attention(up(batch), up(tokens), up(keys), f"{heads}:{kv_heads}", head_dim, q.dtype, k.dtype)
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: Any = None, **_: Any) -> Rows:

@@ -56,7 +56,14 @@ def tune_policy(
     policy.eval()
     try:
         return tuner.tune(
-            model, products, (*inputs, noise), seconds=seconds, progress=progress, key=key, known=known
+            model,
+            products,
+            inputs=inputs,
+            noise=noise,
+            seconds=seconds,
+            progress=progress,
+            key=key,
+            known=known,
         )
     finally:
         policy.train(was_training)

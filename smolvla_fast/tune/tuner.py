@@ -46,8 +46,9 @@ HOPELESS = 1.5
 def tune(
     model: Any,
     products: Products,
-    inputs: tuple[Any, ...],
     *,
+    inputs: tuple[Any, ...],
+    noise: Tensor,
     seconds: float = SECONDS,
     known: Mapping[str, str] | None = None,
     key: dict[str, Any] | None = None,
@@ -56,13 +57,15 @@ def tune(
     """Measure who serves the chunks of this model fastest, here and now.
 
     products   of the tier and backend that are to be tuned; its own plan is not asked
-    inputs     what ``Engine.act`` takes behind the model: one observation and its noise
+    inputs     images, image_masks, tokens, token_masks, state, as ``sample_actions`` takes them      noise  [B, S, A] fp32
     seconds    the time it may take; what is not reached keeps its default
     known      choices of an earlier plan for other shapes, which the new one keeps
     """
     with torch.no_grad():
         silent: Progress = lambda label, share: None  # noqa: E731
-        return _Tuner(model, products, inputs, seconds, progress or silent).run(dict(known or {}), key or {})
+        return _Tuner(model, products, (*inputs, noise), seconds, progress or silent).run(
+            dict(known or {}), key or {}
+        )
 
 
 BEFORE, AFTER = "by the defaults", "by what was chosen"

@@ -35,10 +35,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The calls of the tuner, which finds ``found(key)`` of the first's "found", or what ``tuning_of`` says."""
     made: list[dict[str, Any]] = []
 
-    def tune(model: Any, engine: Any, *, progress: Any, **more: Any) -> Tuning:
+    def tune(model: Any, products: Any, *, progress: Any, **more: Any) -> Tuning:
         progress("linear 50 36>256 float32 silu: onednn", 0.5)
-        key = plan_files.key_of(model, engine.tier.name, engine.products.backend, engine.products.device)
-        made.append({"model": model, "engine": engine, "threads": torch.get_num_threads(), **more})
+        key = plan_files.key_of(model, products.tier.name, products.backend, products.device)
+        made.append({"model": model, "products": products, "threads": torch.get_num_threads(), **more})
         return tuning_of(key)
 
     monkeypatch.setattr(tuner, "tune", tune)
@@ -61,8 +61,8 @@ def test_tune_shows_writes_and_keeps_what_it_found(
     assert torch.get_num_threads() == before
     [call] = calls
     assert call["seconds"] == 7.5 and call["threads"] == 1 and len(call["inputs"][0]) == 1
-    assert call["noise"].shape == (1, 10, 32) and call["engine"].products.plan is None
-    assert (call["engine"].tier.name, call["engine"].products.backend) == ("bf16", "cpu")
+    assert call["noise"].shape == (1, 10, 32) and call["products"].plan is None
+    assert (call["products"].tier.name, call["products"].backend) == ("bf16", "cpu")
 
     out, err = capsys.readouterr()
     assert "[ 50%] linear 50 36>256 float32 silu: onednn" in err
@@ -149,7 +149,7 @@ def test_a_dry_run_keeps_nothing(calls: list[Any], folder: Path, monkeypatch, ca
 def test_defaults_that_stay_are_said_and_keep_no_choice(
     calls: list[Any], folder: Path, monkeypatch, capsys
 ) -> None:
-    finds(monkeypatch, kept=False, note="")
+    finds(monkeypatch, kept=False, note="", plan=Plan({}, "tuned now", "2026-01-02"))
     assert main(TINY) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "the defaults stay: no difference above the scatter"

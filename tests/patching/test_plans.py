@@ -252,10 +252,9 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The calls of the tuner, which finds what ``tuning_of`` says."""
     calls: list[dict[str, Any]] = []
 
-    def tune(model: Any, engine: Any, **more: Any) -> Tuning:
-        calls.append({"model": model, "engine": engine, "eval": not model.training, **more})
-        wish, tier = engine.products.backend, engine.tier.name
-        return tuning_of(plan_files.key_of(model, tier, wish, engine.products.device))
+    def tune(model: Any, products: Any, **more: Any) -> Tuning:
+        calls.append({"model": model, "products": products, "eval": not model.training, **more})
+        return tuning_of(plan_files.key_of(model, products.tier.name, products.backend, products.device))
 
     monkeypatch.setattr(tuner, "tune", tune)
     return calls
@@ -277,11 +276,11 @@ def test_now_tunes_once_keeps_the_plan_and_uses_it(
     assert len(tuned) == 1
 
 
-def test_now_tunes_the_defaults_whatever_plan_there_is(policy: Any, tuned: list[dict[str, Any]]) -> None:
+def test_now_hands_on_what_an_earlier_plan_knows(policy: Any, tuned: list[dict[str, Any]]) -> None:
     save(policy, attention="cpu")
     smolvla_fast.patch(policy)
     smolvla_fast.patch(policy, tune="now")
-    assert tuned[0]["engine"].products.plan is None and plan_of(policy).choices == CHOICES
+    assert tuned[0]["known"] == {"attention": "cpu"} and plan_of(policy).choices == CHOICES
 
 
 def test_now_hands_the_example_on(

@@ -47,7 +47,9 @@ def tuned(
     subject: tuple[Any, tuple[Any, ...]], seconds: float = 30.0, tier: str = "fp32", **more: Any
 ) -> Tuning:
     model, inputs = subject
-    return tuner.tune(model, Products(TIERS[tier], "auto", CPU), inputs, seconds=seconds, **more)
+    *observed, noise = inputs
+    products = Products(TIERS[tier], "auto", CPU)
+    return tuner.tune(model, products, inputs=tuple(observed), noise=noise, seconds=seconds, **more)
 
 
 def chosen(tuning: Tuning, op: str) -> list[Choice]:
