@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import processor
 from .shape_class import Product
 from .torch import linear
 
@@ -30,8 +31,9 @@ def default_rules(backend: str, device: torch.device) -> dict[str, Rule]:
     if backend == "cpu":
         return {
             **dict.fromkeys(products, by_torch),
-            **dict.fromkeys(decoder, lambda shape: "cpu" if shape.rows <= FEW_ROWS else by_torch(shape)),
+            **dict.fromkeys(decoder, lambda shape: "cpu" if _few_rows(shape) else by_torch(shape)),
             "linear": lambda shape: "cpu" if _epilogue_costs(shape) else by_torch(shape),
+            "attention": lambda shape: "sdpa" if _on_tiles(shape.q) else "cpu",
         }
     if backend == "triton":
         alike = ("linear", "pixel_shuffle_linear", "norm_qkv_rope", "linear_residual", "norm_swiglu")
@@ -43,10 +45,20 @@ def _torch(on_cpu: bool, shape: Product) -> str:
     return "onednn" if on_cpu and linear.onednn_serves(shape.dtype) else "aten"
 
 
+def _on_tiles(dtype: Any) -> bool:
+    """Whether oneDNN multiplies this dtype on AMX, which our kernels do not use: there it was two to seven times as fast at
+    every size of a chunk."""
+    return dtype is torch.bfloat16 and "AMX-BF16" in processor.features()
+
+
+def _few_rows(shape: Product) -> bool:
+    return shape.rows <= FEW_ROWS and not _on_tiles(shape.dtype)
+
+
 def _epilogue_costs(shape: Product) -> bool:
     """Whether what follows the product costs oneDNN more than it is ahead: an activation, or the separate addition of a
     residual wider than the weight."""
-    return any(each not in (shape.dtype, "tf32") for each in shape.end)
+    return not _on_tiles(shape.dtype) and any(each not in (shape.dtype, "tf32") for each in shape.end)
 
 
 def _triton(shape: Product) -> str:

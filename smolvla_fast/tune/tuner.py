@@ -131,7 +131,7 @@ class _Tuner:
         plan = Plan({**known, **chosen}, "tuned now", today)
         self._say("done")
         took = time.perf_counter() - self._began
-        before, after = (None if name is None else finals[name].time for name in (BEFORE, best))
+        before, after = finals[BEFORE].time, finals[best or AFTER].time if (best or AFTER) != BEFORE else None
         return Tuning(key, plan, [*segments, *choices], before, after, best is not None, note, took)
 
     def _engine(self, plan: Plan | None) -> Engine:

@@ -269,3 +269,28 @@ def test_a_segment_competes_with_what_was_chosen_op_by_op(ms: float, wins: bool)
 
 def rel_l2(x: Tensor, reference: Tensor) -> float:
     return float((x.double() - reference.double()).norm() / reference.double().norm())
+
+
+@pytest.mark.triton
+@pytest.mark.long
+def test_tiles_of_triton_are_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter, which takes a minute: each tile is checked, and the quickest one is served by the plan."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU times them itself")
+    policy = make_policy(
+        "tiny", origin="ours", cameras=1, num_vlm_layers=2, num_steps=1, chunk_size=5, tokenizer_max_length=16,
+        vision={"num_hidden_layers": 1, "image_size": 16},
+    )  # fmt: skip
+    *observed, noise = inputs_of(policy)
+    products = Products(TIERS["fp32"], "triton", CPU)
+    found = tuner.tune(policy.model, products, inputs=tuple(observed), noise=noise, seconds=60)
+    tiles = [one for each in found.choices for one in each.timed if one.candidate.startswith("triton ")]
+    assert len(tiles) > 5 and all(one.refused is None or "off by" not in one.refused for one in tiles)
+    key = next(f"{each.op} {each.shape}" for each in found.choices if each.op == "linear_residual")
+    tile = next(
+        one.candidate for each in found.choices if each.op == "linear_residual" for one in each.timed[2:]
+    )
+    by_tile = Products(TIERS["fp32"], "triton", CPU, Plan({key: tile}))
+    Engine(TIERS["fp32"], "triton", CPU, products=by_tile).act(policy.model, *observed, noise)
+    assert tile in by_tile.ops.linear_residual.served.values()  # type: ignore[attr-defined]
