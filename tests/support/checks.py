@@ -27,7 +27,7 @@ GROUPS: dict[str, dict[int, str]] = {
         4: "Whatever serves: `exact` has stock's bits, a fallback has stock's bits and is said once, a missing Triton or an old GPU changes neither",
         5: "`SMOLVLA_FAST_DISABLE=1` switches all of it off, before or after `patch`",
         6: "No global state moves: TF32, matmul precision, cudnn, default dtype, threads, random state, grad mode, warnings, logging",
-        7: "An unknown LeRobot source runs stock, with a message naming the function and the versions that are known",
+        7: "An unknown LeRobot source is named and runs stock until its trial, which returns stock's chunk, has found it equal and not slower; with `trial=False` for good",
     },
     "Identity and reversal": {
         8: "`unpatch` restores class, attributes, signatures and bits, and frees graphs",
