@@ -6,7 +6,8 @@ policies do not change, and a command without SmolVLA pays nothing.
 
 This changes a class attribute of LeRobot, which ``smolvla_fast.patch`` never does: you opt in by installing this
 distribution, out for one run with ``SMOLVLA_FAST_DISABLE=1``, and out for good by uninstalling it. See
-``smolvla_fast/auto_patch.py`` for ``SMOLVLA_FAST_PRECISION``, ``SMOLVLA_FAST_BACKEND`` and ``SMOLVLA_FAST_WARMUP``.
+``smolvla_fast/auto_patch.py`` for ``SMOLVLA_FAST_PRECISION``, ``SMOLVLA_FAST_BACKEND``,
+``SMOLVLA_FAST_TUNE`` and ``SMOLVLA_FAST_WARMUP``.
 """
 
 import logging

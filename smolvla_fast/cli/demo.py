@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     show(found, console)
     write_json(args.json, found)
     console.line(f"wrote {args.json}")
-    draw("stage_bars", found, args.plot, console)
+    draw("stages", found, args.plot, console)
     if not fast_ran:
         console.line(
             f"The patched policy ran stock, so nothing was compared: {found['status']['last_fallback']}"
@@ -225,14 +225,14 @@ def check_plot(path: str) -> None:
 
 
 def draw(chart: str, found: Any, path: str, console: Console) -> None:
-    """Saves what ``plot`` draws under this name, or prints why there is none."""
+    """Saves the chart of this name, or prints why there is none."""
     try:
-        from ..measure import plot
+        from ..measure.plot import stage_bars, tuning_bars
     except ImportError:
         console.line('no chart: matplotlib is not installed; run `pip install "smolvla_fast[cli]"`')
         return
     try:
-        getattr(plot, chart)(found, path)
+        {"stages": stage_bars, "tuning": tuning_bars}[chart](found, path)
     except (OSError, ValueError) as reason:
         raise cannot_write(path, reason, "--plot") from reason
     console.line(f"wrote {path}")

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         write_json(args.json, written)
         console.line(f"wrote {args.json}")
     if args.plot is not None:
-        draw("tuning_bars", written, args.plot, console)
+        draw("tuning", written, args.plot, console)
     if fault is not None:
         raise CommandError(str(fault)) from fault
     if path is None:

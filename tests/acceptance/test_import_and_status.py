@@ -126,9 +126,8 @@ def test_status_counts(policy: Any, observation: dict[str, Tensor], noise: Tenso
     assert now.active and (now.calls_fast, now.calls_stock) == (3, 0)
     assert now.graphs == 0 and now.last_fallback is None
     assert set(now.to_dict()) == {
-        "active", "precision", "backend", "plan", "stages", "fallback_reasons", "calls_fast", "calls_stock", "last_fallback",
-            "trials",
-        "graphs", "graph_bytes", "graph_nodes", "step_launches", "extra_bytes",
+        "active", "precision", "backend", "plan", "stages", "fallback_reasons", "calls_fast", "calls_stock",
+        "last_fallback", "trials", "graphs", "graph_bytes", "graph_nodes", "step_launches", "extra_bytes",
         "layers_fast", "layers_stock", "layers_fallback",
         "training_fast", "training_stock", "training_fallback", "training_fallback_reasons", "training_cache",
     }  # fmt: skip

@@ -104,7 +104,14 @@ def readme_line(beginning: str) -> str:
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The plugin's module, imported as LeRobot imports it; what it did is undone afterwards."""
-    for name in (auto_patch.PRECISION, auto_patch.BACKEND, auto_patch.WARMUP, "SMOLVLA_FAST_DISABLE"):
+    names = (
+        auto_patch.PRECISION,
+        auto_patch.BACKEND,
+        auto_patch.TUNE,
+        auto_patch.WARMUP,
+        "SMOLVLA_FAST_DISABLE",
+    )
+    for name in names:
         monkeypatch.delenv(name, raising=False)
     spec = importlib.util.spec_from_file_location(
         "a_plugin", ROOT / "plugin" / "lerobot_policy_smolvla_fast.py"
@@ -299,8 +306,12 @@ def test_the_environment_chooses(
 ) -> None:
     monkeypatch.setenv(auto_patch.PRECISION, "bf16")
     monkeypatch.setenv(auto_patch.BACKEND, "torch")
-    now = smolvla_fast.status(checkpoint.load())
+    policy = checkpoint.load()
+    now = smolvla_fast.status(policy)
     assert (now.precision, now.backend) == ("bf16", "torch")
+    assert vars(policy.model)["_smolvla_fast"].tune == "cached"
+    monkeypatch.setenv(auto_patch.TUNE, "off")
+    assert vars(checkpoint.load().model)["_smolvla_fast"].tune == "off"
     with caplog.at_level(logging.INFO, "smolvla_fast"):
         checkpoint.load()
         assert "warm-up" not in caplog.text
@@ -316,7 +327,8 @@ def test_the_environment_chooses(
 
 
 @pytest.mark.parametrize(
-    "fault", ["unknown precision", "unknown wish", "patching raises", "patching raises half-way"]
+    "fault",
+    ["unknown precision", "unknown plan", "unknown wish", "patching raises", "patching raises half-way"],
 )
 def test_a_fault_gives_stock_and_one_warning(
     plugin: Any, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: Any, fault: str
@@ -326,6 +338,8 @@ def test_a_fault_gives_stock_and_one_warning(
 
     if fault == "unknown precision":
         monkeypatch.setenv(auto_patch.PRECISION, "fp12")
+    elif fault == "unknown plan":
+        monkeypatch.setenv(auto_patch.TUNE, "maybe")
     elif fault == "unknown wish":
         monkeypatch.setenv(auto_patch.WARMUP, "perhaps")
     elif fault == "patching raises":
