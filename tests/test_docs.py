@@ -68,6 +68,7 @@ PYTHON = {
     "docs/fallbacks.md": (1, 0),
     "docs/layers.md": (1, 0),
     "docs/training.md": (1, 1),
+    "docs/trial.md": (1, 0),
 }
 """Pages with Python, and the chunks and losses that the engine has served after their blocks and one chunk."""
 

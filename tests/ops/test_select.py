@@ -170,7 +170,12 @@ def test_doctor_shows_an_amd_gpu(
     rocm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = SimpleNamespace(
-        name="AMD Instinct MI300X", major=9, minor=4, total_memory=2**37, gcnArchName="gfx942:sramecc+:xnack-"
+        name="AMD Instinct MI300X",
+        major=9,
+        minor=4,
+        total_memory=2**37,
+        gcnArchName="gfx942:sramecc+:xnack-",
+        multi_processor_count=304,
     )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
