@@ -70,13 +70,14 @@ class Stock:
             chunk = stock_chunk(model, dtype, inputs, noise, kwargs)[0]
         self.chunk = chunk
 
-    def judge(self, fast: Tensor) -> Judgement:
+    def judge(self, fast: Tensor, always_move: bool = True) -> Judgement:
+        """always_move  whether ``movement`` is wanted where the bound that holds without it is kept: it costs a chunk"""
         tier = self._tier
         if tier.stock_order:
             return Judgement(rel_l2(fast, self.chunk), 0.0, None, torch.equal(fast, self.chunk))
         error, movement = rel_l2(fast, self.truth), None
         if tier.name == "fp32":
-            movement = self._movement(error)
+            movement = self._movement(error) if always_move or error > FP32_BOUND else 0.0
             bound = fp32_bound(movement)
         elif tier.cosine is not None:
             # Of two chunks of one size with that cosine. A cosine alone does not see a chunk that is too large or too small.

@@ -122,7 +122,7 @@ def judged(
     try:
         act()  # builds, compiles and captures: no chunk to time
         fast, ours = _timed(act, noise.device)
-        found = Stock(model, engine.tier, inputs, noise, kwargs, chunk).judge(fast)
+        found = Stock(model, engine.tier, inputs, noise, kwargs, chunk).judge(fast, always_move=False)
     except Exception as error:  # untried code may raise anything, and stock has an answer
         short = "memory is short" if is_out_of_memory(error) else " ".join(str(error).split())[:300]
         return chunk, Verdict(False, f"the engine cannot compute it: {type(error).__name__}: {short}")
