@@ -484,16 +484,3 @@ def test_a_listing_has_an_end(folder: Path) -> None:
         (folder / f"{index}.json").write_text("{")
     rows, trouble = plan_files.listing()
     assert len(rows) == plan_files.LISTED and "205 files" in trouble
-
-
-def test_plans_that_ship_are_plans_under_their_own_names() -> None:
-    """What was measured on our machines: each is read, and found by its key alone."""
-    paths = sorted(plan_files.SHIPPED.glob("*.json"))
-    assert paths
-    for path in paths:
-        key = json.loads(path.read_text())["key"]
-        assert plan_files.path_of(key).name == path.name
-        plan, reason = plan_files.find(key)
-        assert reason is None and plan is not None and plan.origin
-        other = {**key, "threads": key["threads"] + 1}
-        assert plan_files.find(other)[0] is None
