@@ -109,9 +109,11 @@ def _ways(op: str, case: dict[str, int], dtype: torch.dtype) -> dict[str, dict[s
 
 def call(op: str, inputs: dict[str, Any]) -> None:
     """The op as the Triton backend serves it: where torch serves a dtype or size, no kernel is launched."""
+    from smolvla_fast.ops.choice import choose
+    from smolvla_fast.ops.select import backend_ops
     from smolvla_fast.ops.torch.suffix import suffix_fold
-    from smolvla_fast.ops.triton import ops as backend
 
+    backend = choose(backend_ops("triton"), torch.device("cpu"), "triton", None)
     inputs, module = dict(inputs), importlib.import_module(f"smolvla_fast.kernels.{op}")
     launcher = getattr(backend, op, None) or getattr(module, op)
     if op == "suffix_embed":

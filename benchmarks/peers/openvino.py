@@ -23,6 +23,7 @@ from smolvla_fast import inference
 from smolvla_fast.loss.layers import rotate
 from smolvla_fast.model.kv_cache import PrefixKV
 from smolvla_fast.model.precision import TIERS
+from smolvla_fast.ops.select import backend_ops
 from smolvla_fast.ops.torch import linear
 from smolvla_fast.ops.torch.decoder import norm_qkv_rope
 from smolvla_fast.ops.torch.masked_attention import attention_with_grad
@@ -105,7 +106,8 @@ class Runner:
         own = {"prepare_mask": lambda mask: mask, "norm_qkv_rope": partial(norm_qkv_rope, rotate=rotate_into)}
         own["masked_attention"] = lambda *given, memory=None: attention_with_grad(*given)
         self.engine = inference.Engine(TIERS["fp32"], "torch", torch.device("cpu"))
-        self.engine.ops = replace(self.engine.ops, **own)
+        # The plain table: a choice by shapes is nothing that a trace can follow.
+        self.engine.ops = replace(backend_ops("torch"), **own)
         self._compiled: dict[Any, Call] = {}
 
     def _run(self, function: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -120,6 +120,7 @@ def main(precision: str) -> None:
             chunks = [engine_of(policy.model).act(policy.model, *inputs, noise).cpu()]
     else:
         chunks = [policy.predict_action_chunk(dict(given), noise=noise).cpu() for _ in range(3)]
+    chunks = [each[..., : stock.shape[-1]] for each in chunks]  # without the padding of actions
     errors = [float((each - stock).norm() / stock.norm()) for each in chunks]
     print(json.dumps({"errors": errors, **smolvla_fast.status(policy).to_dict()}))
 
