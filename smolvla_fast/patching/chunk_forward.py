@@ -84,6 +84,8 @@ class Accelerated:
         call = Call(*given, noise, kwargs=kwargs, takes_bytes=takes_bytes)
         untried = reason if isinstance(reason, Untried) and engine is not None else None
         reason = (None if untried else reason) or INFERENCE.call_reason(self, call)
+        if untried is not None and state.is_cuda and torch.cuda.is_current_stream_capturing():
+            reason = reason or f"{untried}; a trial waits for the device, which nobody may inside a capture"
         if untried is not None and engine is not None and reason is None:
             kind = kind_of(self, call, (*untried.about, engine.tier.name, engine.ops.backend))
             is_trial, reason = runtime.begin_trial(kind, untried)

@@ -204,6 +204,8 @@ class Runtime(Served[Engine]):
 
     def after_fork(self) -> None:
         super().after_fork()
+        # A trial that was under way is in another process now.
+        self._verdicts = {kind: verdict for kind, verdict in self._verdicts.items() if verdict is not None}
         self.training.after_fork()
 
     def status(self, model: Any, reason: str | None) -> Status:

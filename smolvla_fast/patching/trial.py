@@ -30,7 +30,7 @@ ROUNDS = 5
 class Kind(NamedTuple):
     """What decides which code a call runs through. Faults may show in one kind and not in another.
 
-    about     of what is untried: sources, device
+    about     of what is untried: sources, device; and the tier and the backend that are tried
     settings  steps, periods and prefix length of the model, dtypes of images
     masked    which camera is masked for which sample, in numbers: cameras by samples
     language  for which sample it is padded; whether all lengths are alike, and padding is behind
@@ -47,7 +47,10 @@ class Kind(NamedTuple):
 
     def __str__(self) -> str:
         missing = sum(not all(each) for each in self.masked)
+        steps = self.settings[0]
         parts = [
+            f"{self.about[-2]}",
+            f"{steps} step{'s' * (steps != 1)}",
             f"batch {self.batch}",
             f"{self.cameras} camera{'s' * (self.cameras != 1)}" + (f" ({missing} masked)" if missing else ""),
             _language(*self.language),

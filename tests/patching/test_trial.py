@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import pickle
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import smolvla_fast
 from smolvla_fast.patching import chunk_forward, source_digests, trial
+from smolvla_fast.patching.runtime import runtime_of
 from smolvla_fast.patching.untried import Untried
 from smolvla_fast.testing.policies import make_noise, make_observation
 
@@ -423,3 +425,39 @@ def test_layers_and_losses_are_not_tried(tmp_path: Path) -> None:
     policy.model.vlm_with_expert.embed_image(torch.zeros(1, 3, 32, 32))
     now = smolvla_fast.status(policy)
     assert now.layers_fast == {} and "not the source this release knows" in str(now.layers_fallback)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_trial_under_way_when_a_process_forks_is_made_anew_in_the_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = under(next_release(tmp_path, *HARMLESS["a statement more"]), fresh())
+    smolvla_fast.patch(policy, precision="fp32")
+    runtime = runtime_of(policy.model)
+    own, forked = chunk_forward.judged, []
+
+    def judged(*args: Any, **kwargs: Any) -> Any:
+        if (
+            not forked
+        ):  # what a child would see, without one: its threads are gone, this one's trial never ends there
+            forked.append(dict(runtime._verdicts))
+            runtime.after_fork()
+            forked.append(dict(runtime._verdicts))
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(chunk_forward, "judged", judged)
+    KINDS["plain"](policy)
+    assert [list(each.values()) for each in forked] == [[None], []]
+
+
+def test_the_text_of_a_kind_tells_kinds_apart(tmp_path: Path) -> None:
+    policy = smolvla_fast.patch(
+        under(next_release(tmp_path, *HARMLESS["a statement more"]), fresh()), precision="fp32"
+    )
+    for ask in KINDS.values():
+        ask(policy)
+    policy.config.num_steps = 1
+    KINDS["plain"](policy)
+    smolvla_fast.patch(policy, precision="bf16")
+    KINDS["plain"](policy)
+    assert len(smolvla_fast.status(policy).trials) == len(KINDS) + 2
