@@ -89,7 +89,8 @@ def _product(x: Any, weights: tuple[Any, ...], end: tuple[Any, ...] = (), rows: 
         if weight is not None:
             size, inputs = weight.shape
             outputs.append(size)
-            dtype = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__.lower()
+            if dtype is None:  # of the first: the folded one of a suffix is always fp32
+                dtype = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__.lower()
     if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
         end = (*end, "tf32")
     if not isinstance(x, Tensor):

@@ -44,11 +44,14 @@ def inputs_of(policy: Any) -> tuple[Any, ...]:
 
 
 def tuned(
-    subject: tuple[Any, tuple[Any, ...]], seconds: float = 30.0, tier: str = "fp32", **more: Any
+    subject: tuple[Any, tuple[Any, ...]],
+    seconds: float = 30.0,
+    tier: str = "fp32",
+    backend: str = "auto",
+    **more: Any,
 ) -> Tuning:
-    model, inputs = subject
-    *observed, noise = inputs
-    products = Products(TIERS[tier], "auto", CPU)
+    model, (*observed, noise) = subject
+    products = Products(TIERS[tier], backend, CPU)
     return tuner.tune(model, products, inputs=tuple(observed), noise=noise, seconds=seconds, **more)
 
 
@@ -78,11 +81,17 @@ def raises(y: Tensor) -> Tensor:
     raise RuntimeError("CUDA error: an illegal instruction\nwas encountered")
 
 
+@pytest.fixture
+def cpu_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this processor's defaults are: our kernels."""
+    monkeypatch.setattr(choices, "default_rules", lambda backend, device: {})
+
+
 def test_a_candidate_made_wrong_is_refused_with_its_error(
-    subject: Any, monkeypatch: pytest.MonkeyPatch
+    subject: Any, monkeypatch: pytest.MonkeyPatch, cpu_by_default: None
 ) -> None:
     monkeypatch.setattr(choices, "aten", made(choices.aten, wrong))
-    found = tuned(subject)
+    found = tuned(subject, backend="cpu")
     for op in ("linear", "linear_residual", "norm_swiglu", "cross_kv"):
         for each in chosen(found, op):
             timed = {one.candidate: one for one in each.timed}
@@ -102,31 +111,40 @@ def test_a_candidate_made_wrong_is_refused_with_its_error(
     ids=["raises", "NaN", "another shape", "another dtype"],
 )
 def test_what_no_chunk_could_use_is_refused(
-    subject: Any, monkeypatch: pytest.MonkeyPatch, change: Any, words: str
+    subject: Any, monkeypatch: pytest.MonkeyPatch, cpu_by_default: None, change: Any, words: str
 ) -> None:
     monkeypatch.setattr(choices, "aten", made(choices.aten, change))
-    for each in chosen(tuned(subject), "linear"):
+    for each in chosen(tuned(subject, backend="cpu"), "linear"):
         timed = {one.candidate: one for one in each.timed}
         assert each.chosen != "aten"
         with pytest.raises(ValueError, match=words):
             raise ValueError(timed["aten"].refused)
 
 
-def test_a_candidate_made_slow_is_not_chosen(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_candidate_made_slow_is_not_chosen(
+    subject: Any, monkeypatch: pytest.MonkeyPatch, cpu_by_default: None
+) -> None:
     """And one beside which the default is slow is: so this can fail."""
     monkeypatch.setattr(choices, "aten", made(choices.aten, slow))
-    monkeypatch.setattr(choices, "onednn", made(choices.onednn, slow))
-    found = tuned(subject)
-    assert not [each for each in found.choices if each.chosen in ("aten", "onednn") and each.default == "cpu"]
-    late = [each for each in found.choices if each.default == "onednn"]
-    assert late and all(each.reached and each.chosen == "cpu" for each in late)
+    found = tuned(subject, backend="cpu")
+    assert not [each for each in found.choices if each.chosen == "aten"]
+    every = ("linear", "cross_kv", "linear_residual", "norm_swiglu", "norm_qkv_rope", "pixel_shuffle_linear")
+    monkeypatch.setattr(
+        choices, "default_rules", lambda backend, device: dict.fromkeys(every, lambda shape: "aten")
+    )
+    found = tuned(subject, backend="cpu")
+    late = [each for each in found.choices if each.default == "aten"]
+    assert {each.op for each in late} == set(every)
+    assert all(each.reached and each.chosen in ("cpu", "onednn") for each in late)
     assert found.kept and found.before and found.after and found.after.p50_ms < found.before.p50_ms
-    key = f"cross_kv {chosen(found, 'cross_kv')[0].shape}"
-    assert found.plan.choices[key] == "cpu" and "changed hands; chunk " in found.verdict()
+    each = chosen(found, "cross_kv")[0]
+    assert found.plan.choices[f"cross_kv {each.shape}"] == each.chosen
+    assert "changed hands; chunk " in found.verdict()
 
 
 def test_the_next_engine_uses_the_plan(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "onednn", made(choices.onednn, slow))
+    monkeypatch.setattr(choices, "aten", made(choices.aten, slow))
+    monkeypatch.setattr(choices, "default_rules", lambda backend, device: {"linear": lambda shape: "aten"})
     model, inputs = subject
     plan = tuned(subject).plan
     by_plan = Products(TIERS["fp32"], "auto", CPU, plan)
@@ -138,7 +156,7 @@ def test_the_next_engine_uses_the_plan(subject: Any, monkeypatch: pytest.MonkeyP
         for shape, name in each.served.items()
     }
     assert served and served.items() <= plan.choices.items()
-    assert "onednn" not in served.values()
+    assert "aten" not in served.values()
     assert rel_l2(chunk, Engine(TIERS["exact"], "auto", CPU).act(model, *inputs)) < 1e-5
 
 
@@ -188,7 +206,8 @@ def test_what_time_does_not_reach_keeps_its_default(subject: Any, seconds: float
     found = tuned(subject, seconds=seconds)
     assert any(not each.reached for each in found.choices)
     assert all(each.chosen == each.default for each in found.choices if not each.reached)
-    assert {f"{e.op} {e.shape}" for e in found.choices if e.reached} == set(found.plan.choices)
+    reached = {f"{e.op} {e.shape}" for e in found.choices if e.reached}
+    assert set(found.plan.choices) == (reached if found.kept else set())
     # A chunk of this size takes milliseconds: what is always done, by the defaults, is a handful of them.
     assert time.perf_counter() - began < seconds + 20
 
