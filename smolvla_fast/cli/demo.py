@@ -37,6 +37,7 @@ PARTS = (*STAGES, "other")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject.add_arguments(parser)
+    subject.add_tune(parser)
     parser.set_defaults(json="demo.json")
     parser.add_argument(
         "--rounds", type=subject.positive, default=5, help="timed chunks of each (default: 5)"
@@ -101,7 +102,7 @@ def measure(
         try:
             warm["patch_ms"], _ = timed_ms(
                 lambda: smolvla_fast.patch(
-                    policy, precision=args.precision, backend=args.backend, warmup=batch
+                    policy, precision=args.precision, backend=args.backend, tune=args.tune, warmup=batch
                 ),
                 device,
             )

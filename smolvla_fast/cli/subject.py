@@ -53,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--json", metavar="PATH", help="write the figures to this file")
 
 
+def add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tune", choices=("cached", "off"), default="cached",
+        help="who computes what: by the plan of this machine where there is one, or by the defaults",
+    )  # fmt: skip
+
+
 def positive(text: str) -> int:
     value = int(text) if text.isdigit() else 0
     if value < 1:

@@ -18,6 +18,7 @@ from . import subject
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject.add_arguments(parser)
+    subject.add_tune(parser)
     parser.add_argument(
         "--observations", type=subject.positive, default=2, help="how many to check (default: 2)"
     )
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if fault:
             raise CommandError(fault)
         try:
-            smolvla_fast.patch(policy, precision=args.precision, backend=args.backend)
+            smolvla_fast.patch(policy, precision=args.precision, backend=args.backend, tune=args.tune)
             for index in range(args.observations):
                 step(f"observation {index + 1} of {args.observations}")
                 batch, noise = subject.make_observation(policy, args, args.seed + index)
