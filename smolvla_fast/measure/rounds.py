@@ -47,8 +47,11 @@ def side_by_side(stock_ms: Sequence[float], own_ms: Sequence[float]) -> float:
 
 def synchronize(device: torch.device | str) -> None:
     """Waits for the device's queue; a CPU has none."""
-    if torch.device(device).type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         torch.cuda.synchronize(device)
+    elif kind != "cpu" and hasattr(getattr(torch, kind, None), "synchronize"):  # mps, xpu
+        getattr(torch, kind).synchronize()
 
 
 def timed_ms(function: Callable[[], Any], device: torch.device | str) -> tuple[float, Any]:

@@ -21,7 +21,7 @@ from .defaults import Rule, default_rules
 from .plan import LOOP, Plan
 from .reference.attention import attention as sdpa_attention
 from .reference.image_prep import image_prep
-from .shape_class import CLASSES, Product, Shape, rows_of, up
+from .shape_class import CLASSES, Attention, Product, Shape, up
 from .table import STAGES, Ops, exports
 from .torch import decoder, suffix, vision
 from .torch import masked_attention as attention
@@ -139,7 +139,7 @@ def _single_launch(choices: dict[str, Choice], rows: int) -> bool:
         name.startswith(("triton", "cuda"))
         for choice in choices.values()
         for shape, name in choice.served.items()
-        if rows_of(shape) == up(rows)
+        if isinstance(shape, Attention) or shape.rows == up(rows)
     )
 
 

@@ -152,8 +152,3 @@ CLASSES: dict[str, Callable[..., Shape]] = {
     ),
 }
 """Arguments of an op -> its shape class. Ops that are not here have one implementation a backend."""
-
-
-def rows_of(shape: Shape) -> int:
-    """Rows of a product; of an attention the queries of all samples."""
-    return up(shape.batch * shape.queries) if isinstance(shape, Attention) else shape.rows

@@ -146,11 +146,15 @@ class Runtime(Served[Engine]):
 
     @property
     def trials(self) -> dict[str, str]:
-        return {
-            str(kind): ("passed: " if verdict.passed else "stock: ") + verdict.text
-            for kind, verdict in self._verdicts.items()
-            if verdict is not None
-        }
+        found: dict[str, str] = {}
+        for kind, verdict in self._verdicts.items():
+            if verdict is not None:
+                alike = sum(
+                    name.startswith(str(kind)) for name in found
+                )  # of another source under the same policy
+                name = f"{kind} ({alike + 1})" if alike else str(kind)
+                found[name] = ("passed: " if verdict.passed else "stock: ") + verdict.text
+        return found
 
     def look_for_plan(self, model: Any) -> None:
         """Drops the engine where the plan that it was made with is no longer the one that is found."""

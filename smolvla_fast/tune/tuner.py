@@ -131,7 +131,8 @@ class _Tuner:
         plan = Plan({**known, **chosen}, "tuned now", today)
         self._say("done")
         took = time.perf_counter() - self._began
-        before, after = finals[BEFORE].time, finals[best or AFTER].time if (best or AFTER) != BEFORE else None
+        beside = AFTER if best is None else best  # what was refused is shown too
+        before, after = finals[BEFORE].time, None if beside == BEFORE else finals[beside].time
         return Tuning(key, plan, [*segments, *choices], before, after, best is not None, note, took)
 
     def _engine(self, plan: Plan | None) -> Engine:
