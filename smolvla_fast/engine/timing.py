@@ -26,8 +26,11 @@ def is_timed() -> bool:
 
 
 def _synchronize() -> None:
+    others = getattr(torch, "accelerator", None)  # from torch 2.6 on
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    elif others is not None and others.is_available() and others.current_accelerator().type != "cuda":
+        others.synchronize()
 
 
 @contextmanager

@@ -46,12 +46,13 @@ def side_by_side(stock_ms: Sequence[float], own_ms: Sequence[float]) -> float:
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Waits for the device's queue; a CPU has none."""
+    """Waits for the device's queue; a CPU has none. Of any kind of device that torch has a module for."""
     kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.synchronize(device)
-    elif kind != "cpu" and hasattr(getattr(torch, kind, None), "synchronize"):  # mps, xpu
-        getattr(torch, kind).synchronize()
+    wait = getattr(getattr(torch, kind, None), "synchronize", None)
+    if kind == "mps" and wait is not None:
+        wait()  # there is one of it
+    elif kind != "cpu" and wait is not None:
+        wait(device)
 
 
 def timed_ms(function: Callable[[], Any], device: torch.device | str) -> tuple[float, Any]:

@@ -58,7 +58,7 @@ def circumstances(model: Any, call: Call) -> str | None:
 
 def ambient(kind: str) -> str | None:
     """What is set around a call on this kind of device and would not see into the kernels, or changes stock."""
-    if torch.is_autocast_enabled(kind):
+    if _autocast_is_on(kind):
         return "autocast is on: its dtypes decide, not the tier"
     if torch.get_default_dtype() is not torch.float32:
         return f"torch's default dtype is {torch.get_default_dtype()}; stock computes RTC weights and times in it"
@@ -71,6 +71,13 @@ def ambient(kind: str) -> str | None:
             "a torch.func transform or forward-mode differentiation is on; it would not see into the kernels"
         )
     return None
+
+
+def _autocast_is_on(kind: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(kind)
+    except RuntimeError:  # a kind of device that has no autocast
+        return False
 
 
 def autocast_in_bf16(model: Any, call: Call) -> str | None:

@@ -3,7 +3,8 @@ references on small inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -43,8 +44,7 @@ def probe(pair: Any, exact: bool, frozen_only: bool = False) -> str | None:
 def _probe(pair: Any, exact: bool, frozen_only: bool) -> str | None:
     vlm = pair.get_vlm_model()
     # A dropout layer in train mode would draw: the caller's random state does not move.
-    devices = sorted({each.device.index for each in pair.parameters() if each.is_cuda})
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), _random_state_of({each.device for each in pair.parameters()}):
         for name, live, ours in (
             *_probe_vision(vlm),
             *_probe_decoder(vlm.text_model),
@@ -52,13 +52,26 @@ def _probe(pair: Any, exact: bool, frozen_only: bool) -> str | None:
         ):
             if exact and not torch.equal(live, ours) and not (live.isnan().any() and ours.isnan().any()):
                 return f"{name} of this transformers version rounds otherwise than the reference"
-            live, ours = live.cpu().double(), ours.cpu().double()  # not every device has fp64
+            # On the CPU: not every device has fp64.
+            live, ours = live.cpu().double(), ours.cpu().double()
             # Not a number, or infinite, in the same places: weights that make it so in stock make it so here.
             same = (live == ours) | (live.isnan() & ours.isnan())
             difference = (live - ours).masked_fill(same, 0).norm()
             if not difference <= 1e-2 * live[live.isfinite()].norm():
                 return f"{name} of this transformers version computes something else than the reference"
     return None
+
+
+@contextmanager
+def _random_state_of(devices: set[torch.device]) -> Iterator[None]:
+    """Put back at the end: the CPU's, and that of each device whose module in torch has one."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([]))
+        for device in devices:
+            if hasattr(getattr(torch, device.type, None), "set_rng_state"):
+                indices = [0 if device.index is None else device.index]
+                stack.enter_context(torch.random.fork_rng(indices, device_type=device.type))
+        yield
 
 
 def frozen_reason(pair: Any) -> str | None:

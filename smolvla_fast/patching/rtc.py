@@ -80,4 +80,6 @@ def guidance_of(model: Any, kwargs: dict[str, Any], noise: Tensor) -> Guidances 
     weights = prefix_weights(schedule, kwargs["inference_delay"], horizon, noise.shape[1])[None, :, None]
     times = (1.0 + step * (-1.0 / steps) for step in range(steps))
     strengths = torch.stack([guidance_weight(time, config.max_guidance_weight) for time in times])
-    return Guidances(previous, weights.to(device, non_blocking=True), strengths.to(device, non_blocking=True))
+    # Elsewhere than on CUDA a copy that does not block may read memory that is free by then.
+    weights, strengths = (each.to(device, non_blocking=device.type == "cuda") for each in (weights, strengths))
+    return Guidances(previous, weights, strengths)

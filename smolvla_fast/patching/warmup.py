@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inputs import made_inputs, made_noise
+from ..measure.rounds import synchronize
 from .rtc import guidance_reason, guided
 from .served import uncounted
 
@@ -46,7 +46,6 @@ def _one(policy: Any, example: Any, kwargs: dict[str, Any]) -> None:
 
 def took(device: torch.device, started: float, checked: float) -> str:
     """How long a warm-up took, in its parts: a look through the model; the first chunk, which compiles and captures."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     ended = time.perf_counter()
     return f"; warm-up {ended - started:.2f} s (checks {checked - started:.2f} s, first chunk {ended - checked:.2f} s)"

@@ -8,12 +8,20 @@ import torch
 from torch import Tensor
 
 
+def has_fp64(device: torch.device) -> bool:
+    """As LeRobot asks it: MPS never has, an XPU says."""
+    if device.type == "xpu":
+        capability = getattr(torch.xpu, "get_device_capability", dict)()
+        return bool(capability.get("has_fp64", False))
+    return device.type != "mps"
+
+
 def time_embedding(time: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
     """``[sin(2π·t / p_i), cos(2π·t / p_i)]`` with periods ``p_i`` spaced geometrically between the two given.
 
     time     [B]  fp32, 1 (noise) down to 0 (actions)
     width    even number of features
-    returns  [B, width]  fp64; fp32 on other devices than CPUs and CUDA GPUs, for MPS and some XPUs have no fp64
+    returns  [B, width]  fp64, and fp32 on devices that have no fp64
     replaces ``create_sinusoidal_pos_embedding`` of LeRobot
     """
     if width % 2:
@@ -22,7 +30,7 @@ def time_embedding(time: Tensor, width: int, min_period: float, max_period: floa
         )
     if time.ndim != 1:
         raise ValueError(f"time must have one dimension [batch], got shape {tuple(time.shape)}")
-    dtype = torch.float64 if time.device.type in ("cpu", "cuda") else torch.float32
+    dtype = torch.float64 if has_fp64(time.device) else torch.float32
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=dtype, device=time.device)
     period = min_period * (max_period / min_period) ** fraction
     angle = (1.0 / period * 2 * math.pi)[None, :] * time[:, None]
