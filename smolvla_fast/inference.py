@@ -217,10 +217,7 @@ class Engine:
     def _time_embeddings(self, config: Any, width: int, batch: int, device: torch.device) -> Tensor:
         key = (config.num_steps, config.min_period, config.max_period, width, batch, device)
         if key not in self._times:
-            # Computed where fp64 is sure to be, but for ``exact``, which has stock's own bits.
-            home = device if self.tier.stock_order or device.type in ("cpu", "cuda") else torch.device("cpu")
-            times = _time_embeddings(*key[:-1], home)
-            times = times if home == device else times.to(torch.float32).to(device)
+            times = _time_embeddings(*key)
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return times  # of a caller's own capture: written when that is replayed, and not before
             # Kept for good, and the first one where threads race: a captured graph may read it.

@@ -91,7 +91,8 @@ def _product(x: Any, weights: tuple[Any, ...], end: tuple[Any, ...] = (), rows: 
             outputs.append(size)
             if dtype is None:  # of the first: the folded one of a suffix is always fp32
                 dtype = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__.lower()
-    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    # A CPU has no TF32, whatever a process allows its GPU.
+    if dtype is torch.float32 and not x.is_cpu and torch.get_float32_matmul_precision() != "highest":
         end = (*end, "tf32")
     if not isinstance(x, Tensor):
         return Product(_rows(x), inputs, tuple(outputs), dtype, _dtype(x), end)

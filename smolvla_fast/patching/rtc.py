@@ -81,5 +81,7 @@ def guidance_of(model: Any, kwargs: dict[str, Any], noise: Tensor) -> Guidances 
     times = (1.0 + step * (-1.0 / steps) for step in range(steps))
     strengths = torch.stack([guidance_weight(time, config.max_guidance_weight) for time in times])
     # Elsewhere than on CUDA a copy that does not block may read memory that is free by then.
-    weights, strengths = (each.to(device, non_blocking=device.type == "cuda") for each in (weights, strengths))
+    weights, strengths = (
+        each.to(device, non_blocking=device.type == "cuda") for each in (weights, strengths)
+    )
     return Guidances(previous, weights, strengths)

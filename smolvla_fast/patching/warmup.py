@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..measure.rounds import synchronize
+from .inputs import made_inputs, made_noise
 from .rtc import guidance_reason, guided
 from .served import uncounted
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.contract import OPS, call_of, check, inputs_in, reference_module
+from support.contract import OPS, call_of, check, inputs_in, reference_module, to_device
 
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.choice import Choice
@@ -103,7 +103,10 @@ def test_tf32_is_another_shape_class() -> None:
         shapes = []
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
-            shapes.append(str(CLASSES["linear"](**inputs)))
+            shapes.append([str(CLASSES["linear"](**to_device(inputs, where))) for where in ("meta", "cpu")])
     finally:
         torch.set_float32_matmul_precision(before)
-    assert shapes[1] == f"{shapes[0]} tf32"
+    (plain, on_cpu), (allowed, still) = shapes
+    assert allowed == f"{plain} tf32" and still == on_cpu == plain, (
+        "LeRobot's commands allow it: a CPU has none"
+    )

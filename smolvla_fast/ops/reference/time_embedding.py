@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def has_fp64(device: torch.device) -> bool:
-    """As LeRobot asks it: MPS never has, an XPU says."""
+    """MPS has not, an XPU says, and of others nobody knows."""
     if device.type == "xpu":
-        capability = getattr(torch.xpu, "get_device_capability", dict)()
+        capability: dict[str, bool] = getattr(torch.xpu, "get_device_capability", dict)()
         return bool(capability.get("has_fp64", False))
-    return device.type != "mps"
+    return device.type in ("cpu", "cuda")
 
 
 def time_embedding(time: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
