@@ -87,7 +87,7 @@ class Accelerated:
         if untried is not None and state.is_cuda and torch.cuda.is_current_stream_capturing():
             reason = reason or f"{untried}; a trial waits for the device, which nobody may inside a capture"
         if untried is not None and engine is not None and reason is None:
-            kind = kind_of(self, call, (*untried.about, engine.tier.name, engine.ops.backend))
+            kind = kind_of(self, call, (*untried.about, *_engine_of(self, engine)))
             is_trial, reason = runtime.begin_trial(kind, untried)
             if is_trial:
                 noise = drawn() if noise is None else noise
@@ -117,6 +117,14 @@ class Accelerated:
         if not issubclass(cls, Accelerated):
             return object.__reduce_ex__(self, protocol)
         return restore, (cls.stock_class, issubclass(cls, TrainingMixin)), self.__dict__
+
+
+def _engine_of(model: Any, engine: Engine) -> tuple[Any, ...]:
+    """What else a verdict is about: where and in what dtypes weights lie, the plan, tier and backend."""
+    weights = frozenset((str(each.device), each.dtype) for each in model.parameters())
+    plan = engine.products.plan
+    chosen = None if plan is None else frozenset(plan.choices.items())
+    return weights, chosen, engine.tier.name, engine.ops.backend
 
 
 def _as_floats(image: Any, side: int) -> Any:
