@@ -29,6 +29,7 @@ from .patching.runtime import Status, drop_runtime, runtime_of
 from .patching.settings import DISABLE, SETTINGS, Settings, disabled
 from .patching.training_forward import training_reason
 from .patching.tuning import check_tune, tune_now
+from .patching.untried import Untried
 from .patching.warmup import took, warm_up
 
 logger = logging.getLogger("smolvla_fast")
@@ -140,7 +141,7 @@ def patch(
             "smolvla_fast: on: %s on %s, backend %s for %s%s%s%s%s",
             now.precision, weight.device, now.backend, _shared(now), instead, planned, tuned, timed,
         )  # fmt: skip
-    elif engine is not None and not now.trials:
+    elif engine is not None and isinstance(reason, Untried) and not runtime.verdicts(model, engine, reason):
         logger.info("smolvla_fast: stock runs until a trial: %s%s%s", now.last_fallback, tuned, timed)
     else:
         logger.warning("smolvla_fast: stock runs: %s%s%s", now.last_fallback, tuned, timed)
@@ -232,4 +233,4 @@ def status(policy: Any) -> Status:
     if not isinstance(model, Accelerated):
         return Status(last_fallback=f"{DISABLE} is set" if disabled() else "the policy is not patched")
     runtime = runtime_of(model)
-    return runtime.status(model, runtime.look(model)[1])
+    return runtime.status(model, *runtime.look(model))

@@ -24,7 +24,7 @@ from .rtc import guidance_of
 from .runtime import runtime_of
 from .settings import stock_layers
 from .training_forward import TrainingMixin
-from .trial import Kind, judged, kind_of
+from .trial import Kind, about_engine, judged, kind_of, unknown_keyword
 from .untried import Untried
 
 
@@ -66,14 +66,17 @@ class Accelerated:
         runtime, stock = runtime_of(self), cls.stock_class
         takes_bytes = hasattr(stock, "takes_bytes")
         given = (_listed(images), _listed(img_masks), lang_tokens, lang_masks, state)
+        call = Call(*given, noise, kwargs=kwargs, takes_bytes=takes_bytes)
 
-        def stock_chunk(noise: Tensor | None) -> Tensor:
-            images = given[0]
+        def stock_chunk(call: Call) -> Tensor:
+            images = call.images
             if takes_bytes and isinstance(images, list | tuple):
                 side = self.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
                 images = [_as_floats(each, side) for each in images]
             with stock_layers():
-                return stock.sample_actions(self, images, *given[1:], noise=noise, **kwargs)
+                return stock.sample_actions(
+                    self, images, *call[1:5], noise=call.noise, **(call.kwargs or {})
+                )
 
         def drawn() -> Tensor:
             with not_capturing():
@@ -81,14 +84,15 @@ class Accelerated:
                 return self.sample_noise(shape, state.device)
 
         engine, reason, validators = runtime.gate(self)
-        call = Call(*given, noise, kwargs=kwargs, takes_bytes=takes_bytes)
         untried = reason if isinstance(reason, Untried) and engine is not None else None
         reason = (None if untried else reason) or INFERENCE.call_reason(self, call)
         if untried is not None and state.is_cuda and torch.cuda.is_current_stream_capturing():
             reason = reason or f"{untried}; a trial waits for the device, which nobody may inside a capture"
         if untried is not None and engine is not None and reason is None:
-            kind = kind_of(self, call, (*untried.about, *_engine_of(self, engine)))
-            is_trial, reason = runtime.begin_trial(kind, untried)
+            kind, is_trial = kind_of(self, call, (*untried.about, *about_engine(self, engine))), False
+            reason = unknown_keyword(call)
+            if reason is None:
+                is_trial, reason = runtime.begin_trial(kind, untried)
             if is_trial:
                 noise = drawn() if noise is None else noise
                 return _tried(self, engine, kind, call._replace(noise=noise), stock_chunk)
@@ -110,21 +114,13 @@ class Accelerated:
                 runtime.served()
                 return chunk
         runtime.fell_back(str(reason))
-        return stock_chunk(noise)
+        return stock_chunk(call._replace(noise=noise))
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         cls = type(self)  # read once, as above
         if not issubclass(cls, Accelerated):
             return object.__reduce_ex__(self, protocol)
         return restore, (cls.stock_class, issubclass(cls, TrainingMixin)), self.__dict__
-
-
-def _engine_of(model: Any, engine: Engine) -> tuple[Any, ...]:
-    """What else a verdict is about: where and in what dtypes weights lie, the plan, tier and backend."""
-    weights = frozenset((str(each.device), each.dtype) for each in model.parameters())
-    plan = engine.products.plan
-    chosen = None if plan is None else frozenset(plan.choices.items())
-    return weights, chosen, engine.tier.name, engine.ops.backend
 
 
 def _as_floats(image: Any, side: int) -> Any:
@@ -137,28 +133,28 @@ def _as_floats(image: Any, side: int) -> Any:
 
 
 def _tried(
-    model: Any, engine: Engine, kind: Kind, call: Call, stock_chunk: Callable[[Tensor | None], Tensor]
+    model: Any, engine: Engine, kind: Kind, call: Call, stock_chunk: Callable[[Call], Tensor]
 ) -> Tensor:
     """Stock's chunk; the engine's is judged beside it."""
-    verdict, kwargs = None, call.kwargs or {}
-    assert call.noise is not None
+
+    def act(call: Call) -> Tensor:
+        assert call.noise is not None
+        guidance = guidance_of(model, call.kwargs or {}, call.noise)
+        return engine.act(model, *call[:5], call.noise.contiguous(), guidance)
+
+    verdict, runtime = None, runtime_of(model)
     try:
-        noise, guidance = call.noise.clone(), guidance_of(model, kwargs, call.noise)
-        inputs = (call.images, call.image_masks, call.tokens, call.token_masks, call.state)
-        chunk, verdict = judged(
-            model, engine, inputs, noise, kwargs,
-            act=lambda: engine.act(model, *inputs, noise, guidance),
-            stock=lambda: stock_chunk(call.noise),
-        )  # fmt: skip
+        chunk, verdict = judged(model, engine, call, act=act, stock=stock_chunk)
         return chunk
     finally:
-        runtime_of(model).end_trial(kind, verdict)
+        runtime.end_trial(kind, verdict)
 
 
 @cache
 def accelerated(stock: type, training: bool) -> type:
     bases = (TrainingMixin, Accelerated, stock) if training else (Accelerated, stock)
-    attributes = {"stock_class": stock, "__module__": stock.__module__, **model_methods(stock, Accelerated)}
+    methods = model_methods(stock, Accelerated)
+    attributes = {"stock_class": stock, "overrides": methods, "__module__": stock.__module__, **methods}
     return type(stock.__name__, bases, attributes)
 
 

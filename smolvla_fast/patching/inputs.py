@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .call_rules import Call
+
 Inputs = tuple[Any, Any, Tensor, Tensor, Tensor]
 """images, image masks, tokens, token masks, state"""
 TOKENS = ("observation.language.tokens", "observation.language.attention_mask")
@@ -60,3 +62,31 @@ def made_noise(model: Any, batch: int = 1) -> Tensor:
     """[B, S, A] fp32; no random state moves."""
     shape = (batch, model.config.chunk_size, model.config.max_action_dim)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(model.state_proj.weight.device)
+
+
+def drawn_like(model: Any, call: Call) -> Call:
+    """A call of the same shapes, dtypes and masks with other numbers; no random state moves."""
+    generator = torch.Generator().manual_seed(2)
+    rows = model.vlm_with_expert.get_vlm_model().text_model.get_input_embeddings().weight.shape[0]
+
+    def numbers(like: Tensor | None) -> Tensor | None:
+        if like is None:
+            return None
+        return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
+
+    def frame(like: Tensor) -> Tensor:
+        if like.dtype is torch.uint8:
+            drawn = torch.randint(256, like.shape, generator=generator)
+        else:
+            drawn = torch.randn(like.shape, generator=generator).tanh()
+        return drawn.to(like.device, like.dtype)
+
+    kwargs = dict(call.kwargs or {})
+    if isinstance(kwargs.get("prev_chunk_left_over"), Tensor):
+        kwargs["prev_chunk_left_over"] = numbers(kwargs["prev_chunk_left_over"])
+    tokens = torch.randint(rows, call.tokens.shape, generator=generator).to(call.tokens)
+    state, noise = numbers(call.state), numbers(call.noise)
+    assert state is not None
+    return call._replace(
+        images=[frame(each) for each in call.images], tokens=tokens, state=state, noise=noise, kwargs=kwargs
+    )

@@ -96,7 +96,7 @@ def _asked(
 @cache
 def _accelerated_layers(stock: type) -> type:
     methods = {name: _override(stock, name) for name in METHODS}
-    attributes = {"stock_class": stock, "__module__": stock.__module__, **methods}
+    attributes = {"stock_class": stock, "overrides": methods, "__module__": stock.__module__, **methods}
     return type(stock.__name__, (AcceleratedLayers, stock), attributes)
 
 

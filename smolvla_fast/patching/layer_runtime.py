@@ -69,12 +69,18 @@ class LayerRuntime(Served[LayerEngine]):
                 self._products = key, Products(tier, settings.backend, device, plan)
             return self._products[1]
 
-    def use_plan(self, plan: Plan | None) -> None:
-        """Chunks and layers alike, from their next look on; quantised copies stay."""
+    def look_for_plan(self, pair: Any, settings: Settings) -> Products | None:
+        """What chunks and layers multiply with from their next look on, by the plan that is found now; quantised copies
+        stay. None where nothing was made yet."""
         with self.lock:
-            if self._products is not None and self._products[1].plan != plan:
-                self._products = self._products[0], self._products[1].by(plan)
+            if self._products is None:
+                return None
+            key, products = self._products
+            plan = self.plan(pair, products.tier, settings, products.device)
+            if plan != products.plan:
+                self._products = key, products.by(plan)
                 self.engine, self.detector = None, None
+            return self._products[1]
 
     def plan(self, pair: Any, tier: Tier, settings: Settings, device: Any) -> Plan | None:
         if settings.tune == "off" or tier.stock_order:

@@ -26,7 +26,18 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def chunk_source(model: Any) -> str | None:
     """Why the code around this model is not what a chunk replaces."""
-    return _source(owners(model, getattr(model, "rtc_processor", None)))
+    reason = _source(owners(model, getattr(model, "rtc_processor", None)))
+    return _unread_weight(model) or reason if isinstance(reason, Untried) else reason
+
+
+def _unread_weight(model: Any) -> str | None:
+    """What an unread release has beside the weights that the engine reads. A trial with a gate that is still zero would
+    pass, and stay passed once the gate is trained."""
+    for owner, children in ((model, {"vlm_with_expert", *HEADS}), (model.vlm_with_expert, {"vlm", "lm_expert"})):
+        for name in (*owner._modules, *owner._parameters, *owner._buffers):
+            if name not in children:
+                return f"{type(owner).__name__}.{name} is unknown to this version, which would leave it out"
+    return None
 
 
 def loss_source(model: Any) -> str | None:

@@ -19,7 +19,7 @@ from .layer_runtime import LAYER_RUNTIMES
 from .served import Registry, Served, counts, logger
 from .settings import SETTINGS, Settings
 from .training_runtime import TrainingRuntime
-from .trial import Kind, Verdict
+from .trial import Kind, Verdict, about_engine
 from .untried import Untried
 
 
@@ -137,8 +137,10 @@ class Runtime(Served[Engine]):
             if verdict is None:
                 self._verdicts.pop(kind, None)
                 return
-            self._verdicts[kind] = verdict
             self.stock += counts()
+            if kind not in self._verdicts:
+                return  # forgotten meanwhile
+            self._verdicts[kind] = verdict
             self.last_fallback = f"trial of {kind}: {verdict.text}"
         level = logging.INFO if verdict.passed else logging.WARNING
         what = "the engine serves" if verdict.passed else "stock serves"
@@ -157,15 +159,14 @@ class Runtime(Served[Engine]):
         return found
 
     def look_for_plan(self, model: Any) -> None:
-        """Drops the engine where the plan that it was made with is no longer the one that is found."""
+        """Drops what was made with a plan that is no longer the one that is found."""
         with self.lock:
-            layers, settings = LAYER_RUNTIMES.of(model.vlm_with_expert), model.__dict__.get(SETTINGS)
-            if self.engine is None or settings is None:
+            pair, settings = model.vlm_with_expert, model.__dict__.get(SETTINGS)
+            if settings is None:
                 return
-            products = self.engine.products
-            plan = layers.plan(model.vlm_with_expert, products.tier, settings, products.device)
-            if plan != products.plan:
-                layers.use_plan(plan)
+            # Layers may be served where stock runs the chunks.
+            products = LAYER_RUNTIMES.of(pair).look_for_plan(pair, settings)
+            if self.engine is not None and self.engine.products is not products:
                 # As if patched anew: who asked says what serves now.
                 self._built_for, self.detector = (), None
 
@@ -212,14 +213,22 @@ class Runtime(Served[Engine]):
         self._verdicts = {kind: verdict for kind, verdict in self._verdicts.items() if verdict is not None}
         self.training.after_fork()
 
-    def status(self, model: Any, reason: str | None) -> Status:
+    def verdicts(self, model: Any, engine: Engine, untried: Untried) -> list[Verdict | None]:
+        """What trials have found of the model and the engine as they are now; None: one is under way."""
+        about = (*untried.about, *about_engine(model, engine))
+        with self.lock:
+            return [each for kind, each in self._verdicts.items() if kind.about == about]
+
+    def status(self, model: Any, engine: Engine | None, reason: str | None) -> Status:
+        """engine, reason  as ``look`` gave them"""
         layers = LAYER_RUNTIMES.of(model.vlm_with_expert)
-        untried = isinstance(reason, Untried)
-        if untried and any(each is not None and each.passed for each in self._verdicts.values()):
-            reason, untried = None, False
-        pending = (
-            f"{reason}; the first call of each kind is a trial" if untried and not self._verdicts else None
-        )
+        last = reason or self.last_fallback
+        if isinstance(reason, Untried) and engine is not None:
+            found = self.verdicts(model, engine, reason)
+            pending = f"{reason}; the first call of each kind is a trial"
+            last = (self.last_fallback or reason) if found else pending
+            if any(each is not None and each.passed for each in found):
+                reason = None
         counters: dict[str, Any] = dict(
             trials=self.trials,
             layers_fast=layers.calls(fast=True),
@@ -227,14 +236,13 @@ class Runtime(Served[Engine]):
             layers_fallback=layers.last_fallback,
             calls_fast=self.fast,
             calls_stock=self.stock,
-            last_fallback=pending or (self.last_fallback if untried else reason) or self.last_fallback,
+            last_fallback=last,
             training_fast=self.training.fast,
             training_stock=self.training.stock,
             training_fallback=self.training.last_fallback,
             training_fallback_reasons=self.training.fallback_reasons,
             training_cache=self.training.cache,
         )
-        engine = self.engine
         if reason is not None or engine is None:
             return Status(**counters)
         graphs = engine.graphs

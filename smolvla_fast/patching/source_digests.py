@@ -129,13 +129,14 @@ def owners(model: Any, rtc: Any | None = None, methods: tuple[str, ...] = MODEL_
 
 def _homes(cls: type, name: str) -> list[type]:
     """The classes that define a method, without what ``patch`` puts before them; somebody may have made a subclass of
-    that."""
+    that, or set a method of his own on it."""
     return [
         base
         for base in cls.__mro__
         if name in vars(base)
         and base is not nn.Module
-        and not ("stock_class" in vars(base) or base.__module__.startswith("smolvla_fast.patch"))
+        and not base.__module__.startswith("smolvla_fast.patch")
+        and vars(base)[name] is not vars(base).get("overrides", {}).get(name)
     ]
 
 
@@ -189,7 +190,8 @@ def unknown_of(of: list[Owner]) -> str | None:
             return reason
         unread = unread or reason
     # Code by value: a source that changes under a live policy is another question.
-    return Untried(unread, *((each.__code__, repr(each.__defaults__)) for each in known)) if unread else None
+    code = ((each.__code__, repr(each.__defaults__), repr(each.__kwdefaults__)) for each in known)
+    return Untried(unread, *code) if unread else None
 
 
 def _print_table() -> None:

@@ -216,6 +216,149 @@ def test_without_a_trial_stock_runs(tmp_path: Path) -> None:
         smolvla_fast.patch(policy, trial="no")
 
 
+def test_a_weight_that_is_unknown_is_refused(tmp_path: Path) -> None:
+    """A gate that is still zero shows in no chunk, and once it is trained no trial asks again."""
+    policy = under(next_release(tmp_path, *HARMLESS["a statement more"]), fresh())
+    policy.model.state_gate = torch.nn.Linear(2, 2)
+    smolvla_fast.patch(policy)
+    for _ in range(2):
+        KINDS["plain"](policy)
+    now = smolvla_fast.status(policy)
+    assert (now.calls_fast, now.trials) == (0, {})
+    assert "VLAFlowMatching.state_gate is unknown to this version" in str(now.last_fallback)
+
+
+def test_a_keyword_that_is_unknown_is_stocks(tmp_path: Path) -> None:
+    policy = under(next_release(tmp_path, *HARMLESS["a statement more"]), fresh())
+    smolvla_fast.patch(policy, precision="fp32")
+    for _ in range(2):
+        answer(cfg_scale=2.0)(policy)
+    now = smolvla_fast.status(policy)
+    assert (now.calls_fast, now.calls_stock, now.trials) == (0, 2, {})
+    KINDS["plain"](policy), KINDS["plain"](policy)
+    assert smolvla_fast.status(policy).calls_fast == 1
+
+
+def test_another_value_of_the_configuration_is_another_kind(tmp_path: Path) -> None:
+    """An unread release may read any of them."""
+    release = next_release(
+        tmp_path, ("dt = -1.0 / num_steps", "dt = -1.0 / num_steps * (1 + (config.seed_of_mine == 7))")
+    )
+    release.euler_integrate.__globals__["config"] = config = fresh().config
+    policy = smolvla_fast.patch(under(release, fresh()), precision="fp32")
+    fast = []
+    for value in (0, 0, 7, 7):
+        config.seed_of_mine = policy.config.seed_of_mine = value
+        KINDS["plain"](policy)
+        fast.append(smolvla_fast.status(policy).calls_fast)
+    assert fast == [0, 1, 1, 1]
+
+
+def test_a_default_of_a_keyword_is_part_of_the_source(tmp_path: Path) -> None:
+    policy = under(next_release(tmp_path, *HARMLESS["a statement more"]), fresh())
+    before = source_digests.unknown_source(policy.model)
+    embed = type(policy.model).embed_suffix
+    embed.__kwdefaults__ = {"scale": 2.0}
+    after = source_digests.unknown_source(policy.model)
+    assert isinstance(before, Untried) and isinstance(after, Untried) and before.about != after.about
+
+
+def test_a_fault_behind_zeros_is_found_by_drawn_numbers(tmp_path: Path) -> None:
+    """A camera that is dark, a state of zeros: what the robot sends first may hide what the next call shows."""
+    release = next_release(
+        tmp_path,
+        ("state_emb = self.state_proj(state)", "state_emb = self.state_proj(state * 1.5)"),
+    )
+    policy = smolvla_fast.patch(under(release, fresh()), precision="fp32")
+    given = make_observation(policy, task=TEXT)
+    given["observation.state"].zero_()
+    for _ in range(2):
+        chunk(policy, given, make_noise(policy))
+    now = smolvla_fast.status(policy)
+    assert now.calls_fast == 0 and "is not stock's: off by" in str(now.last_fallback)
+
+
+@pytest.mark.parametrize("slower", ["the engine", "stock"])
+def test_the_first_call_of_either_side_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: str
+) -> None:
+    """What it builds would count against one and hide the other's want of speed."""
+    policy = under(next_release(tmp_path, *HARMLESS["a statement more"]), fresh())
+    smolvla_fast.patch(policy, precision="fp32")
+    clock = [0.0]
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: clock[0])
+    own, calls = chunk_forward.judged, {"act": 0, "stock": 0}
+
+    def judged(*args: Any, act: Any, stock: Any) -> Any:
+        def taking(name: str, function: Any, first: float, later: float) -> Any:
+            def timed(call: Any) -> Tensor:
+                calls[name] += 1
+                clock[0] += first if calls[name] == 1 else later
+                return function(call)
+
+            return timed
+
+        late = slower == "the engine"
+        return own(
+            *args, act=taking("act", act, 1 if late else 100, 4 if late else 2),
+            stock=taking("stock", stock, 100 if late else 1, 3),
+        )  # fmt: skip
+
+    monkeypatch.setattr(chunk_forward, "judged", judged)
+    KINDS["plain"](policy)
+    [text] = smolvla_fast.status(policy).trials.values()
+    assert text.startswith("stock: the engine is slower" if slower == "the engine" else "passed: ")
+
+
+def test_memory_that_runs_out_between_rounds_leaves_stocks_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = under(next_release(tmp_path, *HARMLESS["a statement more"]), fresh())
+    smolvla_fast.patch(policy, precision="fp32")
+    own, calls = chunk_forward.Engine.act, []
+
+    def act(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(trial, "CLEAR", 0.0)
+    monkeypatch.setattr(chunk_forward.Engine, "act", act)
+    wanted = KINDS["plain"](under(next_release(tmp_path), fresh()))
+    assert torch.equal(KINDS["plain"](policy), wanted) and len(calls) == 3
+    assert "memory is short" in str(smolvla_fast.status(policy).last_fallback)
+
+
+def test_a_verdict_is_of_its_tier(tmp_path: Path) -> None:
+    policy = under(next_release(tmp_path, *HARMLESS["a statement more"]), fresh())
+    smolvla_fast.patch(policy, precision="fp32")
+    KINDS["plain"](policy)
+    assert smolvla_fast.status(policy).active
+    smolvla_fast.patch(policy, precision="exact")
+    now = smolvla_fast.status(policy)
+    assert not now.active and "the first call of each kind is a trial" in str(now.last_fallback)
+    smolvla_fast.patch(policy, precision="exact", trial=False)
+    assert "is a trial" not in str(smolvla_fast.status(policy).last_fallback)
+
+
+def test_what_was_forgotten_meanwhile_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = under(next_release(tmp_path, *HARMLESS["a statement more"]), fresh())
+    smolvla_fast.patch(policy, precision="fp32")
+    own = chunk_forward.judged
+
+    def judged(*args: Any, **kwargs: Any) -> Any:
+        smolvla_fast.refresh(policy)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(chunk_forward, "judged", judged)
+    KINDS["plain"](policy)
+    now = smolvla_fast.status(policy)
+    assert now.trials == {} and now.calls_stock == 1
+
+
 def test_a_warm_up_performs_the_trial(tmp_path: Path) -> None:
     """On numbers that differ: zeros would hide a fault."""
     good = under(next_release(tmp_path, *HARMLESS["a statement more"]), fresh())
@@ -351,11 +494,17 @@ def _helper(release: Any, policy: Any) -> None:
     places["apply_rope"] = lambda *args: own(*args)
 
 
+def _on_the_patched_class(release: Any, policy: Any) -> None:
+    smolvla_fast.patch(policy)
+    patched, own = type(policy.model), release.VLAFlowMatching.embed_suffix
+    patched.embed_suffix = lambda self, *args: own(self, *args)
+
+
 def _hooked(release: Any, policy: Any) -> None:
     policy.model.action_out_proj.register_forward_hook(lambda *args: None)
 
 
-@pytest.mark.parametrize("how", [_subclass, _monkeypatched, _wrapped, _on_the_instance, _helper, _hooked])
+@pytest.mark.parametrize("how", [_subclass, _monkeypatched, _wrapped, _on_the_instance, _on_the_patched_class, _helper, _hooked])
 @pytest.mark.parametrize("unread", [True, False], ids=["unread release", "known release"])
 def test_what_is_somebodys_wish_is_no_question(
     tmp_path: Path, how: Callable[[Any, Any], None], unread: bool
