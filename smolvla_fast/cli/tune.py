@@ -103,7 +103,7 @@ def measure(args: argparse.Namespace, device: Any, console: Console) -> tuple[Tu
         policy = subject.make_policy(args, device)
         batch, noise = subject.make_observation(policy, args, args.seed)
         try:
-            smolvla_fast.patch(policy, precision=args.precision, backend=args.backend, tune="off")
+            smolvla_fast.patch(policy, precision=args.precision, backend=args.backend, tune="cached")
             return tuning.tune_policy(policy, batch, noise, seconds=args.seconds, progress=show), policy
         except (ValueError, RuntimeError) as reason:
             raise CommandError(str(reason)) from reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +25,9 @@ def machine_key(device: torch.device) -> dict[str, Any]:
             "gibibytes": round(facts.total_memory / 2**30),  # drivers keep different shares for themselves
             "cuda_kernels": bool(extension.build_record().get("cuda", {}).get("built")),
         }
-    found = {"type": device.type, "name": processor.name(), "model": processor.model()}
+    found = {
+        "type": device.type, "name": processor.name(), "model": processor.model(), "cores": os.cpu_count(),
+    }  # fmt: skip
     if device.type != "cpu":
         return found
     level = extension.load("cpu").level() if extension.available("cpu") else None

@@ -2,7 +2,8 @@
 
 Each op of a table that has several candidates becomes a ``Choice``. It looks a call's shape class up once and remembers the
 answer. Candidates are named after who computes: "cpu", "triton" and "cuda" (our kernels), "onednn", "aten" (``F.linear``),
-"sdpa", "torch"; a Triton kernel with another tile than its default has the tile behind its name.
+"sdpa", "torch", "flash" (the package flash-attn); a Triton kernel with another tile than its default has the tile behind its
+name.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .reference.attention import attention as sdpa_attention
 from .reference.image_prep import image_prep
 from .shape_class import CLASSES, Attention, Product, Shape, up
 from .table import STAGES, Ops, exports
-from .torch import decoder, suffix, vision
+from .torch import decoder, flash_attention, suffix, vision
 from .torch import masked_attention as attention
 from .torch.linear import aten, onednn, onednn_has
 
@@ -86,6 +87,12 @@ class Choice:
 
 def _can(name: str, shape: Shape) -> bool:
     """Whether a candidate has anything for the dtypes of a shape class."""
+    if name == "flash" and isinstance(shape, Attention):
+        return (
+            shape.q == shape.kv
+            and shape.q in flash_attention.DTYPES
+            and shape.head_dim <= flash_attention.WIDEST
+        )
     if name not in ("aten", "onednn") or not isinstance(shape, Product):
         return True
     # Quantised weights, which have no torch dtype, are for our kernels.
@@ -207,3 +214,5 @@ def _torch(ops: Ops, device: torch.device) -> Iterator[tuple[str, dict[str, Any]
         },
     )
     yield "sdpa", {"attention": sdpa_attention, "masked_attention": attention.fused_masked_attention}
+    if device.type == "cuda" and flash_attention.is_installed():
+        yield "flash", {"attention": flash_attention.attention}

@@ -74,9 +74,7 @@ class Accelerated:
                 side = self.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
                 images = [_as_floats(each, side) for each in images]
             with stock_layers():
-                return stock.sample_actions(
-                    self, images, *call[1:5], noise=call.noise, **(call.kwargs or {})
-                )
+                return stock.sample_actions(self, images, *call[1:5], noise=call.noise, **(call.kwargs or {}))
 
         def drawn() -> Tensor:
             with not_capturing():

@@ -33,7 +33,10 @@ def chunk_source(model: Any) -> str | None:
 def _unread_weight(model: Any) -> str | None:
     """What an unread release has beside the weights that the engine reads. A trial with a gate that is still zero would
     pass, and stay passed once the gate is trained."""
-    for owner, children in ((model, {"vlm_with_expert", *HEADS}), (model.vlm_with_expert, {"vlm", "lm_expert"})):
+    for owner, children in (
+        (model, {"vlm_with_expert", *HEADS}),
+        (model.vlm_with_expert, {"vlm", "lm_expert"}),
+    ):
         for name in (*owner._modules, *owner._parameters, *owner._buffers):
             if name not in children:
                 return f"{type(owner).__name__}.{name} is unknown to this version, which would leave it out"

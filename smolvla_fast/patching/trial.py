@@ -2,7 +2,8 @@
 itself before it serves.
 
 The first call of each kind returns stock's chunk. Ours is compared with it by the bound of the tier, and so is that of a
-second call of the kind with drawn numbers, on which both are timed. Right and not slower: calls of that kind are served from then on. Else stock serves them, with the reason.
+second call of the kind with drawn numbers, on which both are timed. Right and not slower: calls of that kind are served
+from then on. Else stock serves them, with the reason.
 """
 
 from __future__ import annotations
@@ -82,16 +83,18 @@ KEYWORDS = {"inference_delay", "prev_chunk_left_over", "execution_horizon"}
 
 def unknown_keyword(call: Call) -> str | None:
     """The keyword to which an unread release may give a meaning: the engine knows none."""
-    for name in call.kwargs or {}:
+    for name in call.kwargs or ():
         if name not in KEYWORDS:
-            return f"{name}={call.kwargs[name]!r:.60} is unknown to this version; accepted are {', '.join(sorted(KEYWORDS))}"
+            return f"keyword {name!r} is unknown to this version; accepted are {', '.join(sorted(KEYWORDS))}"
     return None
 
 
 def _plain(config: Any) -> frozenset[tuple[str, Any]]:
     """What of a configuration compares by value: an unread release may read any of it."""
     found = getattr(config, "__dict__", {}).items()
-    return frozenset((name, each) for name, each in found if isinstance(each, bool | int | float | str | None))
+    return frozenset(
+        (name, each) for name, each in found if isinstance(each, bool | int | float | str | None)
+    )
 
 
 def kind_of(model: Any, call: Call, about: tuple[Hashable, ...]) -> Kind:
@@ -198,9 +201,7 @@ def _judge(model: Any, engine: Engine, call: Call, chunk: Tensor, fast: Tensor) 
 
 def _refused(engine: Engine, found: Judgement) -> Verdict:
     bound = "equal bits" if engine.tier.stock_order else f"{found.bound:.2g}"
-    return Verdict(
-        False, f"the engine's chunk is not stock's: off by {found.error:.2g}, accepted is {bound}"
-    )
+    return Verdict(False, f"the engine's chunk is not stock's: off by {found.error:.2g}, accepted is {bound}")
 
 
 def _timed(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:

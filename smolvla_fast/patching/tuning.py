@@ -53,7 +53,8 @@ def tune_policy(
     products, was_training = engine.products, policy.training
     key = key_of(model, products.tier.name, products.backend, products.device)
     known = None if products.plan is None else products.plan.choices
-    policy.eval()
+    if was_training:
+        policy.eval()
     try:
         return tuner.tune(
             model,
@@ -66,7 +67,8 @@ def tune_policy(
             known=known,
         )
     finally:
-        policy.train(was_training)
+        if was_training:
+            policy.train()
 
 
 def tune_now(policy: Any, batch: dict[str, Any] | None) -> str:

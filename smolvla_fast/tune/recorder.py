@@ -16,8 +16,9 @@ from ..ops.memory import Memory
 from ..ops.shape_class import CLASSES, Shape
 from ..ops.table import Ops
 
-KEPT = 4
-"""Calls of a shape class that are kept: of as many layers, so that weights come from memory as they do in a chunk."""
+KEPT, KEPT_ON_GPU = 4, 16
+"""Calls of a shape class that are kept: of as many layers, so that weights come from memory as they do in a chunk. The last
+cache of a GPU holds the weights of several layers."""
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self.found: dict[str, Recorded] = {}
         self._device = device
+        self._kept = KEPT if device.type == "cpu" else KEPT_ON_GPU
 
     def table(self, ops: Ops) -> Ops:
         choices = {op: getattr(ops, op) for op in CLASSES}
@@ -73,7 +75,7 @@ class Recorder:
         shape = CLASSES[choice.op](*args, **kwargs)
         found = self.found.setdefault(choice.key(shape), Recorded(choice, shape))
         found.count += 1
-        if len(found.calls) < KEPT:
+        if len(found.calls) < self._kept:
             found.calls.append(Call(args, kwargs).fresh())
         synchronize(self._device)
         started = time.perf_counter()

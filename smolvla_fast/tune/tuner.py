@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -23,9 +22,8 @@ from ..measure.rounding import FP32_BOUND
 from ..measure.rounds import timed_ms
 from ..model.precision import TIERS
 from ..ops.choice import others
-from ..ops.memory import is_out_of_memory
 from ..ops.plan import LOOP, PRODUCTS, Plan
-from .check import Contract
+from .candidates import drop_hopeless, measure, said
 from .recorder import Recorded, Recorder
 from .result import Choice, ChunkTime, Timed, Tuning
 from .stopwatch import Runs, Stopwatch, Times, is_faster, p50, rounds_of, scatter
@@ -35,12 +33,8 @@ Progress = Callable[[str, float], None]
 SECONDS = 90.0
 """How long a tuning may take where nobody says."""
 
-FEWEST, MOST = 3, 11
-"""Rounds of a candidate."""
 CHUNKS = 5
 """Rounds of the whole chunk."""
-HOPELESS = 1.5
-"""A candidate this many times slower than the best so far gets no further round."""
 
 
 def tune(
@@ -76,12 +70,14 @@ class _Final:
     """An engine whose whole chunk is checked and timed.
 
     choices  of whole segments, which it differs in from what was chosen op by op
+    refused  why it may not serve, or None
     """
 
     engine: Engine
     choices: dict[str, str]
     error: float = 0.0
     allowed: float = 0.0
+    refused: str | None = None
     rounds: list[float] = field(default_factory=list)
     time: ChunkTime | None = None
 
@@ -125,7 +121,8 @@ class _Tuner:
         self._compare(finals, stock)
         segments = [_segment(*each, finals) for each in competitors]
         best, note = _verdict(finals)
-        known = {name: each for name, each in known.items() if name not in decided}
+        measured = {*decided, *(each.op for each in segments if each.reached)}
+        known = {name: each for name, each in known.items() if name not in measured}
         chosen = {} if best is None else {**decided, **finals[best].choices}
         today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
         plan = Plan({**known, **chosen}, "tuned now", today)
@@ -161,21 +158,28 @@ class _Tuner:
 
     def _compare(self, finals: dict[str, _Final], stock: Tensor) -> None:
         """Checks each engine's chunk, and times those that are right in rounds of one chunk each."""
-        for final in finals.values():
-            final.error = _rel_l2(self._act(final.engine), stock)
+        for name, final in finals.items():
+            try:
+                final.error = _rel_l2(self._act(final.engine), stock)
+            except Exception as error:  # as of a single candidate
+                if name == BEFORE:
+                    raise
+                final.error, final.refused = float("nan"), said(error)
         allowed = max(FP32_BOUND, 2 * finals[BEFORE].error)
         for final in finals.values():
             narrow = final.choices.get(PRODUCTS) == "bfloat16"
             final.allowed = max(allowed, 2 * self._eager_error(stock)) if narrow else allowed
+            if final.refused is None and not final.error <= final.allowed:  # so written that NaN is refused
+                final.refused = f"the chunk is off by {final.error:.2g}, allowed is {final.allowed:.2g}"
         runs: Runs = {
             name: partial(self._chunk_ms, final.engine)
             for name, final in finals.items()
-            if name == BEFORE or final.error <= final.allowed
+            if name == BEFORE or final.refused is None
         }
         began = time.perf_counter()
 
         def more(count: int, times: Times) -> bool:
-            _drop_hopeless(runs, times, BEFORE)
+            drop_hopeless(runs, times, BEFORE)
             spent = time.perf_counter() - began
             # Chunks of milliseconds scatter more than a plan gains: as many as a second holds.
             wanted = count < CHUNKS or spent < 1.0
@@ -207,100 +211,20 @@ class _Tuner:
         found, weight = [], sum(each.seconds for each in recorded) or 1.0
         for each in recorded:
             shape, op = each.shape, each.choice
-            names = _candidates(each)
             default = op.default(shape)
             choice = Choice(op.op, str(shape), each.count, default, default)
             found.append(choice)
             free = self._left - reserve
-            if len(names) > 1 and free > 0:
+            if free > 0:
                 self._say(f"{op.op} {shape}")
                 # Twice its share: many need less than theirs.
-                self._measure(each, choice, names, min(free, max(2 * free * each.seconds / weight, 0.2)))
+                measure(each, choice, self._watch, min(free, max(2 * free * each.seconds / weight, 0.2)))
             weight -= each.seconds
         return found
-
-    def _measure(self, recorded: Recorded, choice: Choice, names: list[str], seconds: float) -> None:
-        deadline = time.perf_counter() + seconds
-        runs: Runs = {}
-        calls = len(recorded.calls)
-        context = (
-            torch.cuda.device(self._products.device)
-            if self._products.device.type == "cuda"
-            else nullcontext()
-        )
-        with context:
-            contract = Contract(recorded)
-            for name in names:
-                timed = Timed(name)
-                choice.timed.append(timed)
-                try:
-                    function = recorded.choice.function(name)
-                    timed.error, timed.allowed, timed.refused = contract.judge(choice.op, function)
-                    if timed.refused is None:
-                        runs[name] = self._watch.prepared(_sweep(recorded, function))
-                except (
-                    Exception
-                ) as error:  # a foreign kernel may raise anything: it is no candidate here then
-                    short = (
-                        "memory is short" if is_out_of_memory(error) else " ".join(str(error).split())[:200]
-                    )
-                    timed.refused = f"{type(error).__name__}: {short}"
-            if choice.default not in runs:
-                return  # nothing to compare with
-
-            def more(count: int, times: Times) -> bool:
-                if count >= FEWEST:
-                    _drop_hopeless(runs, times, choice.default)
-                return count < FEWEST or (count < MOST and time.perf_counter() < deadline)
-
-            times = rounds_of(runs, more)
-        for timed in choice.timed:
-            if rounds := times.get(timed.candidate):
-                timed.p50_ms, timed.scatter_ms = p50(rounds) / calls, scatter(rounds) / calls
-        choice.reached = True
-        ahead = [name for name in runs if is_faster(times[name], times[choice.default])]
-        choice.chosen = min(ahead, key=lambda name: p50(times[name]), default=choice.default)
-
-
-def _sweep(recorded: Recorded, function: Callable[..., Any]) -> Callable[[], Tensor]:
-    """One call after the other with operands of their own, as the layers of a chunk make them."""
-    calls = [each.fresh() for each in recorded.calls]
-
-    def sweep() -> Tensor:
-        result = None
-        for call in calls:
-            result = function(*call.args, **call.kwargs)
-        first = result[0] if isinstance(result, tuple) else result
-        return first if isinstance(first, Tensor) else calls[-1].args[0]
-
-    return sweep
-
-
-def _candidates(recorded: Recorded) -> list[str]:
-    """The default first; of Triton each tile that its cost model ranks."""
-    choice, shape = recorded.choice, recorded.shape
-    default = choice.default(shape)
-    names = [default, *(name for name in choice.names(shape) if name != default)]
-    if "triton" not in names:
-        return names
-    from ..kernels.tuning import recording, tile_to_json
-
-    call = recorded.calls[0].fresh()
-    with recording() as asked:
-        choice.function("triton")(*call.args, **call.kwargs)
-    tiles = [f"triton {tile_to_json(tile)}" for tile in asked[0].tiles[1:]] if asked else []
-    return [*names, *tiles]
 
 
 def _rel_l2(x: Tensor, reference: Tensor) -> float:
     return float((x.double() - reference.double()).norm() / reference.double().norm())
-
-
-def _drop_hopeless(runs: Runs, times: Times, default: str) -> None:
-    measured = {name: p50(rounds) for name, rounds in times.items() if rounds}
-    for name in [n for n in runs if n != default and n in measured]:
-        if measured[name] > HOPELESS * min(measured.values()):
-            del runs[name]
 
 
 def _segment(key: str, default: str, other: str, finals: dict[str, _Final]) -> Choice:
@@ -308,11 +232,9 @@ def _segment(key: str, default: str, other: str, finals: dict[str, _Final]) -> C
     final, beside = finals[f"{key} {other}"], finals.get(AFTER, finals[BEFORE])
     choice = Choice(key, "the whole chunk", 1, default, default)
     for name, each in ((default, beside), (other, final)):
-        timed = Timed(name, error=each.error, allowed=each.allowed)
+        timed = Timed(name, error=each.error, allowed=each.allowed, refused=each.refused)
         if each.time is not None:
             timed.p50_ms, timed.scatter_ms = each.time.p50_ms, each.time.scatter_ms
-        elif not each.error <= each.allowed:
-            timed.refused = f"the chunk is off by {each.error:.2g}, allowed is {each.allowed:.2g}"
         choice.timed.append(timed)
     choice.reached = all(each.p50_ms is not None or each.refused for each in choice.timed)
     if final.time is not None and is_faster(final.rounds, beside.rounds):
@@ -329,15 +251,14 @@ def _verdict(finals: dict[str, _Final]) -> tuple[str | None, str]:
         if name != BEFORE and final.time is not None and is_faster(final.rounds, finals[best].rounds):
             best = name
     after = finals.get(AFTER)
-    if best == BEFORE and after is not None and after.time is not None:
-        behind = after.time.p50_ms - before.time.p50_ms
-        if behind <= max(before.time.scatter_ms, after.time.scatter_ms):
-            best = AFTER  # each of its ops is ahead by itself, and the whole is not behind
+    level = after is not None and after.time is not None and after.time.p50_ms <= before.time.p50_ms
+    if best == BEFORE and level:
+        best = AFTER  # each of its ops is ahead by itself, and the whole is not behind
     if best != BEFORE:
         return best, ""
     if after is None:
         return BEFORE, "nothing was faster by more than the scatter"
-    if not after.error <= after.allowed:
-        return None, f"the chunk is off by {after.error:.2g}, allowed is {after.allowed:.2g}"
+    if after.refused is not None:
+        return None, after.refused
     times = f"{before.time.p50_ms:.4g} -> {after.time.p50_ms:.4g} ms" if after.time else "by far"
-    return None, f"the chunk as a whole is slower, {times}"
+    return None, f"the chunk as a whole is no faster, {times}"

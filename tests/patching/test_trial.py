@@ -504,7 +504,9 @@ def _hooked(release: Any, policy: Any) -> None:
     policy.model.action_out_proj.register_forward_hook(lambda *args: None)
 
 
-@pytest.mark.parametrize("how", [_subclass, _monkeypatched, _wrapped, _on_the_instance, _on_the_patched_class, _helper, _hooked])
+@pytest.mark.parametrize(
+    "how", [_subclass, _monkeypatched, _wrapped, _on_the_instance, _on_the_patched_class, _helper, _hooked]
+)
 @pytest.mark.parametrize("unread", [True, False], ids=["unread release", "known release"])
 def test_what_is_somebodys_wish_is_no_question(
     tmp_path: Path, how: Callable[[Any, Any], None], unread: bool

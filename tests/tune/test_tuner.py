@@ -18,7 +18,7 @@ from smolvla_fast.ops import choice as choices
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.plan import Plan
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
-from smolvla_fast.tune import tuner
+from smolvla_fast.tune import candidates, stopwatch, tuner
 from smolvla_fast.tune.result import Choice, ChunkTime, Tuning
 
 CPU = torch.device("cpu")
@@ -212,9 +212,73 @@ def test_what_time_does_not_reach_keeps_its_default(subject: Any, seconds: float
     assert time.perf_counter() - began < seconds + 20
 
 
+def test_no_candidate_is_begun_after_the_deadline(
+    subject: Any, monkeypatch: pytest.MonkeyPatch, cpu_by_default: None
+) -> None:
+    """One that takes for ever costs its own time and no other's."""
+    judged: list[str] = []
+
+    class Slow(candidates.Contract):
+        def judge(self, op: str, function: Any) -> Any:
+            judged.append(op)
+            time.sleep(0.3)
+            return super().judge(op, function)
+
+    monkeypatch.setattr(candidates, "Contract", Slow)
+    found = tuned(subject, seconds=1.0, backend="cpu")
+    late = [each for each in found.choices if len(each.timed) < 3 and "linear" in each.op]
+    assert late and all(each.chosen == each.default for each in late)
+    assert len(judged) < 10
+
+
+def test_an_op_whose_truth_does_not_fit_keeps_its_default_and_the_others_are_measured(
+    subject: Any, monkeypatch: pytest.MonkeyPatch, cpu_by_default: None
+) -> None:
+    class Short(candidates.Contract):
+        def __init__(self, recorded: Any) -> None:
+            if recorded.choice.op == "linear":
+                raise torch.OutOfMemoryError("out of memory")
+            super().__init__(recorded)
+
+    monkeypatch.setattr(candidates, "Contract", Short)
+    found = tuned(subject, backend="cpu")
+    for each in chosen(found, "linear"):
+        assert not each.reached and each.chosen == each.default
+        assert each.timed[0].refused == "OutOfMemoryError: memory is short"
+    assert all(each.reached for each in chosen(found, "norm_swiglu"))
+
+
+def test_a_segment_that_raises_costs_itself_alone(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smolvla_fast.engine.products.why_bf16_is_slow", lambda: "no AMX")
+    own = tuner._Tuner._act
+
+    def act(self: Any, engine: Engine) -> Tensor:
+        if engine.products.gemm_dtype is torch.bfloat16 and engine.products.backend == "auto":
+            raise RuntimeError("illegal instruction")
+        return own(self, engine)
+
+    monkeypatch.setattr(tuner._Tuner, "_act", act)
+    choice = chosen(tuned(subject, tier="bf16"), "products")[0]
+    assert (choice.default, choice.chosen, choice.reached) == ("float32", "float32", True)
+    assert choice.timed[1].refused == "RuntimeError: illegal instruction"
+
+
 def test_an_earlier_plan_keeps_what_is_not_measured_again(subject: Any) -> None:
     known = {"linear 4096 768>768 float32": "aten", "cross_kv 64 16>16,16 float32": "no longer there"}
     assert tuned(subject, seconds=0.001, known=known).plan.choices.items() >= known.items()
+
+
+def test_an_earlier_plan_loses_what_is_measured_again(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smolvla_fast.engine.products.why_bf16_is_slow", lambda: "no AMX")
+
+    def scripted(self: Any, engine: Engine) -> float:
+        return 1.0 if engine.products.gemm_dtype is torch.float32 else 9.0
+
+    monkeypatch.setattr(tuner._Tuner, "_chunk_ms", scripted)
+    known = {"products": "bfloat16", "linear 4096 768>768 float32": "aten"}
+    plan = tuned(subject, tier="bf16", known=known).plan
+    assert "products" not in plan.choices or plan.choices["products"] == "float32"
+    assert plan.choices["linear 4096 768>768 float32"] == "aten"
 
 
 @pytest.mark.parametrize("quick", ["bfloat16", "float32"])
@@ -250,25 +314,28 @@ def test_on_a_gpu_sweeps_are_captured_graphs(subject: Any, monkeypatch: pytest.M
     found = tuned(subject)
     timed = [one for each in found.choices for one in each.timed if one.p50_ms is not None]
     assert len(drivers) == 1 and drivers[0].captures >= len(timed) > 10
-    assert drivers[0].replays >= tuner.FEWEST * len(timed)
+    # One replay is over before a GPU has said so; and the calls of a sweep are of several layers.
+    assert drivers[0].replays >= stopwatch.REPLAYS * candidates.FEWEST * len(timed)
 
 
 def final(ms: float, error: float = 1e-6, allowed: float = 1e-5, **choices: str) -> Any:
     rounds = [ms - 2, ms - 1, ms, ms + 1, ms + 2]  # scatters by 1
-    time = None if error > allowed else ChunkTime(ms, 1.0, error)
-    return tuner._Final(None, choices, error, allowed, rounds, time)  # type: ignore[arg-type]
+    refused = f"the chunk is off by {error:.2g}, allowed is {allowed:.2g}" if error > allowed else None
+    time = None if refused else ChunkTime(ms, 1.0, error)
+    return tuner._Final(None, choices, error, allowed, refused, rounds, time)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("after", "best", "words"),
     [
         (final(90), tuner.AFTER, ""),
-        (final(101), tuner.AFTER, ""),
-        (final(103), None, "the chunk as a whole is slower, 100 -> 103 ms"),
+        (final(99.5), tuner.AFTER, ""),
+        (final(100.5), None, "the chunk as a whole is no faster, 100 -> 100.5 ms"),
+        (final(103), None, "the chunk as a whole is no faster, 100 -> 103 ms"),
         (final(90, 1e-4), None, "the chunk is off by 0.0001, allowed is 1e-05"),
         (None, tuner.BEFORE, "nothing was faster by more than the scatter"),
     ],
-    ids=["faster", "level", "slower", "worse", "nothing changed"],
+    ids=["faster", "level", "no faster", "slower", "worse", "nothing changed"],
 )
 def test_the_whole_chunk_decides(after: Any, best: str | None, words: str) -> None:
     finals = {tuner.BEFORE: final(100), **({} if after is None else {tuner.AFTER: after})}
