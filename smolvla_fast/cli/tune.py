@@ -138,7 +138,8 @@ def show(found: Tuning, written: dict[str, Any], console: Console) -> None:
             f"{late} of {counted(len(found.choices), 'choice')} were not reached in {found.seconds:.0f} s and keep their "
             "default; give more --seconds"
         )
-    rows = [
+    rows = [] if found.stock_ms is None else [["stock", milliseconds(found.stock_ms), "-", "-"]]
+    rows += [
         [name, milliseconds(chunk.p50_ms), milliseconds(chunk.scatter_ms), f"{chunk.error:.2e}"]
         for name, chunk in (("defaults", found.before), ("plan", found.after))
         if chunk is not None

@@ -10,6 +10,9 @@ LOOP = "denoise"
 PRODUCTS = "products"
 """The key of the dtype in which the products of tier bf16 run on a CPU: "bfloat16" or "float32"."""
 
+CHUNK = "chunk"
+"""The key of the whole chunk: "stock" where LeRobot's own code measured faster than the engine."""
+
 
 @dataclass(frozen=True)
 class Plan:

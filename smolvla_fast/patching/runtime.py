@@ -13,6 +13,7 @@ from ..engine.timing import STAGES
 from ..inference import Engine, EngineReplaced, Ineligible, Validator
 from ..model.precision import resolve_tier
 from ..model.weights import representative_weight
+from ..ops.plan import CHUNK
 from .change_detector import ChangeDetector
 from .eligibility import INFERENCE
 from .layer_runtime import LAYER_RUNTIMES
@@ -90,6 +91,25 @@ class Status:
         return asdict(self)
 
 
+class SlowerThanStock(str):
+    """A reason that is no fault: what was measured on this machine."""
+
+
+def _slower(engine: Engine, settings: Settings) -> str | None:
+    """Why stock serves although the engine can; who names a tier or a backend gets it."""
+    plan = engine.products.plan
+    if (
+        plan is None
+        or plan.choices.get(CHUNK) != "stock"
+        or (settings.precision, settings.backend) != ("auto", "auto")
+    ):
+        return None
+    where = plan_files.describe(plan)
+    return SlowerThanStock(
+        f"stock's chunk measured faster on this machine ({where}); tune again, or name a precision"
+    )
+
+
 class Runtime(Served[Engine]):
     """What serves chunks, and beside it what serves losses."""
 
@@ -118,7 +138,7 @@ class Runtime(Served[Engine]):
                 name = self.engine.ops.backend
                 logger.info("smolvla_fast: now: %s on %s, backend %s", tier.name, weight.device, name)
             self._built_for = key
-        return layers.probe_reason(model.vlm_with_expert, self.engine.tier)
+        return layers.probe_reason(model.vlm_with_expert, self.engine.tier) or _slower(self.engine, settings)
 
     def begin_trial(self, kind: Kind, untried: str) -> tuple[bool, str | None]:
         """Whether this call is to be the trial of its kind, and if not, why stock is to serve it, or None."""
@@ -169,6 +189,12 @@ class Runtime(Served[Engine]):
             if self.engine is not None and self.engine.products is not products:
                 # As if patched anew: who asked says what serves now.
                 self._built_for, self.detector = (), None
+
+    def look_to_tune(self, model: Any) -> tuple[Engine | None, str | None]:
+        """As ``look``; that stock was faster once is no reason not to measure again."""
+        with self.lock:
+            engine, reason = self.look(model)
+            return self.engine if isinstance(reason, SlowerThanStock) else engine, reason
 
     def gate(self, model: Any) -> tuple[Engine | None, str | None, tuple[Validator, ...]]:
         """May it: an engine or why not, and what is still to be checked of the model when the chunk is queued.

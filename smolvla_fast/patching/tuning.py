@@ -13,6 +13,7 @@ from ..tune import tuner
 from ..tune.result import Tuning
 from .inputs import chunk_inputs, made_inputs, made_noise
 from .runtime import runtime_of
+from .settings import stock_layers
 
 TUNE = ("cached", "now", "off")
 NOTHING = "precision 'exact' runs stock's own calls and has nothing to tune"
@@ -43,7 +44,7 @@ def tune_policy(
     raises   RuntimeError where stock runs, or in the tier ``exact``
     """
     model = policy.model
-    engine, reason = runtime_of(model).look(model)
+    engine, reason = runtime_of(model).look_to_tune(model)
     if engine is None:
         raise RuntimeError(f"nothing to tune, stock runs: {reason}")
     if engine.tier.stock_order:
@@ -53,6 +54,11 @@ def tune_policy(
     products, was_training = engine.products, policy.training
     key = key_of(model, products.tier.name, products.backend, products.device)
     known = None if products.plan is None else products.plan.choices
+
+    def stock() -> Tensor:
+        with stock_layers():
+            return model.stock_class.sample_actions(model, *inputs, noise=noise.clone())
+
     if was_training:
         policy.eval()
     try:
@@ -65,6 +71,7 @@ def tune_policy(
             progress=progress,
             key=key,
             known=known,
+            stock=stock,
         )
     finally:
         if was_training:
@@ -75,7 +82,7 @@ def tune_now(policy: Any, batch: dict[str, Any] | None) -> str:
     """Tunes a patched policy, keeps the plan and has it used; what that gave, for the log. Where stock runs, nothing."""
     model = policy.model
     runtime = runtime_of(model)
-    if runtime.look(model)[0] is None:
+    if runtime.look_to_tune(model)[0] is None:
         return "; nothing was tuned"
     tuning = tune_policy(policy, batch)
     tuning.save()

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..engine import plan_files
 from ..measure.console import counted, milliseconds
-from ..ops.plan import Plan
+from ..ops.plan import CHUNK, Plan
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Tuning:
     before, after  the chunk by the defaults and by the plan; None where it was not measured
     kept           False: the defaults stay, as ``note`` says
     seconds        that all of it took
+    stock_ms       median of stock's own chunk, None where it was not measured
     """
 
     key: dict[str, Any]
@@ -73,6 +74,7 @@ class Tuning:
     kept: bool
     note: str
     seconds: float
+    stock_ms: float | None = None
 
     @property
     def changed(self) -> list[Choice]:
@@ -80,6 +82,8 @@ class Tuning:
 
     def verdict(self) -> str:
         """One sentence: how many choices changed hands, and the chunk before and after."""
+        if self.plan.choices.get(CHUNK) == "stock":
+            return f"stock serves: {self.note}"
         if not self.changed:
             return f"the defaults stay: {self.note or 'no difference above the scatter'}"
         said = f"{len(self.changed)} of {counted(len(self.choices), 'choice')} changed hands"

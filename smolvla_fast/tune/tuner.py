@@ -22,7 +22,7 @@ from ..measure.rounding import FP32_BOUND
 from ..measure.rounds import timed_ms
 from ..model.precision import TIERS
 from ..ops.choice import others
-from ..ops.plan import LOOP, PRODUCTS, Plan
+from ..ops.plan import CHUNK, LOOP, PRODUCTS, Plan
 from .candidates import drop_hopeless, measure, said
 from .recorder import Recorded, Recorder
 from .result import Choice, ChunkTime, Timed, Tuning
@@ -47,6 +47,7 @@ def tune(
     known: Mapping[str, str] | None = None,
     key: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    stock: Callable[[], Tensor] | None = None,
 ) -> Tuning:
     """Measure who serves the chunks of this model fastest, here and now.
 
@@ -54,15 +55,16 @@ def tune(
     inputs     images, image_masks, tokens, token_masks, state, as ``sample_actions`` takes them      noise  [B, S, A] fp32
     seconds    the time it may take; what is not reached keeps its default
     known      choices of an earlier plan for other shapes, which the new one keeps
+    stock      computes stock's chunk, to be timed beside the engine's
     """
     with torch.no_grad():
         silent: Progress = lambda label, share: None  # noqa: E731
-        return _Tuner(model, products, (*inputs, noise), seconds, progress or silent).run(
+        return _Tuner(model, products, (*inputs, noise), seconds, progress or silent, stock).run(
             dict(known or {}), key or {}
         )
 
 
-BEFORE, AFTER = "by the defaults", "by what was chosen"
+BEFORE, AFTER, STOCK = "by the defaults", "by what was chosen", "stock"
 
 
 @dataclass
@@ -84,8 +86,15 @@ class _Final:
 
 class _Tuner:
     def __init__(
-        self, model: Any, products: Products, inputs: tuple[Any, ...], seconds: float, progress: Progress
+        self,
+        model: Any,
+        products: Products,
+        inputs: tuple[Any, ...],
+        seconds: float,
+        progress: Progress,
+        stock: Callable[[], Tensor] | None,
     ) -> None:
+        self._stock, self._stock_rounds = stock, list[float]()
         self._model, self._products, self._inputs = model, products, inputs
         self._began, self._seconds, self._progress = time.perf_counter(), seconds, progress
         self._watch = Stopwatch(products.device)
@@ -104,7 +113,7 @@ class _Tuner:
         self._act(default)  # what is built or captured is so by now
         chunk = self._chunk_ms(default) / 1e3
         competitors = self._competitors()
-        reserve = min((2 * CHUNKS + 2 * len(competitors)) * chunk, self._seconds / 2)
+        reserve = min((2 * CHUNKS + 2 * len(competitors) + 2) * chunk, self._seconds / 2)
 
         choices = self._choices(self._record(), reserve)
         decided = {f"{each.op} {each.shape}": each.chosen for each in choices if each.reached}
@@ -124,13 +133,20 @@ class _Tuner:
         measured = {*decided, *(each.op for each in segments if each.reached)}
         known = {name: each for name, each in known.items() if name not in measured}
         chosen = {} if best is None else {**decided, **finals[best].choices}
+        serves, stock_ms = finals[best or BEFORE].rounds, None
+        if self._stock_rounds:
+            known.pop(CHUNK, None)
+            stock_ms = p50(self._stock_rounds)
+            if is_faster(self._stock_rounds, serves):
+                chosen[CHUNK] = STOCK
+                note = f"stock's own chunk is faster, {stock_ms:.4g} ms"
         today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
         plan = Plan({**known, **chosen}, "tuned now", today)
         self._say("done")
         took = time.perf_counter() - self._began
         beside = AFTER if best is None else best  # what was refused is shown too
         before, after = finals[BEFORE].time, None if beside == BEFORE else finals[beside].time
-        return Tuning(key, plan, [*segments, *choices], before, after, best is not None, note, took)
+        return Tuning(key, plan, [*segments, *choices], before, after, best is not None, note, took, stock_ms)
 
     def _engine(self, plan: Plan | None) -> Engine:
         products = self._products.by(plan)
@@ -176,6 +192,10 @@ class _Tuner:
             for name, final in finals.items()
             if name == BEFORE or final.refused is None
         }
+        if self._stock is not None:
+            stock_chunk = self._stock
+            runs[STOCK] = lambda: timed_ms(stock_chunk, self._products.device)[0]
+            stock_chunk()  # so that none of its rounds is its first
         began = time.perf_counter()
 
         def more(count: int, times: Times) -> bool:
@@ -185,7 +205,9 @@ class _Tuner:
             wanted = count < CHUNKS or spent < 1.0
             return count == 0 or (wanted and len(runs) > 1 and self._left > spent / count)
 
-        for name, rounds in rounds_of(runs, more).items():
+        times = rounds_of(runs, more)
+        self._stock_rounds = times.pop(STOCK, [])
+        for name, rounds in times.items():
             final = finals[name]
             final.rounds, final.time = rounds, ChunkTime(p50(rounds), scatter(rounds), final.error)
 

@@ -356,3 +356,27 @@ def test_two_policies_of_one_pair_with_two_wishes_run_layers_by_stock(policy: An
         "two policies"
         in layer_runtime.LAYER_RUNTIMES.of(policy.model.vlm_with_expert).look(policy.model.vlm_with_expert)[1]
     )
+
+
+def test_what_measured_slower_than_stock_is_not_served_by_auto(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who names a tier or a backend gets it, and a tuning measures again."""
+    save(policy, chunk="stock")
+    stock = chunk(policy, observation, noise)
+    smolvla_fast.patch(policy)
+    assert torch.equal(chunk(policy, observation, noise), stock)
+    now = smolvla_fast.status(policy)
+    assert (now.active, now.calls_fast, now.calls_stock) == (False, 0, 1)
+    assert "stock's chunk measured faster on this machine (plan of 2026-01-02" in str(now.last_fallback)
+    smolvla_fast.patch(policy, precision="fp32")
+    assert smolvla_fast.status(policy).active
+    smolvla_fast.patch(policy, tune="off")
+    assert smolvla_fast.status(policy).active
+    timed = iter(range(1, 1000))
+    monkeypatch.setattr(tuner._Tuner, "_chunk_ms", lambda self, engine: 1.0)
+    monkeypatch.setattr(
+        tuner, "timed_ms", lambda function, device: (function(), (9.0 + next(timed) / 1e3, None))[1]
+    )
+    smolvla_fast.patch(policy, tune="now")
+    assert smolvla_fast.status(policy).active and "chunk" not in plan_of(policy).choices

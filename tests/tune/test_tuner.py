@@ -318,6 +318,17 @@ def test_on_a_gpu_sweeps_are_captured_graphs(subject: Any, monkeypatch: pytest.M
     assert drivers[0].replays >= stopwatch.REPLAYS * candidates.FEWEST * len(timed)
 
 
+@pytest.mark.parametrize(("ms", "wins"), [(1.0, True), (20.0, False), (200.0, False)])
+def test_stock_is_measured_beside_the_engine(
+    subject: Any, monkeypatch: pytest.MonkeyPatch, ms: float, wins: bool
+) -> None:
+    monkeypatch.setattr(tuner._Tuner, "_chunk_ms", lambda self, engine: 10.0)
+    monkeypatch.setattr(tuner, "timed_ms", lambda function, device: (ms, None))
+    found = tuned(subject, seconds=0.001, stock=lambda: torch.zeros(1), known={"chunk": "stock"})
+    assert found.stock_ms == ms and (found.plan.choices.get("chunk") == "stock") is wins
+    assert ("stock serves: stock's own chunk is faster, 1 ms" in found.verdict()) is wins
+
+
 def final(ms: float, error: float = 1e-6, allowed: float = 1e-5, **choices: str) -> Any:
     rounds = [ms - 2, ms - 1, ms, ms + 1, ms + 2]  # scatters by 1
     refused = f"the chunk is off by {error:.2g}, allowed is {allowed:.2g}" if error > allowed else None
