@@ -33,8 +33,8 @@ Progress = Callable[[str, float], None]
 SECONDS = 90.0
 """How long a tuning may take where nobody says."""
 
-CHUNKS = 5
-"""Rounds of the whole chunk."""
+CHUNKS, MOST_CHUNKS = 5, 11
+"""Rounds of the whole chunk: time is kept free for the first number, and where more is left, more are taken."""
 
 
 def tune(
@@ -202,7 +202,7 @@ class _Tuner:
             drop_hopeless(runs, times, BEFORE)
             spent = time.perf_counter() - began
             # Chunks of milliseconds scatter more than a plan gains: as many as a second holds.
-            wanted = count < CHUNKS or spent < 1.0
+            wanted = count < MOST_CHUNKS or spent < 1.0
             return count == 0 or (wanted and len(runs) > 1 and self._left > spent / count)
 
         times = rounds_of(runs, more)
