@@ -136,8 +136,15 @@ def _homes(cls: type, name: str) -> list[type]:
         if name in vars(base)
         and base is not nn.Module
         and not base.__module__.startswith("smolvla_fast.patch")
-        and vars(base)[name] is not vars(base).get("overrides", {}).get(name)
+        and not _is_ours(base, name)
     ]
+
+
+def _is_ours(base: type, name: str) -> bool:
+    """Whether ``patch`` put the method there, or it is one that runs before the rules are asked, and so is not passed by."""
+    overrides = vars(base).get("overrides")
+    entry = name in ("sample_actions", "forward") and hasattr(base, "sample_actions")
+    return overrides is not None and (entry or vars(base)[name] is overrides.get(name))
 
 
 def _functions(of: list[Owner]) -> dict[str, Found]:
