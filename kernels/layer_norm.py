@@ -22,7 +22,9 @@ def _layer_norm_fwd(x_ptr, weight_ptr, bias_ptr, y_ptr, width, eps, BLOCK_COLS: 
     cols = tl.arange(0, BLOCK_COLS)
     mask = cols < width
     x = tl.load(x_ptr + row_start + cols, mask=mask, other=0.0).to(tl.float32)
-    centred = tl.where(mask, x - tl.sum(x, axis=0) / width, 0.0)
+    # Rounded rightly: where the mean is large, a unit of it is much beside the spread, and `/` may err by two.
+    mean = tl.div_rn(tl.sum(x, axis=0), tl.cast(width, tl.float32))
+    centred = tl.where(mask, x - mean, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)

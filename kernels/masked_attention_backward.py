@@ -246,8 +246,10 @@ def masked_attention_backward(
         BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, BLOCK_DIM=block_dim,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+    # Not contracted: a product that lanes exchange and add up would be fused with the sum on one side of each exchange, the
+    # copies of the sum would differ in the last bit, and which of them goes into shared memory would be chance.
     _masked_attention_backward_rows[(triton.cdiv(tokens * group, tile.rows), kv_heads, batch)](
-        q, k, v, mask, out, grad, dq, *statistics, *last, **meta
+        q, k, v, mask, out, grad, dq, *statistics, *last, **meta, enable_fp_fusion=False
     )
     _masked_attention_backward_keys[(triton.cdiv(keys, tile.keys), kv_heads, batch)](
         q, k, v, mask, grad, *statistics, dk, dv, *last, **meta

@@ -1,4 +1,4 @@
-"""What the whole suite shares: Triton's interpreter where there is no GPU, and packages built once a run."""
+"""What the whole suite shares: who runs Triton's kernels where there is no GPU, and packages built once a run."""
 
 import logging
 import os
@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import triton_by
 
-# Must be said before triton is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+triton_by.prepare()  # before anything imports Triton
 
 # Plans that were measured on this machine decide who computes what; tests have none but their own.
 os.environ["SMOLVLA_FAST_CACHE_DIR"] = str(Path(__file__).parent / "no-cache")
@@ -26,6 +25,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = pytest.mark.skip(reason="no CUDA GPU here")
 LONG = pytest.mark.skip(reason="minutes on a small machine: make test-full")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _triton_kernels_run():
+    with triton_by.running():
+        yield
 
 
 # Tests that share what one process holds: a tally, or a build that takes minutes. Any other file is a group of its own.

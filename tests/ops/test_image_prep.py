@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import triton_by
 from support.backends import ALL, CPU, CUDA, TRITON, at_every_level, device_of
 from support.guarded import guarded
 from torch import Tensor
@@ -80,7 +81,7 @@ def cases() -> Any:
             ]
             real = {"cpu": (F32,), "triton": (F16, BF16), "cuda": (BF16,)}[each.values[0][0]]
             for dtype in dtypes if small else real:
-                marks = [*each.marks, *[pytest.mark.gpu] * (each is TRITON and dtype is BF16)]
+                marks = [*each.marks, *(triton_by.BF16 if each is TRITON and dtype is BF16 else [])]
                 marks += [pytest.mark.slow] * (each is CUDA and not small)
                 yield pytest.param(*each.values, case, dtype, marks=marks, id=f"{each.id} {case} {dtype}")
 

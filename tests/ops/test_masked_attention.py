@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import triton_by
 from support.backends import CPU, CUDA, TRITON, at_every_level, device_of, with_dtypes
 from support.contract import check, inputs_in, widened
 from support.guarded import DEVICE, guarded
@@ -131,7 +132,7 @@ def test_error_against_fp64(backend: str, pair: Any, sizes: dict[str, int], atte
 
 
 @pytest.mark.parametrize("backend", [TRITON], indirect=True)
-@pytest.mark.parametrize("dtype", [F32, F16, pytest.param(BF16, marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F16, pytest.param(BF16, marks=triton_by.BF16)], ids=str)
 @pytest.mark.parametrize("tile", [(16, 16), (32, 32), (64, 64)], ids=str)
 def test_every_tile_keeps_the_contract(
     tile: tuple[int, int], dtype: torch.dtype, backend: str, attend: Any, monkeypatch: pytest.MonkeyPatch

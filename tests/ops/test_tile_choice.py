@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import triton_by
 
 pytest.importorskip("triton")
 from support.contract import check, reference_module, run
@@ -125,7 +126,9 @@ def test_every_candidate_keeps_the_contract(op: str, dtype: torch.dtype) -> None
                 check(references(op), table(guarded), op, CASES[op], dtype)
 
 
-@pytest.mark.parametrize("op", ["linear_residual", "norm_swiglu"])
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=triton_by.FP8) for op in ("linear_residual", "norm_swiglu")]
+)
 def test_candidates_beside_8_bit_weights(op: str) -> None:
     """Rows are quantised whatever the tile, so only the order of the sums differs."""
     inputs, _ = quantised(op, CASES[op])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import triton_by
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -26,7 +27,7 @@ from smolvla_fast.ops.torch.masked_attention import attention_with_grad as by_to
 
 pytestmark = [pytest.mark.triton, pytest.mark.training]
 # The interpreter's bf16 products are wrong, so bf16 is a device's to judge.
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=triton_by.BF16)]
 FLOW = (dict(B=1, S=50, A=32), dict(B=3, S=7, A=5), dict(B=2, S=1, A=1))
 # Small, for the interpreter is slow; a device runs the real ones in tests/gpu. Grouped and not, more rows and keys than a
 # tile has, one token, one key, big heads.

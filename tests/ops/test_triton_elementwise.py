@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import triton_by
 
 pytest.importorskip("triton")
 from support.contract import check, inputs_in, sizes
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.triton
 layer_norm, suffix_embed = guarded(norm_module.layer_norm), guarded(suffix_module.suffix_embed)
 OPS = SimpleNamespace(layer_norm=layer_norm, suffix_fold=suffix_fold, suffix_embed=suffix_embed)
 # The interpreter truncates to bf16 where a GPU rounds, so bf16 is a device's to judge.
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=triton_by.BF16)]
 
 
 # layer_norm

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from support import triton_by
 from support.contract import changed, inputs_in, leaves, reference_module, run, to_device
 
 from smolvla_fast.ops.reference.quantize import E4M3, dequantize, product, quantize_rows
 from smolvla_fast.ops.select import reference_ops, select
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, *triton_by.FP8]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = ("linear", "linear_residual", "norm_swiglu", "norm_qkv_rope", "pixel_shuffle_linear")
 

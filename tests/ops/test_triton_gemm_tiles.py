@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import triton_by
 
 pytest.importorskip("triton")
 from support.contract import check, inputs_in, run
@@ -15,7 +16,6 @@ from support.guarded import DEVICE
 from smolvla_fast.kernels import common, tuning
 from smolvla_fast.ops.select import reference_ops
 
-INTERPRETED = DEVICE == "cpu"
 pytestmark = pytest.mark.triton
 SPLIT = ("linear_residual", "pixel_shuffle_linear")
 
@@ -43,24 +43,18 @@ def test_split_k(op, split, monkeypatch):
         assert not arrivals.any() and not partials.isnan().any()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter lets us choose the order of programs")
+@pytest.mark.skipif(triton_by.CAPABILITY is None, reason="a seed orders the programs of the machine alone")
 @pytest.mark.parametrize("op", SPLIT)
 def test_bits_do_not_depend_on_arrival(op, monkeypatch):
-    from triton.runtime.interpreter import interpreter_builder
+    from simt.ptx.launcher import machine
 
     with_tile(monkeypatch, op, split=4, depth=16)
     inputs = inputs_of(op, F32, dict(rows=5, inputs=130, outputs=35) if op == "linear_residual" else None)
-    forward = run(TRITON, op, inputs)["y"]
-    place = interpreter_builder.set_grid_idx
-    arrived = []
-
-    def backwards(x, y, z):
-        y = interpreter_builder.grid_dim[1] - 1 - y
-        arrived.append(y)
-        place(x, y, z)
-
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", backwards)
-    assert torch.equal(run(TRITON, op, inputs)["y"], forward) and arrived[:4] == [3, 2, 1, 0]
+    found = []
+    for seed in range(4):
+        with machine(triton_by.CAPABILITY, seed):
+            found.append(run(TRITON, op, inputs)["y"])
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 def test_counters_are_shared_by_nothing_that_may_run_at_once(monkeypatch):

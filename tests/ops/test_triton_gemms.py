@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import triton_by
 
 pytest.importorskip("triton")
 from support.contract import changed, check, inputs_in, leaves, reference_module, run, widened
@@ -24,7 +25,6 @@ from support.guarded import DEVICE
 
 from smolvla_fast.ops.select import reference_ops
 
-INTERPRETED = DEVICE == "cpu"
 pytestmark = [
     pytest.mark.triton,
     # Of numpy, which computes the kernels under the interpreter.
@@ -84,8 +84,8 @@ CASES = [
 def _marks(op, case, dtype):
     """SmolVLA's own widths are the last of each op; in 32 bits they take the interpreter twice as long as in 16,
     so there one of them stands for all."""
-    long = INTERPRETED and dtype is F32 and case is MORE[op][-1] and op != "linear_residual"
-    return [pytest.mark.gpu] * (dtype is BF16) + [pytest.mark.long] * long
+    long = triton_by.INTERPRETED and dtype is F32 and case is MORE[op][-1] and op != "linear_residual"
+    return (triton_by.BF16 if dtype is BF16 else []) + [pytest.mark.long] * long
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_fp16_weights_take_the_range_of_an_fp32_residual_stream(op, scale):
 
 def mixed(op):
     """An fp32 residual stream or image with 16-bit weights, and 16-bit keys with fp32 weights."""
-    dtype = F16 if INTERPRETED else BF16
+    dtype = F16 if triton_by.INTERPRETED else BF16
     inputs = inputs_of(op, dtype)
     wider = {"cross_kv": ("k_weight", "v_weight"), "patch_embed": ("pixels", "position")}.get(op, ("x",))
     if op == "linear_residual":

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import triton_by
 
 pytest.importorskip("triton")
 from support.contract import check, inputs_in, run, sizes
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.triton
 attention = guarded(vision_module.attention)
 OPS = SimpleNamespace(attention=attention)
 # The interpreter's bf16 products are wrong, so bf16 is a device's to judge.
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=triton_by.BF16)]
 VISION = (
     dict(N=2, T=64, H=3, D=16),
     dict(N=1, T=37, H=2, D=24),

@@ -12,6 +12,7 @@ from simt import on_the_host
 from simt.emulator import build
 
 from smolvla_fast.ops.cpu import kernels as cpu
+from support import triton_by
 from support.guarded import DEVICE
 from support.processors import LEVELS
 
@@ -27,15 +28,15 @@ ALL = [*CPU, TRITON, CUDA]
 
 def with_dtypes(*grid: tuple[Any, tuple[Any, ...]]) -> list[Any]:
     """(backends, dtypes or pairs of them) of each, as parameters. Under Triton's interpreter products of bf16 are broken, so
-    there fp16 stands for both, and bf16 is a device's to judge."""
+    there fp16 stands for both."""
     found = []
     for backends, dtypes in grid:
         for each in backends:
             for dtype in dtypes:
                 several = dtype if isinstance(dtype, tuple) else (dtype,)
-                on_a_gpu = each is TRITON and torch.bfloat16 in several
+                bf16 = triton_by.BF16 if each is TRITON and torch.bfloat16 in several else []
                 identity = "-".join([each.id, *(str(one).removeprefix("torch.") for one in several)])
-                marks = [*each.marks, *[pytest.mark.gpu] * on_a_gpu]
+                marks = [*each.marks, *bf16]
                 found.append(pytest.param(*each.values, dtype, marks=marks, id=identity))
     return found
 

@@ -13,6 +13,7 @@ import torch
 from smolvla_fast.kernels import tuning
 from smolvla_fast.ops.torch import decoder, vision
 from smolvla_fast.ops.torch import linear as aten_linear
+from support import triton_by
 from support.contract import inputs_in, reference_module, to_device
 from support.guarded import DEVICE, guarded
 
@@ -27,7 +28,7 @@ NAMES = (
     "patch_embed",
 )
 # Under Triton's interpreter products of bf16 are broken, so there fp16 stands for both.
-DTYPES = pytest.mark.parametrize("dtype", [F32, F16, pytest.param(BF16, marks=pytest.mark.gpu)], ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [F32, F16, pytest.param(BF16, marks=triton_by.BF16)], ids=str)
 OPS = pytest.mark.parametrize("op", NAMES)
 ATEN = SimpleNamespace(
     linear=aten_linear.linear,

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -105,7 +106,10 @@ def ninja_text(name: str, kernels: Sequence[Path], bindings: Sequence[Path], cxx
             [*(MATRIX_FLAGS if source.stem == "numbers" else HOST_FLAGS), *system(python_includes())],
         )
     for source in bindings:
-        build("host", source, ["-O1", f"-DSMOLVLA_MODULE={name}", *system(python_includes())])
+        level = ["-O1"] if source.stem.startswith("bindings") else ["-O2"]
+        # Its tables name functions by lambdas.
+        standard = ["-std=c++20"] if source.parent.name == "ptx" else []
+        build("host", source, [*level, *standard, f"-DSMOLVLA_MODULE={name}", *system(python_includes())])
     for source in kernels:
         build("kernel", source, KERNEL_FLAGS)
     lines.append(f"build {WORK / name}.so: link {' '.join(objects)}\n")
@@ -138,6 +142,13 @@ def load(name: str, kernels: Sequence[Path], bindings: Sequence[Path]) -> Module
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return module
+
+
+@cache
+def ptx() -> ModuleType:
+    """The machine that runs PTX, for what Triton's compiler emits."""
+    folder = EMULATOR.parent / "ptx"
+    return load("_ptx", [], sorted(folder.glob("*.cpp")))
 
 
 def library() -> ModuleType:

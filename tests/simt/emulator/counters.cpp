@@ -62,6 +62,21 @@ void add_release(uint32_t* counter, uint32_t value) {
     pause();
 }
 
+uint32_t add_at_once(uint32_t* at, uint32_t value, bool ordered, void* site) {
+    touch_atomic(at, 4, ATOMIC_WRITE, site);
+    if (ordered) {
+        Ref<Knowledge>& known = launch->counters[at];
+        known = join(known, publish(*current));
+        learn(*current, known);
+    } else {
+        order_by_fences(at);
+    }
+    const uint32_t before = *at;
+    *at += value;
+    ++statistics.atomics;
+    return before;
+}
+
 uint32_t load_acquire(const uint32_t* counter) {
     Thread& thread = *current;
     void* site = SMOLVLA_SIMT_SITE;

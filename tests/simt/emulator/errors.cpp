@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "emulator/ranges.h"
 #include "emulator/runtime.h"
 
 namespace simt {
@@ -85,16 +86,19 @@ std::string name_of(uint32_t id) {
 }
 
 std::string source_line(void* site) {
+    if (launch && launch->place_of)
+        return launch->place_of(static_cast<uint32_t>(reinterpret_cast<uintptr_t>(site) - image().base));
     static std::unordered_map<void*, std::string> known;
     const auto found = known.find(site);
     return found != known.end() ? found->second : known[site] = look_up_line(site);
 }
 
 void fail(const std::string& what, void* site, const Thread* thread) {
-    if (!launch || !current) throw std::runtime_error(what);
+    if (!launch || (!current && !thread)) throw std::runtime_error(what);
     launch->error = launch->name + ", " + name_of(thread ? *thread : *current) + source_line(site) + ": " + what;
     Thread* self = current;
     current = nullptr;
+    if (launch->place_of) throw std::runtime_error(launch->error);
     // Never to return: the launch is over, and its stacks are used again.
     switch_fiber(self->fiber, launch->host);
     __builtin_unreachable();

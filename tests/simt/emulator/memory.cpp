@@ -9,6 +9,7 @@
 namespace simt {
 
 uint64_t unbroken_accesses = 0;
+bool writes_again = false;
 
 namespace {
 
@@ -102,6 +103,7 @@ void append(Cell& cell, const Entry& entry) {
 void touch(Cell& cell, unsigned bytes, Kind kind, Path path, uintptr_t at, void* site) {
     Thread& thread = *current;
     const uint32_t who = thread.id << 6 | bytes << 2 | kind;
+    const auto here = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(site) - image().base);
     Entry* entries = cell.more ? lists[cell.more].data() : cell.few;
     const unsigned count = cell.count;
     for (unsigned i = 0; i < count; ++i)
@@ -112,7 +114,8 @@ void touch(Cell& cell, unsigned bytes, Kind kind, Path path, uintptr_t at, void*
         bool keep = true;
         if (old.bytes() & bytes) {
             const bool ordered = old.thread() == thread.id || thread.knows(old);
-            if (!ordered && CONFLICT[kind][old.kind()]) race(at, kind, old, site);
+            const bool again = writes_again && kind == WRITE && old.kind() == WRITE && old.site == here;
+            if (!ordered && CONFLICT[kind][old.kind()] && !again) race(at, kind, old, site);
             if (kind == READ && path != Path::l2 && (old.kind() & WRITE) &&
                 (path == Path::read_only || block_of(old.thread()) != block_of(thread.id)))
                 fail("stale L1 read at " + place(at) + ": " + name_of(old.thread()) + " wrote it during this launch" +
@@ -124,7 +127,7 @@ void touch(Cell& cell, unsigned bytes, Kind kind, Path path, uintptr_t at, void*
         if (keep) entries[kept++] = old;
     }
     cell.count = static_cast<uint16_t>(kept);
-    append(cell, {thread.epoch, who, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(site) - image().base)});
+    append(cell, {thread.epoch, who, here});
 }
 
 template <class Cells, class Each>

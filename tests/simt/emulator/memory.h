@@ -64,6 +64,8 @@ void begin_async_write(uintptr_t at, size_t bytes, void* site);
 void end_async_write(uintptr_t at, size_t bytes, void* site);
 
 uint64_t accesses();
+// Set around a store of the bytes that are there: threads that hold copies of a value may store it at one instruction.
+extern bool writes_again;
 extern uint64_t unbroken_accesses;  // since another thread ran
 
 }  // namespace simt

@@ -27,10 +27,11 @@ struct Warp;
 enum class Waits { nothing, block_barrier, named_barrier, collective, counter };
 enum class Collective { shuffle, ballot, warp_barrier, ldmatrix, ldmatrix_trans, mma_bf16, mma_fp16 };
 
-// A copy of 16 bytes under way. The bytes of the source are kept: nobody may change them before the copy is done.
+// A copy of up to 16 bytes under way. The bytes of the source are kept: nobody may change them before the copy is done.
 struct AsyncCopy {
     unsigned char* to;
-    const unsigned char* from;  // null: zeros
+    const unsigned char* from;
+    unsigned bytes, wanted;  // what is not wanted becomes zeros
     uint64_t source[2];
     bool done;  // copied already, though nobody may count on that
     unsigned group;
@@ -104,7 +105,7 @@ struct Block {
 
 struct Statistics {
     uint64_t blocks, threads, switches, block_barriers, named_barriers, warp_barriers, collectives, mma, ldmatrix;
-    uint64_t async_copies, counter_adds, counter_polls, atomics, shared_accesses, global_accesses, global_bytes_read,
+    uint64_t serialized, async_copies, counter_adds, counter_polls, atomics, shared_accesses, global_accesses, global_bytes_read,
         global_bytes_written;
 };
 
@@ -133,6 +134,8 @@ struct Launch {
     Fiber host;
     Block* finished = nullptr;
     std::string error;
+    // Of a launch without fibers, whose sites are numbers and not addresses: what they stand for. Its errors are thrown.
+    std::string (*place_of)(uint32_t) = nullptr;
 };
 
 extern Thread* current;
@@ -152,6 +155,12 @@ void make_ready(Thread& thread);
 void wait(Waits what, unsigned which, void* site);
 void pause();  // stays ready
 std::string deadlock_report();
+
+// Of the running thread: a cp.async from its issue to its wait, and an atomic addition, which gives what was there before.
+void begin_copy(void* shared, const void* global, unsigned bytes, unsigned wanted, void* site);
+void copy_async_commit();
+void end_copies(int pending);
+uint32_t add_at_once(uint32_t* at, uint32_t value, bool ordered, void* site);
 
 // The participants know, from here on, all that each of them knew.
 void meet(const std::vector<Thread*>& participants);
