@@ -56,6 +56,8 @@ def pytest_xdist_make_scheduler(config, log):
     class LoadGroups(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
+            if file.startswith("tests/compiled_kernels/"):  # minutes for each architecture
+                file += next((cc for cc in ("sm_80", "sm_90") if cc in nodeid), "")
             return next((group for start, group in TOGETHER.items() if file.startswith(start)), file)
 
     return LoadGroups(config, log)

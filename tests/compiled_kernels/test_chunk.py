@@ -1,0 +1,68 @@
+"""A whole tiny chunk, and a tiny training step, in bf16 by compiled kernels, beside the torch backend and LeRobot's class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import triton_by
+
+pytest.importorskip("triton")
+if not triton_by.CAPABILITY:
+    pytest.skip("the machine of tests/simt/ptx does not run here", allow_module_level=True)
+from simt.ptx import launcher
+from support.policies import LEROBOT_ONLY, chunk, make_policy, rel_l2
+from test_train_step_places import batch_of  # type: ignore[import-not-found]
+
+import smolvla_fast
+from smolvla_fast.testing.policies import make_noise, make_observation
+
+pytestmark = [pytest.mark.compiled_kernels, LEROBOT_ONLY]
+SMALL: dict[str, Any] = dict(
+    cameras=2, num_vlm_layers=4, num_steps=2, chunk_size=5, tokenizer_max_length=16, layout="bf16",
+    vision={"num_hidden_layers": 1, "image_size": 32},
+)  # fmt: skip
+
+
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"], autouse=True)
+def architecture(request: pytest.FixtureRequest) -> Any:
+    with launcher.machine(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_chunk(batch: int, guided: bool, precision: str, architecture: int) -> None:
+    """As far from fp32 as the torch backend in bf16, within 1.5: two orders of rounding scatter (``judge.SCATTER``)."""
+    if precision == "fp8" and architecture < 89:
+        pytest.skip("8-bit floats are compiled from sm_89 on")
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
+    policy = make_policy("tiny", rtc_config=RTCConfig(execution_horizon=4), **SMALL)
+    policy.init_rtc_processor()
+    given = make_observation(policy, batch=batch, task="go", language_length=16)
+    noise = make_noise(policy, batch=batch)
+    if batch > 1:
+        given["observation.language.attention_mask"][1, 2:] = False
+    kwargs = dict(inference_delay=2, prev_chunk_left_over=torch.ones(4, 6), execution_horizon=3) if guided else {}
+    found = {}
+    for name, wishes in (
+        ("fp32", dict(precision="fp32", backend="torch")),
+        ("torch", dict(precision="bf16", backend="torch")),
+        ("kernels", dict(precision=precision, backend="triton")),
+    ):
+        smolvla_fast.patch(policy, **wishes)
+        before = launcher.launched.total()
+        found[name] = chunk(policy, given, noise, **kwargs)
+        assert (launcher.launched.total() > before) == (name == "kernels")
+        assert smolvla_fast.status(policy).last_fallback is None
+    stock = chunk(smolvla_fast.unpatch(policy), given, noise, **kwargs)
+    lost = max(rel_l2(found["torch"], found["fp32"]), rel_l2(stock, found["fp32"]))
+    error = rel_l2(found["kernels"], found["fp32"])
+    if precision == "bf16":
+        assert 0 < error <= 1.5 * lost, (error, lost)
+    else:
+        similar = torch.nn.functional.cosine_similarity
+        assert similar(found["kernels"].flatten(), found["fp32"].flatten(), dim=0) >= 0.99 and error > lost

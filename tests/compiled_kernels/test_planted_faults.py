@@ -1,0 +1,163 @@
+"""Faults planted into what Triton emits: the machine finds each, and says in which kernel and at which line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+from support import triton_by
+
+pytest.importorskip("triton")
+if not triton_by.CAPABILITY:
+    pytest.skip("the machine of tests/simt/ptx does not run here", allow_module_level=True)
+import torch
+from simt.ptx import calls, launcher
+from support.contract import run
+from support.gemms import inputs_of, module
+
+from smolvla_fast.ops.choice import choose
+from smolvla_fast.ops.select import backend_ops
+
+pytestmark = pytest.mark.compiled_kernels
+Change = Callable[[str], str]
+
+
+def call(op: str, capability: int, dtypes: str, label: str = "", **sizes: int) -> calls.Call:
+    for each in calls.calls(capability):
+        alike = (each.op, each.dtypes.partition(";")[0], each.label) == (op, dtypes, label)
+        if alike and sizes.items() <= dict(each.case).items():
+            return each
+    raise KeyError((op, capability, dtypes, label, sizes))
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[calls.Call, Change], str]:
+    """What is said of a call whose PTX was changed; it has to have been, and to be right without."""
+
+    def judge(each: calls.Call, change: Change) -> str:
+        assert calls.judged(each)
+        changed = []
+
+        def rewrite(text: str) -> str:
+            changed.append(change(text))
+            assert changed[-1] != text, "nothing was planted"
+            return changed[-1]
+
+        monkeypatch.setattr(launcher, "rewrite", rewrite)
+        with pytest.raises((RuntimeError, AssertionError)) as found:
+            calls.judged(each)
+        monkeypatch.setattr(launcher, "rewrite", None)
+        return str(found.value)
+
+    return judge
+
+
+def without(pattern: str, number: int = 0) -> Change:
+    """Leaves out the instruction that matches, counted from 0; -1: the last."""
+
+    def change(text: str) -> str:
+        place = list(re.finditer(pattern, text, re.MULTILINE))[number]
+        return text[: place.start()] + text[place.end() :]
+
+    return change
+
+
+def instead(pattern: str, other: str, number: int = 0) -> Change:
+    def change(text: str) -> str:
+        place = list(re.finditer(pattern, text, re.MULTILINE))[number]
+        return text[: place.start()] + place.expand(other) + text[place.end() :]
+
+    return change
+
+
+RESIDUAL = dict(rows=50, inputs=2048)
+PLACE = r"_fwd, block \(\d+,\d+,\d+\) thread \(\d+,\d+,\d+\) at line \d+ \(\w+\.py:\d+\): [@\w]"
+
+
+# The first two stand before anything was read of what the prologue fills, and are not needed.
+@pytest.mark.parametrize("number", [2, 3, 4, 5, 8, 9, 11, -1])
+def test_a_barrier_left_out(planted: Callable[..., str], number: int) -> None:
+    said = planted(call("linear_residual", 80, "bf16", **RESIDUAL), without(r"^\tbar\.sync \t0;$", number))
+    assert re.search(PLACE, said) and re.search("race at|still under way|unwritten", said)
+
+
+@pytest.mark.parametrize("op", ["linear_residual", "norm_swiglu"])
+def test_a_wait_for_one_copy_too_few(planted: Callable[..., str], op: str) -> None:
+    def change(text: str) -> str:
+        return re.sub(r"cp\.async\.wait_group \t(\d+)", lambda m: f"cp.async.wait_group \t{int(m[1]) + 1}", text, count=1)
+
+    said = planted(call(op, 80, "bf16", rows=50), change)
+    assert re.search(PLACE, said) and re.search("still under way|race at|unwritten", said)
+
+
+@pytest.mark.parametrize("op", ["attention", "linear"])
+def test_a_wait_for_a_wgmma_left_out(planted: Callable[..., str], op: str) -> None:
+    sizes = dict(N=2) if op == "attention" else dict(outputs=3072)
+    label = "gelu_tanh" if op == "linear" else ""
+    said = planted(call(op, 90, "bf16", label, **sizes), without(r"^\s*wgmma\.wait_group\.sync\.aligned \d+;$", -1))
+    assert re.search(PLACE, said) and "wgmma" in said and "waited for" in said
+
+
+def test_a_load_past_the_end(planted: Callable[..., str]) -> None:
+    """By one element, of the last row."""
+    change = instead(r"(ld\.global\.b16 \{ %rs\d+ \}, \[ %rd\d+ \+) 0 \]", r"\1 2 ]")
+    inputs = inputs_of("layer_norm", torch.bfloat16, dict(rows=3, width=31))
+    assert_found(planted, inputs, "layer_norm", change, r"out-of-bounds global read of 2 bytes .* 2 bytes past the end")
+
+
+def test_a_mask_left_out(planted: Callable[..., str]) -> None:
+    change = instead(r"@%p\d+ (ld\.global\.b16)", r"\1")
+    inputs = inputs_of("layer_norm", torch.bfloat16, dict(rows=3, width=31))
+    assert_found(planted, inputs, "layer_norm", change, "out-of-bounds global read")
+
+
+def assert_found(planted: object, inputs: dict[str, object], op: str, change: Change, words: str) -> None:
+    """At an odd size, which leaves lanes without an element."""
+    ops = choose(backend_ops("triton"), torch.device("cpu"), "triton", None)
+    run(ops, op, inputs)
+    launcher.rewrite = change
+    try:
+        with pytest.raises(RuntimeError, match=words) as found:
+            run(ops, op, inputs)
+    finally:
+        launcher.rewrite = None
+    assert re.search(PLACE, str(found.value))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_wrong_bit_in_a_swizzle(planted: Callable[..., str], capability: int) -> None:
+    """What is stored there is read elsewhere: bytes that nobody wrote, or numbers that are wrong."""
+    op = call("linear_residual", capability, "bf16", **RESIDUAL)
+    change = instead(r"(xor\.b32 \t%r\d+, %r\d+), (16|32|64);", r"\1, 128;")
+    said = planted(op, change)
+    assert re.search("unwritten|is off by|race at|under way|memory that was not written", said)
+
+
+def test_a_counter_that_is_not_released(planted: Callable[..., str]) -> None:
+    """The part that comes last adds up what the others have stored: nothing orders that after their stores."""
+    op = call("linear_residual", 80, "bf16", **RESIDUAL)
+    said = planted(op, instead(r"atom\.global\.gpu\.acq_rel\.add", "atom.global.gpu.relaxed.add"))
+    assert re.search(PLACE, said) and re.search("race at|stale L1 read", said)
+
+
+def test_a_counter_that_is_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next launch counts on: nobody comes last, and its output stays unwritten."""
+    ops, kept = choose(backend_ops("triton"), torch.device("cpu"), "triton", None), []
+    make = module("linear_residual").split_workspace
+
+    def workspace(*args: object) -> object:
+        partials, arrivals = make(*args)
+        kept.append(arrivals if not kept else kept[0])
+        return partials, kept[-1]
+
+    monkeypatch.setattr(module("linear_residual"), "split_workspace", workspace)
+    each = call("linear_residual", 80, "bf16", **RESIDUAL)
+    with launcher.machine(80), calls.tiles_of(each):
+        inputs = each.inputs(small=True)
+        first = run(ops, "linear_residual", inputs)["y"]
+        assert torch.equal(run(ops, "linear_residual", inputs)["y"], first) and kept and not kept[0].any()
+        store = r"^\t@%p\d+ st\.global\.b32 \[ %rd\d+ \+ 0 \], \{ %r\d+ \};$"
+        monkeypatch.setattr(launcher, "rewrite", without(store, -1))
+        run(ops, "linear_residual", inputs)
+        assert kept[0].any(), "the counters count on"
