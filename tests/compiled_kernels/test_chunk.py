@@ -1,4 +1,4 @@
-"""A whole tiny chunk, and a tiny training step, in bf16 by compiled kernels, beside the torch backend and LeRobot's class."""
+"""A whole tiny chunk and a tiny training step in bf16 by compiled kernels, beside the torch backend and LeRobot's class."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import torch
 from support import triton_by
 
 pytest.importorskip("triton")
+pytest.importorskip("lerobot")
 if not triton_by.CAPABILITY:
     pytest.skip("the machine of tests/simt/ptx does not run here", allow_module_level=True)
 from simt.ptx import launcher
-from support.policies import LEROBOT_ONLY, chunk, make_policy, rel_l2
-from test_train_step_places import batch_of  # type: ignore[import-not-found]
+from support.policies import chunk, rel_l2
+from support.train_steps import distance, make_batch, step
 
 import smolvla_fast
-from smolvla_fast.testing.policies import make_noise, make_observation
+from smolvla_fast.loss import engine as loss_module
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
-pytestmark = [pytest.mark.compiled_kernels, LEROBOT_ONLY]
+pytestmark = pytest.mark.compiled_kernels
 SMALL: dict[str, Any] = dict(
-    cameras=2, num_vlm_layers=4, num_steps=2, chunk_size=5, tokenizer_max_length=16, layout="bf16",
+    origin="lerobot", cameras=2, num_vlm_layers=4, num_steps=2, chunk_size=5, tokenizer_max_length=16, layout="mixed",
     vision={"num_hidden_layers": 1, "image_size": 32},
 )  # fmt: skip
 
@@ -46,7 +48,9 @@ def test_a_chunk(batch: int, guided: bool, precision: str, architecture: int) ->
     noise = make_noise(policy, batch=batch)
     if batch > 1:
         given["observation.language.attention_mask"][1, 2:] = False
-    kwargs = dict(inference_delay=2, prev_chunk_left_over=torch.ones(4, 6), execution_horizon=3) if guided else {}
+    kwargs = (
+        dict(inference_delay=2, prev_chunk_left_over=torch.ones(4, 6), execution_horizon=3) if guided else {}
+    )
     found = {}
     for name, wishes in (
         ("fp32", dict(precision="fp32", backend="torch")),
@@ -66,3 +70,21 @@ def test_a_chunk(batch: int, guided: bool, precision: str, architecture: int) ->
     else:
         similar = torch.nn.functional.cosine_similarity
         assert similar(found["kernels"].flatten(), found["fp32"].flatten(), dim=0) >= 0.99 and error > lost
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_training_step(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast in bf16, as far from stock in fp32 as stock is, within 1.5."""
+    monkeypatch.setattr(loss_module, "why_bf16_is_slow", lambda: None)
+    policy = make_policy("tiny", **{**SMALL, "cameras": 1, "num_vlm_layers": 2}).train()
+    given = make_batch(policy, batch=batch, task="go", language_length=8)
+    truth, stock = step(policy, given), step(policy, given, autocast=True)
+    smolvla_fast.patch(policy, training=True, backend="triton")
+    before = launcher.launched.copy()
+    ours = step(policy, given, autocast=True)
+    ran = {name for name, count in launcher.launched.items() if count > before[name]}
+    assert smolvla_fast.status(policy).training_fast == 1
+    assert {"_masked_attention_backward_rows", "_masked_attention_backward_keys", "_flow_loss_bwd"} <= ran
+    assert ours.gradients.keys() == truth.gradients.keys()
+    assert 0 < distance(ours.gradients, truth.gradients) <= 1.5 * distance(stock.gradients, truth.gradients)
+    torch.testing.assert_close(ours.loss, truth.loss, rtol=2e-2, atol=0)

@@ -34,7 +34,9 @@ def test_the_committed_table_names_what_runs() -> None:
 
 
 def test_every_op_runs_for_every_architecture_in_every_tier() -> None:
-    found = Counter((call.op, call.capability, call.dtypes.partition(";")[0].partition(":")[0]) for call in CALLS)
+    found = Counter(
+        (call.op, call.capability, call.dtypes.partition(";")[0].partition(":")[0]) for call in CALLS
+    )
     for op in calls.MOST:
         for capability in calls.CAPABILITIES:
             tiers = {tier for each, cc, tier in found if (each, cc) == (op, capability)}

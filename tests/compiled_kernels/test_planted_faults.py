@@ -85,7 +85,12 @@ def test_a_barrier_left_out(planted: Callable[..., str], number: int) -> None:
 @pytest.mark.parametrize("op", ["linear_residual", "norm_swiglu"])
 def test_a_wait_for_one_copy_too_few(planted: Callable[..., str], op: str) -> None:
     def change(text: str) -> str:
-        return re.sub(r"cp\.async\.wait_group \t(\d+)", lambda m: f"cp.async.wait_group \t{int(m[1]) + 1}", text, count=1)
+        return re.sub(
+            r"cp\.async\.wait_group \t(\d+)",
+            lambda m: f"cp.async.wait_group \t{int(m[1]) + 1}",
+            text,
+            count=1,
+        )
 
     said = planted(call(op, 80, "bf16", rows=50), change)
     assert re.search(PLACE, said) and re.search("still under way|race at|unwritten", said)
@@ -95,7 +100,9 @@ def test_a_wait_for_one_copy_too_few(planted: Callable[..., str], op: str) -> No
 def test_a_wait_for_a_wgmma_left_out(planted: Callable[..., str], op: str) -> None:
     sizes = dict(N=2) if op == "attention" else dict(outputs=3072)
     label = "gelu_tanh" if op == "linear" else ""
-    said = planted(call(op, 90, "bf16", label, **sizes), without(r"^\s*wgmma\.wait_group\.sync\.aligned \d+;$", -1))
+    said = planted(
+        call(op, 90, "bf16", label, **sizes), without(r"^\s*wgmma\.wait_group\.sync\.aligned \d+;$", -1)
+    )
     assert re.search(PLACE, said) and "wgmma" in said and "waited for" in said
 
 
@@ -103,7 +110,9 @@ def test_a_load_past_the_end(planted: Callable[..., str]) -> None:
     """By one element, of the last row."""
     change = instead(r"(ld\.global\.b16 \{ %rs\d+ \}, \[ %rd\d+ \+) 0 \]", r"\1 2 ]")
     inputs = inputs_of("layer_norm", torch.bfloat16, dict(rows=3, width=31))
-    assert_found(planted, inputs, "layer_norm", change, r"out-of-bounds global read of 2 bytes .* 2 bytes past the end")
+    assert_found(
+        planted, inputs, "layer_norm", change, r"out-of-bounds global read of 2 bytes .* 2 bytes past the end"
+    )
 
 
 def test_a_mask_left_out(planted: Callable[..., str]) -> None:

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 from simt.ptx import launcher
-from support.contract import changed, leaves, nan_filled_memory, reference_module, run, widened
+from support.contract import changed, leaves, nan_filled_memory, run, widened
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -21,8 +21,8 @@ from benchmarks.compiled import aot
 from smolvla_fast.kernels.tuning import recording, using
 from smolvla_fast.ops.choice import choose, over
 from smolvla_fast.ops.reference.quantize import Quantized, dequantize
-from smolvla_fast.ops.torch.linear import aten
 from smolvla_fast.ops.select import backend_ops, reference_ops
+from smolvla_fast.ops.torch.linear import aten
 from smolvla_fast.tune.check import allowance
 
 CPU = torch.device("cpu")
@@ -51,7 +51,8 @@ MOST: dict[str, dict[str, int]] = {
 class Call:
     """One way in which a stage calls an op.
 
-    case   SmolVLA's own sizes      label  what differs from the reference's inputs      dtypes  as the compiled tables name them
+    case    SmolVLA's own sizes      label  what differs from the reference's inputs
+    dtypes  as the compiled tables name them
     """
 
     op: str
@@ -115,8 +116,8 @@ def tiles_of(call: Call) -> Iterator[bool]:
 def judged(call: Call) -> list[Figure]:
     """Runs a call twice, in two orders. Empty where torch serves it.
 
-    raises  AssertionError where bits differ, memory is left unwritten, or an error is more than twice eager's and what rounding
-            alone may add
+    raises  AssertionError where bits differ, memory is left unwritten, or an error is more than twice eager's and what
+            rounding alone may add
     """
     with launcher.machine(call.capability), tiles_of(call) as has_kernel:
         if not has_kernel:
@@ -135,7 +136,9 @@ def judged(call: Call) -> list[Figure]:
         error, plain = ((x[name].double() - want).abs().max().item() for x in (ours, eager))
         # A GPU adds up the K terms of an fp32 product in one chain; MKL, which is eager here, in several: twice the walk.
         allowed = 2 * plain + allowance(want, dtype, 4 * _terms(inputs))
-        assert error <= allowed, f"{name} is off by {error:.3g}, eager by {plain:.3g}, allowed is {allowed:.3g}"
+        assert error <= allowed, (
+            f"{name} is off by {error:.3g}, eager by {plain:.3g}, allowed is {allowed:.3g}"
+        )
         found.append(Figure(name, error, plain, allowed))
     return found
 
@@ -188,4 +191,3 @@ def _terms(inputs: dict[str, Any]) -> int:
     widths = [x.shape[-1] for x in matrices if isinstance(x, Tensor) and x.ndim == 2]
     together = 2 if {"gate_weight", "up_weight"} <= inputs.keys() else 1
     return together * max(widths, default=1)
-

@@ -1,4 +1,4 @@
-"""`make compiled-kernels`: the error of every op as it is compiled and run, beside eager's; benchmarks/results/compiled-kernels.md."""
+"""`make compiled-kernels`: the error of every op as it is compiled and run, beside eager's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pathlib import Path
 TABLE = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "compiled-kernels.md"
 ABOUT = """# Triton's kernels, compiled and run on a CPU
 
-Made by `make compiled-kernels` with Triton {version}, without a GPU: what Triton emits for each architecture (PTX), run by the
-machine of tests/simt/ptx. Tiles are those of SmolVLA's own sizes, which a row names; what is run is smaller. Of each output:
-worst error against fp64 / that of eager torch in the same dtypes / what is allowed: twice eager's and what rounding alone may
-add. "torch": the defaults leave it to torch, and no kernel runs. Bits were equal in two orders of blocks and warps.
+Made by `make compiled-kernels` with Triton {version}, without a GPU: what Triton emits for each architecture (PTX), run
+by the machine of tests/simt/ptx. Tiles are those of SmolVLA's own sizes, which a row names; what is run is smaller. Of
+each output: worst error against fp64 / that of eager torch in the same dtypes / what is allowed: twice eager's and what
+rounding alone may add. "torch": the defaults leave it to torch, and no kernel runs. Bits were equal in two orders of
+blocks and warps.
 """
 
 
@@ -56,7 +57,11 @@ def main() -> int:
     names = [str(each) for cc in calls.CAPABILITIES for each in calls.calls(cc)]
     with ProcessPoolExecutor(2, get_context("spawn"), prepare) as pool:
         said = list(pool.map(row, names))
-    lines = [ABOUT.format(version=triton.__version__), "| | call | error / eager / allowed |", "| --- | --- | --- |"]
+    lines = [
+        ABOUT.format(version=triton.__version__),
+        "| | call | error / eager / allowed |",
+        "| --- | --- | --- |",
+    ]
     lines += [f"| {name.replace(' ', ' | ', 1)} | {each} |" for name, each in zip(names, said, strict=True)]
     TABLE.write_text("\n".join(lines) + "\n")
     bad = [f"{name}: {each}" for name, each in zip(names, said, strict=True) if each.startswith("beyond")]
