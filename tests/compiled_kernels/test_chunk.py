@@ -69,7 +69,7 @@ def test_a_chunk(batch: int, guided: bool, precision: str, architecture: int) ->
         assert 0 < error <= 1.5 * lost, (error, lost)
     else:
         similar = torch.nn.functional.cosine_similarity
-        assert similar(found["kernels"].flatten(), found["fp32"].flatten(), dim=0) >= 0.99 and error > lost
+        assert similar(found["kernels"].flatten(), found["fp32"].flatten(), dim=0) >= 0.99 and error > 1e-3
 
 
 @pytest.mark.parametrize("batch", [1, 2])

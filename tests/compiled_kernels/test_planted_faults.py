@@ -82,8 +82,9 @@ def test_a_barrier_left_out(planted: Callable[..., str], number: int) -> None:
     assert re.search(PLACE, said) and re.search("race at|still under way|unwritten", said)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("op", ["linear_residual", "norm_swiglu"])
-def test_a_wait_for_one_copy_too_few(planted: Callable[..., str], op: str) -> None:
+def test_a_wait_for_one_copy_too_few(planted: Callable[..., str], op: str, capability: int) -> None:
     def change(text: str) -> str:
         return re.sub(
             r"cp\.async\.wait_group \t(\d+)",
@@ -92,7 +93,7 @@ def test_a_wait_for_one_copy_too_few(planted: Callable[..., str], op: str) -> No
             count=1,
         )
 
-    said = planted(call(op, 80, "bf16", rows=50), change)
+    said = planted(call(op, capability, "bf16", rows=50), change)
     assert re.search(PLACE, said) and re.search("still under way|race at|unwritten", said)
 
 
@@ -106,22 +107,22 @@ def test_a_wait_for_a_wgmma_left_out(planted: Callable[..., str], op: str) -> No
     assert re.search(PLACE, said) and "wgmma" in said and "waited for" in said
 
 
-def test_a_load_past_the_end(planted: Callable[..., str]) -> None:
+def test_a_load_past_the_end() -> None:
     """By one element, of the last row."""
     change = instead(r"(ld\.global\.b16 \{ %rs\d+ \}, \[ %rd\d+ \+) 0 \]", r"\1 2 ]")
     inputs = inputs_of("layer_norm", torch.bfloat16, dict(rows=3, width=31))
     assert_found(
-        planted, inputs, "layer_norm", change, r"out-of-bounds global read of 2 bytes .* 2 bytes past the end"
+        inputs, "layer_norm", change, r"out-of-bounds global read of 2 bytes .* 2 bytes past the end"
     )
 
 
-def test_a_mask_left_out(planted: Callable[..., str]) -> None:
+def test_a_mask_left_out() -> None:
     change = instead(r"@%p\d+ (ld\.global\.b16)", r"\1")
     inputs = inputs_of("layer_norm", torch.bfloat16, dict(rows=3, width=31))
-    assert_found(planted, inputs, "layer_norm", change, "out-of-bounds global read")
+    assert_found(inputs, "layer_norm", change, "out-of-bounds global read")
 
 
-def assert_found(planted: object, inputs: dict[str, object], op: str, change: Change, words: str) -> None:
+def assert_found(inputs: dict[str, object], op: str, change: Change, words: str) -> None:
     """At an odd size, which leaves lanes without an element."""
     ops = choose(backend_ops("triton"), torch.device("cpu"), "triton", None)
     run(ops, op, inputs)
@@ -140,14 +141,16 @@ def test_a_wrong_bit_in_a_swizzle(planted: Callable[..., str], capability: int) 
     op = call("linear_residual", capability, "bf16", **RESIDUAL)
     change = instead(r"(xor\.b32 \t%r\d+, %r\d+), (16|32|64);", r"\1, 128;")
     said = planted(op, change)
-    assert re.search("unwritten|is off by|race at|under way|memory that was not written", said)
+    # Where all bytes were written and were ordered, the numbers alone are wrong, and they have no line.
+    by_machine = re.search(PLACE, said) and re.search("unwritten|race at|under way|out-of-bounds", said)
+    assert by_machine or "y is off by" in said
 
 
 def test_a_counter_that_is_not_released(planted: Callable[..., str]) -> None:
     """The part that comes last adds up what the others have stored: nothing orders that after their stores."""
     op = call("linear_residual", 80, "bf16", **RESIDUAL)
     said = planted(op, instead(r"atom\.global\.gpu\.acq_rel\.add", "atom.global.gpu.relaxed.add"))
-    assert re.search(PLACE, said) and re.search("race at|stale L1 read", said)
+    assert re.search(PLACE, said) and "race at" in said
 
 
 def test_a_counter_that_is_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

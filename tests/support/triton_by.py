@@ -16,12 +16,16 @@ import pytest
 import torch
 from simt.emulator import build
 
+ACCEPTED = ("sm_90", "sm_80", "interpreter")
+
 
 def _by() -> str:
     if torch.cuda.is_available():
         return "gpu"
     asked = os.environ.get("SMOLVLA_FAST_TRITON")
     if asked:
+        if asked not in ACCEPTED:
+            raise pytest.UsageError(f"SMOLVLA_FAST_TRITON={asked}; accepted are {', '.join(ACCEPTED)}")
         return asked
     try:
         build.tools()
@@ -50,8 +54,7 @@ def prepare() -> None:
         return
     if CAPABILITY is not None and find_spec("triton") is not None:
         os.environ.pop("TRITON_INTERPRET", None)
-        # What is compiled here has no binary, and no other run may take it for one that has.
-        os.environ["TRITON_CACHE_DIR"] = str(Path(__file__).parents[2] / "build" / "triton")
+        os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[2] / "build" / "triton"))
         import smolvla_fast.ops.triton.ops  # noqa: F401
     os.environ["TRITON_INTERPRET"] = "1"  # so that a CPU may be asked; and of processes that tests start
 

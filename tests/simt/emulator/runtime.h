@@ -105,7 +105,7 @@ struct Block {
 
 struct Statistics {
     uint64_t blocks, threads, switches, block_barriers, named_barriers, warp_barriers, collectives, mma, ldmatrix;
-    uint64_t serialized, async_copies, counter_adds, counter_polls, atomics, shared_accesses, global_accesses, global_bytes_read,
+    uint64_t async_copies, counter_adds, counter_polls, atomics, shared_accesses, global_accesses, global_bytes_read,
         global_bytes_written;
 };
 

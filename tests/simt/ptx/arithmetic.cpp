@@ -1,6 +1,6 @@
 // Arithmetic, logic, comparisons and branches of PTX, lane by lane. fp32 rounds to nearest, never contracted; .ftz flushes.
-// Approximate instructions are right to a unit in the last place, which way the operand's bits decide: nothing may rest on
-// more, and the same operand gives the same result.
+// Approximate instructions are off by the units in the last place that the PTX manual allows them (div.full, ex2 and rsqrt about
+// two), which the operand's bits draw: nothing may rest on more, and the same operand gives the same result.
 #include <cmath>
 #include <limits>
 
@@ -60,10 +60,16 @@ void predicates(Warp& w, const Instruction& i) {
     p = (p & ~w.mask) | (f(a, b) & w.mask);
 }
 
-constexpr auto add_f = [](auto a, auto b) { return a + b; };
-constexpr auto sub_f = [](auto a, auto b) { return a - b; };
-constexpr auto mul_f = [](auto a, auto b) { return a * b; };
-constexpr auto fma_f = [](auto a, auto b, auto c) { return std::fma(a, b, c); };
+// Every NaN is the one that the device makes.
+constexpr auto plain = [](auto x) {
+    if constexpr (sizeof(x) == 4) return std::isnan(x) ? bits<f32>(0x7fffffffu) : x;
+    else return x;
+};
+constexpr auto add_f = [](auto a, auto b) { return plain(a + b); };
+constexpr auto sub_f = [](auto a, auto b) { return plain(a - b); };
+constexpr auto mul_f = [](auto a, auto b) { return plain(a * b); };
+constexpr auto fma_f = [](auto a, auto b, auto c) { return plain(std::fma(a, b, c)); };
+constexpr auto div_f = [](f32 a, f32 b) { return plain(a / b); };
 // Integers wrap: computed as unsigned.
 constexpr auto add_i = [](auto a, auto b) { return u64(a) + u64(b); };
 constexpr auto sub_i = [](auto a, auto b) { return u64(a) - u64(b); };
@@ -118,27 +124,23 @@ f32 most_f(f32 a, f32 b) {
 
 f32 flush(f32 x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
-// The neighbour that the operand's bits draw.
-f32 nearly(f64 exact, u32 seed) {
-    const auto x = static_cast<f32>(exact);
+// Off by up to so many units in the last place, as the operand's bits draw.
+f32 nearly(f64 exact, u32 seed, int units) {
+    auto x = plain(static_cast<f32>(exact));
     if (!std::isnormal(x) || static_cast<f64>(x) == exact) return x;
-    switch (((seed ^ seed >> 15) * 0x9e3779b1u) >> 30) {
-        case 0: return std::nextafter(x, 0.0f);
-        case 1: {
-            const f32 next = std::nextafter(x, std::copysign(std::numeric_limits<f32>::infinity(), x));
-            return std::isinf(next) ? x : next;
-        }
-        default: return x;
-    }
+    const u32 drawn = (seed ^ seed >> 15) * 0x9e3779b1u >> 24;
+    const f32 towards = drawn & 1 ? 0.0f : std::copysign(std::numeric_limits<f32>::max(), x);
+    for (int left = static_cast<int>(drawn >> 1) % (units + 1); left > 0; --left) x = std::nextafter(x, towards);
+    return x;
 }
 template <bool FTZ>
 f32 exp2_near(f32 x) {
-    const f32 y = nearly(std::exp2(static_cast<f64>(FTZ ? flush(x) : x)), bits<u32>(x));
+    const f32 y = nearly(std::exp2(static_cast<f64>(FTZ ? flush(x) : x)), bits<u32>(x), 2);
     return FTZ ? flush(y) : y;
 }
-f32 rsqrt_near(f32 x) { return flush(nearly(1.0 / std::sqrt(static_cast<f64>(flush(x))), bits<u32>(x))); }
-f32 sqrt_near(f32 x) { return flush(nearly(std::sqrt(static_cast<f64>(flush(x))), bits<u32>(x))); }
-f32 divide_near(f32 a, f32 b) { return nearly(static_cast<f64>(a) / static_cast<f64>(b), bits<u32>(a) ^ bits<u32>(b)); }
+f32 rsqrt_near(f32 x) { return flush(nearly(1.0 / std::sqrt(static_cast<f64>(flush(x))), bits<u32>(x), 2)); }
+f32 sqrt_near(f32 x) { return flush(nearly(std::sqrt(static_cast<f64>(flush(x))), bits<u32>(x), 1)); }
+f32 divide_near(f32 a, f32 b) { return nearly(static_cast<f64>(a) / static_cast<f64>(b), bits<u32>(a) ^ bits<u32>(b), 2); }
 
 u32 field_unsigned(u32 a, u32 from, u32 length) {
     from &= 255, length &= 255;
@@ -246,7 +248,7 @@ Table arithmetic() {
         t.push_back({"mul." + type, {binary<f32, f32, f32, mul_f>, "rrr"}});
     }
     t.push_back({"fma.rn.f32", {ternary<f32, f32, f32, f32, fma_f>, "rrrr"}});
-    t.push_back({"div.rn.f32", {binary<f32, f32, f32, [](f32 a, f32 b) { return a / b; }>, "rrr"}});
+    t.push_back({"div.rn.f32", {binary<f32, f32, f32, div_f>, "rrr"}});
     t.push_back({"div.full.f32", {binary<f32, f32, f32, divide_near>, "rrr"}});
     t.push_back({"neg.f32", {unary<f32, f32, negative>, "rr"}});
     t.push_back({"abs.f32", {unary<f32, f32, magnitude>, "rr"}});

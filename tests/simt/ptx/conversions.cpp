@@ -77,8 +77,8 @@ void halves(Warp& w, const Instruction& i) {
 void to_tf32(Warp& w, const Instruction& i) {
     each_lane(w.mask, [&](unsigned lane) {
         const auto x = get<uint32_t>(w, i.o[1], lane);
-        const bool finite = (x & 0x7f800000u) != 0x7f800000u;
-        set<uint32_t>(w, i.o[0], lane, finite ? (x + 0x1000u) & ~0x1fffu : x & ~0x1fffu);
+        const bool finite = (x & 0x7f800000u) != 0x7f800000u, nan = (x & 0x7fffffffu) > 0x7f800000u;
+        set<uint32_t>(w, i.o[0], lane, finite ? (x + 0x1000u) & ~0x1fffu : nan ? 0x7fffffffu : x);
     });
 }
 

@@ -12,6 +12,8 @@ const Program* program = nullptr;
 
 namespace {
 
+constexpr uint64_t MOST_STEPS = 100'000'000;  // of one warp
+
 void reconverge(Warp& warp) {
     for (unsigned left = warp.active; left; left &= left - 1) warp.pcs[__builtin_ctz(left)] = warp.pc;
     if (!warp.alive) return;
@@ -38,8 +40,6 @@ void check_pending(const Warp& warp, const Instruction& at) {
             if (is(matrix.accumulators))
                 fault(warp, at, "an accumulator of the wgmma at line " + std::to_string(matrix.issue->line) +
                                     ", which was not waited for");
-            // ptxas sees that, waits for every wgmma where it is issued, and warns (C7514 and the like): right, and slow.
-            if (next == 1 && is(matrix.fragments)) ++simt::statistics.serialized;
         }
     }
 }
@@ -53,7 +53,8 @@ void take_turn(Warp& warp, uint64_t steps) {
             const uint32_t wanted = warp.p[static_cast<size_t>(at.guard)];
             warp.mask &= at.negated ? ~wanted : wanted;
         }
-        if (!warp.matrices.empty()) check_pending(warp, at);
+        if (warp.mask && !warp.matrices.empty()) check_pending(warp, at);
+        if (++warp.steps > MOST_STEPS) fault(warp, at, "a hundred million instructions, and no end");
         if (at.opcode->together && warp.mask && warp.mask != ALL)
             fault(warp, at, std::to_string(__builtin_popcount(warp.mask)) + " of 32 lanes come here without the others");
         if (warp.mask) at.run(warp, at);
@@ -201,8 +202,9 @@ void arrive(Warp& warp, const Instruction& at) {
     ++simt::statistics.block_barriers;
 }
 
-void stored(Warp& warp, uint32_t offset, size_t bytes) {
-    for (size_t cell = offset / 4; cell * 4 < offset + bytes; ++cell) warp.block->generic[cell] = {warp.index, ALL};
+void stored(Warp& warp, uint32_t offset, size_t bytes, bool hidden) {
+    for (size_t cell = offset / 4; cell * 4 < offset + bytes; ++cell)
+        warp.block->generic[cell] = {warp.index, hidden ? ALL : 0};
 }
 
 const Opcode* find_opcode(const std::string& name) {

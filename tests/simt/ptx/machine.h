@@ -61,7 +61,7 @@ struct Program {
 struct AsyncMatrix {
     unsigned group;
     const Instruction* issue;
-    std::vector<int32_t> accumulators, fragments;
+    std::vector<int32_t> accumulators;
     std::vector<std::pair<uint32_t, std::vector<unsigned char>>> read;  // offsets in shared memory, and the bytes found there
 };
 
@@ -74,6 +74,7 @@ struct Warp {
     uint32_t pc = 0, pcs[LANES] = {};
     unsigned alive = ALL, active = ALL, mask = ALL;
     bool apart = false, at_barrier = false;
+    uint64_t steps = 0;
     unsigned group = 0;  // of the next wgmma
     std::vector<AsyncMatrix> matrices;
     std::vector<uint32_t> r;
@@ -104,7 +105,7 @@ void* site_of(const Instruction& at);
 void go_to(Warp& warp, uint32_t address);
 void end_lanes(Warp& warp, const Instruction& at);
 void arrive(Warp& warp, const Instruction& at);
-void stored(Warp& warp, uint32_t offset, size_t bytes);  // by an ordinary store
+void stored(Warp& warp, uint32_t offset, size_t bytes, bool hidden = true);  // hidden: by an ordinary store
 
 // Who acts: the checks ask the emulator's current thread.
 class As {

@@ -1,4 +1,5 @@
 // What a warp does as one: shuffles, ldmatrix and stmatrix, mma, and wgmma, which reads shared memory until it is waited for.
+#include <algorithm>
 #include <cstring>
 
 #include "emulator/mma.h"
@@ -173,13 +174,20 @@ struct Operand {
     }
 };
 
+// A descriptor, which has to be the same in all lanes.
+uint64_t alike(const Warp& w, const Instruction& i, int32_t reg) {
+    for (unsigned lane = 1; lane < LANES; ++lane)
+        if (get<uint64_t>(w, reg, lane) != get<uint64_t>(w, reg, 0)) fault(w, i, "lanes differ in a descriptor", lane);
+    return get<uint64_t>(w, reg, 0);
+}
+
 // Each warp computes 16 of the 64 rows. Operands: N/2 accumulators, the fragments or the descriptor of a, the descriptor of
 // b, the predicate that keeps the accumulators; numbers: signs of a and b, then which operand is not contiguous in k.
 template <unsigned N, Kind KIND, bool FROM_REGISTERS>
 void multiply_async(Warp& w, const Instruction& i) {
     constexpr unsigned ACC = N / 2;
     if (i.imm[0] != 1 || i.imm[1] != 1) fault(w, i, "a wgmma with a negated operand is not emulated");
-    AsyncMatrix under_way{w.group, &i, {i.o, i.o + ACC}, {}, {}};
+    AsyncMatrix under_way{w.group, &i, {i.o, i.o + ACC}, {}};
     for (const AsyncMatrix& other : w.matrices)
         if (other.accumulators != under_way.accumulators)
             for (const int32_t reg : other.accumulators)
@@ -197,18 +205,23 @@ void multiply_async(Warp& w, const Instruction& i) {
             put<KIND>(pair(2), a[g][t + 8], a[g][t + 9]);
             put<KIND>(pair(3), a[g + 8][t + 8], a[g + 8][t + 9]);
         }
-        under_way.fragments.assign(rest, rest + 4);
+        for (const AsyncMatrix& other : w.matrices)
+            for (const int32_t reg : other.accumulators)
+                if (std::find(rest, rest + 4, reg) != rest + 4)
+                    fault(w, i, "a fragment is an accumulator of a wgmma that was not waited for");
         rest += 4;
     } else {
-        const Descriptor from(get<uint64_t>(w, *rest++, 0));
+        const Descriptor from(alike(w, i, *rest++));
         if (from.base_offset) fault(w, i, "a descriptor with a base offset is not emulated");
         Operand{w, i, from, i.imm[2] == 0, KIND == Kind::bf16, under_way.read}.gather(row, 16, a[0]);
     }
-    const Descriptor from(get<uint64_t>(w, *rest++, 0));
+    const Descriptor from(alike(w, i, *rest++));
     if (from.base_offset) fault(w, i, "a descriptor with a base offset is not emulated");
     const bool contiguous = i.imm[FROM_REGISTERS ? 2 : 3] == 0;
     Operand{w, i, from, contiguous, KIND == Kind::bf16, under_way.read}.gather(0, N, b[0]);
-    const bool keep = w.p[static_cast<size_t>(*rest)] & 1;
+    const uint32_t keeps = w.p[static_cast<size_t>(*rest)];
+    if (keeps != 0 && keeps != ALL) fault(w, i, "lanes differ in whether a wgmma keeps its accumulators");
+    const bool keep = keeps != 0;
     float part[16][8], columns[16][8];
     for (unsigned n = 0; n < N; n += 8) {
         for (unsigned k = 0; k < 16; ++k)

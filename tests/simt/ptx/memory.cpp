@@ -69,6 +69,7 @@ void copy(Warp& w, const Instruction& i) {
         const uint32_t wanted = get<uint32_t>(w, i.o[2], lane);
         if (wanted > bytes) fault(w, i, "cp.async of more bytes than it writes", lane);
         auto* shared = reinterpret_cast<void*>(shared_at(w, i, lane, to, bytes));
+        stored(w, to, bytes, false);
         As who(w.lanes[lane]);
         simt::begin_copy(shared, reinterpret_cast<const void*>(from), bytes, wanted, site_of(i));
     });
@@ -79,6 +80,7 @@ void copy_whole(Warp& w, const Instruction& i) {
         const uint32_t to = get<uint32_t>(w, i.o[0], lane) + static_cast<uint32_t>(i.imm[0]);
         const uint64_t from = get<uint64_t>(w, i.o[1], lane) + static_cast<uint64_t>(i.imm[1]);
         auto* shared = reinterpret_cast<void*>(shared_at(w, i, lane, to, bytes));
+        stored(w, to, bytes, false);
         As who(w.lanes[lane]);
         simt::begin_copy(shared, reinterpret_cast<const void*>(from), bytes, bytes, site_of(i));
     });
