@@ -115,7 +115,9 @@ def test_openvino_computes_stocks_chunk() -> None:
         assert error(ours, act(policy, inputs))["rel_l2"] <= COMPILED_BOUND["fp32"]
     other = twin(policy)
     other.model.__dict__["sample_actions"] = made[0]
-    times = stage_times(other, *inputs)
+    # The best of several: what else runs on the machine counts as the rest.
+    every = [stage_times(other, *inputs) for _ in range(7)]
+    times = {stage: min(each[stage] for each in every) for stage in every[0]}
     assert min(times[stage] for stage in ("vision", "prefix", "denoise")) > 0.5 * times["other"] / 3
 
 
