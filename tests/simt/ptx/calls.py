@@ -68,10 +68,7 @@ class Call:
 
     def inputs(self, small: bool) -> dict[str, Any]:
         """At SmolVLA's own sizes or at small ones."""
-        sizes, most = dict(self.case), MOST[self.op] if small else {}
-        if self.op == "linear" and sizes["outputs"] > sizes["inputs"]:  # what has an activation behind it
-            most = {**most, "outputs": most.get("inputs", 0) + 16} if small else {}
-        case = {name: min(value, most.get(name, value)) for name, value in self.case}
+        case = smaller(self.op, dict(self.case)) if small else dict(self.case)
         return next(
             given
             for label, dtypes, given in aot.calls(self.op, case)
@@ -89,10 +86,19 @@ class Figure:
     allowed: float
 
 
+def smaller(op: str, case: dict[str, int]) -> dict[str, int]:
+    most = MOST[op]
+    if op == "linear" and case["outputs"] > case["inputs"]:  # what has an activation behind it
+        most = {**most, "outputs": most["inputs"] + 16}
+    if op == "masked_attention" and case["T"] == case["S"]:  # a prefix over itself
+        most = {**most, "S": most["T"]}
+    return {name: min(value, most.get(name, value)) for name, value in case.items()}
+
+
 def calls(capability: int) -> Iterator[Call]:
     """All of them that have a kernel for this capability."""
     for op, case, _ in aot.tasks(aot.names(), ("90",)):
-        for label, dtypes, _ in aot.calls(op, {name: 1 if name in "BN" else n for name, n in case.items()}):
+        for label, dtypes, _ in aot.calls(op, smaller(op, case)):
             if not (dtypes.startswith("fp8") and capability < aot.FIRST_EIGHT_BITS):
                 yield Call(op, tuple(case.items()), label, dtypes, capability)
 

@@ -6,8 +6,10 @@ import os
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 TABLE = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "compiled-kernels.md"
 ABOUT = """# Triton's kernels, compiled and run on a CPU
@@ -26,12 +28,18 @@ def read() -> dict[str, str]:
     return {f"{architecture} {call}": said for architecture, call, said in rows}
 
 
+@cache
+def _known() -> dict[str, Any]:
+    from simt.ptx import calls
+
+    return {str(each): each for capability in calls.CAPABILITIES for each in calls.calls(capability)}
+
+
 def row(name: str) -> str:
     from simt.ptx import calls
 
-    call = next(each for cc in calls.CAPABILITIES for each in calls.calls(cc) if str(each) == name)
     try:
-        found = calls.judged(call)
+        found = calls.judged(_known()[name])
     except (AssertionError, RuntimeError) as error:
         return f"beyond: {error}"
     return "; ".join(f"{x.output} {x.error:.1e} / {x.eager:.1e} / {x.allowed:.1e}" for x in found) or "torch"
@@ -51,10 +59,9 @@ def main() -> int:
     prepare()
     import triton
     from simt.emulator import build
-    from simt.ptx import calls
 
     build.ptx()
-    names = [str(each) for cc in calls.CAPABILITIES for each in calls.calls(cc)]
+    names = list(_known())
     with ProcessPoolExecutor(2, get_context("spawn"), prepare) as pool:
         said = list(pool.map(row, names))
     lines = [
