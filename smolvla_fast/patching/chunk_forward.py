@@ -84,13 +84,13 @@ class Accelerated:
         engine, reason, validators = runtime.gate(self)
         untried = reason if isinstance(reason, Untried) and engine is not None else None
         reason = (None if untried else reason) or INFERENCE.call_reason(self, call)
+        if untried is not None:
+            reason = reason or unknown_keyword(call)
         if untried is not None and state.is_cuda and torch.cuda.is_current_stream_capturing():
             reason = reason or f"{untried}; a trial waits for the device, which nobody may inside a capture"
         if untried is not None and engine is not None and reason is None:
-            kind, is_trial = kind_of(self, call, (*untried.about, *about_engine(self, engine))), False
-            reason = unknown_keyword(call)
-            if reason is None:
-                is_trial, reason = runtime.begin_trial(kind, untried)
+            kind = kind_of(self, call, (*untried.about, *about_engine(self, engine)))
+            is_trial, reason = runtime.begin_trial(kind, untried)
             if is_trial:
                 noise = drawn() if noise is None else noise
                 return _tried(self, engine, kind, call._replace(noise=noise), stock_chunk)

@@ -87,4 +87,5 @@ def test_a_training_step(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"_masked_attention_backward_rows", "_masked_attention_backward_keys", "_flow_loss_bwd"} <= ran
     assert ours.gradients.keys() == truth.gradients.keys()
     assert 0 < distance(ours.gradients, truth.gradients) <= 1.5 * distance(stock.gradients, truth.gradients)
+    # Of one number the errors of two orders may cancel or add up: five units in the last place of bf16.
     torch.testing.assert_close(ours.loss, truth.loss, rtol=2e-2, atol=0)

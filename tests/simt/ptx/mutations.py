@@ -1,0 +1,90 @@
+"""`PYTHONPATH=.:tests python -m simt.ptx.mutations [NAME ...]`: changes of the kernels, and whose tests notice them.
+
+In a copy of the tree; minutes for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+GEMMS = ("test_triton_gemm_tiles.py", "test_triton_gemms.py")
+ROWS, MASKED, IMAGE = ("test_triton_elementwise.py",), ("test_masked_attention.py",), ("test_image_prep.py",)
+# name: file, what stands there, what instead, the tests in tests/ops
+MUTATIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
+    "no barrier before the counter": ("common", "        tl.debug_barrier()\n", "", GEMMS),
+    "a relaxed counter": ("common", 'sem="acq_rel"', 'sem="relaxed"', GEMMS),
+    "a counter of one block": ("common", 'scope="gpu"', 'scope="cta"', GEMMS),
+    "partial sums through L1": ("common", ', cache_modifier=".cg")', ")", GEMMS),
+    "products in tf32": ("common", 'acc, input_precision="ieee")', 'acc, input_precision="tf32")', GEMMS),
+    "attention in tf32": ("tuning", 'ATTENTION_PRECISION = "ieee"', 'ATTENTION_PRECISION = "tf32"', MASKED),
+    "heads in tf32": ("tuning", '"tf32x3"] = "tf32x3"', '"tf32x3"] = "tf32"', ROWS),
+    "a contracted backward": (
+        "masked_attention_backward", ", enable_fp_fusion=False", "", ("test_training_ops.py",),
+    ),
+    "bytes divided nearly": (
+        "image_prep", "tl.div_rn(value, tl.full(value.shape, 255.0, tl.float32))", "value / 255.0", IMAGE,
+    ),
+    "too many stages": ("masked_attention", "num_stages=tile.num_stages", "num_stages=tile.num_stages + 30", MASKED),
+    "three warps": ("layer_norm", "num_warps=tile.num_warps", "num_warps=3", ROWS),
+    "a mean divided nearly": (
+        "layer_norm", "tl.div_rn(tl.sum(x, axis=0), tl.cast(width, tl.float32))", "tl.sum(x, axis=0) / width", ROWS,
+    ),
+}  # fmt: skip
+
+
+def noticed(tree: Path, by: str, files: tuple[str, ...]) -> bool:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-m",
+        "triton",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
+    environment = {**os.environ, "SMOLVLA_FAST_TRITON": by, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, *(f"tests/ops/{name}" for name in files)],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode not in (0, 1):
+        raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
+    return done.returncode == 1
+
+
+def main(names: list[str]) -> int:
+    missed = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(
+            ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".whl", "wheels")
+        )
+        shutil.rmtree(tree / "build" / "triton", ignore_errors=True)  # of the kernels as they are
+        for name in names or MUTATIONS:
+            file, old, new, tests = MUTATIONS[name]
+            path = tree / "kernels" / f"{file}.py"
+            text = path.read_text()
+            assert old in text, f"{name}: kernels/{file}.py has no {old!r}"
+            path.write_text(text.replace(old, new))
+            said = {by: "red" if noticed(tree, by, tests) else "green" for by in ("interpreter", "sm_90")}
+            path.write_text(text)
+            print(f"{name}: interpreter {said['interpreter']}, compiled {said['sm_90']}", flush=True)
+            missed += [name] if said["sm_90"] == "green" else []
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
