@@ -13,11 +13,15 @@ pytest.importorskip("lerobot")
 if not triton_by.CAPABILITY:
     pytest.skip("the machine of tests/simt/ptx does not run here", allow_module_level=True)
 from simt.ptx import launcher
+from support.gemms import module
 from support.policies import chunk, rel_l2
+from support.recorder import RecorderDriver, recorded
 from support.train_steps import distance, make_batch, step
 
 import smolvla_fast
+from smolvla_fast import inference
 from smolvla_fast.loss import engine as loss_module
+from smolvla_fast.patch import engine_of
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
 pytestmark = pytest.mark.compiled_kernels
@@ -70,6 +74,35 @@ def test_a_chunk(batch: int, guided: bool, precision: str, architecture: int) ->
     else:
         similar = torch.nn.functional.cosine_similarity
         assert similar(found["kernels"].flatten(), found["fp32"].flatten(), dim=0) >= 0.99 and error > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_launches_in_the_order_of_a_graph(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph keeps are the addresses of its launches: run again on other inputs, they give what a plain run gives.
+
+    Nobody but the launches writes into the counters of split sums: each finds what the last one left.
+    """
+    counters, taken = torch.zeros(4096, dtype=torch.int32), []
+
+    def split_workspace(tiles: int, split: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        taken.append(tiles)
+        return torch.empty(tiles * split * size), counters[sum(taken[:-1]) :][:tiles]
+
+    for op in ("linear_residual", "pixel_shuffle_linear"):
+        monkeypatch.setattr(module(op), "split_workspace", split_workspace)
+    policy = make_policy("tiny", **SMALL)
+    smolvla_fast.patch(policy, precision=precision, backend="triton")
+    given = [make_observation(policy, seed=seed, task="go", language_length=16) for seed in range(3)]
+    noise = [make_noise(policy, seed=seed) for seed in range(3)]
+    plain = [chunk(policy, *each) for each in zip(given, noise, strict=True)]
+    monkeypatch.setattr(launcher.Launcher, "__call__", recorded(launcher.Launcher.__call__))
+    monkeypatch.setattr(inference, "driver_for", lambda device: RecorderDriver())
+    smolvla_fast.patch(smolvla_fast.unpatch(policy), precision=precision, backend="triton")
+    for each in range(3):
+        assert torch.equal(chunk(policy, given[each], noise[each]), plain[each])
+    driver = engine_of(policy.model).graphs._driver
+    assert (driver.captures, driver.replays) == (1, 3)
+    assert taken and not counters.any()
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -64,12 +64,18 @@ class RecordedLibrary:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._library, name)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if _under_way:
-                _under_way[-1].calls.append((function, args, kwargs, None))
-            return function(*args, **kwargs)
+        return recorded(function)
 
-        return call
+
+def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, of which a recording under way notes every call: a launch that ATen does not see."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _under_way:
+            _under_way[-1].calls.append((function, args, kwargs, None))
+        return function(*args, **kwargs)
+
+    return call
 
 
 @dataclass

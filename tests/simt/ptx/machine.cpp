@@ -147,7 +147,25 @@ std::string place_of(uint32_t line) {
     return line && line <= program->places.size() ? " at " + program->places[line - 1] : "";
 }
 
+struct Counter {
+    uint32_t before;
+    const Instruction* last;
+};
+std::unordered_map<const uint32_t*, Counter> counters;
+
+void check_counters() {
+    for (const auto& [at, counter] : counters)
+        if (*at != counter.before)
+            throw std::runtime_error(program->name + simt::source_line(site_of(*counter.last)) + ": a counter that was " +
+                                     std::to_string(counter.before) + " before the launch is " + std::to_string(*at) +
+                                     " behind it, and the next launch counts from there");
+}
+
 }  // namespace
+
+void counted(const uint32_t* at, uint32_t before, const Instruction& by) {
+    counters.emplace(at, Counter{before, &by}).first->second.last = &by;
+}
 
 void* site_of(const Instruction& at) {
     const auto index = static_cast<uintptr_t>(&at - program->code.data());
@@ -237,9 +255,11 @@ void run(const Program& what, const Grid& grid, const std::vector<Constant>& arg
         simt::launch = nullptr;
         simt::current = nullptr;
         program = nullptr;
+        counters.clear();
     };
     try {
         play(grid, arguments);
+        check_counters();
     } catch (...) {
         end();
         throw;

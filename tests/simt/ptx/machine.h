@@ -105,6 +105,7 @@ void* site_of(const Instruction& at);
 void go_to(Warp& warp, uint32_t address);
 void end_lanes(Warp& warp, const Instruction& at);
 void arrive(Warp& warp, const Instruction& at);
+void counted(const uint32_t* at, uint32_t before, const Instruction& by);  // a launch puts its counters back
 void stored(Warp& warp, uint32_t offset, size_t bytes, bool hidden = true);  // hidden: by an ordinary store
 
 // Who acts: the checks ask the emulator's current thread.

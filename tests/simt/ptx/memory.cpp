@@ -105,6 +105,7 @@ void add(Warp& w, const Instruction& i) {
         As who(w.lanes[lane]);
         const uint32_t before =
             simt::add_at_once(reinterpret_cast<uint32_t*>(at), get<uint32_t>(w, i.o[2], lane), ORDERED, site_of(i));
+        counted(reinterpret_cast<uint32_t*>(at), before, i);
         set<uint32_t>(w, i.o[0], lane, before);
     });
 }
