@@ -84,7 +84,9 @@ def test_launches_in_the_order_of_a_graph(precision: str, monkeypatch: pytest.Mo
     """
     counters, taken = torch.zeros(4096, dtype=torch.int32), []
 
-    def split_workspace(tiles: int, split: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def split_workspace(
+        tiles: int, split: int, size: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         taken.append(tiles)
         return torch.empty(tiles * split * size), counters[sum(taken[:-1]) :][:tiles]
 

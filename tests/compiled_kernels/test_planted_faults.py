@@ -14,7 +14,7 @@ if not triton_by.CAPABILITY:
 import torch
 from simt.ptx import calls, launcher
 from support.contract import run
-from support.gemms import inputs_of, module
+from support.gemms import inputs_of
 
 from smolvla_fast.ops.choice import choose
 from smolvla_fast.ops.select import backend_ops
@@ -166,4 +166,6 @@ def test_a_counter_that_is_not_put_back(planted: Callable[..., str]) -> None:
     """The next launch would count on: nobody comes last, and its output stays unwritten."""
     store = r"^\t@%p\d+ st\.global\.b32 \[ %rd\d+ \+ 0 \], \{ %r\d+ \};$"
     said = planted(call("linear_residual", 80, "bf16", **RESIDUAL), without(store, -1))
-    assert re.search(r"_fwd at line \d+ \(common\.py:\d+\): .*atom\.global.*: a counter that was 0 before", said)
+    assert re.search(
+        r"_fwd at line \d+ \(common\.py:\d+\): .*atom\.global.*: a counter that was 0 before", said
+    )
