@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import capability, check, on_tensor_cores
-from .tuning import ATTENTION_PRECISION, attention_tile, head_block
+from .tuning import attention_tile, fp32_precision, head_block
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         *out.stride()[:2],
         math.log2(math.e) / math.sqrt(head_dim),
         HEAD_DIM=head_dim,
-        PRECISION=ATTENTION_PRECISION,
+        PRECISION=fp32_precision(cc),
         BLOCK_ROWS=tile.rows,
         BLOCK_KEYS=tile.keys,
         BLOCK_DIM=block_dim,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import capability, check, on_tensor_cores
-from .tuning import ATTENTION_PRECISION, head_block, masked_attention_tile
+from .tuning import fp32_precision, head_block, masked_attention_tile
 
 # Finite, so that a row that sees nothing weighs all its keys alike; keys that do not exist get -inf instead.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -108,8 +108,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: A
     mask     [B, T, S]  bool, any strides; a row with no True looks at every key alike
     memory   not used
     returns  [B, T, H·D]  dtype of q, in which the product that follows has its weight
-    numerics scores in the wider dtype of q and k, scaled and summed in fp32, softmax fp32, probabilities rounded to
-             the dtype of v for the second product; equal bits in every run
+    numerics scores in the wider dtype of q and k (fp32: ``tuning.fp32_precision``), scaled and summed in fp32, softmax fp32,
+             probabilities rounded to the dtype of v for the second product; equal bits in every run
     errors   ValueError for other shapes, dtypes, no keys, or D above tuning.MAX_HEAD_DIM
     replaces ``eager_attention_forward`` of LeRobot's ``SmolVLMWithExpertModel``: prefix, suffix and cross attention
     """
@@ -159,7 +159,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: A
         GROUP=group,
         HEAD_DIM=head_dim,
         COMPUTE=TYPES[compute],
-        PRECISION=ATTENTION_PRECISION,
+        PRECISION=fp32_precision(cc),
         BLOCK_ROWS=tile.rows,
         BLOCK_KEYS=tile.keys,
         BLOCK_DIM=block_dim,

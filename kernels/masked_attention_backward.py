@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .common import capability, check
 from .masked_attention import LOWEST, TYPES, masked_attention
-from .tuning import ATTENTION_PRECISION, attention_backward_tile, head_block
+from .tuning import attention_backward_tile, fp32_precision, head_block
 
 
 @triton.jit
@@ -217,7 +217,8 @@ def masked_attention_backward(
     q         [B, T, H, D]      k, v  [B, S, K, D]  as the forward took them      mask  [B, T, S]  bool
     out       [B, T, H·D]  what the forward gave      grad  [B, T, H·D]  the gradient to it
     returns   dq, dk, dv in the shapes and dtypes of q, k and v, contiguous
-    numerics  products in the widest dtype of q, k and v, sums, softmax and its gradient in fp32; equal bits in every run
+    numerics  products in the widest dtype of q, k and v (fp32: ``tuning.fp32_precision``), sums, softmax and its gradient
+              in fp32; equal bits in every run
     errors    ValueError for other shapes or dtypes; what the forward refuses never gets here
     """
     batch, tokens, heads, head_dim = q.shape
@@ -236,13 +237,13 @@ def masked_attention_backward(
         torch.empty(batch, kv_heads, tokens * group, dtype=torch.float32, device=q.device) for _ in range(3)
     ]
     compute = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    block_dim = head_block(head_dim)
-    tile = attention_backward_tile(block_dim, compute.itemsize == 2, capability(q.device))
+    block_dim, cc = head_block(head_dim), capability(q.device)
+    tile = attention_backward_tile(block_dim, compute.itemsize == 2, cc)
     sizes = (tokens, keys, kv_heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride())
     scale = 1 / math.sqrt(head_dim)
     last = (*sizes, *out.stride()[:2], scale * math.log2(math.e), scale)
     meta: dict[str, Any] = dict(
-        GROUP=group, HEAD_DIM=head_dim, COMPUTE=TYPES[compute], PRECISION=ATTENTION_PRECISION,
+        GROUP=group, HEAD_DIM=head_dim, COMPUTE=TYPES[compute], PRECISION=fp32_precision(cc),
         BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, BLOCK_DIM=block_dim,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import capability, check, silu
-from .tuning import head_precision, suffix_embed_tile
+from .tuning import fp32_precision, suffix_embed_tile
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def suffix_embed(
     time_out (weight [E, E], bias [E]), contiguous      memory  not used
     returns  [B, S, E]  fp32
     numerics first product, silu and sums in fp32; the hidden values rounded to the dtype of that weight; products
-             of fp32 operands as ``tuning.head_precision`` says
+             of fp32 operands as ``tuning.fp32_precision`` says
     errors   ValueError for other shapes, strides or dtypes
     replaces ``embed_suffix`` of LeRobot's ``VLAFlowMatching``
     """
@@ -123,7 +123,7 @@ def suffix_embed(
         tokens,
         actions,
         width,
-        PRECISION=head_precision(cc),
+        PRECISION=fp32_precision(cc),
         BLOCK_ROWS=tile.rows,
         BLOCK_COLS=tile.cols,
         BLOCK_HIDDEN=tile.inner,

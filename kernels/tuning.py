@@ -52,11 +52,9 @@ __all__ = [
 MAX_ROW = 16_384
 # A padded head of 128 with its keys still fits in the 99 KB of shared memory of the smallest target above 8.0.
 MAX_HEAD_DIM = 128
-# Cross KV is fp32 in LeRobot's default checkpoints: products of fp32 operands round as fp32.
-ATTENTION_PRECISION = "ieee"
-# Heads are fp32 as well. Three products of tf32 parts have about fp32's accuracy and run on tensor cores. Off a GPU they
-# are computed as ieee, so what they round to on a device is for the tests there to say.
-HEAD_PRECISION: Literal["tf32x3"] = "tf32x3"
+# Heads and cross KV are fp32 in LeRobot's default checkpoints. Three products of tf32 parts have about fp32's accuracy and
+# run on tensor cores; Triton's interpreter computes them as ieee.
+ON_TENSOR_CORES: Literal["tf32x3"] = "tf32x3"
 
 
 def head_block(head_dim: int) -> int:
@@ -66,9 +64,9 @@ def head_block(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def head_precision(cc: int) -> Literal["tf32x3", "ieee"]:
-    """How products of fp32 operands run in the heads: below 8.0 there is no tf32."""
-    return HEAD_PRECISION if cc >= 80 else "ieee"
+def fp32_precision(cc: int) -> Literal["tf32x3", "ieee"]:
+    """How products of fp32 operands run in heads and attention: below 8.0 there is no tf32."""
+    return ON_TENSOR_CORES if cc >= 80 else "ieee"
 
 
 def _ranked(best: T, others: Iterable[T], refusal: Callable[[T], str | None]) -> tuple[T, ...]:
@@ -241,7 +239,8 @@ def masked_attention_tiles(
     Tiles of 16 rows as long as all of them start at once, two a multiprocessor; beyond that they grow.
     """
     if not narrow:
-        best = AttentionTile(16, 64 if block_dim <= 64 else 32, 8, 1)
+        # Without tensor cores more threads share a tile.
+        best = AttentionTile(16, 64 if block_dim <= 64 else 32, 4 if cc >= 80 else 8, 1)
         return _attention_neighbours(best, min(rows, 32), keys, block_dim, narrow, cc)
     tile = 16
     while tile < 64 and heads * triton.cdiv(rows, tile) > 2 * target(cc).multiprocessors:

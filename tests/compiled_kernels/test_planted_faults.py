@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from support import triton_by
@@ -12,7 +13,7 @@ pytest.importorskip("triton")
 if not triton_by.CAPABILITY:
     pytest.skip("the machine of tests/simt/ptx does not run here", allow_module_level=True)
 import torch
-from simt.ptx import calls, launcher
+from simt.ptx import calls, launcher, program
 from support.contract import run
 from support.gemms import inputs_of
 
@@ -75,11 +76,48 @@ RESIDUAL = dict(rows=50, inputs=2048)
 PLACE = r"_fwd, block \(\d+,\d+,\d+\) thread \(\d+,\d+,\d+\) at line \d+ \(\w+\.py:\d+\): [@\w]"
 
 
-# The first two stand before anything was read of what the prologue fills, and are not needed.
-@pytest.mark.parametrize("number", [2, 3, 4, 5, 8, 9, 11, -1])
-def test_a_barrier_left_out(planted: Callable[..., str], number: int) -> None:
-    said = planted(call("linear_residual", 80, "bf16", **RESIDUAL), without(r"^\tbar\.sync \t0;$", number))
-    assert re.search(PLACE, said) and re.search("race at|still under way|unwritten", said)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_each_barrier_left_out(planted: Callable[..., str], capability: int) -> None:
+    """All but the first two, which stand before anything was read of what the prologue fills, and are not needed."""
+    op, barrier = call("linear_residual", capability, "bf16", **RESIDUAL), r"^\tbar\.sync \t0;$"
+    found = []
+    for number in range(2, 20):
+        with suppress(IndexError):  # there are fewer
+            found.append(planted(op, without(barrier, number)))
+    assert len(found) >= 14
+    for said in found:
+        assert re.search(PLACE, said) and re.search("race at|still under way|unwritten", said)
+
+
+def test_a_fence_before_wgmma_left_out(planted: Callable[..., str]) -> None:
+    """What ordinary stores have written is not to be seen by a wgmma without it."""
+    fence = r"^\s*fence\.proxy\.async\.shared::cta;$"
+    said = planted(call("attention", 90, "bf16", N=2), without(fence))
+    assert re.search(PLACE, said) and "without a fence.proxy.async" in said
+
+
+def test_a_vector_that_is_not_aligned(planted: Callable[..., str]) -> None:
+    change = instead(r"(ld\.global\.cg\.v4\.b32 \{[^}]*\}, \[ %rd\d+ \+) 0 \]", r"\1 4 ]")
+    said = planted(call("linear_residual", 80, "bf16", **RESIDUAL), change)
+    assert re.search(PLACE, said) and "misaligned" in said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (r"^\tbar\.sync \t0;$", "\tbar.arrive \t0, 128;", "unknown instruction bar.arrive"),
+        (r"^\tbar\.sync \t0;$", "\tmov.b32 %r1, elsewhere;", "unknown"),
+        (r"(\[_linear_residual_fwd_param_0)\]", r"\1+4]", "a part of a parameter"),
+    ],
+)
+def test_what_the_machine_does_not_know(old: str, new: str, words: str) -> None:
+    each = call("linear_residual", 80, "bf16", **RESIDUAL)
+    launcher.rewrite = instead(old, new)
+    try:
+        with pytest.raises(program.Unknown, match=rf"^_linear_residual_fwd, line \d+: {re.escape(words)}"):
+            calls.judged(each)
+    finally:
+        launcher.rewrite = None
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -222,13 +222,15 @@ def test_masked_keys_have_no_influence(pair: Any, attend: Any) -> None:
 
 
 @BACKENDS_AND_DTYPES
-def test_a_row_of_one_key_returns_its_value(pair: Any, attend: Any) -> None:
+def test_a_row_of_one_key_returns_its_value(pair: Any, attend: Any, backend: str) -> None:
     values = inputs(SMALL, pair)
     seen = torch.randint(0, 83, (2, 7), generator=torch.Generator().manual_seed(0))
     values["mask"] = torch.nn.functional.one_hot(seen, 83).bool()
     values["v"] = values["v"].to(pair[0]).to(pair[1])  # then nothing is left to round
     want = values["v"][torch.arange(2)[:, None], seen].repeat_interleave(3, dim=2).flatten(2)
-    assert torch.equal(attend(**values), want.to(pair[0]))
+    # Two tf32 parts of a number have 22 of the 24 bits that it has in fp32, and are rounded down.
+    lost = 2**-21 if backend == "triton" and pair[0] is F32 else 0
+    torch.testing.assert_close(attend(**values), want.to(pair[0]), rtol=lost, atol=0)
 
 
 @BACKENDS_AND_DTYPES

@@ -36,7 +36,7 @@ def masked_attention(
     columns = k.permute(0, 2, 3, 1).float()[:, :, None]
     scores = torch.matmul(rows, columns).add_(mask)
     probs = torch.softmax(scores, dim=-1)
-    out = torch.matmul(probs, v.permute(0, 2, 1, 3).float()[:, :, None])
+    out = torch.matmul(probs, v.permute(0, 2, 1, 3).float()[:, :, None]).to(q.dtype)
     return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * head_dim)
 
 

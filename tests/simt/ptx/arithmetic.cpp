@@ -138,9 +138,14 @@ f32 exp2_near(f32 x) {
     const f32 y = nearly(std::exp2(static_cast<f64>(FTZ ? flush(x) : x)), bits<u32>(x), 2);
     return FTZ ? flush(y) : y;
 }
-f32 rsqrt_near(f32 x) { return flush(nearly(1.0 / std::sqrt(static_cast<f64>(flush(x))), bits<u32>(x), 2)); }
+f32 rsqrt_near(f32 x) { return flush(nearly(1.0 / std::sqrt(static_cast<f64>(flush(x))), bits<u32>(x), 1)); }
 f32 sqrt_near(f32 x) { return flush(nearly(std::sqrt(static_cast<f64>(flush(x))), bits<u32>(x), 1)); }
-f32 divide_near(f32 a, f32 b) { return nearly(static_cast<f64>(a) / static_cast<f64>(b), bits<u32>(a) ^ bits<u32>(b), 2); }
+// A divisor above 2^126 gives 0, or NaN for what is infinite.
+f32 divide_near(f32 a, f32 b) {
+    if (std::isfinite(b) && std::fabs(b) > 0x1p126f)
+        return std::isfinite(a) ? std::copysign(0.0f, a * std::copysign(1.0f, b)) : bits<f32>(0x7fffffffu);
+    return nearly(static_cast<f64>(a) / static_cast<f64>(b), bits<u32>(a) ^ bits<u32>(b), 2);
+}
 
 u32 field_unsigned(u32 a, u32 from, u32 length) {
     from &= 255, length &= 255;

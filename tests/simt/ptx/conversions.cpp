@@ -10,11 +10,7 @@ namespace {
 using simt::bits;
 
 template <class D, class A>
-void integer(Warp& w, const Instruction& i) {
-    each_lane(w.mask, [&](unsigned lane) { set<D>(w, i.o[0], lane, static_cast<D>(get<A>(w, i.o[1], lane))); });
-}
-template <class D, class A>
-void nearest(Warp& w, const Instruction& i) {
+void convert(Warp& w, const Instruction& i) {
     each_lane(w.mask, [&](unsigned lane) { set<D>(w, i.o[0], lane, static_cast<D>(get<A>(w, i.o[1], lane))); });
 }
 
@@ -137,20 +133,20 @@ void pairs(Table& t, const std::string& type) {
 
 Table conversions() {
     Table t{
-        {"cvt.u16.u32", {integer<uint16_t, uint32_t>, "rr"}},
-        {"cvt.u32.u16", {integer<uint32_t, uint16_t>, "rr"}},
-        {"cvt.s32.s16", {integer<int32_t, int16_t>, "rr"}},
-        {"cvt.u32.u64", {integer<uint32_t, uint64_t>, "rd"}},
-        {"cvt.u16.u64", {integer<uint16_t, uint64_t>, "rd"}},
-        {"cvt.u64.u16", {integer<uint64_t, uint16_t>, "dr"}},
-        {"cvt.u64.u32", {integer<uint64_t, uint32_t>, "dr"}},
-        {"cvt.s64.s32", {integer<int64_t, int32_t>, "dr"}},
-        {"cvt.rn.f32.s32", {nearest<float, int32_t>, "rr"}},
-        {"cvt.rn.f32.u32", {nearest<float, uint32_t>, "rr"}},
-        {"cvt.rn.f32.u16", {nearest<float, uint16_t>, "rr"}},
-        {"cvt.rn.f64.s32", {nearest<double, int32_t>, "dr"}},
-        {"cvt.f64.f32", {nearest<double, float>, "dr"}},
-        {"cvt.rn.f32.f64", {nearest<float, double>, "rd"}},
+        {"cvt.u16.u32", {convert<uint16_t, uint32_t>, "rr"}},
+        {"cvt.u32.u16", {convert<uint32_t, uint16_t>, "rr"}},
+        {"cvt.s32.s16", {convert<int32_t, int16_t>, "rr"}},
+        {"cvt.u32.u64", {convert<uint32_t, uint64_t>, "rd"}},
+        {"cvt.u16.u64", {convert<uint16_t, uint64_t>, "rd"}},
+        {"cvt.u64.u16", {convert<uint64_t, uint16_t>, "dr"}},
+        {"cvt.u64.u32", {convert<uint64_t, uint32_t>, "dr"}},
+        {"cvt.s64.s32", {convert<int64_t, int32_t>, "dr"}},
+        {"cvt.rn.f32.s32", {convert<float, int32_t>, "rr"}},
+        {"cvt.rn.f32.u32", {convert<float, uint32_t>, "rr"}},
+        {"cvt.rn.f32.u16", {convert<float, uint16_t>, "rr"}},
+        {"cvt.rn.f64.s32", {convert<double, int32_t>, "dr"}},
+        {"cvt.f64.f32", {convert<double, float>, "dr"}},
+        {"cvt.rn.f32.f64", {convert<float, double>, "rd"}},
         {"cvt.rzi.s32.f32", {truncate, "rr"}},
         {"cvt.f32.bf16", {from_bf16, "rr"}},
         {"cvt.rn.bf16.f32", {to_bf16, "rr"}},

@@ -23,7 +23,9 @@ struct Instruction;
 using Run = void (*)(Warp&, const Instruction&);
 
 // How an instruction is written down. Operands, one letter each: r register of 32 bits or fewer, d of 64, p predicate,
-// a address in shared memory (r and an offset), A in global memory (d and an offset), i number, l label.
+// a address in shared memory (r and an offset), A in global memory (d and an offset), i number, l label; W at the end: a wgmma,
+// whose registers it looks after itself. A word behind a name tells forms apart that PTX has under one name: " whole" a copy
+// without a number of source bytes, " ss" and " rs" a from shared memory and from registers, " pack" and " unpack" a move.
 struct Opcode {
     Run run;
     std::string operands;
@@ -72,8 +74,11 @@ struct Warp {
     unsigned index = 0;  // in the block
     simt::Thread* lanes[LANES] = {};
     uint32_t pc = 0, pcs[LANES] = {};
-    unsigned alive = ALL, active = ALL, mask = ALL;
-    bool apart = false, at_barrier = false;
+    unsigned alive = ALL;   // lanes that have not ended
+    unsigned active = ALL;  // those of them at pc; the others wait at pcs
+    unsigned mask = ALL;    // those of them that the guard of the instruction lets act
+    bool apart = false;     // active is not alive
+    bool at_barrier = false;
     uint64_t steps = 0;
     unsigned group = 0;  // of the next wgmma
     std::vector<AsyncMatrix> matrices;

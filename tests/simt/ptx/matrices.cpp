@@ -73,12 +73,16 @@ void store_matrices(Warp& w, const Instruction& i) {
 }
 
 enum class Kind { bf16, f16, tf32 };
+float tf32(uint32_t x) { return bits<float>(x & ~0x1fffu); }
 template <Kind KIND>
 void put(uint32_t pair, float& low, float& high) {
+    if constexpr (KIND == Kind::tf32) {
+        low = tf32(pair);
+        return;
+    }
     low = KIND == Kind::bf16 ? bits<float>(pair << 16) : simt::widen_fp16(static_cast<uint16_t>(pair));
     high = KIND == Kind::bf16 ? bits<float>(pair & 0xffff0000u) : simt::widen_fp16(static_cast<uint16_t>(pair >> 16));
 }
-float tf32(uint32_t x) { return bits<float>(x & ~0x1fffu); }
 
 // d = a · b + c in tiles of 16 x 8: 16 of k for 16-bit floats, 8 for tf32.
 template <Kind KIND>
@@ -125,11 +129,12 @@ struct Descriptor {
         const uint32_t mask = swizzle == 128 ? 7 : swizzle == 64 ? 3 : swizzle == 32 ? 1 : 0;
         return at ^ (at >> 7 & mask) << 4;
     }
-    // The 16-bit element at a row (of M or N) and a column (of K, below 16).
-    uint32_t at(unsigned row, unsigned k, bool k_is_contiguous) const {
+    // The element at a row (of M or N) and a column (of K: 32 bytes of them). Of 16 bits, where k is not contiguous.
+    uint32_t at(unsigned row, unsigned k, bool k_is_contiguous, unsigned bytes) const {
         if (k_is_contiguous) {
-            if (swizzle == 16) return start + row / 8 * stride + k / 8 * leading + row % 8 * 16 + k % 8 * 2;
-            return swizzled(start + row / 8 * stride + row % 8 * swizzle + k * 2);
+            const unsigned along = k * bytes;
+            if (swizzle == 16) return start + row / 8 * stride + along / 16 * leading + row % 8 * 16 + along % 16;
+            return swizzled(start + row / 8 * stride + row % 8 * swizzle + along);
         }
         const unsigned wide = swizzle / 2;  // elements of a row of the pattern
         if (swizzle == 16) return start + row / 8 * stride + k / 8 * leading + k % 8 * 16 + row % 8 * 2;
@@ -137,28 +142,31 @@ struct Descriptor {
     }
 };
 
+template <Kind KIND>
 struct Operand {
+    static constexpr unsigned BYTES = KIND == Kind::tf32 ? 4 : 2;
     Warp& w;
     const Instruction& i;
     Descriptor from;
-    bool contiguous, is_bf16;
+    bool contiguous;
     std::vector<std::pair<uint32_t, std::vector<unsigned char>>>& read;
 
-    // Elements of rows [first, first + count), 16 columns; what was read is noted by 16 bytes, once each.
+    // Elements of rows [first, first + count), 32 bytes each, into rows of 16; what was read is noted by 16 bytes, once each.
     void gather(unsigned first, unsigned count, float* to) {
         simt::Shared& shared = w.block->block->shared;
         std::vector<bool> seen((shared.bytes + 15) / 16);
         for (unsigned row = first; row < first + count; ++row)
-            for (unsigned k = 0; k < 16; ++k) {
-                const uint32_t at = from.at(row, k, contiguous);
-                if (size_t{at} + 2 > shared.bytes) fault(w, i, "a wgmma reads shared byte " + std::to_string(at) + " of " + std::to_string(shared.bytes));
+            for (unsigned k = 0; k < 32 / BYTES; ++k) {
+                const uint32_t at = from.at(row, k, contiguous, BYTES);
+                if (size_t{at} + BYTES > shared.bytes) fault(w, i, "a wgmma reads shared byte " + std::to_string(at) + " of " + std::to_string(shared.bytes));
                 if (!seen[at / 16]) {
                     seen[at / 16] = true;
                     take(at / 16 * 16);
                 }
-                uint16_t half;
-                std::memcpy(&half, reinterpret_cast<const void*>(shared.low + at), 2);
-                to[(row - first) * 16 + k] = is_bf16 ? bits<float>(uint32_t{half} << 16) : simt::widen_fp16(half);
+                uint32_t value = 0;
+                std::memcpy(&value, reinterpret_cast<const void*>(shared.low + at), BYTES);
+                float unused;
+                put<KIND>(value, to[(row - first) * 16 + k], unused);
             }
     }
     void take(uint32_t at) {
@@ -193,17 +201,23 @@ void multiply_async(Warp& w, const Instruction& i) {
             for (const int32_t reg : other.accumulators)
                 for (const int32_t own : under_way.accumulators)
                     if (reg == own) fault(w, i, "accumulators overlap those of a wgmma of another shape under way");
-    static float a[16][16], b[256][16];
+    float a[16][16] = {};
+    static float b[256][16];
+    if constexpr (KIND == Kind::tf32) std::fill_n(b[0], sizeof b / sizeof(float), 0.0f);
+    constexpr bool MAY_BE_TRANSPOSED = KIND != Kind::tf32;
     const unsigned row = w.index % 4 * 16;
     const int32_t* rest = i.o + ACC;
     if constexpr (FROM_REGISTERS) {
         for (unsigned lane = 0; lane < LANES; ++lane) {
-            const unsigned g = lane / 4, t = lane % 4 * 2;
+            // A register has two neighbours of 16 bits or one number of 32; half of k lies in the last two.
+            constexpr unsigned NEIGHBOURS = KIND == Kind::tf32 ? 1 : 2, HALF = 4 * NEIGHBOURS;
+            const unsigned g = lane / 4, t = lane % 4 * NEIGHBOURS;
             const auto pair = [&](unsigned n) { return get<uint32_t>(w, rest[n], lane); };
-            put<KIND>(pair(0), a[g][t], a[g][t + 1]);
-            put<KIND>(pair(1), a[g + 8][t], a[g + 8][t + 1]);
-            put<KIND>(pair(2), a[g][t + 8], a[g][t + 9]);
-            put<KIND>(pair(3), a[g + 8][t + 8], a[g + 8][t + 9]);
+            float unused;
+            for (unsigned n = 0; n < 4; ++n) {
+                float* to = &a[g + n % 2 * 8][t + n / 2 * HALF];
+                put<KIND>(pair(n), to[0], NEIGHBOURS == 2 ? to[1] : unused);
+            }
         }
         for (const AsyncMatrix& other : w.matrices)
             for (const int32_t reg : other.accumulators)
@@ -213,12 +227,12 @@ void multiply_async(Warp& w, const Instruction& i) {
     } else {
         const Descriptor from(alike(w, i, *rest++));
         if (from.base_offset) fault(w, i, "a descriptor with a base offset is not emulated");
-        Operand{w, i, from, i.imm[2] == 0, KIND == Kind::bf16, under_way.read}.gather(row, 16, a[0]);
+        Operand<KIND>{w, i, from, !MAY_BE_TRANSPOSED || i.imm[2] == 0, under_way.read}.gather(row, 16, a[0]);
     }
     const Descriptor from(alike(w, i, *rest++));
     if (from.base_offset) fault(w, i, "a descriptor with a base offset is not emulated");
-    const bool contiguous = i.imm[FROM_REGISTERS ? 2 : 3] == 0;
-    Operand{w, i, from, contiguous, KIND == Kind::bf16, under_way.read}.gather(0, N, b[0]);
+    const bool contiguous = !MAY_BE_TRANSPOSED || i.imm[FROM_REGISTERS ? 2 : 3] == 0;
+    Operand<KIND>{w, i, from, contiguous, under_way.read}.gather(0, N, b[0]);
     const uint32_t keeps = w.p[static_cast<size_t>(*rest)];
     if (keeps != 0 && keeps != ALL) fault(w, i, "lanes differ in whether a wgmma keeps its accumulators");
     const bool keep = keeps != 0;
@@ -265,11 +279,13 @@ void fence_proxy(Warp& w, const Instruction&) {
 
 template <unsigned N>
 void async_matrices(Table& t) {
-    const std::string name = "wgmma.mma_async.sync.aligned.m64n" + std::to_string(N) + "k16.f32.", values(N / 2, 'r');
+    const std::string shape = "wgmma.mma_async.sync.aligned.m64n" + std::to_string(N), name = shape + "k16.f32.", values(N / 2, 'r');
     t.push_back({name + "bf16.bf16 ss", {multiply_async<N, Kind::bf16, false>, values + "ddpiiiiW", true}});
     t.push_back({name + "bf16.bf16 rs", {multiply_async<N, Kind::bf16, true>, values + "rrrrdpiiiW", true}});
     t.push_back({name + "f16.f16 ss", {multiply_async<N, Kind::f16, false>, values + "ddpiiiiW", true}});
     t.push_back({name + "f16.f16 rs", {multiply_async<N, Kind::f16, true>, values + "rrrrdpiiiW", true}});
+    t.push_back({shape + "k8.f32.tf32.tf32 ss", {multiply_async<N, Kind::tf32, false>, values + "ddpiiW", true}});
+    t.push_back({shape + "k8.f32.tf32.tf32 rs", {multiply_async<N, Kind::tf32, true>, values + "rrrrdpiiW", true}});
 }
 
 }  // namespace

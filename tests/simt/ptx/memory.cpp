@@ -17,7 +17,8 @@ uintptr_t shared_at(const Warp& w, const Instruction& i, unsigned lane, uint32_t
     return shared.low + offset;
 }
 
-template <class T, unsigned N, bool SHARED, Path PATH>
+// A cache operator, such as .cg, is a hint: it changes nothing in what a load may see.
+template <class T, unsigned N, bool SHARED>
 void load(Warp& w, const Instruction& i) {
     constexpr size_t BYTES = sizeof(T) * N;
     each_lane(w.mask, [&](unsigned lane) {
@@ -28,7 +29,7 @@ void load(Warp& w, const Instruction& i) {
             at = get<uint64_t>(w, i.o[N], lane) + static_cast<uint64_t>(i.imm[0]);
         {
             As who(w.lanes[lane]);
-            simt::access_aligned(at, BYTES, simt::READ, PATH, site_of(i));
+            simt::access_aligned(at, BYTES, simt::READ, Path::l2, site_of(i));
         }
         T values[N];
         std::memcpy(values, reinterpret_cast<const void*>(at), BYTES);
@@ -53,36 +54,28 @@ void store(Warp& w, const Instruction& i) {
         {
             As who(w.lanes[lane]);
             simt::writes_again = SHARED && !std::memcmp(reinterpret_cast<void*>(at), values, BYTES);
-            simt::access_aligned(at, BYTES, simt::WRITE, Path::l1, site_of(i));
+            simt::access_aligned(at, BYTES, simt::WRITE, Path::l2, site_of(i));
             simt::writes_again = false;
         }
         std::memcpy(reinterpret_cast<void*>(at), values, BYTES);
     });
 }
 
-// Bytes beyond those of the source are zeros.
+// Bytes beyond those of the source are zeros; without a number all of them are copied.
+template <bool WHOLE, bool L2_ALONE>
 void copy(Warp& w, const Instruction& i) {
     const auto bytes = static_cast<unsigned>(i.imm[2]);
+    if (bytes != 16 && (L2_ALONE || (bytes != 4 && bytes != 8)))
+        fault(w, i, "cp.async of " + std::to_string(bytes) + " bytes; accepted are " + (L2_ALONE ? "16" : "4, 8 and 16"));
     each_lane(w.mask, [&](unsigned lane) {
         const uint32_t to = get<uint32_t>(w, i.o[0], lane) + static_cast<uint32_t>(i.imm[0]);
         const uint64_t from = get<uint64_t>(w, i.o[1], lane) + static_cast<uint64_t>(i.imm[1]);
-        const uint32_t wanted = get<uint32_t>(w, i.o[2], lane);
+        const uint32_t wanted = WHOLE ? bytes : get<uint32_t>(w, i.o[2], lane);
         if (wanted > bytes) fault(w, i, "cp.async of more bytes than it writes", lane);
         auto* shared = reinterpret_cast<void*>(shared_at(w, i, lane, to, bytes));
         stored(w, to, bytes, false);
         As who(w.lanes[lane]);
         simt::begin_copy(shared, reinterpret_cast<const void*>(from), bytes, wanted, site_of(i));
-    });
-}
-void copy_whole(Warp& w, const Instruction& i) {
-    const auto bytes = static_cast<unsigned>(i.imm[2]);
-    each_lane(w.mask, [&](unsigned lane) {
-        const uint32_t to = get<uint32_t>(w, i.o[0], lane) + static_cast<uint32_t>(i.imm[0]);
-        const uint64_t from = get<uint64_t>(w, i.o[1], lane) + static_cast<uint64_t>(i.imm[1]);
-        auto* shared = reinterpret_cast<void*>(shared_at(w, i, lane, to, bytes));
-        stored(w, to, bytes, false);
-        As who(w.lanes[lane]);
-        simt::begin_copy(shared, reinterpret_cast<const void*>(from), bytes, bytes, site_of(i));
     });
 }
 void copy_commit(Warp& w, const Instruction&) {
@@ -114,10 +107,10 @@ template <class T, unsigned N>
 void widths(Table& t, const std::string& vector, const std::string& type) {
     const char file = sizeof(T) == 8 ? 'd' : 'r';
     const std::string values(N, file);
-    t.push_back({"ld.global." + vector + type, {load<T, N, false, Path::l1>, values + "A"}});
-    t.push_back({"ld.global.cg." + vector + type, {load<T, N, false, Path::l2>, values + "A"}});
+    t.push_back({"ld.global." + vector + type, {load<T, N, false>, values + "A"}});
+    t.push_back({"ld.global.cg." + vector + type, {load<T, N, false>, values + "A"}});
     t.push_back({"st.global." + vector + type, {store<T, N, false>, "A" + values}});
-    t.push_back({"ld.shared." + vector + type, {load<T, N, true, Path::l2>, values + "a"}});
+    t.push_back({"ld.shared." + vector + type, {load<T, N, true>, values + "a"}});
     t.push_back({"st.shared." + vector + type, {store<T, N, true>, "a" + values}});
 }
 
@@ -136,10 +129,10 @@ Table memory() {
     widths<uint32_t, 2>(t, "v2.", "b32");
     widths<uint32_t, 4>(t, "v4.", "b32");
     widths<uint64_t, 2>(t, "v2.", "b64");
-    for (const char* how : {"ca", "cg"}) {
-        t.push_back({std::string("cp.async.") + how + ".shared.global", {copy, "aAir"}});
-        t.push_back({std::string("cp.async.") + how + ".shared.global whole", {copy_whole, "aAi"}});
-    }
+    t.push_back({"cp.async.ca.shared.global", {copy<false, false>, "aAir"}});
+    t.push_back({"cp.async.ca.shared.global whole", {copy<true, false>, "aAi"}});
+    t.push_back({"cp.async.cg.shared.global", {copy<false, true>, "aAir"}});
+    t.push_back({"cp.async.cg.shared.global whole", {copy<true, true>, "aAi"}});
     t.push_back({"cp.async.commit_group", {copy_commit, ""}});
     t.push_back({"cp.async.wait_group", {copy_wait, "i"}});
     t.push_back({"atom.global.gpu.acq_rel.add.u32", {add<true>, "rAr"}});

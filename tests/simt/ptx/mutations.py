@@ -20,9 +20,8 @@ MUTATIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "no barrier before the counter": ("common", "        tl.debug_barrier()\n", "", GEMMS),
     "a relaxed counter": ("common", 'sem="acq_rel"', 'sem="relaxed"', GEMMS),
     "a counter of one block": ("common", 'scope="gpu"', 'scope="cta"', GEMMS),
-    "partial sums through L1": ("common", ', cache_modifier=".cg")', ")", GEMMS),
     "products in tf32": ("common", 'acc, input_precision="ieee")', 'acc, input_precision="tf32")', GEMMS),
-    "attention in tf32": ("tuning", 'ATTENTION_PRECISION = "ieee"', 'ATTENTION_PRECISION = "tf32"', MASKED),
+    "attention in tf32": ("tuning", '"tf32x3"] = "tf32x3"', '"tf32x3"] = "tf32"', MASKED),
     "heads in tf32": ("tuning", '"tf32x3"] = "tf32x3"', '"tf32x3"] = "tf32"', ROWS),
     "a contracted backward": (
         "masked_attention_backward", ", enable_fp_fusion=False", "", ("test_training_ops.py",),
@@ -38,7 +37,11 @@ MUTATIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def noticed(tree: Path, by: str, files: tuple[str, ...]) -> bool:
+BOTH_PASS = {"a mean divided nearly"}  # the error is allowed
+
+
+def complaint(tree: Path, by: str, files: tuple[str, ...]) -> str | None:
+    """What the first red test says; None where all are green."""
     command = [
         sys.executable,
         "-m",
@@ -53,37 +56,41 @@ def noticed(tree: Path, by: str, files: tuple[str, ...]) -> bool:
         "no:xdist",
     ]
     environment = {**os.environ, "SMOLVLA_FAST_TRITON": by, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, *(f"tests/ops/{name}" for name in files)],
-        cwd=tree,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command += [f"tests/ops/{name}" for name in files]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
-    return done.returncode == 1
+    said = [line.removeprefix("E ").strip() for line in done.stdout.splitlines() if line.startswith("E ")]
+    return (said or ["red"])[0][:200] if done.returncode else None
 
 
 def main(names: list[str]) -> int:
-    missed = []
+    unexpected = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
-        shutil.copytree(
-            ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".whl", "wheels")
-        )
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*.whl"))
         shutil.rmtree(tree / "build" / "triton", ignore_errors=True)  # of the kernels as they are
+        for by in ("interpreter", "sm_90"):
+            files = {name for each in names or MUTATIONS for name in MUTATIONS[each][3]}
+            if said := complaint(tree, by, tuple(sorted(files))):
+                print(f"as it stands: {by} is red: {said}")
+                return 1
         for name in names or MUTATIONS:
             file, old, new, tests = MUTATIONS[name]
             path = tree / "kernels" / f"{file}.py"
             text = path.read_text()
             assert old in text, f"{name}: kernels/{file}.py has no {old!r}"
             path.write_text(text.replace(old, new))
-            said = {by: "red" if noticed(tree, by, tests) else "green" for by in ("interpreter", "sm_90")}
+            interpreted, compiled = (complaint(tree, by, tests) for by in ("interpreter", "sm_90"))
             path.write_text(text)
-            print(f"{name}: interpreter {said['interpreter']}, compiled {said['sm_90']}", flush=True)
-            missed += [name] if said["sm_90"] == "green" else []
-    return 1 if missed else 0
+            print(
+                f"{name}: interpreter {'red' if interpreted else 'green'}, compiled: {compiled or 'green'}",
+                flush=True,
+            )
+            if interpreted or (compiled is None) != (name in BOTH_PASS):
+                unexpected.append(name)
+    print(f"unexpected: {', '.join(unexpected)}" if unexpected else "all as expected")
+    return 1 if unexpected else 0
 
 
 if __name__ == "__main__":

@@ -97,9 +97,9 @@ class _Reader:
         registers: list[int] = []
         numbers: list[Any] = []
         for i, (kind, text) in enumerate(zip(wanted, operands, strict=True)):
-            if (
-                i and kind == "r" and self.registers.get(text, "r")[0] == "d"
-            ):  # of a wider source the low half counts
+            # Of a wider source the low half counts, and only an instruction that narrows has one.
+            narrows = opcode.startswith(("cvt.", "st.", "shl.", "shr."))
+            if narrows and i and kind == "r" and self.registers.get(text, "r")[0] == "d":
                 narrow = f"{text} low {len(self.rows)} {i}"
                 self.registers[narrow] = ("r", self.take("r"))
                 self.emit("cvt.u32.u64", [narrow, text], None)
@@ -171,14 +171,10 @@ def read(text: str) -> Program:
         reader.parameters[name] = Parameter(kind, file, reader.take(file))
     for reader.line, statement in statements(text):
         reader.text = statement
-        if statement.startswith("."):
-            _directive(reader, statement, files)
-        elif statement.endswith(":"):
-            reader.labels[statement[:-1]] = len(reader.rows)
-        elif statement.strip("{} ") == "":
-            continue
-        else:
-            _instruction(reader, statement.strip("{} ") if statement[0] == "{" else statement)
+        try:
+            _statement(reader, statement, files)
+        except (KeyError, ValueError) as error:  # a symbol, a type, a form of an address
+            raise reader.unknown(f"unknown {error}") from None
     rows = [
         (*row[:2], [reader.labels[n] if isinstance(n, str) else signed(n) for n in row[2]], *row[3:])
         for row in reader.rows
@@ -187,6 +183,15 @@ def read(text: str) -> Program:
     sizes = reader.sizes
     assembled = machine.assemble(reader.name, rows, values, sizes["r"], sizes["d"], sizes["p"])
     return Program(reader.name, assembled, int(threads[1]), list(reader.parameters.values()))
+
+
+def _statement(reader: _Reader, statement: str, files: dict[str, str]) -> None:
+    if statement.startswith("."):
+        _directive(reader, statement, files)
+    elif statement.endswith(":"):
+        reader.labels[statement[:-1]] = len(reader.rows)
+    elif statement.strip("{} "):
+        _instruction(reader, statement.strip("{} ") if statement[0] == "{" else statement)
 
 
 def signed(value: int) -> int:
@@ -214,8 +219,10 @@ def _instruction(reader: _Reader, statement: str) -> None:
     operands = split(rest)
     if opcode.startswith("ld.param."):
         # A parameter is a register here; what is narrower than where it goes is widened by its own sign.
-        parameter = reader.parameters[address(operands[1])[0]]
-        source = f"%{address(operands[1])[0]}"
+        name, offset = address(operands[1])
+        if offset:
+            raise reader.unknown("a part of a parameter")
+        parameter, source = reader.parameters[name], f"%{name}"
         reader.registers[source] = (parameter.file, parameter.index)
         to = reader.registers[operands[0]][0]
         if to == parameter.file:
@@ -236,6 +243,6 @@ def _instruction(reader: _Reader, statement: str) -> None:
 
 def _wgmma(operands: list[str], opcode: str) -> tuple[list[str], str]:
     accumulators = int(opcode.partition("m64n")[2].partition("k")[0]) // 2
-    # Fragments of four registers, or a descriptor.
-    count = len(operands) - accumulators
-    return operands, opcode + (" ss" if count == 7 else " rs")
+    # Fragments of four registers, or a descriptor; two numbers more where operands may lie transposed.
+    count = len(operands) - accumulators - (0 if "tf32" in opcode else 2)
+    return operands, opcode + (" ss" if count == 5 else " rs")
