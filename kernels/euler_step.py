@@ -15,7 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check
+from .common import (
+    await_inputs,
+    capability,
+    check,
+    dependent_launch,
+    prefetch_weight,
+)
 from .tuning import euler_step_tile
 
 
@@ -42,6 +48,7 @@ def _euler_step_fwd(
     dt,
     time,
     GUIDED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_ACTIONS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -49,6 +56,9 @@ def _euler_step_fwd(
     action = tl.program_id(1) * BLOCK_ACTIONS + tl.arange(0, BLOCK_ACTIONS)
     in_actions = action < actions
     h_row = h_ptr + row.to(tl.int64) * width
+    out_rows = out_weight_ptr + tl.minimum(action, actions - 1)[None, :] * width
+    prefetch_weight(out_rows, 0, width, row == 0, DEPENDENT)
+    await_inputs(DEPENDENT)
 
     squares = tl.zeros([BLOCK_COLS], tl.float32)
     for start in range(0, width, BLOCK_COLS):
@@ -173,6 +183,7 @@ def euler_step(
         dt,
         time,
         GUIDED=guidance is not None,
+        **dependent_launch(capability(h.device)),
         BLOCK_ACTIONS=tile.rows,
         BLOCK_COLS=tile.cols,
         num_warps=tile.num_warps,

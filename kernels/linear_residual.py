@@ -13,7 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import as_rows, capability, check, parts, product, split_of, split_workspace, sum_of_splits
+from .common import (
+    as_rows,
+    await_inputs,
+    capability,
+    check,
+    dependent_launch,
+    parts,
+    prefetch_weight,
+    product,
+    split_of,
+    split_workspace,
+    sum_of_splits,
+)
 from .tuning import gemm_tile
 
 
@@ -33,6 +45,7 @@ def _linear_residual_fwd(
     weight_row_stride,
     residual_row_stride,
     SPLIT_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -40,13 +53,17 @@ def _linear_residual_fwd(
     tile, split = tl.program_id(0), tl.program_id(1)
     # Row tiles of one weight tile are neighbours: it comes from memory once and then from L2.
     row_tiles = tl.cdiv(rows, BLOCK_M)
-    row = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_tile = tile % row_tiles
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tile // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, col_mask = row < rows, col < outputs
     row64 = row.to(tl.int64)[:, None]
     x_rows = x_ptr + row64 * x_row_stride
-    weight_cols = weight_ptr + col.to(tl.int64)[None, :] * weight_row_stride
+    # Columns beyond the last one have its weights, and are never stored.
+    weight_cols = weight_ptr + tl.minimum(col, outputs - 1).to(tl.int64)[None, :] * weight_row_stride
     start, stop = split_of(split, inputs, SPLIT_K, BLOCK_K)
+    prefetch_weight(weight_cols, start, stop, row_tile == 0, DEPENDENT)
+    await_inputs(DEPENDENT)
     y = product(x_rows, weight_cols, row_mask, col_mask, start, stop, inputs, BLOCK_M, BLOCK_N, BLOCK_K)
     if weight_ptr.dtype.element_ty == tl.float8e4nv:
         y *= tl.load(scale_ptr + col, mask=col_mask, other=0.0)[None, :]
@@ -99,6 +116,7 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor 
             weight.stride(0),
             residual.stride(0),
             SPLIT_K=tile.split,
+            **dependent_launch(cc),
             **tile.launch,
         )
     return y

@@ -16,7 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import capability, check, on_tensor_cores
+from .common import (
+    await_inputs,
+    capability,
+    check,
+    dependent_launch,
+    on_tensor_cores,
+)
 from .tuning import fp32_precision, head_block, masked_attention_tile
 
 # Finite, so that a row that sees nothing weighs all its keys alike; keys that do not exist get -inf instead.
@@ -52,6 +58,7 @@ def _masked_attention_fwd(
     HEAD_DIM: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -65,6 +72,7 @@ def _masked_attention_fwd(
     in_rows = token < tokens
     in_dims = dims < HEAD_DIM
     inside = in_rows[:, None] & in_dims[None, :]
+    await_inputs(DEPENDENT)
 
     q_tile = q_ptr + batch * q_batch_stride + (token * q_token_stride + head * q_head_stride)[:, None]
     q = tl.load(q_tile + dims[None, :], mask=inside, other=0.0).to(COMPUTE)
@@ -160,6 +168,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: A
         HEAD_DIM=head_dim,
         COMPUTE=TYPES[compute],
         PRECISION=fp32_precision(cc),
+        **dependent_launch(cc),
         BLOCK_ROWS=tile.rows,
         BLOCK_KEYS=tile.keys,
         BLOCK_DIM=block_dim,

@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import as_rows, capability, check, norm_products, normalise_first, parts
+from .common import (
+    as_rows,
+    await_inputs,
+    capability,
+    check,
+    dependent_launch,
+    norm_products,
+    normalise_first,
+    parts,
+    prefetch_weight,
+)
 from .tuning import gemm_tile
 
 
@@ -46,13 +56,15 @@ def _norm_qkv_rope_fwd(
     slot_stride,
     HALF: tl.constexpr,
     NORMALISE_FIRST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     half_tiles: tl.constexpr = (HALF + BLOCK_N - 1) // BLOCK_N
     row_tiles = tl.cdiv(rows, BLOCK_M)
-    row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_tile = tl.program_id(0) % row_tiles
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     piece = tl.program_id(0) // row_tiles
     head, i = piece // half_tiles, piece % half_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     if head < q_heads:
@@ -63,12 +75,18 @@ def _norm_qkv_rope_fwd(
         weight_ptr, scale_ptr, own = v_weight_ptr, v_scale_ptr, head - q_heads - kv_heads
     row_mask, col_mask = row < rows, i < HALF
     row64 = row.to(tl.int64)[:, None]
-    first_cols = weight_ptr + (own * (2 * HALF) + i).to(tl.int64)[None, :] * weight_row_stride
+    # Columns beyond the last one have its weights, and are never stored.
+    column = own * (2 * HALF) + tl.minimum(i, HALF - 1)
+    first_cols = weight_ptr + column.to(tl.int64)[None, :] * weight_row_stride
+    second_cols = first_cols + tl.cast(HALF, tl.int64) * weight_row_stride
+    prefetch_weight(first_cols, 0, inputs, row_tile == 0, DEPENDENT)
+    prefetch_weight(second_cols, 0, inputs, row_tile == 0, DEPENDENT)
+    await_inputs(DEPENDENT)
     first, second = norm_products(
         x_ptr + row64 * x_row_stride,
         norm_weight_ptr,
         first_cols,
-        first_cols + tl.cast(HALF, tl.int64) * weight_row_stride,
+        second_cols,
         row_mask,
         col_mask,
         inputs,
@@ -177,9 +195,8 @@ def norm_qkv_rope(
         if any(w.stride(0) != weight.stride(0) for w in used):
             used = [w.contiguous() for w in used]
         rows, half, heads = x.shape[0], head_dim // 2, q_heads + 2 * kv_heads
-        tile = gemm_tile(
-            rows, inputs, half, capability(x.device), x.itemsize, weight.itemsize, products=2, segments=heads
-        )
+        cc = capability(x.device)
+        tile = gemm_tile(rows, inputs, half, cc, x.itemsize, weight.itemsize, products=2, segments=heads)
         _norm_qkv_rope_fwd[(triton.cdiv(rows, tile.rows) * heads * triton.cdiv(half, tile.cols),)](
             x,
             norm_weight,
@@ -207,6 +224,7 @@ def norm_qkv_rope(
             0 if k_out is None else k_out.stride(1),
             HALF=half,
             NORMALISE_FIRST=normalise_first(weight.dtype),
+            **dependent_launch(cc),
             **tile.launch,
         )
     return q

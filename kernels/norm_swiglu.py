@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import as_rows, capability, check, norm_products, normalise_first, parts, silu
+from .common import (
+    as_rows,
+    await_inputs,
+    capability,
+    check,
+    dependent_launch,
+    norm_products,
+    normalise_first,
+    parts,
+    prefetch_weight,
+    silu,
+)
 from .tuning import gemm_tile
 
 
@@ -35,20 +46,28 @@ def _norm_swiglu_fwd(
     gate_row_stride,
     up_row_stride,
     NORMALISE_FIRST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     row_tiles = tl.cdiv(rows, BLOCK_M)
-    row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_tile = tl.program_id(0) % row_tiles
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(0) // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, col_mask = row < rows, col < outputs
-    row64, col64 = row.to(tl.int64)[:, None], col.to(tl.int64)[None, :]
+    row64 = row.to(tl.int64)[:, None]
+    # Columns beyond the last one have its weights, and are never stored.
+    col64 = tl.minimum(col, outputs - 1).to(tl.int64)[None, :]
+    gate_cols, up_cols = gate_weight_ptr + col64 * gate_row_stride, up_weight_ptr + col64 * up_row_stride
+    prefetch_weight(gate_cols, 0, inputs, row_tile == 0, DEPENDENT)
+    prefetch_weight(up_cols, 0, inputs, row_tile == 0, DEPENDENT)
+    await_inputs(DEPENDENT)
     gate, up = norm_products(
         x_ptr + row64 * x_row_stride,
         norm_weight_ptr,
-        gate_weight_ptr + col64 * gate_row_stride,
-        up_weight_ptr + col64 * up_row_stride,
+        gate_cols,
+        up_cols,
         row_mask,
         col_mask,
         inputs,
@@ -109,6 +128,7 @@ def norm_swiglu(x: Tensor, norm: tuple[Tensor, float], gate_weight: Any, up_weig
             gate_weight.stride(0),
             up_weight.stride(0),
             NORMALISE_FIRST=normalise_first(gate_weight.dtype),
+            **dependent_launch(cc),
             **tile.launch,
         )
     return y

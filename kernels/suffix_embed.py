@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import capability, check, silu
+from .common import (
+    await_inputs,
+    capability,
+    check,
+    dependent_launch,
+    prefetch_weight,
+    silu,
+)
 from .tuning import fp32_precision, suffix_embed_tile
 
 
@@ -32,6 +39,7 @@ def _suffix_embed_fwd(
     actions,
     width,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
@@ -41,6 +49,9 @@ def _suffix_embed_fwd(
     col = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     action = tl.arange(0, BLOCK_ACTIONS)
     in_rows, in_cols, in_actions = row < rows, col < width, action < actions
+    out_rows = out_weight_ptr + tl.minimum(col, width - 1)[None, :] * width
+    prefetch_weight(out_rows, 0, width, tl.program_id(0) == 0, DEPENDENT)
+    await_inputs(DEPENDENT)
     x = tl.load(
         x_ptr + row[:, None] * actions + action[None, :],
         mask=in_rows[:, None] & in_actions[None, :],
@@ -124,6 +135,7 @@ def suffix_embed(
         actions,
         width,
         PRECISION=fp32_precision(cc),
+        **dependent_launch(cc),
         BLOCK_ROWS=tile.rows,
         BLOCK_COLS=tile.cols,
         BLOCK_HIDDEN=tile.inner,

@@ -96,6 +96,20 @@ def test_a_fence_before_wgmma_left_out(planted: Callable[..., str]) -> None:
     assert re.search(PLACE, said) and "without a fence.proxy.async" in said
 
 
+@pytest.mark.parametrize("op", ["linear_residual", "norm_swiglu", "norm_qkv_rope", "masked_attention"])
+def test_a_launch_that_does_not_wait_for_the_one_ahead(planted: Callable[..., str], op: str) -> None:
+    """It may begin while that one still runs (programmatic dependent launch)."""
+    each = next(call for call in calls.calls(90) if call.op == op and call.dtypes.startswith("bf16"))
+    said = planted(each, without(r"griddepcontrol\.wait;"))
+    assert re.search(PLACE, said) and "before griddepcontrol.wait" in said
+
+
+def test_a_weight_prefetched_past_its_end(planted: Callable[..., str]) -> None:
+    change = instead(r"prefetch\.global\.L2 \[(%rd\d+)\]", r"prefetch.global.L2 [\1+67108864]")
+    said = planted(call("linear_residual", 90, "bf16", **RESIDUAL), change)
+    assert re.search(PLACE, said) and "out-of-bounds prefetch" in said
+
+
 def test_a_vector_that_is_not_aligned(planted: Callable[..., str]) -> None:
     change = instead(r"(ld\.global\.cg\.v4\.b32 \{[^}]*\}, \[ %rd\d+ \+) 0 \]", r"\1 4 ]")
     said = planted(call("linear_residual", 80, "bf16", **RESIDUAL), change)

@@ -54,9 +54,9 @@ PYBIND11_MODULE(_ptx, m) {
     }, "One letter for each operand of an opcode (machine.h), or None where the machine does not know it.");
     m.def("assemble", &assemble);
     m.def("run", [](const ptx::Program& program, std::tuple<unsigned, unsigned, unsigned> blocks, unsigned threads,
-                    size_t shared_bytes, const Values& arguments) {
+                    size_t shared_bytes, bool dependent, const Values& arguments) {
         const auto [x, y, z] = blocks;
         py::gil_scoped_release released;
-        ptx::run(program, {dim3(x, y, z), threads, shared_bytes}, constants(arguments));
+        ptx::run(program, {dim3(x, y, z), threads, shared_bytes, dependent}, constants(arguments));
     });
 }

@@ -39,8 +39,8 @@ class Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         self._kinds = list(source.signature.values())
         self._metadata = metadata
-        if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl:
-            raise NotImplementedError("clusters, cooperative and dependent launches are not emulated")
+        if metadata.num_ctas != 1 or metadata.launch_cooperative_grid:
+            raise NotImplementedError("clusters and cooperative launches are not emulated")
         if metadata.global_scratch_size or metadata.profile_scratch_size:
             raise NotImplementedError("scratch memory is not emulated")
 
@@ -69,7 +69,14 @@ class Launcher:
             seed=seed, compute_capability=_capability, shared_bytes_per_block=SHARED[_capability]
         )
         try:
-            machine.run(found.assembled, (x, y, z), found.threads, self._metadata.shared, arguments)
+            machine.run(
+                found.assembled,
+                (x, y, z),
+                found.threads,
+                self._metadata.shared,
+                self._metadata.launch_pdl,
+                arguments,
+            )
         except RuntimeError as error:
             error.add_note(f"in this order again: SMOLVLA_FAST_SEED={seed}")
             raise

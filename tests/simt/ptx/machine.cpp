@@ -89,6 +89,7 @@ std::unique_ptr<Group> start(unsigned number, const Grid& grid, const std::vecto
     for (Warp& warp : group->warps) {
         warp.block = group.get();
         warp.index = index++;
+        warp.waited = !grid.dependent;
         warp.r.assign(static_cast<size_t>(program->r) * LANES, 0);
         warp.d.assign(static_cast<size_t>(program->d) * LANES, 0);
         warp.p.assign(static_cast<size_t>(program->p), 0);
@@ -196,6 +197,7 @@ void end_lanes(Warp& warp, const Instruction& at) {
             fault(warp, at, "the thread ends with a cp.async that was never waited for", lane);
     }
     if (!warp.matrices.empty()) fault(warp, at, "the warp ends with a wgmma that was never waited for");
+    if (!warp.waited) fault(warp, at, "the warp ends without griddepcontrol.wait: the grid behind it may begin before the one ahead has ended");
     warp.alive &= ~warp.mask;
     if (warp.active != warp.mask) {
         warp.active &= ~warp.mask;
@@ -218,6 +220,11 @@ void arrive(Warp& warp, const Instruction& at) {
     simt::meet(participants);
     for (Warp& other : group.warps) other.at_barrier = false;
     ++simt::statistics.block_barriers;
+}
+
+void wait_for_grid(Warp& warp, const Instruction& at) {
+    if (warp.mask != warp.alive) fault(warp, at, "a part of the warp waits");
+    warp.waited = true;
 }
 
 void stored(Warp& warp, uint32_t offset, size_t bytes, bool hidden) {

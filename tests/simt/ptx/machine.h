@@ -79,6 +79,7 @@ struct Warp {
     unsigned mask = ALL;    // those of them that the guard of the instruction lets act
     bool apart = false;     // active is not alive
     bool at_barrier = false;
+    bool waited = true;  // for the grid before, of a launch that may begin before that has ended
     uint64_t steps = 0;
     unsigned group = 0;  // of the next wgmma
     std::vector<AsyncMatrix> matrices;
@@ -110,6 +111,7 @@ void* site_of(const Instruction& at);
 void go_to(Warp& warp, uint32_t address);
 void end_lanes(Warp& warp, const Instruction& at);
 void arrive(Warp& warp, const Instruction& at);
+void wait_for_grid(Warp& warp, const Instruction& at);
 void counted(const uint32_t* at, uint32_t before, const Instruction& by);  // a launch puts its counters back
 void stored(Warp& warp, uint32_t offset, size_t bytes, bool hidden = true);  // hidden: by an ordinary store
 
@@ -159,6 +161,7 @@ struct Grid {
     dim3 blocks;
     unsigned threads;
     size_t shared_bytes;
+    bool dependent;  // programmatic dependent launch: memory may be touched behind griddepcontrol.wait alone
 };
 // Throws std::runtime_error with kernel, block, thread and line.
 void run(const Program& what, const Grid& grid, const std::vector<Constant>& arguments);

@@ -17,10 +17,15 @@ uintptr_t shared_at(const Warp& w, const Instruction& i, unsigned lane, uint32_t
     return shared.low + offset;
 }
 
+void check_waited(const Warp& w, const Instruction& i) {
+    if (!w.waited) fault(w, i, "memory is touched before griddepcontrol.wait, while the grid ahead may still be running");
+}
+
 // A cache operator, such as .cg, is a hint: it changes nothing in what a load may see.
 template <class T, unsigned N, bool SHARED>
 void load(Warp& w, const Instruction& i) {
     constexpr size_t BYTES = sizeof(T) * N;
+    if constexpr (!SHARED) check_waited(w, i);
     each_lane(w.mask, [&](unsigned lane) {
         uintptr_t at;
         if constexpr (SHARED)
@@ -40,6 +45,7 @@ void load(Warp& w, const Instruction& i) {
 template <class T, unsigned N, bool SHARED>
 void store(Warp& w, const Instruction& i) {
     constexpr size_t BYTES = sizeof(T) * N;
+    if constexpr (!SHARED) check_waited(w, i);
     each_lane(w.mask, [&](unsigned lane) {
         uintptr_t at;
         if constexpr (SHARED) {
@@ -65,6 +71,7 @@ void store(Warp& w, const Instruction& i) {
 template <bool WHOLE, bool L2_ALONE>
 void copy(Warp& w, const Instruction& i) {
     const auto bytes = static_cast<unsigned>(i.imm[2]);
+    check_waited(w, i);
     if (bytes != 16 && (L2_ALONE || (bytes != 4 && bytes != 8)))
         fault(w, i, "cp.async of " + std::to_string(bytes) + " bytes; accepted are " + (L2_ALONE ? "16" : "4, 8 and 16"));
     each_lane(w.mask, [&](unsigned lane) {
@@ -93,6 +100,7 @@ void copy_wait(Warp& w, const Instruction& i) {
 
 template <bool ORDERED>
 void add(Warp& w, const Instruction& i) {
+    check_waited(w, i);
     each_lane(w.mask, [&](unsigned lane) {
         const uint64_t at = get<uint64_t>(w, i.o[1], lane) + static_cast<uint64_t>(i.imm[0]);
         As who(w.lanes[lane]);
@@ -100,6 +108,14 @@ void add(Warp& w, const Instruction& i) {
             simt::add_at_once(reinterpret_cast<uint32_t*>(at), get<uint32_t>(w, i.o[2], lane), ORDERED, site_of(i));
         counted(reinterpret_cast<uint32_t*>(at), before, i);
         set<uint32_t>(w, i.o[0], lane, before);
+    });
+}
+
+// Nothing is read; the address has to be one that may be.
+void prefetch(Warp& w, const Instruction& i) {
+    each_lane(w.mask, [&](unsigned lane) {
+        if (!simt::allowed(get<uint64_t>(w, i.o[0], lane) + static_cast<uint64_t>(i.imm[0]), 1))
+            fault(w, i, "out-of-bounds prefetch", lane);
     });
 }
 
@@ -133,6 +149,9 @@ Table memory() {
     t.push_back({"cp.async.ca.shared.global whole", {copy<true, false>, "aAi"}});
     t.push_back({"cp.async.cg.shared.global", {copy<false, true>, "aAir"}});
     t.push_back({"cp.async.cg.shared.global whole", {copy<true, true>, "aAi"}});
+    t.push_back({"prefetch.global.L2", {prefetch, "A"}});
+    t.push_back({"griddepcontrol.wait", {wait_for_grid, ""}});
+    t.push_back({"griddepcontrol.launch_dependents", {[](Warp&, const Instruction&) {}, ""}});
     t.push_back({"cp.async.commit_group", {copy_commit, ""}});
     t.push_back({"cp.async.wait_group", {copy_wait, "i"}});
     t.push_back({"atom.global.gpu.acq_rel.add.u32", {add<true>, "rAr"}});
