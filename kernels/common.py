@@ -14,11 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # before Triton 3.4
-    gdc_launch_dependents = gdc_wait = None
-
 from .eight_bits import row_scale, scale_of, to_e4m3
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -163,52 +158,6 @@ def _arrivals(tiles: int, device: torch.device) -> Tensor | None:
         return mine
 
 
-_dependent: ContextVar[bool] = ContextVar("dependent_launches", default=True)
-
-
-@contextmanager
-def dependent_launches(wanted: bool) -> Iterator[None]:
-    """Inside, launches may begin before those ahead of them have ended, or not: for measuring what that saves."""
-    token = _dependent.set(wanted)
-    try:
-        yield
-    finally:
-        _dependent.reset(token)
-
-
-def dependent_launch(cc: int) -> dict[str, bool]:
-    """Keyword arguments of a launch that may begin while the one ahead of it still runs, from 9.0 on.
-
-    Programmatic dependent launch (CUDA C++ Programming Guide): its programs find their places and prefetch their weights,
-    which no launch changes, and then wait for all that is ahead (``await_inputs``). A launch behind a torch kernel, or ahead
-    of one, is as ever.
-    """
-    wanted = cc >= 90 and _dependent.get() and gdc_wait is not None
-    return {"DEPENDENT": True, "launch_pdl": True} if wanted else {"DEPENDENT": False}
-
-
-@triton.jit
-def prefetch_weight(rows, start, stop, mine, DEPENDENT: tl.constexpr):
-    """Ask L2 for columns start <= k < stop of rows of a weight. rows: pointers to k = 0, [1, BLOCK_N], none of them beyond
-    the last row. mine: of the programs that share them, one asks."""
-    if DEPENDENT:
-        LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
-        for first in range(start, tl.where(mine, stop, start), 4 * LINE):
-            k = tl.minimum(first + tl.arange(0, 4) * LINE, stop - 1)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; // $0", "=r,l", [rows + k[:, None]], tl.int32, is_pure=False, pack=1
-            )
-
-
-@triton.jit
-def await_inputs(DEPENDENT: tl.constexpr):
-    """Behind it stands all that reads what another launch has written, and all that writes."""
-    if DEPENDENT:
-        # The launch behind this one may begin: what it does before its own wait takes nothing from this one but idle places.
-        gdc_launch_dependents()
-        gdc_wait()
-
-
 @triton.jit
 def sigmoid(x):
     """1 / (1 + e^-x) in fp32."""
@@ -217,7 +166,8 @@ def sigmoid(x):
 
 @triton.jit
 def silu(x):
-    return x * sigmoid(x)
+    """x / (1 + e^-x), the division rounded: few programs compute it, and both halves of a gate carry its error."""
+    return tl.div_rn(x, 1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -272,6 +222,13 @@ def product(
 
 
 @triton.jit
+def inverse_rms(squares, inputs, eps):
+    """1/rms of rows from their squares [rows, anything]. Rounded and not approximate: all of a row carries its error."""
+    mean = tl.div_rn(tl.sum(squares, axis=1), tl.cast(inputs, tl.float32)) + eps
+    return tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(mean))
+
+
+@triton.jit
 def norm_products(
     x_rows,
     norm_weight_ptr,
@@ -302,7 +259,7 @@ def norm_products(
             if EIGHT_BITS:
                 norm_weight = tl.load(norm_weight_ptr + k, mask=k < inputs, other=0.0).to(tl.float32)
                 largest = tl.maximum(largest, tl.abs(x.to(tl.float32) * norm_weight[None, :]))
-        scale = tl.rsqrt(tl.sum(squares, axis=1) / inputs + eps)
+        scale = inverse_rms(squares, inputs, eps)
         if EIGHT_BITS:
             eighth = scale_of(tl.max(largest, axis=1) * scale, tl.sum(squares, axis=1) * 0.0)
             scale = scale / eighth
@@ -333,7 +290,7 @@ def norm_products(
         a *= eighth[:, None]
         b *= eighth[:, None]
     elif not NORMALISE_FIRST:
-        scale = tl.rsqrt(tl.sum(squares, axis=1) / inputs + eps)
+        scale = inverse_rms(squares, inputs, eps)
         a *= scale[:, None]
         b *= scale[:, None]
     return a, b

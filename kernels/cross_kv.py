@@ -50,12 +50,15 @@ def _cross_kv_fwd(
     tl.store(y_ptr + row64 * width + col[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
 
 
-def cross_kv(k: Tensor, v: Tensor, k_weight: Tensor, v_weight: Tensor) -> tuple[Tensor, Tensor]:
+def cross_kv(
+    k: Tensor, v: Tensor, k_weight: Tensor, v_weight: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """``k' = k·Wkᵀ,  v' = v·Wvᵀ`` over the joined heads.
 
     k, v       [B, P, K, D]  both of one dtype, fp32 | bf16 | fp16; views of the cache
     weights    [K·D, K·D]  both of one dtype, any of these
-    returns    k', v'  [B, P, K, D]  dtype of the weights
+    dtype      of the result, the weights' where not given; sums are rounded to it once
+    returns    k', v'  [B, P, K, D]
     errors     ValueError for other shapes or dtypes, a strided last dimension; k and v are copied where their heads do not
                lie side by side or their strides differ, weights where theirs differ
     replaces   ``k_proj`` / ``v_proj`` in ``forward_cross_attn_layer``
@@ -71,7 +74,7 @@ def cross_kv(k: Tensor, v: Tensor, k_weight: Tensor, v_weight: Tensor) -> tuple[
             f"cross_kv: k is {k.dtype}, v {v.dtype}, k_weight {k_weight.dtype}, v_weight {v_weight.dtype}; "
             "accepted is one dtype for k and v and one for their weights"
         )
-    outputs = torch.empty((2, *k.shape), dtype=k_weight.dtype, device=k.device)
+    outputs = torch.empty((2, *k.shape), dtype=dtype or k_weight.dtype, device=k.device)
     if outputs.numel():
         if k.stride() != v.stride() or k.stride(2) != head_dim:
             k, v = k.contiguous(), v.contiguous()

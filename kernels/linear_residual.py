@@ -13,19 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    as_rows,
-    await_inputs,
-    capability,
-    check,
-    dependent_launch,
-    parts,
-    prefetch_weight,
-    product,
-    split_of,
-    split_workspace,
-    sum_of_splits,
-)
+from .common import as_rows, capability, check, parts, product, split_of, split_workspace, sum_of_splits
+from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
 from .tuning import gemm_tile
 
 

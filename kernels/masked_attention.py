@@ -16,18 +16,57 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    await_inputs,
-    capability,
-    check,
-    dependent_launch,
-    on_tensor_cores,
-)
+from .common import capability, check, on_tensor_cores
+from .dependent_launch import await_inputs, dependent_launch
 from .tuning import fp32_precision, head_block, masked_attention_tile
 
 # Finite, so that a row that sees nothing weighs all its keys alike; keys that do not exist get -inf instead.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def attend(
+    q,
+    k_tile,
+    v_tile,
+    mask_tile,
+    in_rows,
+    in_dims,
+    keys,
+    k_key_stride,
+    v_key_stride,
+    mask_key_stride,
+    scale_log2,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """softmax(q·kᵀ, where mask)·v of a tile of rows, in fp32. Pointers to key 0: k_tile, v_tile [1, D], mask_tile [R, 1]."""
+    best = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    out = tl.zeros(q.shape, tl.float32)
+    for start in range(0, keys, BLOCK_KEYS):
+        key = start + tl.arange(0, BLOCK_KEYS)
+        in_keys = key < keys
+        here = in_keys[:, None] & in_dims[None, :]
+        k = tl.load(k_tile + key[:, None] * k_key_stride, mask=here, other=0.0).to(COMPUTE)
+        v = tl.load(v_tile + key[:, None] * v_key_stride, mask=here, other=0.0)
+        visible = tl.load(
+            mask_tile + key[None, :] * mask_key_stride, mask=in_rows[:, None] & in_keys[None, :], other=0
+        ).to(tl.int1)
+
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        scores = tl.where(visible, scores, LOWEST)
+        scores = tl.where(in_keys[None, :], scores, float("-inf"))
+        # Every block has a key that exists, so the maximum is never -inf and no difference below is inf - inf.
+        new_best = tl.maximum(best, tl.max(scores, axis=1))
+        shrink = tl.exp2(best - new_best)
+        weights = tl.exp2(scores - new_best[:, None])
+        total = total * shrink + tl.sum(weights, axis=1)
+        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        best = new_best
+    return out / total[:, None]
 
 
 @triton.jit
@@ -80,33 +119,51 @@ def _masked_attention_fwd(
     v_tile = v_ptr + batch * v_batch_stride + kv_head * v_head_stride + dims[None, :]
     mask_tile = mask_ptr + batch * mask_batch_stride + (token * mask_token_stride)[:, None]
 
-    best = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    out = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
-    for start in range(0, keys, BLOCK_KEYS):
-        key = start + tl.arange(0, BLOCK_KEYS)
-        in_keys = key < keys
-        here = in_keys[:, None] & in_dims[None, :]
-        k = tl.load(k_tile + key[:, None] * k_key_stride, mask=here, other=0.0).to(COMPUTE)
-        v = tl.load(v_tile + key[:, None] * v_key_stride, mask=here, other=0.0)
-        visible = tl.load(
-            mask_tile + key[None, :] * mask_key_stride, mask=in_rows[:, None] & in_keys[None, :], other=0
-        ).to(tl.int1)
-
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        scores = tl.where(visible, scores, LOWEST)
-        scores = tl.where(in_keys[None, :], scores, float("-inf"))
-        # Every block has a key that exists, so the maximum is never -inf and no difference below is inf - inf.
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        shrink = tl.exp2(best - new_best)
-        weights = tl.exp2(scores - new_best[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
-        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-        best = new_best
-
-    out = out / total[:, None]
+    out = attend(
+        q,
+        k_tile,
+        v_tile,
+        mask_tile,
+        in_rows,
+        in_dims,
+        keys,
+        k_key_stride,
+        v_key_stride,
+        mask_key_stride,
+        scale_log2,
+        COMPUTE,
+        PRECISION,
+        BLOCK_KEYS,
+    )
     out_tile = out_ptr + batch * out_batch_stride + (token * out_token_stride + head * HEAD_DIM)[:, None]
     tl.store(out_tile + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def check_attention(
+    op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
+) -> tuple[int, int, int, int, int, int]:
+    """(B, T, H, S, K, D). Raises ValueError where they do not fit."""
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(
+            f"{op}: q and k have shapes {list(q.shape)} and {list(k.shape)}; "
+            "accepted are [B, T, H, D] and [B, S, K, D]"
+        )
+    batch, tokens, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    if keys == 0 or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"{op}: {heads} query heads over {kv_heads} KV heads of {keys} keys; accepted is at "
+            "least one key, and query heads that are a multiple of the KV heads"
+        )
+    check(op, "q", q, (batch, tokens, heads, head_dim))
+    check(op, "k", k, (batch, keys, kv_heads, head_dim), like=q)
+    check(op, "v", v, (batch, keys, kv_heads, head_dim), like=q)
+    if mask.dtype is not torch.bool or mask.shape != (batch, tokens, keys) or mask.device != q.device:
+        raise ValueError(
+            f"{op}: mask is {mask.dtype}, {list(mask.shape)}, on {mask.device}; "
+            f"accepted is torch.bool, {[batch, tokens, keys]}, on {q.device}"
+        )
+    return batch, tokens, heads, keys, kv_heads, head_dim
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: Any = None) -> Tensor:
@@ -121,26 +178,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: A
     errors   ValueError for other shapes, dtypes, no keys, or D above tuning.MAX_HEAD_DIM
     replaces ``eager_attention_forward`` of LeRobot's ``SmolVLMWithExpertModel``: prefix, suffix and cross attention
     """
-    if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(
-            f"masked_attention: q and k have shapes {list(q.shape)} and {list(k.shape)}; "
-            "accepted are [B, T, H, D] and [B, S, K, D]"
-        )
-    batch, tokens, heads, head_dim = q.shape
-    keys, kv_heads = k.shape[1:3]
-    if keys == 0 or kv_heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"masked_attention: {heads} query heads over {kv_heads} KV heads of {keys} keys; accepted is at "
-            "least one key, and query heads that are a multiple of the KV heads"
-        )
-    check("masked_attention", "q", q, (batch, tokens, heads, head_dim))
-    check("masked_attention", "k", k, (batch, keys, kv_heads, head_dim), like=q)
-    check("masked_attention", "v", v, (batch, keys, kv_heads, head_dim), like=q)
-    if mask.dtype is not torch.bool or mask.shape != (batch, tokens, keys) or mask.device != q.device:
-        raise ValueError(
-            f"masked_attention: mask is {mask.dtype}, {list(mask.shape)}, on {mask.device}; "
-            f"accepted is torch.bool, {[batch, tokens, keys]}, on {q.device}"
-        )
+    batch, tokens, heads, keys, kv_heads, head_dim = check_attention("masked_attention", q, k, v, mask)
     block_dim = head_block(head_dim)
     out = torch.empty(batch, tokens, heads * head_dim, dtype=q.dtype, device=q.device)
     if not out.numel():

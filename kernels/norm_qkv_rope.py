@@ -14,17 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    as_rows,
-    await_inputs,
-    capability,
-    check,
-    dependent_launch,
-    norm_products,
-    normalise_first,
-    parts,
-    prefetch_weight,
-)
+from .common import as_rows, capability, check, norm_products, normalise_first, parts
+from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
 from .tuning import gemm_tile
 
 

@@ -15,14 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    await_inputs,
-    capability,
-    check,
-    dependent_launch,
-    prefetch_weight,
-    silu,
-)
+from .common import capability, check, silu
+from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
 from .tuning import fp32_precision, suffix_embed_tile
 
 

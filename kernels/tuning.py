@@ -16,6 +16,7 @@ import triton
 from .cost_model import TARGETS, buffers, gemm_refusal, gemm_tiles, shared_bytes, target, too_large
 from .tiles import (
     CANDIDATES,
+    MAX_SPLIT,
     AttentionTile,
     GemmTile,
     PlainTile,
@@ -255,6 +256,61 @@ def masked_attention_tiles(
 
 
 masked_attention_tile = choice("masked_attention", AttentionTile, masked_attention_tiles, attention_refusal)
+
+
+def attention_residual_refusal(
+    tile: ProductTile,
+    tokens: int,
+    outputs: int,
+    keys: int,
+    kv_heads: int,
+    width: int,
+    group: int,
+    bytes_: int,
+    cc: int,
+) -> str | None:
+    if kv_heads > MAX_SPLIT:
+        return f"would share the product between {kv_heads} programs; accepted are at most {MAX_SPLIT}"
+    block_dim, rows = width // group, tile.rows * group
+    attention = bytes_ * (rows * (block_dim + tile.inner) + 2 * tile.inner * block_dim)
+    product = bytes_ * width * (tile.rows + tile.cols)
+    sums = max(rows * (block_dim + tile.inner), tile.rows * tile.cols + width * tile.cols * bytes_ // 4)
+    return too_large(max(attention, product) + (1 << 10), sums, tile.num_warps, cc)
+
+
+@cache
+def attention_residual_tiles(
+    tokens: int, outputs: int, keys: int, kv_heads: int, width: int, group: int, bytes_: int, cc: int
+) -> tuple[ProductTile, ...]:
+    """rows: tokens; cols: outputs; inner: keys of a block. width, group: columns of the product and query heads of one KV
+    head, padded; bytes_: of the widest operand.
+
+    Programs for most multiprocessors: the tiles of columns attend each for itself.
+    """
+    sizes = (tokens, outputs, keys, kv_heads, width, group, bytes_, cc)
+    narrow = bytes_ == 2
+    most = triton.next_power_of_2(keys)
+    best = ProductTile(16, 128 if narrow else 32, min(max(most, 16), 64 if narrow else 16), 8, 1)
+    others = [
+        best._replace(cols=best.cols // 2),
+        best._replace(inner=best.inner * 2),
+        best._replace(num_warps=4),
+        best._replace(cols=best.cols // 2, num_warps=4),
+        best._replace(num_stages=2),
+        ProductTile(16, 16, 16, 4, 1),
+    ]
+    fit = [tile for tile in (best, *others) if attention_residual_refusal(tile, *sizes) is None]
+    if not fit:
+        raise ValueError(
+            f"attention_residual: {group} query heads of {width // group} for a KV head, {kv_heads} KV heads: "
+            "too large for a tile; masked_attention and linear_residual serve them"
+        )
+    return tuple(dict.fromkeys(fit))[:CANDIDATES]
+
+
+attention_residual_tile = choice(
+    "attention_residual", ProductTile, attention_residual_tiles, attention_residual_refusal
+)
 
 
 @cache

@@ -186,7 +186,8 @@ class Engine:
                 )  # fmt: skip
                 expert = read_expert_layers(pair, self._cast, self.products.cast_cross_kv)
                 by_head = keeps_kv_by_head(pair) if exact else None
-                kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert, by_head)
+                cross_dtype = self.products.cross_kv_dtype
+                kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert, by_head, cross_dtype)
             with section("denoise"):
                 times = self._time_embeddings(config, dims.expert_width, batch, noise.device)
                 return denoise(

@@ -68,7 +68,7 @@ def tasks(names: Sequence[str], targets: Sequence[str]) -> list[tuple[Any, ...]]
 
 def calls(op: str, case: dict[str, int]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(what differs from the reference's inputs, dtypes, inputs): each way in which the stages call an op."""
-    attends = op.startswith("masked_attention")
+    attends = "masked_attention" in op or op == "attention_residual"
     stream = ("x",) if "norm" in op else ("k", "v") if attends else WIDE
     layouts = {"bf16": torch.bfloat16, "fp32": torch.float32}
     for layout in layouts if op not in ("suffix_embed", "flow_loss") else ("fp32",):

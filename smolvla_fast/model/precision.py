@@ -19,7 +19,8 @@ class Tier:
     stock_order  run stock's ATen calls in stock's order, batch by batch and camera by camera: equal bits
 
     In every tier but ``exact`` the residual stream, norm statistics, softmax and accumulation are fp32. The projections
-    of state, action and time and the expert's cross K/V keep the dtype they are stored in.
+    of state, action and time and the expert's cross K/V keep the dtype they are stored in; on backend ``triton``, bf16 and
+    fp8 round what those of the cross K/V give to bf16, as other keys and values are.
     """
 
     name: str

@@ -3,7 +3,7 @@
 Each op of a table that has several candidates becomes a ``Choice``. It looks a call's shape class up once and remembers the
 answer. Candidates are named after who computes: "cpu", "triton" and "cuda" (our kernels), "onednn", "aten" (``F.linear``),
 "sdpa", "torch", "flash" (the package flash-attn); a Triton kernel with another tile than its default has the tile behind its
-name.
+name. "apart" is what several ops in one are without it.
 """
 
 from __future__ import annotations
@@ -132,7 +132,12 @@ def choose(ops: Ops, device: torch.device, wish: str, plan: Plan | None, fixed: 
         if op not in fixed and (len(candidates) > 1 or ops.backend == "triton")
     }
     if ops.backend == "triton":
-        found["single_launch"] = partial(_single_launch, {op: found[op] for op in STAGES["denoise"]})
+        apart = partial(_apart, found["masked_attention"], found["linear_residual"])
+        assert ops.attention_residual is not None
+        fused: Candidates = {"triton": ops.attention_residual, "apart": apart}
+        rule = rules["attention_residual"]
+        found["attention_residual"] = Choice("attention_residual", fused, rule, chosen)
+        found["layer_launches"] = partial(_layer_launches, {op: found[op] for op in STAGES["denoise"]})
     if chosen.get(LOOP) == "cuda" and "cuda" in backends:
         from .cuda import ops as cuda
 
@@ -140,14 +145,26 @@ def choose(ops: Ops, device: torch.device, wish: str, plan: Plan | None, fixed: 
     return replace(ops, **found)
 
 
-def _single_launch(choices: dict[str, Choice], rows: int) -> bool:
-    """Whether kernels of ours alone have served the ops of a denoise step of so many rows."""
-    return all(
-        name.startswith(("triton", "cuda"))
-        for choice in choices.values()
+def _apart(
+    attend: Callable[..., Tensor], add: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Any,
+    weight: Any, residual: Tensor, *, out: Tensor | None = None, memory: Any = None,
+) -> Tensor:  # fmt: skip
+    """``attention_residual`` by the two ops that it is."""
+    return add(attend(q, k, v, mask, memory=memory), weight, residual, out=out)
+
+
+def _layer_launches(choices: dict[str, Choice], rows: int) -> int | None:
+    """Of a layer of a denoise step of so many rows; None where not kernels of ours alone have served its ops, or some
+    layers had attention and its projection in one launch and others not."""
+    served = {
+        (op, name)
+        for op, choice in choices.items()
         for shape, name in choice.served.items()
         if isinstance(shape, Attention) or shape.rows == up(rows)
-    )
+    }
+    fused = {name.startswith("triton") for op, name in served if op == "attention_residual"}
+    single = all(name.startswith(("triton", "cuda")) for op, name in served if op != "attention_residual")
+    return 5 - max(fused) if single and len(fused) == 1 else None
 
 
 def others(device: torch.device, wish: str) -> list[str]:

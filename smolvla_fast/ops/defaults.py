@@ -22,6 +22,9 @@ MANY_ROWS = 64
 """Above this many rows an fp32 product on a GPU goes to torch: without TF32 it runs outside the tensor cores, where a kernel
 of ours has nothing to win over the vendor's library. The 50 rows of an action chunk stay below."""
 
+MOST_OF_A_GROUP, MOST_KV_HEADS = 4, 16
+"""Query heads of a KV head that fit a tile with their tokens, and KV heads that can share a sum."""
+
 
 def default_rules(backend: str, device: torch.device) -> dict[str, Rule]:
     """Of the ops whose default is not the first candidate: how it follows from the shape class."""
@@ -37,7 +40,7 @@ def default_rules(backend: str, device: torch.device) -> dict[str, Rule]:
         }
     if backend == "triton":
         alike = ("linear", "pixel_shuffle_linear", "norm_qkv_rope", "linear_residual", "norm_swiglu")
-        return dict.fromkeys(alike, _triton)
+        return {**dict.fromkeys(alike, _triton), "attention_residual": _attention_residual}
     return dict.fromkeys(products, by_torch)
 
 
@@ -59,6 +62,16 @@ def _epilogue_costs(shape: Product) -> bool:
     """Whether what follows the product costs oneDNN more than it is ahead: an activation, or the separate addition of a
     residual wider than the weight."""
     return not _on_tiles(shape.dtype) and any(each not in (shape.dtype, "tf32") for each in shape.end)
+
+
+def _attention_residual(shape: Product) -> str:
+    """In one launch where a step has few rows: with many, all that attend once more for each tile of columns count. Heads
+    of a group share a tile, quantised weights need the whole row at once, and in fp32 a tile's attention fills the
+    registers."""
+    heads, kv_heads = map(int, shape.end[0].split(":"))
+    fits = heads // kv_heads <= MOST_OF_A_GROUP and kv_heads <= MOST_KV_HEADS
+    narrow = all(each in (torch.bfloat16, torch.float16) for each in (shape.dtype, shape.x, *shape.end[2:]))
+    return "triton" if shape.rows <= FEW_ROWS and fits and narrow else "apart"
 
 
 def _triton(shape: Product) -> str:

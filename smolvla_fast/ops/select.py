@@ -148,5 +148,6 @@ def table(device: torch.device | None = None) -> list[Row]:
 def _why_empty(op: str, ops: Ops) -> str | None:
     """Why a backend that can serve has no kernel of its own for an op, or None where it has."""
     if getattr(ops, op) is None:
-        return "it runs the denoise loop op by op"
+        apart = "attention and its output projection" if op == "attention_residual" else "the denoise loop"
+        return f"it runs {apart} op by op"
     return None if ops.backend == "torch" else ops.missing.get(op)

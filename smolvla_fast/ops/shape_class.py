@@ -127,6 +127,15 @@ def _image_prep(frames: Tensor, height: int, width: int, dtype: Any, **_: Any) -
     return Rows(up(frames.shape[0]), f"{side}>{height}x{width}", frames.dtype, dtype)
 
 
+def _attention_residual(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, weight: Any, residual: Tensor, **_: Any
+) -> Product:
+    batch, tokens, heads = q.shape[:3]
+    keys, kv_heads = k.shape[1:3]
+    kv = () if k.dtype == q.dtype else (k.dtype,)
+    return _product(q, (weight,), (f"{heads}:{kv_heads}", f"keys{up(keys)}", *kv), rows=batch * tokens)
+
+
 CLASSES: dict[str, Callable[..., Shape]] = {
     "image_prep": _image_prep,
     "patch_embed": lambda pixels, weight, *args, **_: Product(
@@ -140,8 +149,9 @@ CLASSES: dict[str, Callable[..., Shape]] = {
     ),
     "norm_qkv_rope": lambda x, norm, weights, rope, slots, **_: _product(x, weights),
     "masked_attention": _masked_attention,
-    "cross_kv": lambda k, v, k_weight, v_weight, **_: _product(
-        k, (k_weight, v_weight), rows=k.shape[0] * k.shape[1]
+    "attention_residual": _attention_residual,
+    "cross_kv": lambda k, v, k_weight, v_weight, dtype=None, **_: _product(
+        k, (k_weight, v_weight), () if dtype is None else (dtype,), rows=k.shape[0] * k.shape[1]
     ),
     "linear_residual": lambda x, weight, residual, **_: _product(x, (weight,)),
     "norm_swiglu": lambda x, norm, gate_weight, up_weight, **_: _product(x, (gate_weight, up_weight)),

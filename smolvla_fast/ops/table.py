@@ -23,8 +23,8 @@ class Ops:
     """One function for each op. The stages call these and nothing else for their heavy work."""
 
     backend: str
-    single_launch: Callable[[int], bool]
-    """rows of a denoise step -> whether each of its ops was one kernel launch"""
+    layer_launches: Callable[[int], int | None]
+    """rows of a denoise step -> kernel launches of a layer; None where ops were not one launch each"""
     image_prep: Callable[..., Tensor]
     """observation: camera frames of any size, bytes or floats -> images of the vision tower's size"""
     patch_embed: Callable[..., Tensor]
@@ -61,6 +61,8 @@ class Ops:
     """training: actions, noise, time -> the point between them"""
     flow_loss: Callable[..., Tensor]
     """training: velocity -> its squared error, differentiable"""
+    attention_residual: Callable[..., Tensor] | None = None
+    """prefix, denoise: masked_attention and linear_residual in one; None where they run one after the other"""
     denoise_persistent: Callable[..., Tensor] | None = None
     """denoise: all steps of all layers, the whole stage; None where it runs op by op"""
     why_not_persistent: Callable[..., str | None] | None = None
@@ -71,13 +73,14 @@ class Ops:
     """why the backend has no kernel of its own for an op, by name"""
 
 
-SETTINGS = ("backend", "single_launch", "why_not_persistent", "fallback", "missing")
+SETTINGS = ("backend", "layer_launches", "why_not_persistent", "fallback", "missing")
 NAMES = tuple(name for name in Ops.__dataclass_fields__ if name not in SETTINGS)
 STAGES = {
     "vision": ("patch_embed", "layer_norm", "linear", "attention", "pixel_shuffle_linear"),
     "prefix": ("norm_qkv_rope", "masked_attention", "cross_kv", "linear_residual", "norm_swiglu"),
     "denoise": (
-        "norm_qkv_rope", "masked_attention", "linear_residual", "norm_swiglu", "suffix_embed", "euler_step",
+        "norm_qkv_rope", "masked_attention", "linear_residual", "attention_residual", "norm_swiglu", "suffix_embed",
+        "euler_step",
     ),
 }  # fmt: skip
 """The ops that each stage's time goes into."""
@@ -102,9 +105,10 @@ def exports(module: ModuleType) -> dict[str, Any]:
 
 def derive(backend: str, module: ModuleType, below: Ops | None, **changes: Any) -> Ops:
     """The table of a backend: what its module exports, and the ops of the table ``below`` for the rest, with the reason."""
-    own = {**exports(module), **changes}
+    # What is several ops in one would pass over the backend's own.
+    own = {"attention_residual": None, **exports(module), **changes}
     if below is None:
-        return Ops(backend=backend, single_launch=lambda rows: False, **own)
+        return Ops(backend=backend, layer_launches=lambda rows: None, **own)
     by_torch = below.backend in ("reference", "torch")
     missing = {
         name: below.missing.get(name)

@@ -21,8 +21,8 @@ from .layers import expert_layers
 class LoopReport(NamedTuple):
     """What ran the denoise loop of one chunk.
 
-    launches          kernel launches of one step: two at its ends, five a layer; 0 where the whole loop is one launch, None
-                      where ops are not one launch each
+    launches          kernel launches of one step: two at its ends, four or five a layer; 0 where the whole loop is one
+                      launch, None where ops are not one launch each, or layers differ
     persistent        whether the whole loop was one launch
     fallback_reasons  why it was not, where the backend has a kernel for that
     """
@@ -83,5 +83,6 @@ def denoise(
                 observe(x, v)
         # Copied while the memory is still lent: the moment it is given back, another thread may write to it.
         chunk = x if memory is None else x.clone()
-    single = ops.single_launch(x.shape[0] * dims.chunk)
-    return chunk, LoopReport(2 + 5 * len(expert) if single else None, False, fallback_reasons)
+    layer = ops.layer_launches(x.shape[0] * dims.chunk)
+    launches = None if layer is None else 2 + layer * len(expert)
+    return chunk, LoopReport(launches, False, fallback_reasons)

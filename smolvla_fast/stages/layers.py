@@ -1,4 +1,7 @@
-"""A decoder layer, text or expert, out of five ops: chunks, single steps and single layers are all made of these."""
+"""A decoder layer, text or expert, out of five ops: chunks, single steps and single layers are all made of these.
+
+Four, where one has attention and what follows it.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,13 @@ def finish(
     returns [B, T, M]
     replaces what LeRobot's ``SmolVLMWithExpertModel.forward`` does behind the attention of a layer
     """
-    x = ops.linear_residual(attended, layer.o, x, out=out)
+    return feed_forward(ops, layer, ops.linear_residual(attended, layer.o, x, out=out), out, memory)
+
+
+def feed_forward(
+    ops: Ops, layer: DecoderLayer, x: Tensor, out: Tensor | None = None, memory: Memory | None = None
+) -> Tensor:
+    """``x + (silu(norm(x)·Wgateᵀ) * norm(x)·Wupᵀ)·Wdownᵀ``, [B, T, M]; out as in ``finish``."""
     hidden = ops.norm_swiglu(x, layer.norm2, layer.gate, layer.up, memory=memory)
     return ops.linear_residual(hidden, layer.down, x, out=out)
 
@@ -67,6 +76,9 @@ def decoder_layer(
     returns [B, T, M]
     """
     q = project(ops, layer, x, tokens.rope, slots, memory)
+    if ops.attention_residual is not None:
+        x = ops.attention_residual(q, kv.k, kv.v, tokens.mask, layer.o, x, out=out, memory=memory)
+        return feed_forward(ops, layer, x, out, memory)
     attended = ops.masked_attention(q, kv.k, kv.v, tokens.mask, memory=memory)
     return finish(ops, layer, x, attended, out, memory)
 

@@ -94,10 +94,12 @@ def fill_prefix(
     att_masks: Tensor,
     expert: list[DecoderLayer],
     stock_by_head: bool | None = None,
+    cross_dtype: torch.dtype | None = None,
 ) -> PrefixKV:
     """Run the text layers for the keys and values they leave behind.
 
     embeddings  [B, P, M]      pad_masks, att_masks  [B, P]      stock_by_head  of ``text_kv``
+    cross_dtype of the expert's cross KV, that of their weights where not given
     returns     for each layer, prefix KV with free slots behind it (self) or the expert's projections of it (cross)
     replaces    the prefill call of ``SmolVLMWithExpertModel.forward``
 
@@ -106,7 +108,7 @@ def fill_prefix(
     free = [0 if partner.cross else dims.chunk for partner in expert]
     found = text_kv(ops, vlm, cast, dims, embeddings, pad_masks, att_masks, free, stock_by_head)
     layers = [
-        LayerKV(*ops.cross_kv(k, v, partner.k, partner.v)) if partner.cross else LayerKV(k, v)
+        LayerKV(*ops.cross_kv(k, v, partner.k, partner.v, cross_dtype)) if partner.cross else LayerKV(k, v)
         for (k, v), partner in zip(found, expert, strict=True)
     ]
     return PrefixKV(layers, pad_masks)

@@ -93,9 +93,9 @@ def _reference(op: str) -> Callable[..., Any]:
     if op == "layer_norm":
         return vision.layer_norm  # torch's own, which takes a weight of another dtype than x too
     function = getattr(reference, op)
-    if op != "masked_attention":
+    if op not in ("masked_attention", "attention_residual"):
         return function
-    return lambda q, k, v, mask: function(q, k, v, visible(mask))
+    return lambda q, k, v, mask, *more: function(q, k, v, visible(mask), *more)
 
 
 def _widened(call: Call) -> Call:

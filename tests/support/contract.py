@@ -20,9 +20,10 @@ from smolvla_fast.ops.table import NAMES
 from smolvla_fast.tune.check import allowance
 from support import triton_by
 
-# Three are called with another op; attention_with_grad has tests of its own (test_training_ops.py), and so has
-# denoise_persistent, which is a stage.
-HELPERS = {"prepare_mask", "suffix_fold", "attention_with_grad", "flow_point", "denoise_persistent"}
+# Three are called with another op; attention_with_grad has tests of its own (test_training_ops.py), and so has what only
+# one backend has: attention_residual, and denoise_persistent, which is a stage.
+ONE_BACKENDS = {"attention_residual", "denoise_persistent"}
+HELPERS = {"prepare_mask", "suffix_fold", "attention_with_grad", "flow_point", *ONE_BACKENDS}
 OPS = tuple(name for name in NAMES if name not in HELPERS)
 
 

@@ -14,20 +14,22 @@ CASES = (
 )
 
 
-def cross_kv(k: Tensor, v: Tensor, k_weight: Tensor, v_weight: Tensor) -> tuple[Tensor, Tensor]:
+def cross_kv(
+    k: Tensor, v: Tensor, k_weight: Tensor, v_weight: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """``k' = k·Wkᵀ,  v' = v·Wvᵀ`` over the joined heads.
 
     k, v       [B, P, K, D]  the prefix KV of the same layer, already rotated
     weights    [K·D, K·D]  fp32 in LeRobot's default layout, whatever the rest is stored in
-    returns    k', v'  [B, P, K, D]  dtype of the weights
+    dtype      of the result, the weights' where not given
+    returns    k', v'  [B, P, K, D]
     replaces   ``k_proj`` / ``v_proj`` in ``forward_cross_attn_layer``, which stock runs in every denoise step although
                nothing in them depends on the step
     """
 
     def project(x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x.to(weight.dtype).reshape(*x.shape[:2], -1), weight).view(
-            *x.shape[:2], -1, x.shape[-1]
-        )
+        y = F.linear(x.to(weight.dtype).reshape(*x.shape[:2], -1), weight)
+        return y.view(*x.shape[:2], -1, x.shape[-1]).to(dtype or weight.dtype)
 
     return project(k, k_weight), project(v, v_weight)
 

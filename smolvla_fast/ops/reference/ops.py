@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .attention import attention
+from .attention_residual import attention_residual
 from .cross_kv import cross_kv
 from .euler_step import euler_step
 from .flow_loss import flow_loss, flow_point

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..memory import Memory
@@ -49,10 +50,18 @@ def norm_qkv_rope(
 
 
 def cross_kv(
-    k: Tensor, v: Tensor, k_weight: Tensor, v_weight: Tensor, *, linear: Linear = best_linear
+    k: Tensor,
+    v: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    dtype: torch.dtype | None = None,
+    *,
+    linear: Linear = best_linear,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.cross_kv``."""
-    return linear(k.flatten(2), k_weight).view(k.shape), linear(v.flatten(2), v_weight).view(v.shape)
+    found = (linear(x.flatten(2), weight).view(x.shape) for x, weight in ((k, k_weight), (v, v_weight)))
+    k, v = found if dtype is None else (each.to(dtype) for each in found)
+    return k, v
 
 
 def linear_residual(

@@ -156,6 +156,7 @@ Table memory() {
     t.push_back({"cp.async.wait_group", {copy_wait, "i"}});
     t.push_back({"atom.global.gpu.acq_rel.add.u32", {add<true>, "rAr"}});
     t.push_back({"atom.global.gpu.relaxed.add.u32", {add<false>, "rAr"}});
+    t.push_back({"atom.global.cta.acq_rel.add.u32", {add<false>, "rAr"}});  // orders nothing between blocks
     return t;
 }
 

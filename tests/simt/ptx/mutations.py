@@ -20,6 +20,7 @@ MUTATIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "no barrier before the counter": ("common", "        tl.debug_barrier()\n", "", GEMMS),
     "a relaxed counter": ("common", 'sem="acq_rel"', 'sem="relaxed"', GEMMS),
     "a counter of one block": ("common", 'scope="gpu"', 'scope="cta"', GEMMS),
+    "no wait for the launch ahead": ("dependent_launch", "        gdc_wait()\n", "", GEMMS),
     "products in tf32": ("common", 'acc, input_precision="ieee")', 'acc, input_precision="tf32")', GEMMS),
     "attention in tf32": ("tuning", '"tf32x3"] = "tf32x3"', '"tf32x3"] = "tf32"', MASKED),
     "heads in tf32": ("tuning", '"tf32x3"] = "tf32x3"', '"tf32x3"] = "tf32"', ROWS),

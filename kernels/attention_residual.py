@@ -1,0 +1,197 @@
+"""Masked attention, its output projection and the residual add: one launch where a step has few rows.
+
+A program attends for a tile of tokens and all query heads of one KV head, and multiplies what it finds, rounded as
+``masked_attention`` rounds it, with its columns of their part of the output weight. KV heads share K: their partial sums
+meet as in ``linear_residual``. Each tile of columns attends anew, which costs less than a launch and the way through memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import as_rows, capability, check, split_workspace, sum_of_splits
+from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
+from .masked_attention import TYPES, attend, check_attention
+from .tuning import attention_residual_tile, fp32_precision, head_block
+
+
+@triton.jit
+def _attention_residual_fwd(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    weight_ptr,
+    residual_ptr,
+    y_ptr,
+    partials_ptr,
+    arrivals_ptr,
+    tokens,
+    keys,
+    outputs,
+    q_batch_stride,
+    q_token_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_key_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_key_stride,
+    v_head_stride,
+    mask_batch_stride,
+    mask_token_stride,
+    mask_key_stride,
+    weight_row_stride,
+    residual_row_stride,
+    scale_log2,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    token_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
+    col_tiles = tl.cdiv(outputs, BLOCK_COLS)
+    token_tile = tile % token_tiles
+    col = tile // token_tiles % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    batch = (tile // token_tiles // col_tiles).to(tl.int64)
+    # What heads have side by side in a row of x·Wᵀ: head of the group and dimension, both padded.
+    inner = tl.arange(0, BLOCK_GROUP * BLOCK_DIM)
+    in_inner = (inner // BLOCK_DIM < GROUP) & (inner % BLOCK_DIM < HEAD_DIM)
+    place = (kv_head * GROUP + inner // BLOCK_DIM) * HEAD_DIM + inner % BLOCK_DIM
+    # Columns beyond the last one have its weights, and are never stored.
+    weight_cols = weight_ptr + tl.minimum(col, outputs - 1).to(tl.int64)[None, :] * weight_row_stride
+    first = kv_head * GROUP * HEAD_DIM
+    prefetch_weight(weight_cols, first, first + GROUP * HEAD_DIM, token_tile == 0, DEPENDENT)
+    await_inputs(DEPENDENT)
+
+    rows = tl.arange(0, BLOCK_TOKENS * BLOCK_GROUP)
+    token = token_tile * BLOCK_TOKENS + rows // BLOCK_GROUP
+    head = kv_head * GROUP + rows % BLOCK_GROUP
+    dims = tl.arange(0, BLOCK_DIM)
+    in_rows, in_dims = (token < tokens) & (rows % BLOCK_GROUP < GROUP), dims < HEAD_DIM
+    q_tile = q_ptr + batch * q_batch_stride + (token * q_token_stride + head * q_head_stride)[:, None]
+    q = tl.load(q_tile + dims[None, :], mask=in_rows[:, None] & in_dims[None, :], other=0.0).to(COMPUTE)
+    attended = attend(
+        q,
+        k_ptr + batch * k_batch_stride + kv_head * k_head_stride + dims[None, :],
+        v_ptr + batch * v_batch_stride + kv_head * v_head_stride + dims[None, :],
+        mask_ptr + batch * mask_batch_stride + (token * mask_token_stride)[:, None],
+        in_rows,
+        in_dims,
+        keys,
+        k_key_stride,
+        v_key_stride,
+        mask_key_stride,
+        scale_log2,
+        COMPUTE,
+        PRECISION,
+        BLOCK_KEYS,
+    )
+    x = tl.reshape(attended.to(q_ptr.dtype.element_ty), [BLOCK_TOKENS, BLOCK_GROUP * BLOCK_DIM])
+    weight = tl.load(weight_cols + place[:, None], mask=in_inner[:, None], other=0.0)
+    y = tl.dot(x.to(weight.dtype), weight, input_precision=PRECISION)
+
+    y, last = sum_of_splits(y, partials_ptr, arrivals_ptr, tile, kv_head, KV_HEADS, BLOCK_TOKENS, BLOCK_COLS)
+    if last:
+        own = token_tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        mask = (own < tokens)[:, None] & (col < outputs)[None, :]
+        row = (batch * tokens + own)[:, None]
+        residual = tl.load(residual_ptr + row * residual_row_stride + col[None, :], mask=mask, other=0.0)
+        y += residual.to(tl.float32)
+        tl.store(y_ptr + row * outputs + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def attention_residual(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    *,
+    out: Tensor | None = None,
+    memory: Any = None,
+) -> Tensor:
+    """``y = residual + masked_attention(q, k, v, mask) · weightᵀ``.
+
+    q, k, v, mask  as in ``masked_attention``      weight  [O, H·D]      residual  [B, T, O]  fp32 | bf16 | fp16 each
+    out, memory    not used
+    returns        [B, T, O]  what weight and residual promote to
+    numerics       as ``masked_attention`` and ``linear_residual``, products of fp32 as ``tuning.fp32_precision`` says
+    errors         ValueError for other shapes or dtypes, quantised weights, no keys, more than 16 KV heads, or heads that do
+                   not fit into a tile
+    replaces       ``eager_attention_forward``, ``o_proj`` and the in-place add behind them
+    """
+    op = "attention_residual"
+    batch, tokens, heads, keys, kv_heads, head_dim = check_attention(op, q, k, v, mask)
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"{op}: the weight is quantised; accepted is a plain one")
+    outputs = weight.shape[0]
+    check(op, "weight", weight, (outputs, heads * head_dim), like=q)
+    check(op, "residual", residual, (batch, tokens, outputs), like=q)
+    dtype = torch.promote_types(weight.dtype, residual.dtype)
+    y = torch.empty(batch, tokens, outputs, dtype=dtype, device=q.device)
+    if not y.numel():
+        return y
+    residual = as_rows(residual)
+    group, block_dim = heads // kv_heads, head_block(head_dim)
+    block_group = triton.next_power_of_2(group)
+    compute = torch.promote_types(q.dtype, k.dtype)
+    cc = capability(q.device)
+    widest = max(compute.itemsize, v.dtype.itemsize, weight.dtype.itemsize)
+    tile = attention_residual_tile(
+        tokens, outputs, keys, kv_heads, block_group * block_dim, block_group, widest, cc
+    )
+    tiles = batch * triton.cdiv(tokens, tile.rows) * triton.cdiv(outputs, tile.cols)
+    partials = arrivals = y
+    if kv_heads > 1:
+        partials, arrivals = split_workspace(tiles, kv_heads, tile.rows * tile.cols, q.device)
+    _attention_residual_fwd[(tiles, kv_heads)](
+        q,
+        k,
+        v,
+        mask,
+        weight,
+        residual,
+        y,
+        partials,
+        arrivals,
+        tokens,
+        keys,
+        outputs,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *mask.stride(),
+        weight.stride(0),
+        residual.stride(0),
+        math.log2(math.e) / math.sqrt(head_dim),
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        KV_HEADS=kv_heads,
+        COMPUTE=TYPES[compute],
+        PRECISION=fp32_precision(cc),
+        **dependent_launch(cc),
+        BLOCK_TOKENS=tile.rows,
+        BLOCK_COLS=tile.cols,
+        BLOCK_KEYS=tile.inner,
+        BLOCK_GROUP=block_group,
+        BLOCK_DIM=block_dim,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return y
