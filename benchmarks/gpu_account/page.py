@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,11 +14,11 @@ from typing import Any
 import torch
 
 from benchmarks import ROOT
-from benchmarks.gpu_account.price import BESIDE, GPU, Constant, Priced, price, total
+from benchmarks.gpu_account.price import BESIDE, GPU, H200, Constant, Priced, price, total
 from benchmarks.gpu_account.recording import AROUND, Node, Recording
+from benchmarks.gpu_account.work import is_small
 from benchmarks.report.tables import NONE, suite, table
 from smolvla_fast.measure.console import milliseconds
-from smolvla_fast.ops.table import STAGES
 
 RESULTS = ROOT / "benchmarks" / "results"
 BEFORE = RESULTS / "gpu-account-before.json"
@@ -49,7 +50,7 @@ def is_of(name: str) -> Callable[[Priced], bool]:
 def sizes(node: Node) -> str:
     """Of a node's launch, as far as they tell it from others of the same kernel."""
     if node.by_torch:
-        return " ".join("x".join(map(str, each.shape)) for each in node.operands)
+        return " ".join("x".join(map(str, x.shape)) for x in node.operands[:3] if len(x.shape) > 1)
     return " ".join(f"{n}={node.arguments[n]}" for n in SIZES if isinstance(node.arguments.get(n), int))
 
 
@@ -80,6 +81,12 @@ class Account:
             found[each.node.stage] += each.seconds
         return dict(found)
 
+    @cached_property
+    def without_pdl(self) -> float:
+        """Seconds of the same nodes, each launched when the one before has ended."""
+        nodes = [replace(node, pdl=False) for node in self.recording.nodes]
+        return Account(self.gpu, replace(self.recording, nodes=nodes)).together
+
     @property
     def together(self) -> float:
         return total(self.seconds)
@@ -96,7 +103,6 @@ class Account:
             (node.stage.partition(BESIDE)[0], node.layer) for node in nodes if not node.by_torch
         )
         layers = self.layers
-        ops = {f"{op}_fwd" for stage in STAGES.values() for op in stage}
         return {
             "nodes of a chunk": len(nodes),
             "of these Triton's": sum(not node.by_torch for node in nodes),
@@ -106,7 +112,8 @@ class Account:
             // layers["cross"],
             "launches of a denoise step": sum(n for (stage, _), n in launches.items() if stage == "denoise")
             // steps,
-            "nodes of the prelude": sum(not n.layer and (n.by_torch or n.name not in ops) for n in nodes),
+            "nodes outside of layers": sum(not node.layer for node in nodes),
+            "nodes of the prelude": sum(map(is_small, nodes)),
         }
 
     @property
@@ -137,20 +144,29 @@ class Account:
         return dict(stages=stages, ms=round(self.together * 1e3, 3), counts=self.counts, nodes_us=nodes_us)
 
 
+def of_result(data: dict[str, Any]) -> dict[str, float]:
+    """ms by stage, and "total" of a chunk of tier bf16 with two cameras, in a result of an H100 or H200; or nothing.
+
+    Of the suite ``stages``, or of a visit whose parts have figures of their own.
+    """
+    if not re.search("H[12]00", str(data.get("machine_info", {}))) or data.get("rehearsal"):
+        return {}
+    for bench in suite(data, "stages", "stages") if "benchmarks" in data else ():
+        is_this = bench["variant"] in ("bf16", "bf16, triton") and bench["cameras"] == CAMERAS
+        if is_this and "full size, cuda" in bench["group"]:
+            return {stage: each["p50_ms"] for stage, each in bench["stages"].items()}
+    figures = {part["name"]: part.get("figures") or {} for part in data.get("parts", ())}
+    stages = figures.get("stages", {})
+    found = {stage: stages[f"{stage}_ms"] for stage in BY_HAND_MS if f"{stage}_ms" in stages}
+    headline = figures.get("policy", {}).get("headline")
+    return {**found, **({"total": headline["ms"]} if headline else {})}
+
+
 def measured() -> tuple[dict[str, float], str]:
-    """ms by stage and "total" of tier bf16 with two cameras, and the file: the newest result of an H100, or nothing."""
+    """As ``of_result`` of the newest committed result that has it, and its file's name."""
     for path in sorted(RESULTS.glob("*.json"), reverse=True):
-        data = json.loads(path.read_text())
-        name = str(data.get("machine_info", {}))
-        if "benchmarks" not in data or "H100" not in name:
-            continue
-        for bench in suite(data, "stages", "stages"):
-            if (
-                bench["variant"] in ("bf16", "bf16, triton")
-                and bench["cameras"] == CAMERAS
-                and "full size, cuda" in bench["group"]
-            ):
-                return {stage: each["p50_ms"] for stage, each in bench["stages"].items()}, path.name
+        if found := of_result(json.loads(path.read_text())):
+            return found, path.name
     return {}, ""
 
 
@@ -170,17 +186,19 @@ def by_stage(account: Account) -> str:
     sums = [sum(each[kind] for each in now["stages"].values()) for kind in ("triton", "torch")]
     rows.append([
         "**sum**", *sums, f"**{now['ms']:.2f}**", floor, f"{before['ms']:.2f}", "6.0",
-        *([milliseconds(found["total"])] if found else []),
+        *([milliseconds(found["total"]) if "total" in found else NONE] if found else []),
     ])  # fmt: skip
     columns = ["stage", "Triton nodes", "torch nodes", "predicted ms", "floor ms", "before ms", "by hand ms"]
     text = table([*columns, *(["measured ms"] if found else [])], rows, left=1)
-    said = f"benchmarks/results/{source}" if found else "not measured; no result of an H100 is committed"
+    said = (
+        f"benchmarks/results/{source}" if found else "not measured; no result of an H100 or H200 is committed"
+    )
     return f"{text}\n\nMeasured: {said}."
 
 
 def kind(p: Priced) -> tuple[str, str, str]:
     """Nodes of one kind are a row: name, sizes, layer. torch's small calls are one kind."""
-    if p.node.by_torch and not p.node.layer:
+    if p.node.by_torch and is_small(p.node):
         return "torch's calls", "", ""
     marks = " serialised" * p.work.serialized
     return p.node.name.removesuffix("_fwd"), sizes(p.node) + marks, p.node.layer
@@ -254,6 +272,7 @@ def markdown(account: Account) -> str:
     around = account.around
     calls = ", ".join(f"{name} {n}" for name, n in Counter(p.node.name for p in around).items())
     around_us = sum(each.seconds for each in around) * 1e6
+    small = sorted({p.node.name for p in account.priced if is_small(p.node) and not p.node.by_torch})
     parts = [
         "# Where the time of a chunk should go on an H100",
         f"Made by `make gpu-account` with torch {torch.__version__.partition('+')[0]}, without a GPU: **predictions, "
@@ -264,11 +283,13 @@ def markdown(account: Account) -> str:
         "hand\" an estimate that is older.",
         by_stage(account),
         "Floor: all weights once from HBM (of the denoise stage once a step) or the FLOP of a chunk at the peak of the "
-        "tensor cores, whichever is longer.",
+        "tensor cores, whichever is longer. Without programmatic dependent launch (PDL) the same nodes are "
+        f"{milli(account.without_pdl)} ms. On an H200, whose HBM is faster and all else equal: "
+        f"{milli(replace(account, gpu=H200).together)} ms.",
         counts(account),
-        "A launch is a Triton kernel. The prelude is what is in no layer and computes no op of a stage: torch's small "
-        f"calls, and kernels in their place. Around its graph a replay queues {len(around)} more ({calls}), "
-        f"{around_us:.0f} us, not in the sum.",
+        "A launch is a Triton kernel. The prelude is what is in no layer and no large product: torch's small calls, and "
+        f"kernels of ours in their place ({', '.join(small) or 'none'}), priced as if each number were read and written "
+        f"once. Around its graph a replay queues {len(around)} more ({calls}), {around_us:.0f} us, not in the sum.",
         *(f"## {stage}\n\n{by_node(account, stage)}" for stage in account.seconds),
         "HBM: what is not in L2, which holds what was touched last. L2: what all programs together move, what several read "
         "counted as often. FLOP with padding. fma: fp32 outside the tensor cores; tf32x3: three products of tf32 for one of "
@@ -287,5 +308,6 @@ NOTES = (
     "agree shows nothing. Single nodes were left where the formula puts them. The estimate does not say how it came to its "
     "figures. In the formula attention of the first version waits for memory once a block of keys and for little else, the "
     "last program of a split product waits for L2 three times, and `norm_swiglu` is bound by L2, through which each of its "
-    "128 programs reads the whole fp32 stream."
+    "128 programs reads the whole fp32 stream. Dependent launch is priced without what it costs: places and HBM that the node "
+    "ahead could have used, lines that are gone again when they are read."
 )

@@ -6,15 +6,15 @@
   operations · their clocks. waves: how often the multiprocessors are filled. start, end: of a program.
 - HBM: bytes that are not in L2, which holds what was touched last. L2: what all programs move. busiest: the multiprocessor
   with the most programs, by its port to L2 or by its units (products, and exponents behind them).
-- With programmatic launch behind a programmatic launch, the gap is smaller, a program has started before the node before it
-  ends, and of its weights so much is in L2 already as HBM could bring while that node did not use it.
+- With programmatic launch behind a programmatic launch the gap is smaller. Programs that find a place beside the node before
+  have started before it ends, and of their weights so much is in L2 as HBM could bring while that node did not use it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ class GPU:
     tf32: Constant
     fma: Constant
     tensor_share: Constant
+    library_share: Constant
     serialized_share: Constant
     fma_share: Constant
     exponents: Constant
@@ -60,11 +61,12 @@ class GPU:
     gap: Constant
     gap_pdl: Constant
 
-    def rate(self, unit: str) -> float:
+    def rate(self, work: Work) -> float:
         """FLOP a second that all multiprocessors reach."""
-        if unit == "fma":
+        if work.unit == "fma":
             return self.fma.value * self.fma_share.value
-        return self.peak(unit) * self.tensor_share.value
+        share = (self.library_share if work.library else self.tensor_share).value
+        return self.peak(work.unit) * share * (self.serialized_share.value if work.serialized else 1.0)
 
     def peak(self, unit: str) -> float:
         """tf32x3: three products of tf32 make one."""
@@ -91,6 +93,7 @@ H100 = GPU(
     tf32=Constant(494e12, "FLOP/s", DATA_SHEET + ", dense"),
     fma=Constant(67e12, "FLOP/s", DATA_SHEET + ", fp32"),
     tensor_share=Constant(0.6, "", "of the peak of tensor cores; assumed of Triton's products"),
+    library_share=Constant(0.7, "", "of the peak of tensor cores; assumed of the vendor's libraries"),
     serialized_share=Constant(0.7, "", "of that, where ptxas serialises wgmma; assumed"),
     fma_share=Constant(0.35, "", "of the peak of FMA units, operands out of shared memory; assumed" ),
     exponents=Constant(16, "1/clock", GUIDE + ": of one multiprocessor"),
@@ -105,6 +108,9 @@ H100 = GPU(
     gap=Constant(1.0e-6, "s", "between two nodes of a graph; assumed"),
     gap_pdl=Constant(0.3e-6, "s", "with programmatic dependent launch; assumed"),
 )  # fmt: skip
+
+HBM3E = "NVIDIA's data sheet, H200 SXM: 4.8 TB/s; 0.9 of it assumed reachable"
+H200 = replace(H100, hbm=Constant(0.9 * 4.8e12, "B/s", HBM3E))
 
 
 class L2:
@@ -159,27 +165,42 @@ class Priced:
         return self.work.programs * self.work.flops
 
 
-def resident(gpu: GPU, work: Work) -> int:
-    """Programs that a multiprocessor holds at once."""
-    room = [gpu.warps.value / work.warps, gpu.registers.value / (32 * work.warps * work.registers)]
-    if work.shared:
-        room.append(gpu.shared.value / work.shared)
-    return max(1, int(min(room)))
+def resident(gpu: GPU, work: Work, beside: Work | None = None, programs: int = 0) -> int:
+    """Programs that a multiprocessor holds at once beside so many of another node."""
+    found = []
+    for name, most in (("warps", gpu.warps), ("registers", gpu.registers), ("shared", gpu.shared)):
+        taken = programs * _takes(beside, name) if beside is not None else 0.0
+        if each := _takes(work, name):
+            found.append(int((most.value - taken) / each))
+    return max(0 if programs else 1, min(found))
+
+
+def _takes(work: Work, name: str) -> float:
+    return 32 * work.warps * work.registers if name == "registers" else getattr(work, name)
+
+
+def early(gpu: GPU, work: Work, before: Work) -> float:
+    """The share of a node's programs that find a place while the node before it runs."""
+    places, busy = gpu.multiprocessors.value, min(gpu.multiprocessors.value, before.programs)
+    held = min(resident(gpu, before), ceil(before.programs / places))
+    free = busy * resident(gpu, work, before, held) + (places - busy) * resident(gpu, work)
+    return min(1.0, free / work.programs)
 
 
 def price_node(gpu: GPU, node: Node, work: Work, weights: float, hbm: float, before: Priced | None) -> Priced:
     """weights, hbm  bytes that are not in L2      before  the node before it, or None"""
-    overlaps = node.pdl and before is not None and before.node.pdl
-    prefetched = min(weights, before.idle * gpu.hbm.value) if overlaps and before is not None else 0.0
+    overlaps, share, prefetched = False, 0.0, 0.0
+    if node.pdl and before is not None and before.node.pdl:
+        overlaps, share = True, early(gpu, work, before.work)
+        prefetched = min(share * weights, before.idle * gpu.hbm.value)
     left = (hbm - prefetched) / hbm if hbm else 0.0
     latency = gpu.latency_l2.value + left * (gpu.latency_hbm.value - gpu.latency_l2.value)
-    start = 0.0 if overlaps else gpu.start.value
+    start = (1.0 - share) * gpu.start.value
     waits = work.trips * latency + work.tails * gpu.latency_l2.value + work.operations * gpu.operation.value
     waves = ceil(work.programs / (gpu.multiprocessors.value * resident(gpu, work)))
     chain = gpu.seconds(start + waits + (waves - 1) * (gpu.start.value + waits))
 
-    share = gpu.serialized_share.value if work.serialized else 1.0
-    of_one = work.flops * gpu.multiprocessors.value / (gpu.rate(work.unit) * share)
+    of_one = work.flops * gpu.multiprocessors.value / gpu.rate(work)
     of_one += gpu.seconds(work.exponents / gpu.exponents.value)
     most = ceil(work.programs / gpu.multiprocessors.value)
     busiest = most * max(of_one, gpu.seconds(work.moved / gpu.port.value))
@@ -187,7 +208,7 @@ def price_node(gpu: GPU, node: Node, work: Work, weights: float, hbm: float, bef
     rates = max(from_hbm, work.programs * work.moved / gpu.l2.value, busiest)
 
     body = max(chain, gpu.seconds(start + latency) + rates) + gpu.seconds(gpu.end.value)
-    gap = gpu.gap_pdl.value if node.pdl else gpu.gap.value
+    gap = gpu.gap_pdl.value if overlaps else gpu.gap.value
     return Priced(node, work, gap + body, hbm, waves, max(0.0, body - from_hbm))
 
 

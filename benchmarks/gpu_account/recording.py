@@ -102,6 +102,8 @@ class Recorder:
     stages: list[str] = field(default_factory=lambda: [AROUND])
     layers: list[str] = field(default_factory=lambda: [""])
     weights: set[int] = field(default_factory=set)
+    most: dict[int, int] = field(default_factory=dict)
+    """Bytes of a table that is looked up in, and not read as a whole."""
     kept: list[Tensor] = field(default_factory=list)
     """Memory that were freed could be another's under the same name."""
 
@@ -119,8 +121,8 @@ class Recorder:
         for size, stride in zip(value.shape, value.stride(), strict=True):
             number *= size if stride else 1
         place = (memory, value.storage_offset())
-        found = memory in self.weights
-        return Operand(place, tuple(value.shape), value.dtype, number * value.itemsize, found)
+        read = min(number * value.itemsize, self.most.get(memory, number * value.itemsize))
+        return Operand(place, tuple(value.shape), value.dtype, read, memory in self.weights)
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
@@ -183,8 +185,6 @@ class _Calls(TorchDispatchMode):
         writes = func._schema.is_mutable or any(x.untyped_storage()._cdata not in held for x in made)
         if func.namespace == "aten" and made and writes and name not in MAKES_MEMORY:
             arguments = {str(place): value for place, value in enumerate((*args, kwargs or {}, out))}
-            if name == "embedding":  # of the table it reads the rows that it writes
-                arguments = {"0": args[1], "1": args[0][: args[1].numel()], "2": out}
             if name in MORE_KERNELS and given[0].dtype is not made[0].dtype:
                 self.recorder.note("_to_copy", (), {"0": given[0]})
             self.recorder.note(name, (), arguments)
@@ -287,6 +287,9 @@ def record(size: str = "full", cameras: int = 2) -> Recording:
         recorder.weights = {x.untyped_storage()._cdata for x in policy.parameters()}
         engine = inference.Engine(TIERS["bf16"], "triton", DEVICE)
         inputs, noise = made_inputs(policy.model), made_noise(policy.model)
+        table = policy.model.vlm_with_expert.get_vlm_model().text_model.get_input_embeddings().weight
+        tokens = inputs[2].numel()
+        recorder.most[table.untyped_storage()._cdata] = tokens * table.shape[1] * table.itemsize
         with _Calls(recorder):
             engine.act(policy.model, *inputs, noise)
             recorder.recording = True

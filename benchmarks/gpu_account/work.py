@@ -6,7 +6,7 @@ A rule a kernel, of the shape of its source alone: tiles, loops, which products.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil, prod
 from typing import Any
@@ -35,7 +35,7 @@ class Work:
     trips       waits for memory one behind the other: the loop's steps by the loads in flight
     tails       such waits behind the loop, for what is in L2
     operations  products, reductions and barriers one behind the other
-    serialized  ptxas lets no product run beside another
+    serialized  ptxas lets no product run beside another      library  of a vendor
     """
 
     programs: int
@@ -50,6 +50,7 @@ class Work:
     tails: float = 0.0
     operations: float = 1.0
     serialized: bool = False
+    library: bool = False
 
 
 Rule = Callable[[Node], Work]
@@ -145,7 +146,8 @@ def elementwise(node: Node) -> Work:
     number = sum(each.bytes for each in node.operands)
     programs = prod(node.grid)
     if node.by_torch:
-        programs = ceil(max(prod(each.shape) for each in node.operands) / (THREADS * PER_THREAD))
+        most = max(each.bytes / each.dtype.itemsize for each in node.operands)
+        programs = ceil(most / (THREADS * PER_THREAD))
     return Work(programs, number / programs, node.arguments.get("num_warps", THREADS // 32))
 
 
@@ -171,7 +173,8 @@ def _library_product(node: Node) -> Work:
     grid = (ceil(rows / tile.rows) * ceil(outputs / tile.cols) * batch, tile.split)
     given = dict(x=x, weight=weight, y_ptr=out, rows=rows, SPLIT_K=tile.split, **tile.launch)
     as_ours = Node(node.stage, node.layer, node.name, grid, given)
-    return _gemm(as_ours, "x", "weight", inputs, tails=len(found) > 3, activation="activation" in node.name)
+    work = _gemm(as_ours, "x", "weight", inputs, tails=len(found) > 3, activation="activation" in node.name)
+    return replace(work, library=True)
 
 
 def _library_attention(node: Node) -> Work:
@@ -180,7 +183,7 @@ def _library_attention(node: Node) -> Work:
     tile = dict(BLOCK_KEYS=128, num_warps=8, num_stages=2, PRECISION="ieee")
     given = dict(q_ptr=q, k_ptr=k, v_ptr=node.arguments["2"], **tile)
     as_ours = Node(node.stage, "", node.name, (ceil(q.shape[2] / 128), q.shape[0] * q.shape[1]), given)
-    return _attention(as_ours, 128, k.shape[2], q.shape[3])
+    return replace(_attention(as_ours, 128, k.shape[2], q.shape[3]), library=True)
 
 
 RULES: dict[str, Rule] = {
@@ -199,9 +202,8 @@ RULES: dict[str, Rule] = {
     "layer_norm_fwd": _layer_norm,
     "suffix_embed_fwd": _suffix_embed,
     "euler_step_fwd": _euler_step,
-    "image_prep_fwd": elementwise,
 }  # fmt: skip
-"""Of Triton's kernels."""
+"""Of Triton's kernels; one that has none is small."""
 BY_TORCH: dict[str, Rule] = {
     **dict.fromkeys(("mm", "mv", "bmm", "addmm", "addmv", "baddbmm", "_addmm_activation"), _library_product),
     "_scaled_dot_product_flash_attention": _library_attention,
@@ -210,15 +212,20 @@ BY_TORCH: dict[str, Rule] = {
 """Of ATen's calls that are not elementwise."""
 
 
+def is_small(node: Node) -> bool:
+    """Whether a node is one of those that prepare what the layers and steps need: no layer's, and no large product."""
+    return not node.layer and (node.by_torch or node.name not in RULES)
+
+
 def work_of(node: Node) -> Work:
-    """Raises KeyError of a Triton kernel that has no rule."""
+    """Raises KeyError of a layer's Triton kernel that has no rule."""
     if node.by_torch:
         return BY_TORCH.get(node.name, elementwise)(node)
-    if node.name not in RULES:
+    if node.layer and node.name not in RULES:
         raise KeyError(
             f"{node.name} has no rule; say in benchmarks/gpu_account/work.py what a program of it does"
         )
-    return RULES[node.name](node)
+    return RULES.get(node.name, elementwise)(node)
 
 
 def case_of(node: Node) -> str | None:

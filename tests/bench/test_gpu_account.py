@@ -17,7 +17,7 @@ if not isinstance(_linear_fwd, JITFunction):
     pytest.skip("kernels are interpreted here: they have no launch to note", allow_module_level=True)
 
 from benchmarks.gpu_account.__main__ import PAGE
-from benchmarks.gpu_account.page import BEFORE, Account, counts, markdown
+from benchmarks.gpu_account.page import BEFORE, Account, counts, markdown, of_result
 from benchmarks.gpu_account.price import H100, L2, Priced, price, price_node, total
 from benchmarks.gpu_account.recording import AROUND, Node, Operand, record
 from benchmarks.gpu_account.work import Work, serialized_by_ptxas, work_of
@@ -116,6 +116,10 @@ def test_every_constant_has_a_source_and_a_say(account: Account, name: str) -> N
     constant = H100.constants[name]
     assert constant.source and constant.value > 0
     nodes = [replace(each, pdl=place % 5 < 2) for place, each in enumerate(account.recording.nodes)]
+    product = {
+        str(place): Operand((-place, 0), (2048, 2048), torch.bfloat16, 2**23, True) for place in range(3)
+    }
+    nodes.append(Node("vision", "vision", "mm", (), product))
     other = replace(H100, **{name: constant._replace(value=constant.value / 10)})
     # Beside them what just fits: no node of the chunk is short of shared memory.
     fits = replace(WORK, programs=264, shared=100 * 1024, trips=10.0)
@@ -134,10 +138,13 @@ def test_dependent_launch_hides_what_reads_weights_alone() -> None:
     assert behind < without - 0.7  # the gap alone
     # Not more than HBM could bring while the node before it did not use it.
     busy = replace(before, idle=0.0)
-    assert behind < us(WORK, 3e6, before=busy, pdl=True) < without
-    # A node that does not let the next one begin hides nothing but the gap.
+    assert behind < us(WORK, 3e6, before=busy, pdl=True) < without - 0.7
+    # A node that does not let the next one begin, or leaves it no place, hides nothing; the latter but the gap.
     plain = replace(before, node=node())
-    assert us(WORK, 3e6, before=plain, pdl=True) == pytest.approx(without - 0.7)
+    assert us(WORK, 3e6, before=plain, pdl=True) == without
+    full = replace(before, work=replace(before.work, shared=200 * 1024))
+    crowded = replace(WORK, shared=100 * 1024)
+    assert us(crowded, 3e6, before=full, pdl=True) == pytest.approx(without - 0.7)
 
 
 def test_l2_holds_what_was_touched_last() -> None:
@@ -155,15 +162,38 @@ def test_a_stage_beside_another_counts_as_far_as_it_is_longer() -> None:
     assert total({"vision": 1.0, "prefix": 2.0, "denoise beside prefix": 2.5}) == 3.5
 
 
-def test_a_kernel_without_a_rule_is_an_error() -> None:
+def test_a_library_is_priced_by_its_own_share() -> None:
+    product = replace(WORK, flops=1e9, unit="bf16")
+    assert us(replace(product, library=True)) < us(product)
+
+
+def test_a_kernel_of_a_layer_without_a_rule_is_an_error() -> None:
     with pytest.raises(KeyError, match="k has no rule; say in benchmarks/gpu_account/work.py"):
         work_of(node())
+    small = replace(node(x=operand(1320)), layer="")
+    assert work_of(small).moved == 10.0
 
 
 def test_serialised_products_are_read_from_the_table_of_compiled_kernels(account: Account) -> None:
     """Whatever is in it: a name that no launch has would be read in vain."""
     known = {p.node.name for p in account.priced}
     assert {name for name, _ in serialized_by_ptxas()} <= known
+
+
+def test_what_was_measured_is_read_from_a_result() -> None:
+    h100: dict[str, Any] = {"machine_info": {"smolvla_fast": {"gpus": [{"name": "NVIDIA H100 80GB HBM3"}]}}}
+    stages = {stage: {"p50_ms": 1.0} for stage in ("vision", "prefix", "denoise", "total")}
+    info = dict(suite="stages", variant="bf16", cameras=2, stages=stages)
+    bench = {"group": "stages: full size, cuda, bf16 weights", "extra_info": info}
+    assert of_result({**h100, "benchmarks": [bench]}) == dict.fromkeys(stages, 1.0)
+    assert of_result({**h100, "benchmarks": [{**bench, "extra_info": {**info, "variant": "fp32"}}]}) == {}
+    assert of_result({"machine_info": {}, "benchmarks": [bench]}) == {}, "of another machine"
+    parts = [
+        {"name": "stages", "figures": {"vision_ms": 1.5}},
+        {"name": "policy", "figures": {"headline": {"ms": 3.0}}},
+    ]
+    assert of_result({**h100, "parts": parts}) == {"vision": 1.5, "total": 3.0}
+    assert of_result({**h100, "parts": parts, "rehearsal": True}) == {}
 
 
 def test_before_is_kept() -> None:
