@@ -308,6 +308,6 @@ NOTES = (
     "agree shows nothing. Single nodes were left where the formula puts them. The estimate does not say how it came to its "
     "figures. In the formula attention of the first version waits for memory once a block of keys and for little else, the "
     "last program of a split product waits for L2 three times, and `norm_swiglu` is bound by L2, through which each of its "
-    "128 programs reads the whole fp32 stream. Dependent launch is priced without what it costs: places and HBM that the node "
-    "ahead could have used, lines that are gone again when they are read."
+    "128 programs reads the whole fp32 stream. Dependent launch is priced without what it costs: places and HBM that the "
+    "node ahead could have used, lines that are gone again when they are read."
 )
