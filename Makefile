@@ -1,4 +1,4 @@
-# make demo | train-demo | test | test-cpus | test-full | acceptance | fuzz | soak | test-compat | compiled-kernels | simt | simt-full | lint | bench | aot | cuda | ptxas
+# make demo | train-demo | test | test-cpus | test-full | acceptance | fuzz | soak | test-compat | compiled-kernels | simt | simt-full | lint | bench | aot | gpu-account | cuda | ptxas
 #      | gpu-report | gpu-peers | gpu-wheels | venv | clean
 #
 # Everything happens in .venv, made on first use with the best Python found (or PYTHON=...): `make demo` installs what the
@@ -19,7 +19,7 @@ ARGS    ?=
 # Processes of `make test`; 0: one process, with live output.
 JOBS    ?= 2
 
-.PHONY: demo train-demo test test-cpus test-full acceptance fuzz soak test-compat account compiled-kernels simt simt-full lint bench aot cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
+.PHONY: demo train-demo test test-cpus test-full acceptance fuzz soak test-compat account compiled-kernels simt simt-full lint bench aot gpu-account cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
 .DELETE_ON_ERROR:
 
 # Bytecode is made of what is imported, not of all that is installed: most of it nobody imports here. Where Python is told to
@@ -135,6 +135,10 @@ gpu-wheels: venv
 
 aot: venv
 	$(VENV)/bin/python -m benchmarks.compiled aot $(ARGS)
+
+# Where the time of a chunk should go on an H100, from what the code launches: docs/gpu-account.md anew. Needs no GPU.
+gpu-account: venv
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m benchmarks.gpu_account $(ARGS)
 
 # The CUDA part alone, into the checkout, recompiling what has changed: for the GPUs that are here, for all architectures
 # without one, for one with SMOLVLA_CUDA_ARCHS=90a. Needs nvcc and no GPU.

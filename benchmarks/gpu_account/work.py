@@ -1,0 +1,255 @@
+"""What one program of a node moves, multiplies and waits for, from the arguments of its launch.
+
+A rule a kernel, of the shape of its source alone: tiles, loops, which products. No times stand here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from math import ceil, prod
+from typing import Any
+
+import torch
+from support.compiled_tables import read
+
+from benchmarks import ROOT
+from benchmarks.gpu_account.recording import CAPABILITY, Node, Operand
+from smolvla_fast.kernels.tuning import gemm_tiles
+
+WIDE_REGISTERS, FEW_REGISTERS = 128, 32
+"""Of a thread: of kernels with products (as benchmarks/results/aot.md has them), and without."""
+THREADS, PER_THREAD = 128, 4
+"""Of a block of torch's elementwise kernels, and numbers of each thread."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of a node. Without a unit: of one program.
+
+    programs    of the launch         warps, registers, shared  of one: threads/32, of a thread, bytes
+    moved       bytes to and from L2, what its neighbours read as well included
+    flops       as the unit counts them, padding included      unit  a key of ``price.GPU.units``
+    exponents   of a softmax or an activation
+    trips       waits for memory one behind the other: the loop's steps by the loads in flight
+    tails       such waits behind the loop, for what is in L2
+    operations  products, reductions and barriers one behind the other
+    serialized  ptxas lets no product run beside another      library  of a vendor
+    """
+
+    programs: int
+    moved: float
+    warps: int = THREADS // 32
+    registers: int = FEW_REGISTERS
+    shared: float = 0.0
+    flops: float = 0.0
+    unit: str = "fma"
+    exponents: float = 0.0
+    trips: float = 1.0
+    tails: float = 0.0
+    operations: float = 1.0
+    serialized: bool = False
+    library: bool = False
+
+
+Rule = Callable[[Node], Work]
+
+
+def unit_of(*dtypes: torch.dtype, precision: str = "ieee") -> str:
+    """On what products of these operands run."""
+    if all(dtype.itemsize == 2 for dtype in dtypes):
+        return "bf16"
+    return precision if precision in ("tf32", "tf32x3") else "fma"
+
+
+def _gemm(
+    node: Node,
+    x: str,
+    weight: str,
+    inputs: int,
+    *,
+    products: int = 1,
+    tails: float = 0.0,
+    activation: bool = False,
+) -> Work:
+    """Tiles of an output, each the sum over K of steps that are loaded in advance. With a split of K the last program of a
+    tile adds up what the others have stored: it waits for its own stores, for the counter, for the parts."""
+    a = node.arguments
+    rows, cols, depth, split = a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_K"], a.get("SPLIT_K", 1)
+    w, out = a[weight].dtype, a.get("y_ptr", a[x])
+    steps = ceil(ceil(inputs / depth) / split)
+    k, flying = min(steps * depth, inputs), max(a["num_stages"] - 1, 1)
+    real_rows = a["rows"] / ceil(a["rows"] / rows)
+    moved = k * (real_rows * a[x].dtype.itemsize + products * cols * w.itemsize)
+    moved += real_rows * cols * out.dtype.itemsize * (2 if tails else 1) / split
+    if split > 1:
+        moved += 2 * rows * cols * 4
+    return Work(
+        programs=prod(node.grid), moved=moved, warps=a["num_warps"], registers=WIDE_REGISTERS,
+        shared=a["num_stages"] * depth * (rows * a[x].dtype.itemsize + products * cols * w.itemsize),
+        flops=2 * rows * cols * products * steps * depth, unit=unit_of(w),
+        exponents=rows * cols if activation else 0.0,
+        trips=max(1.0, steps / flying), tails=tails + 3 * (split > 1), operations=steps + (split > 1) + tails,
+        serialized=_serialized(node),
+    )  # fmt: skip
+
+
+def _attention(node: Node, rows: int, keys: int, dim: int) -> Work:
+    """Blocks of keys: two products, and between them a maximum and a sum over the program's threads."""
+    a = node.arguments
+    q, k, v = a["q_ptr"].dtype, a["k_ptr"].dtype, a["v_ptr"].dtype
+    wide = torch.promote_types(q, k)
+    block, blocks = a["BLOCK_KEYS"], ceil(keys / a["BLOCK_KEYS"])
+    mask = rows / a.get("GROUP", 1) * keys if "mask_ptr" in a else 0
+    return Work(
+        programs=prod(node.grid), warps=a["num_warps"], registers=WIDE_REGISTERS,
+        moved=2 * rows * dim * q.itemsize + keys * dim * (k.itemsize + v.itemsize) + mask,
+        shared=a["num_stages"] * block * dim * (k.itemsize + v.itemsize),
+        flops=4 * rows * blocks * block * dim, unit=unit_of(wide, v, precision=a["PRECISION"]),
+        exponents=rows * blocks * block,
+        trips=max(1.0, blocks / max(a["num_stages"] - 1, 1)), operations=4 * blocks,
+    )  # fmt: skip
+
+
+def _layer_norm(node: Node) -> Work:
+    a = node.arguments
+    each = a["x_ptr"].dtype.itemsize + a["y_ptr"].dtype.itemsize + 2 * a["weight_ptr"].dtype.itemsize
+    return Work(prod(node.grid), a["width"] * each, a["num_warps"], tails=1, operations=2)
+
+
+def _suffix_embed(node: Node) -> Work:
+    """Each step loads both weights, and its second product waits for its first."""
+    a = node.arguments
+    rows, cols, hidden, actions = (a[f"BLOCK_{name}"] for name in ("ROWS", "COLS", "HIDDEN", "ACTIONS"))
+    steps, out = ceil(a["width"] / hidden), a["out_weight_ptr"].dtype
+    loads = actions * a["in_weight_ptr"].dtype.itemsize + cols * out.itemsize + 4
+    return Work(
+        programs=prod(node.grid), warps=a["num_warps"], registers=WIDE_REGISTERS,
+        moved=a["width"] * loads + rows * (actions + cols) * 4, shared=a["num_stages"] * hidden * loads,
+        flops=2 * rows * steps * hidden * (actions + cols), unit=unit_of(torch.float32, precision=a["PRECISION"]),
+        exponents=rows * steps * hidden, trips=max(1.0, steps / max(a["num_stages"] - 1, 1)), operations=2 * steps,
+    )  # fmt: skip
+
+
+def _euler_step(node: Node) -> Work:
+    """Twice over the row, once for its statistic, and nothing is loaded in advance."""
+    a = node.arguments
+    width, actions, steps = a["width"], a["BLOCK_ACTIONS"], ceil(a["width"] / a["BLOCK_COLS"])
+    moved = width * (2 * a["h_ptr"].dtype.itemsize + actions * a["out_weight_ptr"].dtype.itemsize + 2)
+    return Work(prod(node.grid), moved + 12 * actions, a["num_warps"], flops=2 * actions * width,
+                trips=2 * steps, tails=1, operations=2)  # fmt: skip
+
+
+def elementwise(node: Node) -> Work:
+    """Every number is read once and written once."""
+    number = sum(each.bytes for each in node.operands)
+    programs = prod(node.grid)
+    if node.by_torch:
+        most = max(each.bytes / each.dtype.itemsize for each in node.operands)
+        programs = ceil(most / (THREADS * PER_THREAD))
+    return Work(programs, number / programs, node.arguments.get("num_warps", THREADS // 32))
+
+
+def _scan(node: Node) -> Work:
+    """One row is a chain."""
+    work = elementwise(node)
+    return Work(1, work.moved * work.programs, operations=10)
+
+
+def _library_product(node: Node) -> Work:
+    """A product by cuBLAS: its tile is taken to be the one that our own model of costs ranks first, with K split where that
+    helps, and its parts to be added up as ours are."""
+    found = [x for x in node.arguments.values() if isinstance(x, Operand)]
+    out, (x, weight) = found[-1], found[-3:-1]
+    inputs, outputs = x.shape[-1], out.shape[-1] if len(weight.shape) > 1 else 1
+    rows, batch = prod(out.shape) // outputs, 1
+    if node.name in ("bmm", "baddbmm"):
+        rows, batch = out.shape[1], out.shape[0]
+    if node.name == "mv":
+        rows, outputs = 1, out.shape[0]
+    size = x.dtype.itemsize
+    tile = gemm_tiles(rows, inputs, outputs, CAPABILITY, size, size, split=True)[0]
+    grid = (ceil(rows / tile.rows) * ceil(outputs / tile.cols) * batch, tile.split)
+    given = dict(x=x, weight=weight, y_ptr=out, rows=rows, SPLIT_K=tile.split, **tile.launch)
+    as_ours = Node(node.stage, node.layer, node.name, grid, given)
+    work = _gemm(as_ours, "x", "weight", inputs, tails=len(found) > 3, activation="activation" in node.name)
+    return replace(work, library=True)
+
+
+def _library_attention(node: Node) -> Work:
+    """Flash attention, in tiles of 128 rows and 128 keys."""
+    q, k = node.arguments["0"], node.arguments["1"]
+    tile = dict(BLOCK_KEYS=128, num_warps=8, num_stages=2, PRECISION="ieee")
+    given = dict(q_ptr=q, k_ptr=k, v_ptr=node.arguments["2"], **tile)
+    as_ours = Node(node.stage, "", node.name, (ceil(q.shape[2] / 128), q.shape[0] * q.shape[1]), given)
+    return replace(_attention(as_ours, 128, k.shape[2], q.shape[3]), library=True)
+
+
+RULES: dict[str, Rule] = {
+    "linear_fwd": lambda n: _gemm(n, "x_ptr", "weight_ptr", n.arguments["inputs"], tails=1.0,
+                                  activation=bool(n.arguments["ACTIVATION"])),
+    "linear_residual_fwd": lambda n: _gemm(n, "x_ptr", "weight_ptr", n.arguments["inputs"], tails=1.0),
+    "norm_swiglu_fwd": lambda n: _gemm(n, "x_ptr", "gate_weight_ptr", n.arguments["inputs"], products=2, activation=True),
+    "norm_qkv_rope_fwd": lambda n: _gemm(n, "x_ptr", "q_weight_ptr", n.arguments["inputs"], products=2, tails=1.0),
+    "cross_kv_fwd": lambda n: _gemm(n, "k_ptr", "k_weight_ptr", n.arguments["width"]),
+    "pixel_shuffle_linear_fwd": lambda n: _gemm(n, "x_ptr", "weight_ptr", n.arguments["inputs"]),
+    "patch_embed_fwd": lambda n: _gemm(n, "pixels_ptr", "weight_ptr", prod(n.arguments["weight_ptr"].shape[1:]), tails=2.0),
+    "attention_fwd": lambda n: _attention(n, n.arguments["BLOCK_ROWS"], n.arguments["tokens"], n.arguments["HEAD_DIM"]),
+    "masked_attention_fwd": lambda n: _attention(
+        n, n.arguments["BLOCK_ROWS"], n.arguments["keys"], n.arguments["HEAD_DIM"]
+    ),
+    "layer_norm_fwd": _layer_norm,
+    "suffix_embed_fwd": _suffix_embed,
+    "euler_step_fwd": _euler_step,
+}  # fmt: skip
+"""Of Triton's kernels; one that has none is small."""
+BY_TORCH: dict[str, Rule] = {
+    **dict.fromkeys(("mm", "mv", "bmm", "addmm", "addmv", "baddbmm", "_addmm_activation"), _library_product),
+    "_scaled_dot_product_flash_attention": _library_attention,
+    **dict.fromkeys(("cumsum", "sum"), _scan),
+}
+"""Of ATen's calls that are not elementwise."""
+
+
+def is_small(node: Node) -> bool:
+    """Whether a node is one of those that prepare what the layers and steps need: no layer's, and no large product."""
+    return not node.layer and (node.by_torch or node.name not in RULES)
+
+
+def work_of(node: Node) -> Work:
+    """Raises KeyError of a layer's Triton kernel that has no rule."""
+    if node.by_torch:
+        return BY_TORCH.get(node.name, elementwise)(node)
+    if node.layer and node.name not in RULES:
+        raise KeyError(
+            f"{node.name} has no rule; say in benchmarks/gpu_account/work.py what a program of it does"
+        )
+    return RULES.get(node.name, elementwise)(node)
+
+
+def case_of(node: Node) -> str | None:
+    """The case of a product's kernel as benchmarks/results/aot.md names it, or None where no row is asked for."""
+    a: dict[str, Any] = node.arguments
+    if node.name == "linear_fwd":
+        way = "residual" if a["HAS_RESIDUAL"] else a["ACTIVATION"] or "bias"
+        return f"rows={a['rows']} inputs={a['inputs']} outputs={a['outputs']} ({way})"
+    if node.name == "pixel_shuffle_linear_fwd":
+        small, factor = a["SMALL"], a["FACTOR"]
+        images, side, width = a["rows"] // small**2, small * factor, a["RUN"] // factor
+        return f"N={images} side={side} width={width} factor={factor} outputs={a['outputs']}"
+    return None
+
+
+def _serialized(node: Node) -> bool:
+    return (node.name, case_of(node)) in serialized_by_ptxas()
+
+
+@cache
+def serialized_by_ptxas() -> frozenset[tuple[str, str]]:
+    """(kernel, case) whose 16-bit products run one behind the other on sm_90, as `make aot` found."""
+    rows = read((ROOT / "benchmarks" / "results" / "aot.md").read_text())
+    return frozenset(
+        (key[2], key[3]) for key, cells in rows.items()
+        if key[4].startswith("bf16") and cells[str(CAPABILITY)].endswith("*")
+    )  # fmt: skip
