@@ -250,8 +250,8 @@ def product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """x·weightᵀ over start <= k < stop of ``inputs``, in fp32; start < stop. Pointers to k = 0: x_rows [BLOCK_M, 1],
-    weight_cols [1, BLOCK_N]. Beside an 8-bit weight x is quantised by row; the scales of the weight are the caller's to apply."""
+    """x·weightᵀ over start <= k < stop of ``inputs``, in fp32, for at least one k. Pointers to k = 0: x_rows [BLOCK_M, 1],
+    weight_cols [1, BLOCK_N]. Beside an 8-bit weight x is quantised by row; the weight's scales are the caller's to apply."""
     EIGHT_BITS: tl.constexpr = weight_cols.dtype.element_ty == tl.float8e4nv
     if EIGHT_BITS:
         scale = row_scale(x_rows, row_mask, inputs, BLOCK_M, BLOCK_K)

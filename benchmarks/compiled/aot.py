@@ -196,7 +196,8 @@ def about() -> str:
         f"# Kernels compiled ahead of time\n\nMade by `make aot` with Triton {triton.__version__} and its own ptxas, "
         "without a GPU. A cell is registers a thread / bytes a thread spills, stored and loaded / KiB of shared memory a "
         "program; * where ptxas serialized wgmma instructions. Sizes are those of the references' CASES, dtypes and "
-        "epilogues those of the stages; where the backend leaves a size to torch, there is no row.\n\n"
+        "epilogues those of the stages; where the backend leaves a size to torch, there is no row. "
+        "What a GPU's default leaves to a library is here, for a plan may name it.\n\n"
         "Limits: no kernel has serialized wgmma, none spills unless its op's section says so; KiB of shared memory: "
         f"{shared}."
     )

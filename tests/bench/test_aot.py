@@ -126,7 +126,10 @@ def test_a_loop_that_may_not_run_is_red() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     (line,) = done.stdout.splitlines()
-    assert line == f"linear, linear_fwd, rows=2048 inputs=768 outputs=3072 (gelu_tanh), bf16, sm_90: {aot.SERIALIZED}"
+    assert (
+        line
+        == f"linear, linear_fwd, rows=2048 inputs=768 outputs=3072 (gelu_tanh), bf16, sm_90: {aot.SERIALIZED}"
+    )
 
 
 def test_the_file_reads_back() -> None:
