@@ -83,7 +83,7 @@ def parts(
 
 def as_rows(x: Tensor) -> Tensor:
     """[..., I] -> [rows, I]: a view wherever the leading dimensions have one stride, else a copy."""
-    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def normalise_first(dtype: torch.dtype) -> bool:
@@ -200,13 +200,17 @@ def product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """x·weightᵀ over start <= k < stop of ``inputs``, in fp32. Pointers to k = 0: x_rows [BLOCK_M, 1], weight_cols
-    [1, BLOCK_N]. Beside an 8-bit weight x is quantised by row; the scales of the weight are the caller's to apply."""
+    """x·weightᵀ over start <= k < stop of ``inputs``, in fp32, for at least one k. Pointers to k = 0: x_rows [BLOCK_M, 1],
+    weight_cols [1, BLOCK_N]. Beside an 8-bit weight x is quantised by row; the weight's scales are the caller's to apply."""
     EIGHT_BITS: tl.constexpr = weight_cols.dtype.element_ty == tl.float8e4nv
     if EIGHT_BITS:
         scale = row_scale(x_rows, row_mask, inputs, BLOCK_M, BLOCK_K)
         inverse = 1.0 / scale
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if weight_cols.dtype.element_ty.primitive_bitwidth == 16:
+        # ptxas serializes the wgmma of a loop that may not run at all. Products of other widths are none, or were not
+        # serialized, and get worse registers by it.
+        tl.assume(start < stop)
     for first in range(start, stop, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & (k < stop)[None, :], other=0.0)

@@ -73,7 +73,11 @@ def gemm_tiles(
     the rate that the loads in flight allow, the multiplications. Many rows (vision) thus get the tile with the fewest
     reads that fills the machine, 128 x 128 or 128 x 256 on an H100; the 50 rows of an action chunk get small tiles, many
     programs and a split K, for there it is bytes in flight that count.
+
+    raises    ValueError for a product over no inputs: kernels take their first step along K without asking
     """
+    if inputs < 1:
+        raise ValueError(f"a product over {inputs} inputs has no tile; accepted is 1 and more")
     device = target(cc)
     speed = device.multiplies if weight_bytes <= 2 else FMA_UNITS
     tensor_cores = speed > FMA_UNITS
@@ -96,7 +100,7 @@ def gemm_tiles(
                 continue
             row_tiles, col_tiles = -(-rows // block_rows), segments * -(-outputs // block_cols)
             tiles = row_tiles * col_tiles
-            steps = max(-(-inputs // depth), 1)
+            steps = -(-inputs // depth)
             best = None
             for parts in range(1, min(MAX_SPLIT, steps) + 1 if split else 2):
                 k = -(-steps // parts) * depth
@@ -185,6 +189,8 @@ def gemm_refusal(
     """Why a chosen tile cannot serve the call that ``gemm_tiles`` has candidates for, None where it can."""
     if tile.split > 1 and not split:
         return "shares K between programs, which this kernel does not; accepted is split1"
+    if tile.split > (steps := -(-inputs // tile.depth)):
+        return f"leaves programs without a step along K; accepted is at most split{steps}"
     if weight_bytes == 1 and tile.depth < 32:
         return f"takes steps of {tile.depth} along K; accepted are at least 32 beside an 8-bit weight"
     needed = shared_bytes(tile, cc, x_bytes, weight_bytes, products)

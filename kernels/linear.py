@@ -77,8 +77,8 @@ def linear(
                 the weight may be quantised: (e4m3, scales of its rows, dtype of its products); x then is, by row
     activation  None | "gelu_tanh" | "silu"        residual  [..., O]
     returns     [..., O]  dtype of weight; with a residual what weight and residual promote to
-    errors      ValueError for another activation, other shapes or dtypes, a strided last dimension; leading dimensions of x
-                and residual are copied where they have no common stride
+    errors      ValueError for another activation, other shapes or dtypes, I = 0, a strided last dimension; leading
+                dimensions of x and residual are copied where they have no common stride
     replaces    the linears of SigLIP with what follows them, the connector's projection, ``state_proj``
     """
     if activation not in ACTIVATIONS:

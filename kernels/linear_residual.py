@@ -71,8 +71,8 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor 
              the weight may be quantised, as in ``linear``
     out      not used
     returns  [..., O]  what weight and residual promote to: the dtype of an fp32 residual stream
-    errors   ValueError for other shapes or dtypes, a strided last dimension; leading dimensions of x and residual are
-             copied where they have no common stride
+    errors   ValueError for other shapes or dtypes, a strided last dimension, I = 0; leading dimensions of x and
+             residual are copied where they have no common stride
     replaces ``o_proj`` / ``down_proj`` and the in-place add behind them
     """
     outputs, inputs = weight.shape

@@ -181,7 +181,7 @@ def norm_qkv_rope(
     q = None
     if q_weight is not None:
         q = torch.empty((batch, tokens, q_heads, head_dim), dtype=dtype, device=x.device)
-    if x.shape[0] and tokens and inputs:
+    if x.shape[0] and tokens:
         x = as_rows(x)
         if any(w.stride(0) != weight.stride(0) for w in used):
             used = [w.contiguous() for w in used]

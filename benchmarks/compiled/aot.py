@@ -34,13 +34,15 @@ TARGETS = tuple(SHARED)
 # Columns of tensor memory that one program may have.
 TENSOR_COLUMNS = 512
 ONE_REGISTER = "one register, stored before the loop and loaded behind it"
-IN_FP8 = "on sm_89 with 8-bit weights: the gather's offsets beside x in fp32, for a launch a chunk"
+SERIALIZED = (
+    "ptxas serialized wgmma (C7515), so loads and products no longer overlap; a loop over K needs "
+    "`tl.assume(start < stop)` before it"
+)
 EXPECTED: dict[str, tuple[str, ...]] = {}
 """Nothing is asked of the instructions of a kernel."""
 SPILLS: dict[str, tuple[int, str]] = {
     "norm_swiglu": (8, ONE_REGISTER),
     "patch_embed": (8, ONE_REGISTER),
-    "pixel_shuffle_linear": (20, IN_FP8),
 }
 """Bytes that a thread of an op's kernels may spill where 0 is not kept, each with the reason."""
 
@@ -184,7 +186,8 @@ def beyond(op: str, target: str, kernel: Kernel) -> list[str]:
     """The limits of a program beside its spills that a kernel passes."""
     found = (("bytes of shared memory", kernel.shared, SHARED[target] * KIB),
              ("columns of tensor memory", kernel.tensor, TENSOR_COLUMNS))  # fmt: skip
-    return [f"{value} {what}, allowed {limit}" for what, value, limit in found if value > limit]
+    wrong = [f"{value} {what}, allowed {limit}" for what, value, limit in found if value > limit]
+    return [*wrong, *[SERIALIZED] * kernel.serialized]
 
 
 def about() -> str:
@@ -193,8 +196,10 @@ def about() -> str:
         f"# Kernels compiled ahead of time\n\nMade by `make aot` with Triton {triton.__version__} and its own ptxas, "
         "without a GPU. A cell is registers a thread / bytes a thread spills, stored and loaded / KiB of shared memory a "
         "program; * where ptxas serialized wgmma instructions. Sizes are those of the references' CASES, dtypes and "
-        "epilogues those of the stages; where the backend leaves a size to torch, there is no row.\n\n"
-        f"Limits: no kernel spills unless its op's section says so; KiB of shared memory: {shared}."
+        "epilogues those of the stages; where the backend leaves a size to torch, there is no row. "
+        "What a GPU's default leaves to a library is here, for a plan may name it.\n\n"
+        "Limits: no kernel has serialized wgmma, none spills unless its op's section says so; KiB of shared memory: "
+        f"{shared}."
     )
 
 

@@ -16,6 +16,14 @@ from ..ops import availability, extension
 from ..ops import select as backends
 from ..patching.settings import DISABLE, disabled
 
+LIBRARIES = {
+    "GELU by cuBLASLt": "cublaslt",
+    "attention by torch's FlashAttention": "flash-sdpa",
+    "attention by cuDNN": "cudnn",
+    "attention by flash-attn": "flash",
+}
+"""What may serve beside the backends on a GPU."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="PATH", help="write the findings to this file")
@@ -57,6 +65,9 @@ def examine() -> dict[str, Any]:
         "serves": serves(device),
         "fallback_reasons": availability.fallback_reasons(device),
         "eight_bits": {tier: reason or "" for tier, reason in backends.why_not_eight_bits(device).items()},
+        "libraries": {
+            what: availability.why_not_library(name, device) or "" for what, name in LIBRARIES.items()
+        },
         "backends": [
             {"op": row.op, "backend": row.backend, "available": row.available, "reason": row.reason}
             for row in backends.table(device)
@@ -92,6 +103,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             for kind, state in found["extensions"].items()
         ),
         *([f"precision {tier}", reason or "served"] for tier, reason in found["eight_bits"].items()),
+        *([what, reason or "a candidate"] for what, reason in found["libraries"].items() if cards),
         ["commit", found["commit"] or "not a checkout"],
         ["cache folder", found["cache_folder"]],
     ]

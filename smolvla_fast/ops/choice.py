@@ -2,8 +2,9 @@
 
 Each op of a table that has several candidates becomes a ``Choice``. It looks a call's shape class up once and remembers the
 answer. Candidates are named after who computes: "cpu", "triton" and "cuda" (our kernels), "onednn", "aten" (``F.linear``),
-"sdpa", "torch", "flash" (the package flash-attn); a Triton kernel with another tile than its default has the tile behind its
-name. "apart" is what several ops in one are without it.
+"cublaslt" (its GELU epilogue), "torch", "sdpa" (whose torch likes), "flash-sdpa" (torch's FlashAttention), "cudnn", "flash"
+(the package flash-attn), "apart" (what several ops in one are without it); a Triton kernel with another tile than its
+default has the tile behind its name.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .availability import why_not
+from .availability import why_not, why_not_library
 from .defaults import Rule, default_rules
 from .plan import LOOP, Plan
 from .reference.attention import attention as sdpa_attention
 from .reference.image_prep import image_prep
 from .shape_class import CLASSES, Attention, Product, Shape, up
 from .table import STAGES, Ops, exports
-from .torch import decoder, flash_attention, suffix, vision
+from .torch import decoder, fused_attention, suffix, vision
 from .torch import masked_attention as attention
-from .torch.linear import aten, onednn, onednn_has
+from .torch.linear import aten, cublaslt, onednn, onednn_has
 
 Candidates = dict[str, Callable[..., Any]]
 PRODUCTS = (
@@ -87,12 +88,12 @@ class Choice:
 
 def _can(name: str, shape: Shape) -> bool:
     """Whether a candidate has anything for the dtypes of a shape class."""
-    if name == "flash" and isinstance(shape, Attention):
-        return (
-            shape.q == shape.kv
-            and shape.q in flash_attention.DTYPES
-            and shape.head_dim <= flash_attention.WIDEST
-        )
+    if name in fused_attention.ATTENTION and isinstance(shape, Attention):
+        alike = shape.q == shape.kv
+        return alike and fused_attention.takes(name, shape.queries, shape.head_dim, shape.q)
+    if name == "cublaslt" and isinstance(shape, Product):
+        # It adds an activation to what "aten" has in its epilogue, the bias, and cannot add a residual beside a bias.
+        return isinstance(shape.dtype, torch.dtype) and set(shape.end) - {"tf32"} == {"gelu_tanh"}
     if name not in ("aten", "onednn") or not isinstance(shape, Product):
         return True
     # Quantised weights, which have no torch dtype, are for our kernels.
@@ -231,5 +232,8 @@ def _torch(ops: Ops, device: torch.device) -> Iterator[tuple[str, dict[str, Any]
         },
     )
     yield "sdpa", {"attention": sdpa_attention, "masked_attention": attention.fused_masked_attention}
-    if device.type == "cuda" and flash_attention.is_installed():
-        yield "flash", {"attention": flash_attention.attention}
+    libraries: dict[str, dict[str, Any]] = {"cublaslt": {"linear": cublaslt}}
+    libraries |= {name: {"attention": call} for name, call in fused_attention.ATTENTION.items()}
+    for name, functions in libraries.items():
+        if why_not_library(name, device) is None:
+            yield name, functions

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from . import processor
-from .shape_class import Product
-from .torch import linear
+from .shape_class import Attention, Product
+from .torch import fused_attention, linear
 
 Rule = Callable[[Any], str]
 """shape class -> name of a candidate"""
@@ -21,6 +21,12 @@ is near the processor's peak."""
 MANY_ROWS = 64
 """Above this many rows an fp32 product on a GPU goes to torch: without TF32 it runs outside the tensor cores, where a kernel
 of ours has nothing to win over the vendor's library. The 50 rows of an action chunk stay below."""
+LIBRARY_ROWS = 512
+"""Above this many rows a product in 16 bits with a library's epilogue goes to the library on an NVIDIA GPU, and so does
+attention: our tiles leave 36 of an H100's 132 multiprocessors idle there. Reasoned, not measured."""
+LIBRARY_BLOCKS = 320
+"""Blocks of 64 queries from which FlashAttention takes one launch on every GPU: below 1.6 a multiprocessor it shares the
+keys of a block between programs and adds up in a second launch. The largest GPU has 188 multiprocessors."""
 
 MOST_OF_A_GROUP, MOST_KV_HEADS = 4, 16
 """Query heads of a KV head that fit a tile with their tokens, and KV heads that can share a sum."""
@@ -40,7 +46,10 @@ def default_rules(backend: str, device: torch.device) -> dict[str, Rule]:
         }
     if backend == "triton":
         alike = ("linear", "pixel_shuffle_linear", "norm_qkv_rope", "linear_residual", "norm_swiglu")
-        return {**dict.fromkeys(alike, _triton), "attention_residual": _attention_residual}
+        rules: dict[str, Rule] = {**dict.fromkeys(alike, _triton), "attention_residual": _attention_residual}
+        return rules | (
+            {"linear": _cuda_linear, "attention": _cuda_attention} if device.type == "cuda" else {}
+        )
     return dict.fromkeys(products, by_torch)
 
 
@@ -78,3 +87,15 @@ def _triton(shape: Product) -> str:
     # Not where the caller lets fp32 products run in TF32, which torch then would do and our kernels do not.
     plain = shape.dtype is torch.float32 and "tf32" not in shape.end
     return "aten" if plain and shape.rows > MANY_ROWS else "triton"
+
+
+def _cuda_linear(shape: Product) -> str:
+    """A library where it takes as few launches as our kernel: a residual beside a bias would be one more."""
+    if shape.rows > LIBRARY_ROWS and shape.x is shape.dtype and shape.dtype in fused_attention.DTYPES:
+        return {(): "aten", ("gelu_tanh",): "cublaslt"}.get(shape.end, "triton")
+    return _triton(shape)
+
+
+def _cuda_attention(shape: Attention) -> str:
+    blocks = shape.batch * int(shape.heads) * -(-shape.queries // 64)
+    return "flash-sdpa" if shape.queries > LIBRARY_ROWS and blocks >= LIBRARY_BLOCKS else "triton"

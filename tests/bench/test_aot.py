@@ -99,6 +99,37 @@ def test_limits() -> None:
     assert lines(over, target="80") == []
     assert "513 columns of tensor memory" in lines(Kernel(64, tensor=513), target="100")[0]
     assert "sm_86: does not compile: CompilationError: no" in lines("CompilationError: no")[0]
+    (line,) = lines(Kernel(64, serialized=True), target="90")
+    assert line.startswith(f"{', '.join(KEY)}, sm_90: ptxas serialized wgmma")
+
+
+PLANTED = """
+from benchmarks.compiled import aot, kernels
+from smolvla_fast.kernels import linear
+
+kept = "tl.assume(start < stop)"
+assert kept in linear.product.src
+linear.product._unsafe_update_src(linear.product.src.replace(kept, "pass"))
+rows = aot.compile_task(("linear", dict(rows=2048, inputs=768, outputs=3072), ("90",)))
+print(*kernels.red(aot, rows), sep="\\n")
+"""
+
+
+@pytest.mark.slow
+def test_a_loop_that_may_not_run_is_red() -> None:
+    """Nothing but the assumption of ``product`` keeps ptxas from serializing it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    done = subprocess.run(
+        [sys.executable, "-c", PLANTED],
+        cwd=ROOT, text=True, capture_output=True, env={**environment, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = done.stdout.splitlines()
+    assert (
+        line
+        == f"linear, linear_fwd, rows=2048 inputs=768 outputs=3072 (gelu_tanh), bf16, sm_90: {aot.SERIALIZED}"
+    )
 
 
 def test_the_file_reads_back() -> None:

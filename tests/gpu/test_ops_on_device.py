@@ -7,27 +7,33 @@ from typing import Any
 import pytest
 import torch
 from support.contract import OPS, check, inputs_in, reference_module, run, to_device
+from support.tunings import Everywhere
 
-from smolvla_fast.ops.availability import why_not
+from smolvla_fast.ops.availability import why_not, why_not_library
+from smolvla_fast.ops.plan import Plan
 from smolvla_fast.ops.select import reference_ops, select
 
 pytestmark = pytest.mark.gpu
 # ``cuda`` has kernels of its own for three; the rest of its table is Triton's.
 SERVED = [(op, name) for op in OPS for name in ("torch", "triton")]
 SERVED += [(op, "cuda") for op in ("image_prep", "masked_attention", "euler_step")]
+LIBRARIES = {"cublaslt": "linear", "flash-sdpa": "attention", "cudnn": "attention", "flash": "attention"}
+SERVED += [(op, name) for name, op in LIBRARIES.items()]
 CASES = [
     (op, name, case, dtype)
     for op, name in SERVED
     for case in reference_module(op).CASES
-    for dtype in (torch.float32, torch.bfloat16, *[torch.float16] * (name == "cuda"))
+    for dtype in (torch.float32, torch.bfloat16, *[torch.float16] * (name == "cuda" or name in LIBRARIES))
 ]
 
 
 def ops_of(backend: str) -> Any:
     device = torch.device("cuda")
-    reason = why_not(backend, device)
+    reason = (why_not_library if backend in LIBRARIES else why_not)(backend, device)
     if reason:
         pytest.skip(reason)
+    if backend in LIBRARIES:  # where it takes no such dtype or size, torch's own choice serves
+        return select("torch", device, stock_order=False, plan=Plan(Everywhere(backend)))
     return select(backend, device, stock_order=False)
 
 

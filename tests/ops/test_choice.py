@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import sys
-import types
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 from support.contract import ONE_BACKENDS, OPS, call_of, check, inputs_in, reference_module, to_device
+from support.tunings import Everywhere
 
 from smolvla_fast.ops import extension
-from smolvla_fast.ops.choice import Choice, _can, _torch
+from smolvla_fast.ops.choice import Choice
 from smolvla_fast.ops.plan import Plan
 from smolvla_fast.ops.select import reference_ops, select
-from smolvla_fast.ops.shape_class import CLASSES, Attention
+from smolvla_fast.ops.shape_class import CLASSES
 from smolvla_fast.ops.table import Ops
-from smolvla_fast.ops.torch import flash_attention
 
 CPU = torch.device("cpu")
 pytestmark = [
@@ -29,16 +23,6 @@ pytestmark = [
 NAMES = ("cpu", "onednn", "aten", "torch", "sdpa")
 MOST = 3e8
 """FLOP of a case: larger ones are seen under the default candidates (test_contract.py)."""
-
-
-class Everywhere(dict[str, str]):
-    """A plan that names one candidate for every shape class."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(all=name)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return None if key in ("denoise", "products") else self["all"]
 
 
 def table(name: str, backend: str = "auto") -> Ops:
@@ -115,30 +99,3 @@ def test_tf32_is_another_shape_class() -> None:
     assert allowed == f"{plain} tf32" and still == on_cpu == plain, (
         "LeRobot's commands allow it: a CPU has none"
     )
-
-
-def test_flash_attention_is_a_candidate_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package installs beside a GPU only: here its function is written down as its documentation has it."""
-
-    def flash_attn_func(q: Any, k: Any, v: Any, softmax_scale: float) -> Any:
-        batch, tokens, heads, head_dim = q.shape  # (batch_size, seqlen, nheads, headdim)
-        assert k.shape == v.shape == (batch, tokens, heads, head_dim)
-        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
-        return found.transpose(1, 2).contiguous()
-
-    name = "flash_attn"
-    module = types.ModuleType(name)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, name, module)
-    ops = replace(reference_ops(), attention=flash_attention.attention)
-    for case in reference_module("attention").CASES:
-        check(reference_ops(), ops, "attention", case, torch.bfloat16)
-    assert "flash" in dict(_torch(reference_ops(), torch.device("cuda")))
-    assert "flash" not in dict(_torch(reference_ops(), CPU))
-    shape = Attention(2, 1024, 1024, "12", 64, torch.bfloat16, torch.bfloat16)
-    fits = [shape, shape._replace(q=torch.float32, kv=torch.float32), shape._replace(head_dim=512)]
-    assert [_can("flash", each) for each in fits] == [True, False, False]
-    monkeypatch.delitem(sys.modules, name)
-    assert "flash" not in dict(_torch(reference_ops(), torch.device("cuda")))

@@ -298,6 +298,7 @@ def test_numbers_that_no_kernel_takes_are_refused(tile: Any, match: str) -> None
     [
         ("linear", GemmTile(32, 32, 32, 2, 8, 4, 2), "gemm: .*split2.* shares K .* accepted is split1"),
         ("cross_kv", GemmTile(32, 32, 32, 2, 8, 4, 2), "accepted is split1"),
+        ("linear_residual", GemmTile(16, 16, 32, 6, 8, 4, 2), "without a step along K; accepted is at most split5"),
         ("linear", GemmTile(128, 128, 128, 1, 8, 8, 8), "bytes of shared memory; accepted are at most 101376 on sm_86"),
         ("norm_swiglu", GemmTile(64, 128, 32, 1, 8, 8, 4), "bytes of shared memory; accepted"),
         ("linear", GemmTile(128, 128, 16, 1, 8, 1, 2), "16384 sums in registers; accepted are at most 4096 in 1 warps"),

@@ -72,6 +72,22 @@ def test_leading_dimensions_strided_rows_and_empty_inputs(op):
     assert run(TRITON, op, {**inputs, **empty})["y"].shape == (0, 47)
 
 
+@pytest.mark.parametrize("op", ["linear", "linear_residual", "norm_swiglu", "norm_qkv_rope"])
+def test_a_product_over_nothing_is_refused(op):
+    """A kernel takes its first step along K without asking whether there is one."""
+    case = dict(B=1, T=3, M=1, H=2, K=1, D=8) if op == "norm_qkv_rope" else dict(rows=3, inputs=1, outputs=4)
+    inputs = inputs_of(op, case=case)
+    narrow = {
+        name: value[..., :0] if isinstance(value, torch.Tensor) else tuple(part[..., :0] for part in value)
+        for name, value in inputs.items()
+        if name in ("x", "weight", "weights", "gate_weight", "up_weight")
+    }
+    if op.startswith("norm"):
+        narrow["norm"] = (inputs["norm"][0][:0], inputs["norm"][1])
+    with pytest.raises(ValueError, match="a product over 0 inputs has no tile; accepted is 1 and more"):
+        run(TRITON, op, {**inputs, **narrow})
+
+
 def qkv(case, dtype=F32, free=3):
     """Inputs whose keys and values go into NaN-filled caches behind ``free`` slots; the caches themselves."""
     inputs = inputs_of("norm_qkv_rope", dtype, case)

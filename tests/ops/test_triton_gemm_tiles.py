@@ -23,7 +23,7 @@ SPLIT = ("linear_residual", "pixel_shuffle_linear")
 @pytest.mark.parametrize("op", SPLIT)
 @pytest.mark.parametrize("split", [1, 2, 3, 5])
 def test_split_k(op, split, monkeypatch):
-    """Any number of programs a tile, also more than there are steps along K, gives the sum and leaves counters at zero."""
+    """Any number of programs a tile, up to one for each step along K, gives the sum and leaves counters at zero."""
     case = {
         "linear_residual": dict(rows=17, inputs=130, outputs=35),
         "pixel_shuffle_linear": dict(N=2, side=8, width=9, factor=4, outputs=35),

@@ -1,4 +1,4 @@
-"""A tuning made by hand, for what shows and keeps one."""
+"""A tuning made by hand, for what shows and keeps one, and a plan that names one candidate everywhere."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from smolvla_fast.ops.plan import Plan
 from smolvla_fast.tune.result import Choice, ChunkTime, Timed, Tuning
 
 CHOICES = {"linear 50 36>256 float32 silu": "onednn", "attention 16x2x16": "torch"}
+
+
+class Everywhere(dict[str, str]):
+    """A plan that names one candidate for every shape class."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(all=name)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return None if key in ("denoise", "products") else self["all"]
 
 
 def tuning_of(key: dict[str, Any], kept: bool = True) -> Tuning:

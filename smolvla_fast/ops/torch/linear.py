@@ -78,3 +78,20 @@ def onednn(
     attr, algorithm = _ATTR[activation]
     y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, [], algorithm)
     return y if residual is None else residual + y
+
+
+def cublaslt(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The same with bias and GELU in the product's own epilogue, one launch. NVIDIA GPUs.
+
+    The call applies cuBLASLt's GELU there, which is the tanh form; on any other device torch gives it the erf form.
+    """
+    if activation != "gelu_tanh" or bias is None or residual is not None:
+        return aten(x, weight, bias, activation, residual)
+    rows = x.to(weight.dtype).reshape(x.shape[:-1].numel(), x.shape[-1])
+    return torch._addmm_activation(bias, rows, weight.t(), use_gelu=True).view(*x.shape[:-1], len(weight))
