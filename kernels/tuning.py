@@ -172,12 +172,12 @@ def suffix_fold_refusal(tile: ProductTile, width: int, actions: int, times: int,
 @cache
 def suffix_fold_tiles(width: int, actions: int, times: int, cc: int) -> tuple[ProductTile, ...]:
     """Small tiles: 720 outputs, 32 actions and 10 times make 135 programs, one a multiprocessor."""
-    best = ProductTile(16, 16, 64, 4, 3)
+    best = ProductTile(16, 16, 32, 4, 4)
     others = [
-        best._replace(inner=128, num_stages=2),
-        best._replace(inner=32, num_stages=4),
+        best._replace(inner=64, num_warps=8, num_stages=3),
         best._replace(num_warps=2),
         best._replace(cols=32),
+        best._replace(rows=32),
     ]
     return _ranked(best, others, lambda tile: suffix_fold_refusal(tile, width, actions, times, cc))
 
@@ -188,7 +188,7 @@ suffix_fold_tile = choice("suffix_fold", ProductTile, suffix_fold_tiles, suffix_
 @cache
 def prefix_embed_tiles(state: int, width: int) -> tuple[PlainTile, ...]:
     """rows: how much of the state is projected at a time; cols: columns of a program."""
-    best = PlainTile(min(32, triton.next_power_of_2(state)), min(256, triton.next_power_of_2(width)), 4)
+    best = PlainTile(min(16, triton.next_power_of_2(state)), min(256, triton.next_power_of_2(width)), 4)
     return _plain_neighbours(best, state, width)
 
 
