@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check
+from .common import await_inputs, capability, check, dependent_launch
 from .tuning import prefix_embed_tile
 
 
@@ -45,6 +45,7 @@ def _prefix_embed_fwd(
     token_mask_batch_stride,
     token_mask_stride,
     state_batch_stride,
+    DEPENDENT: tl.constexpr,
     BLOCK_STATE: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -55,6 +56,7 @@ def _prefix_embed_fwd(
     images = cameras * camera_tokens
     camera, within = place // max(camera_tokens, 1), place % max(camera_tokens, 1) - starts
     scale = tl.sqrt_rn(tl.cast(width, tl.float32))
+    await_inputs(DEPENDENT)
     y = tl.zeros([BLOCK_COLS], tl.float32)
     seen = place <= images + language
     if place == images + language:
@@ -190,6 +192,7 @@ def prefix_embed(
         *tokens.stride(),
         *token_masks.stride(),
         state.stride(0),
+        **dependent_launch(capability(device)),
         BLOCK_STATE=tile.rows,
         BLOCK_COLS=tile.cols,
         num_warps=tile.num_warps,

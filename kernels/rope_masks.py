@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import await_inputs, capability, dependent_launch
 from .tuning import row_tile
 
 Table = tuple[Tensor, Tensor]
@@ -76,14 +77,16 @@ def _rope_masks_fwd(
     half,
     RATIO: tl.constexpr,
     BITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
     token, sample = tl.program_id(0), tl.program_id(1)
     key, i = tl.arange(0, BLOCK_KEYS), tl.arange(0, BLOCK_HALF)
     in_prefix = key < prefix
-    pad = tl.load(pad_ptr + sample * prefix + key, mask=in_prefix, other=0) != 0
     timescale = _timescale(i, RATIO, BITS)
+    await_inputs(DEPENDENT)
+    pad = tl.load(pad_ptr + sample * prefix + key, mask=in_prefix, other=0) != 0
     if token < prefix:
         row = sample * prefix + token
         starts = tl.load(att_ptr + sample * prefix + key, mask=in_prefix, other=0) != 0
@@ -157,6 +160,7 @@ def rope_masks(
             half,
             RATIO=max_wavelength ** (2.0 / head_dim),
             BITS=int(math.log2(block)),
+            **dependent_launch(capability(pad_masks.device)),
             BLOCK_HALF=block,
             BLOCK_KEYS=tile.cols,
             num_warps=tile.num_warps,

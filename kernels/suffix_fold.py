@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import capability, check
-from .tuning import head_precision, suffix_fold_tile
+from .common import await_inputs, capability, check, dependent_launch, prefetch_weight
+from .tuning import fp32_precision, suffix_fold_tile
 
 
 @triton.jit
@@ -29,6 +29,7 @@ def _suffix_fold_fwd(
     actions,
     width,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -39,6 +40,9 @@ def _suffix_fold_fwd(
     of_times = tl.program_id(1) >= action_tiles
     col = (tl.program_id(1) - tl.where(of_times, action_tiles, 0)) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     weight_rows = weight_ptr + row[:, None] * (2 * width)
+    whole_rows = weight_ptr + tl.minimum(row, width - 1)[None, :] * (2 * width)
+    prefetch_weight(whole_rows, 0, 2 * width, tl.program_id(1) == 0, DEPENDENT)
+    await_inputs(DEPENDENT)
     y = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     if of_times:
         in_cols = col < times
@@ -84,7 +88,7 @@ def suffix_fold(
     times     [N, B, E]  fp64 | fp32 | bf16 | fp16, read as fp32      action_in  (weight [E, A], bias [E])
     time_in   (weight [E, 2E], bias [E]); weights fp32 | bf16 | fp16; all contiguous
     returns   weight [E, A], bias [N, B, 1, E], fp32
-    numerics  sums in fp32, products as ``tuning.head_precision`` says
+    numerics  sums in fp32, products as ``tuning.fp32_precision`` says
     errors    ValueError for other shapes, strides or dtypes
     replaces  half of ``embed_suffix`` of LeRobot's ``VLAFlowMatching``
     """
@@ -128,7 +132,8 @@ def suffix_fold(
             steps * batch,
             actions,
             width,
-            PRECISION=head_precision(cc),
+            PRECISION=fp32_precision(cc),
+            **dependent_launch(cc),
             BLOCK_ROWS=tile.rows,
             BLOCK_COLS=tile.cols,
             BLOCK_WIDTH=tile.inner,
