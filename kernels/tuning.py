@@ -164,6 +164,38 @@ def suffix_embed_tiles(rows: int, width: int, actions: int, cc: int) -> tuple[Pr
 suffix_embed_tile = choice("suffix_embed", ProductTile, suffix_embed_tiles, suffix_embed_refusal)
 
 
+def suffix_fold_refusal(tile: ProductTile, width: int, actions: int, times: int, cc: int) -> str | None:
+    # Of fp32: both halves of the weight, and what they meet.
+    needed = 4 * buffers(tile.num_stages, target(cc)) * tile.inner * (2 * tile.rows + tile.cols) + (4 << 10)
+    return too_large(needed, tile.rows * (tile.inner + tile.cols), tile.num_warps, cc)
+
+
+@cache
+def suffix_fold_tiles(width: int, actions: int, times: int, cc: int) -> tuple[ProductTile, ...]:
+    """Small tiles: 720 outputs, 32 actions and 10 times make 135 programs, one a multiprocessor."""
+    best = ProductTile(16, 16, 32, 4, 4)
+    others = [
+        best._replace(inner=64, num_warps=8, num_stages=3),
+        best._replace(num_warps=2),
+        best._replace(cols=32),
+        best._replace(rows=32),
+    ]
+    return _ranked(best, others, lambda tile: suffix_fold_refusal(tile, width, actions, times, cc))
+
+
+suffix_fold_tile = choice("suffix_fold", ProductTile, suffix_fold_tiles, suffix_fold_refusal)
+
+
+@cache
+def prefix_embed_tiles(state: int, width: int) -> tuple[PlainTile, ...]:
+    """rows: how much of the state is projected at a time; cols: columns of a program."""
+    best = PlainTile(min(16, triton.next_power_of_2(state)), min(256, triton.next_power_of_2(width)), 4)
+    return _plain_neighbours(best, state, width)
+
+
+prefix_embed_tile = choice("prefix_embed", PlainTile, prefix_embed_tiles, _plain_refusal)
+
+
 def attention_shared_bytes(
     tile: AttentionTile, block_dim: int, narrow: bool, cc: int, backward: bool = False
 ) -> int:

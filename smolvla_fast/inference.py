@@ -22,7 +22,7 @@ from .ops.reference.time_embedding import time_embedding
 from .ops.table import STAGES, serving
 from .stages.denoise import LoopReport, denoise
 from .stages.observation import Observation, prepare_images, prepare_observation
-from .stages.prefix import embed_prefix, embed_state, fill_prefix, image_ends
+from .stages.prefix import fill_prefix, image_ends
 from .stages.vision import encode_images, patch_positions
 
 
@@ -173,15 +173,17 @@ class Engine:
         batch = observation.state.shape[0]
         with torch.no_grad():
             with section("vision"):
-                image_tokens: list[Tensor] = []
+                image_tokens: list[Tensor] = []  # a camera each, or all together
                 for group in prepare_images(ops, observation.frames, dims.image_side, not exact):
                     positions = self._patch_positions(vlm, group)
                     out = encode_images(ops, vlm, self._cast, dims, group, positions)
-                    image_tokens += out.split(batch)
+                    image_tokens.append(out)
             with section("prefix"):
-                embedded = embed_prefix(
-                    observation, image_tokens, vlm, embed_state(observation.state, heads.state),
-                    image_ends=inputs.image_ends, length=model.prefix_length if exact else 0,
+                embedded = ops.prefix_embed(
+                    image_tokens if exact or not image_tokens else image_tokens[0].unflatten(0, (-1, batch)),
+                    observation.image_masks, observation.tokens, observation.token_masks, observation.state,
+                    vlm.text_model.get_input_embeddings().weight, heads.state, inputs.image_ends,
+                    length=model.prefix_length if exact else 0,
                     dtype=None if exact else torch.float32,
                 )  # fmt: skip
                 expert = read_expert_layers(pair, self._cast, self.products.cast_cross_kv)

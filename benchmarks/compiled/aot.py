@@ -73,7 +73,7 @@ def calls(op: str, case: dict[str, int]) -> Iterator[tuple[str, str, dict[str, A
     attends = "masked_attention" in op or op == "attention_residual"
     stream = ("x",) if "norm" in op else ("k", "v") if attends else WIDE
     layouts = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    for layout in layouts if op not in ("suffix_embed", "flow_loss") else ("fp32",):
+    for layout in layouts if op not in ("suffix_embed", "flow_loss", "rope_masks") else ("fp32",):
         dtype = layouts[layout]
         given = reference_module(op).make_inputs(case, dtype, torch.Generator().manual_seed(0))
         for label, changes in _ways(op, case, dtype).items():
@@ -113,13 +113,12 @@ def call(op: str, inputs: dict[str, Any]) -> None:
     """The op as the Triton backend serves it: where torch serves a dtype or size, no kernel is launched."""
     from smolvla_fast.ops.choice import choose
     from smolvla_fast.ops.select import backend_ops
-    from smolvla_fast.ops.torch.suffix import suffix_fold
 
     backend = choose(backend_ops("triton"), torch.device("cpu"), "triton", None)
     inputs, module = dict(inputs), importlib.import_module(f"smolvla_fast.kernels.{op}")
     launcher = getattr(backend, op, None) or getattr(module, op)
     if op == "suffix_embed":
-        folded = suffix_fold(*(inputs.pop(name) for name in ("times", "action_in", "time_in")))
+        folded = backend.suffix_fold(*(inputs.pop(name) for name in ("times", "action_in", "time_in")))
         launcher(inputs["x"], 0, folded, inputs["time_out"])
     elif op == "flow_loss":
         module.flow_point(inputs["actions"], inputs["noise"], torch.zeros(len(inputs["v"])))

@@ -23,6 +23,7 @@ from smolvla_fast import inference
 from smolvla_fast.loss.layers import rotate
 from smolvla_fast.model.kv_cache import PrefixKV
 from smolvla_fast.model.precision import TIERS
+from smolvla_fast.ops.reference.suffix_tokens import suffix_tokens
 from smolvla_fast.ops.select import backend_ops
 from smolvla_fast.ops.torch import linear
 from smolvla_fast.ops.torch.decoder import norm_qkv_rope
@@ -142,7 +143,8 @@ class Runner:
         def step(x: Tensor, time: Tensor, pad_masks: Tensor, *kv: Tensor) -> Tensor:
             """One of N steps: the whole way from noise, which a loop of one step goes, divided by N."""
             layers: Any = [GrownKV(k, v) for k, v in zip(kv[::2], kv[1::2], strict=True)]
-            end, _ = denoise(ops, dims, expert, heads, PrefixKV(layers, pad_masks), x, time)
+            prefix = PrefixKV(layers, pad_masks, *suffix_tokens(pad_masks, dims.chunk, dims.head_dim))
+            end, _ = denoise(ops, dims, expert, heads, prefix, x, time)
             return x + (end - x) / self.model.config.num_steps
 
         for time in times.split(1):

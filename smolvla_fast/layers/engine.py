@@ -16,11 +16,11 @@ from ..model.dims import read_dims, read_pair_dims
 from ..model.kv_cache import LayerKV, with_free_slots
 from ..model.weights import DecoderLayer, is_cross, read_heads
 from ..ops.memory import Memory, Workspace
+from ..ops.reference.prefix_embed import prefix_embed
 from ..ops.reference.suffix_tokens import suffix_tokens
 from ..ops.reference.time_embedding import time_embedding
 from ..stages.layers import expert_layers
-from ..stages.observation import Observation
-from ..stages.prefix import embed_prefix, embed_state, image_ends
+from ..stages.prefix import image_ends
 from ..stages.vision import encode_images, patch_positions
 from . import caches
 from .notes import Notebook, notebook_of_call
@@ -76,19 +76,20 @@ class LayerEngine:
         token_masks: Tensor,
         state: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[images | language | state] of a prefix, its pad masks and its blocks; see ``stages.prefix.embed_prefix``.
+        """[images | language | state] of a prefix, its pad masks and its blocks; see ``reference.prefix_embed``.
 
         replaces  ``embed_prefix`` of LeRobot's ``VLAFlowMatching``
         """
         pair = model.vlm_with_expert
         one_by_one = self.products.tier.stock_order
         found = [self.embed_image(pair, each) for each in (images if one_by_one else [torch.cat(images)])]
+        if not one_by_one:
+            found = list(found[0].split(len(state)))
         with self._context(state):
-            return embed_prefix(
-                Observation(images, image_masks, tokens, token_masks, state),
-                found if one_by_one else list(found[0].split(len(state))),
-                pair.get_vlm_model(), embed_state(state, read_heads(model).state), image_ends(model, state.device),
-                length=model.prefix_length, dtype=None,
+            return prefix_embed(
+                found, image_masks, tokens, token_masks, state,
+                pair.get_vlm_model().text_model.get_input_embeddings().weight, read_heads(model).state,
+                image_ends(model, state.device), length=model.prefix_length, dtype=None,
             )  # fmt: skip
 
     def forward(self, pair: Any, call: LayerCall, stock_forward: Any, grad: bool) -> tuple[list[Any], Any]:

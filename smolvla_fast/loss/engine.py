@@ -20,11 +20,12 @@ from ..model.precision import Tier
 from ..model.weights import is_cross
 from ..ops.processor import why_bf16_is_slow
 from ..ops.reference.masks import block_mask
+from ..ops.reference.prefix_embed import join_prefix
 from ..ops.reference.rope import rope_tables
 from ..ops.reference.suffix_tokens import suffix_tokens
 from ..ops.select import select
 from ..stages.observation import Observation, prepare_images, prepare_observation
-from ..stages.prefix import embed_prefix, image_ends, text_kv
+from ..stages.prefix import image_ends, text_kv
 from ..stages.vision import encode_images, encode_patches, patch_positions
 from .image_cache import ImageCache
 from .layers import Rows, expert_layers, text_layers
@@ -189,13 +190,14 @@ class LossEngine:
         layers, device = vlm.text_model.layers, state_token.device
         ends = image_ends(model, device)
         embed = partial(
-            embed_prefix, observation, image_tokens, vlm, image_ends=ends, length=0, dtype=torch.float32
-        )
+            join_prefix, image_tokens, observation.image_masks, observation.tokens, observation.token_masks,
+            vlm.text_model.get_input_embeddings(), image_ends=ends, length=0, dtype=torch.float32,
+        )  # fmt: skip
 
         learns = _learns(vlm.text_model) or any(tokens.requires_grad for tokens in image_tokens)
         if learns or self.not_frozen is not None:
             embedded, pad_masks, att_masks = embed(state_token=state_token)
-            rows = _rows(torch.cumsum(pad_masks, dim=1) - 1, block_mask(pad_masks, att_masks), dims)
+            rows = _prefix_rows(pad_masks, att_masks, dims)
             joint_end = not is_cross(model.vlm_with_expert, len(layers) - 1)
             return pad_masks, text_layers(
                 self.ops, layers, embedded, rows, dims.head_dim, joint_end=joint_end
@@ -206,8 +208,8 @@ class LossEngine:
             embedded, pad_masks, att_masks = embed(state_token=None if apart else state_token)
             none = [0] * dims.layers
             cast = partial(_cast, dtype)
-            frozen = text_kv(self.ops, vlm, cast, dims, embedded, pad_masks, att_masks, none)
-            kept = list(frozen)
+            rows = _prefix_rows(pad_masks, att_masks, dims)
+            kept = list(text_kv(self.ops, vlm, cast, dims, embedded, rows, none))
         if not apart:
             return pad_masks, iter(kept)
         own = torch.ones(state_token.shape[:2], dtype=torch.bool, device=device)
@@ -237,6 +239,10 @@ def _frozen(device: torch.device) -> Iterator[None]:
 
 def _learns(module: Any) -> bool:
     return torch.is_grad_enabled() and any(each.requires_grad for each in module.parameters())
+
+
+def _prefix_rows(pad_masks: Tensor, att_masks: Tensor, dims: Dims) -> Rows:
+    return _rows(torch.cumsum(pad_masks, dim=1) - 1, block_mask(pad_masks, att_masks), dims)
 
 
 def _rows(positions: Tensor, visible: Tensor, dims: Dims) -> Rows:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.reference.suffix_tokens import Tokens
+
 
 def empty_kv(
     shape: tuple[int, int, int, int], by_head: bool, dtype: torch.dtype, device: torch.device
@@ -49,7 +51,10 @@ class PrefixKV:
 
     layers     one ``LayerKV`` for each expert layer
     pad_masks  [B, P]  bool, True for real prefix tokens
+    own, cross  where the suffix stands and what it sees in self-attention and in cross-attention layers
     """
 
     layers: list[LayerKV]
     pad_masks: Tensor
+    own: Tokens
+    cross: Tokens

@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .reference.suffix_tokens import Tokens
+
 
 @dataclass(frozen=True)
 class Ops:
@@ -37,6 +39,10 @@ class Ops:
     """vision: every patch to every patch of its image"""
     pixel_shuffle_linear: Callable[..., Tensor]
     """vision: the connector"""
+    prefix_embed: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """prefix: image tokens, language, state -> the residual stream and its masks"""
+    rope_masks: Callable[..., tuple[Tokens, Tokens, Tokens]]
+    """prefix: the masks of its tokens -> rotary tables and attention masks, of the suffix too; once a chunk"""
     prepare_mask: Callable[[Tensor], Any]
     """prefix, denoise: a bool mask in the form in which this backend's masked_attention reads it; once a chunk"""
     norm_qkv_rope: Callable[..., Any]
@@ -77,7 +83,9 @@ SETTINGS = ("backend", "layer_launches", "why_not_persistent", "fallback", "miss
 NAMES = tuple(name for name in Ops.__dataclass_fields__ if name not in SETTINGS)
 STAGES = {
     "vision": ("patch_embed", "layer_norm", "linear", "attention", "pixel_shuffle_linear"),
-    "prefix": ("norm_qkv_rope", "masked_attention", "cross_kv", "linear_residual", "norm_swiglu"),
+    "prefix": (
+        "prefix_embed", "rope_masks", "norm_qkv_rope", "masked_attention", "cross_kv", "linear_residual", "norm_swiglu",
+    ),
     "denoise": (
         "norm_qkv_rope", "masked_attention", "linear_residual", "attention_residual", "norm_swiglu", "suffix_embed",
         "euler_step",

@@ -13,7 +13,6 @@ from ..model.kv_cache import PrefixKV
 from ..model.weights import DecoderLayer, Heads
 from ..ops.memory import Workspace
 from ..ops.reference.euler_step import Guidances
-from ..ops.reference.suffix_tokens import suffix_tokens
 from ..ops.table import Ops
 from .layers import expert_layers
 
@@ -67,8 +66,7 @@ def denoise(
         fallback_reasons["denoise_persistent"] = reason
 
     steps = times.shape[0]
-    own, cross = suffix_tokens(kv.pad_masks, dims.chunk, dims.head_dim)
-    own, cross = (tokens._replace(mask=ops.prepare_mask(tokens.mask)) for tokens in (own, cross))
+    own, cross = (tokens._replace(mask=ops.prepare_mask(tokens.mask)) for tokens in (kv.own, kv.cross))
     folded = ops.suffix_fold(times, heads.action_in, heads.time_in)
     dt = -1.0 / steps
     x = noise

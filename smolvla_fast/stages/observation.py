@@ -24,13 +24,13 @@ LANGUAGE_MULTIPLE = 16
 
 class Observation(NamedTuple):
     """frames        one [B, 3, side, side] in [-1, 1] a camera, or raw bytes of any size
-    image_masks   one [B] bool a camera            cameras  C
+    image_masks   [C, B] bool, in tier ``exact`` C of [B]      cameras  C
     tokens        [B, T]  token ids                token_masks  [B, T]  bool
     state         [B, R]
     """
 
     frames: list[Tensor]
-    image_masks: list[Tensor]
+    image_masks: list[Tensor] | Tensor
     tokens: Tensor
     token_masks: Tensor
     state: Tensor
@@ -64,7 +64,8 @@ def prepare_observation(
         width = min(_round_up(used), tokens.shape[1])
     else:
         width = _round_up(max(tokens.shape[1], max_language))
-    return Observation(images, image_masks, _fit(tokens, width), _fit(token_masks, width), state)
+    stacked = torch.stack(image_masks) if image_masks else token_masks.new_empty(0, len(tokens))
+    return Observation(images, stacked, _fit(tokens, width), _fit(token_masks, width), state)
 
 
 def prepare_images(ops: Ops, frames: Sequence[Tensor], side: int, together: bool) -> list[Tensor]:

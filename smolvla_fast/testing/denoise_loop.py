@@ -10,6 +10,7 @@ from ..model.kv_cache import LayerKV, PrefixKV
 from ..model.weights import Affine, DecoderLayer, Heads, Norm
 from ..ops.reference import Cost, randn
 from ..ops.reference.euler_step import Guidances
+from ..ops.reference.suffix_tokens import suffix_tokens
 from ..stages.denoise import denoise
 
 # G: 1 where real-time chunking guides the loop. Z: masked tokens in the middle of the prefix. Every Y-th layer is a
@@ -104,7 +105,7 @@ def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Gener
             expert_norm=norm(),
             action_out=affine(a, e),
         ),
-        "kv": PrefixKV(caches, seen),
+        "kv": PrefixKV(caches, seen, *suffix_tokens(seen, s, d)),
         "noise": randn(b, s, a, dtype=wide, generator=generator),
         "times": randn(case["N"], b, e, dtype=wide, generator=generator).clamp(-1, 1),
         "guidance": guidance,

@@ -269,7 +269,7 @@ def test_the_table_says_who_serves_a_gpu(gpu: Any, monkeypatch: pytest.MonkeyPat
     rows = {(row.op, row.backend): row for row in table(CUDA)}
     assert all(rows[name, "cuda"].available for name in own)
     assert rows["norm_qkv_rope", "cuda"].reason == "the kernel of 'triton' serves it"
-    assert rows["suffix_fold", "cuda"].reason == "torch's own call serves it"
+    assert backends.backend_ops("cpu").missing["suffix_fold"] == "torch's own call serves it"
     for backend in ("torch", "triton"):
         assert rows["denoise_persistent", backend].reason == "it runs the denoise loop op by op"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

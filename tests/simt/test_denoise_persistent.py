@@ -16,7 +16,7 @@ from support.contract import mapped
 from support.guarded import guarded
 from torch import Tensor
 
-from smolvla_fast.model.kv_cache import LayerKV, PrefixKV
+from smolvla_fast.model.kv_cache import LayerKV
 from smolvla_fast.ops import select as backends
 from smolvla_fast.ops.cuda.denoise_persistent import denoise_persistent, why_not_persistent
 from smolvla_fast.stages.denoise import denoise
@@ -243,12 +243,12 @@ def test_reasons(emulator: Any) -> None:
     shifted = torch.cat([layer.up.flatten()[:4], layer.up.flatten()])[4:].view_as(layer.up)
     assert "multiple of 16 bytes" in reason(_with(given, 1, up=shifted))
     caches = [LayerKV(c.k.half(), c.v.half()) for c in given["kv"].layers]
-    assert "cache of layer 0 is float16" in reason({**given, "kv": PrefixKV(caches, given["kv"].pad_masks)})
+    assert "cache of layer 0 is float16" in reason({**given, "kv": replace(given["kv"], layers=caches)})
     assert "there are 0 steps" in reason({**given, "times": given["times"][:0]})
     # Of all these torch's own part of the call would make something, and the kernel would read it wrongly.
     assert "times has shape [3, 1, 48]" in reason({**given, "times": given["times"][:, :1]})
     for kind in (torch.int64, torch.float32):
-        masks = PrefixKV(given["kv"].layers, given["kv"].pad_masks.to(kind))
+        masks = replace(given["kv"], pad_masks=given["kv"].pad_masks.to(kind))
         assert "kv.pad_masks is " in reason({**given, "kv": masks})
     narrow_in = given["heads"].action_in._replace(weight=given["heads"].action_in.weight[:, :-1])
     assert "action_in's weight has shape [48, 4]" in reason(

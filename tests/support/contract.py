@@ -35,6 +35,7 @@ RECORDS = {
     "time_in": ("weight", "bias"),
     "time_out": ("weight", "bias"),
     "action_out": ("weight", "bias"),
+    "projection": ("weight", "bias"),
 }
 """The inputs of ops that are several values, and what these are called: ``norm.eps``."""
 
@@ -61,13 +62,17 @@ def call_of(ops: Any, op: str, inputs: dict[str, Any]) -> Callable[..., Any]:
 
 
 def run(ops: Any, op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """One op of a backend on prepared inputs: every tensor it returns or writes, by name."""
+    """One op of a backend on prepared inputs: every tensor it returns or writes, by name; masks as numbers 0 and 1."""
     if op == "norm_qkv_rope":
         k, v = (torch.full_like(slot, torch.nan) for slot in inputs["slots"])
         return {"q": ops.norm_qkv_rope(**{**inputs, "slots": (k, v)}), "k": k, "v": v}
     call = call_of(ops, op, inputs)
     out = tuple(map(call, range(3))) if op == "suffix_embed" else call()
-    return {f"y{i}": y for i, y in enumerate(out)} if isinstance(out, tuple) else {"y": out}
+    if op == "rope_masks":
+        out = tuple(each for (sin, cos), mask in out for each in (sin, cos, mask))
+    out = out if isinstance(out, tuple) else (out,)
+    found = {f"y{i}" if len(out) > 1 else "y": y for i, y in enumerate(out)}
+    return {name: y.float() if y.dtype is torch.bool else y for name, y in found.items()}
 
 
 def inputs_in(

@@ -20,6 +20,8 @@ from .norm_qkv_rope import norm_qkv_rope
 from .norm_swiglu import norm_swiglu
 from .patch_embed import patch_embed
 from .pixel_shuffle_linear import pixel_shuffle_linear
+from .prefix_embed import prefix_embed
+from .rope_masks import rope_masks
 from .suffix_embed import suffix_embed, suffix_fold
 
 

@@ -12,18 +12,23 @@ MAX_WAVELENGTH = 10_000
 
 
 def rope_tables(
-    positions: Tensor, head_dim: int, max_wavelength: float = MAX_WAVELENGTH
+    positions: Tensor,
+    head_dim: int,
+    max_wavelength: float = MAX_WAVELENGTH,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """``sin(p / w^(2i/D)), cos(p / w^(2i/D))`` for every position ``p`` and ``i < D/2``.
 
     positions  [B, T]  integer, the position of each token (padded tokens take none, so ``cumsum(mask) - 1``)
-    returns    sin, cos  [B, T, 1, D/2]  fp32
+    dtype      in which angles are computed; fp64 for the truth
+    returns    sin, cos  [B, T, 1, D/2]
 
     Stock rebuilds these 272 times a chunk from three different position tensors; here they are built once each.
     """
-    exponents = (2.0 / head_dim) * torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device)
+    exponents = (2.0 / head_dim) * torch.arange(head_dim // 2, dtype=dtype, device=positions.device)
     timescale = max_wavelength**exponents
-    radians = (positions[..., None].to(torch.float32) / timescale[None, None, :])[..., None, :]
+    radians = (positions[..., None].to(dtype) / timescale[None, None, :])[..., None, :]
     return torch.sin(radians), torch.cos(radians)
 
 

@@ -25,12 +25,31 @@ from ...kernels.norm_qkv_rope import norm_qkv_rope as _norm_qkv_rope
 from ...kernels.norm_swiglu import norm_swiglu as _norm_swiglu
 from ...kernels.patch_embed import patch_embed
 from ...kernels.pixel_shuffle_linear import pixel_shuffle_linear
+from ...kernels.prefix_embed import prefix_embed
+from ...kernels.rope_masks import rope_masks as _rope_masks
 from ...kernels.suffix_embed import suffix_embed
+from ...kernels.suffix_fold import suffix_fold as _suffix_fold
+from ..reference.rope import MAX_WAVELENGTH as _MAX_WAVELENGTH
+from ..reference.suffix_tokens import Tokens as _Tokens
+from ..torch.suffix import Folded as _Folded
 
 
 def layer_launches(rows: int) -> int | None:
     """Five ops."""
     return 5
+
+
+def rope_masks(
+    pad_masks: Tensor, att_masks: Tensor, suffix: int, head_dim: int, dtype: Any = None
+) -> tuple[_Tokens, _Tokens, _Tokens]:
+    """See ``reference.rope_masks``; tables are fp32."""
+    prefix, own, cross = _rope_masks(pad_masks, att_masks, suffix, head_dim, _MAX_WAVELENGTH)
+    return _Tokens(*prefix), _Tokens(*own), _Tokens(*cross)
+
+
+def suffix_fold(times: Tensor, action_in: tuple[Tensor, Tensor], time_in: tuple[Tensor, Tensor]) -> _Folded:
+    """See ``reference.suffix_fold``."""
+    return _Folded(*_suffix_fold(times, action_in, time_in))
 
 
 def prepare_mask(mask: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 // Arithmetic, logic, comparisons and branches of PTX, lane by lane. fp32 rounds to nearest, never contracted; .ftz flushes.
 // Approximate instructions are off by the units in the last place that the PTX manual allows them (div.full, ex2 and rsqrt about
 // two), which the operand's bits draw: nothing may rest on more, and the same operand gives the same result.
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -70,6 +71,7 @@ constexpr auto sub_f = [](auto a, auto b) { return plain(a - b); };
 constexpr auto mul_f = [](auto a, auto b) { return plain(a * b); };
 constexpr auto fma_f = [](auto a, auto b, auto c) { return plain(std::fma(a, b, c)); };
 constexpr auto div_f = [](f32 a, f32 b) { return plain(a / b); };
+constexpr auto root_f = [](f32 a) { return plain(std::sqrt(a)); };
 // Integers wrap: computed as unsigned.
 constexpr auto add_i = [](auto a, auto b) { return u64(a) + u64(b); };
 constexpr auto sub_i = [](auto a, auto b) { return u64(a) - u64(b); };
@@ -245,6 +247,7 @@ Table arithmetic() {
     t.push_back({"mad.wide.u32", {ternary<u64, u32, u32, u64, [](u32 a, u32 b, u64 c) { return u64(a) * b + c; }>, "drrd"}});
     t.push_back({"bfe.u32", {ternary<u32, u32, u32, u32, field_unsigned>, "rrrr"}});
     t.push_back({"bfe.s32", {ternary<u32, u32, u32, u32, field_signed>, "rrrr"}});
+    t.push_back({"popc.b32", {unary<u32, u32, [](u32 a) { return std::popcount(a); }>, "rr"}});
     t.push_back({"prmt.b32", {ternary<u32, u32, u32, u32, permute>, "rrrr"}});
 
     for (const char* rounding : {"", "rn."}) {  // what may be contracted, and what may not
@@ -256,6 +259,7 @@ Table arithmetic() {
     t.push_back({"fma.rn.f32", {ternary<f32, f32, f32, f32, fma_f>, "rrrr"}});
     t.push_back({"div.rn.f32", {binary<f32, f32, f32, div_f>, "rrr"}});
     t.push_back({"div.full.f32", {binary<f32, f32, f32, divide_near>, "rrr"}});
+    t.push_back({"sqrt.rn.f32", {unary<f32, f32, root_f>, "rr"}});
     t.push_back({"neg.f32", {unary<f32, f32, negative>, "rr"}});
     t.push_back({"abs.f32", {unary<f32, f32, magnitude>, "rr"}});
     t.push_back({"min.f32", {binary<f32, f32, f32, least_f>, "rrr"}});
@@ -274,6 +278,7 @@ Table arithmetic() {
     t.push_back({"setp.num.f32", {compare<f32, [](f32 a, f32 b) { return !std::isnan(a) && !std::isnan(b); }>, "prr"}});
     t.push_back({"setp.nan.f32", {compare<f32, [](f32 a, f32 b) { return std::isnan(a) || std::isnan(b); }>, "prr"}});
     t.push_back({"selp.f32", {select<f32>, "rrrp"}});
+    t.push_back({"selp.f64", {select<f64>, "dddp"}});
     for (const char* type : {"f64", "rn.f64"}) {
         t.push_back({std::string("add.") + type, {binary<f64, f64, f64, add_f>, "ddd"}});
         t.push_back({std::string("mul.") + type, {binary<f64, f64, f64, mul_f>, "ddd"}});

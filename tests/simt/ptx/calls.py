@@ -44,6 +44,8 @@ MOST: dict[str, dict[str, int]] = {
     "suffix_embed": dict(S=50, E=240, N=3),
     "euler_step": dict(S=5),
     "layer_norm": dict(rows=9),
+    "prefix_embed": dict(T=3, L=5, M=272),
+    "rope_masks": dict(P=48, S=16),
     "image_prep": dict(h=48, w=64, height=64, width=64),
     "flow_loss": dict(B=2),
 }

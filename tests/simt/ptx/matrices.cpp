@@ -23,6 +23,17 @@ void shuffle(Warp& w, const Instruction& i) {
     }
 }
 
+template <bool LEAST>
+void reduce(Warp& w, const Instruction& i) {
+    auto found = get<int32_t>(w, i.o[1], 0);
+    for (unsigned lane = 0; lane < LANES; ++lane) {
+        if (get<uint32_t>(w, i.o[2], lane) != ALL) fault(w, i, "a reduction of a part of the warp is not emulated", lane);
+        const auto other = get<int32_t>(w, i.o[1], lane);
+        if (lane > 0) found = LEAST ? std::min(found, other) : static_cast<int32_t>(int64_t{found} + other);
+    }
+    for (unsigned lane = 0; lane < LANES; ++lane) set<int32_t>(w, i.o[0], lane, found);
+}
+
 unsigned char* row_of(Warp& w, const Instruction& i, unsigned lane, uint32_t offset) {
     simt::Shared& shared = w.block->block->shared;
     if (size_t{offset} + 16 > shared.bytes)
@@ -294,6 +305,8 @@ Table matrices() {
     Table t{
         {"shfl.sync.bfly.b32", {shuffle<true>, "rrrrr", true}},
         {"shfl.sync.idx.b32", {shuffle<false>, "rrrrr", true}},
+        {"redux.sync.add.s32", {reduce<false>, "rrr", true}},
+        {"redux.sync.min.s32", {reduce<true>, "rrr", true}},
         {"ldmatrix.sync.aligned.m8n8.x1.shared.b16", {load_matrices<1, false>, "ra", true}},
         {"ldmatrix.sync.aligned.m8n8.x2.shared.b16", {load_matrices<2, false>, "rra", true}},
         {"ldmatrix.sync.aligned.m8n8.x4.shared.b16", {load_matrices<4, false>, "rrrra", true}},
