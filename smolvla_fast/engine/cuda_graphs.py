@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..kernels import counters
+from ..kernels.counters import give_back, held_by_capture
 
 CAPACITY = 6
 """Graphs kept for one policy; the one unused for longest goes first. LeRobot's callers need one or two at a time, an
@@ -193,7 +193,7 @@ class GraphCache:
             return chunk
 
         # Buffers of an inference_mode caller could not be written by a later one outside it.
-        with torch.inference_mode(False), torch.no_grad(), _capturing, counters.held_by_capture() as held:
+        with torch.inference_mode(False), torch.no_grad(), _capturing, held_by_capture() as held:
             try:
                 statics = [value.clone() for value in inputs]
                 recording, output = self._driver.capture(record)
@@ -202,14 +202,14 @@ class GraphCache:
                 # As text: the traceback itself holds the attempt's tensors.
                 details = "".join(traceback.format_exception(error))
                 self._failed[key] = f"CUDA graph capture failed: {_what(error)}", details
-                counters.give_back(held)
+                give_back(held)
                 failure: CaptureFailed | None = CaptureFailed(*self._failed[key])
             else:
                 size = sum(each.nbytes for each in statics)
                 pool, nodes = getattr(recording, "bytes", 0), getattr(recording, "nodes", None)
                 graph = Graph(recording, statics, output, size + pool, nodes, reports[-1])
                 # However it goes: evicted, cleared, or with its policy.
-                weakref.finalize(graph, counters.give_back, held).atexit = False
+                weakref.finalize(graph, give_back, held).atexit = False
                 self._graphs[key] = graph
                 failure = None
         # Outside the handler: the traceback that holds the attempt's tensors is gone by now.
