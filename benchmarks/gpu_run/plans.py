@@ -78,6 +78,7 @@ def contact(args: argparse.Namespace) -> list[Part]:
         build("cuda", 60, 0, NOT_COMPILED if dry else brought),
         stage("loop", 30, 0, "tiny", label="loop-tiny", rehearse=dry),
         stage("loop", 40, 0, "full", label="loop", rehearse=dry),
+        stage("dependent_launches", 40, 0, "triton", label="dependent", rehearse=dry),
         stage("attention_candidates", 30, 0, label="candidates", rehearse=dry),
         denoise_contracts(dry),
     ]

@@ -276,6 +276,22 @@ def loop(stage: Stage, size: str) -> None:
     stage.add(verified=report.passed, rel_l2=report.rel_l2, bound=report.bound)
 
 
+def dependent_launches(stage: Stage, backend: str) -> None:
+    """The chunk with programmatic dependent launch and without: equal bits, and the device's time, in turn."""
+    from smolvla_fast.kernels.common import dependent_launches
+
+    found: dict[str, list[float]] = {"with": [], "without": []}
+    chunks, bits = Chunks(stage, own_policy(stage)), {}
+    for name in (*found, *found):
+        with stage.attempt(name), dependent_launches(name == "with"):
+            bits[name] = chunks.captured(*(("fp32", "torch") if stage.rehearsal else ("bf16", backend)))
+            times = chunks.times()
+            found[name].append((times["device"] or times["wall"])["p50_ms"])
+            smolvla_fast.unpatch(chunks.policy)
+        stage.add(**{f"{name}_ms": found[name]})
+    stage.add(bits_are_equal=len(bits) == 2 and torch.equal(bits["with"], bits["without"]))
+
+
 def attention_candidates(stage: Stage) -> None:
     """Cross attention as it is called, over KV in fp32, and over KV in bf16, by both backends."""
     module, dtype = reference_module("masked_attention"), torch.float32 if stage.rehearsal else torch.bfloat16
@@ -295,6 +311,6 @@ def attention_candidates(stage: Stage) -> None:
 STAGES: dict[str, Callable[..., None]] = {
     each.__name__: each
     for each in (
-        machine, op, constants, barriers, policy, trace, stages, lerobot, loop, attention_candidates,
+        machine, op, constants, barriers, policy, trace, stages, lerobot, loop, dependent_launches, attention_candidates,
     )
 }  # fmt: skip

@@ -36,6 +36,7 @@ def us_a_launch(calls: Sequence[Callable[[], Any]], device: torch.device, launch
         calls[0]()
         return 1e6 * (time.perf_counter() - start)
     stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(device)  # the inputs are there
     with torch.cuda.stream(stream):
         for _ in range(3):
             calls[0]()

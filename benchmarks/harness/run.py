@@ -1,7 +1,7 @@
 """One run: parts one after the other, each in processes of its own and in its share of the time, then the result file.
 
 A part that fails, crashes, hangs or is interrupted costs its own numbers and no other's; what it measured until then counts.
-After each there is a line more in log.jsonl, and a tar of all that was written, so that a run that is cut off leaves both.
+Of a visit there is after each a line more in log.jsonl, and a tar of all that was written: a run cut off leaves both.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def visit(
     """Runs the parts and writes the result after each, so that what stops a run cannot take its figures.
 
     facts  of the machine      state  the GPU's clocks and the like; asked before and after each part
-    logs   folder of log.jsonl and of the tar (that of ``path``)      about  added to the result
+    logs   folder of log.jsonl and of the tar; None: there are none      about  added to the result
     """
     environment = {name: value for name, value in environment.items() if name not in UNWANTED}
     machine = {**facts, "gpu_state": {"before": state()}}
@@ -254,10 +254,9 @@ def visit(
         **about, "machine_info": {"smolvla_fast": machine}, "parts": [], "benchmarks": [], "interrupted": False,
     }  # fmt: skip
     end, names = time.perf_counter() + 60 * minutes, ", ".join(part.name for part in parts)
-    logs = logs or path.parent
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / "log.jsonl"
-    log.write_text("")
+    if logs is not None:
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / "log.jsonl").write_text("")
     print(f"{len(parts)} parts, within {minutes:.1f} minutes: {names}", flush=True)
     with tempfile.TemporaryDirectory(prefix="smolvla-bench-") as folder:
         for place, part in enumerate(parts):
@@ -284,12 +283,13 @@ def visit(
             own_facts = found.pop("machine_info", {}).get("smolvla_fast", {})
             machine.update({k: v for k, v in own_facts.items() if k not in machine or k == "threads"})
             machine["gpu_state"][f"after {part.name}"] = state()
-            write_line(log, {key: value for key, value in found.items() if key != "tail"})
             data["parts"].append({key: value for key, value in found.items() if key != "traceback"})
             write_whole(path, data)
-            write_tar(
-                logs / f"{about.get('kind', path.stem)}.tar.gz", [log, path, *sorted(Path(folder).iterdir())]
-            )
+            if logs is not None:
+                log = logs / "log.jsonl"
+                write_line(log, {key: value for key, value in found.items() if key != "tail"})
+                every = [log, path, *sorted(Path(folder).iterdir())]
+                write_tar(logs / f"{about.get('kind', path.stem)}.tar.gz", every)
     return data
 
 

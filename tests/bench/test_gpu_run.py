@@ -227,7 +227,7 @@ def test_a_killed_run_of_tests_names_them(tmp_path: Path) -> None:
         "import os\ndef test_good(): pass\ndef test_wrong():\n    assert 1 == 2\ndef test_dies(): os._exit(9)\n"
     )
     part = Part("tests", 60, 0, run.pytest_of(str(test), f"--rootdir={tmp_path}"))
-    data = run.visit([part], tmp_path / "a.json", 2, dict(os.environ), {})
+    data = run.visit([part], tmp_path / "a.json", 2, dict(os.environ), {}, logs=tmp_path)
     [found] = data["parts"]
     figures = found["figures"]
     assert found["status"] == "red" and figures["passed"] == figures["failed"] == 1
