@@ -20,6 +20,7 @@ BY_TRITON = tuple(dict.fromkeys([*STAGES["denoise"], *STAGES["prefix"], *STAGES[
 """The ops that a chunk launches; those of the denoise loop first."""
 REHEARSED_OPS = ("euler_step", "linear_residual")
 NOT_COMPILED = "a rehearsal compiles nothing"
+ON_A_GPU = tuple(name for name, tier in TIERS.items() if tier.quantized != "int8")
 HEADLINE = ("policy", "policy-torch")
 
 
@@ -133,9 +134,9 @@ def report(args: argparse.Namespace) -> list[Part]:
         chunk("bf16", 75, 60, *headline),
         build("cpu", 60, 0, nothing),
         build("cuda", 100, 20, nothing),
-        suite("stages", 100, 60, *device, *stages),
+        suite("stages", 100, 60, *device, *stages, "--choose=not int8"),
         suite("ops", 90, 45, *device, *ops, *only),
-        *(chunk(tier, 50, 25, *headline) for tier in TIERS if tier != "bf16"),
+        *(chunk(tier, 50, 25, *headline) for tier in ON_A_GPU if tier != "bf16"),
         chunk("bf16", 60, 0, *breadth),
         denoise_contracts(dry, 60, 20),
         tests("tests", 100, 15, CHUNKS, rehearse=dry),
