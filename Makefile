@@ -1,5 +1,5 @@
-# make demo | train-demo | test | test-cpus | test-full | acceptance | fuzz | soak | test-compat | compiled-kernels | simt | simt-full | lint | bench | aot | gpu-account | cuda | ptxas
-#      | gpu-report | gpu-peers | gpu-wheels | venv | clean
+# make demo | train-demo | test | test-cpus | test-full | acceptance | fuzz | soak | test-compat | compiled-kernels | simt | simt-full | lint | bench | aot | cuda | ptxas
+#      | gpu-account | gpu-bring | gpu-contact | gpu-report | gpu-peers | venv | clean
 #
 # Everything happens in .venv, made on first use with the best Python found (or PYTHON=...): `make demo` installs what the
 # demo needs, everything else (`make venv`) adds what tests and lint need. The download's size is said before it begins.
@@ -19,7 +19,7 @@ ARGS    ?=
 # Processes of `make test`; 0: one process, with live output.
 JOBS    ?= 2
 
-.PHONY: demo train-demo test test-cpus test-full acceptance fuzz soak test-compat account compiled-kernels simt simt-full lint bench aot gpu-account cuda ptxas gpu-report gpu-peers gpu-wheels venv venv-standalone clean
+.PHONY: demo train-demo test test-cpus test-full acceptance fuzz soak test-compat account compiled-kernels simt simt-full lint bench aot cuda ptxas gpu-account gpu-bring gpu-contact gpu-report gpu-peers venv venv-standalone clean
 .DELETE_ON_ERROR:
 
 # Bytecode is made of what is imported, not of all that is installed: most of it nobody imports here. Where Python is told to
@@ -122,16 +122,20 @@ lint: venv
 bench: venv
 	$(VENV)/bin/smolvla-fast bench $(ARGS)
 
-# ARGS="--part chunk", "--only linear", "--rehearse" (no GPU), "--commit NAME" (a tree without its history)
+# docs/gpu.md. What a machine with a GPU and no network is brought, built here; ARGS="--part kernels" for one thing alone.
+gpu-bring: venv
+	@$(VENV)/bin/python -m benchmarks.gpu_run bring $(ARGS)
+
+# Seven minutes with a GPU for the first time; ARGS="--out DIR", "--part policy", "--rehearse" (no GPU), "--commit NAME"
+gpu-contact:
+	@$(GPU_PYTHON) -m benchmarks.gpu_run contact $(ARGS)
+
+# ARGS="--part chunk", "--only linear", "--out DIR", "--rehearse" (no GPU), "--commit NAME" (a tree without its history)
 gpu-report:
 	@$(GPU_PYTHON) -m benchmarks.gpu_run report $(ARGS)
 
 gpu-peers:
 	@$(GPU_PYTHON) -m benchmarks.gpu_run peers $(ARGS)
-
-# LeRobot for a GPU machine without a network: bring .whl/ along with the tree.
-gpu-wheels: venv
-	$(VENV)/bin/python -m pip wheel -q --no-deps -w .whl -r benchmarks/gpu_run/requirements.txt
 
 aot: venv
 	$(VENV)/bin/python -m benchmarks.compiled aot $(ARGS)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from threading import Lock
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .counters import arrivals as arrival_counters
 from .eight_bits import row_scale, scale_of, to_e4m3
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,30 +95,6 @@ def normalise_first(dtype: torch.dtype) -> bool:
     return dtype is torch.float16
 
 
-class _Counters:
-    """Counters of a device, all zero whenever no launch uses them."""
-
-    NUMBER = 1 << 20
-
-    def __init__(self, index: int) -> None:
-        self.zeros = torch.zeros(self.NUMBER, dtype=torch.int32, device=torch.device("cuda", index))
-        torch.cuda.current_stream(index).synchronize()  # once: launches of other streams will not wait for it
-        self.used = 0
-        self.of_stream: dict[int, Tensor] = {}
-
-    def take(self, number: int) -> Tensor | None:
-        # Triton compiles by alignment: a capture must meet the variant that its warm-up compiled.
-        number = triton.cdiv(number, 32) * 32
-        if self.used + number > self.NUMBER:
-            return None
-        self.used += number
-        return self.zeros[self.used - number : self.used]
-
-
-_counters: dict[int, _Counters] = {}
-_counters_lock = Lock()
-
-
 def split_workspace(tiles: int, split: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Partial sums, unwritten, and arrival counters, zero, of one split-K launch, which leaves the counters at zero.
 
@@ -128,34 +104,15 @@ def split_workspace(tiles: int, split: int, size: int, device: torch.device) -> 
     Zeroing counters here would be one more launch before every product. So they are zeroed once a process, each launch
     restores them, and no two launches that can run at the same time share one: the eager launches of a stream wait for
     each other and have one set; a launch captured into a CUDA graph, which may be replayed beside any other, takes a set
-    that is never given away again (some 100 bytes). Where none are left, or a capture comes before the first eager
-    launch, the launch gets fresh ones. Partial sums come from the caching allocator, which keeps streams and graphs apart.
+    (some 100 bytes), which the graph gives back when it goes (``counters.give_back``). Where none are left, or a capture
+    comes before the first eager launch, the launch gets fresh ones. Partial sums come from the caching allocator, which
+    keeps streams and graphs apart.
     """
     partials = torch.empty(tiles * split * size, dtype=torch.float32, device=device)
-    arrivals = _arrivals(tiles, device) if device.type == "cuda" else None
+    arrivals = arrival_counters(tiles, device) if device.type == "cuda" else None
     if arrivals is None:
         arrivals = torch.zeros(tiles, dtype=torch.int32, device=device)
     return partials, arrivals
-
-
-def _arrivals(tiles: int, device: torch.device) -> Tensor | None:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    capturing = torch.cuda.is_current_stream_capturing()
-    with _counters_lock:
-        if index not in _counters:
-            if capturing:
-                return None
-            _counters[index] = _Counters(index)
-        counters = _counters[index]
-        if capturing:
-            return counters.take(tiles)
-        stream = torch.cuda.current_stream(index).cuda_stream
-        mine = counters.of_stream.get(stream)
-        if mine is None or mine.numel() < tiles:
-            mine = counters.take(triton.next_power_of_2(max(tiles, 1024)))
-            if mine is not None:
-                counters.of_stream[stream] = mine
-        return mine
 
 
 @triton.jit

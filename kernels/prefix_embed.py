@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import await_inputs, capability, check, dependent_launch
+from .common import capability, check
+from .dependent_launch import await_inputs, dependent_launch
 from .tuning import prefix_embed_tile
 
 

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import await_inputs, capability, dependent_launch
+from .common import capability
+from .dependent_launch import await_inputs, dependent_launch
 from .tuning import row_tile
 
 Table = tuple[Tensor, Tensor]

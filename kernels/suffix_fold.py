@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import await_inputs, capability, check, dependent_launch, prefetch_weight
+from .common import capability, check
+from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
 from .tuning import fp32_precision, suffix_fold_tile
 
 

@@ -1,1 +1,1 @@
-"""One visit to a GPU: ``make gpu-report`` and ``make gpu-peers``."""
+"""A visit to a GPU: ``make gpu-bring``, ``gpu-contact``, ``gpu-report`` and ``gpu-peers`` (docs/gpu.md)."""

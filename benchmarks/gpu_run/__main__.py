@@ -1,8 +1,8 @@
-"""``python -m benchmarks.gpu_run report`` and ``peers``: one result file with Markdown and a chart, within eight minutes.
+"""``python -m benchmarks.gpu_run contact``, ``report``, ``peers`` and ``bring``: docs/gpu.md says when which.
 
-Needs torch, Triton, transformers, pytest, pybind11 and compilers, no network and no virtual environment; LeRobot comes
-along as wheels (`make gpu-wheels`). `--part chunk` runs one part alone, `--only linear` one op, `--rehearse` all that a CPU
-can. What is red has no figure, costs no other part its figures, and makes the exit status 1.
+Needs torch, Triton, transformers, pytest and nvcc, no network and no virtual environment; ``bring`` builds what else helps.
+`--part chunk` runs one part alone, `--only linear` one op of a report, `--rehearse` all that a CPU can. What is red has no
+figure, costs no other part its figures, and makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -13,76 +13,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import ROOT
-from benchmarks.harness.run import PYTEST, Part, result_name, suite, visit
+from benchmarks.gpu_run import page
+from benchmarks.gpu_run.bring import REQUIREMENTS, THINGS, WHEELS, bring, use_cache
+from benchmarks.gpu_run.plans import MINUTES, PLANS
+from benchmarks.gpu_run.predictions import predicted
+from benchmarks.harness.run import result_name, visit
 from benchmarks.report import markdown
 from smolvla_fast.measure import system
 
-WHEELS, SITE = ROOT / ".whl", ROOT / "build" / "gpu-site"
-REQUIREMENTS = ROOT / "benchmarks" / "gpu_run" / "requirements.txt"
+SITE = ROOT / "build" / "gpu-site"
 RESULTS = ROOT / "benchmarks" / "results"
-MINUTES = 7.5
-"""Of the eight that a run may take; the rest is for the report and the last process's end."""
 SMI = "clocks.sm clocks.mem clocks.max.sm clocks.max.mem power.draw power.limit temperature.gpu pstate mig.mode.current"
-SANITIZED = "tests/gpu/test_sanitizer.py"
-CHUNKS = "tests/gpu/test_chunk_on_device.py"
-REHEARSED = ("--device=cpu", "--size=tiny", "--layout=mixed", "--steps=2", "--rounds=3", "--threads=1")
-
-
-def report(args: argparse.Namespace) -> list[Part]:
-    """What matters most comes first in each suite; ``--batch`` of a rehearsal is enough to see more than one.
-
-    The extensions are compiled in place, CUDA for this GPU alone. A rehearsal compiles nothing and collects the tests. Those
-    of a chunk, which fill the card or count its memory, run alone before the kernels', whose time is Triton's compiling, so
-    that they run in several processes where pytest-xdist is there.
-    """
-    device = REHEARSED if args.rehearse else ("--device=cuda",)
-    chunk, stages, ops = ("--cameras=2", "--batch=1,2"), ("--batch=1,2",), ("--choose=euler_step",)
-    if not args.rehearse:
-        chunk = ("--cameras=2,1,3", "--batch=1,8", "--layers=16,32", "--rounds=1000")
-        stages, ops = ("--batch=1,8", "--rounds=200"), ("--rounds=50",)
-    only = (f"--choose={args.only}",) if args.only else ()
-    marked = (*PYTEST, *(("--collect-only",) if args.rehearse else ()), "-m")
-    processes = ("-n", "4") if find_spec("xdist") and not args.rehearse else ()
-    others = ("gpu", *processes, f"--ignore={CHUNKS}", f"--ignore={SANITIZED}")
-    build = (sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--only")
-    nothing = "a rehearsal compiles nothing" if args.rehearse else ""
-    return [
-        Part("build", 60, 10, (*build, "cpu"), not_run=nothing),
-        Part("build", 100, 20, (*build, "cuda"), not_run=nothing),
-        Part("tests", 125, 15, (*marked, "gpu and not slow", CHUNKS)),
-        Part("tests", 125, 15, (*marked, *others)),
-        Part("sanitizer", 120, 0, (*marked, "gpu", SANITIZED)),
-        suite("chunk", 170, 75, *device, *chunk),
-        suite("stages", 120, 65, *device, *stages),
-        suite("ops", 120, 30, *device, *ops, *only),
-    ]
-
-
-def peers(args: argparse.Namespace) -> list[Part]:
-    """Each mode of the compiler in a process of its own: compiling can take longer than there is time."""
-    flags = ("--device=cuda", "--layers=16", "--rounds=1000", "--cameras=2")
-    nothing = "a rehearsal compiles nothing: it takes minutes on a CPU" if args.rehearse else ""
-
-    def compiled(mode: str, limit: float) -> Part:
-        chosen = ("--with-compile", f"--compile-mode={mode}", "--choose", "stock or bf16 or fp32")
-        return replace(suite("chunk", limit, 90, *flags, *chosen, label=f"compiled-{mode}"), not_run=nothing)
-
-    beside = (*REHEARSED, "--cameras=2") if args.rehearse else flags
-    return [
-        suite("chunk", 90, 60, *beside, label="beside"),
-        compiled("default", 150),
-        compiled("max-autotune", 300),
-    ]
-
-
-PARTS = {"report": report, "peers": peers}
 
 
 def bring_lerobot(environment: dict[str, str]) -> str | None:
@@ -94,7 +42,7 @@ def bring_lerobot(environment: dict[str, str]) -> str | None:
         return None
     if not SITE.is_dir():
         if not WHEELS.is_dir():
-            bring = "run `make gpu-wheels` on a machine with a network and bring the folder along"
+            bring = "run `make gpu-bring` on a machine with a network and bring the folder along"
             return f"lerobot is not installed and there are no wheels in {WHEELS.name}/; {bring}"
         install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
         install += ["--find-links", str(WHEELS), "--target", str(SITE), "-r", str(REQUIREMENTS)]
@@ -118,48 +66,92 @@ def gpu_state() -> dict[str, str] | None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_run", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("kind", choices=("report", "peers"))
+    parser.add_argument("kind", choices=(*PLANS, "bring"))
     parser.add_argument("--part", action="append", help="this part alone (may be given again)")
-    parser.add_argument("--only", metavar="OP", help="one op, in the part `ops`")
-    parser.add_argument("--out", type=Path, help="folder of the result (benchmarks/results; a part: build/)")
+    parser.add_argument("--only", metavar="OP", help="of a report: one op, in the part `ops`")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of all that is written (a report: benchmarks/results, its log in build/)",
+    )
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny: proves the code alone")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all (default: {MINUTES:g})")
+    parser.add_argument("--minutes", type=float, help="for all parts (contact: 6, else 7.5)")
     parser.add_argument("--commit", help="recorded where the tree has no history of its own")
     args = parser.parse_args(list(arguments))
-    names = list(dict.fromkeys(part.name for part in PARTS[args.kind](args)))
+    if args.kind == "bring":
+        names = list(THINGS)
+    else:
+        # Of a contact all that there are, also those that only a name asks for.
+        every = argparse.Namespace(**{**vars(args), "part": [""]})
+        names = list(dict.fromkeys(part.name for part in PLANS[args.kind](every)))
     if unknown := [name for name in args.part or () if name not in names]:
         parser.error(f"no part {', '.join(unknown)}; accepted are {', '.join(names)}")
-    if args.only and "ops" in names and not args.part:
+    if args.kind == "bring":
+        return args
+    if args.minutes is not None and not args.minutes > 0:
+        parser.error(f"--minutes {args.minutes:g}: accepted is a number above 0")
+    if args.only and args.kind != "report":
+        parser.error("--only is a report's; of a contact name a part")
+    if args.only and not args.part:
         args.part = ["ops"]
     if args.rehearse and args.out and args.out.resolve().is_relative_to(RESULTS):
         parser.error("a rehearsal has no place in benchmarks/results; give another --out")
-    default = ROOT / "build" / "gpu-rehearsal" if args.rehearse else ROOT / "build" if args.part else RESULTS
-    args.out = (args.out or default).absolute()
+    args.minutes = args.minutes or MINUTES[args.kind]
+    work = ROOT / "build" / ("gpu-rehearsal" if args.rehearse else f"gpu-{args.kind}")
+    args.logs = (args.out or work).absolute()
+    committed = args.kind != "contact" and not (args.rehearse or args.part or args.out)
+    args.out = RESULTS if committed else args.logs
     return args
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the parts that are asked for and write the result. Returns the exit status: 1 where a part is red."""
+def environment_of(args: argparse.Namespace) -> dict[str, str]:
+    found = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    if args.rehearse:
+        return {**found, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    use_cache(found)
+    return found
+
+
+def main(arguments: Sequence[str], plans: dict[str, Any] = PLANS) -> int:
+    """Run the parts that are asked for and write the result. Returns the exit status: 1 where a part is red.
+
+    plans  the parts by kind
+    """
     args = parse(arguments)
+    if args.kind == "bring":
+        return bring(args.part or list(THINGS))
     kind = f"gpu-{args.kind}"
     if not args.rehearse and not torch.cuda.is_available():
         print(f"{kind}: no CUDA GPU here, or no driver for it: nothing to report (--rehearse needs none)")
         return 1
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    if args.rehearse:
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    if missing := bring_lerobot(environment):
+    environment = environment_of(args)
+    missing = bring_lerobot(environment)
+    if missing:
         print(f"{kind}: {missing}")
-        return 1
-    chosen = [part for part in PARTS[args.kind](args) if not args.part or part.name in args.part]
+        if args.kind != "contact":  # which has its headline without
+            return 1
+    chosen = [part for part in plans[args.kind](args) if not args.part or part.name in args.part]
     facts = system.facts()
     label = "" if args.kind == "report" else args.kind
-    path = args.out / result_name(facts, "-".join([label, *(args.part or [])]))
+    contact = args.kind == "contact"
+    name = "contact.json" if contact else result_name(facts, "-".join([label, *(args.part or [])]))
+    path = args.out / name
     facts |= {"commit": facts["commit"] or args.commit, "nvcc": system.nvcc()}
     about = dict(kind=kind, rehearsal=args.rehearse)
-    data = visit(chosen, path, args.minutes, environment, facts, gpu_state, **about)
-    for written in (path, *markdown.write(data, path)):
-        print(f"wrote {written}")
+    try:
+        data = visit(chosen, path, args.minutes, environment, facts, gpu_state, args.logs, **about)
+    except OSError as error:
+        print(f"{kind}: {error}; give another folder by --out")
+        return 1
+    if contact:
+        path.with_suffix(".md").write_text(page.markdown(data, predicted()))
+        written = [path.with_suffix(".md")]
+        first = page.headline(data)
+        print(f"headline: {first['ms']:.3f} ms ({first['by']})" if first else "headline: none")
+    else:
+        written = markdown.write(data, path)
+    for each in (path, *written, args.logs / "log.jsonl", args.logs / f"{kind}.tar.gz"):
+        print(f"wrote {each}")
     if red := [part["name"] for part in data["parts"] if part["status"] == "red"]:
         print(f"{kind}: red: {', '.join(red)}; what is red has no figure in the report")
     return 1 if red else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 import smolvla_fast
 from smolvla_fast.measure.rounds import error
 from smolvla_fast.model.precision import TIERS
+from smolvla_fast.patch import engine_of
 from smolvla_fast.verify import FP32_BOUND, cosine
 
 # The compiler may reorder every sum. fp32: 1e-4 is far above what that can do, far below a wrong mask;
@@ -154,6 +156,9 @@ def check_late(policy: Any) -> None:
     """After the rounds: times are stock's where stock ran."""
     now = smolvla_fast.status(policy)
     if now.calls_stock or now.training_stock:
+        with suppress(RuntimeError):  # where no engine serves the model there is no capture to tell of
+            graphs = engine_of(policy.model).graphs
+            print(*(graphs.failures if graphs is not None else ()), sep="\n", flush=True)
         raise CheckFailed(f"stock ran in its place: {now.last_fallback or now.training_fallback}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,6 +99,7 @@ class Measure:
         except Exception as error:
             reason, wrong = str(error), isinstance(error, CheckFailed)
             if not isinstance(error, (TimeoutError, Unavailable, CheckFailed)):
+                print(traceback.format_exc(), flush=True)
                 first = (reason.strip() or "no message").splitlines()[0][:300]
                 # Another's compiler: whatever it raises is the reason.
                 reason, wrong = f"{type(error).__name__}: {first}", not variant.foreign

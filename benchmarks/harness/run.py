@@ -1,6 +1,7 @@
-"""One run: parts one after the other, each in a process of its own and in its share of the time, then the result file.
+"""One run: parts one after the other, each in processes of its own and in its share of the time, then the result file.
 
 A part that fails, crashes, hangs or is interrupted costs its own numbers and no other's; what it measured until then counts.
+Of a visit there is after each a line more in log.jsonl, and a tar of all that was written: a run cut off leaves both.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,19 +30,29 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 NO_TESTS_COLLECTED = 5
 # Kernels under Triton's interpreter have no speed; pytest-benchmark measures nothing in a worker of a parallel run.
 UNWANTED = {"TRITON_INTERPRET", "PYTEST_XDIST_WORKER"}
-GRACE = 10.0
+GRACE = 5.0
 """Seconds that a process which was asked to end has to write what it found."""
+AT_ONCE = 6
+"""Processes of a part that run beside each other."""
+KEPT, SHOWN = 1000, 40
+"""Of a process's last lines: those that the log keeps, and the result."""
+TRACEBACK = re.compile(
+    r"Traceback \(most recent|Fatal Python error|Timeout \(\d|Thread 0x|=+ (FAILURES|ERRORS) ="
+)
 INTERRUPTED = "interrupted; what was measured until then is here"
-EMPTY: dict[str, Any] = {"benchmarks": [], "red": [], "skipped": [], "left_out": [], "interrupted": False}
+EMPTY: dict[str, Any] = {
+    "benchmarks": [], "figures": {}, "red": [], "skipped": [], "left_out": [], "interrupted": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command, pytest's or a compiler's. Several may have one name.
+    """A command: pytest's, a compiler's, a stage's. Several may have one name.
 
     limit, least  seconds it may take at most, and that are kept for it however long the parts before it take
-    measures      it is a suite, and writes what it found until the end of its time
+    measures      it takes --seconds and --results, and writes what it found until the end of its time
     not_run       why it does not run here
+    each          in place of one command several, by name, AT_ONCE beside each other
     """
 
     name: str
@@ -48,6 +61,11 @@ class Part:
     command: Sequence[str] = ()
     measures: bool = False
     not_run: str = ""
+    each: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def commands(self) -> Mapping[str, Sequence[str]]:
+        return self.each or {self.name: self.command}
 
 
 class Ended(NamedTuple):
@@ -58,18 +76,27 @@ class Ended(NamedTuple):
     tail: list[str]
     reason: str = ""
 
+    @property
+    def traceback(self) -> str:
+        """Its last lines, from the first traceback among them on; all of them where there is none."""
+        first = next((i for i, line in enumerate(self.tail) if TRACEBACK.match(line)), 0)
+        return "\n".join(self.tail[first:])
 
-def execute(command: Sequence[str], seconds: float, environment: dict[str, str]) -> Ended:
+
+def execute(
+    command: Sequence[str], seconds: float, environment: dict[str, str], stop: threading.Event | None = None
+) -> Ended:
     """Run a command with its output shown.
 
     Late or interrupted, it is interrupted in turn and has GRACE seconds; then it is killed with all it started.
+    stop  set by another thread: interrupted
     """
-    start, reason = time.perf_counter(), ""
+    start, reason, stop = time.perf_counter(), "", stop or threading.Event()
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
-    tail: deque[str] = deque(maxlen=40)
+    tail: deque[str] = deque(maxlen=KEPT)
 
     def read() -> None:
         for line in process.stdout or ():
@@ -79,18 +106,48 @@ def execute(command: Sequence[str], seconds: float, environment: dict[str, str])
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        process.wait(timeout=seconds)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
-        reason = INTERRUPTED if isinstance(error, KeyboardInterrupt) else f"not done after {seconds:.0f} s"
+        while process.poll() is None and not reason:
+            if time.perf_counter() - start >= seconds:
+                reason = f"not done after {seconds:.0f} s"
+            elif stop.wait(0.05):
+                reason = INTERRUPTED
+    except KeyboardInterrupt:
+        reason = INTERRUPTED
+    if reason:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.wait(timeout=GRACE)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        # One that waits inside a driver does not end even then; nobody waits for it.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=GRACE)
     reader.join(timeout=5)
     status = None if reason else process.returncode
     return Ended(status, round(time.perf_counter() - start, 1), list(tail), reason)
+
+
+def together(
+    commands: Mapping[str, Sequence[str]], seconds: float, environment: dict[str, str]
+) -> dict[str, Ended]:
+    """Run the commands, AT_ONCE of them beside each other, all within so many seconds."""
+    if len(commands) == 1:
+        return {name: execute(command, seconds, environment) for name, command in commands.items()}
+    end, stop = time.perf_counter() + seconds, threading.Event()
+
+    def one(command: Sequence[str]) -> Ended:
+        left = end - time.perf_counter()
+        if left < 1 or stop.is_set():
+            return Ended(None, 0.0, [], INTERRUPTED if stop.is_set() else "no time was left")
+        return execute(command, left, environment, stop)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = {name: pool.submit(one, command) for name, command in commands.items()}
+        try:
+            return {name: each.result() for name, each in found.items()}
+        except KeyboardInterrupt:
+            stop.set()
+            return {name: each.result() for name, each in found.items()}
 
 
 def suite(name: str, limit: float, least: float, *flags: str, label: str | None = None) -> Part:
@@ -112,7 +169,7 @@ def judged(part: Part, ended: Ended, found: dict[str, Any]) -> tuple[str, str]:
     if ended.status and not no_tests and not wrong:
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         wrong = [f"ended with status {ended.status}: {closing}", *failed]
-    nothing = "nothing was measured" * (part.measures and not found["benchmarks"])
+    nothing = "nothing was measured" * (part.measures and not found["benchmarks"] and not found["figures"])
     if reason := stopped or "; ".join(wrong) or nothing:
         return "red", reason
     skipped = no_tests or re.match(r"\d+ skipped", closing)
@@ -122,17 +179,74 @@ def judged(part: Part, ended: Ended, found: dict[str, Any]) -> tuple[str, str]:
 def shares(parts: Sequence[Part], left: float) -> float:
     """Seconds for the first of the parts that are still to come."""
     kept = sum(part.least for part in parts[1:])
-    return min(parts[0].limit, max(left - kept, parts[0].least))
+    return min(parts[0].limit, max(left - kept, parts[0].least), left)
+
+
+def pytest_of(*arguments: str) -> tuple[str, ...]:
+    """pytest, and a line of JSON for each test in the file that --results names."""
+    return (*PYTEST, "-p", "benchmarks.harness.outcomes", *arguments)
+
+
+def run_part(part: Part, stem: Path, seconds: float, environment: dict[str, str]) -> dict[str, Any]:
+    """Runs a part's commands. Returns its line of the log, with ``benchmarks`` and ``tail`` beside it."""
+    commands, files = {}, {}
+    for name, command in part.commands.items():
+        files[name] = Path(f"{stem}-{name}.json")
+        logs = "benchmarks.harness.outcomes" in command
+        # The last round and the start of the process are in the rest.
+        own = (f"--seconds={0.85 * seconds:.0f}",) * part.measures
+        commands[name] = [*command, *own, *([f"--results={files[name]}"] if part.measures or logs else [])]
+    start, found = (
+        time.perf_counter(),
+        {"name": part.name, "status": "", "reason": "", "seconds": 0.0, "tail": [], **EMPTY},
+    )
+    statuses, reasons, tracebacks = [], [], []
+    for name, ended in together(commands, seconds, environment).items():
+        own_found = {**EMPTY, **read(files[name])}
+        status, reason = judged(part, ended, own_found)
+        statuses.append(status)
+        reasons += [f"{name}: {reason}" if part.each else reason] if reason else []
+        tracebacks += (
+            [f"{name}: {ended.traceback}" if part.each else ended.traceback] if status == "red" else []
+        )
+        for key in ("benchmarks", "red", "skipped", "left_out"):
+            found[key] = [*found[key], *own_found[key]]
+        found["figures"] = {
+            **found["figures"],
+            **({name: own_found["figures"]} if part.each else own_found["figures"]),
+        }
+        found["tail"] = [*found["tail"], *ended.tail[-SHOWN:]]
+        found["machine_info"] = own_found.get("machine_info", {})
+        found["interrupted"] |= own_found["interrupted"] or ended.reason == INTERRUPTED
+    found["status"] = next((each for each in ("red", "green") if each in statuses), "skipped")
+    found["seconds"] = round(time.perf_counter() - start, 1)
+    return {**found, "reason": "; ".join(reasons), "traceback": "\n\n".join(tracebacks)}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a process wrote; {} where it wrote nothing."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def new_benchmarks(
+    found: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Those of variants that have no row yet: of stock, which every process times beside its own, the first's."""
+    names = {(each["group"], each["extra_info"]["variant"]) for each in known}
+    return (each for each in found if (each["group"], each["extra_info"]["variant"]) not in names)
 
 
 def visit(
     parts: Sequence[Part], path: Path, minutes: float, environment: dict[str, str], facts: dict[str, Any],
-    state: Callable[[], Any] = dict, **about: Any,
+    state: Callable[[], Any] = dict, logs: Path | None = None, **about: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Runs the parts and writes the result after each, so that what stops a run cannot take its figures.
 
     facts  of the machine      state  the GPU's clocks and the like; asked before and after each part
-    about  added to the result
+    logs   folder of log.jsonl and of the tar; None: there are none      about  added to the result
     """
     environment = {name: value for name, value in environment.items() if name not in UNWANTED}
     machine = {**facts, "gpu_state": {"before": state()}}
@@ -140,32 +254,60 @@ def visit(
         **about, "machine_info": {"smolvla_fast": machine}, "parts": [], "benchmarks": [], "interrupted": False,
     }  # fmt: skip
     end, names = time.perf_counter() + 60 * minutes, ", ".join(part.name for part in parts)
+    if logs is not None:
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / "log.jsonl").write_text("")
     print(f"{len(parts)} parts, within {minutes:.1f} minutes: {names}", flush=True)
     with tempfile.TemporaryDirectory(prefix="smolvla-bench-") as folder:
         for place, part in enumerate(parts):
-            found, ended = EMPTY, Ended(None, 0.0, [])
-            status, reason = "skipped", "interrupted" if data["interrupted"] else part.not_run
+            reason = "interrupted" if data["interrupted"] else part.not_run
+            seconds = shares(parts[place:], end - GRACE - time.perf_counter())
+            if not reason and seconds < min(part.limit, 2.0):
+                reason = "no time was left"
+            found = {
+                **EMPTY,
+                "name": part.name,
+                "status": "skipped",
+                "reason": reason,
+                "seconds": 0.0,
+                "tail": [],
+            }
             if not reason:
-                seconds = shares(parts[place:], end - time.perf_counter())
-                result = Path(folder, f"{part.name}.json")
                 print(f"== {part.name} (at most {seconds:.0f} s)", flush=True)
-                # The last round and the start of the process are in the rest.
-                own = (f"--seconds={0.85 * seconds:.0f}", f"--results={result}") if part.measures else ()
-                ended = execute([*part.command, *own], seconds, environment)
-                found = json.loads(result.read_text()) if result.is_file() else EMPTY
-                status, reason = judged(part, ended, found)
-            print(f"== {part.name}: {status}, {ended.seconds:.0f} s; {reason}".rstrip("; "), flush=True)
-            lists = {key: found[key] for key in ("red", "skipped", "left_out")}
-            said = dict(name=part.name, status=status, reason=reason, seconds=ended.seconds, tail=ended.tail)
-            data["parts"].append(said | lists)
-            data["benchmarks"] += found["benchmarks"]
-            data["interrupted"] |= found["interrupted"] or ended.reason == INTERRUPTED
-            machine["gpu_state"][f"after {part.name}"] = state()
+                found = run_part(part, Path(folder, f"{place:02}"), seconds, environment)
+            said = f"{found['seconds']:.0f} s; {found['reason']}"
+            print(f"== {part.name}: {found['status']}, {said}".rstrip("; "), flush=True)
+            data["benchmarks"] += new_benchmarks(found.pop("benchmarks"), data["benchmarks"])
+            data["interrupted"] |= found.pop("interrupted")
             # What the suite knows of its process, such as the threads, is nearer to its figures.
-            own_facts = found.get("machine_info", {}).get("smolvla_fast", {})
+            own_facts = found.pop("machine_info", {}).get("smolvla_fast", {})
             machine.update({k: v for k, v in own_facts.items() if k not in machine or k == "threads"})
+            machine["gpu_state"][f"after {part.name}"] = state()
+            data["parts"].append({key: value for key, value in found.items() if key != "traceback"})
             write_whole(path, data)
+            if logs is not None:
+                log = logs / "log.jsonl"
+                write_line(log, {key: value for key, value in found.items() if key != "tail"})
+                every = [log, path, *sorted(Path(folder).iterdir())]
+                write_tar(logs / f"{about.get('kind', path.stem)}.tar.gz", every)
     return data
+
+
+def write_line(path: Path, line: dict[str, Any]) -> None:
+    """A line more, on the disk when this returns."""
+    with path.open("a") as file:
+        file.write(json.dumps(line, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_tar(path: Path, files: Sequence[Path]) -> None:
+    """A tar that is never half there, of files by their names."""
+    part = path.with_suffix(".part")
+    with tarfile.open(part, "w:gz") as tar:
+        for each in files:
+            tar.add(each, each.name)
+    part.replace(path)
 
 
 def write_whole(path: Path, data: Any) -> None:

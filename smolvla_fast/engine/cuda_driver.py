@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,11 +27,18 @@ class Recording:
     nodes: int | None
 
 
-_streams: dict[int, torch.cuda.Stream] = {}
+_idle: defaultdict[int, list[torch.cuda.Stream]] = defaultdict(list)
+"""By device, streams of captures whose graphs are gone.
+
+torch keeps one cuBLAS workspace for each handle and stream. Two graphs that are replayed at once must not share one, nor may
+a graph share one with eager work. So a graph has a stream on which nothing but its warm-up and its capture ever runs, and
+whose workspace is the graph's alone; the next graph inherits both. Clearing all workspaces around a capture instead, as
+torch's own graphs do, takes them from under a thread that has looked one up and is about to launch.
+"""
 
 
 class CudaDriver:
-    """See ``cuda_graphs.Driver``. Captures of a device share one stream; ``GraphCache`` lets one run at a time."""
+    """See ``cuda_graphs.Driver``. ``GraphCache`` lets one capture run at a time."""
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -39,31 +49,36 @@ class CudaDriver:
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
         with torch.cuda.device(self._device):
-            if self._device.index not in _streams:
-                _streams[self._device.index] = torch.cuda.Stream(self._device)
-            stream, caller = _streams[self._device.index], torch.cuda.current_stream(self._device)
-            stream.wait_stream(caller)
-            with torch.cuda.stream(stream):
-                # Compiles kernels, makes library handles: none of it may happen in a capture.
-                run()
+            idle = _idle[self._device.index]
+            # What is left of the stream's last graph is done before its workspace and counters serve another.
             torch.cuda.synchronize(self._device)
-            # So that cuBLAS takes its workspace from the graph's own pool: two graphs replayed on two streams must not
-            # share one, and the graph's end must free it.
-            torch._C._cuda_clearCublasWorkspaces()
-            torch.cuda.empty_cache()
-            graph = _new_graph()
-            before = torch.cuda.memory_reserved(self._device)
+            stream = idle.pop() if idle else _new_stream(self._device)
             try:
-                with torch.cuda.stream(stream):
-                    output = self._record(graph, run)
-            finally:
-                torch._C._cuda_clearCublasWorkspaces()
-            reserved = max(0, torch.cuda.memory_reserved(self._device) - before)
-            nodes = _count_nodes(graph)
-            if nodes is not None:
-                graph.instantiate()
-            caller.wait_stream(stream)
-            return Recording(graph, reserved, nodes), output
+                recording, output = self._on(stream, run)
+            except BaseException:
+                idle.append(stream)
+                raise
+            weakref.finalize(recording, idle.append, stream).atexit = False
+            return recording, output
+
+    def _on(self, stream: torch.cuda.Stream, run: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
+        caller = torch.cuda.current_stream(self._device)
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
+            # Compiles kernels, makes library handles and workspaces: none of it may happen in a capture.
+            run()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        graph = _new_graph()
+        before = torch.cuda.memory_reserved(self._device)
+        with torch.cuda.stream(stream):
+            output = self._record(graph, run)
+        reserved = max(0, torch.cuda.memory_reserved(self._device) - before)
+        nodes = _count_nodes(graph)
+        if nodes is not None:
+            graph.instantiate()
+        caller.wait_stream(stream)
+        return Recording(graph, reserved, nodes), output
 
     def _record(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor]) -> Tensor:
         pool = torch.cuda.graph_pool_handle()
@@ -110,11 +125,29 @@ class CudaDriver:
         gc.collect()
 
     def release(self) -> None:
-        # An error that a broken capture left behind is reported by the next call and thereby cleared.
-        with torch.cuda.device(self._device), contextlib.suppress(RuntimeError):
-            torch.cuda.synchronize(self._device)
-        with torch.cuda.device(self._device):
-            torch.cuda.empty_cache()
+        # An error that a broken capture left behind is reported by the next call and thereby cleared. One that stays, as
+        # after an illegal access, is for the caller's own next call to tell.
+        for call in (lambda: torch.cuda.synchronize(self._device), torch.cuda.empty_cache):
+            with torch.cuda.device(self._device), contextlib.suppress(RuntimeError):
+                call()
+
+
+@cache
+def _runtime() -> ctypes.CDLL | None:
+    """CUDA's runtime library, which torch has loaded; None where it has another name."""
+    try:
+        return ctypes.CDLL(f"libcudart.so.{(torch.version.cuda or '').split('.')[0]}")
+    except OSError:
+        return None
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that torch gives to nobody else, as it does with those of its pool; one of the pool where CUDA gives none."""
+    handle, non_blocking = ctypes.c_void_p(), 1
+    runtime = _runtime()
+    if runtime is None or runtime.cudaStreamCreateWithFlags(ctypes.byref(handle), non_blocking):
+        return torch.cuda.Stream(device)
+    return torch.cuda.ExternalStream(handle.value or 0, device)
 
 
 def _new_graph() -> torch.cuda.CUDAGraph:
@@ -126,13 +159,12 @@ def _new_graph() -> torch.cuda.CUDAGraph:
 
 
 def _count_nodes(graph: torch.cuda.CUDAGraph) -> int | None:
-    raw = getattr(graph, "raw_cuda_graph", None)
-    if raw is None:
+    raw, runtime = getattr(graph, "raw_cuda_graph", None), _runtime()
+    if raw is None or runtime is None:
         return None
     try:
-        runtime = ctypes.CDLL(f"libcudart.so.{(torch.version.cuda or '').split('.')[0]}")
         count = ctypes.c_size_t(0)
         handle = ctypes.c_void_p(raw())
         return None if runtime.cudaGraphGetNodes(handle, None, ctypes.byref(count)) else int(count.value)
-    except (OSError, AttributeError, RuntimeError):
+    except (AttributeError, RuntimeError):
         return None

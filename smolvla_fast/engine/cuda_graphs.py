@@ -8,18 +8,22 @@ has moved (``change_detector`` asks that before, and what else has changed while
 from __future__ import annotations
 
 import os
+import re
 import threading
+import traceback
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..kernels.counters import give_back, held_by_capture
 
 CAPACITY = 6
 """Graphs kept for one policy; the one unused for longest goes first. LeRobot's callers need one or two at a time, an
@@ -81,7 +85,14 @@ def capture_of_user() -> dict[int, Any] | None:
 
 
 class CaptureFailed(RuntimeError):
-    """This shape of call cannot be captured; the message says why. All memory of the attempt has been given back."""
+    """This shape of call cannot be captured; the message says why. All memory of the attempt has been given back.
+
+    details  the traceback of what broke the capture, as text
+    """
+
+    def __init__(self, reason: str, details: str = "") -> None:
+        super().__init__(reason)
+        self.details = details
 
 
 class Driver(Protocol):
@@ -139,7 +150,7 @@ class GraphCache:
         self._driver = driver
         self._capacity = capacity
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
-        self._failed: dict[Hashable, str] = {}
+        self._failed: dict[Hashable, tuple[str, str]] = {}
         self._lock = threading.RLock()
         _caches.add(self)
 
@@ -154,7 +165,7 @@ class GraphCache:
         key = _whole(key, inputs)
         with self._lock:
             if key in self._failed:
-                raise CaptureFailed(self._failed[key])
+                raise CaptureFailed(*self._failed[key])
             graph = self._graphs.get(key)
             if graph is None:
                 graph = self._capture(key, inputs, compute)
@@ -182,19 +193,23 @@ class GraphCache:
             return chunk
 
         # Buffers of an inference_mode caller could not be written by a later one outside it.
-        with torch.inference_mode(False), torch.no_grad(), _capturing:
+        with torch.inference_mode(False), torch.no_grad(), _capturing, held_by_capture() as held:
             try:
                 statics = [value.clone() for value in inputs]
                 recording, output = self._driver.capture(record)
             except Exception as error:
                 statics = []
-                reason = f"CUDA graph capture failed: {type(error).__name__}: {_first_line(error)}"
-                self._failed[key] = reason
-                failure: CaptureFailed | None = CaptureFailed(reason)
+                # As text: the traceback itself holds the attempt's tensors.
+                details = "".join(traceback.format_exception(error))
+                self._failed[key] = f"CUDA graph capture failed: {_what(error)}", details
+                give_back(held)
+                failure: CaptureFailed | None = CaptureFailed(*self._failed[key])
             else:
-                held = sum(each.nbytes for each in statics)
+                size = sum(each.nbytes for each in statics)
                 pool, nodes = getattr(recording, "bytes", 0), getattr(recording, "nodes", None)
-                graph = Graph(recording, statics, output, held + pool, nodes, reports[-1])
+                graph = Graph(recording, statics, output, size + pool, nodes, reports[-1])
+                # However it goes: evicted, cleared, or with its policy.
+                weakref.finalize(graph, give_back, held).atexit = False
                 self._graphs[key] = graph
                 failure = None
         # Outside the handler: the traceback that holds the attempt's tensors is gone by now.
@@ -230,6 +245,11 @@ class GraphCache:
         self._graphs, self._failed, self._lock = OrderedDict(), {}, threading.RLock()
 
     @property
+    def failures(self) -> list[str]:
+        """The tracebacks of the shapes that could not be captured."""
+        return [details for _, details in list(self._failed.values())]
+
+    @property
     def count(self) -> int:
         return len(self._graphs)
 
@@ -249,7 +269,7 @@ def _whole(key: Hashable, inputs: Sequence[Tensor]) -> Hashable:
     return key, tuple((each.shape, each.dtype, each.device) for each in inputs)
 
 
-_caches: WeakSet[GraphCache] = WeakSet()
+_caches: weakref.WeakSet[GraphCache] = weakref.WeakSet()
 _of_parents: list[Any] = []
 """Graphs that a forked child must not replay, nor destroy: they are the parent's."""
 
@@ -265,8 +285,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]
+def _what(error: BaseException) -> str:
+    """An error in a line; of a kernel that does not compile its name, where Triton begins with a place in a source."""
+    source = getattr(error, "src", None)
+    lines = (str(error).strip() or "no message").splitlines()
+    if not isinstance(source, str):
+        return f"{type(error).__name__}: {lines[0]}"
+    kernel = re.search(r"^\s*def (\w+)", source, re.MULTILINE)
+    cause = str(error.__cause__ or "").strip().splitlines()
+    said = (getattr(error, "error_message", None) or "").strip().splitlines() or cause[-1:] or lines[:1]
+    return f"{type(error).__name__} in {kernel[1] if kernel else 'a kernel'}: {said[0]}"
 
 
 def driver_for(device: torch.device) -> Driver | None:

@@ -1,20 +1,28 @@
-"""`make gpu-report` and `make gpu-peers`, rehearsed on a CPU: arguments, parts, what is red, the result and its Markdown."""
+"""`make gpu-report` and `make gpu-peers`, rehearsed on a CPU: arguments, parts, what is red, the result and its Markdown.
+
+tests/bench/test_gpu_contact.py has `make gpu-contact` and `make gpu-bring`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import tarfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.contract import OPS
 
 from benchmarks.gpu_run import __main__ as visit
+from benchmarks.gpu_run import bring, plans
 from benchmarks.harness import run
 from benchmarks.harness.run import EMPTY, Ended, Part
+from smolvla_fast.model.precision import TIERS
+from smolvla_fast.ops.table import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,21 +87,42 @@ def test_peers_rehearsed_with_a_broken_engine(tmp_path: Path, monkeypatch: pytes
     assert "| compiled-max-autotune | skipped |" in next((tmp_path / "out").glob("*peers*.md")).read_text()
 
 
+def report_parts() -> list[Part]:
+    return plans.report(Namespace(rehearse=False, only=None, part=None))
+
+
 def test_the_parts_fit_into_the_time() -> None:
-    for make in (visit.report, visit.peers):
-        parts = make(Namespace(rehearse=False, only=None))
-        assert sum(part.least for part in parts) <= 60 * visit.MINUTES <= 480
+    for kind, make in plans.PLANS.items():
+        parts = make(Namespace(rehearse=False, only=None, part=None))
+        assert sum(part.least for part in parts) <= 60 * plans.MINUTES[kind] <= 480
+
+
+def test_what_matters_most_comes_first() -> None:
+    """bf16 before all, tests behind what is measured, the sanitizer last; nothing slow, a variant of the chunk a process."""
+    parts = report_parts()
+    names = [part.name for part in parts]
+    assert names[0] == "chunk" and "--choose=stock or bf16" in parts[0].command
+    assert names.index("stages") < names.index("ops") < names.index("contract") < names.index("tests")
+    assert max(i for i, name in enumerate(names) if name == "chunk") < names.index("contract")
+    assert names[-1] == "sanitizer"
+    chosen = [word for part in parts if part.name == "chunk" for word in part.command if "--choose" in word]
+    assert set(chosen) == {f"--choose=stock or {tier}" for tier in TIERS if tier != "int8"}
+    marks = [
+        part.command[part.command.index("-m", 3) + 1] for part in parts if part.name in ("contract", "tests")
+    ]
+    assert marks == ["gpu and not slow"] * 3
+    assert OPS[: len(STAGES["denoise"])] == STAGES["denoise"]
 
 
 def test_a_visit_measures_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Flags of every part, without a GPU: pytest takes them, and they name the device."""
     commands: list[list[str]] = []
     monkeypatch.setattr(run, "execute", lambda command, *_: (commands.append(command), Ended(0, 1.0, []))[1])
-    args = Namespace(rehearse=False, only=None)
-    parts = [part for part in [*visit.report(args), *visit.peers(args)] if part.measures]
+    args = Namespace(rehearse=False, only=None, part=None)
+    parts = [part for part in [*plans.report(args), *plans.peers(args)] if part.measures]
     run.visit(parts, tmp_path / "a.json", 60, {}, {})
-    assert len(commands) == 6 and all("--device=cuda" in command for command in commands)
-    assert "--compile-mode=max-autotune" in commands[-1] and "--layers=16,32" in commands[0]
+    assert len(commands) == 10 and all("--device=cuda" in command for command in commands)
+    assert "--compile-mode=max-autotune" in commands[-1] and "--layers=16" in commands[0]
     from benchmarks.harness import flags
 
     known = {*flags.FLAGS, "--results", "--rootdir", "--benchmark-quiet"}
@@ -105,11 +134,14 @@ def test_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def parsed(*arguments: str) -> Any:
         return visit.parse(["report", *arguments])
 
-    assert parsed().out == RESULTS and parsed("--part", "chunk").out == ROOT / "build"
+    assert parsed().out == RESULTS and parsed("--part", "chunk").out == ROOT / "build" / "gpu-report"
     assert parsed("--rehearse").out == ROOT / "build" / "gpu-rehearsal"
     assert parsed("--only", "linear").part == ["ops"]
     for wrong, reason in (
-        (["--part", "stagse"], "no part stagse; accepted are build, tests, sanitizer, chunk, stages, ops"),
+        (
+            ["--part", "stagse"],
+            "no part stagse; accepted are chunk, build, stages, ops, contract, tests, sanitizer",
+        ),
         (["--rehearse", "--out", str(RESULTS)], "a rehearsal has no place in benchmarks/results"),
     ):
         with pytest.raises(SystemExit):
@@ -129,7 +161,7 @@ def test_lerobot_comes_along_as_wheels(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(visit, "find_spec", lambda name: object())
     assert visit.bring_lerobot({}) is None
     monkeypatch.setattr(visit, "find_spec", lambda name: None)
-    assert "run `make gpu-wheels` on a machine with a network" in str(visit.bring_lerobot({}))
+    assert "run `make gpu-bring` on a machine with a network" in str(visit.bring_lerobot({}))
     (tmp_path / ".whl").mkdir()
     assert "the wheels in .whl/ do not install" in str(visit.bring_lerobot({}))
     (tmp_path / "site").mkdir()
@@ -139,7 +171,7 @@ def test_lerobot_comes_along_as_wheels(tmp_path: Path, monkeypatch: pytest.Monke
     assert sys.path[0] == str(tmp_path / "site")  # for the version in the result's head
     assert environment["PYTHONPATH"] == f"{tmp_path / 'site'}{os.pathsep}before"
     lines = [
-        line for line in visit.REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")
+        line for line in bring.REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")
     ]
     assert "lerobot==0.6.1" in lines and all(line.count("==") == 1 for line in lines)
 
@@ -171,26 +203,38 @@ def test_verdict_on_pytest() -> None:
     assert judged(None, closing, reason="not done after 9 s") == ("red", "not done after 9 s")
 
 
-@pytest.mark.parametrize(("second", "status"), [("3 passed in 2.0s", "green"), ("1 failed in 1.0s", "red")])
-def test_a_chunks_tests_run_alone_before_the_others(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, second: str, status: str
-) -> None:
-    """Then the others, several at once; what fails in one costs the other nothing."""
-    commands: list[list[str]] = []
+def test_stocks_row_stands_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every process times stock beside its variant; the rows of a part that ended without a result are nobody's."""
 
     def execute(command: list[str], seconds: float, environment: dict[str, str]) -> Ended:
-        commands.append(command)
-        return Ended(
-            int(len(commands) == 2 and status == "red"),
-            3.0,
-            ["2 passed in 1.0s" if len(commands) == 1 else second],
-        )
+        path = Path(command[-1].removeprefix("--results="))
+        if "crash" not in command:
+            rows = [{"group": "chunk", "extra_info": {"variant": each}} for each in ("stock", command[0])]
+            path.write_text(json.dumps({**EMPTY, "benchmarks": rows}))
+        return Ended(-11 if "crash" in command else 0, 1.0, [])
 
     monkeypatch.setattr(run, "execute", execute)
-    parts = [part for part in visit.report(Namespace(rehearse=False, only=None)) if part.name == "tests"]
-    found = run.visit(parts, tmp_path / "a.json", 1, {}, {})["parts"]
-    assert [each["status"] for each in found] == ["green", status] and found[0][
-        "reason"
-    ] == "2 passed in 1.0s"
-    assert second in found[1]["reason"]
-    assert visit.CHUNKS in commands[0] and f"--ignore={visit.CHUNKS}" in commands[1]
+    parts = [Part("chunk", 60, 0, (name,), measures=True) for name in ("bf16", "crash", "fp32")]
+    data = run.visit(parts, tmp_path / "a.json", 5, {}, {})
+    assert [each["extra_info"]["variant"] for each in data["benchmarks"]] == ["stock", "bf16", "fp32"]
+    assert [part["status"] for part in data["parts"]] == ["green", "red", "green"]
+
+
+def test_a_killed_run_of_tests_names_them(tmp_path: Path) -> None:
+    """A line for each as it begins and ends, with its traceback; what was under way is known."""
+    test = tmp_path / "test_three.py"
+    test.write_text(
+        "import os\ndef test_good(): pass\ndef test_wrong():\n    assert 1 == 2\ndef test_dies(): os._exit(9)\n"
+    )
+    part = Part("tests", 60, 0, run.pytest_of(str(test), f"--rootdir={tmp_path}"))
+    data = run.visit([part], tmp_path / "a.json", 2, dict(os.environ), {}, logs=tmp_path)
+    [found] = data["parts"]
+    figures = found["figures"]
+    assert found["status"] == "red" and figures["passed"] == figures["failed"] == 1
+    assert "assert 1 == 2" in figures["tracebacks"]["test_three.py::test_wrong"]
+    assert figures["under way"] == ["test_three.py::test_dies"]
+    with tarfile.open(tmp_path / "a.tar.gz") as tar:
+        [name] = (name for name in tar.getnames() if name.endswith("-tests.jsonl"))
+        lines = [json.loads(line) for line in tar.extractfile(name).read().decode().splitlines()]  # type: ignore[union-attr]
+    assert [line["outcome"] for line in lines] == ["begins", "passed", "begins", "failed", "begins"]
+    assert "assert 1 == 2" in lines[3]["traceback"]

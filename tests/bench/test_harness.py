@@ -303,8 +303,9 @@ def test_a_command_is_ended_with_all_it_started(tmp_path: Path, monkeypatch: pyt
 def test_what_a_suite_measured_before_it_crashed_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    row = {"name": "stock", "group": "chunk", "extra_info": {"variant": "stock"}}
     found = {
-        "benchmarks": [{"name": "stock"}],
+        "benchmarks": [row],
         "red": [],
         "skipped": [],
         "left_out": ["late"],
@@ -324,7 +325,10 @@ def test_what_a_suite_measured_before_it_crashed_counts(
     assert (part["status"], part["reason"]) == ("red", "ended with status 1: boom") and part["left_out"] == [
         "late"
     ]
-    assert json.loads((tmp_path / "out" / "a.json").read_text())["benchmarks"] == [{"name": "stock"}]
+    assert json.loads((tmp_path / "out" / "a.json").read_text())["benchmarks"] == [row]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.json"], (
+        "a bench leaves its result alone"
+    )
     assert run.judged(one, Ended(0, 1.0, ["x"]), run.EMPTY) == ("red", "nothing was measured")
 
 
@@ -392,7 +396,7 @@ def test_the_command_hands_on_its_options(started: list[list[str]], tmp_path: Pa
     assert "benchmarks/suites/cpu.py" in started[0] and {
         "--device=cpu",
         "--threads=2",
-        "--seconds=510",
+        "--seconds=506",  # 0.85 of what is left of ten minutes without the GRACE of the last process
     } <= set(started[0])
     common = [
         "--cameras=3",

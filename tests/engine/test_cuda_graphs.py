@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support import recorder
 from support.captured import Captured, recording
 from support.policies import LEROBOT_FIRST, chunk, make_policy
 from support.recorder import RecorderDriver
 from torch import nn
 
 import smolvla_fast
+from smolvla_fast.engine import cuda_driver
 from smolvla_fast.engine import cuda_graphs as graphs
+from smolvla_fast.kernels import counters
 from smolvla_fast.patch import engine_of
 from smolvla_fast.patching import call_rules
 from smolvla_fast.testing.policies import make_noise, make_observation
@@ -162,7 +170,6 @@ def test_nothing_but_ops_runs_in_a_layer(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("broken", [False, True], ids=["capture survives", "capture broken"])
 def test_recording_tells_what_broke_it(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of the work, not that of ending the capture; what a broken one leaves behind is undone once."""
-    from smolvla_fast.engine import cuda_driver
 
     class Graph:
         begun = ended = 0
@@ -194,3 +201,113 @@ def test_recording_tells_what_broke_it(broken: bool, monkeypatch: pytest.MonkeyP
             driver._record(graph, lambda: torch.ones(1))  # type: ignore[arg-type]
     else:
         assert driver._record(graph, lambda: torch.ones(1)) is not None  # type: ignore[arg-type]
+
+
+def no_device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """``cuda_driver`` without a GPU: what it asks of torch is noted, and there are streams."""
+    asked: list[str] = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: asked.append(name))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: asked.append("clear"), raising=False)
+    monkeypatch.setattr(cuda_driver, "_idle", defaultdict(list))
+    monkeypatch.setattr(cuda_driver, "_new_graph", SimpleNamespace)
+    return asked
+
+
+def test_a_stream_serves_one_graph_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So no two graphs share a cuBLAS workspace, and nobody else's is ever cleared."""
+    asked, made, used = no_device(monkeypatch), itertools.count(), []
+    monkeypatch.setattr(
+        cuda_driver,
+        "_new_stream",
+        lambda _: SimpleNamespace(number=next(made), wait_stream=lambda _: used.append(1)),
+    )
+    on: list[int] = []
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: (on.append(s.number), nullcontext())[1])
+    monkeypatch.setattr(cuda_driver.CudaDriver, "_record", lambda self, graph, run: run())
+    driver = cuda_driver.CudaDriver(torch.device("cuda", 0))
+    graphs_held = [driver.capture(lambda: torch.ones(1)) for _ in range(2)]
+    assert on == [0, 0, 1, 1], "warm-up and capture on one stream, each graph on its own"
+    graphs_held.pop(0)
+    gc.collect()
+    with pytest.raises(ZeroDivisionError):
+        driver.capture(lambda: torch.ones(1 // 0))
+    graphs_held.append(driver.capture(lambda: torch.ones(1)))
+    assert on[4:] == [0, 0, 0], "the stream of a graph that went, and of a capture that failed, serves again"
+    assert "clear" not in asked and asked[0] == "synchronize"
+
+
+def test_giving_memory_back_passes_over_an_error_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_device(monkeypatch)
+    asked = []
+
+    def fails(*_: Any) -> None:
+        asked.append(1)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, fails)
+    cuda_driver.CudaDriver(torch.device("cuda", 0)).release()
+    assert len(asked) == 2
+
+
+def cache_of(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """A cache over the recorder, and a chunk whose launch takes counters as a split-K launch on a GPU does."""
+    zeros = torch.zeros
+    stream = SimpleNamespace(cuda_stream=1, synchronize=lambda: None)
+    monkeypatch.setattr(torch, "zeros", lambda *size, dtype, device: zeros(*size, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(recorder._under_way))
+    monkeypatch.setattr(counters, "_of_device", {})
+
+    def compute(inputs: list[torch.Tensor]) -> Any:
+        assert counters.arrivals(300, torch.device("cuda", 0)) is not None, "a launch would zero its own"
+        return inputs[0] + 1, None
+
+    return graphs.GraphCache(RecorderDriver(), capacity=2), compute
+
+
+def test_counters_come_back_with_their_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a policy is captured anew: evicted, refreshed, dropped, failed."""
+    cache, compute = cache_of(monkeypatch)
+    monkeypatch.setattr(counters.Counters, "NUMBER", 2048)  # 1024 of the stream, and three graphs'
+    for size in range(1, 20):
+        cache.run("evicted", [torch.ones(size)], compute)
+    for _ in range(10):
+        cache.run("refreshed", [torch.ones(1)], compute)
+        cache.clear()
+    for _ in range(10):
+        graphs.GraphCache(RecorderDriver()).run("dropped", [torch.ones(1)], compute)
+    held = counters._of_device[0]
+    assert held.used == 1024 + 3 * 320 and sum(map(len, held.returned.values())) == 3
+    failing = graphs.GraphCache(RecorderDriver(fail_at=0))
+    for size in range(1, 20):
+        with pytest.raises(graphs.CaptureFailed):
+            failing.run("failed", [torch.ones(size)], compute)
+    assert sum(map(len, held.returned.values())) == 3
+
+
+def test_a_failed_capture_keeps_its_traceback_and_names_the_kernel() -> None:
+    source = "@triton.jit\ndef _norm_swiglu(x, N: tl.constexpr):\n    tl.dot(x, x)\n"
+
+    class CompilationError(Exception):
+        src, error_message = source, "input and other must have equal ranks"
+
+    def broken(inputs: list[torch.Tensor]) -> Any:
+        raise CompilationError(f"at 3:4:\n{source}")
+
+    cache = graphs.GraphCache(RecorderDriver())
+    for _ in range(2):  # the second time without a try
+        with pytest.raises(graphs.CaptureFailed) as failure:
+            cache.run("a", [torch.ones(1)], broken)
+        said = "CompilationError in _norm_swiglu: input and other must have equal ranks"
+        assert str(failure.value) == f"CUDA graph capture failed: {said}"
+        assert "in broken" in failure.value.details and "Traceback" in failure.value.details
+    assert cache.failures == [failure.value.details]
+    cache.clear()
+    assert cache.failures == []

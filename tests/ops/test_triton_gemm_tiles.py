@@ -13,7 +13,7 @@ from support.contract import check, inputs_in, run
 from support.gemms import F16, F32, TRITON, inputs_of, module, with_tile
 from support.guarded import DEVICE
 
-from smolvla_fast.kernels import common, tuning
+from smolvla_fast.kernels import common, counters, tuning
 from smolvla_fast.ops.select import reference_ops
 
 pytestmark = pytest.mark.triton
@@ -64,12 +64,12 @@ def test_counters_are_shared_by_nothing_that_may_run_at_once(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *size, dtype, device: zeros(*size, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    monkeypatch.setattr(common, "_counters", {})
+    monkeypatch.setattr(counters, "_of_device", {})
     device = torch.device("cuda", 0)
 
     def take(stream, capturing, tiles=12):
         state.stream, state.capturing = stream, capturing
-        got = common._arrivals(tiles, device)
+        got = counters.arrivals(tiles, device)
         return None if got is None else range(got.data_ptr(), got.data_ptr() + 4 * got.numel())
 
     def apart(a, b):
@@ -82,7 +82,7 @@ def test_counters_are_shared_by_nothing_that_may_run_at_once(monkeypatch):
     others.append(take(1, capturing=False, tiles=5000))
     for i, one in enumerate(others):
         assert all(apart(one, other) for other in (first, *others[:i]))
-    assert take(1, capturing=True, tiles=common._Counters.NUMBER) is None
+    assert take(1, capturing=True, tiles=counters.Counters.NUMBER) is None
 
 
 @pytest.mark.gpu

@@ -141,7 +141,6 @@ f32 exp2_near(f32 x) {
     return FTZ ? flush(y) : y;
 }
 f32 rsqrt_near(f32 x) { return flush(nearly(1.0 / std::sqrt(static_cast<f64>(flush(x))), bits<u32>(x), 1)); }
-f32 sqrt_rounded(f32 x) { return plain(std::sqrt(x)); }
 f32 sqrt_near(f32 x) { return flush(nearly(std::sqrt(static_cast<f64>(flush(x))), bits<u32>(x), 1)); }
 // A divisor above 2^126 gives 0, or NaN for what is infinite.
 f32 divide_near(f32 a, f32 b) {
@@ -267,7 +266,6 @@ Table arithmetic() {
     t.push_back({"ex2.approx.f32", {unary<f32, f32, exp2_near<false>>, "rr"}});
     t.push_back({"ex2.approx.ftz.f32", {unary<f32, f32, exp2_near<true>>, "rr"}});
     t.push_back({"rsqrt.approx.ftz.f32", {unary<f32, f32, rsqrt_near>, "rr"}});
-    t.push_back({"sqrt.rn.f32", {unary<f32, f32, sqrt_rounded>, "rr"}});
     t.push_back({"sqrt.approx.ftz.f32", {unary<f32, f32, sqrt_near>, "rr"}});
     t.push_back({"setp.gt.f32", {compare<f32, GT>, "prr"}});
     t.push_back({"setp.ge.f32", {compare<f32, GE>, "prr"}});

@@ -1,0 +1,241 @@
+"""`make gpu-contact` and `make gpu-bring` without a GPU: rehearsed, and with failures planted into its stages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu_run import __main__ as visit
+from benchmarks.gpu_run import bring, page, plans, predictions
+from benchmarks.harness import run
+from benchmarks.harness.run import GRACE, Part
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = """
+import os, signal, sys, time
+from benchmarks.gpu_run import stage
+
+def sticky(found):
+    found.add(before=1)
+    for name in ("first", "second"):
+        with found.attempt(name):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def killed(found):
+    found.add(before=2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def hangs(found):
+    found.add(before=3)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(600)
+
+def policy(found, backend):
+    from support.recorder import RecorderDriver
+    from benchmarks.gpu_run import stages
+    import support.recorder
+    support.recorder.RecorderDriver = lambda: RecorderDriver(fail_at=40)
+    stages.policy(found, backend)
+
+sys.exit(stage.main(sys.argv[1:], dict(sticky=sticky, killed=killed, hangs=hangs, policy=policy)))
+"""
+"""Stages with something wrong in each."""
+
+
+def contact(out: Path, make: Any, *arguments: str) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
+    """Exit status, lines of the log, result."""
+    status = visit.main(["contact", "--rehearse", "--out", str(out), *arguments], {"contact": make})
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return status, lines, json.loads((out / "contact.json").read_text())
+
+
+def in_tar(out: Path) -> dict[str, bytes]:
+    with tarfile.open(out / "gpu-contact.tar.gz") as tar:
+        return {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_contact_rehearsed(tmp_path: Path) -> None:
+    """Every stage once, each in a process of its own."""
+    pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the baseline is LeRobot's")
+    status, lines, data = contact(tmp_path, plans.contact)
+    assert status == 0, [(line["name"], line["reason"], line.get("traceback")) for line in lines]
+    assert [line["name"] for line in lines] == [
+        part.name for part in plans.contact(Namespace(rehearse=True, part=None))
+    ]
+    found = {line["name"]: line["figures"] for line in lines}
+    assert found["policy"]["headline"]["ms"] > 0 and found["policy"]["replays_are_equal"] is True
+    assert (
+        found["trace"]["nodes"] > 0
+        and found["stages"]["denoise_ms"] > 0
+        and found["lerobot"]["wall"]["rounds"] == 2
+    )
+    assert all(len(cases) == 1 for cases in found["ops"].values()) and set(found["ops"]) == set(
+        plans.REHEARSED_OPS
+    )
+    text = (tmp_path / "contact.md").read_text()
+    assert "**A rehearsal**" in text and "ms a chunk**" in text and "| policy/headline/ms |" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "contact.json", "contact.md", "gpu-contact.tar.gz", "log.jsonl",
+    ]  # fmt: skip
+    inside = in_tar(tmp_path)
+    assert json.loads(inside["contact.json"]) == data
+    assert {"us", "gap_us", "name"} == set(
+        json.loads(next(inside[n] for n in inside if n.endswith("-nodes.json")))[0]
+    )
+
+
+@pytest.mark.slow
+def test_the_headline_comes_home_whatever_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sticky error, a killed stage, one that hangs, a capture that fails: each costs itself, and says why."""
+    monkeypatch.setattr(run, "GRACE", 0.5)
+    script = tmp_path / "planted.py"
+    script.write_text(STAGES)
+
+    def planted(name: str, limit: float, *words: str) -> Part:
+        command = (sys.executable, str(script), name, *words, "--rehearse")
+        return Part(name, limit, 0, command, measures=True)
+
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}")
+    parts = [
+        planted("sticky", 60), planted("killed", 60), planted("hangs", 12), planted("policy", 60, "triton"),
+        plans.stage("policy", 60, 0, "torch", label="policy-torch", rehearse=True),
+    ]  # fmt: skip
+    status, lines, data = contact(tmp_path / "out", lambda args: parts)
+    assert status == 1
+    assert [line["status"] for line in lines] == ["red"] * 4 + ["green"]
+    assert [line["figures"].get("before") for line in lines[:3]] == [1, 2, 3], "what was found before counts"
+    sticky, killed, hangs, capture = lines[:4]
+    assert len(sticky["red"]) == 2 and "illegal memory access" in sticky["traceback"]
+    assert killed["reason"] == "ended with status -9: before: 2"
+    assert (
+        hangs["reason"] == "not done after 12 s"
+        and "in hangs" in hangs["traceback"]
+        and hangs["seconds"] < 20
+    )
+    assert "out of memory while recording" in capture["reason"]
+    assert "in predict_action_chunk" in capture["traceback"] or "_chunk" in capture["traceback"]
+    assert "Traceback (most recent call last)" in capture["traceback"]
+    assert page.headline(data)["by"].startswith("torch")  # type: ignore[index]
+    assert "ms a chunk**" in (tmp_path / "out" / "contact.md").read_text()
+    assert set(in_tar(tmp_path / "out")) >= {
+        "log.jsonl",
+        "contact.json",
+        "02-hangs.json",
+        "04-policy-torch.json",
+    }
+
+
+def test_the_headline_has_its_time_however_long_the_stages_before_it_take() -> None:
+    """Each to its limit and beyond; and the whole within its minutes."""
+    parts = plans.contact(Namespace(rehearse=False, part=None))
+    left, given = 60 * plans.MINUTES["contact"], {}
+    for place, part in enumerate(parts):
+        given[part.name] = max(0.0, run.shares(parts[place:], left - GRACE))
+        left -= given[part.name] + (GRACE if given[part.name] else 0)
+    assert given["policy"] >= 50 and given["policy-torch"] >= 30 and left >= 0
+    assert all(part.limit <= 80 for part in parts)
+
+
+def test_a_second_contact_asks_by_name() -> None:
+    named = {part.name for part in plans.contact(Namespace(rehearse=False, part=["fp8"]))}
+    assert {
+        "fp8",
+        "fp32",
+        "exact",
+        "1-camera",
+        "3-cameras",
+        "batch-8",
+        "streams",
+        "memory",
+        "compiled",
+        "sanitizer",
+    } < named
+    assert visit.parse(["contact", "--part", "fp8"]).logs == ROOT / "build" / "gpu-contact"
+    for wrong in (
+        ["contact", "--part", "fp9"],
+        ["contact", "--minutes", "0"],
+        ["contact", "--only", "linear"],
+    ):
+        with pytest.raises(SystemExit):
+            visit.parse(wrong)
+
+
+def test_several_at_once_end_together(tmp_path: Path) -> None:
+    """Six beside each other within the part's time; one that is late costs itself."""
+    sleep = lambda seconds: (sys.executable, "-c", f"import time; time.sleep({seconds})")  # noqa: E731
+    found = run.together({"a": sleep(0), "b": sleep(60), "c": sleep(0)}, 3, {})
+    assert (found["a"].status, found["b"].status, found["c"].status) == (0, None, 0)
+    assert found["b"].reason.startswith("not done after")
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.json"
+    assert predictions.predicted(path) == {}
+    path.write_text('{"stages/denoise_ms": 3.9}')
+    part = {
+        "name": "stages",
+        "status": "green",
+        "reason": "",
+        "seconds": 1,
+        "red": [],
+        "skipped": [],
+        "left_out": [],
+    }
+    facts = json.loads(next((ROOT / "benchmarks" / "results").glob("*.json")).read_text())["machine_info"]
+    data = {"machine_info": facts, "parts": [{**part, "figures": {"denoise_ms": 4.25, "vision_ms": 1.5}}]}
+    text = page.markdown(data, predictions.predicted(path))
+    assert "| stages/denoise_ms | 4.25 | 3.9 |" in text and "| stages/vision_ms | 1.5 | – |" in text
+    assert "**No chunk was captured and timed.**" in text
+
+
+def test_what_was_cached_elsewhere_is_found_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's index names its files with the folder in which they were made."""
+    triton = pytest.importorskip("triton")
+    from triton.runtime.cache import FileCacheManager
+
+    made, here = tmp_path / "made", tmp_path / "here"
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(made)
+        there = FileCacheManager("key")
+        there.put_group("kernel.json", {"kernel.cubin": there.put(b"code", "kernel.cubin")})
+        made.rename(here)
+        triton.knobs.cache.dir = str(here)
+        assert FileCacheManager("key").get_group("kernel.json") == {}
+        environment: dict[str, str] = {}
+        bring.use_cache(environment, here)
+        assert FileCacheManager("key").get_group("kernel.json") == {
+            "kernel.cubin": str(here / "key" / "kernel.cubin")
+        }
+    assert environment == {"TRITON_CACHE_DIR": str(here)} and bring.compiled_kernels(here) == 1
+
+
+@pytest.mark.slow
+def test_kernels_to_bring_are_compiled_without_a_gpu(tmp_path: Path) -> None:
+    """A chunk's, and those of the constants, with programmatic dependent launch too."""
+    pytest.importorskip("triton")
+    code = "import sys, pathlib; from benchmarks.gpu_run import bring; bring.kernels('tiny', pathlib.Path(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    names = {path.stem.removeprefix("_") for path in tmp_path.glob("*/*.cubin")}
+    assert {"nothing", "read", "link", "norm_swiglu_fwd", "euler_step_fwd"} <= names
+    ptx = [path.read_text() for path in tmp_path.glob("*/_link.ptx")]
+    assert sorted("griddepcontrol.wait" in each for each in ptx) == [False, True]
+
+
+def test_what_cannot_be_built_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback\nImportError: no account here")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    assert visit.main(["bring", "--part", "predictions"]) == 1
+    assert "predictions: not built, 0 s: ImportError: no account here" in capsys.readouterr().out
