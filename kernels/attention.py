@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_tuning import attention_tile
 from .common import capability, check, on_tensor_cores
-from .tuning import attention_tile, fp32_precision, head_block
+from .tuning import fp32_precision, head_block
 
 
 @triton.jit

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_tuning import attention_residual_tile
 from .common import as_rows, capability, check, split_workspace, sum_of_splits
 from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
 from .masked_attention import TYPES, attend, check_attention
-from .tuning import attention_residual_tile, fp32_precision, head_block
+from .tuning import fp32_precision, head_block
 
 
 @triton.jit

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_tuning import masked_attention_tile
 from .common import capability, check, on_tensor_cores
 from .dependent_launch import await_inputs, dependent_launch
-from .tuning import fp32_precision, head_block, masked_attention_tile
+from .tuning import fp32_precision, head_block
 
 # Finite, so that a row that sees nothing weighs all its keys alike; keys that do not exist get -inf instead.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)

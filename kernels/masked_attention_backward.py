@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_tuning import attention_backward_tile
 from .common import capability, check
 from .masked_attention import LOWEST, TYPES, masked_attention
-from .tuning import attention_backward_tile, fp32_precision, head_block
+from .tuning import fp32_precision, head_block
 
 
 @triton.jit

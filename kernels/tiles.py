@@ -8,7 +8,7 @@ autograd's: to choose for it, call its launcher.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple, TypeVar
@@ -181,3 +181,10 @@ def choice(
         return chosen
 
     return tile
+
+
+def ranked(best: T, others: Iterable[T], refusal: Callable[[T], str | None]) -> tuple[T, ...]:
+    """The best and those of the others that can serve, each once."""
+    fit = [best]
+    fit += [tile for tile in others if refusal(tile) is None]
+    return tuple(dict.fromkeys(fit))[:CANDIDATES]

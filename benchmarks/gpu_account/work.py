@@ -101,7 +101,7 @@ def _attention(node: Node, rows: int, keys: int, dim: int) -> Work:
     q, k, v = a["q_ptr"].dtype, a["k_ptr"].dtype, a["v_ptr"].dtype
     wide = torch.promote_types(q, k)
     block, blocks = a["BLOCK_KEYS"], ceil(keys / a["BLOCK_KEYS"])
-    mask = rows / a.get("GROUP", 1) * keys if "mask_ptr" in a else 0
+    mask = rows / a.get("BLOCK_GROUP", a.get("GROUP", 1)) * keys if "mask_ptr" in a else 0
     return Work(
         programs=prod(node.grid), warps=a["num_warps"], registers=WIDE_REGISTERS,
         moved=2 * rows * dim * q.itemsize + keys * dim * (k.itemsize + v.itemsize) + mask,
@@ -109,6 +109,20 @@ def _attention(node: Node, rows: int, keys: int, dim: int) -> Work:
         flops=4 * rows * blocks * block * dim, unit=unit_of(wide, v, precision=a["PRECISION"]),
         exponents=rows * blocks * block,
         trips=max(1.0, blocks / max(a["num_stages"] - 1, 1)), operations=4 * blocks,
+    )  # fmt: skip
+
+
+def _attention_residual(node: Node) -> Work:
+    """Attention of a tile, then one product with a slice of the weight, whose parts meet as a split product's."""
+    a = node.arguments
+    tokens, cols, dim, weight = a["BLOCK_TOKENS"], a["BLOCK_COLS"], a["HEAD_DIM"], a["weight_ptr"].dtype
+    work = _attention(node, tokens * a["BLOCK_GROUP"], a["keys"], dim)
+    inner = a["BLOCK_GROUP"] * a["BLOCK_DIM"]
+    moved = a["GROUP"] * dim * (cols * weight.itemsize - tokens * a["q_ptr"].dtype.itemsize)
+    moved += tokens * cols * (2 * 4 + 2 * a["y_ptr"].dtype.itemsize / a["KV_HEADS"])
+    return replace(
+        work, moved=work.moved + moved, shared=max(work.shared, inner * cols * weight.itemsize),
+        flops=work.flops + 2 * tokens * inner * cols, trips=work.trips + 1, tails=4, operations=work.operations + 3,
     )  # fmt: skip
 
 
@@ -199,6 +213,7 @@ RULES: dict[str, Rule] = {
     "masked_attention_fwd": lambda n: _attention(
         n, n.arguments["BLOCK_ROWS"], n.arguments["keys"], n.arguments["HEAD_DIM"]
     ),
+    "attention_residual_fwd": _attention_residual,
     "layer_norm_fwd": _layer_norm,
     "suffix_embed_fwd": _suffix_embed,
     "euler_step_fwd": _euler_step,

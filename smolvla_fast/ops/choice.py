@@ -165,7 +165,7 @@ def _layer_launches(choices: dict[str, Choice], rows: int) -> int | None:
     }
     fused = {name.startswith("triton") for op, name in served if op == "attention_residual"}
     single = all(name.startswith(("triton", "cuda")) for op, name in served if op != "attention_residual")
-    return 5 - max(fused) if single and len(fused) == 1 else None
+    return 5 - max(fused, default=False) if single and len(fused) < 2 else None
 
 
 def others(device: torch.device, wish: str) -> list[str]:

@@ -152,7 +152,7 @@ def test_nothing_but_ops_runs_in_a_layer(monkeypatch: pytest.MonkeyPatch) -> Non
 
     policy = make_policy("tiny")
     own = {name: counted(name) for name in NAMES if getattr(ops, name) is not None}
-    counting = dataclasses.replace(ops, **own, single_launch=lambda rows: True)
+    counting = dataclasses.replace(ops, **own, layer_launches=lambda rows: 5)
     smolvla_fast.patch(policy, precision="fp32", backend="torch")
     engine = engine_of(policy.model)
     engine.graphs, engine.ops = None, counting

@@ -23,7 +23,7 @@ from support.gemms import inputs_of, module
 from support.guarded import DEVICE, guarded
 from test_triton_fp8 import quantised
 
-from smolvla_fast.kernels import tuning
+from smolvla_fast.kernels import attention_tuning, tuning
 from smolvla_fast.kernels.common import assume_capability, capability
 from smolvla_fast.kernels.masked_attention_backward import attention_with_grad
 from smolvla_fast.kernels.tuning import AttentionTile, GemmTile, PlainTile, ProductTile, recording, using
@@ -50,6 +50,7 @@ CASES = {
     "attention": dict(N=1, T=37, H=2, D=24),
     "masked_attention": dict(B=1, T=11, S=75, H=3, K=1, D=24),
     "masked_attention_backward": dict(B=1, T=7, S=35, H=3, K=1, D=24),
+    "attention_residual": dict(B=1, T=17, S=75, H=3, K=1, D=24, O=35),
     "suffix_embed": dict(B=1, S=17, E=40, A=5, N=3),
     "euler_step": dict(B=1, S=2, E=300, A=20),
     "image_prep": dict(B=1, h=21, w=27, height=9, width=40, channels_last=1),
@@ -57,7 +58,8 @@ CASES = {
 }
 FAMILIES = dict.fromkeys(GEMMS, "gemm") | {
     "attention": "attention", "masked_attention": "masked_attention",
-    "masked_attention_backward": "attention_backward", "suffix_embed": "suffix_embed", "euler_step": "euler_step",
+    "masked_attention_backward": "attention_backward", "attention_residual": "attention_residual",
+    "suffix_embed": "suffix_embed", "euler_step": "euler_step",
     "image_prep": "image", "layer_norm": "row",
 }  # fmt: skip
 
@@ -377,6 +379,11 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         for dim in (16, 64, 128)
     ],
     "attention_backward": [(16,), (64,), (128,)],
+    "attention_residual": [
+        (50, 720, 227, 5, 256, 4, 2),
+        (50, 720, 177, 5, 256, 4, 4),
+        (1, 1, 1, 1, 16, 1, 2),
+    ],
 }
 
 
@@ -384,12 +391,15 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
 @pytest.mark.parametrize("family", SIZES)
 def test_candidates_are_few_and_fit(family: str, cc: int) -> None:
     """At most six, each once, the one that is taken first, and none that a call then refuses."""
-    ranked, ask = getattr(tuning, f"{family}_tiles"), getattr(tuning, f"{family}_tile")
+    attends = "attention" in family
+    room = attention_tuning if attends else tuning
+    ranked, ask = getattr(room, f"{family}_tiles"), getattr(room, f"{family}_tile")
+    with_cc = ("gemm", "suffix_embed", "attention_residual")
     for sizes in SIZES[family]:
-        if "attention" in family:
+        if attends and family not in with_cc:
             calls = [(*sizes, narrow, cc) for narrow in (False, True) if cc >= 80 or not narrow]
         else:
-            calls = [(*sizes, cc) if family in ("gemm", "suffix_embed") else sizes]
+            calls = [(*sizes, cc) if family in with_cc else sizes]
         for one in calls:
             tiles = ranked(*one)
             assert 1 <= len(tiles) <= 6 and len(set(tiles)) == len(tiles)
@@ -398,9 +408,9 @@ def test_candidates_are_few_and_fit(family: str, cc: int) -> None:
                 with using(tile):
                     assert ask(*one) == tile
                 assert tuning.tile_from_json(tuning.tile_to_json(tile)) == tile
-                if "attention" in family:
+                if attends and family not in with_cc:
                     dim, narrow, _ = one[-3:]
-                    needed = tuning.attention_shared_bytes(
+                    needed = attention_tuning.attention_shared_bytes(
                         tile, dim, narrow, cc, family == "attention_backward"
                     )
                     assert needed <= tuning.target(cc).shared_bytes, f"{one}: {tile}"
@@ -422,9 +432,9 @@ def test_the_first_candidates_are_the_tiles_of_before() -> None:
     took = [
         tuning.gemm_tile(50, 2048, 720, 90, split=True, residual=True),
         tuning.gemm_tile(2048, 768, 768, 90),
-        tuning.masked_attention_tile(5, 150, 227, 64, True, 90),
-        tuning.attention_tile(1024, 64, True, 90),
-        tuning.attention_backward_tile(64, True, 90),
+        attention_tuning.masked_attention_tile(5, 150, 227, 64, True, 90),
+        attention_tuning.attention_tile(1024, 64, True, 90),
+        attention_tuning.attention_backward_tile(64, True, 90),
         tuning.suffix_embed_tile(50, 720, 32, 90),
         tuning.euler_step_tile(720, 32),
         tuning.image_tile(512),
