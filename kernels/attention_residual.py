@@ -15,11 +15,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tuning import attention_residual_tile
-from .common import as_rows, capability, check, split_workspace, sum_of_splits
+from .attention_tuning import COLS_AT_ONCE, attention_residual_tile
+from .common import arrives_last, as_rows, capability, check, split_workspace, store_part, sum_of_parts
 from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
 from .masked_attention import TYPES, attend, check_attention
+from .next_norm import store_for_next_norm, to_fill
 from .tuning import fp32_precision, head_block
+
+
+@triton.jit
+def weight_columns(step, outputs, weight_ptr, weight_row_stride, BLOCK_COLS: tl.constexpr):
+    """Pointers to k = 0 of a step's columns. Those beyond the last one have its weights, and are never stored."""
+    col = tl.minimum(step * BLOCK_COLS + tl.arange(0, BLOCK_COLS), outputs - 1)
+    return weight_ptr + col.to(tl.int64)[None, :] * weight_row_stride
+
+
+@triton.jit
+def add_residual(
+    y,
+    own,
+    step,
+    batch,
+    tokens,
+    all_rows,
+    outputs,
+    residual_ptr,
+    residual_row_stride,
+    y_ptr,
+    next_weight_ptr,
+    next_rows_ptr,
+    next_squares_ptr,
+    HAS_NEXT: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """The end of a step of columns. y  the whole sums      own  tokens of the tile"""
+    col = step * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    mask = (own < tokens)[:, None] & (col < outputs)[None, :]
+    row = (batch * tokens + own)[:, None]
+    residual = tl.load(residual_ptr + row * residual_row_stride + col[None, :], mask=mask, other=0.0)
+    sums = (y + residual.to(tl.float32)).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row * outputs + col[None, :], sums, mask=mask)
+    if HAS_NEXT:
+        # Behind the last token of a sample stand the next sample's rows.
+        here = tl.where(own < tokens, batch * tokens + own, all_rows)
+        store_for_next_norm(
+            sums.to(tl.float32),
+            here,
+            col,
+            mask,
+            step,
+            all_rows,
+            outputs,
+            next_weight_ptr,
+            next_rows_ptr,
+            next_squares_ptr,
+        )
 
 
 @triton.jit
@@ -31,9 +81,13 @@ def _attention_residual_fwd(
     weight_ptr,
     residual_ptr,
     y_ptr,
+    next_weight_ptr,
+    next_rows_ptr,
+    next_squares_ptr,
     partials_ptr,
     arrivals_ptr,
     tokens,
+    all_rows,
     keys,
     outputs,
     q_batch_stride,
@@ -56,27 +110,29 @@ def _attention_residual_fwd(
     KV_HEADS: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_NEXT: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    COL_STEPS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     token_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
-    col_tiles = tl.cdiv(outputs, BLOCK_COLS)
+    col_tiles = tl.cdiv(outputs, BLOCK_COLS * COL_STEPS)
     token_tile = tile % token_tiles
-    col = tile // token_tiles % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    first_step = tile // token_tiles % col_tiles * COL_STEPS
     batch = (tile // token_tiles // col_tiles).to(tl.int64)
     # What heads have side by side in a row of x·Wᵀ: head of the group and dimension, both padded.
     inner = tl.arange(0, BLOCK_GROUP * BLOCK_DIM)
     in_inner = (inner // BLOCK_DIM < GROUP) & (inner % BLOCK_DIM < HEAD_DIM)
     place = (kv_head * GROUP + inner // BLOCK_DIM) * HEAD_DIM + inner % BLOCK_DIM
-    # Columns beyond the last one have its weights, and are never stored.
-    weight_cols = weight_ptr + tl.minimum(col, outputs - 1).to(tl.int64)[None, :] * weight_row_stride
     first = kv_head * GROUP * HEAD_DIM
-    prefetch_weight(weight_cols, first, first + GROUP * HEAD_DIM, token_tile == 0, DEPENDENT)
+    for step in tl.static_range(COL_STEPS):
+        cols = weight_columns(first_step + step, outputs, weight_ptr, weight_row_stride, BLOCK_COLS)
+        prefetch_weight(cols, first, first + GROUP * HEAD_DIM, token_tile == 0, DEPENDENT)
     await_inputs(DEPENDENT)
 
     rows = tl.arange(0, BLOCK_TOKENS * BLOCK_GROUP)
@@ -103,17 +159,53 @@ def _attention_residual_fwd(
         BLOCK_KEYS,
     )
     x = tl.reshape(attended.to(q_ptr.dtype.element_ty), [BLOCK_TOKENS, BLOCK_GROUP * BLOCK_DIM])
-    weight = tl.load(weight_cols + place[:, None], mask=in_inner[:, None], other=0.0)
-    y = tl.dot(x.to(weight.dtype), weight, input_precision=PRECISION)
-
-    y, last = sum_of_splits(y, partials_ptr, arrivals_ptr, tile, kv_head, KV_HEADS, BLOCK_TOKENS, BLOCK_COLS)
-    if last:
-        own = token_tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-        mask = (own < tokens)[:, None] & (col < outputs)[None, :]
-        row = (batch * tokens + own)[:, None]
-        residual = tl.load(residual_ptr + row * residual_row_stride + col[None, :], mask=mask, other=0.0)
-        y += residual.to(tl.float32)
-        tl.store(y_ptr + row * outputs + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    own = token_tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    size: tl.constexpr = BLOCK_TOKENS * BLOCK_COLS
+    parts = partials_ptr + tile.to(tl.int64) * (COL_STEPS * KV_HEADS * size)
+    for step in tl.static_range(COL_STEPS):
+        cols = weight_columns(first_step + step, outputs, weight_ptr, weight_row_stride, BLOCK_COLS)
+        weight = tl.load(cols + place[:, None], mask=in_inner[:, None], other=0.0)
+        y = tl.dot(x.to(weight.dtype), weight, input_precision=PRECISION)
+        if KV_HEADS > 1:
+            store_part(y, parts + step * (KV_HEADS * size), kv_head, BLOCK_TOKENS, BLOCK_COLS)
+        else:
+            add_residual(
+                y,
+                own,
+                first_step + step,
+                batch,
+                tokens,
+                all_rows,
+                outputs,
+                residual_ptr,
+                residual_row_stride,
+                y_ptr,
+                next_weight_ptr,
+                next_rows_ptr,
+                next_squares_ptr,
+                HAS_NEXT,
+                BLOCK_COLS,
+            )
+    if KV_HEADS > 1:  # noqa: SIM102 - Triton evaluates both sides of an "and"
+        if arrives_last(arrivals_ptr + tile, KV_HEADS):
+            for step in tl.static_range(COL_STEPS):
+                add_residual(
+                    sum_of_parts(parts + step * (KV_HEADS * size), KV_HEADS, BLOCK_TOKENS, BLOCK_COLS),
+                    own,
+                    first_step + step,
+                    batch,
+                    tokens,
+                    all_rows,
+                    outputs,
+                    residual_ptr,
+                    residual_row_stride,
+                    y_ptr,
+                    next_weight_ptr,
+                    next_rows_ptr,
+                    next_squares_ptr,
+                    HAS_NEXT,
+                    BLOCK_COLS,
+                )
 
 
 def attention_residual(
@@ -126,11 +218,12 @@ def attention_residual(
     *,
     out: Tensor | None = None,
     memory: Any = None,
+    next_norm: Any = None,
 ) -> Tensor:
     """``y = residual + masked_attention(q, k, v, mask) · weightᵀ``.
 
     q, k, v, mask  as in ``masked_attention``      weight  [O, H·D]      residual  [B, T, O]  fp32 | bf16 | fp16 each
-    out, memory    not used
+    out, memory    not used      next_norm  as in ``linear_residual``
     returns        [B, T, O]  what weight and residual promote to
     numerics       as ``masked_attention`` and ``linear_residual``, products of fp32 as ``tuning.fp32_precision`` says
     errors         ValueError for other shapes or dtypes, quantised weights, no keys, more than 16 KV heads, or heads that do
@@ -161,6 +254,8 @@ def attention_residual(
     partials = arrivals = y
     if kv_heads > 1:
         partials, arrivals = split_workspace(tiles, kv_heads, tile.rows * tile.cols, q.device)
+    cols = min(tile.cols, COLS_AT_ONCE)
+    has_next, following = to_fill(next_norm, y, cols)
     _attention_residual_fwd[(tiles, kv_heads)](
         q,
         k,
@@ -169,9 +264,11 @@ def attention_residual(
         weight,
         residual,
         y,
+        *following,
         partials,
         arrivals,
         tokens,
+        batch * tokens,
         keys,
         outputs,
         *q.stride()[:3],
@@ -186,9 +283,11 @@ def attention_residual(
         KV_HEADS=kv_heads,
         COMPUTE=TYPES[compute],
         PRECISION=fp32_precision(cc),
+        **has_next,
         **dependent_launch(cc),
         BLOCK_TOKENS=tile.rows,
-        BLOCK_COLS=tile.cols,
+        BLOCK_COLS=cols,
+        COL_STEPS=tile.cols // cols,
         BLOCK_KEYS=tile.inner,
         BLOCK_GROUP=block_group,
         BLOCK_DIM=block_dim,

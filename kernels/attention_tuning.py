@@ -104,6 +104,10 @@ def masked_attention_tiles(
 masked_attention_tile = choice("masked_attention", AttentionTile, masked_attention_tiles, attention_refusal)
 
 
+COLS_AT_ONCE = 128
+"""Of the product behind a tile's attention. Wider tiles take several steps: a slice of the weight has to fit registers."""
+
+
 def attention_residual_refusal(
     tile: ProductTile,
     tokens: int,
@@ -117,10 +121,11 @@ def attention_residual_refusal(
 ) -> str | None:
     if kv_heads > MAX_SPLIT:
         return f"would share the product between {kv_heads} programs; accepted are at most {MAX_SPLIT}"
+    cols = min(tile.cols, COLS_AT_ONCE)
     block_dim, rows = width // group, tile.rows * group
     attention = bytes_ * (rows * (block_dim + tile.inner) + 2 * tile.inner * block_dim)
-    product = bytes_ * width * (tile.rows + tile.cols)
-    sums = max(rows * (block_dim + tile.inner), tile.rows * tile.cols + width * tile.cols * bytes_ // 4)
+    product = bytes_ * width * (tile.rows + cols)
+    sums = max(rows * (block_dim + tile.inner), tile.rows * cols + width * cols * bytes_ // 4)
     return too_large(max(attention, product) + (1 << 10), sums, tile.num_warps, cc)
 
 
@@ -134,15 +139,17 @@ def attention_residual_tiles(
     Programs for most multiprocessors: the tiles of columns attend each for itself.
     """
     sizes = (tokens, outputs, keys, kv_heads, width, group, bytes_, cc)
-    narrow = bytes_ == 2
-    most = triton.next_power_of_2(keys)
-    best = ProductTile(16, 128 if narrow else 32, min(max(most, 16), 64 if narrow else 16), 8, 1)
+    # Each tile of columns attends anew, so tiles are wide. On Hopper scores of 128 keys fit in registers.
+    narrow, hopper = bytes_ == 2, cc == 90
+    most = (128 if hopper else 64) if narrow else 16
+    inner = min(max(triton.next_power_of_2(keys), 16), most)
+    best = ProductTile(16, (256 if hopper else 128) if narrow else 32, inner, 8, 1)
     others = [
+        best._replace(inner=max(best.inner // 2, 16)),
         best._replace(cols=best.cols // 2),
-        best._replace(inner=best.inner * 2),
-        best._replace(num_warps=4),
-        best._replace(cols=best.cols // 2, num_warps=4),
-        best._replace(num_stages=2),
+        best._replace(rows=32, cols=64, inner=min(best.inner, 64)),
+        best._replace(cols=best.cols // 2, inner=max(best.inner // 2, 16)),
+        best._replace(inner=max(best.inner // 2, 16), num_stages=2),
         ProductTile(16, 16, 16, 4, 1),
     ]
     fit = [tile for tile in (best, *others) if attention_residual_refusal(tile, *sizes) is None]

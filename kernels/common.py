@@ -184,8 +184,8 @@ def product(
 
 @triton.jit
 def inverse_rms(squares, inputs, eps):
-    """1/rms of rows from their squares [rows, anything]. Rounded and not approximate: all of a row carries its error."""
-    mean = tl.div_rn(tl.sum(squares, axis=1), tl.cast(inputs, tl.float32)) + eps
+    """1/rms of rows from their sums of squares. Rounded and not approximate: all of a row carries its error."""
+    mean = tl.div_rn(squares, tl.cast(inputs, tl.float32)) + eps
     return tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(mean))
 
 
@@ -220,7 +220,7 @@ def norm_products(
             if EIGHT_BITS:
                 norm_weight = tl.load(norm_weight_ptr + k, mask=k < inputs, other=0.0).to(tl.float32)
                 largest = tl.maximum(largest, tl.abs(x.to(tl.float32) * norm_weight[None, :]))
-        scale = inverse_rms(squares, inputs, eps)
+        scale = inverse_rms(tl.sum(squares, axis=1), inputs, eps)
         if EIGHT_BITS:
             eighth = scale_of(tl.max(largest, axis=1) * scale, tl.sum(squares, axis=1) * 0.0)
             scale = scale / eighth
@@ -251,7 +251,7 @@ def norm_products(
         a *= eighth[:, None]
         b *= eighth[:, None]
     elif not NORMALISE_FIRST:
-        scale = inverse_rms(squares, inputs, eps)
+        scale = inverse_rms(tl.sum(squares, axis=1), inputs, eps)
         a *= scale[:, None]
         b *= scale[:, None]
     return a, b
@@ -282,20 +282,41 @@ def sum_of_splits(
     """
     last = True
     if SPLIT_K > 1:
-        size: tl.constexpr = BLOCK_M * BLOCK_N
-        within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        partials = partials_ptr + tile.to(tl.int64) * (SPLIT_K * size) + within
-        tl.store(partials + split * size, acc)
-        # One thread counts for all: the barrier puts the others' stores before its release.
-        tl.debug_barrier()
-        last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
+        partials = partials_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N)
+        store_part(acc, partials, split, BLOCK_M, BLOCK_N)
+        last = arrives_last(arrivals_ptr + tile, SPLIT_K)
         if last:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for i in range(SPLIT_K):
-                # From L2, where the other programs' stores are; this multiprocessor's L1 does not know of them.
-                acc += tl.load(partials + i * size, cache_modifier=".cg")
-            tl.store(arrivals_ptr + tile, 0)
+            acc = sum_of_parts(partials, SPLIT_K, BLOCK_M, BLOCK_N)
     return acc, last
+
+
+@triton.jit
+def store_part(acc, partials, split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """partials: of one tile."""
+    within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(partials + split * (BLOCK_M * BLOCK_N) + within, acc)
+
+
+@triton.jit
+def arrives_last(arrivals, SPLIT_K: tl.constexpr):
+    """Whether all other programs of a tile have stored their parts before; the counter is put back then."""
+    # One thread counts for all: the barrier puts the others' stores before its release.
+    tl.debug_barrier()
+    last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
+    if last:
+        tl.store(arrivals, 0)
+    return last
+
+
+@triton.jit
+def sum_of_parts(partials, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """In their order."""
+    within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in range(SPLIT_K):
+        # From L2, where the other programs' stores are; this multiprocessor's L1 does not know of them.
+        acc += tl.load(partials + i * (BLOCK_M * BLOCK_N) + within, cache_modifier=".cg")
+    return acc
 
 
 def on_tensor_cores(cc: int, *dtypes: torch.dtype) -> bool:

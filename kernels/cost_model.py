@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -11,12 +12,15 @@ from .tiles import CANDIDATES, MAX_SPLIT, GemmTile
 class Target(NamedTuple):
     """What tiles are chosen by. multiprocessors: of the generation's largest part, or its only one; shared_bytes: that one
     block may have; multiplies: 16-bit multiply-adds a clock of one multiprocessor's tensor cores; warpgroups: these read
-    operands from shared memory, not from registers, so a stage stays there until its products are done."""
+    operands from shared memory, not from registers, so a stage stays there until its products are done. port_bytes, l2_bytes:
+    a clock, that one multiprocessor can take from L2, and its share of L2 when all of them do."""
 
     multiprocessors: int
     shared_bytes: int
     multiplies: int
     warpgroups: bool = False
+    port_bytes: int = 48
+    l2_bytes: int = 28
 
 
 FMA_UNITS = 128
@@ -26,7 +30,7 @@ TARGETS = {
     86: Target(84, 99 << 10, 512),
     87: Target(16, 163 << 10, 1024),
     89: Target(142, 99 << 10, 512),
-    90: Target(132, 227 << 10, 2048, True),
+    90: Target(132, 227 << 10, 2048, True, 64, 24),
     100: Target(148, 227 << 10, 4096, True),
     103: Target(148, 227 << 10, 4096, True),
     120: Target(170, 99 << 10, 512),
@@ -38,12 +42,13 @@ def target(cc: int) -> Target:
     return TARGETS[max((known for known in TARGETS if known <= cc), default=min(TARGETS))]
 
 
-# Bytes a clock that one multiprocessor can take from L2, its share of L2 when all of them do, and its share of memory;
-# clocks from a load to its data, of a step along K beside its loads, of a program's beginning and end, and of the wait
-# for the other programs of a split.
-# About an H100's; they rank tiles, as absolute times they would be wrong.
-PORT_BYTES, L2_BYTES, MEMORY_BYTES = 48, 28, 13
+# Bytes a clock that are a multiprocessor's share of memory; clocks from a load to its data, of a step along K beside its
+# loads, of a program's beginning and end, and of the wait for the other programs of a split.
+# About an H100's, as in benchmarks/gpu_account/price.py; they rank tiles, as absolute times they would be wrong.
+MEMORY_BYTES = 13
 LATENCY_CLOCKS, STEP_CLOCKS, PROGRAM_CLOCKS, SPLIT_CLOCKS = 1200, 100, 700, 1000
+PREFETCHED = 90
+"""From this capability on weights are on their way before a program asks for them (``dependent_launch``)."""
 
 
 @cache
@@ -107,16 +112,18 @@ def gemm_tiles(
                 read = k * (block_rows * x_bytes + block_cols * products * weight_bytes)
                 waves = -(-tiles * parts // device.multiprocessors)
                 multiply = waves * k * max(block_rows, 64) * block_cols * products / speed
-                together = tiles * parts * read / (L2_BYTES * device.multiprocessors)
+                together = tiles * parts * read / (device.l2_bytes * device.multiprocessors)
                 flying: float = (stages - 1) * depth * block_cols * products * weight_bytes
                 flying *= min(tiles * parts, device.multiprocessors) / row_tiles
+                if cc >= PREFETCHED:
+                    flying = math.inf
                 rate = min(MEMORY_BYTES * device.multiprocessors, flying / LATENCY_CLOCKS)
                 memory = inputs * segments * outputs * products * weight_bytes / rate
-                alone = waves * (read / PORT_BYTES + k / depth * STEP_CLOCKS)
+                alone = waves * (read / device.port_bytes + k / depth * STEP_CLOCKS)
                 clocks = max(alone, together, memory, multiply) + waves * PROGRAM_CLOCKS
                 if parts > 1:
                     sums = tiles * (2 * parts) * block_rows * block_cols * 4
-                    clocks += SPLIT_CLOCKS + sums / (L2_BYTES * device.multiprocessors)
+                    clocks += SPLIT_CLOCKS + sums / (device.l2_bytes * device.multiprocessors)
                 if best is None or clocks < best[0]:
                     warps = 8 if block_rows * block_cols * products > 64 * 128 else 4
                     best = (clocks, GemmTile(block_rows, block_cols, depth, parts, 8, warps, stages))

@@ -8,6 +8,8 @@ What bounds it is the weight, read once from memory.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from .common import as_rows, capability, check, parts, product, split_of, split_workspace, sum_of_splits
 from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
+from .next_norm import store_for_next_norm, to_fill
 from .tuning import gemm_tile
 
 
@@ -25,6 +28,9 @@ def _linear_residual_fwd(
     scale_ptr,
     residual_ptr,
     y_ptr,
+    next_weight_ptr,
+    next_rows_ptr,
+    next_squares_ptr,
     partials_ptr,
     arrivals_ptr,
     rows,
@@ -34,6 +40,7 @@ def _linear_residual_fwd(
     weight_row_stride,
     residual_row_stride,
     SPLIT_K: tl.constexpr,
+    HAS_NEXT: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -60,16 +67,32 @@ def _linear_residual_fwd(
     if last:
         mask = row_mask[:, None] & col_mask[None, :]
         residual = tl.load(residual_ptr + row64 * residual_row_stride + col[None, :], mask=mask, other=0.0)
-        y += residual.to(tl.float32)
-        tl.store(y_ptr + row64 * outputs + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+        sums = (y + residual.to(tl.float32)).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + row64 * outputs + col[None, :], sums, mask=mask)
+        if HAS_NEXT:
+            store_for_next_norm(
+                sums.to(tl.float32),
+                row.to(tl.int64),
+                col,
+                mask,
+                tile // row_tiles,
+                rows,
+                outputs,
+                next_weight_ptr,
+                next_rows_ptr,
+                next_squares_ptr,
+            )
 
 
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
+def linear_residual(
+    x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor | None = None, next_norm: Any = None
+) -> Tensor:
     """``y = residual + x · weightᵀ``.
 
     x        [..., I]      weight  [O, I]      residual  [..., O]      any of fp32 | bf16 | fp16, each its own;
              the weight may be quantised, as in ``linear``
     out      not used
+    next_norm  ``ops.next_norm.NextNorm``, filled in for the norm that reads y
     returns  [..., O]  what weight and residual promote to: the dtype of an fp32 residual stream
     errors   ValueError for other shapes or dtypes, a strided last dimension, I = 0; leading dimensions of x and
              residual are copied where they have no common stride
@@ -90,12 +113,14 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor 
         partials = arrivals = y
         if tile.split > 1:
             partials, arrivals = split_workspace(tiles, tile.split, tile.rows * tile.cols, x.device)
+        has_next, following = to_fill(next_norm, y, tile.cols)
         _linear_residual_fwd[(tiles, tile.split)](
             x,
             weight,
             scale,
             residual,
             y,
+            *following,
             partials,
             arrivals,
             rows,
@@ -105,6 +130,7 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor 
             weight.stride(0),
             residual.stride(0),
             SPLIT_K=tile.split,
+            **has_next,
             **dependent_launch(cc),
             **tile.launch,
         )

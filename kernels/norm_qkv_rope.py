@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .common import as_rows, capability, check, norm_products, normalise_first, parts
 from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
+from .next_norm import normed_products, prepared
 from .tuning import gemm_tile
 
 
@@ -23,6 +24,7 @@ from .tuning import gemm_tile
 def _norm_qkv_rope_fwd(
     x_ptr,
     norm_weight_ptr,
+    squares_ptr,
     q_weight_ptr,
     k_weight_ptr,
     v_weight_ptr,
@@ -37,6 +39,7 @@ def _norm_qkv_rope_fwd(
     rows,
     tokens,
     inputs,
+    parts,
     q_heads,
     kv_heads,
     eps,
@@ -47,6 +50,7 @@ def _norm_qkv_rope_fwd(
     slot_stride,
     HALF: tl.constexpr,
     NORMALISE_FIRST: tl.constexpr,
+    PREPARED: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -73,20 +77,37 @@ def _norm_qkv_rope_fwd(
     prefetch_weight(first_cols, 0, inputs, row_tile == 0, DEPENDENT)
     prefetch_weight(second_cols, 0, inputs, row_tile == 0, DEPENDENT)
     await_inputs(DEPENDENT)
-    first, second = norm_products(
-        x_ptr + row64 * x_row_stride,
-        norm_weight_ptr,
-        first_cols,
-        second_cols,
-        row_mask,
-        col_mask,
-        inputs,
-        eps,
-        NORMALISE_FIRST,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
+    if PREPARED:
+        first, second = normed_products(
+            x_ptr + row64 * x_row_stride,
+            squares_ptr + row,
+            parts,
+            rows,
+            first_cols,
+            second_cols,
+            row_mask,
+            col_mask,
+            inputs,
+            eps,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+    else:
+        first, second = norm_products(
+            x_ptr + row64 * x_row_stride,
+            norm_weight_ptr,
+            first_cols,
+            second_cols,
+            row_mask,
+            col_mask,
+            inputs,
+            eps,
+            NORMALISE_FIRST,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
     if weight_ptr.dtype.element_ty == tl.float8e4nv:
         scales = scale_ptr + own * (2 * HALF) + i
         first *= tl.load(scales, mask=col_mask, other=0.0)[None, :]
@@ -119,6 +140,8 @@ def norm_qkv_rope(
     weights: tuple[Any, Any, Any],
     rope: tuple[Tensor, Tensor],
     slots: tuple[Tensor, Tensor] | None,
+    *,
+    normed: Any = None,
 ) -> Tensor | None:
     """``h = rms_norm(x);  q = rope(h·Wqᵀ);  slots ← rope(h·Wkᵀ), h·Wvᵀ``.
 
@@ -127,6 +150,7 @@ def norm_qkv_rope(
              ``linear``
     rope     (sin, cos), each [B or 1, T, 1, D/2] fp32, contiguous
     slots    k, v  [B, T, K, D]  views of the cache, written, or None; one dtype and the same strides, heads side by side
+    normed   as in ``norm_swiglu``
     returns  q [B, T, H, D] in the dtype of its weight, or None
     numerics the norm in fp32, x·norm weight rounded once to the weights' dtype; rotation of the unrounded sums
     errors   ValueError for other shapes, dtypes or strides, or neither queries nor keys and values; leading dimensions of
@@ -182,7 +206,8 @@ def norm_qkv_rope(
     if q_weight is not None:
         q = torch.empty((batch, tokens, q_heads, head_dim), dtype=dtype, device=x.device)
     if x.shape[0] and tokens:
-        x = as_rows(x)
+        ready = prepared(normed, x, weight)
+        x, squares = ready or (as_rows(x), norm_weight)
         if any(w.stride(0) != weight.stride(0) for w in used):
             used = [w.contiguous() for w in used]
         rows, half, heads = x.shape[0], head_dim // 2, q_heads + 2 * kv_heads
@@ -191,6 +216,7 @@ def norm_qkv_rope(
         _norm_qkv_rope_fwd[(triton.cdiv(rows, tile.rows) * heads * triton.cdiv(half, tile.cols),)](
             x,
             norm_weight,
+            squares,
             used[0],
             used[-2 if has_kv else 0],
             used[-1],
@@ -205,6 +231,7 @@ def norm_qkv_rope(
             rows,
             tokens,
             inputs,
+            squares.shape[0],
             q_heads,
             kv_heads,
             eps,
@@ -215,6 +242,7 @@ def norm_qkv_rope(
             0 if k_out is None else k_out.stride(1),
             HALF=half,
             NORMALISE_FIRST=normalise_first(weight.dtype),
+            PREPARED=ready is not None,
             **dependent_launch(cc),
             **tile.launch,
         )

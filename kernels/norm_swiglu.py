@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .common import as_rows, capability, check, norm_products, normalise_first, parts, silu
 from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
+from .next_norm import normed_products, prepared
 from .tuning import gemm_tile
 
 
@@ -23,6 +24,7 @@ from .tuning import gemm_tile
 def _norm_swiglu_fwd(
     x_ptr,
     norm_weight_ptr,
+    squares_ptr,
     gate_weight_ptr,
     up_weight_ptr,
     gate_scale_ptr,
@@ -30,12 +32,14 @@ def _norm_swiglu_fwd(
     y_ptr,
     rows,
     inputs,
+    parts,
     outputs,
     eps,
     x_row_stride,
     gate_row_stride,
     up_row_stride,
     NORMALISE_FIRST: tl.constexpr,
+    PREPARED: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -53,20 +57,37 @@ def _norm_swiglu_fwd(
     prefetch_weight(gate_cols, 0, inputs, row_tile == 0, DEPENDENT)
     prefetch_weight(up_cols, 0, inputs, row_tile == 0, DEPENDENT)
     await_inputs(DEPENDENT)
-    gate, up = norm_products(
-        x_ptr + row64 * x_row_stride,
-        norm_weight_ptr,
-        gate_cols,
-        up_cols,
-        row_mask,
-        col_mask,
-        inputs,
-        eps,
-        NORMALISE_FIRST,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
+    if PREPARED:
+        gate, up = normed_products(
+            x_ptr + row64 * x_row_stride,
+            squares_ptr + row,
+            parts,
+            rows,
+            gate_cols,
+            up_cols,
+            row_mask,
+            col_mask,
+            inputs,
+            eps,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+    else:
+        gate, up = norm_products(
+            x_ptr + row64 * x_row_stride,
+            norm_weight_ptr,
+            gate_cols,
+            up_cols,
+            row_mask,
+            col_mask,
+            inputs,
+            eps,
+            NORMALISE_FIRST,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
     if gate_weight_ptr.dtype.element_ty == tl.float8e4nv:
         gate *= tl.load(gate_scale_ptr + col, mask=col_mask, other=0.0)[None, :]
         up *= tl.load(up_scale_ptr + col, mask=col_mask, other=0.0)[None, :]
@@ -74,11 +95,14 @@ def _norm_swiglu_fwd(
     tl.store(y_ptr + row64 * outputs + col[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
 
 
-def norm_swiglu(x: Tensor, norm: tuple[Tensor, float], gate_weight: Any, up_weight: Any) -> Tensor:
+def norm_swiglu(
+    x: Tensor, norm: tuple[Tensor, float], gate_weight: Any, up_weight: Any, *, normed: Any = None
+) -> Tensor:
     """``h = rms_norm(x);  y = silu(h·Wgᵀ) · (h·Wuᵀ)``.
 
     x        [..., M]      norm  (weight [M], eps)      any of fp32 | bf16 | fp16
     weights  gate_weight, up_weight  [F, M], both of one dtype, any of these; they may be quantised, as in ``linear``
+    normed   ``ops.next_norm.NextNorm`` of x and this norm: read in the place of both where it was filled in
     returns  [..., F]  dtype of the weights
     numerics the norm in fp32, x·norm weight rounded once to the weights' dtype
     errors   ValueError for other shapes or dtypes, a strided last dimension; leading dimensions of x are copied where they
@@ -99,12 +123,14 @@ def norm_swiglu(x: Tensor, norm: tuple[Tensor, float], gate_weight: Any, up_weig
         )
     y = torch.empty((*lead, outputs), dtype=dtype, device=x.device)
     if y.numel():
-        x = as_rows(x)
+        ready = prepared(normed, x, gate_weight)
+        x, squares = ready or (as_rows(x), norm_weight)
         rows, cc = x.shape[0], capability(x.device)
         tile = gemm_tile(rows, inputs, outputs, cc, x.itemsize, gate_weight.itemsize, products=2)
         _norm_swiglu_fwd[(triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.cols),)](
             x,
             norm_weight,
+            squares,
             gate_weight,
             up_weight,
             gate_scale,
@@ -112,12 +138,14 @@ def norm_swiglu(x: Tensor, norm: tuple[Tensor, float], gate_weight: Any, up_weig
             y,
             rows,
             inputs,
+            squares.shape[0],
             outputs,
             eps,
             x.stride(0),
             gate_weight.stride(0),
             up_weight.stride(0),
             NORMALISE_FIRST=normalise_first(gate_weight.dtype),
+            PREPARED=ready is not None,
             **dependent_launch(cc),
             **tile.launch,
         )

@@ -85,6 +85,8 @@ def _gemm(
     moved += real_rows * cols * out.dtype.itemsize * (2 if tails else 1) / split
     if split > 1:
         moved += 2 * rows * cols * 4
+    if a.get("HAS_NEXT"):
+        moved += real_rows * cols * a["next_rows_ptr"].dtype.itemsize / split
     return Work(
         programs=prod(node.grid), moved=moved, warps=a["num_warps"], registers=WIDE_REGISTERS,
         shared=a["num_stages"] * depth * (rows * a[x].dtype.itemsize + products * cols * w.itemsize),
@@ -115,14 +117,16 @@ def _attention(node: Node, rows: int, keys: int, dim: int) -> Work:
 def _attention_residual(node: Node) -> Work:
     """Attention of a tile, then one product with a slice of the weight, whose parts meet as a split product's."""
     a = node.arguments
-    tokens, cols, dim, weight = a["BLOCK_TOKENS"], a["BLOCK_COLS"], a["HEAD_DIM"], a["weight_ptr"].dtype
+    tokens, steps, dim, weight = a["BLOCK_TOKENS"], a["COL_STEPS"], a["HEAD_DIM"], a["weight_ptr"].dtype
+    cols = steps * a["BLOCK_COLS"]
     work = _attention(node, tokens * a["BLOCK_GROUP"], a["keys"], dim)
     inner = a["BLOCK_GROUP"] * a["BLOCK_DIM"]
     moved = a["GROUP"] * dim * (cols * weight.itemsize - tokens * a["q_ptr"].dtype.itemsize)
     moved += tokens * cols * (2 * 4 + 2 * a["y_ptr"].dtype.itemsize / a["KV_HEADS"])
     return replace(
-        work, moved=work.moved + moved, shared=max(work.shared, inner * cols * weight.itemsize),
-        flops=work.flops + 2 * tokens * inner * cols, trips=work.trips + 1, tails=4, operations=work.operations + 3,
+        work, moved=work.moved + moved, shared=max(work.shared, inner * a["BLOCK_COLS"] * weight.itemsize),
+        flops=work.flops + 2 * tokens * inner * cols,
+        trips=work.trips + steps, tails=4, operations=work.operations + steps + 2,
     )  # fmt: skip
 
 

@@ -168,6 +168,11 @@ def read_decoder_layer(layer: Any, cross: bool, cast: Cast, cast_cross: Cast) ->
     )
 
 
+def read_text_norms(vlm: Any) -> list[Norm]:
+    """The norm at the start of each text layer."""
+    return [_norm(layer.input_layernorm) for layer in vlm.text_model.layers]
+
+
 def read_text_layers(vlm: Any, cast: Cast) -> Iterator[DecoderLayer]:
     for layer in vlm.text_model.layers:
         yield read_decoder_layer(layer, False, cast, cast)

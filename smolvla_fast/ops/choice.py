@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .availability import why_not, why_not_library
 from .defaults import Rule, default_rules
+from .next_norm import HINTS, NextNorm
 from .plan import LOOP, Plan
 from .reference.attention import attention as sdpa_attention
 from .reference.image_prep import image_prep
@@ -83,7 +84,10 @@ class Choice:
 
     def function(self, name: str) -> Callable[..., Any]:
         name, _, tile = name.partition(" ")
-        return partial(_with_tile, self.candidates[name], _tile(tile)) if tile else self.candidates[name]
+        function = self.candidates[name]
+        if "triton" in self.candidates and name not in ("triton", "apart"):
+            function = partial(_without_hints, function)
+        return partial(_with_tile, function, _tile(tile)) if tile else function
 
 
 def _can(name: str, shape: Shape) -> bool:
@@ -108,6 +112,10 @@ def _tile(text: str) -> Any:
         return tile_from_json(text)
     except ValueError:
         return None
+
+
+def _without_hints(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **{name: each for name, each in kwargs.items() if name not in HINTS})
 
 
 def _with_tile(function: Callable[..., Any], tile: Any, *args: Any, **kwargs: Any) -> Any:
@@ -138,6 +146,7 @@ def choose(ops: Ops, device: torch.device, wish: str, plan: Plan | None, fixed: 
         fused: Candidates = {"triton": ops.attention_residual, "apart": apart}
         rule = rules["attention_residual"]
         found["attention_residual"] = Choice("attention_residual", fused, rule, chosen)
+        found["prepares_norms"] = True
         found["layer_launches"] = partial(_layer_launches, {op: found[op] for op in STAGES["denoise"]})
     if chosen.get(LOOP) == "cuda" and "cuda" in backends:
         from .cuda import ops as cuda
@@ -148,10 +157,10 @@ def choose(ops: Ops, device: torch.device, wish: str, plan: Plan | None, fixed: 
 
 def _apart(
     attend: Callable[..., Tensor], add: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Any,
-    weight: Any, residual: Tensor, *, out: Tensor | None = None, memory: Any = None,
+    weight: Any, residual: Tensor, *, out: Tensor | None = None, memory: Any = None, next_norm: NextNorm | None = None,
 ) -> Tensor:  # fmt: skip
     """``attention_residual`` by the two ops that it is."""
-    return add(attend(q, k, v, mask, memory=memory), weight, residual, out=out)
+    return add(attend(q, k, v, mask, memory=memory), weight, residual, out=out, next_norm=next_norm)
 
 
 def _layer_launches(choices: dict[str, Choice], rows: int) -> int | None:

@@ -73,13 +73,15 @@ class Ops:
     """denoise: all steps of all layers, the whole stage; None where it runs op by op"""
     why_not_persistent: Callable[..., str | None] | None = None
     """arguments of denoise_persistent -> why it cannot serve them, or None; there where it is"""
+    prepares_norms: bool = False
+    """whether ops that write a residual stream take ``next_norm``, and those that read it ``normed`` (``next_norm.py``)"""
     fallback: Ops | None = None
     """of a backend with few kernels: the table that serves the rest"""
     missing: dict[str, str] = field(default_factory=dict, compare=False)
     """why the backend has no kernel of its own for an op, by name"""
 
 
-SETTINGS = ("backend", "layer_launches", "why_not_persistent", "fallback", "missing")
+SETTINGS = ("backend", "layer_launches", "why_not_persistent", "prepares_norms", "fallback", "missing")
 NAMES = tuple(name for name in Ops.__dataclass_fields__ if name not in SETTINGS)
 STAGES = {
     "vision": ("patch_embed", "layer_norm", "linear", "attention", "pixel_shuffle_linear"),

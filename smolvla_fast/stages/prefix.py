@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..model.dims import Dims
 from ..model.kv_cache import LayerKV, PrefixKV, empty_kv, with_free_slots
-from ..model.weights import Cast, DecoderLayer, read_text_layers
+from ..model.weights import Cast, DecoderLayer, read_text_layers, read_text_norms
 from ..ops.reference.suffix_tokens import Tokens
 from ..ops.table import Ops
-from .layers import decoder_layer
+from .layers import decoder_layer, given, next_norm
 
 
 def fill_prefix(
@@ -66,7 +66,7 @@ def text_kv(
     """
     batch, prefix = embeddings.shape[:2]
     tokens = tokens._replace(mask=ops.prepare_mask(tokens.mask))
-    x = embeddings
+    x, normed, norms = embeddings, None, read_text_norms(vlm)
     for i, (layer, slots) in enumerate(zip(read_text_layers(vlm, cast), free, strict=True)):
         last = i == dims.layers - 1
         room = slots if stock_by_head is None else 0
@@ -74,9 +74,12 @@ def text_kv(
         k, v = (empty_kv(shape, bool(stock_by_head), layer.k.dtype, x.device) for _ in range(2))
         prefix_kv = (k[:, :prefix], v[:, :prefix])
         if last:  # nobody reads more of it than its keys and values
-            ops.norm_qkv_rope(x, layer.norm1, (None, layer.k, layer.v), tokens.rope, prefix_kv)
+            weights = (None, layer.k, layer.v)
+            ops.norm_qkv_rope(x, layer.norm1, weights, tokens.rope, prefix_kv, **given(normed=normed))
         else:
-            x = decoder_layer(ops, layer, x, tokens, LayerKV(*prefix_kv), prefix_kv)
+            following, kv = next_norm(ops, norms[i + 1], layer.q), LayerKV(*prefix_kv)
+            x = decoder_layer(ops, layer, x, tokens, kv, prefix_kv, normed=normed, following=following)
+            normed = following
         if slots > room:
             k, v = (with_free_slots(each, slots, bool(stock_by_head)) for each in (k, v))
         yield k, v

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..measure.rounds import synchronize
 from ..ops.choice import Choice
 from ..ops.memory import Memory
+from ..ops.next_norm import HINTS
 from ..ops.shape_class import CLASSES, Shape
 from ..ops.table import Ops
 
@@ -72,11 +73,14 @@ class Recorder:
         return replace(ops, denoise_persistent=None, **noting)
 
     def _note(self, choice: Choice, *args: Any, **kwargs: Any) -> Any:
-        shape = CLASSES[choice.op](*args, **kwargs)
+        shape, plain = (
+            CLASSES[choice.op](*args, **kwargs),
+            {k: v for k, v in kwargs.items() if k not in HINTS},
+        )
         found = self.found.setdefault(choice.key(shape), Recorded(choice, shape))
         found.count += 1
         if len(found.calls) < self._kept:
-            found.calls.append(Call(args, kwargs).fresh())
+            found.calls.append(Call(args, plain).fresh())
         synchronize(self._device)
         started = time.perf_counter()
         result = choice(*args, **kwargs)

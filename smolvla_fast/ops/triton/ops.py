@@ -29,6 +29,7 @@ from ...kernels.prefix_embed import prefix_embed
 from ...kernels.rope_masks import rope_masks as _rope_masks
 from ...kernels.suffix_embed import suffix_embed
 from ...kernels.suffix_fold import suffix_fold as _suffix_fold
+from ..next_norm import NextNorm as _NextNorm
 from ..reference.rope import MAX_WAVELENGTH as _MAX_WAVELENGTH
 from ..reference.suffix_tokens import Tokens as _Tokens
 from ..torch.suffix import Folded as _Folded
@@ -65,18 +66,27 @@ def norm_qkv_rope(
     slots: tuple[Tensor, Tensor] | None,
     *,
     memory: Any = None,
+    normed: _NextNorm | None = None,
 ) -> Tensor | None:
     """See ``reference.norm_qkv_rope``."""
-    return _norm_qkv_rope(x, norm, weights, rope, slots)
+    return _norm_qkv_rope(x, norm, weights, rope, slots, normed=normed)
 
 
-def linear_residual(x: Tensor, weight: Any, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
+def linear_residual(
+    x: Tensor, weight: Any, residual: Tensor, *, out: Tensor | None = None, next_norm: _NextNorm | None = None
+) -> Tensor:
     """See ``reference.linear_residual``."""
-    return _linear_residual(x, weight, residual)
+    return _linear_residual(x, weight, residual, next_norm=next_norm)
 
 
 def norm_swiglu(
-    x: Tensor, norm: tuple[Tensor, float], gate_weight: Any, up_weight: Any, *, memory: Any = None
+    x: Tensor,
+    norm: tuple[Tensor, float],
+    gate_weight: Any,
+    up_weight: Any,
+    *,
+    memory: Any = None,
+    normed: _NextNorm | None = None,
 ) -> Tensor:
     """See ``reference.norm_swiglu``."""
-    return _norm_swiglu(x, norm, gate_weight, up_weight)
+    return _norm_swiglu(x, norm, gate_weight, up_weight, normed=normed)

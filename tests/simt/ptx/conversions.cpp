@@ -28,6 +28,11 @@ void from_bf16(Warp& w, const Instruction& i) {
 void to_bf16(Warp& w, const Instruction& i) {
     each_lane(w.mask, [&](unsigned lane) { set<uint16_t>(w, i.o[0], lane, simt::round_to_bf16(get<float>(w, i.o[1], lane))); });
 }
+// A product of two bf16 is exact in fp32.
+void multiply_bf16(Warp& w, const Instruction& i) {
+    const auto wide = [&](int32_t reg, unsigned lane) { return bits<float>(uint32_t{get<uint16_t>(w, reg, lane)} << 16); };
+    each_lane(w.mask, [&](unsigned lane) { set<uint16_t>(w, i.o[0], lane, simt::round_to_bf16(wide(i.o[1], lane) * wide(i.o[2], lane))); });
+}
 void from_fp16(Warp& w, const Instruction& i) {
     each_lane(w.mask, [&](unsigned lane) { set<float>(w, i.o[0], lane, simt::widen_fp16(get<uint16_t>(w, i.o[1], lane))); });
 }
@@ -150,6 +155,7 @@ Table conversions() {
         {"cvt.rzi.s32.f32", {truncate, "rr"}},
         {"cvt.f32.bf16", {from_bf16, "rr"}},
         {"cvt.rn.bf16.f32", {to_bf16, "rr"}},
+        {"mul.rn.bf16", {multiply_bf16, "rrr"}},
         {"cvt.f32.f16", {from_fp16, "rr"}},
         {"cvt.rn.f16.f32", {to_fp16, "rr"}},
         {"cvt.rn.bf16x2.f32", {pair<simt::round_to_bf16>, "rrr"}},

@@ -1,0 +1,84 @@
+"""Rows of a residual stream as the norm behind it wants them: written with the stream, read by its products.
+
+h = x·norm weight in the products' 16 bits, and the sums of x² over the columns of each tile. 1/rms is a factor of a whole
+row, so it waits for the products. Every program of these reads all rows: h is half the bytes of the stream in fp32, and goes
+from memory to the tensor cores as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import inverse_rms
+
+
+@triton.jit
+def store_for_next_norm(y, row, col, mask, col_tile, rows, outputs, weight_ptr, h_ptr, squares_ptr):
+    """y  a tile of the stream [rows, cols] as it was stored, in fp32; row, col its places, row in 64 bits."""
+    y = tl.where(mask, y, 0.0)
+    weight = tl.load(weight_ptr + col, mask=col < outputs, other=0.0).to(tl.float32)
+    h = (y * weight[None, :]).to(h_ptr.dtype.element_ty)
+    tl.store(h_ptr + row[:, None] * outputs + col[None, :], h, mask=mask)
+    tl.store(squares_ptr + tl.cast(col_tile, tl.int64) * rows + row, tl.sum(y * y, axis=1), mask=row < rows)
+
+
+@triton.jit
+def normed_products(
+    h_rows,
+    squares_rows,
+    parts,
+    rows,
+    a_cols,
+    b_cols,
+    row_mask,
+    col_mask,
+    inputs,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``norm_products`` of prepared rows. Pointers: h_rows, a_cols, b_cols to k = 0, squares_rows [BLOCK_M] to part 0."""
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    for part in range(parts):
+        squares += tl.load(squares_rows + part * rows, mask=row_mask, other=0.0)
+    a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    tl.assume(inputs > 0)  # as in ``product``
+    for first in range(0, inputs, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        h = tl.load(h_rows + k[None, :], mask=row_mask[:, None] & (k < inputs)[None, :], other=0.0)
+        w_mask = (k < inputs)[:, None] & col_mask[None, :]
+        a = tl.dot(h, tl.load(a_cols + k[:, None], mask=w_mask, other=0.0), a)
+        b = tl.dot(h, tl.load(b_cols + k[:, None], mask=w_mask, other=0.0), b)
+    scale = inverse_rms(squares, inputs, eps)[:, None]
+    return a * scale, b * scale
+
+
+def to_fill(hint: Any, y: Tensor, cols: int) -> tuple[dict[str, bool], tuple[Tensor, Tensor, Tensor]]:
+    """(keyword arguments of the launch, where what is prepared goes) for a stream y [..., M] in tiles of so many columns;
+    y itself three times where nothing is asked for."""
+    if hint is None:
+        return {"HAS_NEXT": False}, (y, y, y)
+    width = y.shape[-1]
+    hint.rows = torch.empty(y.shape, dtype=hint.dtype, device=y.device)
+    hint.squares = torch.empty(
+        triton.cdiv(width, cols), y.numel() // width, dtype=torch.float32, device=y.device
+    )
+    # Not contracted: a square that lanes exchange and add up would be fused with the sum on one side of each exchange, and
+    # the copies of the sum would differ (``masked_attention_backward``).
+    return {"HAS_NEXT": True, "enable_fp_fusion": False}, (hint.weight, hint.rows, hint.squares)
+
+
+def prepared(hint: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(rows [rows, M], squares) of a stream x for products with this weight, where they were prepared for it."""
+    if hint is None or hint.rows is None or hint.rows.dtype is not weight.dtype:
+        return None
+    if hint.rows.shape != x.shape:
+        raise ValueError(f"prepared rows have shape {list(hint.rows.shape)}; accepted is {list(x.shape)}")
+    return hint.rows.view(-1, x.shape[-1]), hint.squares
