@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .attention_tuning import attention_tile
 from .common import capability, check, on_tensor_cores
+from .dependent_launch import await_inputs, dependent_launch
 from .tuning import fp32_precision, head_block
 
 
@@ -38,6 +39,7 @@ def _attention_fwd(
     scale_log2,
     HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -50,6 +52,7 @@ def _attention_fwd(
     inside = (row < tokens)[:, None] & in_dims[None, :]
     columns = head * HEAD_DIM + dims[None, :]
 
+    await_inputs(DEPENDENT)
     q_tile = q_ptr + image * q_image_stride + row[:, None] * q_token_stride
     q = tl.load(q_tile + columns, mask=inside, other=0.0)
     k_tile = k_ptr + image * k_image_stride + columns
@@ -117,6 +120,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         math.log2(math.e) / math.sqrt(head_dim),
         HEAD_DIM=head_dim,
         PRECISION=fp32_precision(cc),
+        **dependent_launch(cc),
         BLOCK_ROWS=tile.rows,
         BLOCK_KEYS=tile.keys,
         BLOCK_DIM=block_dim,

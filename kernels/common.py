@@ -18,6 +18,7 @@ from .eight_bits import row_scale, scale_of, to_e4m3
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 E4M3 = torch.float8_e4m3fn
+IEEE = tl.constexpr("ieee")
 
 _assumed: ContextVar[int | None] = ContextVar("assumed_capability", default=None)
 
@@ -156,9 +157,11 @@ def product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr = IEEE,
 ):
     """x·weightᵀ over start <= k < stop of ``inputs``, in fp32, for at least one k. Pointers to k = 0: x_rows [BLOCK_M, 1],
-    weight_cols [1, BLOCK_N]. Beside an 8-bit weight x is quantised by row; the weight's scales are the caller's to apply."""
+    weight_cols [1, BLOCK_N]. Beside an 8-bit weight x is quantised by row; the weight's scales are the caller's to apply.
+    PRECISION: of products of fp32, as in ``tuning.fp32_precision``."""
     EIGHT_BITS: tl.constexpr = weight_cols.dtype.element_ty == tl.float8e4nv
     if EIGHT_BITS:
         scale = row_scale(x_rows, row_mask, inputs, BLOCK_M, BLOCK_K)
@@ -176,7 +179,7 @@ def product(
             # Hopper would otherwise add up in fewer bits than fp32's.
             acc = tl.dot(to_e4m3(x.to(tl.float32) * inverse[:, None]), w, acc, max_num_imprecise_acc=0)
         else:
-            acc = tl.dot(x.to(w.dtype), w, acc, input_precision="ieee")
+            acc = tl.dot(x.to(w.dtype), w, acc, input_precision=PRECISION)
     if EIGHT_BITS:
         acc *= scale[:, None]
     return acc

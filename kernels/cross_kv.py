@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import capability, check, product
-from .tuning import gemm_tile
+from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
+from .tuning import fp32_precision, gemm_tile
 
 
 @triton.jit
@@ -30,12 +31,15 @@ def _cross_kv_fwd(
     batch_stride,
     token_stride,
     weight_row_stride,
+    PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     row_tiles = tl.cdiv(rows, BLOCK_M)
-    row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_tile = tl.program_id(0) % row_tiles
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(0) // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, col_mask = row < rows, col < width
     if tl.program_id(1) == 0:
@@ -44,8 +48,13 @@ def _cross_kv_fwd(
         x_ptr, weight_ptr, y_ptr = v_ptr, v_weight_ptr, v_out_ptr
     row64 = row.to(tl.int64)[:, None]
     x_rows = x_ptr + row64 // tokens * batch_stride + row64 % tokens * token_stride
-    weight_cols = weight_ptr + col.to(tl.int64)[None, :] * weight_row_stride
-    y = product(x_rows, weight_cols, row_mask, col_mask, 0, width, width, BLOCK_M, BLOCK_N, BLOCK_K)
+    # Columns beyond the last one have its weights, and are never stored.
+    weight_cols = weight_ptr + tl.minimum(col, width - 1).to(tl.int64)[None, :] * weight_row_stride
+    prefetch_weight(weight_cols, 0, width, row_tile == 0, DEPENDENT)
+    await_inputs(DEPENDENT)
+    y = product(
+        x_rows, weight_cols, row_mask, col_mask, 0, width, width, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+    )
     y = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row64 * width + col[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
 
@@ -95,6 +104,8 @@ def cross_kv(
             k.stride(0),
             k.stride(1),
             k_weight.stride(0),
+            PRECISION=fp32_precision(cc),
+            **dependent_launch(cc),
             **tile.launch,
         )
     return outputs[0], outputs[1]

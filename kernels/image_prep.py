@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import DTYPES
+from .common import DTYPES, capability
+from .dependent_launch import await_inputs, dependent_launch
 from .tuning import image_tile
 
 
@@ -49,6 +50,7 @@ def _image_prep_fwd(
     row_stride,
     col_stride,
     BYTES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -63,6 +65,7 @@ def _image_prep_fwd(
     col0, col1 = (x0 * col_stride)[None, :], (x1 * col_stride)[None, :]
     below, right = below[:, None], right[None, :]
 
+    await_inputs(DEPENDENT)
     for channel in tl.static_range(3):
         start = frames_ptr + image * batch_stride + channel * channel_stride
         upper0 = _pixels(start, row0 + col0, filled, BYTES)
@@ -134,6 +137,7 @@ def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> T
         _in_fp32(frame_width / new_width),
         *frames.stride(),
         BYTES=of_bytes,
+        **dependent_launch(capability(frames.device)),
         BLOCK_ROWS=tile.rows,
         BLOCK_COLS=tile.cols,
         num_warps=tile.num_warps,

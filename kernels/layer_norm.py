@@ -12,15 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check
+from .common import capability, check
+from .dependent_launch import await_inputs, dependent_launch
 from .tuning import row_tile
 
 
 @triton.jit
-def _layer_norm_fwd(x_ptr, weight_ptr, bias_ptr, y_ptr, width, eps, BLOCK_COLS: tl.constexpr):
+def _layer_norm_fwd(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, width, eps, DEPENDENT: tl.constexpr, BLOCK_COLS: tl.constexpr
+):
     row_start = tl.program_id(0).to(tl.int64) * width
     cols = tl.arange(0, BLOCK_COLS)
     mask = cols < width
+    await_inputs(DEPENDENT)
     x = tl.load(x_ptr + row_start + cols, mask=mask, other=0.0).to(tl.float32)
     # Rounded rightly: where the mean is large, a unit of it is much beside the spread, and `/` may err by two.
     mean = tl.div_rn(tl.sum(x, axis=0), tl.cast(width, tl.float32))
@@ -57,6 +61,14 @@ def layer_norm(
     tile = row_tile(width)
     if x.numel():
         _layer_norm_fwd[(x.numel() // width,)](
-            x, weight, bias, y, width, eps, BLOCK_COLS=tile.cols, num_warps=tile.num_warps
+            x,
+            weight,
+            bias,
+            y,
+            width,
+            eps,
+            **dependent_launch(capability(x.device)),
+            BLOCK_COLS=tile.cols,
+            num_warps=tile.num_warps,
         )
     return y

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import as_rows, capability, check, gelu_tanh, parts, product, silu, tile_of
+from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
 from .tuning import gemm_tile
 
 ACTIVATIONS = (None, "gelu_tanh", "silu")
@@ -36,6 +37,7 @@ def _linear_fwd(
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GROUP_M: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -47,7 +49,10 @@ def _linear_fwd(
     # 64 bits: many images of wide rows pass 2^31 elements
     row64 = row.to(tl.int64)[:, None]
     x_rows = x_ptr + row64 * x_row_stride
-    weight_cols = weight_ptr + col.to(tl.int64)[None, :] * weight_row_stride
+    # Columns beyond the last one have its weights, and are never stored.
+    weight_cols = weight_ptr + tl.minimum(col, outputs - 1).to(tl.int64)[None, :] * weight_row_stride
+    prefetch_weight(weight_cols, 0, inputs, row_tile == 0, DEPENDENT)
+    await_inputs(DEPENDENT)
     y = product(x_rows, weight_cols, row_mask, col_mask, 0, inputs, inputs, BLOCK_M, BLOCK_N, BLOCK_K)
     if weight_ptr.dtype.element_ty == tl.float8e4nv:
         y *= tl.load(scale_ptr + col, mask=col_mask, other=0.0)[None, :]
@@ -97,12 +102,12 @@ def linear(
     if y.numel():
         x = as_rows(x)
         added = y if residual is None else as_rows(residual)
-        rows = x.shape[0]
+        rows, cc = x.shape[0], capability(x.device)
         tile = gemm_tile(
             rows,
             inputs,
             outputs,
-            capability(x.device),
+            cc,
             x.itemsize,
             weight.itemsize,
             residual=residual is not None,
@@ -124,6 +129,7 @@ def linear(
             HAS_RESIDUAL=residual is not None,
             ACTIVATION=activation,
             GROUP_M=tile.group,
+            **dependent_launch(cc),
             **tile.launch,
         )
     return y

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import capability, check, tile_of
+from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
 from .tuning import gemm_tile
 
 
@@ -36,6 +37,7 @@ def _patch_embed_fwd(
     CHANNELS: tl.constexpr,
     PATCH: tl.constexpr,
     GROUP_M: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -48,7 +50,10 @@ def _patch_embed_fwd(
     image, patch = row // patches, row % patches
     corner = patch // patches_across * PATCH * pixel_row_stride + patch % patches_across * PATCH
     pixel_rows = pixels_ptr + image.to(tl.int64)[:, None] * image_stride + corner[:, None]
-    weight_cols = weight_ptr + col.to(tl.int64)[None, :] * inputs
+    # Columns beyond the last one have its weights, and are never stored.
+    weight_cols = weight_ptr + tl.minimum(col, outputs - 1).to(tl.int64)[None, :] * inputs
+    prefetch_weight(weight_cols, 0, inputs, row_tile == 0, DEPENDENT)
+    await_inputs(DEPENDENT)
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, inputs, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
@@ -96,8 +101,8 @@ def patch_embed(
     y = torch.empty((images, down * across, outputs), dtype=torch.float32, device=pixels.device)
     if y.numel():
         weight, ids = weight.contiguous(), position_ids.contiguous()
-        rows, inputs = images * down * across, channels * patch * patch
-        tile = gemm_tile(rows, inputs, outputs, capability(y.device), pixels.itemsize, weight.itemsize)
+        rows, inputs, cc = images * down * across, channels * patch * patch, capability(y.device)
+        tile = gemm_tile(rows, inputs, outputs, cc, pixels.itemsize, weight.itemsize)
         _patch_embed_fwd[(triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.cols),)](
             pixels,
             weight,
@@ -115,6 +120,7 @@ def patch_embed(
             CHANNELS=channels,
             PATCH=patch,
             GROUP_M=tile.group,
+            **dependent_launch(cc),
             **tile.launch,
         )
     return y

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import capability, check, parts, split_of, split_workspace, sum_of_splits
+from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
 from .eight_bits import scale_of, to_e4m3
 from .tuning import gemm_tile
 
@@ -35,20 +36,25 @@ def _pixel_shuffle_linear_fwd(
     SMALL: tl.constexpr,
     RUN: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     tile, split = tl.program_id(0), tl.program_id(1)
     row_tiles = tl.cdiv(rows, BLOCK_M)
-    row = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_tile = tile % row_tiles
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tile // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, col_mask = row < rows, col < outputs
     # A row of patches is SMALL runs, a row of blocks FACTOR of these: the first run of block (row // SMALL, row % SMALL).
     row64 = row.to(tl.int64)[:, None]
     x_rows = x_ptr + (row64 // SMALL * (FACTOR * SMALL) + row64 % SMALL) * RUN
-    weight_cols = weight_ptr + col.to(tl.int64)[None, :] * weight_row_stride
+    # Columns beyond the last one have its weights, and are never stored.
+    weight_cols = weight_ptr + tl.minimum(col, outputs - 1).to(tl.int64)[None, :] * weight_row_stride
     start, stop = split_of(split, inputs, SPLIT_K, BLOCK_K)
+    prefetch_weight(weight_cols, start, stop, row_tile == 0, DEPENDENT)
+    await_inputs(DEPENDENT)
     EIGHT_BITS: tl.constexpr = weight_ptr.dtype.element_ty == tl.float8e4nv
     if EIGHT_BITS:
         # A block is FACTOR runs; over all of K, whatever this program's part of it.
@@ -126,6 +132,7 @@ def pixel_shuffle_linear(x: Tensor, weight: Tensor, factor: int) -> Tensor:
             SMALL=small,
             RUN=factor * width,
             SPLIT_K=tile.split,
+            **dependent_launch(cc),
             **tile.launch,
         )
     return y

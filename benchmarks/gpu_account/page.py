@@ -217,7 +217,7 @@ def by_node(account: Account, stage: str) -> str:
         rows.append([
             name, size, layer, number, most, max(each.waves for each in found),
             f"{sum(each.hbm for each in found) / number / 1e6:.2f}",
-            f"{sum(each.work.moved * each.work.programs for each in found) / number / 1e6:.1f}",
+            f"{sum(each.l2 for each in found) / number / 1e6:.1f}",
             f"{sum(each.flops for each in found) / number / 1e9:.2f}", one.work.unit if one.flops and size else NONE,
             sum(each.node.pdl for each in found) or "", f"{us / number:.1f}", f"{us:.0f}",
         ])  # fmt: skip
@@ -292,8 +292,8 @@ def markdown(account: Account) -> str:
         f"once. Around its graph a replay queues {len(around)} more ({calls}), {around_us:.0f} us, not in the sum.",
         *(f"## {stage}\n\n{by_node(account, stage)}" for stage in account.seconds),
         "HBM: what is not in L2, which holds what was touched last. L2: what all programs together move, what several read "
-        "counted as often. FLOP with padding. fma: fp32 outside the tensor cores; tf32x3: three products of tf32 for one of "
-        "fp32. PDL: launches with programmatic dependent launch.",
+        "counted as often, but what a cluster of a library's blocks shares once. FLOP with padding. fma: fp32 outside the "
+        "tensor cores; tf32x3: three products of tf32 for one of fp32. PDL: launches with programmatic dependent launch.",
         f"## Beside the estimate by hand\n\n{by_hand(account)}",
         NOTES,
         f"## Constants\n\n{constants(account)}",
@@ -303,6 +303,11 @@ def markdown(account: Account) -> str:
 
 
 NOTES = (
+    "cuBLAS: of blocks of 128 x 128, 128 x 256, 256 x 128 and 64 x 256 whichever the formula finds cheapest, in clusters of "
+    "two that bring one operand from L2 once. Both are assumed from its kernels' names on Hopper (NVIDIA/Fuser issue 3279); "
+    "that its heuristic chooses so well is assumed too. cuDNN's attention: products and exponents at once, as in "
+    "FlashAttention-3; in FlashAttention-2 they are one behind the other (arXiv 2407.08608). That cuDNN's is like "
+    'FlashAttention-3 is assumed. Neither is in "before" or in the estimate.\n\n'
     "No node has a factor of its own. The constants that are called assumed were set with the estimate in sight (the share "
     "of the peak behind serialised products was 0.5 at first, with which vision is 2.12 ms, and then 0.7), so that the sums "
     "agree shows nothing. Single nodes were left where the formula puts them. The estimate does not say how it came to its "

@@ -4,8 +4,9 @@
 
 - chain: what a program waits for, one behind the other, however fast the machine: trips · latency + tails · L2's latency +
   operations · their clocks. waves: how often the multiprocessors are filled. start, end: of a program.
-- HBM: bytes that are not in L2, which holds what was touched last. L2: what all programs move. busiest: the multiprocessor
-  with the most programs, by its port to L2 or by its units (products, and exponents behind them).
+- HBM: bytes that are not in L2, which holds what was touched last. L2: what all programs move, what a cluster shares once.
+  busiest: the multiprocessor with the most programs, by its port to L2 or by its units (products, and exponents behind
+  them, or beside them where the kernel overlaps them).
 - With programmatic launch behind a programmatic launch the gap is smaller. Programs that find a place beside the node before
   have started before it ends, and of their weights so much is in L2 as HBM could bring while that node did not use it.
 """
@@ -19,7 +20,7 @@ from math import ceil
 from typing import Any, NamedTuple
 
 from benchmarks.gpu_account.recording import Node, Operand
-from benchmarks.gpu_account.work import Work, work_of
+from benchmarks.gpu_account.work import Work, works_of
 
 
 class Constant(NamedTuple):
@@ -47,6 +48,7 @@ class GPU:
     fma: Constant
     tensor_share: Constant
     library_share: Constant
+    library_cluster: Constant
     serialized_share: Constant
     fma_share: Constant
     exponents: Constant
@@ -94,6 +96,7 @@ H100 = GPU(
     fma=Constant(67e12, "FLOP/s", DATA_SHEET + ", fp32"),
     tensor_share=Constant(0.6, "", "of the peak of tensor cores; assumed of Triton's products"),
     library_share=Constant(0.7, "", "of the peak of tensor cores; assumed of the vendor's libraries"),
+    library_cluster=Constant(2, "", "blocks that share an operand; assumed of cuBLAS: names as in NVIDIA/Fuser issue 3279"),
     serialized_share=Constant(0.7, "", "of that, where ptxas serialises wgmma; assumed"),
     fma_share=Constant(0.35, "", "of the peak of FMA units, operands out of shared memory; assumed" ),
     exponents=Constant(16, "1/clock", GUIDE + ": of one multiprocessor"),
@@ -150,13 +153,14 @@ class Priced:
     """A node and its seconds, the gap before it included.
 
     hbm      bytes from there, prefetched ones as well      waves  how often its programs fill the multiprocessors
-    idle     seconds in which it leaves HBM to the node behind it
+    l2       bytes that it moves      idle  seconds in which it leaves HBM to the node behind it
     """
 
     node: Node
     work: Work
     seconds: float
     hbm: float
+    l2: float
     waves: int
     idle: float
 
@@ -201,15 +205,17 @@ def price_node(gpu: GPU, node: Node, work: Work, weights: float, hbm: float, bef
     chain = gpu.seconds(start + waits + (waves - 1) * (gpu.start.value + waits))
 
     of_one = work.flops * gpu.multiprocessors.value / gpu.rate(work)
-    of_one += gpu.seconds(work.exponents / gpu.exponents.value)
+    exponents = gpu.seconds(work.exponents / gpu.exponents.value)
+    of_one = max(of_one, exponents) if work.overlapped else of_one + exponents
     most = ceil(work.programs / gpu.multiprocessors.value)
     busiest = most * max(of_one, gpu.seconds(work.moved / gpu.port.value))
     from_hbm = (hbm - prefetched) / gpu.hbm.value
-    rates = max(from_hbm, work.programs * work.moved / gpu.l2.value, busiest)
+    through_l2 = work.programs * (work.moved - work.multicast * (1.0 - 1.0 / gpu.library_cluster.value))
+    rates = max(from_hbm, through_l2 / gpu.l2.value, busiest)
 
     body = max(chain, gpu.seconds(start + latency) + rates) + gpu.seconds(gpu.end.value)
     gap = gpu.gap_pdl.value if overlaps else gpu.gap.value
-    return Priced(node, work, gap + body, hbm, waves, max(0.0, body - from_hbm))
+    return Priced(node, work, gap + body, hbm, through_l2, waves, max(0.0, body - from_hbm))
 
 
 def price(gpu: GPU, nodes: Iterable[Node]) -> list[Priced]:
@@ -221,7 +227,9 @@ def price(gpu: GPU, nodes: Iterable[Node]) -> list[Priced]:
     found: list[Priced] = []
     for node in nodes:
         weights, hbm = l2.missing(node.operands)
-        found.append(price_node(gpu, node, work_of(node), weights, hbm, found[-1] if found else None))
+        before = found[-1] if found else None
+        priced = [price_node(gpu, node, work, weights, hbm, before) for work in works_of(node)]
+        found.append(min(priced, key=lambda each: each.seconds))
     return found
 
 

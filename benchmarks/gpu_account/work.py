@@ -16,10 +16,11 @@ from support.compiled_tables import read
 
 from benchmarks import ROOT
 from benchmarks.gpu_account.recording import CAPABILITY, Node, Operand
-from smolvla_fast.kernels.tuning import gemm_tiles
 
 WIDE_REGISTERS, FEW_REGISTERS = 128, 32
 """Of a thread: of kernels with products (as benchmarks/results/aot.md has them), and without."""
+LIBRARY_TILES = ((128, 128), (128, 256), (256, 128), (64, 256))
+"""Rows and columns of cuBLAS's blocks on Hopper, in steps of 64: assumed, from names as nvjet_…_256x128_64x4_1x2_…."""
 THREADS, PER_THREAD = 128, 4
 """Of a block of torch's elementwise kernels, and numbers of each thread."""
 
@@ -30,12 +31,14 @@ class Work:
 
     programs    of the launch         warps, registers, shared  of one: threads/32, of a thread, bytes
     moved       bytes to and from L2, what its neighbours read as well included
+    multicast   of these, what the blocks of a cluster read once for all of them
     flops       as the unit counts them, padding included      unit  a key of ``price.GPU.units``
     exponents   of a softmax or an activation
     trips       waits for memory one behind the other: the loop's steps by the loads in flight
     tails       such waits behind the loop, for what is in L2
     operations  products, reductions and barriers one behind the other
     serialized  ptxas lets no product run beside another      library  of a vendor
+    overlapped  exponents run beside products
     """
 
     programs: int
@@ -51,6 +54,8 @@ class Work:
     operations: float = 1.0
     serialized: bool = False
     library: bool = False
+    overlapped: bool = False
+    multicast: float = 0.0
 
 
 Rule = Callable[[Node], Work]
@@ -90,7 +95,7 @@ def _gemm(
     return Work(
         programs=prod(node.grid), moved=moved, warps=a["num_warps"], registers=WIDE_REGISTERS,
         shared=a["num_stages"] * depth * (rows * a[x].dtype.itemsize + products * cols * w.itemsize),
-        flops=2 * rows * cols * products * steps * depth, unit=unit_of(w),
+        flops=2 * rows * cols * products * steps * depth, unit=unit_of(w, precision=a.get("PRECISION", "ieee")),
         exponents=rows * cols if activation else 0.0,
         trips=max(1.0, steps / flying), tails=tails + 3 * (split > 1), operations=steps + (split > 1) + tails,
         serialized=_serialized(node),
@@ -175,9 +180,9 @@ def _scan(node: Node) -> Work:
     return Work(1, work.moved * work.programs, operations=10)
 
 
-def _library_product(node: Node) -> Work:
-    """A product by cuBLAS: its tile is taken to be the one that our own model of costs ranks first, with K split where that
-    helps, and its parts to be added up as ours are."""
+def _library_products(node: Node) -> list[Work]:
+    """A product by cuBLAS in each of its tiles, of which its heuristic is taken to find the cheapest. K is not split. Blocks
+    of a cluster share an operand, the larger one where there is a choice: multicast brings it from L2 once for them."""
     found = [x for x in node.arguments.values() if isinstance(x, Operand)]
     out, (x, weight) = found[-1], found[-3:-1]
     inputs, outputs = x.shape[-1], out.shape[-1] if len(weight.shape) > 1 else 1
@@ -186,22 +191,29 @@ def _library_product(node: Node) -> Work:
         rows, batch = out.shape[1], out.shape[0]
     if node.name == "mv":
         rows, outputs = 1, out.shape[0]
-    size = x.dtype.itemsize
-    tile = gemm_tiles(rows, inputs, outputs, CAPABILITY, size, size, split=True)[0]
-    grid = (ceil(rows / tile.rows) * ceil(outputs / tile.cols) * batch, tile.split)
-    given = dict(x=x, weight=weight, y_ptr=out, rows=rows, SPLIT_K=tile.split, **tile.launch)
-    as_ours = Node(node.stage, node.layer, node.name, grid, given)
-    work = _gemm(as_ours, "x", "weight", inputs, tails=len(found) > 3, activation="activation" in node.name)
-    return replace(work, library=True)
+    works = []
+    for tile_rows, tile_cols in LIBRARY_TILES:
+        row_tiles, col_tiles = ceil(rows / tile_rows), ceil(outputs / tile_cols)
+        tile = dict(BLOCK_M=tile_rows, BLOCK_N=tile_cols, BLOCK_K=64, num_warps=12, num_stages=4)
+        given = dict(x=x, weight=weight, y_ptr=out, rows=rows, **tile)
+        as_ours = Node(node.stage, node.layer, node.name, (row_tiles * col_tiles * batch,), given)
+        activation = "activation" in node.name
+        work = _gemm(as_ours, "x", "weight", inputs, tails=len(found) > 3, activation=activation)
+        of_x = min(rows, tile_rows) * x.dtype.itemsize * (col_tiles > 1)
+        of_weight = tile_cols * weight.dtype.itemsize * (row_tiles > 1)
+        works.append(replace(work, library=True, multicast=inputs * max(of_x, of_weight)))
+    return works
 
 
 def _library_attention(node: Node) -> Work:
-    """Flash attention, in tiles of 128 rows and 128 keys."""
+    """In tiles of 128 rows and 128 keys. On Hopper cuDNN overlaps products and exponents as FlashAttention-3 does, and
+    FlashAttention-2, which torch brings, does not (arXiv 2407.08608)."""
     q, k = node.arguments["0"], node.arguments["1"]
     tile = dict(BLOCK_KEYS=128, num_warps=8, num_stages=2, PRECISION="ieee")
     given = dict(q_ptr=q, k_ptr=k, v_ptr=node.arguments["2"], **tile)
     as_ours = Node(node.stage, "", node.name, (ceil(q.shape[2] / 128), q.shape[0] * q.shape[1]), given)
-    return replace(_attention(as_ours, 128, k.shape[2], q.shape[3]), library=True)
+    work = _attention(as_ours, 128, k.shape[2], q.shape[3])
+    return replace(work, library=True, overlapped="cudnn" in node.name)
 
 
 RULES: dict[str, Rule] = {
@@ -223,12 +235,14 @@ RULES: dict[str, Rule] = {
     "euler_step_fwd": _euler_step,
 }  # fmt: skip
 """Of Triton's kernels; one that has none is small."""
+PRODUCTS_BY_TORCH = ("mm", "mv", "bmm", "addmm", "addmv", "baddbmm", "_addmm_activation")
 BY_TORCH: dict[str, Rule] = {
-    **dict.fromkeys(("mm", "mv", "bmm", "addmm", "addmv", "baddbmm", "_addmm_activation"), _library_product),
-    "_scaled_dot_product_flash_attention": _library_attention,
+    **dict.fromkeys(
+        ("_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention"), _library_attention
+    ),
     **dict.fromkeys(("cumsum", "sum"), _scan),
 }
-"""Of ATen's calls that are not elementwise."""
+"""Of ATen's other calls that are not elementwise."""
 
 
 def is_small(node: Node) -> bool:
@@ -236,15 +250,18 @@ def is_small(node: Node) -> bool:
     return not node.layer and (node.by_torch or node.name not in RULES)
 
 
-def work_of(node: Node) -> Work:
-    """Raises KeyError of a layer's Triton kernel that has no rule."""
+def works_of(node: Node) -> list[Work]:
+    """One, or of a library's product one for each tile that it may take. Raises KeyError of a layer's Triton kernel that has
+    no rule."""
     if node.by_torch:
-        return BY_TORCH.get(node.name, elementwise)(node)
+        if node.name in PRODUCTS_BY_TORCH:
+            return _library_products(node)
+        return [BY_TORCH.get(node.name, elementwise)(node)]
     if node.layer and node.name not in RULES:
         raise KeyError(
             f"{node.name} has no rule; say in benchmarks/gpu_account/work.py what a program of it does"
         )
-    return RULES.get(node.name, elementwise)(node)
+    return [RULES.get(node.name, elementwise)(node)]
 
 
 def case_of(node: Node) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import processor
+from .availability import why_not_library
 from .shape_class import Attention, Product
 from .torch import fused_attention, linear
 
@@ -48,7 +49,9 @@ def default_rules(backend: str, device: torch.device) -> dict[str, Rule]:
         alike = ("linear", "pixel_shuffle_linear", "norm_qkv_rope", "linear_residual", "norm_swiglu")
         rules: dict[str, Rule] = {**dict.fromkeys(alike, _triton), "attention_residual": _attention_residual}
         return rules | (
-            {"linear": _cuda_linear, "attention": _cuda_attention} if device.type == "cuda" else {}
+            {"linear": _cuda_linear, "attention": partial(_cuda_attention, _cudnn_leads(device))}
+            if device.type == "cuda"
+            else {}
         )
     return dict.fromkeys(products, by_torch)
 
@@ -96,6 +99,20 @@ def _cuda_linear(shape: Product) -> str:
     return _triton(shape)
 
 
-def _cuda_attention(shape: Attention) -> str:
+def _cudnn_leads(device: torch.device) -> bool:
+    """Whether torch itself prefers cuDNN's attention to FlashAttention-2, as ``check_prefer_cudnn_attention`` in its
+    ``sdp_utils.cpp`` says: on Hopper and 10.x, with a cuDNN above 9.15.0. FlashAttention-2 leaves them half idle, for its
+    products and exponents run one behind the other (arXiv 2407.08608). Not measured here."""
+    if why_not_library("cudnn", device) or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return False
+    return (torch.backends.cudnn.version() or 0) >= fused_attention.CUDNN_ANY_LENGTH
+
+
+def _cuda_attention(cudnn_leads: bool, shape: Attention) -> str:
+    """cuDNN's is one launch whatever the blocks."""
+    if shape.queries <= LIBRARY_ROWS:
+        return "triton"
+    if cudnn_leads and fused_attention.takes("cudnn", shape.queries, shape.head_dim, shape.q):
+        return "cudnn"
     blocks = shape.batch * int(shape.heads) * -(-shape.queries // 64)
-    return "flash-sdpa" if shape.queries > LIBRARY_ROWS and blocks >= LIBRARY_BLOCKS else "triton"
+    return "flash-sdpa" if blocks >= LIBRARY_BLOCKS else "triton"

@@ -20,7 +20,7 @@ from benchmarks.gpu_account.__main__ import PAGE
 from benchmarks.gpu_account.page import BEFORE, Account, counts, markdown, of_result
 from benchmarks.gpu_account.price import H100, L2, Priced, price, price_node, total
 from benchmarks.gpu_account.recording import AROUND, Node, Operand, record
-from benchmarks.gpu_account.work import Work, serialized_by_ptxas, work_of
+from benchmarks.gpu_account.work import Work, serialized_by_ptxas, works_of
 
 MADE_BY = f"with torch {torch.__version__.partition('+')[0]},"
 
@@ -119,12 +119,16 @@ def test_every_constant_has_a_source_and_a_say(account: Account, name: str) -> N
     product = {
         str(place): Operand((-place, 0), (2048, 2048), torch.bfloat16, 2**23, True) for place in range(3)
     }
-    nodes.append(Node("vision", "vision", "mm", (), product))
+    nodes += [Node("vision", "vision", "mm", (), product)] * 8  # what they read is in L2 the second time
     other = replace(H100, **{name: constant._replace(value=constant.value / 10)})
-    # Beside them what just fits: no node of the chunk is short of shared memory.
-    fits = replace(WORK, programs=264, shared=100 * 1024, trips=10.0)
+    # Beside them what no node of the chunk is: just as large as fits, on FMA units for the most part, serialised.
+    rare = [
+        *[replace(WORK, programs=264, shared=100 * 1024, trips=10.0)] * 1000,
+        replace(WORK, flops=1e7),
+        replace(WORK, flops=1e8, unit="bf16", serialized=True),
+    ]
     found, wrong = (
-        sum(each.seconds for each in price(gpu, nodes)) + 1e3 * us(fits, gpu=gpu) * 1e-6
+        sum(each.seconds for each in price(gpu, nodes)) + sum(us(each, gpu=gpu) for each in rare) * 1e-6
         for gpu in (H100, other)
     )
     assert found != pytest.approx(wrong, rel=1e-3)  # the sums differ by more than their rounding
@@ -167,11 +171,47 @@ def test_a_library_is_priced_by_its_own_share() -> None:
     assert us(replace(product, library=True)) < us(product)
 
 
+def test_exponents_beside_products_cost_the_longer_of_both() -> None:
+    attention = replace(WORK, flops=1e8, exponents=4e5, unit="bf16")
+    products, exponents = us(replace(attention, exponents=0.0)), us(replace(attention, flops=0.0))
+    assert us(replace(attention, overlapped=True)) == pytest.approx(max(products, exponents))
+    assert us(attention) > 1.2 * max(products, exponents)
+
+
+def test_what_a_cluster_shares_comes_from_l2_once_and_over_each_port() -> None:
+    wide = replace(WORK, moved=1e6)
+    assert us(wide) - us(replace(wide, multicast=5e5)) == pytest.approx(132 * 2.5e5 / 5.5e12 * 1e6)
+    narrow = replace(H100, port=H100.port._replace(value=1.0))
+    assert us(wide, gpu=narrow) == us(replace(wide, multicast=5e5), gpu=narrow)
+
+
+def test_a_librarys_product_has_the_cheapest_of_its_tiles() -> None:
+    def shaped(*shape: int) -> Operand:
+        return Operand((len(shape), shape[-1]), shape, torch.bfloat16, 2, True)
+
+    def product(rows: int, outputs: int) -> Node:
+        given = {"0": shaped(rows, 768), "1": shaped(768, outputs), "2": shaped(rows, outputs)}
+        return Node("vision", "vision", "mm", (), given)
+
+    found = {}
+    for rows, outputs in ((2048, 768), (2048, 3072)):
+        each = product(rows, outputs)
+        seconds = {
+            work.programs: price_node(H100, each, work, 0.0, 0.0, None).seconds for work in works_of(each)
+        }
+        (priced,) = price(H100, [each])
+        assert priced.seconds == min(seconds.values()) < max(seconds.values())
+        found[outputs] = priced.work.programs
+    assert found == {768: 96, 3072: 192}, "128 x 128 and 128 x 256"
+    # One row of blocks has no two that share a weight: it is x that they share, of which there is one row.
+    assert {work.multicast for work in works_of(product(1, 3072))} == {768 * 2}
+
+
 def test_a_kernel_of_a_layer_without_a_rule_is_an_error() -> None:
     with pytest.raises(KeyError, match="k has no rule; say in benchmarks/gpu_account/work.py"):
-        work_of(node())
+        works_of(node())
     small = replace(node(x=operand(1320)), layer="")
-    assert work_of(small).moved == 10.0
+    assert [work.moved for work in works_of(small)] == [10.0]
 
 
 def test_serialised_products_are_read_from_the_table_of_compiled_kernels(account: Account) -> None:

@@ -141,10 +141,12 @@ def test_defaults_of_vision(nvidia: Callable[..., None], gpu: str) -> None:
         product(dtype=F32, end=("tf32",)): "triton",
     }.items():
         assert linear.default(shape) == name, shape
+    leads = GPUS[gpu][0] in (9, 10)  # as torch prefers it there
     for case, name in {
-        VISION: "flash-sdpa",
-        VISION._replace(q=F16, kv=F16): "flash-sdpa",
-        VISION._replace(batch=1): "triton",  # it would take two launches
+        VISION: "cudnn" if leads else "flash-sdpa",
+        VISION._replace(q=F16, kv=F16): "cudnn" if leads else "flash-sdpa",
+        VISION._replace(batch=1): "cudnn" if leads else "triton",  # FlashAttention would take two launches
+        VISION._replace(queries=512, keys=512): "triton",
         VISION._replace(q=F32, kv=F32): "triton",
         VISION._replace(head_dim=20): "triton",  # it would be padded
         VISION._replace(batch=64, queries=64, keys=64): "triton",
@@ -155,9 +157,20 @@ def test_defaults_of_vision(nvidia: Callable[..., None], gpu: str) -> None:
 def test_triton_serves_where_torch_has_no_flash_attention(
     nvidia: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    nvidia((8, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     attention = on_a_gpu().attention
     assert isinstance(attention, Choice) and attention.default(VISION) == "triton"
+
+
+@pytest.mark.parametrize(("version", "has"), [(91500, True), (None, True), (91900, False)])
+def test_flash_attention_serves_a_hopper_without_the_cudnn_that_torch_prefers(
+    nvidia: Callable[..., None], monkeypatch: pytest.MonkeyPatch, version: int | None, has: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: has)
+    attention = on_a_gpu().attention
+    assert isinstance(attention, Choice) and attention.default(VISION) == "flash-sdpa"
 
 
 def test_off_a_gpu_triton_keeps_its_defaults() -> None:
@@ -185,7 +198,7 @@ def test_the_tuner_lists_them(nvidia: Callable[..., None]) -> None:
     x, weight, bias = torch.zeros(600, 8, dtype=BF16), torch.zeros(16, 8, dtype=BF16), torch.zeros(16)
     for choice, args, kwargs, names in (
         (ops.linear, (x, weight, bias.bfloat16()), dict(activation="gelu_tanh"), ["cublaslt", "triton", "aten"]),
-        (ops.attention, (x.expand(2, -1, -1),) * 3, dict(heads=1), ["triton", "sdpa", "flash-sdpa", "cudnn"]),
+        (ops.attention, (x.expand(2, -1, -1),) * 3, dict(heads=1), ["cudnn", "triton", "sdpa", "flash-sdpa"]),
     ):  # fmt: skip
         assert isinstance(choice, Choice)
         choice.candidates["triton"] = lambda *args, **kwargs: None  # asks for no tile
@@ -254,15 +267,14 @@ def test_a_vision_layer_launches_no_more_than_by_kernels_of_ours(nvidia: Callabl
             getattr(ops, op)._rule = None
 
     assert launches_of_a_layer(by_triton) == {"triton": 9}
-    libraries = {"addmm": 3, "_scaled_dot_product_flash_attention": 1, "_addmm_activation": 1}
+    products = {"addmm": 3, "_addmm_activation": 1}
+    for images in (1, 2):
+        libraries = {"_scaled_dot_product_cudnn_attention": 1, **products}
+        assert launches_of_a_layer(lambda ops: None, images) == {"triton": 4, **libraries}
+    nvidia((8, 0))
+    libraries = {"_scaled_dot_product_flash_attention": 1, **products}
     assert launches_of_a_layer(lambda ops: None) == {"triton": 4, **libraries}
-    one_image = {"triton": 5, "addmm": 3, "_addmm_activation": 1}
-    assert launches_of_a_layer(lambda ops: None, images=1) == one_image
-
-    def by_cudnn(ops: Ops) -> None:
-        ops.attention._rule = lambda shape: "cudnn"  # type: ignore[attr-defined]
-
-    assert launches_of_a_layer(by_cudnn).total() == 9
+    assert launches_of_a_layer(lambda ops: None, images=1) == {"triton": 5, **products}
 
     def all_by_aten(ops: Ops) -> None:
         ops.linear._rule = lambda shape: "aten"  # type: ignore[attr-defined]

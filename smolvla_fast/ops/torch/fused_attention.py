@@ -20,7 +20,8 @@ DTYPES = (torch.float16, torch.bfloat16)
 WIDEST = {"flash": 256, "flash-sdpa": 256, "cudnn": 128}
 """Head size, by the documentation of the package and by what torch asks before it takes them."""
 CUDNN_ANY_LENGTH = 91501
-"""cuDNN 9.15.1: before it sequences that are no multiple of 128 went wrong (pytorch issue 169849)."""
+"""cuDNN 9.15.1: before it sequences that are no multiple of 128 went wrong (pytorch issue 169849), and torch prefers it to
+FlashAttention from there on."""
 
 
 def why_not(name: str) -> str | None:
