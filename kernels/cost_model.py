@@ -12,8 +12,8 @@ from .tiles import CANDIDATES, MAX_SPLIT, GemmTile
 class Target(NamedTuple):
     """What tiles are chosen by. multiprocessors: of the generation's largest part, or its only one; shared_bytes: that one
     block may have; multiplies: 16-bit multiply-adds a clock of one multiprocessor's tensor cores; warpgroups: these read
-    operands from shared memory, not from registers, so a stage stays there until its products are done. port_bytes, l2_bytes:
-    a clock, that one multiprocessor can take from L2, and its share of L2 when all of them do."""
+    operands from shared memory, not from registers, so a stage stays there until its products are done. port_bytes: a clock,
+    that one multiprocessor can take from L2; l2_bytes: its share when all of them do."""
 
     multiprocessors: int
     shared_bytes: int
