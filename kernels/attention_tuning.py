@@ -149,7 +149,6 @@ def attention_residual_tiles(
         best._replace(cols=best.cols // 2),
         best._replace(rows=32, cols=64, inner=min(best.inner, 64)),
         best._replace(cols=best.cols // 2, inner=max(best.inner // 2, 16)),
-        best._replace(inner=max(best.inner // 2, 16), num_stages=2),
         ProductTile(16, 16, 16, 4, 1),
     ]
     fit = [tile for tile in (best, *others) if attention_residual_refusal(tile, *sizes) is None]

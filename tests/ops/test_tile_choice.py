@@ -156,6 +156,7 @@ MORE_FIELDS = {
     "linear": dict(group="GROUP_M"), "patch_embed": dict(group="GROUP_M"),
     "linear_residual": dict(split="SPLIT_K"), "pixel_shuffle_linear": dict(split="SPLIT_K"),
     "suffix_embed": dict(num_stages="num_stages"),
+    "attention_residual": dict(rows="BLOCK_TOKENS", inner="BLOCK_KEYS", num_stages="num_stages"),
     "euler_step": dict(rows="BLOCK_ACTIONS"), "image_prep": dict(rows="BLOCK_ROWS"),
 }  # fmt: skip
 """What these kernels take beyond it."""
@@ -421,10 +422,12 @@ def test_candidates_of_smolvla_are_several() -> None:
     calls = {
         "gemm": (50, 2048, 720), "row": (768,), "euler_step": (720, 32), "image": (512,), "suffix_embed": (50, 720, 32),
         "attention": (1024, 64, True), "masked_attention": (5, 150, 227, 64, True), "attention_backward": (64, True),
+        "attention_residual": (50, 720, 227, 5, 256, 4, 2),
     }  # fmt: skip
     for family, sizes in calls.items():
         own = () if family in ("row", "euler_step", "image") else (90,)
-        assert len(getattr(tuning, f"{family}_tiles")(*sizes, *own)) >= 3, family
+        room = attention_tuning if "attention" in family else tuning
+        assert len(getattr(room, f"{family}_tiles")(*sizes, *own)) >= 3, family
 
 
 def test_the_first_candidates_are_the_tiles_of_before() -> None:
@@ -441,7 +444,7 @@ def test_the_first_candidates_are_the_tiles_of_before() -> None:
         tuning.row_tile(768),
     ]
     assert [*map(tuning.tile_to_json, took)] == [
-        "gemm 64x64x64 split8 group8 warps4 stages4",
+        "gemm 64x128x64 split8 group8 warps4 stages4",
         "gemm 128x128x64 split1 group8 warps8 stages4",
         "attention 16x256 warps4 stages1",
         "attention 128x64 warps8 stages3",

@@ -32,7 +32,7 @@ ROOMS = {
     "model": ("model",),
     "smolvla": ("smolvla",),
     "measure": ("measure",),
-    "ops/reference": ("ops.reference", "ops.extension", "ops.memory", "ops.processor"),
+    "ops/reference": ("ops.reference", "ops.extension", "ops.memory", "ops.next_norm", "ops.processor"),
 }
 """Rooms from what is read first to what all else stands on. A file imports from its own room and from those behind it."""
 
