@@ -17,11 +17,11 @@ GEMMS = ("test_triton_gemm_tiles.py", "test_triton_gemms.py")
 ROWS, MASKED, IMAGE = ("test_triton_elementwise.py",), ("test_masked_attention.py",), ("test_image_prep.py",)
 # name: file, what stands there, what instead, the tests in tests/ops
 MUTATIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
-    "no barrier before the counter": ("common", "        tl.debug_barrier()\n", "", GEMMS),
+    "no barrier before the counter": ("common", "    tl.debug_barrier()\n", "", GEMMS),
     "a relaxed counter": ("common", 'sem="acq_rel"', 'sem="relaxed"', GEMMS),
     "a counter of one block": ("common", 'scope="gpu"', 'scope="cta"', GEMMS),
     "no wait for the launch ahead": ("dependent_launch", "        gdc_wait()\n", "", GEMMS),
-    "products in tf32": ("common", 'acc, input_precision="ieee")', 'acc, input_precision="tf32")', GEMMS),
+    "products in tf32": ("common", 'input_precision="ieee")', 'input_precision="tf32")', GEMMS),
     "attention in tf32": ("tuning", '"tf32x3"] = "tf32x3"', '"tf32x3"] = "tf32"', MASKED),
     "heads in tf32": ("tuning", '"tf32x3"] = "tf32x3"', '"tf32x3"] = "tf32"', ROWS),
     "a contracted backward": (
@@ -39,23 +39,42 @@ MUTATIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
 
 
 BOTH_PASS = {"a mean divided nearly"}  # the error is allowed
+FUSED, NEXT, PRELUDE = ("test_attention_residual.py",), ("test_next_norm.py",), ("test_prelude.py",)
+# Of the kernels that a denoise step was redesigned with: whoever notices, the machine does.
+REDESIGN: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
+    "heads beside their weights": (
+        "attention_residual", "(kv_head * GROUP + inner // BLOCK_DIM)", "(kv_head * BLOCK_GROUP + inner // BLOCK_DIM)",
+        FUSED,
+    ),
+    "a head of the group too many": (
+        "attention_residual", "(token < tokens) & (rows % BLOCK_GROUP < GROUP)", "(token < tokens)", FUSED,
+    ),
+    "a residual without its sums rounded to the stream": (
+        "attention_residual", "(y + residual.to(tl.float32)).to(y_ptr.dtype.element_ty)", "residual", FUSED,
+    ),
+    "one counter for all tiles": ("attention_residual", "arrivals_ptr + tile", "arrivals_ptr", FUSED),
+    "squares of the next sample's rows": (
+        "attention_residual", "tl.where(own < tokens, batch * tokens + own, all_rows)", "batch * tokens + own", NEXT,
+    ),
+    "squares of one part": ("next_norm", "for part in range(parts)", "for part in range(1)", NEXT),
+    "squares of columns that are not there": ("next_norm", "    y = tl.where(mask, y, 0.0)\n", "", NEXT),
+    "contracted squares": ("next_norm", ', "enable_fp_fusion": False', "", NEXT),
+    "a prefetch past the end": ("dependent_launch", "tl.minimum(first + tl.arange(0, 4) * LINE, stop - 1)",
+                                "first + tl.arange(0, 4) * LINE + (1 << 22)", GEMMS),
+    "a block that sees the next one": ("rope_masks", "(key < block_end)", "(key <= block_end)", PRELUDE),
+    "positions that count padding": (
+        "rope_masks", "tl.sum((pad & (key <= token)).to(tl.int32), axis=0) - 1", "token", PRELUDE,
+    ),
+    "tokens before their camera": (
+        "prefix_embed", "place % max(camera_tokens, 1) - starts", "place % max(camera_tokens, 1)", PRELUDE,
+    ),
+}  # fmt: skip
+MUTATIONS |= REDESIGN
 
 
 def complaint(tree: Path, by: str, files: tuple[str, ...]) -> str | None:
     """What the first red test says; None where all are green."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-m",
-        "triton",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
+    command = f"{sys.executable} -m pytest -q -x -m triton -p no:cacheprovider -p no:xdist".split()
     environment = {**os.environ, "SMOLVLA_FAST_TRITON": by, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"}
     command += [f"tests/ops/{name}" for name in files]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
@@ -88,7 +107,7 @@ def main(names: list[str]) -> int:
                 f"{name}: interpreter {'red' if interpreted else 'green'}, compiled: {compiled or 'green'}",
                 flush=True,
             )
-            if interpreted or (compiled is None) != (name in BOTH_PASS):
+            if (interpreted and name not in REDESIGN) or (compiled is None) != (name in BOTH_PASS):
                 unexpected.append(name)
     print(f"unexpected: {', '.join(unexpected)}" if unexpected else "all as expected")
     return 1 if unexpected else 0
