@@ -115,7 +115,7 @@ def test_the_first_step_beside_the_prefix(architecture: int, monkeypatch: pytest
     """The bits of the plain order, in an order that is right on two streams: whatever a launch is given, it may write."""
     if architecture < 90:
         pytest.skip("the order is that of sm_90")
-    policy = make_policy("tiny", **{**SMALL, "num_vlm_layers": 3, "cameras": 1, "num_steps": 1})
+    policy = make_policy("tiny", **{**SMALL, "num_vlm_layers": 3, "num_steps": 1})
     smolvla_fast.patch(policy, precision="bf16", backend="triton")
     given = (policy.model, *made_inputs(policy.model), make_noise(policy))
     engine = engine_of(policy.model)
