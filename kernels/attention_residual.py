@@ -58,6 +58,8 @@ def add_residual(
     if HAS_NEXT:
         # Behind the last token of a sample stand the next sample's rows.
         here = tl.where(own < tokens, batch * tokens + own, all_rows)
+        # Nor has a step beyond the last column a place among the squares.
+        here = tl.where(step * BLOCK_COLS < outputs, here, all_rows)
         store_for_next_norm(
             sums.to(tl.float32),
             here,

@@ -6,35 +6,21 @@ launch behind a torch kernel, or ahead of one, is as ever.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-
 import triton
 import triton.language as tl
+
+from .launch_order import may_begin_early
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # before Triton 3.4
     gdc_launch_dependents = gdc_wait = None
 
-_dependent: ContextVar[bool] = ContextVar("dependent_launches", default=True)
-
-
-@contextmanager
-def dependent_launches(wanted: bool) -> Iterator[None]:
-    """Inside, launches may begin before those ahead of them have ended, or not: for measuring what that saves."""
-    token = _dependent.set(wanted)
-    try:
-        yield
-    finally:
-        _dependent.reset(token)
-
 
 def dependent_launch(cc: int) -> dict[str, bool]:
     """Keyword arguments of a launch that may begin while the one ahead of it still runs: from 9.0 on."""
-    wanted = cc >= 90 and _dependent.get() and gdc_wait is not None
-    return {"DEPENDENT": True, "launch_pdl": True} if wanted else {"DEPENDENT": False}
+    early = may_begin_early() and cc >= 90 and gdc_wait is not None
+    return {"DEPENDENT": True, "launch_pdl": True} if early else {"DEPENDENT": False}
 
 
 @triton.jit

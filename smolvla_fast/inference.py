@@ -24,6 +24,7 @@ from .stages.denoise import LoopReport, denoise
 from .stages.observation import Observation, prepare_images, prepare_observation
 from .stages.prefix import fill_prefix, image_ends
 from .stages.vision import encode_images, patch_positions
+from .stages.wavefront import fill_prefix_with_first_step, side_of_first_step
 
 
 class Inputs(NamedTuple):
@@ -172,6 +173,7 @@ class Engine:
         heads, observation, noise = read_heads(model), inputs.observation, inputs.noise
         batch = observation.state.shape[0]
         with torch.no_grad():
+            times = self._time_embeddings(config, dims.expert_width, batch, noise.device)
             with section("vision"):
                 image_tokens: list[Tensor] = []  # a camera each, or all together
                 for group in prepare_images(ops, observation.frames, dims.image_side, not exact):
@@ -189,11 +191,27 @@ class Engine:
                 expert = read_expert_layers(pair, self._cast, self.products.cast_cross_kv)
                 by_head = keeps_kv_by_head(pair) if exact else None
                 cross_dtype = self.products.cross_kv_dtype
-                kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert, by_head, cross_dtype)
+                side = side_of_first_step(ops, batch * dims.chunk, exact, observe is not None)
+                if side is None:
+                    first = None
+                    kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert, by_head, cross_dtype)
+                else:
+                    kv, first = fill_prefix_with_first_step(
+                        side, ops, vlm, self._cast, dims, *embedded, expert, heads, noise, times, cross_dtype
+                    )
             with section("denoise"):
-                times = self._time_embeddings(config, dims.expert_width, batch, noise.device)
                 return denoise(
-                    ops, dims, expert, heads, kv, noise, times, inputs.guidance, observe, self._workspace
+                    ops,
+                    dims,
+                    expert,
+                    heads,
+                    kv,
+                    noise,
+                    times,
+                    inputs.guidance,
+                    observe,
+                    self._workspace,
+                    first,
                 )
 
     def report(self) -> dict[str, Any]:

@@ -196,6 +196,21 @@ def by_stage(account: Account) -> str:
     return f"{text}\n\nMeasured: {said}."
 
 
+def beside(account: Account) -> str:
+    """What the sum takes for granted of the first denoise step, which runs beside the prefix."""
+    programs = [p.work.programs for p in account.priced if p.node.stage == "prefix" and p.node.layer]
+    ahead = sum(seconds for stage, seconds in account.seconds.items() if BESIDE not in stage)
+    return (
+        "The first denoise step, but for its last layer, and the expert's cross keys and values are a branch of the graph "
+        "beside the prefix. The sum has of it what takes longer than the prefix, here "
+        f"{milli(account.together - ahead)} ms: the overlap is priced at its best. The two share multiprocessors, L2 and "
+        f"HBM. A launch of a text layer has {min(programs)} to {max(programs)} programs; those of the branch find places "
+        "beside them or wait, and each slows the other. Not priced are that, an event between two branches, and the layer "
+        "of the expert that is still under way when the last text layer's keys and values are there. One behind the other "
+        f"the same nodes are {milli(sum(account.seconds.values()))} ms."
+    )
+
+
 def kind(p: Priced) -> tuple[str, str, str]:
     """Nodes of one kind are a row: name, sizes, layer. torch's small calls are one kind."""
     if p.node.by_torch and is_small(p.node):
@@ -286,6 +301,7 @@ def markdown(account: Account) -> str:
         "tensor cores, whichever is longer. Without programmatic dependent launch (PDL) the same nodes are "
         f"{milli(account.without_pdl)} ms. On an H200, whose HBM is faster and all else equal: "
         f"{milli(replace(account, gpu=H200).together)} ms.",
+        *([beside(account)] if any(BESIDE in stage for stage in account.seconds) else []),
         counts(account),
         "A launch is a Triton kernel. The prelude is what is in no layer and no large product: torch's small calls, and "
         f"kernels of ours in their place ({', '.join(small) or 'none'}), priced as if each number were read and written "

@@ -225,11 +225,14 @@ def price(gpu: GPU, nodes: Iterable[Node]) -> list[Priced]:
         l2.missing(node.operands)
     l2.forget_activations()
     found: list[Priced] = []
+    ahead: dict[bool, Priced] = {}  # on the main stream, on the side
     for node in nodes:
         weights, hbm = l2.missing(node.operands)
-        before = found[-1] if found else None
+        on_side = BESIDE in node.stage
+        before = ahead.get(on_side)
         priced = [price_node(gpu, node, work, weights, hbm, before) for work in works_of(node)]
-        found.append(min(priced, key=lambda each: each.seconds))
+        ahead[on_side] = min(priced, key=lambda each: each.seconds)
+        found.append(ahead[on_side])
     return found
 
 

@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.harness.roof import stage_costs
 from smolvla_fast import inference
 from smolvla_fast.engine import timing
+from smolvla_fast.engine.side_stream import SideStream, offered
 from smolvla_fast.kernels.common import assume_capability
 from smolvla_fast.model.precision import TIERS
 from smolvla_fast.model.weights import is_cross
@@ -150,12 +151,13 @@ class Recorder:
         return self.capturing
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[None, Tensor]:
-        run()
-        self.capturing = self.recording = True
-        try:
-            return None, run()
-        finally:
-            self.capturing = self.recording = False
+        with offered(SideStream(_Queue(), _Queue())):
+            run()
+            self.capturing = self.recording = True
+            try:
+                return None, run()
+            finally:
+                self.capturing = self.recording = False
 
     def replay(self, recording: None) -> None:
         pass

@@ -14,7 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from benchmarks import ROOT
 
@@ -80,13 +83,18 @@ def kernels(size: str = "full", cache: Path = CACHE) -> Path:
     import smolvla_fast.ops.triton.ops
     from benchmarks.compiled.aot import compiling
     from benchmarks.gpu_run import constants
+    from smolvla_fast.engine.side_stream import offered
     from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels are imported; now a CPU may be asked
     policy = make_policy(size, origin="ours", cameras=3, layout="mixed", num_steps=1)
     smolvla_fast.patch(policy, precision="bf16", backend="triton")
+    # As it is captured too: a launch behind an event is compiled without programmatic dependent launch.
+    side: Any = SimpleNamespace(beside=lambda *read: nullcontext(), join=lambda: None)
     with compiling(CAPABILITY) as launched:
-        policy.predict_action_chunk(make_observation(policy, cameras=2), noise=make_noise(policy))
+        for each in (None, side):
+            with offered(each):
+                policy.predict_action_chunk(make_observation(policy, cameras=2), noise=make_noise(policy))
         served = len(launched)
         constants.rates(torch.device("cpu"))
         for dependent in (False, True):

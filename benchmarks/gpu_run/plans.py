@@ -80,6 +80,7 @@ def contact(args: argparse.Namespace) -> list[Part]:
         stage("loop", 30, 0, "tiny", label="loop-tiny", rehearse=dry),
         stage("loop", 40, 0, "full", label="loop", rehearse=dry),
         stage("dependent_launches", 40, 0, "triton", label="dependent", rehearse=dry),
+        stage("wavefront", 40, 0, "triton", rehearse=dry),
         stage("attention_candidates", 30, 0, label="candidates", rehearse=dry),
         denoise_contracts(dry),
     ]

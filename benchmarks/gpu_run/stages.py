@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from benchmarks.gpu_run.bring import compiled_kernels
 from benchmarks.gpu_run.stage import Stage
 from benchmarks.gpu_run.timing import gpu, us_a_launch
 from smolvla_fast import inference
+from smolvla_fast.kernels import launch_order
 from smolvla_fast.measure import system
 from smolvla_fast.measure.rounds import summary, timed_ms
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.availability import why_not
 from smolvla_fast.ops.select import reference_ops, select
 from smolvla_fast.patch import engine_of
+from smolvla_fast.stages import wavefront as first_step
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import rel_l2
 
@@ -276,20 +279,30 @@ def loop(stage: Stage, size: str) -> None:
     stage.add(verified=report.passed, rel_l2=report.rel_l2, bound=report.bound)
 
 
-def dependent_launches(stage: Stage, backend: str) -> None:
-    """The chunk with programmatic dependent launch and without: equal bits, and the device's time, in turn."""
-    from smolvla_fast.kernels.dependent_launch import dependent_launches
-
+def with_and_without(
+    stage: Stage, backend: str, switch: Callable[[bool], AbstractContextManager[None]]
+) -> None:
+    """The chunk captured with something and without, in turn: whether bits are equal, and the device's time."""
     found: dict[str, list[float]] = {"with": [], "without": []}
     chunks, bits = Chunks(stage, own_policy(stage)), {}
     for name in (*found, *found):
-        with stage.attempt(name), dependent_launches(name == "with"):
+        with stage.attempt(name), switch(name == "with"):
             bits[name] = chunks.captured(*(("fp32", "torch") if stage.rehearsal else ("bf16", backend)))
             times = chunks.times()
             found[name].append((times["device"] or times["wall"])["p50_ms"])
             smolvla_fast.unpatch(chunks.policy)
         stage.add(**{f"{name}_ms": found[name]})
     stage.add(bits_are_equal=len(bits) == 2 and torch.equal(bits["with"], bits["without"]))
+
+
+def dependent_launches(stage: Stage, backend: str) -> None:
+    """Programmatic dependent launch."""
+    with_and_without(stage, backend, launch_order.dependent_launches)
+
+
+def wavefront(stage: Stage, backend: str) -> None:
+    """The first denoise step beside the prefix."""
+    with_and_without(stage, backend, first_step.wavefront)
 
 
 def attention_candidates(stage: Stage) -> None:
@@ -311,6 +324,7 @@ def attention_candidates(stage: Stage) -> None:
 STAGES: dict[str, Callable[..., None]] = {
     each.__name__: each
     for each in (
-        machine, op, constants, barriers, policy, trace, stages, lerobot, loop, dependent_launches, attention_candidates,
+        machine, op, constants, barriers, policy, trace, stages, lerobot, loop, dependent_launches, wavefront,
+        attention_candidates,
     )
 }  # fmt: skip

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .side_stream import SideStream, offered
+
 
 @dataclass
 class Recording:
@@ -27,12 +29,12 @@ class Recording:
     nodes: int | None
 
 
-_idle: defaultdict[int, list[torch.cuda.Stream]] = defaultdict(list)
-"""By device, streams of captures whose graphs are gone.
+_idle: defaultdict[int, list[tuple[torch.cuda.Stream, torch.cuda.Stream]]] = defaultdict(list)
+"""By device, streams of captures whose graphs are gone: the main one and the one beside it.
 
 torch keeps one cuBLAS workspace for each handle and stream. Two graphs that are replayed at once must not share one, nor may
-a graph share one with eager work. So a graph has a stream on which nothing but its warm-up and its capture ever runs, and
-whose workspace is the graph's alone; the next graph inherits both. Clearing all workspaces around a capture instead, as
+a graph share one with eager work. So a graph has streams on which nothing but its warm-up and its capture ever runs, and
+whose workspaces are the graph's alone; the next graph inherits them. Clearing all workspaces around a capture instead, as
 torch's own graphs do, takes them from under a thread that has looked one up and is about to launch.
 """
 
@@ -50,15 +52,16 @@ class CudaDriver:
     def capture(self, run: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
         with torch.cuda.device(self._device):
             idle = _idle[self._device.index]
-            # What is left of the stream's last graph is done before its workspace and counters serve another.
+            # What is left of the streams' last graph is done before their workspaces and counters serve another.
             torch.cuda.synchronize(self._device)
-            stream = idle.pop() if idle else _new_stream(self._device)
+            streams = idle.pop() if idle else (_new_stream(self._device), _new_stream(self._device))
             try:
-                recording, output = self._on(stream, run)
+                with offered(SideStream(*streams)):
+                    recording, output = self._on(streams[0], run)
             except BaseException:
-                idle.append(stream)
+                idle.append(streams)
                 raise
-            weakref.finalize(recording, idle.append, stream).atexit = False
+            weakref.finalize(recording, idle.append, streams).atexit = False
             return recording, output
 
     def _on(self, stream: torch.cuda.Stream, run: Callable[[], Tensor]) -> tuple[Recording, Tensor]:

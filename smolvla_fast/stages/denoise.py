@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from ..model.kv_cache import PrefixKV
 from ..model.weights import DecoderLayer, Heads
 from ..ops.memory import Workspace
 from ..ops.reference.euler_step import Guidances
+from ..ops.reference.suffix_tokens import Tokens
 from ..ops.table import Ops
 from .layers import expert_layers
 
@@ -31,6 +32,34 @@ class LoopReport(NamedTuple):
     fallback_reasons: dict[str, str]
 
 
+class Suffix(NamedTuple):
+    """What every step reads besides the actions.
+
+    own, cross  tokens in self-attention and in cross-attention layers, masks as ``ops.prepare_mask`` gives them
+    folded      of ``ops.suffix_fold``
+    """
+
+    own: Tokens
+    cross: Tokens
+    folded: Any
+
+
+class FirstStep(NamedTuple):
+    """What has been computed of the loop ahead of it.
+
+    h  [B, S, E]  of the first step behind the last layer
+    """
+
+    suffix: Suffix
+    h: Tensor
+
+
+def suffix_of(ops: Ops, heads: Heads, own: Tokens, cross: Tokens, times: Tensor) -> Suffix:
+    """own, cross  of ``ops.rope_masks``      times  as in ``denoise``"""
+    own, cross = (tokens._replace(mask=ops.prepare_mask(tokens.mask)) for tokens in (own, cross))
+    return Suffix(own, cross, ops.suffix_fold(times, heads.action_in, heads.time_in))
+
+
 def denoise(
     ops: Ops,
     dims: Dims,
@@ -42,6 +71,7 @@ def denoise(
     guidance: Guidances | None = None,
     observe: Callable[[Tensor, Tensor], None] | None = None,
     workspace: Workspace | None = None,
+    first: FirstStep | None = None,
 ) -> tuple[Tensor, LoopReport]:
     """Integrate the velocity field from t = 1 (noise) to t = 0 (actions).
 
@@ -50,6 +80,7 @@ def denoise(
     guidance     where real-time chunking is on
     observe      called with (x, v) after every step; for ``verify``
     workspace    memory for the steps, which ops of backend ``cpu`` write into; unused where somebody observes
+    first        where the first step ran beside the prefix, and so not in one launch with the rest
     returns      [B, S, A]  fp32, a fresh tensor, and what ran the loop
     replaces     ``euler_integrate`` over ``denoise_step`` of LeRobot
 
@@ -66,15 +97,17 @@ def denoise(
         fallback_reasons["denoise_persistent"] = reason
 
     steps = times.shape[0]
-    own, cross = (tokens._replace(mask=ops.prepare_mask(tokens.mask)) for tokens in (kv.own, kv.cross))
-    folded = ops.suffix_fold(times, heads.action_in, heads.time_in)
+    suffix = suffix_of(ops, heads, kv.own, kv.cross, times) if first is None else first.suffix
     dt = -1.0 / steps
     x = noise
     # Whoever observes keeps what he sees, so every result is fresh then.
     with nullcontext() if workspace is None or observe is not None else workspace.lent() as memory:
         for step in range(steps):
-            h = ops.suffix_embed(x, step, folded, heads.time_out, memory=memory)
-            h = expert_layers(ops, expert, kv.layers, h, own, cross, memory)
+            if first is not None and step == 0:
+                h = first.h
+            else:
+                h = ops.suffix_embed(x, step, suffix.folded, heads.time_out, memory=memory)
+                h = expert_layers(ops, expert, kv.layers, h, suffix.own, suffix.cross, memory)
             guide = None if guidance is None else guidance.at(step)
             x, v = ops.euler_step(h, heads.expert_norm, heads.action_out, x, dt, guide, memory=memory)
             if observe is not None:

@@ -5,7 +5,7 @@ Four, where one has attention and what follows it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -120,7 +120,7 @@ def decoder_layer(
 def expert_layers(
     ops: Ops,
     layers: Sequence[DecoderLayer],
-    kvs: Sequence[LayerKV],
+    kvs: Iterable[LayerKV],
     x: Tensor,
     own: Tokens,
     cross: Tokens,
@@ -128,7 +128,7 @@ def expert_layers(
 ) -> Tensor:
     """The expert over the suffix, one denoise step: x [B, S, E], overwritten, -> [B, S, E].
 
-    kvs    one per layer: with slots for the suffix behind the prefix, or the expert's cross KV
+    kvs    one per layer, asked for as it begins: with slots for the suffix behind the prefix, or the expert's cross KV
     own    positions counted on from the prefix, [prefix | suffix so far] visible: self-attention layers
     cross  positions from 0, the prefix visible: cross-attention layers
     """

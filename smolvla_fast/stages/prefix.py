@@ -37,14 +37,24 @@ def fill_prefix(
 
     Of the last layer only keys and values are ever read, so its queries, attention and feed-forward are not computed.
     """
-    free = [0 if partner.cross else dims.chunk for partner in expert]
     tokens, own, cross = ops.rope_masks(pad_masks, att_masks, dims.chunk, dims.head_dim)
-    found = text_kv(ops, vlm, cast, dims, embeddings, tokens, free, stock_by_head)
+    found = text_kv(ops, vlm, cast, dims, embeddings, tokens, free_slots(dims, expert), stock_by_head)
     layers = [
-        LayerKV(*ops.cross_kv(k, v, partner.k, partner.v, cross_dtype)) if partner.cross else LayerKV(k, v)
-        for (k, v), partner in zip(found, expert, strict=True)
+        layer_kv(ops, partner, k, v, cross_dtype) for (k, v), partner in zip(found, expert, strict=True)
     ]
     return PrefixKV(layers, pad_masks, own, cross)
+
+
+def free_slots(dims: Dims, expert: Sequence[DecoderLayer]) -> list[int]:
+    """Slots for the suffix behind the prefix KV, a number a layer: a self-attention layer of the expert writes there."""
+    return [0 if partner.cross else dims.chunk for partner in expert]
+
+
+def layer_kv(
+    ops: Ops, partner: DecoderLayer, k: Tensor, v: Tensor, cross_dtype: torch.dtype | None
+) -> LayerKV:
+    """What an expert layer attends to, of the keys and values of its text layer."""
+    return LayerKV(*ops.cross_kv(k, v, partner.k, partner.v, cross_dtype)) if partner.cross else LayerKV(k, v)
 
 
 def text_kv(

@@ -166,6 +166,15 @@ def test_a_stage_beside_another_counts_as_far_as_it_is_longer() -> None:
     assert total({"vision": 1.0, "prefix": 2.0, "denoise beside prefix": 2.5}) == 3.5
 
 
+def test_a_branch_is_priced_behind_its_own_nodes() -> None:
+    """What stands between two nodes in the order of launches, and runs beside them, changes nothing for them."""
+    main = [replace(node(pdl=True, x=operand(132 * 1000, place)), layer="") for place in range(2)]
+    side = replace(main[0], stage="denoise beside prefix", pdl=False, arguments={"x": operand(132000, 3)})
+    alone, found = price(H100, main), price(H100, [main[0], side, main[1]])
+    assert [found[0].seconds, found[2].seconds] == [each.seconds for each in alone]
+    assert found[2].seconds < price(H100, [side, main[1]])[1].seconds, "programs of it start before it"
+
+
 def test_a_library_is_priced_by_its_own_share() -> None:
     product = replace(WORK, flops=1e9, unit="bf16")
     assert us(replace(product, library=True)) < us(product)

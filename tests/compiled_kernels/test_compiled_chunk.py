@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -16,12 +17,15 @@ from simt.ptx import launcher
 from support.gemms import module
 from support.policies import chunk, rel_l2
 from support.recorder import RecorderDriver, recorded
+from support.streams import Streams
 from support.train_steps import distance, make_batch, step
 
 import smolvla_fast
 from smolvla_fast import inference
+from smolvla_fast.engine.side_stream import offered
 from smolvla_fast.loss import engine as loss_module
 from smolvla_fast.patch import engine_of
+from smolvla_fast.patching.inputs import made_inputs
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
 pytestmark = pytest.mark.compiled_kernels
@@ -105,6 +109,36 @@ def test_launches_in_the_order_of_a_graph(precision: str, monkeypatch: pytest.Mo
     driver = engine_of(policy.model).graphs._driver
     assert (driver.captures, driver.replays) == (1, 3)
     assert taken and not counters.any()
+
+
+def test_the_first_step_beside_the_prefix(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of the plain order, in an order that is right on two streams: whatever a launch is given, it may write."""
+    if architecture < 90:
+        pytest.skip("the order is that of sm_90")
+    policy = make_policy("tiny", **{**SMALL, "num_vlm_layers": 3, "num_steps": 1})
+    smolvla_fast.patch(policy, precision="bf16", backend="triton")
+    given = (policy.model, *made_inputs(policy.model), make_noise(policy))
+    engine = engine_of(policy.model)
+    plain = engine.act(*given)
+    streams, launches = Streams(monkeypatch), []
+
+    def launch(self: launcher.Launcher, *args: Any) -> None:
+        tensors = [each for each in args if isinstance(each, torch.Tensor)]
+        streams.queue("a launch", tensors, tensors)
+        launches.append((streams.current.name, self._metadata.launch_pdl))
+        run(self, *args)
+
+    run = launcher.Launcher.__call__
+    monkeypatch.setattr(launcher.Launcher, "__call__", launch)
+    with streams, offered(streams.side):
+        found = engine.act(*given)
+    assert torch.equal(found, plain)
+    turns = [list(each) for _, each in groupby(launches, lambda launch: launch[0])]
+    # Text layers 0 and 1 beside those of the expert, and the suffix ahead of them.
+    assert [each[0][0] for each in turns] == ["main", "side"] * 3 + ["main"]
+    for side in turns[1::2]:
+        assert not side[0][1], "behind an event"
+        assert any(early for _, early in side[1:])
 
 
 @pytest.mark.parametrize("batch", [1, 2])

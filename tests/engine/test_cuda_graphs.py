@@ -21,6 +21,7 @@ from torch import nn
 import smolvla_fast
 from smolvla_fast.engine import cuda_driver
 from smolvla_fast.engine import cuda_graphs as graphs
+from smolvla_fast.engine.side_stream import side_stream
 from smolvla_fast.kernels import counters
 from smolvla_fast.patch import engine_of
 from smolvla_fast.patching import call_rules
@@ -232,13 +233,19 @@ def test_a_stream_serves_one_graph_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cuda_driver.CudaDriver, "_record", lambda self, graph, run: run())
     driver = cuda_driver.CudaDriver(torch.device("cuda", 0))
     graphs_held = [driver.capture(lambda: torch.ones(1)) for _ in range(2)]
-    assert on == [0, 0, 1, 1], "warm-up and capture on one stream, each graph on its own"
+    assert on == [0, 0, 2, 2], (
+        "warm-up and capture on one stream, each graph on its own and with one beside it"
+    )
     graphs_held.pop(0)
     gc.collect()
     with pytest.raises(ZeroDivisionError):
         driver.capture(lambda: torch.ones(1 // 0))
-    graphs_held.append(driver.capture(lambda: torch.ones(1)))
+    sides: list[Any] = []
+    graphs_held.append(driver.capture(lambda: (sides.append(side_stream()), torch.ones(1))[1]))
     assert on[4:] == [0, 0, 0], "the stream of a graph that went, and of a capture that failed, serves again"
+    assert [(side._main.number, side._side.number) for side in sides] == [
+        (0, 1)
+    ] * 2 and side_stream() is None
     assert "clear" not in asked and asked[0] == "synchronize"
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from smolvla_fast.engine.side_stream import Side, offered
+
 aten = torch.ops.aten
 FORBIDDEN = {
     aten._local_scalar_dense.default: "waits for the device (.item(), bool(), int())",
@@ -89,10 +91,11 @@ class RecorderDriver:
     """``graphs.Driver`` on the CPU. Counts what it is asked; fails where it is told to.
 
     fail_at  "warmup", or the number of the recorded call at which memory runs out
+    side     what a capture and its warm-up may queue work on beside the rest; here all is one order
     """
 
-    def __init__(self, fail_at: str | int | None = None) -> None:
-        self.fail_at = fail_at
+    def __init__(self, fail_at: str | int | None = None, side: Side | None = None) -> None:
+        self.fail_at, self.side = fail_at, side
         self.captures = self.replays = self.releases = 0
         self.capturing = False
 
@@ -102,10 +105,11 @@ class RecorderDriver:
     def capture(self, run: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
         if self.fail_at == "warmup":
             raise torch.OutOfMemoryError("out of memory while warming up")
-        run()
-        self.captures += 1
-        with _Recorder(self.fail_at if isinstance(self.fail_at, int) else None) as recorder:
-            output = run()
+        with offered(self.side):
+            run()
+            self.captures += 1
+            with _Recorder(self.fail_at if isinstance(self.fail_at, int) else None) as recorder:
+                output = run()
         # What recording computed must not be mistaken for what a replay computes.
         output.fill_(torch.nan)
         return Recording(recorder.calls, nodes=len(recorder.calls)), output
