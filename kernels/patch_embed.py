@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import capability, check, tile_of
-from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
+from .dependent_launch import await_inputs, dependent_launch
 from .tuning import gemm_tile
 
 
@@ -52,7 +52,6 @@ def _patch_embed_fwd(
     pixel_rows = pixels_ptr + image.to(tl.int64)[:, None] * image_stride + corner[:, None]
     # Columns beyond the last one have its weights, and are never stored.
     weight_cols = weight_ptr + tl.minimum(col, outputs - 1).to(tl.int64)[None, :] * inputs
-    prefetch_weight(weight_cols, 0, inputs, row_tile == 0, DEPENDENT)
     await_inputs(DEPENDENT)
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, inputs, BLOCK_K):
@@ -102,7 +101,8 @@ def patch_embed(
     if y.numel():
         weight, ids = weight.contiguous(), position_ids.contiguous()
         rows, inputs, cc = images * down * across, channels * patch * patch, capability(y.device)
-        tile = gemm_tile(rows, inputs, outputs, cc, pixels.itemsize, weight.itemsize)
+        # Positions are read at the end, and addresses of pixels kept all along.
+        tile = gemm_tile(rows, inputs, outputs, cc, pixels.itemsize, weight.itemsize, residual=True)
         _patch_embed_fwd[(triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.cols),)](
             pixels,
             weight,

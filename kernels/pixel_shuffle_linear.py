@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import capability, check, parts, split_of, split_workspace, sum_of_splits
-from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
+from .dependent_launch import await_inputs, dependent_launch
 from .eight_bits import scale_of, to_e4m3
 from .tuning import gemm_tile
 
@@ -53,7 +53,6 @@ def _pixel_shuffle_linear_fwd(
     # Columns beyond the last one have its weights, and are never stored.
     weight_cols = weight_ptr + tl.minimum(col, outputs - 1).to(tl.int64)[None, :] * weight_row_stride
     start, stop = split_of(split, inputs, SPLIT_K, BLOCK_K)
-    prefetch_weight(weight_cols, start, stop, row_tile == 0, DEPENDENT)
     await_inputs(DEPENDENT)
     EIGHT_BITS: tl.constexpr = weight_ptr.dtype.element_ty == tl.float8e4nv
     if EIGHT_BITS:

@@ -38,11 +38,13 @@ SERIALIZED = (
     "ptxas serialized wgmma (C7515), so loads and products no longer overlap; a loop over K needs "
     "`tl.assume(start < stop)` before it"
 )
+IN_FP8 = "on sm_89 and sm_120 with 8-bit weights: the gather's offsets beside x in fp32, for a launch a chunk"
 EXPECTED: dict[str, tuple[str, ...]] = {}
 """Nothing is asked of the instructions of a kernel."""
 SPILLS: dict[str, tuple[int, str]] = {
     "norm_swiglu": (8, ONE_REGISTER),
     "patch_embed": (8, ONE_REGISTER),
+    "pixel_shuffle_linear": (32, IN_FP8),
 }
 """Bytes that a thread of an op's kernels may spill where 0 is not kept, each with the reason."""
 

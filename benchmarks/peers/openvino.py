@@ -129,7 +129,7 @@ class Runner:
         return self._run(vision, *given)[0]
 
     def _prefix(self, ops: Any, vlm: Any, cast: Any, dims: Any, *given: Any) -> Any:
-        *embedded, expert, _ = given
+        embedded, expert = given[:3], given[3]
 
         def prefix(*embedded: Tensor) -> tuple[Tensor, ...]:
             kv = fill_prefix(ops, vlm, cast, replace(dims, chunk=0), *embedded, expert)  # no free slots
