@@ -1,8 +1,9 @@
 """Masked attention, its output projection and the residual add: one launch where a step has few rows.
 
-A program attends for a tile of tokens and all query heads of one KV head, and multiplies what it finds, rounded as
-``masked_attention`` rounds it, with its columns of their part of the output weight. KV heads share K: their partial sums
-meet as in ``linear_residual``. Each tile of columns attends anew, which costs less than a launch and the way through memory.
+A program computes attention for a tile of tokens and the query heads of one KV head, rounds it as ``masked_attention`` does,
+and multiplies it by these heads' slice of the output weight for its columns. KV heads split the inner dimension; their
+partial sums are added as in ``linear_residual``. Each tile of columns computes attention anew: cheaper than a second launch
+and a round trip through memory.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from .attention_tuning import COLS_AT_ONCE, attention_residual_tile
 from .common import arrives_last, as_rows, capability, check, split_workspace, store_part, sum_of_parts
 from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
 from .masked_attention import TYPES, attend, check_attention
-from .next_norm import store_for_next_norm, to_fill
+from .next_norm import allocate_for_next_norm, store_for_next_norm
 from .tuning import fp32_precision, head_block
 
 
 @triton.jit
 def weight_columns(step, outputs, weight_ptr, weight_row_stride, BLOCK_COLS: tl.constexpr):
-    """Pointers to k = 0 of a step's columns. Those beyond the last one have its weights, and are never stored."""
+    """Pointers [1, BLOCK_COLS] to k = 0 of a step's columns. Those past the last repeat it and are masked at the store."""
     col = tl.minimum(step * BLOCK_COLS + tl.arange(0, BLOCK_COLS), outputs - 1)
     return weight_ptr + col.to(tl.int64)[None, :] * weight_row_stride
 
@@ -48,7 +49,7 @@ def add_residual(
     HAS_NEXT: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """The end of a step of columns. y  the whole sums      own  tokens of the tile"""
+    """Add the residual to the whole sums y of a step of columns, and store them. own: the tile's tokens."""
     col = step * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     mask = (own < tokens)[:, None] & (col < outputs)[None, :]
     row = (batch * tokens + own)[:, None]
@@ -127,7 +128,7 @@ def _attention_residual_fwd(
     token_tile = tile % token_tiles
     first_step = tile // token_tiles % col_tiles * COL_STEPS
     batch = (tile // token_tiles // col_tiles).to(tl.int64)
-    # What heads have side by side in a row of x·Wᵀ: head of the group and dimension, both padded.
+    # The inner dimension, padded: query head of the group and dimension. place: its column in the weight.
     inner = tl.arange(0, BLOCK_GROUP * BLOCK_DIM)
     in_inner = (inner // BLOCK_DIM < GROUP) & (inner % BLOCK_DIM < HEAD_DIM)
     place = (kv_head * GROUP + inner // BLOCK_DIM) * HEAD_DIM + inner % BLOCK_DIM
@@ -257,7 +258,7 @@ def attention_residual(
     if kv_heads > 1:
         partials, arrivals = split_workspace(tiles, kv_heads, tile.rows * tile.cols, q.device)
     cols = min(tile.cols, COLS_AT_ONCE)
-    has_next, following = to_fill(next_norm, y, cols)
+    flags, next_pointers = allocate_for_next_norm(next_norm, y, cols)
     _attention_residual_fwd[(tiles, kv_heads)](
         q,
         k,
@@ -266,7 +267,7 @@ def attention_residual(
         weight,
         residual,
         y,
-        *following,
+        *next_pointers,
         partials,
         arrivals,
         tokens,
@@ -285,7 +286,7 @@ def attention_residual(
         KV_HEADS=kv_heads,
         COMPUTE=TYPES[compute],
         PRECISION=fp32_precision(cc),
-        **has_next,
+        **flags,
         **dependent_launch(cc),
         BLOCK_TOKENS=tile.rows,
         BLOCK_COLS=cols,

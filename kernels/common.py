@@ -281,7 +281,7 @@ def sum_of_splits(
 ):
     """(the whole sum, True) for the program of this tile that arrives last, (anything, False) for the others.
 
-    Who is last depends on the day; what it adds up does not: all partial sums, in the order of K.
+    The order of arrival varies; the order of addition does not: that of K.
     """
     last = True
     if SPLIT_K > 1:
@@ -295,14 +295,14 @@ def sum_of_splits(
 
 @triton.jit
 def store_part(acc, partials, split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """partials: of one tile."""
+    """Store a program's partial sums of a tile."""
     within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     tl.store(partials + split * (BLOCK_M * BLOCK_N) + within, acc)
 
 
 @triton.jit
 def arrives_last(arrivals, SPLIT_K: tl.constexpr):
-    """Whether all other programs of a tile have stored their parts before; the counter is put back then."""
+    """Whether this program is the last of its tile; it then puts the counter back."""
     # One thread counts for all: the barrier puts the others' stores before its release.
     tl.debug_barrier()
     last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
@@ -313,7 +313,7 @@ def arrives_last(arrivals, SPLIT_K: tl.constexpr):
 
 @triton.jit
 def sum_of_parts(partials, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """In their order."""
+    """All parts of a tile, added up in the order of K."""
     within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(SPLIT_K):

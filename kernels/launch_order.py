@@ -1,4 +1,4 @@
-"""Which launches may begin before those ahead of them have ended. Asked of by ``dependent_launch.py``; needs no Triton."""
+"""Which launches may begin before those ahead of them have ended; ``dependent_launch.py`` asks. Needs no Triton."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def dependent_launches(wanted: bool) -> Iterator[None]:
         _wanted.reset(token)
 
 
-def wait_for_event() -> None:
-    """The next launch here begins when all ahead of it has ended: its stream has just been told to wait for another.
+def next_launch_in_order() -> None:
+    """Mark the next Triton launch of this context as an ordinary one. For right behind a wait for another stream's event.
 
     In a graph such a launch depends on nodes of two streams. A programmatic dependency is one between two kernels
     (``cudaGraphDependencyTypeProgrammatic``). Which of several dependencies become programmatic where a launch behind
-    ``cudaStreamWaitEvent`` is captured, CUDA 13's headers do not say; so all of them are as ever.
+    ``cudaStreamWaitEvent`` is captured, CUDA 13's headers do not say; so none does.
     """
     _behind_event.set(True)
 
 
-def may_begin_early() -> bool:
-    """Of the launch that asks: once for each."""
+def take_may_begin_early() -> bool:
+    """Whether this launch may begin early. Clears the mark, so it is called once a launch."""
     wanted = _wanted.get() and not _behind_event.get()
     _behind_event.set(False)
     return wanted

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .common import as_rows, capability, check, parts, product, split_of, split_workspace, sum_of_splits
 from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
-from .next_norm import store_for_next_norm, to_fill
+from .next_norm import allocate_for_next_norm, store_for_next_norm
 from .tuning import gemm_tile
 
 
@@ -113,14 +113,14 @@ def linear_residual(
         partials = arrivals = y
         if tile.split > 1:
             partials, arrivals = split_workspace(tiles, tile.split, tile.rows * tile.cols, x.device)
-        has_next, following = to_fill(next_norm, y, tile.cols)
+        flags, next_pointers = allocate_for_next_norm(next_norm, y, tile.cols)
         _linear_residual_fwd[(tiles, tile.split)](
             x,
             weight,
             scale,
             residual,
             y,
-            *following,
+            *next_pointers,
             partials,
             arrivals,
             rows,
@@ -130,7 +130,7 @@ def linear_residual(
             weight.stride(0),
             residual.stride(0),
             SPLIT_K=tile.split,
-            **has_next,
+            **flags,
             **dependent_launch(cc),
             **tile.launch,
         )

@@ -1,4 +1,4 @@
-"""Rows of a residual stream as the norm behind it wants them: written with the stream, read by its products.
+"""The end of a residual write: x·norm weight in bf16 and sums of x², so that the next products need not read the stream.
 
 h = x·norm weight in the products' 16 bits, and the sums of x² over the columns of each tile. 1/rms is a factor of a whole
 row, so it waits for the products. Every program of these reads all rows: h is half the bytes of the stream in fp32, and goes
@@ -60,9 +60,11 @@ def normed_products(
     return a * scale, b * scale
 
 
-def to_fill(hint: Any, y: Tensor, cols: int) -> tuple[dict[str, bool], tuple[Tensor, Tensor, Tensor]]:
-    """(keyword arguments of the launch, where what is prepared goes) for a stream y [..., M] in tiles of so many columns;
-    y itself three times where nothing is asked for."""
+def allocate_for_next_norm(
+    hint: Any, y: Tensor, cols: int
+) -> tuple[dict[str, bool], tuple[Tensor, Tensor, Tensor]]:
+    """Allocate ``rows`` and ``squares`` of the hint, a ``NextNorm``, for a stream y [..., M] that is written in tiles of so
+    many columns. Returns keyword arguments of the launch and the three pointers; y fills these where there is no hint."""
     if hint is None:
         return {"HAS_NEXT": False}, (y, y, y)
     width = y.shape[-1]

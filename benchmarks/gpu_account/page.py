@@ -202,12 +202,12 @@ def beside(account: Account) -> str:
     ahead = sum(seconds for stage, seconds in account.seconds.items() if BESIDE not in stage)
     return (
         "The first denoise step, but for its last layer, and the expert's cross keys and values are a branch of the graph "
-        "beside the prefix. The sum has of it what takes longer than the prefix, here "
+        "beside the prefix. The sum adds only the time by which this branch outlasts the prefix, here "
         f"{milli(account.together - ahead)} ms: the overlap is priced at its best. The two share multiprocessors, L2 and "
         f"HBM. A launch of a text layer has {min(programs)} to {max(programs)} programs; those of the branch find places "
-        "beside them or wait, and each slows the other. Not priced are that, an event between two branches, and the layer "
-        "of the expert that is still under way when the last text layer's keys and values are there. One behind the other "
-        f"the same nodes are {milli(sum(account.seconds.values()))} ms."
+        "beside them or wait, and each slows the other. Not priced are this contention, an event between two branches, and "
+        "the layer of the expert that is still under way when the last text layer's keys and values are there. One behind "
+        f"the other the same nodes are {milli(sum(account.seconds.values()))} ms."
     )
 
 
@@ -327,8 +327,8 @@ NOTES = (
     "No node has a factor of its own. The constants that are called assumed were set with the estimate in sight (the share "
     "of the peak behind serialised products was 0.5 at first, with which vision is 2.12 ms, and then 0.7), so that the sums "
     "agree shows nothing. Single nodes were left where the formula puts them. The estimate does not say how it came to its "
-    "figures. In the formula attention of the first version waits for memory once a block of keys and for little else, the "
-    "last program of a split product waits for L2 three times, and `norm_swiglu` is bound by L2, through which each of its "
-    "128 programs reads the whole fp32 stream. Dependent launch is priced without what it costs: places and HBM that the "
+    "figures. In the first version attention waited for memory once a block of keys and for little else, the last program "
+    "of a split product for L2 three times, and `norm_swiglu`, whose 128 programs each read the whole fp32 stream, was "
+    "bound by L2. Dependent launch is priced without what it costs: places and HBM that the "
     "node ahead could have used, lines that are gone again when they are read."
 )

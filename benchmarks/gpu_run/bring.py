@@ -84,16 +84,18 @@ def kernels(size: str = "full", cache: Path = CACHE) -> Path:
     from benchmarks.compiled.aot import compiling
     from benchmarks.gpu_run import constants
     from smolvla_fast.engine.side_stream import offered
+    from smolvla_fast.kernels.launch_order import dependent_launches
     from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels are imported; now a CPU may be asked
     policy = make_policy(size, origin="ours", cameras=3, layout="mixed", num_steps=1)
     smolvla_fast.patch(policy, precision="bf16", backend="triton")
-    # As it is captured too: a launch behind an event is compiled without programmatic dependent launch.
+    # As it is captured too: a launch behind an event is compiled without programmatic dependent launch, and so are all where
+    # that is measured against.
     side: Any = SimpleNamespace(beside=lambda *read: nullcontext(), join=lambda: None)
     with compiling(CAPABILITY) as launched:
-        for each in (None, side):
-            with offered(each):
+        for each, early in ((None, True), (side, True), (None, False)):
+            with offered(each), dependent_launches(early):
                 policy.predict_action_chunk(make_observation(policy, cameras=2), noise=make_noise(policy))
         served = len(launched)
         constants.rates(torch.device("cpu"))

@@ -3,7 +3,7 @@
 Each op of a table that has several candidates becomes a ``Choice``. It looks a call's shape class up once and remembers the
 answer. Candidates are named after who computes: "cpu", "triton" and "cuda" (our kernels), "onednn", "aten" (``F.linear``),
 "cublaslt" (its GELU epilogue), "torch", "sdpa" (whose torch likes), "flash-sdpa" (torch's FlashAttention), "cudnn", "flash"
-(the package flash-attn), "apart" (what several ops in one are without it); a Triton kernel with another tile than its
+(the package flash-attn), "apart" (masked_attention, then linear_residual); a Triton kernel with another tile than its
 default has the tile behind its name.
 """
 
@@ -164,8 +164,8 @@ def _apart(
 
 
 def _layer_launches(choices: dict[str, Choice], rows: int) -> int | None:
-    """Of a layer of a denoise step of so many rows; None where not kernels of ours alone have served its ops, or some
-    layers had attention and its projection in one launch and others not."""
+    """Launches of a layer of a denoise step with this many rows: 4 with ``attention_residual``, else 5. None where a library
+    served an op, or layers differ."""
     served = {
         (op, name)
         for op, choice in choices.items()
@@ -174,7 +174,9 @@ def _layer_launches(choices: dict[str, Choice], rows: int) -> int | None:
     }
     fused = {name.startswith("triton") for op, name in served if op == "attention_residual"}
     single = all(name.startswith(("triton", "cuda")) for op, name in served if op != "attention_residual")
-    return 5 - max(fused, default=False) if single and len(fused) < 2 else None
+    if not single or len(fused) > 1:
+        return None
+    return 4 if True in fused else 5
 
 
 def others(device: torch.device, wish: str) -> list[str]:

@@ -100,7 +100,7 @@ def decoder_layer(
     normed: NextNorm | None = None,
     following: NextNorm | None = None,
 ) -> Tensor:
-    """A whole layer: ``finish(x, attention(project(x), kv))``.
+    """A whole layer: projections, attention with its output projection, feed-forward.
 
     x       [B, T, M]      tokens  rotation, and the mask as ``ops.prepare_mask`` gives it
     kv      what the tokens attend to, [B, S, K, D] each; read after ``slots`` are written, which may be views of it
@@ -126,7 +126,7 @@ def expert_layers(
     cross: Tokens,
     memory: Memory | None = None,
 ) -> Tensor:
-    """The expert over the suffix, one denoise step: x [B, S, E], overwritten, -> [B, S, E].
+    """The expert over the suffix, one denoise step: x [B, S, E], which may be overwritten, -> [B, S, E].
 
     kvs    one per layer, asked for as it begins: with slots for the suffix behind the prefix, or the expert's cross KV
     own    positions counted on from the prefix, [prefix | suffix so far] visible: self-attention layers

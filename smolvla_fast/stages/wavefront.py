@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..engine.side_stream import Side, side_stream
 from ..engine.timing import is_timed, section
-from ..kernels.launch_order import wait_for_event
+from ..kernels.launch_order import next_launch_in_order
 from ..model.dims import Dims
 from ..model.kv_cache import LayerKV, PrefixKV
 from ..model.weights import Cast, DecoderLayer, Heads
@@ -78,7 +78,7 @@ def fill_prefix_with_first_step(
         h = ops.suffix_embed(noise, 0, suffix.folded, heads.time_out)
     found = text_kv(ops, vlm, cast, dims, embeddings, tokens, free_slots(dims, expert))
     layers: list[LayerKV] = []
-    # Closed: where an op fails, the caller's stream is the current one again at once.
+    # Where an op fails, close() leaves the generator's with, so that the caller's stream is the current one again.
     with closing(_on_the_side(side, ops, expert, found, layers, cross_dtype)) as kvs:
         h = expert_layers(ops, expert, kvs, h, suffix.own, suffix.cross)
     return PrefixKV(layers, pad_masks, own, cross), FirstStep(suffix, h)
@@ -100,11 +100,12 @@ def _on_the_side(
         if last:
             kv = layer_kv(ops, partner, k, v, cross_dtype)
             side.join()
-            wait_for_event()
+            next_launch_in_order()
             layers.append(kv)
             with section("denoise"):
                 yield kv
         else:
+            # Open across the yield: the caller queues its layer on the side.
             with _beside(side, k, v):
                 kv = layer_kv(ops, partner, k, v, cross_dtype)
                 layers.append(kv)
@@ -114,5 +115,5 @@ def _on_the_side(
 @contextmanager
 def _beside(side: Side, *read: Tensor) -> Iterator[None]:
     with side.beside(*read), section(BESIDE):
-        wait_for_event()
+        next_launch_in_order()
         yield

@@ -233,7 +233,7 @@ def test_the_launch_behind_an_event_is_as_ever() -> None:
 
     if dependent_launch.gdc_wait is None:
         pytest.skip("no programmatic dependent launch before Triton 3.4")
-    launch_order.wait_for_event()
+    launch_order.next_launch_in_order()
     found = [dependent_launch.dependent_launch(90)["DEPENDENT"] for _ in range(3)]
     assert found == [False, True, True]
     with launch_order.dependent_launches(False):
