@@ -1,4 +1,4 @@
-# make demo | train-demo | test | test-cpus | test-full | acceptance | fuzz | soak | test-compat | compiled-kernels | simt | simt-full | lint | bench | aot | cuda | ptxas
+# make demo | train-demo | test | test-cpus | test-full | acceptance | fuzz | soak | test-compat | compiled-kernels | mutations | simt | simt-full | lint | bench | aot | cuda | ptxas
 #      | gpu-account | gpu-bring | gpu-contact | gpu-report | gpu-peers | venv | clean
 #
 # Everything happens in .venv, made on first use with the best Python found (or PYTHON=...): `make demo` installs what the
@@ -19,7 +19,7 @@ ARGS    ?=
 # Processes of `make test`; 0: one process, with live output.
 JOBS    ?= 2
 
-.PHONY: demo train-demo test test-cpus test-full acceptance fuzz soak test-compat account compiled-kernels simt simt-full lint bench aot cuda ptxas gpu-account gpu-bring gpu-contact gpu-report gpu-peers venv venv-standalone clean
+.PHONY: demo train-demo test test-cpus test-full acceptance fuzz soak test-compat account compiled-kernels mutations simt simt-full lint bench aot cuda ptxas gpu-account gpu-bring gpu-contact gpu-report gpu-peers venv venv-standalone clean
 .DELETE_ON_ERROR:
 
 # Bytecode is made of what is imported, not of all that is installed: most of it nobody imports here. Where Python is told to
@@ -93,6 +93,10 @@ account: venv
 # Triton's kernels as they are compiled for a GPU, run on the CPU: benchmarks/results/compiled-kernels.md anew.
 compiled-kernels: venv
 	HF_HUB_OFFLINE=1 PYTHONPATH=.:tests $(VENV)/bin/python -m simt.ptx.report
+
+# Changes of the kernels in a copy, and whose tests notice: minutes. ARGS="NAME" for some of them.
+mutations: venv
+	HF_HUB_OFFLINE=1 PYTHONPATH=.:tests $(VENV)/bin/python -m simt.ptx.mutations $(ARGS)
 
 # CUDA C++ kernels run on the host, by the emulator of tests/simt/emulator: without the slow ones; and with them, and
 # what else runs Triton's kernels, compiled for sm_80; each op in five orders instead of two.

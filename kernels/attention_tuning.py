@@ -136,7 +136,7 @@ def attention_residual_tiles(
     """rows: tokens; cols: outputs; inner: keys of a block. width, group: columns of the product and query heads of one KV
     head, padded; bytes_: of the widest operand.
 
-    Programs for most multiprocessors: the tiles of columns attend each for itself.
+    Few, wide tiles: each of its own computes attention once more.
     """
     sizes = (tokens, outputs, keys, kv_heads, width, group, bytes_, cc)
     # Each tile of columns attends anew, so tiles are wide. On Hopper scores of 128 keys fit in registers.

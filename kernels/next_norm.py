@@ -77,10 +77,12 @@ def allocate_for_next_norm(
     return {"HAS_NEXT": True, "enable_fp_fusion": False}, (hint.weight, hint.rows, hint.squares)
 
 
-def prepared(hint: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(rows [rows, M], squares) of a stream x for products with this weight, where they were prepared for it."""
+def prepared(hint: Any, x: Tensor, norm_weight: Tensor, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(rows [rows, M], squares) of a stream x for this norm and products with this weight, where they were prepared."""
     if hint is None or hint.rows is None or hint.rows.dtype is not weight.dtype:
         return None
+    if hint.weight.data_ptr() != norm_weight.data_ptr():
+        raise ValueError("the rows were prepared for another norm")
     if hint.rows.shape != x.shape:
         raise ValueError(f"prepared rows have shape {list(hint.rows.shape)}; accepted is {list(x.shape)}")
     return hint.rows.view(-1, x.shape[-1]), hint.squares

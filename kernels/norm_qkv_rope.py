@@ -206,7 +206,7 @@ def norm_qkv_rope(
     if q_weight is not None:
         q = torch.empty((batch, tokens, q_heads, head_dim), dtype=dtype, device=x.device)
     if x.shape[0] and tokens:
-        ready = prepared(normed, x, weight)
+        ready = prepared(normed, x, norm_weight, weight)
         x, squares = ready or (as_rows(x), norm_weight)
         if any(w.stride(0) != weight.stride(0) for w in used):
             used = [w.contiguous() for w in used]

@@ -123,7 +123,7 @@ def norm_swiglu(
         )
     y = torch.empty((*lead, outputs), dtype=dtype, device=x.device)
     if y.numel():
-        ready = prepared(normed, x, gate_weight)
+        ready = prepared(normed, x, norm_weight, gate_weight)
         x, squares = ready or (as_rows(x), norm_weight)
         rows, cc = x.shape[0], capability(x.device)
         tile = gemm_tile(rows, inputs, outputs, cc, x.itemsize, gate_weight.itemsize, products=2)

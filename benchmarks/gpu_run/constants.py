@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from benchmarks import ROOT
 from benchmarks.gpu_run.timing import us_a_launch
+from smolvla_fast.kernels.dependent_launch import gdc_launch_dependents, gdc_wait
 
 BARRIERS = ROOT / "build" / "gpu" / "barriers"
 """The program that was brought along."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ REPLAYS = 5
 @contextlib.contextmanager
 def gpu(alone: bool) -> Iterator[None]:
     """Inside, this process uses the GPU beside others that do so, or alone. Asked of other processes of this user."""
-    with Path(tempfile.gettempdir(), "smolvla_fast_gpu.lock").open("a") as file:
+    with Path(tempfile.gettempdir(), f"smolvla_fast_gpu_{os.getuid()}.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield
 

@@ -52,9 +52,9 @@ class CudaDriver:
     def capture(self, run: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
         with torch.cuda.device(self._device):
             idle = _idle[self._device.index]
+            streams = idle.pop() if idle else (_new_stream(self._device), _new_stream(self._device))
             # What is left of the streams' last graph is done before their workspaces and counters serve another.
             torch.cuda.synchronize(self._device)
-            streams = idle.pop() if idle else (_new_stream(self._device), _new_stream(self._device))
             try:
                 with offered(SideStream(*streams)):
                     recording, output = self._on(streams[0], run)

@@ -11,6 +11,7 @@ from ..model.precision import Tier
 from ..model.weights import Cast
 from ..ops import plan as plans
 from ..ops.availability import fallback_reasons
+from ..ops.choice import refused
 from ..ops.processor import why_bf16_is_slow
 from ..ops.select import select
 from .quantized_weights import FLOATS, KINDS, IntegerCast, QuantizedWeights
@@ -99,7 +100,7 @@ class Products:
     @property
     def fallback_reasons(self) -> dict[str, str]:
         copies = {} if self.quantized_weights is None else self.quantized_weights.fallback_reasons
-        return {**self._fallback_reasons, **copies}
+        return {**self._fallback_reasons, **copies, **refused(self.ops)}
 
     def after_fork(self) -> None:
         if self.quantized_weights is not None:

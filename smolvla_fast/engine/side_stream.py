@@ -42,6 +42,9 @@ class SideStream:
         self._main, self._side = main, side
         self._held: list[Tensor] = []
 
+    def is_beside_current(self) -> bool:
+        return torch.cuda.current_stream() == self._main
+
     @contextmanager
     def beside(self, *read: Tensor) -> Iterator[None]:
         self._held.extend(read)
@@ -68,5 +71,7 @@ def offered(side: Side | None) -> Iterator[None]:
 
 
 def side_stream() -> Side | None:
-    """The side of the capture under way, or of its warm-up; None elsewhere, a caller's own capture included."""
-    return _offered.get()
+    """The side of the capture under way, or of its warm-up; None elsewhere: in a caller's own capture, or on a stream that a
+    captured function has forked by itself, which the side would not wait for."""
+    side = _offered.get()
+    return None if isinstance(side, SideStream) and not side.is_beside_current() else side

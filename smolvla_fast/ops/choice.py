@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .availability import why_not, why_not_library
 from .defaults import Rule, default_rules
+from .memory import is_out_of_memory
 from .next_norm import HINTS, NextNorm
 from .plan import LOOP, Plan
 from .reference.attention import attention as sdpa_attention
@@ -36,6 +37,8 @@ PRODUCTS = (
     suffix.euler_step, vision.pixel_shuffle_linear,
 )  # fmt: skip
 """Ops over a linear of choice, and some over a norm or a rotation of choice."""
+LIBRARIES = ("cublaslt", "flash-sdpa", "cudnn", "flash")
+"""Candidates on a GPU whose sizes are not all known beforehand."""
 
 
 class Choice:
@@ -44,7 +47,7 @@ class Choice:
     candidates  by name, the first the one that serves whatever the others cannot
     rule        shape class -> name of the default, or None: the first
     plan        "op shape class" -> name
-    served      what was decided so far
+    served      what was decided so far      refused  libraries that had nothing for a call after all, by key
     """
 
     def __init__(self, op: str, candidates: Candidates, rule: Rule | None, plan: Mapping[str, str]) -> None:
@@ -52,6 +55,7 @@ class Choice:
         self._shape_of = CLASSES[op]
         self._serves: dict[Shape, Callable[..., Any]] = {}
         self.served: dict[Shape, str] = {}
+        self.refused: dict[str, str] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         shape = self._shape_of(*args, **kwargs)
@@ -59,7 +63,26 @@ class Choice:
         if serve is None:
             self.served[shape] = name = self.chosen(shape)
             serve = self._serves[shape] = self.function(name)
+            if name in LIBRARIES:
+                return self._tried(shape, serve, args, kwargs)
         return serve(*args, **kwargs)
+
+    def _tried(self, shape: Shape, serve: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The first call of a library, which may have nothing for these sizes after all: then the backend's own serves. A
+        capture has run once before, so it happens outside of it."""
+        try:
+            return serve(*args, **kwargs)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            own = next(iter(self.candidates))
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.refused[self.key(shape)] = f"{self.served[shape]} refused: {said}; {own} serves"
+            self.served[shape], self._serves[shape] = own, self.function(own)
+            return self._serves[shape](*args, **kwargs)
+
+    def with_candidate(self, name: str, function: Callable[..., Any]) -> Choice:
+        return Choice(self.op, {**self.candidates, name: function}, self._rule, self._plan)
 
     def key(self, shape: Shape) -> str:
         """The name of this choice in a plan."""
@@ -141,9 +164,9 @@ def choose(ops: Ops, device: torch.device, wish: str, plan: Plan | None, fixed: 
         if op not in fixed and (len(candidates) > 1 or ops.backend == "triton")
     }
     if ops.backend == "triton":
-        apart = partial(_apart, found["masked_attention"], found["linear_residual"])
+        two_ops = partial(apart, found["masked_attention"], found["linear_residual"])
         assert ops.attention_residual is not None
-        fused: Candidates = {"triton": ops.attention_residual, "apart": apart}
+        fused: Candidates = {"triton": ops.attention_residual, "apart": two_ops}
         rule = rules["attention_residual"]
         found["attention_residual"] = Choice("attention_residual", fused, rule, chosen)
         found["prepares_norms"] = True
@@ -155,7 +178,7 @@ def choose(ops: Ops, device: torch.device, wish: str, plan: Plan | None, fixed: 
     return replace(ops, **found)
 
 
-def _apart(
+def apart(
     attend: Callable[..., Tensor], add: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Any,
     weight: Any, residual: Tensor, *, out: Tensor | None = None, memory: Any = None, next_norm: NextNorm | None = None,
 ) -> Tensor:  # fmt: skip
@@ -177,6 +200,12 @@ def _layer_launches(choices: dict[str, Choice], rows: int) -> int | None:
     if not single or len(fused) > 1:
         return None
     return 4 if True in fused else 5
+
+
+def refused(ops: Ops) -> dict[str, str]:
+    """What libraries had nothing for after all, by op and shape class."""
+    choices = (getattr(ops, op) for op in CLASSES)
+    return {key: why for each in choices if isinstance(each, Choice) for key, why in each.refused.items()}
 
 
 def others(device: torch.device, wish: str) -> list[str]:

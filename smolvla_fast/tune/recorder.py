@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..measure.rounds import synchronize
-from ..ops.choice import Choice
+from ..ops.choice import Choice, apart
 from ..ops.memory import Memory
 from ..ops.next_norm import HINTS
 from ..ops.shape_class import CLASSES, Shape
@@ -67,12 +67,16 @@ class Recorder:
     def table(self, ops: Ops) -> Ops:
         choices = {op: getattr(ops, op) for op in CLASSES}
         noting: dict[str, Any] = {
-            op: partial(self._note, each) for op, each in choices.items() if isinstance(each, Choice)
+            op: partial(self._note, each, each) for op, each in choices.items() if isinstance(each, Choice)
         }
+        fused = choices["attention_residual"]
+        if isinstance(fused, Choice):  # the two ops that it is without one launch are noted as well
+            two = partial(apart, noting["masked_attention"], noting["linear_residual"])
+            noting["attention_residual"] = partial(self._note, fused, fused.with_candidate("apart", two))
         # A loop in one launch asks for no op.
         return replace(ops, denoise_persistent=None, **noting)
 
-    def _note(self, choice: Choice, *args: Any, **kwargs: Any) -> Any:
+    def _note(self, choice: Choice, run: Choice, *args: Any, **kwargs: Any) -> Any:
         shape, plain = (
             CLASSES[choice.op](*args, **kwargs),
             {k: v for k, v in kwargs.items() if k not in HINTS},
@@ -83,7 +87,7 @@ class Recorder:
             found.calls.append(Call(args, plain).fresh())
         synchronize(self._device)
         started = time.perf_counter()
-        result = choice(*args, **kwargs)
+        result = run(*args, **kwargs)
         synchronize(self._device)
         found.seconds += time.perf_counter() - started
         return result

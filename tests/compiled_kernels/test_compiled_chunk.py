@@ -94,7 +94,7 @@ def test_launches_in_the_order_of_a_graph(precision: str, monkeypatch: pytest.Mo
         taken.append(tiles)
         return torch.empty(tiles * split * size), counters[sum(taken[:-1]) :][:tiles]
 
-    for op in ("linear_residual", "pixel_shuffle_linear"):
+    for op in ("linear_residual", "pixel_shuffle_linear", "attention_residual"):
         monkeypatch.setattr(module(op), "split_workspace", split_workspace)
     policy = make_policy("tiny", **SMALL)
     smolvla_fast.patch(policy, precision=precision, backend="triton")

@@ -16,6 +16,7 @@ from smolvla_fast.ops.select import reference_ops, select
 pytestmark = pytest.mark.gpu
 # ``cuda`` has kernels of its own for three; the rest of its table is Triton's.
 SERVED = [(op, name) for op in OPS for name in ("torch", "triton")]
+SERVED += [("attention_residual", "triton")]  # nobody else has it
 SERVED += [(op, "cuda") for op in ("image_prep", "masked_attention", "euler_step")]
 LIBRARIES = {"cublaslt": "linear", "flash-sdpa": "attention", "cudnn": "attention", "flash": "attention"}
 SERVED += [(op, name) for name, op in LIBRARIES.items()]

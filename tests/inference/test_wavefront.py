@@ -17,7 +17,7 @@ from support.streams import Race, Streams
 
 import smolvla_fast
 from smolvla_fast import inference
-from smolvla_fast.engine.side_stream import SideStream, offered
+from smolvla_fast.engine.side_stream import SideStream, offered, side_stream
 from smolvla_fast.engine.timing import stage_times
 from smolvla_fast.ops.table import NAMES
 from smolvla_fast.patch import engine_of
@@ -238,3 +238,12 @@ def test_the_launch_behind_an_event_is_as_ever() -> None:
     assert found == [False, True, True]
     with launch_order.dependent_launches(False):
         assert not dependent_launch.dependent_launch(90)["DEPENDENT"]
+
+
+def test_a_stream_that_a_captured_function_has_forked_has_no_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The side would wait for another stream than the one that computes."""
+    streams = Streams(monkeypatch)
+    with offered(streams.side):
+        assert side_stream() is streams.side
+        with torch.cuda.stream(streams.beside):
+            assert side_stream() is None

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from support import triton_by
-from support.contract import check, inputs_in, reference_module, run, sizes
+from support.contract import check, inputs_in, reference_module, run, sizes, to_device
+from support.guarded import DEVICE
 
 pytest.importorskip("triton")
 from smolvla_fast.kernels import attention_residual as kernel
@@ -15,6 +16,7 @@ from smolvla_fast.kernels.tuning import ProductTile, using
 from smolvla_fast.ops.choice import Choice, choose
 from smolvla_fast.ops.reference.quantize import quantize_rows
 from smolvla_fast.ops.select import backend_ops, reference_ops
+from smolvla_fast.tune.recorder import Recorder
 
 pytestmark = pytest.mark.triton
 OP = "attention_residual"
@@ -33,17 +35,17 @@ DTYPES = [F32, F16, pytest.param(BF16, marks=triton_by.BF16)]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=sizes)
 def test_contract(case: dict[str, int], dtype: torch.dtype) -> None:
-    check(reference_ops(), backend_ops("triton"), OP, case, dtype)
+    check(reference_ops(), backend_ops("triton"), OP, case, dtype, device=DEVICE)
 
 
 @pytest.mark.parametrize("tile", [ProductTile(16, 16, 16, 4, 1), ProductTile(32, 64, 32, 8, 2)], ids=str)
 def test_every_tile_keeps_the_contract(tile: ProductTile) -> None:
     with using(tile):
-        check(reference_ops(), backend_ops("triton"), OP, CASES[2], F16)
+        check(reference_ops(), backend_ops("triton"), OP, CASES[2], F16, device=DEVICE)
 
 
 def given(dtype: torch.dtype = F16, **changes: Any) -> dict[str, Any]:
-    return {**inputs_in(OP, CASES[2], dtype, 0)[0], **changes}
+    return {**to_device(inputs_in(OP, CASES[2], dtype, 0)[0], DEVICE), **changes}
 
 
 def fused(inputs: dict[str, Any]) -> torch.Tensor:
@@ -60,9 +62,9 @@ def test_views_of_a_cache_and_masks_of_any_strides() -> None:
     inputs = given()
     want = fused(inputs)
     b, s, kv, d = inputs["k"].shape
-    cache = torch.full((b, s + 9, kv, 2, d), torch.nan, dtype=F16)
+    cache = torch.full((b, s + 9, kv, 2, d), torch.nan, dtype=F16, device=DEVICE)
     cache[:, 4 : 4 + s] = torch.stack([inputs["k"], inputs["v"]], dim=3)
-    mask = torch.zeros(s, b, inputs["mask"].shape[1], dtype=torch.bool)
+    mask = torch.zeros(s, b, inputs["mask"].shape[1], dtype=torch.bool, device=DEVICE)
     mask.copy_(inputs["mask"].permute(2, 0, 1))
     views = {"k": cache[:, 4 : 4 + s, :, 0], "v": cache[:, 4 : 4 + s, :, 1], "mask": mask.permute(1, 2, 0)}
     assert torch.equal(fused({**inputs, **views}), want)
@@ -88,8 +90,8 @@ def test_the_two_ops_give_what_it_gives() -> None:
 @pytest.mark.parametrize("kv", [F32, F16])
 def test_who_serves_by_default(rows: int, kv: torch.dtype) -> None:
     """Few rows in 16 bits. Else the two ops do, as others were chosen for them."""
-    ops = choose(backend_ops("triton"), torch.device("cpu"), "triton", None)
-    inputs = inputs_in(OP, dict(B=1, T=rows, S=20, H=3, K=1, D=16, O=32), F16, 0)[0]
+    ops = choose(backend_ops("triton"), torch.device(DEVICE), "triton", None)
+    inputs = to_device(inputs_in(OP, dict(B=1, T=rows, S=20, H=3, K=1, D=16, O=32), F16, 0)[0], DEVICE)
     inputs = {**inputs, "k": inputs["k"].to(kv), "v": inputs["v"].to(kv)}
     choice = ops.attention_residual
     assert isinstance(choice, Choice)
@@ -99,8 +101,19 @@ def test_who_serves_by_default(rows: int, kv: torch.dtype) -> None:
     assert bool(ops.masked_attention.served) == bool(ops.linear_residual.served) == (not few)
 
 
+def test_the_two_ops_are_measured_where_they_serve() -> None:
+    """A tuning notes what a chunk asks for, inside of them too."""
+    ops, recorder = (
+        choose(backend_ops("triton"), torch.device(DEVICE), "triton", None),
+        Recorder(torch.device(DEVICE)),
+    )
+    run(recorder.table(ops), OP, {**given(), "k": given()["k"].float(), "v": given()["v"].float()})
+    noted = {key.partition(" ")[0] for key in recorder.found}
+    assert noted == {"attention_residual", "masked_attention", "linear_residual"}
+
+
 def test_quantised_weights_are_served_apart() -> None:
-    ops = choose(backend_ops("triton"), torch.device("cpu"), "triton", None)
+    ops = choose(backend_ops("triton"), torch.device(DEVICE), "triton", None)
     weight = quantize_rows(given()["weight"])
     assert ops.attention_residual.default(ops.attention_residual._shape_of(**given(weight=weight))) == "apart"
     with pytest.raises(ValueError, match="quantised; accepted is a plain one"):
@@ -124,6 +137,6 @@ def test_bad_input_is_named(changes: Any, words: str) -> None:
 
 
 def test_too_many_kv_heads_are_refused() -> None:
-    inputs = inputs_in(OP, dict(B=1, T=3, S=5, H=17, K=17, D=8, O=16), F16, 0)[0]
+    inputs = to_device(inputs_in(OP, dict(B=1, T=3, S=5, H=17, K=17, D=8, O=16), F16, 0)[0], DEVICE)
     with pytest.raises(ValueError, match="17 KV heads.*masked_attention and linear_residual serve them"):
         kernel.attention_residual(**inputs)

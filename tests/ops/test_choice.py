@@ -99,3 +99,38 @@ def test_tf32_is_another_shape_class() -> None:
     assert allowed == f"{plain} tf32" and still == on_cpu == plain, (
         "LeRobot's commands allow it: a CPU has none"
     )
+
+
+def test_a_library_that_refuses_a_call_leaves_a_receipt_and_its_op_to_the_backend() -> None:
+    """Its sizes are not all known beforehand: the first call, outside of any capture, tells."""
+
+    def refuses(*args: object, **kwargs: object) -> torch.Tensor:
+        raise RuntimeError("cuDNN: no valid execution plan\nmore")
+
+    calls = []
+
+    def own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+        calls.append(heads)
+        return q
+
+    choice = Choice("attention", {"triton": own, "cudnn": refuses}, lambda shape: "cudnn", {})
+    choice.names = lambda shape: ["triton", "cudnn"]  # type: ignore[method-assign]
+    q = torch.zeros(1, 8, 16)
+    for _ in range(2):
+        assert choice(q, q, q, 2) is q
+    assert calls == [2, 2] and set(choice.served.values()) == {"triton"}
+    [(key, why)] = choice.refused.items()
+    assert (
+        key.startswith("attention ") and why == "cudnn refused: cuDNN: no valid execution plan; triton serves"
+    )
+
+
+def test_want_of_memory_is_no_refusal() -> None:
+    def short(*args: object, **kwargs: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    choice = Choice("attention", {"triton": short, "cudnn": short}, lambda shape: "cudnn", {})
+    choice.names = lambda shape: ["triton", "cudnn"]  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError):
+        choice(*[torch.zeros(1, 8, 16)] * 3, 2)
+    assert not choice.refused

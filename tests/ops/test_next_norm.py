@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from support import triton_by
-from support.contract import inputs_in, nan_filled_memory, widened
+from support.contract import inputs_in, nan_filled_memory, to_device, widened
 from support.gemms import module
+from support.guarded import DEVICE
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -20,7 +21,7 @@ from smolvla_fast.tune.check import allowance
 
 pytestmark = pytest.mark.triton
 F32, BF16 = torch.float32, torch.bfloat16
-TRITON = choose(backend_ops("triton"), torch.device("cpu"), "triton", None)
+TRITON = choose(backend_ops("triton"), torch.device(DEVICE), "triton", None)
 BF16_ONLY = pytest.mark.parametrize("dtype", [pytest.param(BF16, marks=triton_by.BF16)], ids=str)
 # Rows and widths that fill no tile, one row, and several samples.
 SIZES = [(2, 7, 40, 96), (1, 1, 33, 47), (1, 50, 240, 144)]
@@ -33,7 +34,8 @@ def inputs(size: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Any
     then = inputs_in("norm_swiglu", dict(rows=b * t, inputs=width, outputs=35), dtype, 1)[0]
     first["x"], first["residual"] = first["x"].view(b, t, wide), first["residual"].float().view(b, t, width)
     first["residual"][..., ::11] *= 50  # outlier channels
-    return {**first, **{name: then[name] for name in ("norm", "gate_weight", "up_weight")}}
+    both = {**first, **{name: then[name] for name in ("norm", "gate_weight", "up_weight")}}
+    return to_device(both, DEVICE)
 
 
 def chain(ops: Any, given: dict[str, Any], hint: NextNorm | None = None) -> tuple[Tensor, Tensor]:
@@ -51,7 +53,7 @@ def test_contract(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     given = inputs(size, dtype)
     hint = NextNorm.of(given["norm"], given["gate_weight"])
     assert hint is not None
-    with nan_filled_memory("cpu"):
+    with nan_filled_memory(DEVICE):
         y, ours = chain(TRITON, given, hint)
     assert hint.rows is not None and hint.squares is not None
     plain_y, plain = chain(TRITON, given)
@@ -59,10 +61,10 @@ def test_contract(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     assert torch.equal(hint.rows, (y * given["norm"][0].float()).to(dtype))
     rows = y.double().square().sum(-1).flatten()
     torch.testing.assert_close(hint.squares.double().sum(0), rows, rtol=1e-6, atol=0)  # sums in fp32
-    truth = chain(reference_ops(), widened(given))[1]
+    truth = chain(reference_ops(), widened(to_device(given, "cpu")))[1]
     # Of eager, too, the stream stays in fp32, as stages hold it: its reference would round it to the weight's dtype.
     eager = backend_ops("torch").norm_swiglu(y, given["norm"], given["gate_weight"], given["up_weight"])
-    errors = [(each.double() - truth).abs().max().item() for each in (ours, eager, plain)]
+    errors = [(each.cpu().double() - truth).abs().max().item() for each in (ours, eager, plain)]
     assert errors[0] <= 2 * errors[1] + allowance(truth, dtype, size[3])
 
 
@@ -71,7 +73,7 @@ def test_contract(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
 def test_queries_and_cache_of_prepared_rows(slots: bool, dtype: torch.dtype) -> None:
     """Within the rounding of a result, of the same op without them: sums of squares in another order move 1/rms by it."""
     case = dict(B=2, T=7, M=40, H=3, K=1, D=16)
-    given = inputs_in("norm_qkv_rope", case, dtype, 0)[0]
+    given = to_device(inputs_in("norm_qkv_rope", case, dtype, 0)[0], DEVICE)
     given["x"] = given["x"].float()
     if not slots:
         given |= {"weights": (given["weights"][0], None, None), "slots": None}
@@ -90,10 +92,11 @@ def test_queries_and_cache_of_prepared_rows(slots: bool, dtype: torch.dtype) -> 
 @BF16_ONLY
 def test_attention_prepares_as_well(dtype: torch.dtype) -> None:
     """Samples whose tokens fill no tile: what stands behind the last token is the next sample's."""
-    given = inputs_in("attention_residual", dict(B=3, T=17, S=20, H=3, K=1, D=16, O=40), dtype, 0)[0]
+    case = dict(B=3, T=17, S=20, H=3, K=1, D=16, O=40)
+    given = to_device(inputs_in("attention_residual", case, dtype, 0)[0], DEVICE)
     given["residual"] = given["residual"].float()
-    hint = NextNorm(torch.rand(40, generator=torch.Generator().manual_seed(1)), dtype)
-    with nan_filled_memory("cpu"):
+    hint = NextNorm(torch.rand(40, generator=torch.Generator().manual_seed(1)).to(DEVICE), dtype)
+    with nan_filled_memory(DEVICE):
         y = backend_ops("triton").attention_residual(**given, next_norm=hint)
     assert hint.rows is not None and hint.squares is not None
     assert torch.equal(hint.rows, (y * hint.weight).to(dtype))
@@ -142,3 +145,11 @@ def test_prepared_rows_of_another_stream_are_refused(dtype: torch.dtype) -> None
         module("norm_swiglu").norm_swiglu(
             y[:1], given["norm"], given["gate_weight"], given["up_weight"], normed=hint
         )
+
+
+@BF16_ONLY
+def test_rows_for_another_norm_are_refused(dtype: torch.dtype) -> None:
+    given = inputs(SIZES[0], dtype)
+    hint = NextNorm(torch.ones_like(given["norm"][0]), dtype)
+    with pytest.raises(ValueError, match="prepared for another norm"):
+        chain(TRITON, given, hint)

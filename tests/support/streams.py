@@ -57,6 +57,7 @@ class Streams(TorchDispatchMode):
         self._live: dict[int, Memory] = {}
         self._freed: list[Memory] = []
         monkeypatch.setattr(torch.cuda, "stream", self._on)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: self.current)
         self.side = SideStream(self.main, self.beside)  # type: ignore[arg-type]
 
     @contextmanager
