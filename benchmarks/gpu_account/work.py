@@ -17,8 +17,9 @@ from support.compiled_tables import read
 from benchmarks import ROOT
 from benchmarks.gpu_account.recording import CAPABILITY, Node, Operand
 
-WIDE_REGISTERS, FEW_REGISTERS = 128, 32
-"""Of a thread: of kernels with products (as benchmarks/results/aot.md has them), and without."""
+ALL_REGISTERS, WIDE_REGISTERS, FEW_REGISTERS = 255, 128, 32
+"""Of a thread: of attention with its projection, of other kernels with products (as benchmarks/results/aot.md has them), and
+of those without."""
 LIBRARY_TILES = ((128, 128), (128, 256), (256, 128), (64, 256))
 """Rows and columns of cuBLAS's blocks on Hopper, in steps of 64: assumed, from names as nvjet_…_256x128_64x4_1x2_…."""
 THREADS, PER_THREAD = 128, 4
@@ -129,7 +130,7 @@ def _attention_residual(node: Node) -> Work:
     moved = a["GROUP"] * dim * (cols * weight.itemsize - tokens * a["q_ptr"].dtype.itemsize)
     moved += tokens * cols * (2 * 4 + 2 * a["y_ptr"].dtype.itemsize / a["KV_HEADS"])
     return replace(
-        work, moved=work.moved + moved, shared=max(work.shared, inner * a["BLOCK_COLS"] * weight.itemsize),
+        work, registers=ALL_REGISTERS, moved=work.moved + moved, shared=max(work.shared, inner * a["BLOCK_COLS"] * weight.itemsize),
         flops=work.flops + 2 * tokens * inner * cols,
         trips=work.trips + steps, tails=4, operations=work.operations + steps + 2,
     )  # fmt: skip
