@@ -194,13 +194,17 @@ class _Calls(TorchDispatchMode):
 
 
 class _Queue:
-    """Stands for a stream, an event: work of one is recorded in the order in which it is queued."""
+    """Stands for a stream, an event: work is recorded in the order in which it is queued, so all streams are one."""
 
     cuda_stream = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Queue)
+
+    __hash__ = object.__hash__
     synchronize = wait_stream = wait_event = record_event = record = wait = lambda self, *args: None
 
 

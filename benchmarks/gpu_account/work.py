@@ -130,7 +130,8 @@ def _attention_residual(node: Node) -> Work:
     moved = a["GROUP"] * dim * (cols * weight.itemsize - tokens * a["q_ptr"].dtype.itemsize)
     moved += tokens * cols * (2 * 4 + 2 * a["y_ptr"].dtype.itemsize / a["KV_HEADS"])
     return replace(
-        work, registers=ALL_REGISTERS, moved=work.moved + moved, shared=max(work.shared, inner * a["BLOCK_COLS"] * weight.itemsize),
+        work, registers=ALL_REGISTERS, moved=work.moved + moved,
+        shared=max(work.shared, inner * a["BLOCK_COLS"] * weight.itemsize),
         flops=work.flops + 2 * tokens * inner * cols,
         trips=work.trips + steps, tails=4, operations=work.operations + steps + 2,
     )  # fmt: skip
