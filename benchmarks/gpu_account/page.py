@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -21,7 +22,7 @@ from benchmarks.report.tables import NONE, suite, table
 from smolvla_fast.measure.console import milliseconds
 
 RESULTS = ROOT / "benchmarks" / "results"
-BEFORE = RESULTS / "gpu-account-before.json"
+BEFORE = Path(__file__).with_name("before.json")
 CAMERAS = 2
 SIZES = ("rows", "inputs", "outputs", "width", "tokens", "keys")
 BY_HAND = {

@@ -76,15 +76,15 @@ RESIDUAL = dict(rows=50, inputs=2048)
 PLACE = r"_fwd, block \(\d+,\d+,\d+\) thread \(\d+,\d+,\d+\) at line \d+ \(\w+\.py:\d+\): [@\w]"
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_each_barrier_left_out(planted: Callable[..., str], capability: int) -> None:
+@pytest.mark.parametrize(("capability", "least"), [(80, 14), (90, 6)])
+def test_each_barrier_left_out(planted: Callable[..., str], capability: int, least: int) -> None:
     """All but the first two, which stand before anything was read of what the prologue fills, and are not needed."""
     op, barrier = call("linear_residual", capability, "bf16", **RESIDUAL), r"^\tbar\.sync \t0;$"
     found = []
     for number in range(2, 20):
         with suppress(IndexError):  # there are fewer
             found.append(planted(op, without(barrier, number)))
-    assert len(found) >= 14
+    assert len(found) >= least
     for said in found:
         assert re.search(PLACE, said) and re.search("race at|still under way|unwritten", said)
 

@@ -91,6 +91,8 @@ def test_nan_goes_where_it_goes_in_the_reference(
 def test_subnormals_are_numbers(op: str, case: dict[str, int], ops: Any) -> None:
     """The first input, all its values subnormal; the processor's modes to flush them are nobody's to turn on."""
     inputs, wide = inputs_in(op, case, torch.float32, seed=2)
+    if op == "rope_masks":  # of masks
+        return
     name = next(
         name for name, value in tensors(inputs).items() if value.is_floating_point() or op == "image_prep"
     )

@@ -152,11 +152,12 @@ def test_candidates_differ_in_what_a_program_computes(cc):
 
 
 def test_an_h100_has_work_everywhere():
-    """At least two thirds of its 132 multiprocessors in every product of an action chunk; large tiles in vision."""
+    """At least a third of its 132 multiprocessors in every product of an action chunk, for more programs read more through
+    L2 (docs/gpu-account.md); large tiles in vision."""
     for name, (rows, inputs, outputs, x_bytes, keywords) in PRODUCTS.items():
         tile = tuning.gemm_tile(rows, inputs, outputs, 90, x_bytes, 2, **keywords)
         tiles = -(-rows // tile.rows) * -(-outputs // tile.cols) * keywords.get("segments", 1) * tile.split
         if name.startswith("expert"):
-            assert 88 <= tiles <= 132, f"{name}: {tiles} programs"
+            assert 44 <= tiles <= 132, f"{name}: {tiles} programs"
         if name.startswith("vision"):
             assert tile.rows == 128 and tile.cols >= 128 and tile.warps == 8

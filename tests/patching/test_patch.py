@@ -155,7 +155,7 @@ def test_bf16_leaves_the_cross_kv_as_they_are_stored(policy: Any, observation: A
     smolvla_fast.patch(policy, precision="bf16")
     engine, seen = smolvla_fast.patch.__globals__["engine_of"](policy.model), []
     spied = engine.ops.cross_kv
-    engine.ops = replace(engine.ops, cross_kv=lambda k, v, *w: (seen.extend(w), spied(k, v, *w))[1])
+    engine.ops = replace(engine.ops, cross_kv=lambda k, v, *w: (seen.extend(w[:2]), spied(k, v, *w))[1])
     chunk(policy, observation, noise)
     live = {p.data_ptr() for p in policy.parameters()}
     assert seen and all(w.dtype is torch.float32 and w.data_ptr() in live for w in seen)
