@@ -122,7 +122,10 @@ def main(arguments: Sequence[str], plans: dict[str, Any] = PLANS) -> int:
         return bring(args.part or list(THINGS))
     kind = f"gpu-{args.kind}"
     if not args.rehearse and not torch.cuda.is_available():
-        print(f"{kind}: no CUDA GPU here, or no driver for it: nothing to report (--rehearse needs none)")
+        print(
+            f"{kind}: no CUDA GPU here, or no driver for it, by {sys.executable}: nothing to report "
+            "(GPU_PYTHON=... takes another Python, --rehearse needs no GPU)"
+        )
         return 1
     environment = environment_of(args)
     missing = bring_lerobot(environment)
