@@ -212,7 +212,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: asked.append(name))
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: asked.append("clear"), raising=False)
     monkeypatch.setattr(cuda_driver, "_idle", defaultdict(list))
@@ -229,7 +229,15 @@ def test_a_stream_serves_one_graph_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
         lambda _: SimpleNamespace(number=next(made), wait_stream=lambda _: used.append(1)),
     )
     on: list[int] = []
-    monkeypatch.setattr(torch.cuda, "stream", lambda s: (on.append(s.number), nullcontext())[1])
+    current = [torch.cuda.current_stream()]
+
+    def stream(s: Any) -> Any:
+        on.append(s.number)
+        current[0] = s
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current[0])
     monkeypatch.setattr(cuda_driver.CudaDriver, "_record", lambda self, graph, run: run())
     driver = cuda_driver.CudaDriver(torch.device("cuda", 0))
     graphs_held = [driver.capture(lambda: torch.ones(1)) for _ in range(2)]
