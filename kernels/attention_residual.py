@@ -169,11 +169,11 @@ def _attention_residual_fwd(
         cols = weight_columns(first_step + step, outputs, weight_ptr, weight_row_stride, BLOCK_COLS)
         weight = tl.load(cols + place[:, None], mask=in_inner[:, None], other=0.0)
         y = tl.dot(x.to(weight.dtype), weight, input_precision=PRECISION)
-        if KV_HEADS > 1:
-            store_part(y, parts + step * (KV_HEADS * size), kv_head, BLOCK_TOKENS, BLOCK_COLS)
-        else:
+        store_part(y, parts + step * (KV_HEADS * size), kv_head, BLOCK_TOKENS, BLOCK_COLS)
+    if arrives_last(arrivals_ptr + tile, KV_HEADS):
+        for step in tl.static_range(COL_STEPS):
             add_residual(
-                y,
+                sum_of_parts(parts + step * (KV_HEADS * size), KV_HEADS, BLOCK_TOKENS, BLOCK_COLS),
                 own,
                 first_step + step,
                 batch,
@@ -189,26 +189,6 @@ def _attention_residual_fwd(
                 HAS_NEXT,
                 BLOCK_COLS,
             )
-    if KV_HEADS > 1:  # noqa: SIM102 - Triton evaluates both sides of an "and"
-        if arrives_last(arrivals_ptr + tile, KV_HEADS):
-            for step in tl.static_range(COL_STEPS):
-                add_residual(
-                    sum_of_parts(parts + step * (KV_HEADS * size), KV_HEADS, BLOCK_TOKENS, BLOCK_COLS),
-                    own,
-                    first_step + step,
-                    batch,
-                    tokens,
-                    all_rows,
-                    outputs,
-                    residual_ptr,
-                    residual_row_stride,
-                    y_ptr,
-                    next_weight_ptr,
-                    next_rows_ptr,
-                    next_squares_ptr,
-                    HAS_NEXT,
-                    BLOCK_COLS,
-                )
 
 
 def attention_residual(
@@ -254,9 +234,7 @@ def attention_residual(
         tokens, outputs, keys, kv_heads, block_group * block_dim, block_group, widest, cc
     )
     tiles = batch * triton.cdiv(tokens, tile.rows) * triton.cdiv(outputs, tile.cols)
-    partials = arrivals = y
-    if kv_heads > 1:
-        partials, arrivals = split_workspace(tiles, kv_heads, tile.rows * tile.cols, q.device)
+    partials, arrivals = split_workspace(tiles, kv_heads, tile.rows * tile.cols, q.device)
     cols = min(tile.cols, COLS_AT_ONCE)
     flags, next_pointers = allocate_for_next_norm(next_norm, y, cols)
     _attention_residual_fwd[(tiles, kv_heads)](

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import inverse_rms
+from .common import inverse_rms, norm_products
 
 
 @triton.jit
@@ -58,6 +58,50 @@ def normed_products(
         b = tl.dot(h, tl.load(b_cols + k[:, None], mask=w_mask, other=0.0), b)
     scale = inverse_rms(squares, inputs, eps)[:, None]
     return a * scale, b * scale
+
+
+@triton.jit
+def stream_products(
+    x_rows,
+    norm_weight_ptr,
+    squares_rows,
+    parts,
+    rows,
+    a_cols,
+    b_cols,
+    row_mask,
+    col_mask,
+    inputs,
+    eps,
+    NORMALISE_FIRST: tl.constexpr,
+    PREPARED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``normed_products`` where x_rows are prepared rows, else ``norm_products`` of the stream."""
+    if PREPARED:
+        a, b = normed_products(
+            x_rows,
+            squares_rows,
+            parts,
+            rows,
+            a_cols,
+            b_cols,
+            row_mask,
+            col_mask,
+            inputs,
+            eps,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+    else:
+        a, b = norm_products(
+            x_rows, norm_weight_ptr, a_cols, b_cols, row_mask, col_mask, inputs, eps, NORMALISE_FIRST, BLOCK_M, BLOCK_N,
+            BLOCK_K,
+        )  # fmt: skip
+    return a, b
 
 
 def allocate_for_next_norm(

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import as_rows, capability, check, norm_products, normalise_first, parts
+from .common import as_rows, capability, check, normalise_first, parts
 from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
-from .next_norm import normed_products, prepared
+from .next_norm import prepared, stream_products
 from .tuning import gemm_tile
 
 
@@ -77,37 +77,24 @@ def _norm_qkv_rope_fwd(
     prefetch_weight(first_cols, 0, inputs, row_tile == 0, DEPENDENT)
     prefetch_weight(second_cols, 0, inputs, row_tile == 0, DEPENDENT)
     await_inputs(DEPENDENT)
-    if PREPARED:
-        first, second = normed_products(
-            x_ptr + row64 * x_row_stride,
-            squares_ptr + row,
-            parts,
-            rows,
-            first_cols,
-            second_cols,
-            row_mask,
-            col_mask,
-            inputs,
-            eps,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
-    else:
-        first, second = norm_products(
-            x_ptr + row64 * x_row_stride,
-            norm_weight_ptr,
-            first_cols,
-            second_cols,
-            row_mask,
-            col_mask,
-            inputs,
-            eps,
-            NORMALISE_FIRST,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
+    first, second = stream_products(
+        x_ptr + row64 * x_row_stride,
+        norm_weight_ptr,
+        squares_ptr + row,
+        parts,
+        rows,
+        first_cols,
+        second_cols,
+        row_mask,
+        col_mask,
+        inputs,
+        eps,
+        NORMALISE_FIRST,
+        PREPARED,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     if weight_ptr.dtype.element_ty == tl.float8e4nv:
         scales = scale_ptr + own * (2 * HALF) + i
         first *= tl.load(scales, mask=col_mask, other=0.0)[None, :]

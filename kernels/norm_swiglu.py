@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import as_rows, capability, check, norm_products, normalise_first, parts, silu
+from .common import as_rows, capability, check, normalise_first, parts, silu
 from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
-from .next_norm import normed_products, prepared
+from .next_norm import prepared, stream_products
 from .tuning import gemm_tile
 
 
@@ -57,37 +57,24 @@ def _norm_swiglu_fwd(
     prefetch_weight(gate_cols, 0, inputs, row_tile == 0, DEPENDENT)
     prefetch_weight(up_cols, 0, inputs, row_tile == 0, DEPENDENT)
     await_inputs(DEPENDENT)
-    if PREPARED:
-        gate, up = normed_products(
-            x_ptr + row64 * x_row_stride,
-            squares_ptr + row,
-            parts,
-            rows,
-            gate_cols,
-            up_cols,
-            row_mask,
-            col_mask,
-            inputs,
-            eps,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
-    else:
-        gate, up = norm_products(
-            x_ptr + row64 * x_row_stride,
-            norm_weight_ptr,
-            gate_cols,
-            up_cols,
-            row_mask,
-            col_mask,
-            inputs,
-            eps,
-            NORMALISE_FIRST,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
+    gate, up = stream_products(
+        x_ptr + row64 * x_row_stride,
+        norm_weight_ptr,
+        squares_ptr + row,
+        parts,
+        rows,
+        gate_cols,
+        up_cols,
+        row_mask,
+        col_mask,
+        inputs,
+        eps,
+        NORMALISE_FIRST,
+        PREPARED,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     if gate_weight_ptr.dtype.element_ty == tl.float8e4nv:
         gate *= tl.load(gate_scale_ptr + col, mask=col_mask, other=0.0)[None, :]
         up *= tl.load(up_scale_ptr + col, mask=col_mask, other=0.0)[None, :]

@@ -156,6 +156,7 @@ Table conversions() {
         {"cvt.f32.bf16", {from_bf16, "rr"}},
         {"cvt.rn.bf16.f32", {to_bf16, "rr"}},
         {"mul.rn.bf16", {multiply_bf16, "rrr"}},
+        {"mul.bf16", {multiply_bf16, "rrr"}},
         {"cvt.f32.f16", {from_fp16, "rr"}},
         {"cvt.rn.f16.f32", {to_fp16, "rr"}},
         {"cvt.rn.bf16x2.f32", {pair<simt::round_to_bf16>, "rrr"}},
