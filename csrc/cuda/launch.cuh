@@ -25,6 +25,8 @@ struct Grid {
     dim3 blocks, threads;
     size_t shared_bytes = 0;
     bool cooperative = false;  // all blocks run at once or the launch is refused
+    unsigned cluster = 1;      // neighbours in x that read each other's shared memory, from sm_90 on
+    bool dependent = false;    // begins while the launch ahead still runs, and waits for it itself, from sm_90 on
 };
 
 // Above 48 KB a kernel has to ask for dynamic shared memory. The limit is one number a kernel and device for all threads
@@ -43,27 +45,59 @@ inline void allow_shared(const void* kernel, size_t bytes) {
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), const Grid& grid, cudaStream_t, const Args&... args) {
     const std::tuple<Params...> copies(args...);
-    simt::run(name, {grid.blocks, grid.threads, grid.shared_bytes, grid.cooperative},
+    simt::run(name, {grid.blocks, grid.threads, grid.shared_bytes, grid.cooperative, grid.cluster, grid.dependent},
               [=] { std::apply(kernel, copies); });
+}
+
+template <class... Params>
+int clusters_at_once(void (*)(Params...), const Grid& grid) {
+    return simt::max_active_clusters(grid.cluster, grid.shared_bytes);
 }
 
 #else
 
+struct LaunchConfig {
+    cudaLaunchAttribute attributes[3]{};
+    cudaLaunchConfig_t of{};
+
+    LaunchConfig(const Grid& grid, cudaStream_t stream) {
+        of.gridDim = grid.blocks;
+        of.blockDim = grid.threads;
+        of.dynamicSmemBytes = grid.shared_bytes;
+        of.stream = stream;
+        of.attrs = attributes;
+        if (grid.cooperative) add(cudaLaunchAttributeCooperative).cooperative = 1;
+        if (grid.cluster > 1) {
+            auto& size = add(cudaLaunchAttributeClusterDimension).clusterDim;
+            size.x = grid.cluster, size.y = size.z = 1;
+        }
+        if (grid.dependent)
+            add(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
+    }
+    LaunchConfig(const LaunchConfig&) = delete;  // it points into itself
+
+private:
+    cudaLaunchAttributeValue& add(cudaLaunchAttributeID id) {
+        attributes[of.numAttrs].id = id;
+        return attributes[of.numAttrs++].val;
+    }
+};
+
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), const Grid& grid, cudaStream_t stream, const Args&... args) {
-    const auto address = reinterpret_cast<const void*>(kernel);
-    allow_shared(address, grid.shared_bytes);
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid.blocks;
-    config.blockDim = grid.threads;
-    config.dynamicSmemBytes = grid.shared_bytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = grid.cooperative ? 1 : 0;
-    check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
+    allow_shared(reinterpret_cast<const void*>(kernel), grid.shared_bytes);
+    const LaunchConfig config(grid, stream);
+    check(cudaLaunchKernelEx(&config.of, kernel, static_cast<Params>(args)...), name);
+}
+
+// How many clusters of a kernel the current device runs at once: none where no part of it has so many multiprocessors.
+template <class... Params>
+int clusters_at_once(void (*kernel)(Params...), const Grid& grid) {
+    allow_shared(reinterpret_cast<const void*>(kernel), grid.shared_bytes);
+    const LaunchConfig config(grid, nullptr);
+    int clusters = 0;
+    check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config.of), "cudaOccupancyMaxActiveClusters");
+    return clusters;
 }
 
 #endif

@@ -18,6 +18,13 @@ struct fp16 {
 
 }  // namespace smolvla::cuda
 
+// Whether this pass of the compiler has clusters and dependent launches.
+#if defined(SMOLVLA_SIMT) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+#define SMOLVLA_SM_90 1
+#else
+#define SMOLVLA_SM_90 0
+#endif
+
 #if defined(SMOLVLA_SIMT)
 #include "emulator/ptx.h"
 #else
@@ -120,6 +127,33 @@ __device__ __forceinline__ void relax() {}
 __device__ __forceinline__ void barrier_sync(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+
+#if SMOLVLA_SM_90
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// What the threads of all blocks of a cluster wrote before they arrived is seen behind the wait.
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// From the same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ float load_cluster(const float* own, int rank) {
+    float value;
+    uint32_t at;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(at)
+        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(at) : "memory");
+    return value;
+}
+
+// Programmatic dependent launch: the launch behind this one may begin; all launches ahead of it have ended.
+__device__ __forceinline__ void let_next_launch_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void await_earlier_launches() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#endif
 
 }  // namespace smolvla::cuda
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smolvla_fast.ops import availability
 from smolvla_fast.ops.cuda import library
@@ -22,7 +22,8 @@ def install(monkeypatch: pytest.MonkeyPatch, emulator: Any) -> None:
         if tensor.device.type == "cpu" and tensor.numel():
             steps = zip(tensor.shape, tensor.stride(), strict=True)
             span = 1 + sum((size - 1) * stride for size, stride in steps)
-            emulator.allow(tensor.data_ptr(), span * tensor.element_size())
+            settled = isinstance(tensor, nn.Parameter)  # no launch writes a parameter
+            emulator.allow(tensor.data_ptr(), span * tensor.element_size(), settled)
         return tensor.data_ptr()
 
     def here(device: torch.device) -> bool:

@@ -27,6 +27,7 @@ PRIMITIVES = (
     "narrow_fp16",
     "bf16_products",
     "vectors",
+    "cluster_sums",
 )
 SEEDS = (0, 1, 2)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -201,6 +202,23 @@ def test_vectors(planted, seed):
     want = given.clone()
     want[:, 0] += 1
     assert torch.equal(got[:128].reshape(32, 4), want) and torch.equal(got[128:].reshape(32, 4), given)
+
+
+def test_cluster_sums(planted, seed):
+    """In the order of the ranks: 1, 2, 3 and 4, each doubled as often as others follow it."""
+    assert (planted.run("cluster_sums", 8 * 64, seed=seed)[0] == 8 + 8 + 6 + 4).all()
+
+
+def test_settled_memory_may_be_read_early(planted):
+    """By a launch that begins while others still run; what is not settled may not (test_emulator_errors.py)."""
+    a, b = torch.zeros(2, 64, dtype=torch.int32)
+    planted.module.configure(compute_capability=90)
+    planted.module.forget()
+    planted.module.allow(a.data_ptr(), 256)
+    planted.module.allow(b.data_ptr(), 256, settled=True)
+    planted.module.run("read_too_early", False, a.data_ptr(), b.data_ptr())
+    with pytest.raises(RuntimeError, match="read at global byte .* before griddepcontrol.wait"):
+        planted.module.run("read_too_early", False, b.data_ptr(), a.data_ptr())
 
 
 def test_the_seed_decides_the_order(planted):

@@ -101,10 +101,34 @@ WARP = {
     "ldmatrix_misaligned": "@: misaligned read of 16 bytes at shared byte #",
 }
 
-ALL = {**MEMORY, **ORDER, **WARP}
+OF_CLUSTER = RACE.format("shared", " of block #", "read", "write")
+EARLY = (
+    "@: {} at global byte # of the # at ... before griddepcontrol.wait, while launches ahead may still run"
+)
+CLUSTERS = {
+    "cluster_barrier_missing": SHARED_WRITE,
+    "cluster_ends_too_early": (
+        "@: ld.shared::cluster from block # of the cluster, which has ended",
+        ": the block ends while block (#,0,0) thread (#,0,0) may still be reading its shared memory @",
+    ),
+    "block_barrier_for_a_cluster": (SHARED_WRITE, OF_CLUSTER),
+    "cluster_rank_outside": "@: block 4 of a cluster of 4",
+    "cluster_wait_alone": "@: barrier.cluster.wait without an arrive before it",
+    "cluster_arrives_twice": "@: barrier.cluster.arrive a second time, with no wait between",
+    "cluster_never_waits": ": the thread ends between barrier.cluster.arrive and its wait",
+    "read_too_early": EARLY.format("read"),
+    "copied_too_early": EARLY.format("read"),
+    "written_too_early": EARLY.format("write"),
+    "never_waits_for_launches": ": the thread ends without griddepcontrol.wait: launches behind it may begin before "
+    "those ahead have ended",
+}
+
+ALL = {**MEMORY, **ORDER, **WARP, **CLUSTERS}
 FILE = {
     name: file
-    for file, group in (("memory.cu", MEMORY), ("order.cu", ORDER), ("warp.cu", WARP))
+    for file, group in zip(
+        ("memory.cu", "order.cu", "warp.cu", "clusters.cu"), (MEMORY, ORDER, WARP, CLUSTERS), strict=True
+    )
     for name in group
 }
 # Words of the two arrays, where the kernels of a group count on them.
@@ -112,6 +136,7 @@ WORDS = {
     **dict.fromkeys(MEMORY, (64, 64)),
     **dict.fromkeys(ORDER, (128, 256)),
     **dict.fromkeys(WARP, (64, 64)),
+    **dict.fromkeys(CLUSTERS, (512, 256)),
 }
 
 
@@ -167,13 +192,28 @@ def test_every_planted_kernel_is_here(planted):
         ((0, 32, 0, False), "0 blocks; the emulator takes 1 to 65536"),
         ((1, 32, 1001, False), "1001 bytes of shared memory; a block has at most 1000"),
         ((7, 32, 0, True), "too many blocks in cooperative launch: 7, at once run 6"),
+        ((8, 32, 0, False, 4), "clusters and dependent launches begin with compute capability 9.0"),
     ],
 )
 def test_refused(planted, launch, said):
+    planted.module.reset()
     planted.module.configure(multiprocessors=3, blocks_per_multiprocessor=2, shared_bytes_per_block=1000)
     try:
         with pytest.raises(RuntimeError, match=said):
             planted.module.launch(*launch)
         planted.module.launch(6, 32, 1000, True)
+    finally:
+        planted.module.reset()
+
+
+@pytest.mark.parametrize(("blocks", "cluster"), [(6, 4), (16, 16), (4, 0)])
+def test_a_cluster_that_is_refused(planted, blocks, cluster):
+    planted.module.configure(compute_capability=90)
+    try:
+        with pytest.raises(
+            RuntimeError, match=f"clusters of {cluster} of {blocks} blocks; accepted is what divides"
+        ):
+            planted.module.launch(blocks, 32, 0, False, cluster)
+        planted.module.launch(16, 32, 0, False, 8)
     finally:
         planted.module.reset()

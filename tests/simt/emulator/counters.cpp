@@ -10,7 +10,8 @@ namespace {
 
 uintptr_t number(const void* at) { return reinterpret_cast<uintptr_t>(at); }
 
-// All that the thread knows, its own doings included; these are of an epoch that ends here.
+}  // namespace
+
 Ref<Knowledge> publish(Thread& thread) {
     const dim3& grid = launch->shape.blocks;
     Ref<Knowledge> all(thread.remote ? new Knowledge(*thread.remote)
@@ -26,6 +27,8 @@ void learn(Thread& thread, const Ref<Knowledge>& news) {
     thread.remote = join(thread.remote, news);
     thread.local = join(thread.local, news->of[thread.block->number]);
 }
+
+namespace {
 
 void event() {
     ++launch->counter_events;

@@ -5,7 +5,8 @@
 // Every load and store is checked (tsan.cpp, memory.cpp): bounds, alignment, shared memory that holds nothing yet, and
 // races, found by what is ordered before what (clocks.h), not by what happens to come first. Barriers and __syncwarp
 // order; counters order what a release published for who acquired; shuffles, votes and relaxed atomics order nothing.
-// Data of another block must be read past L1. Copies of cp.async come early or late (async.cpp). Whatever is wrong ends
+// Data of another block must be read past L1. Blocks of a cluster run together; of a dependent launch nothing but settled
+// memory (host_api.h) may be touched before its thread has waited for the launches ahead (clusters.cpp). Copies of cp.async come early or late (async.cpp). Whatever is wrong ends
 // the launch with an exception that names kernel, block, thread and line (errors.cpp).
 //
 // Not modelled: time, registers, caches other than the rule above, reordering within a thread that no race would show.
@@ -84,6 +85,8 @@ struct Shape {
     dim3 blocks, threads;
     size_t shared_bytes = 0;
     bool cooperative = false;
+    unsigned cluster = 1;
+    bool dependent = false;
 };
 
 // Runs call(body) once a thread. Throws std::runtime_error with kernel, block and thread; the next launch starts clean.

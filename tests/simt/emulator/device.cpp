@@ -70,4 +70,11 @@ cudaError_t max_active_blocks(int* blocks, int threads, size_t shared_bytes) {
     return cudaSuccess;
 }
 
+int max_active_clusters(unsigned cluster, size_t shared_bytes) {
+    const bool fits = settings.compute_capability >= 90 && shared_bytes <= settings.shared_bytes_per_block;
+    return fits ? settings.multiprocessors * settings.blocks_per_multiprocessor / static_cast<int>(cluster) : 0;
+}
+
+int compute_capability() { return settings.compute_capability; }
+
 }  // namespace simt

@@ -65,6 +65,8 @@ std::string where(const Thread& thread) {
             const char* names[] = {"a shuffle", "a vote", "__syncwarp", "ldmatrix", "ldmatrix.trans", "mma", "mma"};
             return std::string("at ") + names[thread.waits_for] + source_line(thread.site);
         }
+        case Waits::cluster_barrier:
+            return "at the cluster's barrier" + source_line(thread.site);
         case Waits::counter:
             return "for a counter that stands at " + std::to_string(*thread.polled) + source_line(thread.site);
         default:

@@ -42,6 +42,8 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stre
 
 namespace simt {
 cudaError_t max_active_blocks(int* blocks, int threads, size_t shared_bytes);
+int max_active_clusters(unsigned cluster, size_t shared_bytes);
+int compute_capability();
 }
 
 template <class Kernel>
@@ -52,6 +54,7 @@ template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
     *attributes = {};
     attributes->maxThreadsPerBlock = 1024;
+    attributes->ptxVersion = simt::compute_capability();
     return cudaSuccess;
 }
 template <class Kernel>

@@ -29,8 +29,12 @@ std::string hex(uintptr_t at) {
 
 // "shared byte 12" or "byte 40 of the 1024 at 0x..."
 std::string place(uintptr_t at) {
-    const Shared& shared = current->block->shared;
-    if (shared.holds(at)) return "shared byte " + std::to_string(at - shared.low);
+    for (const auto& block : launch->blocks) {
+        const Shared& shared = block->shared;
+        if (!shared.holds(at)) continue;
+        const std::string found = "shared byte " + std::to_string(at - shared.low);
+        return block.get() == current->block ? found : found + " of block " + std::to_string(block->position.x);
+    }
     const Range* range = range_of(at);
     if (!range) return hex(at);
     return "global byte " + std::to_string(at - range->low) + " of the " + std::to_string(range->high - range->low) +
@@ -184,6 +188,9 @@ void global_access(uintptr_t at, size_t bytes, Kind kind, Path path, void* site)
         if (constant) return;
         outside(at, bytes, kind, site);
     }
+    if (launch->shape.dependent && !current->awaited && (kind != READ || !is_settled(at, bytes)))
+        fail(std::string(verb(kind)) + " at " + place(at) + " before griddepcontrol.wait, while launches ahead may still run",
+             site);
     each_cell(at, bytes, [&](uintptr_t first) { return global_cell(*range, first); },
               [&](Cell& cell, unsigned mask, uintptr_t where) { touch(cell, mask, kind, path, where, site); });
 }
@@ -221,6 +228,23 @@ void access_aligned(uintptr_t at, size_t bytes, Kind kind, Path path, void* site
     if (at & (bytes - 1))
         fail("misaligned " + std::string(verb(kind)) + " of " + std::to_string(bytes) + " bytes at " + place(at), site);
     access(at, bytes, kind, path, site);
+}
+
+void read_shared_of(Shared& shared, uintptr_t at, size_t bytes, void* site) {
+    shared_access(shared, at, bytes, READ, site);
+}
+
+void check_reads_are_over() {
+    const Block& block = *current->block;
+    for (size_t at = 0; at < block.shared.bytes; at += 4) {
+        const Cell& cell = *current->block->shared.cell(block.shared.low + at);
+        const Entry* entries = cell.more ? lists[cell.more].data() : cell.few;
+        for (const Entry* entry = entries; entry < entries + cell.count; ++entry)
+            if (block_of(entry->thread()) != block.number && !current->knows(*entry))
+                fail("the block ends while " + name_of(entry->thread()) + " may still be reading its shared memory" +
+                         source_line(reinterpret_cast<void*>(image().base + entry->site)),
+                     nullptr);
+    }
 }
 
 void begin_async_write(uintptr_t at, size_t bytes, void* site) {

@@ -50,7 +50,9 @@ private:
     std::vector<Cell> cells_;
 };
 
-void allow(uintptr_t low, size_t bytes);
+// settled: no launch ahead writes there, so that a dependent one may read it before these have ended
+void allow(uintptr_t low, size_t bytes, bool settled = false);
+bool is_settled(uintptr_t at, size_t bytes);
 void forget_allowed();
 void end_of_launch();  // shadows are dropped; what was allowed goes with the next allow()
 bool allowed(uintptr_t low, size_t bytes);
@@ -58,6 +60,10 @@ bool allowed(uintptr_t low, size_t bytes);
 // A checked access of the running thread; returns at once outside a kernel.
 void access(uintptr_t at, size_t bytes, Kind kind, Path path, void* site);
 void access_aligned(uintptr_t at, size_t bytes, Kind kind, Path path, void* site);
+// A read of another block's shared memory.
+void read_shared_of(Shared& shared, uintptr_t at, size_t bytes, void* site);
+// Of the running thread's block, which ends: an error where another block's read is not known to be over.
+void check_reads_are_over();
 
 // The destination of a cp.async: written by the thread, and nobody's until it has waited.
 void begin_async_write(uintptr_t at, size_t bytes, void* site);

@@ -29,8 +29,10 @@ void set(T& setting, const py::object& value) {
 
 void bind(py::module_& m) {
     m.def(
-        "allow", [](uintptr_t address, size_t bytes) { allow(address, bytes); }, py::arg("address"), py::arg("bytes"),
-        "The next launch may read and write here. The first allow() after a launch forgets those before it.");
+        "allow", [](uintptr_t address, size_t bytes, bool settled) { allow(address, bytes, settled); },
+        py::arg("address"), py::arg("bytes"), py::arg("settled") = false,
+        "The next launch may read and write here. The first allow() after a launch forgets those before it. settled: no "
+        "launch ahead of it writes there.");
     m.def("forget", &forget_allowed, "Nothing is allowed any more.");
     m.def(
         "configure",

@@ -22,6 +22,12 @@ void load_past_l1(void* to, const void* from, size_t bytes);
 void add_release(uint32_t* counter, uint32_t value);
 uint32_t load_acquire(const uint32_t* counter);
 void named_barrier(int barrier, int threads);
+int cluster_rank();
+void cluster_arrive();
+void cluster_wait();
+// Copies bytes from the same place in the shared memory of another block of the cluster.
+void load_cluster(void* to, const void* own, size_t bytes, int rank);
+void await_earlier_launches();
 
 }  // namespace simt
 
@@ -78,5 +84,16 @@ __forceinline__ void add_release(uint32_t* counter, uint32_t value) { simt::add_
 __forceinline__ uint32_t load_acquire(const uint32_t* counter) { return simt::load_acquire(counter); }
 __forceinline__ void relax() { simt::yield(); }
 __forceinline__ void barrier_sync(int barrier, int threads) { simt::named_barrier(barrier, threads); }
+
+__forceinline__ int cluster_rank() { return simt::cluster_rank(); }
+__forceinline__ void cluster_arrive() { simt::cluster_arrive(); }
+__forceinline__ void cluster_wait() { simt::cluster_wait(); }
+__forceinline__ float load_cluster(const float* own, int rank) {
+    float value;
+    simt::load_cluster(&value, own, sizeof(value), rank);
+    return value;
+}
+__forceinline__ void let_next_launch_begin() {}
+__forceinline__ void await_earlier_launches() { simt::await_earlier_launches(); }
 
 }  // namespace smolvla::cuda

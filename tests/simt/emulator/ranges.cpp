@@ -16,6 +16,7 @@ struct Shadow {
 };
 
 std::vector<Range> asked;  // as the calls of allow() came
+std::vector<Range> settled;
 std::vector<Range> ranges;
 std::vector<Shadow> shadows;
 bool sorted = true, stale = false;
@@ -95,16 +96,23 @@ void drop_shadows() {
     stale = true;
 }
 
-void allow(uintptr_t low, size_t bytes) {
+void allow(uintptr_t low, size_t bytes, bool is_settled) {
     if (stale) forget_allowed();
+    if (is_settled) settled.push_back({low, low + bytes, 0});
     asked.push_back({low, low + bytes, 0});
     sorted = false;
 }
 
 void forget_allowed() {
     asked.clear();
+    settled.clear();
     stale = false;
     sort_ranges();
+}
+
+bool is_settled(uintptr_t at, size_t bytes) {
+    return std::any_of(settled.begin(), settled.end(),
+                       [&](const Range& range) { return range.low <= at && at + bytes <= range.high; });
 }
 
 bool allowed(uintptr_t low, size_t bytes) {

@@ -84,10 +84,12 @@ void thread_main() {
     Thread& self = *current;
     for (const AsyncCopy& copy : self.copies)
         fail("the thread ends with a cp.async that was never waited for", copy.site);
+    check_exit(self);
     self.exited = true;
     self.warp->exited |= 1u << self.lane;
     arrive_at_exit(self);
     if (--self.block->alive == 0) {
+        if (launch->shape.cluster > 1) check_reads_are_over();
         launch->finished = self.block;
         leave_to_host();
     }
@@ -132,6 +134,7 @@ void start_block(unsigned number) {
     }
     ++statistics.blocks;
     statistics.threads += count;
+    run.clusters[number / run.shape.cluster].expected += count;
     run.blocks.push_back(std::move(block));
 }
 
@@ -154,6 +157,11 @@ void check_shape(const std::string& name, const Shape& shape) {
     if (shape.shared_bytes > settings.shared_bytes_per_block)
         refuse(std::to_string(shape.shared_bytes) + " bytes of shared memory; a block has at most " +
                std::to_string(settings.shared_bytes_per_block));
+    if ((shape.cluster > 1 || shape.dependent) && settings.compute_capability < 90)
+        refuse("clusters and dependent launches begin with compute capability 9.0");
+    if (!shape.cluster || shape.cluster > MAX_CLUSTER || shape.blocks.x % shape.cluster)
+        refuse("clusters of " + std::to_string(shape.cluster) + " of " + std::to_string(shape.blocks.x) +
+               " blocks; accepted is what divides them, up to 8");
     int fit = 0;
     max_active_blocks(&fit, static_cast<int>(threads), shape.shared_bytes);
     if (shape.cooperative && blocks > static_cast<uint64_t>(fit) * static_cast<uint64_t>(settings.multiprocessors))
@@ -199,15 +207,17 @@ void run(const char* name, const Shape& shape, void (*call)(const void*), const 
     launch = &run;
     statistics = {};
     unbroken_accesses = 0;
-    std::vector<unsigned> order(blocks);
-    for (unsigned i = 0; i < blocks; ++i) order[i] = i;
-    for (unsigned i = blocks; i > 1; --i) std::swap(order[i - 1], order[draw(i)]);
-    // Blocks of an ordinary launch may not count on one another: few are there at once, and how many is drawn.
-    const size_t at_once = shape.cooperative ? blocks : 1 + draw(4);
+    const unsigned cluster = shape.cluster, clusters = blocks / cluster;
+    std::vector<unsigned> order(clusters);
+    for (unsigned i = 0; i < clusters; ++i) order[i] = i;
+    for (unsigned i = clusters; i > 1; --i) std::swap(order[i - 1], order[draw(i)]);
+    // Clusters of an ordinary launch may not count on one another: few are there at once, and how many is drawn.
+    const size_t at_once = shape.cooperative ? blocks : (1 + draw(4)) * cluster;
     unsigned started = 0;
     try {
         while (run.error.empty()) {
-            while (started < blocks && run.blocks.size() < at_once) start_block(order[started++]);
+            for (; started < clusters && run.blocks.size() + cluster <= at_once; ++started)
+                for (unsigned rank = 0; rank < cluster; ++rank) start_block(order[started] * cluster + rank);
             if (run.blocks.empty()) break;
             Thread* first = next_thread();
             run.finished = nullptr;

@@ -20,11 +20,12 @@ constexpr unsigned LANES = 32;
 constexpr unsigned BARRIERS = 16;
 constexpr unsigned MAX_THREADS = 1024;
 constexpr unsigned MAX_BLOCKS = 1 << 16;
+constexpr unsigned MAX_CLUSTER = 8;
 
 struct Block;
 struct Warp;
 
-enum class Waits { nothing, block_barrier, named_barrier, collective, counter };
+enum class Waits { nothing, block_barrier, named_barrier, collective, counter, cluster_barrier };
 enum class Collective { shuffle, ballot, warp_barrier, ldmatrix, ldmatrix_trans, mma_bf16, mma_fp16 };
 
 // A copy of up to 16 bytes under way. The bytes of the source are kept: nobody may change them before the copy is done.
@@ -59,6 +60,8 @@ struct Thread {
     uint64_t polled_event = 0;
     std::vector<AsyncCopy> copies;
     unsigned group = 0;  // that the next copy belongs to
+    uint64_t cluster_phase = 0;  // of its cluster's barrier, in which it arrived
+    bool cluster_arrived = false, awaited = false;  // and has not waited yet; has met griddepcontrol.wait
 
     bool knows(const Entry& entry) const;
 };
@@ -103,6 +106,13 @@ struct Block {
     unsigned alive = 0;
 };
 
+struct ClusterBarrier {
+    unsigned expected = 0, arrived = 0;
+    uint64_t phase = 0;
+    Ref<Knowledge> gathered, published;
+    std::vector<Thread*> waiting;
+};
+
 struct Statistics {
     uint64_t blocks, threads, switches, block_barriers, named_barriers, warp_barriers, collectives, mma, ldmatrix;
     uint64_t async_copies, counter_adds, counter_polls, atomics, shared_accesses, global_accesses, global_bytes_read,
@@ -131,6 +141,7 @@ struct Launch {
     std::vector<Thread*> polling;  // parked until a counter changes
     uint64_t counter_events = 0, idle_rounds = 0, idle_rounds_in_all = 0, accesses_when_idle = 0;
     std::unordered_map<const void*, Ref<Knowledge>> counters;
+    std::unordered_map<unsigned, ClusterBarrier> clusters;
     Fiber host;
     Block* finished = nullptr;
     std::string error;
@@ -165,6 +176,10 @@ uint32_t add_at_once(uint32_t* at, uint32_t value, bool ordered, void* site);
 // The participants know, from here on, all that each of them knew.
 void meet(const std::vector<Thread*>& participants);
 void arrive_at_exit(Thread& thread);
+// All that the thread knows, its own doings included, which are of an epoch that ends here; and what it hears of others.
+Ref<Knowledge> publish(Thread& thread);
+void learn(Thread& thread, const Ref<Knowledge>& news);
+void check_exit(Thread& thread);  // of clusters and dependent launches
 
 #define SMOLVLA_SIMT_SITE __builtin_extract_return_addr(__builtin_return_address(0))
 

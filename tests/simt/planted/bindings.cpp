@@ -12,7 +12,7 @@ PYBIND11_MODULE(_planted, m) {
     simt::bind(m);
     const auto groups = [] {
         return std::vector{planted::memory_kernels(), planted::order_kernels(), planted::warp_kernels(),
-                           planted::primitives()};
+                           planted::cluster_kernels(), planted::primitives()};
     };
     m.def(
         "run",
@@ -28,11 +28,11 @@ PYBIND11_MODULE(_planted, m) {
         py::arg("name"), py::arg("mended"), py::arg("a"), py::arg("b"));
     m.def(
         "launch",
-        [](unsigned blocks, unsigned threads, size_t shared_bytes, bool cooperative) {
+        [](unsigned blocks, unsigned threads, size_t shared_bytes, bool cooperative, unsigned cluster) {
             planted::launch("empty", static_cast<planted::Kernel>([](planted::Args) {}),
-                            {blocks, threads, shared_bytes, cooperative}, nullptr, planted::Args{});
+                            {blocks, threads, shared_bytes, cooperative, cluster}, nullptr, planted::Args{});
         },
-        py::arg("blocks"), py::arg("threads"), py::arg("shared_bytes"), py::arg("cooperative"));
+        py::arg("blocks"), py::arg("threads"), py::arg("shared_bytes"), py::arg("cooperative"), py::arg("cluster") = 1);
     m.def("names", [groups] {
         std::vector<std::string> names;
         for (const auto& group : groups())

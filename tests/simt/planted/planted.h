@@ -27,6 +27,7 @@ struct Entry {
 const std::vector<Entry>& memory_kernels();
 const std::vector<Entry>& order_kernels();
 const std::vector<Entry>& warp_kernels();
+const std::vector<Entry>& cluster_kernels();
 const std::vector<Entry>& primitives();
 
 }  // namespace planted

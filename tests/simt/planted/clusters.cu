@@ -1,0 +1,124 @@
+// Clusters of blocks, and launches that begin before those ahead of them have ended.
+#include "planted.h"
+
+namespace planted {
+namespace {
+
+constexpr unsigned THREADS = 64;
+constexpr int RANKS = 4;
+
+// Each thread adds up what its like in every block has put there.
+__device__ __forceinline__ float sum_of_ranks(const float* own) {
+    float sum = 0.0f;
+    for (int rank = 0; rank < RANKS; ++rank) sum = 2.0f * sum + load_cluster(own, rank);
+    return sum;
+}
+
+__device__ __forceinline__ void meet(bool wanted) {
+    if (!wanted) return;
+    cluster_arrive();
+    cluster_wait();
+}
+
+__device__ __forceinline__ void sums_of_cluster(const Args& p, bool before, bool after) {
+    SMOLVLA_SHARED(memory);
+    auto* own = reinterpret_cast<float*>(memory) + threadIdx.x;
+    *own = 0.0f;
+    meet(true);
+    *own = static_cast<float>(cluster_rank() + 1);
+    meet(before);
+    p.a[blockIdx.x * THREADS + threadIdx.x] = static_cast<uint32_t>(sum_of_ranks(own));
+    meet(after);
+}
+
+__global__ void cluster_sums(Args p) { sums_of_cluster(p, true, true); }
+__global__ void cluster_barrier_missing(Args p) { sums_of_cluster(p, p.mended, true); }
+__global__ void cluster_ends_too_early(Args p) { sums_of_cluster(p, true, p.mended); }
+
+__global__ void block_barrier_for_a_cluster(Args p) {
+    SMOLVLA_SHARED(memory);
+    auto* own = reinterpret_cast<float*>(memory) + threadIdx.x;
+    *own = 1.0f;
+    meet(true);
+    const float sum = sum_of_ranks(own);
+    if (p.mended)
+        meet(true);
+    else
+        __syncthreads();
+    *own = sum;
+    meet(true);
+}
+
+__global__ void cluster_rank_outside(Args p) {
+    SMOLVLA_SHARED(memory);
+    auto* own = reinterpret_cast<float*>(memory) + threadIdx.x;
+    *own = 1.0f;
+    meet(true);
+    p.a[blockIdx.x * THREADS + threadIdx.x] = static_cast<uint32_t>(load_cluster(own, p.mended ? RANKS - 1 : RANKS));
+    meet(true);
+}
+
+__global__ void cluster_wait_alone(Args p) {
+    if (p.mended) cluster_arrive();
+    cluster_wait();
+}
+
+__global__ void cluster_arrives_twice(Args p) {
+    cluster_arrive();
+    if (!p.mended) cluster_arrive();
+    cluster_wait();
+}
+
+__global__ void cluster_never_waits(Args p) {
+    cluster_arrive();
+    if (p.mended) cluster_wait();
+}
+
+__global__ void read_too_early(Args p) {
+    if (p.mended) await_earlier_launches();
+    const uint32_t word = p.b[threadIdx.x];
+    await_earlier_launches();
+    p.a[threadIdx.x] = word;
+}
+
+__global__ void copied_too_early(Args p) {
+    SMOLVLA_SHARED(memory);
+    if (p.mended) await_earlier_launches();
+    cp_async_16(memory + 16 * threadIdx.x, p.b + 4 * threadIdx.x);
+    cp_async_commit();
+    await_earlier_launches();
+    cp_async_wait<0>();
+}
+
+__global__ void written_too_early(Args p) {
+    if (p.mended) await_earlier_launches();
+    p.a[threadIdx.x] = 1;
+    await_earlier_launches();
+}
+
+__global__ void never_waits_for_launches(Args p) {
+    if (p.mended || threadIdx.x < 40) await_earlier_launches();
+}
+
+}  // namespace
+
+const std::vector<Entry>& cluster_kernels() {
+    static const Grid two{2 * RANKS, THREADS, 16 * THREADS, false, RANKS}, early{1, THREADS, 16 * THREADS, false, 1, true};
+    static const std::vector<Entry> all = {
+        {"cluster_sums", cluster_sums, two},
+        {"cluster_barrier_missing", cluster_barrier_missing, two},
+        {"cluster_ends_too_early", cluster_ends_too_early, two},
+        {"block_barrier_for_a_cluster", block_barrier_for_a_cluster, two},
+        {"cluster_rank_outside", cluster_rank_outside, two},
+        {"cluster_wait_alone", cluster_wait_alone, two},
+        {"cluster_arrives_twice", cluster_arrives_twice, two},
+        {"cluster_never_waits", cluster_never_waits, two},
+        {"read_too_early", read_too_early, early},
+        {"copied_too_early", copied_too_early, early},
+        {"written_too_early", written_too_early, early},
+        {"never_waits_for_launches", never_waits_for_launches, early},
+    };
+    return all;
+}
+
+}  // namespace planted
