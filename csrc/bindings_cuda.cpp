@@ -9,6 +9,7 @@
 #include "cuda/device.h"
 #include "cuda/euler_step.h"
 #include "cuda/image_prep.h"
+#include "cuda/linear_residual.h"
 #include "cuda/masked_attention.h"
 
 #if defined(SMOLVLA_SIMT)
@@ -93,6 +94,22 @@ PYBIND11_MODULE(SMOLVLA_MODULE, m) {
         },
         py::arg("inputs"), py::arg("dtypes"), py::arg("mask"), py::arg("offset"), py::arg("out"), py::arg("strides"),
         py::arg("offset_stride"), py::arg("sizes"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+    m.attr("linear_residual_cols") = kLinearResidualCols;
+    m.def("linear_residual_clusters", &linear_residual_clusters,
+          "clusters of linear_residual that the current device runs at once; 0: none, or no code for them");
+    m.def(
+        "linear_residual",
+        [](const std::array<uintptr_t, 3>& inputs, uintptr_t y, const std::array<uintptr_t, 3>& next,
+           const std::array<bool, 2>& fp32, const std::array<int64_t, 3>& strides, const std::array<int, 3>& sizes,
+           bool dependent, bool weight_settled, uintptr_t stream) {
+            linear_residual({at<void>(inputs[0]), at<void>(inputs[1]), at<void>(inputs[2]), at<void>(y),
+                             at<void>(next[0]), at<void>(next[1]), at<float>(next[2]), fp32[0], fp32[1], strides[0],
+                             strides[1], strides[2], sizes[0], sizes[1], sizes[2], dependent, weight_settled},
+                            at<void>(stream));
+        },
+        py::arg("inputs"), py::arg("y"), py::arg("next"), py::arg("fp32"), py::arg("strides"), py::arg("sizes"),
+        py::arg("dependent"), py::arg("weight_settled"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>());
     m.def(
         "denoise_resources",
         [](const std::array<int, 12>& sizes) {

@@ -3,7 +3,8 @@
     gap + max(waves · chain, start + latency + max(HBM, L2, busiest)) + end
 
 - chain: what a program waits for, one behind the other, however fast the machine: trips · latency + tails · L2's latency +
-  operations · their clocks. waves: how often the multiprocessors are filled. start, end: of a program.
+  operations · their clocks + what a cluster exchanges. waves: how often the multiprocessors are filled. start, end: of a
+  program.
 - HBM: bytes that are not in L2, which holds what was touched last. L2: what all programs move, what a cluster shares once.
   busiest: the multiprocessor with the most programs, by its port to L2 or by its units (products, and exponents behind
   them, or beside them where the kernel overlaps them).
@@ -58,6 +59,8 @@ class GPU:
     latency_hbm: Constant
     latency_l2: Constant
     operation: Constant
+    exchange: Constant
+    cluster_port: Constant
     start: Constant
     end: Constant
     gap: Constant
@@ -106,6 +109,8 @@ H100 = GPU(
     latency_hbm=Constant(800, "clocks", "assumed, under load; idle ones: arXiv 2402.13499"),
     latency_l2=Constant(400, "clocks", "assumed, under load; idle ones: arXiv 2402.13499"),
     operation=Constant(120, "clocks", "a product, reduction or barrier on whose result the next waits; assumed" ),
+    exchange=Constant(380, "clocks", "a cluster's barrier and a load behind it from a neighbour; assumed"),
+    cluster_port=Constant(14, "B/clock", "from neighbours' shared memory; assumed, about as in arXiv 2402.13499"),
     start=Constant(400, "clocks", "of a program, before its first load; assumed"),
     end=Constant(300, "clocks", "from its last store to the next node; assumed"),
     gap=Constant(1.0e-6, "s", "between two nodes of a graph; assumed"),
@@ -201,6 +206,7 @@ def price_node(gpu: GPU, node: Node, work: Work, weights: float, hbm: float, bef
     latency = gpu.latency_l2.value + left * (gpu.latency_hbm.value - gpu.latency_l2.value)
     start = (1.0 - share) * gpu.start.value
     waits = work.trips * latency + work.tails * gpu.latency_l2.value + work.operations * gpu.operation.value
+    waits += work.exchanges * gpu.exchange.value + work.exchanged / gpu.cluster_port.value
     waves = ceil(work.programs / (gpu.multiprocessors.value * resident(gpu, work)))
     chain = gpu.seconds(start + waits + (waves - 1) * (gpu.start.value + waits))
 

@@ -38,6 +38,7 @@ class Work:
     trips       waits for memory one behind the other: the loop's steps by the loads in flight
     tails       such waits behind the loop, for what is in L2
     operations  products, reductions and barriers one behind the other
+    exchanges   barriers of a cluster, with a load from a neighbour behind each      exchanged  bytes of these loads
     serialized  ptxas lets no product run beside another      library  of a vendor
     overlapped  exponents run beside products
     """
@@ -57,6 +58,8 @@ class Work:
     library: bool = False
     overlapped: bool = False
     multicast: float = 0.0
+    exchanges: float = 0.0
+    exchanged: float = 0.0
 
 
 Rule = Callable[[Node], Work]
@@ -100,6 +103,29 @@ def _gemm(
         exponents=rows * cols if activation else 0.0,
         trips=max(1.0, steps / flying), tails=tails + 3 * (split > 1), operations=steps + (split > 1) + tails,
         serialized=_serialized(node),
+    )  # fmt: skip
+
+
+def by_cluster(node: Node) -> Node:
+    """A launch of linear_residual with few rows and a long K as csrc/cuda/linear_residual.cu makes it, any other as it is.
+    Blocks of 64 x 64 outputs, in clusters of eight that share K."""
+    a = node.arguments
+    if node.name != "linear_residual_fwd" or a["rows"] > 64 or a["inputs"] < 8 * 64:
+        return node
+    return replace(node, name="linear_residual_cluster", grid=(8 * ceil(a["outputs"] / 64),))
+
+
+def _cluster_residual(node: Node) -> Work:
+    """Steps of 64 of K, four of them in flight; then each block reads an eighth of the rows of its neighbours' sums. The
+    residual is there by then."""
+    a, stream = node.arguments, node.arguments["residual_ptr"].dtype.itemsize
+    steps = ceil(a["inputs"] / 64 / 8)
+    following = 2 if a["HAS_NEXT"] else 0
+    return Work(
+        programs=prod(node.grid), warps=8, registers=64, shared=4 * 2 * 64 * 64 * 2 + 64 * 72 * 4,
+        moved=2 * 64 * steps * (a["rows"] + 64) + a["rows"] / 8 * 64 * (2 * stream + following),
+        flops=2 * 64 * 64 * 64 * steps, unit="bf16", trips=max(1.0, steps / 4), operations=steps,
+        exchanges=1, exchanged=a["rows"] * 64 * 4 * 7 / 8,
     )  # fmt: skip
 
 
@@ -222,6 +248,7 @@ RULES: dict[str, Rule] = {
     "linear_fwd": lambda n: _gemm(n, "x_ptr", "weight_ptr", n.arguments["inputs"], tails=1.0,
                                   activation=bool(n.arguments["ACTIVATION"])),
     "linear_residual_fwd": lambda n: _gemm(n, "x_ptr", "weight_ptr", n.arguments["inputs"], tails=1.0),
+    "linear_residual_cluster": _cluster_residual,
     "norm_swiglu_fwd": lambda n: _gemm(n, "x_ptr", "gate_weight_ptr", n.arguments["inputs"], products=2, activation=True),
     "norm_qkv_rope_fwd": lambda n: _gemm(n, "x_ptr", "q_weight_ptr", n.arguments["inputs"], products=2, tails=1.0),
     "cross_kv_fwd": lambda n: _gemm(n, "k_ptr", "k_weight_ptr", n.arguments["width"]),

@@ -1,10 +1,10 @@
 """Who computes a call of an op: by a plan where one was measured, else by the defaults.
 
 Each op of a table that has several candidates becomes a ``Choice``. It looks a call's shape class up once and remembers the
-answer. Candidates are named after who computes: "cpu", "triton" and "cuda" (our kernels), "onednn", "aten" (``F.linear``),
-"cublaslt" (its GELU epilogue), "torch", "sdpa" (whose torch likes), "flash-sdpa" (torch's FlashAttention), "cudnn", "flash"
-(the package flash-attn), "apart" (masked_attention, then linear_residual); a Triton kernel with another tile than its
-default has the tile behind its name.
+answer. Candidates are named after who computes: "cpu", "triton" and "cuda" (our kernels; of "cuda" those that the GPU runs),
+"onednn", "aten" (``F.linear``), "cublaslt" (its GELU epilogue), "torch", "sdpa" (whose torch likes), "flash-sdpa" (torch's
+FlashAttention), "cudnn", "flash" (the package flash-attn), "apart" (masked_attention, then linear_residual); a Triton kernel
+with another tile than its default has the tile behind its name.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Choice:
     def function(self, name: str) -> Callable[..., Any]:
         name, _, tile = name.partition(" ")
         function = self.candidates[name]
-        if "triton" in self.candidates and name not in ("triton", "apart"):
+        if "triton" in self.candidates and name != "triton" and not _takes_hints(function):
             function = partial(_without_hints, function)
         return partial(_with_tile, function, _tile(tile)) if tile else function
 
@@ -135,6 +135,10 @@ def _tile(text: str) -> Any:
         return tile_from_json(text)
     except ValueError:
         return None
+
+
+def _takes_hints(function: Callable[..., Any]) -> bool:
+    return not signature(function).parameters.keys().isdisjoint(HINTS)
 
 
 def _without_hints(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -225,8 +229,12 @@ def _candidates(ops: Ops, device: torch.device, backends: Collection[str]) -> di
         sources = [("triton", exports(triton)), *sources]
     if "cuda" in backends:
         from .cuda import ops as cuda
+        from .cuda.linear_residual import why_no_clusters
 
-        sources.append(("cuda", exports(cuda)))
+        own_ops = exports(cuda)
+        if why_no_clusters(device):
+            del own_ops["linear_residual"]
+        sources.append(("cuda", own_ops))
     found: dict[str, Candidates] = {}
     for name, functions in sources:
         for op, function in functions.items():

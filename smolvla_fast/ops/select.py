@@ -45,13 +45,18 @@ def reference_ops() -> Ops:
 
 def _cuda(device: torch.device, plan: Plan | None) -> Ops:
     """CUDA C++ where there is a kernel, all the rest by Triton, or by torch where that cannot serve."""
-    from .cuda import masked_attention
+    from .cuda import linear_residual, masked_attention
     from .cuda import ops as module
 
     fallback = "triton" if device.type == "cuda" and why_not("triton", device) is None else "torch"
     below = choose(backend_ops(fallback), device, fallback, plan)
     attention = masked_attention.masked_attention_or_fallback(below.masked_attention, below.prepare_mask)
-    ops = derive("cuda", module, below, fallback=below, masked_attention=attention)
+    product, no_clusters = below.linear_residual, linear_residual.why_no_clusters(device)
+    if no_clusters is None:
+        product = linear_residual.linear_residual_or_fallback(product)
+    ops = derive("cuda", module, below, fallback=below, masked_attention=attention, linear_residual=product)
+    if no_clusters is not None:
+        ops.missing["linear_residual"] = no_clusters
     by_ops = plan is not None and plan.choices.get(LOOP) == "ops"
     return replace(ops, denoise_persistent=None) if by_ops else ops
 

@@ -20,7 +20,7 @@ from benchmarks.gpu_account.__main__ import PAGE
 from benchmarks.gpu_account.page import BEFORE, Account, counts, markdown, of_result
 from benchmarks.gpu_account.price import H100, L2, Priced, price, price_node, total
 from benchmarks.gpu_account.recording import AROUND, Node, Operand, record
-from benchmarks.gpu_account.work import Work, serialized_by_ptxas, works_of
+from benchmarks.gpu_account.work import Work, by_cluster, serialized_by_ptxas, works_of
 
 MADE_BY = f"with torch {torch.__version__.partition('+')[0]},"
 
@@ -125,6 +125,7 @@ def test_every_constant_has_a_source_and_a_say(account: Account, name: str) -> N
     rare = [
         *[replace(WORK, programs=264, shared=100 * 1024, trips=10.0)] * 1000,
         replace(WORK, flops=1e7),
+        replace(WORK, exchanges=1e4, exchanged=1e6),
         replace(WORK, flops=1e8, unit="bf16", serialized=True),
     ]
     found, wrong = (
@@ -132,6 +133,18 @@ def test_every_constant_has_a_source_and_a_say(account: Account, name: str) -> N
         for gpu in (H100, other)
     )
     assert found != pytest.approx(wrong, rel=1e-3)  # the sums differ by more than their rounding
+
+
+def test_sums_of_a_cluster_are_priced(account: Account) -> None:
+    """Of the launches with few rows and a long K alone; what a cluster exchanges is part of the wait."""
+    nodes = account.recording.nodes
+    changed = [(a, b) for a, b in zip(nodes, map(by_cluster, nodes), strict=True) if a != b]
+    assert len(changed) == 160 and all(a.arguments["inputs"] == 2048 for a, _ in changed)
+    default, cluster = (works_of(each)[0] for each in changed[0])
+    assert cluster.programs == 96 and cluster.moved < default.moved
+    waiting = replace(cluster, trips=50.0)
+    assert us(replace(waiting, exchanges=11)) - us(waiting) == pytest.approx(10 * 380 / 1755)
+    assert us(replace(waiting, exchanged=waiting.exchanged + 14e3)) - us(waiting) == pytest.approx(1e3 / 1755)
 
 
 def test_dependent_launch_hides_what_reads_weights_alone() -> None:

@@ -17,13 +17,15 @@ from smolvla_fast.ops.select import reference_ops, select
 from smolvla_fast.ops.table import Ops
 from smolvla_fast.testing import denoise_loop as loop
 
+MORE = {"linear_residual": [dict(rows=3, inputs=2120, outputs=8)]}
+"""Small, and with more of K than is in flight at once."""
 SMALL_FLOPS = 3e7
 """Under a sanitizer a kernel takes tens to hundreds of times as long; of these sizes it is done in seconds."""
 
 
 def single_ops(ops: Ops, device: torch.device) -> None:
-    for op in ("image_prep", "masked_attention", "euler_step"):
-        for case in reference_module(op).CASES:
+    for op in ("image_prep", "masked_attention", "euler_step", "linear_residual"):
+        for case in [*reference_module(op).CASES, *MORE.get(op, ())]:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 if reference_module(op).cost(case, 4).flops <= SMALL_FLOPS:
                     check(reference_ops(), ops, op, case, dtype, device=device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -197,13 +198,16 @@ Make = Callable[..., Any]
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A GPU as far as the table asks for one; what the compiled library says of it is ``says``."""
-    found = SimpleNamespace(capability=(9, 0), missing="", says=lambda index: {"code_version": 90})
+    said = {"code_version": 90, "ptx_version": 90, "compute_capability": 90}
+    found = SimpleNamespace(capability=(9, 0), missing="", says=lambda index: said, clusters=16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: found.capability)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(extension, "why_missing", lambda kind: found.missing)
-    monkeypatch.setattr(
-        extension, "load", lambda kind: SimpleNamespace(device=lambda index: found.says(index))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    library_of_it = SimpleNamespace(
+        device=lambda index: found.says(index), linear_residual_clusters=lambda: found.clusters
     )
+    monkeypatch.setattr(extension, "load", lambda kind: library_of_it)
     monkeypatch.setattr(extension, "build_record", lambda: {"cuda": {"archs": ["80", "90a"]}})
     library._why_no_code.cache_clear()
     yield found
@@ -255,13 +259,42 @@ def test_fp8_is_not_for_it(gpu: Any) -> None:
         select("cuda", CUDA, stock_order=False, quantized="e4m3")
 
 
+@pytest.mark.parametrize(
+    ("says", "clusters", "reason"),
+    [
+        (dict(ptx_version=80), 16, "`SMOLVLA_CUDA_ARCHS=90 pip install .` compiles it"),
+        (dict(ptx_version=90), 0, "no part of this GPU runs eight blocks as a cluster"),
+        (
+            dict(compute_capability=89),
+            16,
+            "compute capability 8.9 has no clusters of blocks; accepted is 9.0",
+        ),
+    ],
+)
+def test_a_gpu_that_runs_no_clusters(gpu: Any, says: dict[str, int], clusters: int, reason: str) -> None:
+    """linear_residual is Triton's there, with the reason; all else is as ever."""
+    pytest.importorskip("triton")
+    gpu.says, gpu.clusters = lambda index: {"compute_capability": 90, "ptx_version": 90} | says, clusters
+    ops = select("cuda", CUDA, False)
+    assert ops.fallback is not None and ops.linear_residual is ops.fallback.linear_residual
+    assert ops.masked_attention is not ops.fallback.masked_attention
+    assert reason in {(row.op, row.backend): row.reason for row in table(CUDA)}["linear_residual", "cuda"]
+
+
 def test_the_table_says_who_serves_a_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU Triton's table with the kernels in it; without Triton torch's. ``auto`` takes Triton."""
     pytest.importorskip("triton")
     ops = select("cuda", CUDA, False)
     triton = ops.fallback
     assert triton is not None and triton.backend == "triton"
-    own = ("image_prep", "masked_attention", "euler_step", "denoise_persistent", "prepare_mask")
+    own = (
+        "image_prep",
+        "masked_attention",
+        "euler_step",
+        "linear_residual",
+        "denoise_persistent",
+        "prepare_mask",
+    )
     for name in backends.NAMES:  # Triton's fused attention would pass over the kernel here
         assert (getattr(ops, name) is not getattr(triton, name)) == (name in (*own, "attention_residual")), (
             name

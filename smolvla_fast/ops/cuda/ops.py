@@ -8,6 +8,7 @@ from torch import Tensor
 from .denoise_persistent import denoise_persistent, why_not_persistent
 from .euler_step import euler_step
 from .image_prep import image_prep
+from .linear_residual import linear_residual
 from .masked_attention import masked_attention
 
 

@@ -1,0 +1,132 @@
+"""Output projection and residual add by clusters of blocks that share K; csrc/cuda/linear_residual.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.launch_order import take_may_begin_early
+from ..next_norm import NextNorm
+from . import library
+
+MIN_CAPABILITY = 90
+"""The first with clusters of blocks that read each other's shared memory."""
+_STREAMS = (torch.float32, torch.bfloat16)
+_BF16 = (torch.bfloat16,)
+FEW_ROWS = 64
+"""Of a tile. Of more rows each tile reads the weight again, which larger tiles do less often."""
+# What CUDA accepts as the second extent of a grid, in tiles.
+_MAX_ROWS = 65535 * FEW_ROWS
+
+
+def why_no_clusters(device: torch.device) -> str | None:
+    """Why a device that takes this library's code does not run the kernel, or None."""
+    kernels, index = library.library(device), -1
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+    found = kernels.device(max(index, 0))
+    have = found["compute_capability"]
+    if have < MIN_CAPABILITY:
+        return f"compute capability {have // 10}.{have % 10} has no clusters of blocks; accepted is 9.0 and later"
+    if found["ptx_version"] < MIN_CAPABILITY:
+        return (
+            f"smolvla_fast._cuda has code with clusters for no GPU like this one; `SMOLVLA_CUDA_ARCHS={have} pip install .` "
+            "compiles it"
+        )
+    with torch.cuda.device(index):
+        if not kernels.linear_residual_clusters():
+            return "no part of this GPU runs eight blocks as a cluster"
+    return None
+
+
+def why_not_linear_residual(x: Tensor, weight: Any, residual: Tensor) -> str | None:
+    """Why the kernel has no code for these operands, or None."""
+    if not isinstance(weight, Tensor) or x.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16:
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        return f"x is {x.dtype}, weight {kind}; accepted is bfloat16 of both"
+    if residual.dtype not in _STREAMS:
+        return f"residual is {residual.dtype}; accepted are float32 and bfloat16"
+    if weight.shape[1] % 8 or not weight.shape[1]:
+        return f"{weight.shape[1]} inputs; accepted are multiples of 8"
+    return None
+
+
+def linear_residual(
+    x: Tensor, weight: Any, residual: Tensor, *, out: Tensor | None = None, next_norm: NextNorm | None = None
+) -> Tensor:
+    """``y = residual + x · weightᵀ``.
+
+    x        [..., I]  bf16, I a multiple of 8      weight  [O, I]  bf16      residual  [..., O]  fp32 | bf16
+             elements of a row side by side, rows of x and weight at multiples of 16 bytes; other x is copied
+    out      not used
+    next_norm  ``ops.next_norm.NextNorm``, filled in for the norm that reads y
+    returns  [..., O]  dtype of residual, fresh
+    numerics products of bf16 with fp32 sums, the residual added in fp32, one rounding; parts of K are added in their order,
+             so bits are equal in every run
+    errors   ValueError for other shapes, strides, dtypes or devices; ``why_not_linear_residual`` tells beforehand.
+             RuntimeError for a device that has no clusters (``why_no_clusters``), or with CUDA's own words
+    replaces ``o_proj`` / ``down_proj`` and the in-place add behind them
+    """
+    reason = why_not_linear_residual(x, weight, residual)
+    if reason is not None:
+        raise ValueError(f"linear_residual: {reason}")
+    outputs, inputs = weight.shape
+    lead = x.shape[:-1]
+    library.check(
+        "linear_residual", "residual", residual, (*lead, outputs), _STREAMS, like=x, contiguous=False
+    )
+    rows, stream = x.reshape(lead.numel(), x.shape[-1]), residual.reshape(lead.numel(), outputs)
+    if rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    if stream.stride(1) != 1:
+        stream = stream.contiguous()
+    library.check("linear_residual", "x", rows, (lead.numel(), inputs), _BF16, contiguous=False)
+    library.check(
+        "linear_residual", "weight", weight, (outputs, inputs), _BF16, like=x, contiguous=False, aligned=16
+    )
+    if weight.stride(1) != 1 or weight.stride(0) % 8 or lead.numel() > _MAX_ROWS:
+        raise ValueError(
+            f"linear_residual: weight has strides {weight.stride()}, x {lead.numel()} rows; accepted are elements of a row "
+            f"side by side, rows at multiples of 8, and at most {_MAX_ROWS} rows of x"
+        )
+    kernels = library.library(x.device)
+    y = torch.empty(*lead, outputs, dtype=residual.dtype, device=x.device)
+    norm_weight = None
+    if next_norm is not None:
+        norm_weight = next_norm.weight
+        library.check("linear_residual", "next_norm.weight", norm_weight, (outputs,), _STREAMS, like=x)
+        parts = -(-outputs // kernels.linear_residual_cols)
+        next_norm.rows = torch.empty_like(y, dtype=torch.bfloat16)
+        next_norm.squares = torch.empty(parts, lead.numel(), dtype=torch.float32, device=x.device)
+    if not y.numel():
+        return y
+    next_norm = next_norm or NextNorm(weight, torch.bfloat16)
+    # A launch goes to the device that is current.
+    with torch.cuda.device_of(x):
+        kernels.linear_residual(
+            inputs=[library.address(tensor) for tensor in (rows, weight, stream)],
+            y=library.address(y),
+            next=[library.address(each) for each in (norm_weight, next_norm.rows, next_norm.squares)],
+            fp32=[each is not None and each.dtype is torch.float32 for each in (residual, norm_weight)],
+            strides=(rows.stride(0), weight.stride(0), stream.stride(0)),
+            sizes=(len(rows), inputs, outputs),
+            dependent=take_may_begin_early(),
+            # A matrix that is no parameter may be a copy, which a launch of the same chunk makes.
+            weight_settled=isinstance(weight, nn.Parameter),
+            stream=library.stream(x.device),
+        )
+    return y
+
+
+def linear_residual_or_fallback(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``linear_residual`` of few rows, by ``fallback`` of others and where the kernel has no code for the operands."""
+
+    def serve(x: Tensor, weight: Any, residual: Tensor, **more: Any) -> Tensor:
+        few = x.shape[:-1].numel() <= FEW_ROWS
+        ours = few and why_not_linear_residual(x, weight, residual) is None
+        return (linear_residual if ours else fallback)(x, weight, residual, **more)
+
+    return serve

@@ -1,0 +1,325 @@
+"""linear_residual by clusters: bits of its order of sums, a drop-in for Triton's kernel, and none of its barriers idle."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from simt import on_the_host
+from simt.emulator import build
+from support.contract import nan_filled_memory
+from torch import Tensor, nn
+
+from smolvla_fast.kernels.launch_order import dependent_launches
+from smolvla_fast.ops.choice import Choice, choose
+from smolvla_fast.ops.cuda.linear_residual import linear_residual
+from smolvla_fast.ops.next_norm import NextNorm
+from smolvla_fast.ops.plan import Plan
+from smolvla_fast.ops.select import backend_ops, select, table
+from smolvla_fast.tune.check import allowance
+
+CPU = torch.device("cpu")
+STEP, ROUND = 64, 16
+"""Of K: what a block loads at once, and one instruction multiplies."""
+CASES = {
+    "one of all": (1, 8, 1),
+    "two blocks": (5, 72, 33),
+    "four blocks": (3, 264, 130),
+    "eight blocks, two row tiles": (65, 520, 47),
+    "more of K than is in flight": (9, 2632, 8),
+}
+
+
+class Given(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    residual: Tensor
+    norm: NextNorm
+
+
+def inputs(
+    case: str, stream: torch.dtype = torch.float32, settled: bool = True, norm: torch.dtype = torch.float32
+) -> Given:
+    rows, k, outputs = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, k, generator=generator).bfloat16()
+    weight = (torch.randn(outputs, k, generator=generator) * k**-0.5).bfloat16()
+    weight[0, 0] = 40.0  # an outlier
+    residual = (3 * torch.randn(rows, outputs, generator=generator)).to(stream)
+    weight = nn.Parameter(weight, requires_grad=False) if settled else weight
+    return Given(
+        x, weight, residual, NextNorm(torch.randn(outputs, generator=generator).to(norm), torch.bfloat16)
+    )
+
+
+def in_order(given: Given) -> Tensor:
+    """The sums as the kernel takes them: 16 of K at a time in each block, the blocks in the order of K, the residual.
+
+    The emulator's products are exact and rounded once a round, so the result has these bits."""
+    x, weight = given.x.double(), given.weight.double()
+    steps = -(-x.shape[1] // STEP)
+    ranks = 8 if steps >= 8 else 4 if steps >= 4 else 2
+    whole = torch.zeros(len(x), len(weight))
+    for rank in range(ranks):
+        part = torch.zeros_like(whole)
+        stop = min((rank + 1) * steps // ranks * STEP, x.shape[1])
+        for k in range(rank * steps // ranks * STEP, stop, ROUND):
+            some = slice(k, min(k + ROUND, stop))
+            part = (part.double() + x[:, some] @ weight[:, some].T).float()
+        whole += part
+    return (whole + given.residual.float()).to(given.residual.dtype)
+
+
+def wrong(given: Given) -> str | None:
+    """What is not as it should be of a call, or None."""
+    norm = given.norm
+    with nan_filled_memory(CPU):
+        y = linear_residual(given.x, given.weight, given.residual, next_norm=norm)
+    assert norm.rows is not None and norm.squares is not None
+    if y.dtype != given.residual.dtype or not torch.equal(y, in_order(given)):
+        return "other bits than in the order of K"
+    if not torch.equal(norm.rows, (y.float() * norm.weight.float()).bfloat16()):
+        return "rows for the next norm"
+    squares = (
+        torch.nn.functional.pad(y.double().square(), (0, -y.shape[1] % 64)).unflatten(1, (-1, 64)).sum(2).T
+    )
+    # Sums of 64 fp32 squares: each addition rounds once.
+    if norm.squares.shape != squares.shape or not torch.allclose(
+        norm.squares.double(), squares, rtol=64 * 2**-24, atol=0
+    ):
+        return "squares for the next norm"
+    return None
+
+
+@pytest.fixture
+def hopper(emulator: Any) -> Any:
+    emulator.configure(compute_capability=90)
+    return emulator
+
+
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_bits_and_error(hopper: Any, scheduler_seed: int, case: str, stream: torch.dtype) -> None:
+    """In the order of K whatever the order of threads; at most twice eager's error to fp64."""
+    hopper.configure(compute_capability=90)
+    given = inputs(case, stream, settled=scheduler_seed > 0, norm=stream)
+    assert wrong(given) is None
+    truth = given.residual.double() + given.x.double() @ given.weight.double().T
+    eager = given.residual + given.x @ given.weight.T
+    error, of_eager = ((y.double() - truth).abs().max().item() for y in (in_order(given), eager))
+    print(case, stream, error, of_eager)
+    assert error <= 2 * of_eager + allowance(truth, stream, given.x.shape[1])
+
+
+def test_leading_dimensions_and_views(hopper: Any) -> None:
+    """Batches, rows with gaps, and rows that do not begin at multiples of 16 bytes, which are copied first."""
+    given = inputs("four blocks")
+    want = linear_residual(given.x, given.weight, given.residual)
+    wide = torch.full((3, 300), torch.nan, dtype=torch.bfloat16)
+    for first in (8, 1):
+        wide[:, first : first + 264] = given.x
+        residual = torch.full((3, 137), torch.nan)
+        residual[:, 3:133] = given.residual
+        y = linear_residual(wide[:, first : first + 264], given.weight, residual[:, 3:133])
+        assert torch.equal(y, want)
+    y = linear_residual(given.x[:, None], given.weight, given.residual[:, None])
+    assert torch.equal(y, want[:, None])
+    assert linear_residual(given.x[:0], given.weight, given.residual[:0]).shape == (0, 130)
+
+
+def test_a_nan_stays_in_its_row(hopper: Any) -> None:
+    given = inputs("eight blocks, two row tiles")
+    given.x[64, 3] = torch.nan
+    y = linear_residual(given.x, given.weight, given.residual)
+    assert y[64].isnan().all() and not y[:64].isnan().any()
+
+
+def test_a_weight_that_a_launch_may_write_is_not_read_early(hopper: Any) -> None:
+    """A copy that the same chunk makes; ordinary launches read nothing early."""
+    given = inputs("four blocks", settled=False)
+    for dependent in (True, False):
+        with dependent_launches(dependent):
+            assert wrong(given) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(x=torch.ones(3, 264)), "x is torch.float32, weight torch.bfloat16; accepted is bfloat16 of both"),
+        (dict(weight=(None, None, None)), "weight tuple; accepted is bfloat16"),
+        (dict(residual=torch.ones(3, 130, dtype=torch.float64)), "residual is torch.float64; accepted are float32 and"),
+        (dict(residual=torch.ones(3, 129)), r"residual has shape \[3, 129\]; accepted is \[3, 130\]"),
+        (dict(x=torch.ones(3, 256).bfloat16()), r"x has shape \[3, 256\]; accepted is \[3, 264\]"),
+        (dict(weight=torch.ones(130, 12).bfloat16()), "12 inputs; accepted are multiples of 8"),
+        (dict(weight=torch.ones(264, 130).bfloat16().T), r"weight has strides \(1, 130\)"),
+        (dict(norm=NextNorm(torch.ones(129), torch.bfloat16)), r"next_norm.weight has shape \[129\]"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(hopper: Any, changes: dict[str, Any], said: str) -> None:
+    given = inputs("four blocks")._replace(**changes)
+    with pytest.raises(ValueError, match=f"linear_residual: .*{said}"):
+        linear_residual(given.x, given.weight, given.residual, next_norm=given.norm)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            dict(compute_capability=89),
+            "compute capability 8.9 has no clusters of blocks; accepted is 9.0 and later",
+        ),
+        (
+            dict(compute_capability=90, multiprocessors=7),
+            "no part of this GPU runs eight blocks as a cluster",
+        ),
+    ],
+)
+def test_without_clusters_the_fallback_serves(emulator: Any, settings: dict[str, int], reason: str) -> None:
+    """With the reason in the table that `doctor` prints; no plan can choose it there."""
+    emulator.configure(**settings)
+    ops = select("cuda", CPU, False)
+    assert ops.fallback is not None and ops.linear_residual is ops.fallback.linear_residual
+    rows = [row for row in table(CPU) if (row.op, row.backend) == ("linear_residual", "cuda")]
+    assert [(row.available, row.reason) for row in rows] == [(False, reason)]
+    given = inputs("four blocks")
+    choice = planned(given).linear_residual
+    assert "cuda" not in choice.candidates
+    assert choice(given.x, given.weight, given.residual).shape == (3, 130)
+
+
+def planned(given: Given) -> Any:
+    """Triton's table by a plan that has "cuda" serve this call."""
+    pytest.importorskip("triton")
+    name = f"linear_residual 4 {given.x.shape[1]}>{len(given.weight)} bfloat16"
+    return choose(backend_ops("triton"), CPU, "auto", Plan({name: "cuda"}))
+
+
+def test_a_plan_may_choose_it_in_the_chain_of_tritons_kernels(hopper: Any) -> None:
+    """It prepares the rows of the norm behind it, as Triton's kernel does."""
+    given = inputs("four blocks")
+    choice = planned(given).linear_residual
+    assert isinstance(choice, Choice)
+    y = choice(given.x, given.weight, given.residual, next_norm=given.norm)
+    assert list(choice.served.values()) == ["cuda"] and torch.equal(y, in_order(given))
+    assert given.norm.rows is not None and given.norm.squares is not None
+
+
+def test_other_operands_are_served_by_the_fallback(hopper: Any) -> None:
+    ops = select("cuda", CPU, False)
+    given = inputs("four blocks")
+    assert torch.equal(ops.linear_residual(given.x, given.weight, given.residual, out=None), in_order(given))
+    x, weight = given.x.float(), given.weight.float()
+    assert ops.fallback is not None
+    many = inputs("eight blocks, two row tiles")
+    for call in ((x, weight, given.residual), (many.x, many.weight, many.residual)):
+        assert torch.equal(ops.linear_residual(*call), ops.fallback.linear_residual(*call))
+
+
+# The source once more: every statement that orders memory, and every variant of an expression, is asked for by number.
+SOURCE = build.CSRC / "cuda" / "linear_residual.cu"
+ORDERING = (
+    r"(?:__syncthreads\(\)|cp_async_wait<.*?>\(\)|cluster_(?:arrive|wait)\(\)|await_earlier_launches\(\));"
+)
+BARRIERS = {"the barrier before the sums": (1, 2), "the barrier before the end": (3, 4)}
+"""The arrive and the wait of each, counted from 1."""
+WRONG = (
+    ("first + row < rows && at < inputs", "first + row < rows"),
+    ("load_cluster(own, from)", "load_cluster(own, rank)"),
+    ("part[from];", "part[RANKS - 1 - from]"),
+    ("y[i][half] + residual[i][half]", "y[i][half]"),
+    ("to_float(rounded)", "stored"),
+    ("to_bf16(stored * norm_weight[half])", "to_bf16(stored)"),
+    ("static_cast<int64_t>(col_tile) * p.rows + row", "row"),
+    ("rank * all_steps / RANKS,", "0"),
+    ("warp_sum(squares);", "squares"),
+)
+
+
+def switched_source() -> tuple[str, list[str]]:
+    places: list[str] = []
+    of_cluster = 0
+
+    def asked(found: re.Match[str]) -> str:
+        nonlocal of_cluster
+        line = text[: found.start()].count("\n") + 1
+        places.append(f"line {line} {found[0]}")
+        numbers = [len(places)]
+        if found[0].startswith("cluster_"):
+            of_cluster += 1
+            numbers += [100 + i for i, pair in enumerate(BARRIERS.values()) if of_cluster in pair]
+        return f"if ({' && '.join(f'smolvla_left_out != {number}' for number in numbers)}) {found[0]}"
+
+    text = SOURCE.read_text()
+    body = re.sub(ORDERING, asked, text)
+    for number, (right, other) in enumerate(WRONG, 200):
+        assert body.count(right) == 1, right
+        end = right[len(right.rstrip(",;")) :]
+        variant = f"(smolvla_left_out == {number} ? ({other}) : ({right.removesuffix(end)})){end}"
+        body = body.replace(right, variant)
+    return (
+        '\nextern "C" { __attribute__((visibility("default"))) int smolvla_left_out = 0; }\n' + body,
+        places,
+    )
+
+
+SWITCHED, PLACES = switched_source()
+NUMBERS = {name: i + 1 for i, name in enumerate(PLACES)}
+NUMBERS |= {name: 100 + i for i, name in enumerate(BARRIERS)} | {
+    right: i for i, (right, _) in enumerate(WRONG, 200)
+}
+
+
+@pytest.fixture(scope="module")
+def switched() -> Any:
+    source = build.WORK / "switched" / SOURCE.name
+    source.parent.mkdir(parents=True, exist_ok=True)
+    if not source.exists() or source.read_text() != SWITCHED:
+        source.write_text(SWITCHED)
+    others = [path for path in sorted(SOURCE.parent.glob("*.cu")) if path.name != SOURCE.name]
+    try:
+        return build.load("_simt_switched_residual", [*others, source], [build.CSRC / "bindings_cuda.cpp"])
+    except build.Unavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def leave_out(switched: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.c_int]:
+    switched.reset()
+    switched.configure(compute_capability=90)
+    on_the_host.install(monkeypatch, switched)
+    number = ctypes.c_int.in_dll(ctypes.CDLL(str(Path(switched.__file__))), "smolvla_left_out")
+    yield number
+    number.value = 0
+
+
+SHOWN_BY = tuple(
+    (case, stream, settled)
+    for case in ("four blocks", "more of K than is in flight")
+    for stream, settled in ((torch.bfloat16, True), (torch.float32, False))
+)
+
+
+def test_with_all_of_them(leave_out: ctypes.c_int) -> None:
+    assert len(PLACES) == 9, PLACES
+    for each in SHOWN_BY:
+        assert wrong(inputs(*each)) is None
+
+
+@pytest.mark.parametrize("place", NUMBERS)
+def test_nothing_can_be_left_out(leave_out: ctypes.c_int, place: str) -> None:
+    """Every barrier and wait, the two barriers of the cluster as a whole, and the arithmetic."""
+    leave_out.value = NUMBERS[place]
+    found = []
+    for each in SHOWN_BY:
+        try:
+            found.append(wrong(inputs(*each)))
+        except RuntimeError as error:
+            assert "linear_residual" in str(error)
+            found.append(str(error))
+    print(found)
+    assert any(found), f"nothing shows {place}"
