@@ -82,6 +82,7 @@ def contact(args: argparse.Namespace) -> list[Part]:
         stage("dependent_launches", 40, 0, "triton", label="dependent", rehearse=dry),
         stage("wavefront", 40, 0, "triton", rehearse=dry),
         stage("attention_candidates", 30, 0, label="candidates", rehearse=dry),
+        stage("residual_candidates", 40, 0, "triton", label="clusters", rehearse=dry),
         denoise_contracts(dry),
     ]
     if not args.part:

@@ -9,7 +9,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from support.contract import call_of, check, inputs_in, reference_module, sizes, to_device
@@ -24,6 +26,7 @@ from smolvla_fast.measure import system
 from smolvla_fast.measure.rounds import summary, timed_ms
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.availability import why_not
+from smolvla_fast.ops.cuda import linear_residual as by_cluster
 from smolvla_fast.ops.select import backend_ops, reference_ops, select
 from smolvla_fast.patch import engine_of
 from smolvla_fast.stages import wavefront as first_step
@@ -324,10 +327,31 @@ def attention_candidates(stage: Stage) -> None:
     stage.add(case=sizes(case))
 
 
+def residual_candidates(stage: Stage, backend: str) -> None:
+    """linear_residual of few rows and a long K by clusters of blocks and by Triton: alone, then in the chunk."""
+    reason = why_not("cuda", stage.device) or by_cluster.why_no_clusters(stage.device)
+    stage.add(why_not=reason)
+    if reason:
+        return
+    from benchmarks.suites.ops import cold_inputs
+    from smolvla_fast.ops.triton import ops as triton
+
+    ours, case = triton.linear_residual, dict(rows=50, inputs=2048, outputs=720)
+    with stage.attempt("alone"), gpu(alone=True), torch.no_grad():
+        found = cold_inputs("linear_residual", case, torch.bfloat16, stage.device)
+        given = [(x["x"], torch.nn.Parameter(x["weight"], False), x["residual"].float()) for x in found]
+        for name, call in (("triton", ours), ("cluster", by_cluster.linear_residual)):
+            stage.add(**{f"{name}_us": us_a_launch([partial(call, *each) for each in given], stage.device)})
+    other = by_cluster.linear_residual_or_fallback(ours)
+    with_and_without(
+        stage, backend, lambda it: patch.object(triton, "linear_residual", other if it else ours)
+    )
+
+
 STAGES: dict[str, Callable[..., None]] = {
     each.__name__: each
     for each in (
         machine, op, constants, barriers, policy, trace, stages, lerobot, loop, dependent_launches, wavefront,
-        attention_candidates,
+        attention_candidates, residual_candidates,
     )
 }  # fmt: skip

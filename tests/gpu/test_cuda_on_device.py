@@ -1,8 +1,10 @@
-"""Backend ``cuda`` on the GPU: its loop in one launch beside its ops one by one, which test_ops_on_device.py tests."""
+"""Backend ``cuda`` on the GPU: its loop in one launch beside its ops one by one, which test_ops_on_device.py tests; and
+its sums by clusters, alone and among Triton's kernels."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +12,11 @@ import torch
 
 import smolvla_fast
 from smolvla_fast.ops.availability import why_not
+from smolvla_fast.ops.cuda import linear_residual
+from smolvla_fast.ops.next_norm import NextNorm
 from smolvla_fast.patch import engine_of
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
+from smolvla_fast.tune.check import allowance
 from smolvla_fast.verify import rel_l2
 
 pytestmark = pytest.mark.gpu
@@ -126,6 +131,65 @@ def test_what_one_launch_does_not_serve_runs_op_by_op() -> None:
     assert "9" in now.fallback_reasons["denoise_persistent"] and now.calls_stock == 0
     chunk(policy, make_observation(policy, batch=8), make_noise(policy, batch=8))
     in_one_launch(policy)
+
+
+@pytest.fixture
+def clusters() -> None:
+    reason = linear_residual.why_no_clusters(DEVICE)
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("clusters")
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [(50, 2048, 720), (50, 960, 720), (177, 2560, 960), (65, 264, 47), (1, 8, 1)],
+)
+def test_sums_of_a_cluster(rows: int, inputs: int, outputs: int, stream: torch.dtype) -> None:
+    """Right, the next norm prepared, and equal bits in a hundred runs, with the weight read early and not."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    normal = partial(torch.randn, generator=generator, device=DEVICE)
+    x, residual = normal(rows, inputs).bfloat16(), (3 * normal(rows, outputs)).to(stream)
+    weight = (normal(outputs, inputs) * inputs**-0.5).bfloat16()
+    norm = NextNorm(normal(outputs), torch.bfloat16)
+    y = linear_residual.linear_residual(x, weight, residual, next_norm=norm)
+    truth = residual.double() + x.double() @ weight.double().T
+    error, of_eager = ((each.double() - truth).abs().max().item() for each in (y, residual + x @ weight.T))
+    print(error, of_eager)
+    assert error <= 2 * of_eager + allowance(truth, stream, inputs)
+    assert norm.rows is not None and torch.equal(norm.rows, (y.float() * norm.weight).bfloat16())
+    assert norm.squares is not None
+    # Sums of 64 fp32 squares each.
+    torch.testing.assert_close(norm.squares.sum(0), y.float().square().sum(1), rtol=1e-5, atol=0)
+    for settled in (weight, torch.nn.Parameter(weight, requires_grad=False)):
+        for _ in range(100):
+            assert torch.equal(linear_residual.linear_residual(x, settled, residual), y)
+
+
+@pytest.mark.usefixtures("clusters")
+def test_a_chunk_of_tritons_kernels_with_sums_of_clusters() -> None:
+    """In one chain of dependent launches: as right as without, captured and not in equal bits."""
+    policy = smolvla_fast.patch(make(size="full"), precision="bf16", backend="triton")
+    given, noise = make_observation(policy), make_noise(policy)
+    report = smolvla_fast.verify(policy, given, noise=noise)
+    by_triton = chunk(policy, given, noise)
+    engine = engine_of(policy.model)
+    other, served = engine.ops.linear_residual, []
+
+    def product(x: Any, weight: Any, residual: Any, **more: Any) -> Any:
+        served.append(more.get("next_norm") is not None)
+        return linear_residual.linear_residual_or_fallback(other)(x, weight, residual, **more)
+
+    engine.ops = dataclasses.replace(engine.ops, linear_residual=product)
+    engine.graphs.clear()
+    captured = chunk(policy, given, noise)
+    assert any(served) and rel_l2(captured, by_triton) <= report.rel_l2 + report.bound
+    for _ in range(50):
+        assert torch.equal(chunk(policy, given, noise), captured)
+    graphs, engine.graphs = engine.graphs, None
+    assert torch.equal(chunk(policy, given, noise), captured)
+    engine.graphs = graphs
 
 
 def test_a_guided_chunk_in_one_launch() -> None:
