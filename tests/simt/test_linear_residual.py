@@ -21,7 +21,10 @@ from smolvla_fast.ops.cuda.linear_residual import linear_residual
 from smolvla_fast.ops.next_norm import NextNorm
 from smolvla_fast.ops.plan import Plan
 from smolvla_fast.ops.select import backend_ops, select, table
-from smolvla_fast.tune.check import allowance
+from smolvla_fast.ops.shape_class import CLASSES
+from smolvla_fast.tune.candidates import candidates
+from smolvla_fast.tune.check import Contract, allowance
+from smolvla_fast.tune.recorder import Call, Recorded
 
 CPU = torch.device("cpu")
 STEP, ROUND = 64, 16
@@ -207,6 +210,22 @@ def test_a_plan_may_choose_it_in_the_chain_of_tritons_kernels(hopper: Any) -> No
     y = choice(given.x, given.weight, given.residual, next_norm=given.norm)
     assert list(choice.served.values()) == ["cuda"] and torch.equal(y, in_order(given))
     assert given.norm.rows is not None and given.norm.squares is not None
+
+
+def test_tuning_measures_it_beside_the_others(emulator: Any) -> None:
+    """It is held to the contract of all candidates; without clusters there is no such candidate."""
+    given = inputs("four blocks", torch.bfloat16)
+    call = Call(given[:3], {})
+    names = []
+    for capability in (90, 80):
+        emulator.configure(compute_capability=capability)
+        choice = choose(backend_ops("torch"), CPU, "auto", Plan()).linear_residual
+        recorded = Recorded(choice, CLASSES["linear_residual"](*call.args), calls=[call])
+        names.append(candidates(recorded))
+        if capability == 90:
+            error, allowed, refused = Contract(recorded).judge("linear_residual", choice.function("cuda"))
+            assert refused is None and 0 < error <= allowed
+    assert set(names[0]) == {*names[1], "cuda"} and "cuda" not in names[1]
 
 
 def test_other_operands_are_served_by_the_fallback(hopper: Any) -> None:
