@@ -35,6 +35,7 @@ from smolvla_fast.ops.torch import fused_attention
 from smolvla_fast.ops.torch.linear import aten, cublas, cublaslt
 from smolvla_fast.stages.vision import vision_layer
 from smolvla_fast.tune.candidates import candidates
+from smolvla_fast.tune.recorder import Call, Recorded
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -206,11 +207,8 @@ def test_the_tuner_lists_them(nvidia: Callable[..., None]) -> None:
     ):  # fmt: skip
         assert isinstance(choice, Choice)
         choice.candidates["triton"] = lambda *args, **kwargs: None  # asks for no tile
-        call = SimpleNamespace(
-            fresh=lambda args=args, kwargs=kwargs: SimpleNamespace(args=args, kwargs=kwargs)
-        )
         shape = choice._shape_of(*args, **kwargs)
-        assert candidates(SimpleNamespace(choice=choice, shape=shape, calls=[call])) == names  # type: ignore[arg-type]
+        assert candidates(Recorded(choice, shape, calls=[Call(args, kwargs)])) == names
 
 
 # What a vision layer launches
