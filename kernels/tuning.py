@@ -106,13 +106,13 @@ def norm_tiles(rows: int, width: int, cc: int) -> tuple[PlainTile, ...]:
     number = 1
     while number < 8 and rows >= 2 * number * target(cc).multiprocessors and 2 * number * one.cols <= 8192:
         number *= 2
-    # 32 values a thread
-    best = one._replace(rows=number, num_warps=min(8, max(one.num_warps, number * one.cols // 1024)))
+    # 16 values a thread: with 32 some targets spill
+    best = one._replace(rows=number, num_warps=min(16, max(one.num_warps, number * one.cols // 512)))
     others = [
         best._replace(rows=max(number // 2, 1)),
-        best._replace(rows=number * 2),
+        best._replace(rows=max(number // 2, 1), num_warps=max(best.num_warps // 2, 1)),
         best._replace(num_warps=4),
-        best._replace(num_warps=16),
+        best._replace(num_warps=8),
         one,
     ]
     return ranked(best, others, lambda tile: norm_refusal(tile, rows, width, cc))
@@ -132,7 +132,7 @@ def _plain_neighbours(best: PlainTile, rows: int, cols: int) -> tuple[PlainTile,
         best._replace(cols=min(best.cols * 2, triton.next_power_of_2(cols))),
         best._replace(rows=max(best.rows // 2, 1)),
         best._replace(rows=min(best.rows * 2, triton.next_power_of_2(rows))),
-        best._replace(num_warps=8),
+        best._replace(num_warps=12 - best.num_warps),
         best._replace(num_warps=2),
     ]
     return ranked(best, others, _plain_refusal)
@@ -141,7 +141,7 @@ def _plain_neighbours(best: PlainTile, rows: int, cols: int) -> tuple[PlainTile,
 @cache
 def euler_step_tiles(width: int, actions: int) -> tuple[PlainTile, ...]:
     """rows: actions of a program; cols: how much of the row it takes at a time."""
-    best = PlainTile(min(8, triton.next_power_of_2(actions)), min(512, triton.next_power_of_2(width)), 4)
+    best = PlainTile(min(8, triton.next_power_of_2(actions)), min(512, triton.next_power_of_2(width)), 8)
     return _plain_neighbours(best, actions, width)
 
 

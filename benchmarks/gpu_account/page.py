@@ -321,7 +321,9 @@ def markdown(account: Account) -> str:
 NOTES = (
     "cuBLAS: of blocks of 128 x 128, 128 x 256, 256 x 128 and 64 x 256 whichever the formula finds cheapest, in clusters of "
     "two that bring one operand from L2 once. Both are assumed from its kernels' names on Hopper (NVIDIA/Fuser issue 3279); "
-    "that its heuristic chooses so well is assumed too. cuDNN's attention: products and exponents at once, as in "
+    "that its heuristic chooses so well is assumed too. A bias of its products is counted as if it were as large as the "
+    "result. Where the fp32 stream is C and D, the stream is read and written in place and the next norm adds the bias. "
+    "cuDNN's attention: products and exponents at once, as in "
     "FlashAttention-3; in FlashAttention-2 they are one behind the other (arXiv 2407.08608). That cuDNN's is like "
     'FlashAttention-3 is assumed. Neither is in "before" or in the estimate.\n\n'
     "No node has a factor of its own. The constants that are called assumed were set with the estimate in sight, so "

@@ -136,7 +136,7 @@ def _layer_norm(node: Node) -> Work:
     offsets = [a["offset_ptr"], a["left_ptr"]][: a["OFFSETS"]]
     shared = sum(each.dtype.itemsize for each in (a["weight_ptr"], a["bias_ptr"], *offsets))
     each = min(a["BLOCK_ROWS"], a["rows"]) * (a["x_ptr"].dtype.itemsize + a["y_ptr"].dtype.itemsize) + shared
-    return Work(prod(node.grid), a["width"] * each, a["num_warps"], WIDE_REGISTERS, tails=1, operations=2)
+    return Work(prod(node.grid), a["width"] * each, a["num_warps"], tails=1, operations=2)
 
 
 def _suffix_embed(node: Node) -> Work:
