@@ -2,8 +2,9 @@
 
 A program computes attention for a tile of tokens and the query heads of one KV head, rounds it as ``masked_attention`` does,
 and multiplies it by these heads' slice of the output weight for its columns. KV heads split the inner dimension; their
-partial sums are added as in ``linear_residual``. Each tile of columns computes attention anew: cheaper than a second launch
-and a round trip through memory.
+partial sums are added as in ``linear_residual``. The last head's part has the residual, which is read together with a weight
+and not behind the sum. Each tile of columns computes attention anew: cheaper than a second launch and a round trip through
+memory.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def weight_columns(step, outputs, weight_ptr, weight_row_stride, BLOCK_COLS: tl.
 
 
 @triton.jit
-def add_residual(
+def store_sums(
     y,
     own,
     step,
@@ -40,8 +41,6 @@ def add_residual(
     tokens,
     all_rows,
     outputs,
-    residual_ptr,
-    residual_row_stride,
     y_ptr,
     next_weight_ptr,
     next_rows_ptr,
@@ -49,12 +48,11 @@ def add_residual(
     HAS_NEXT: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Add the residual to the whole sums y of a step of columns, and store them. own: the tile's tokens."""
+    """Store the whole sums y of a step of columns. own: the tile's tokens."""
     col = step * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     mask = (own < tokens)[:, None] & (col < outputs)[None, :]
     row = (batch * tokens + own)[:, None]
-    residual = tl.load(residual_ptr + row * residual_row_stride + col[None, :], mask=mask, other=0.0)
-    sums = (y + residual.to(tl.float32)).to(y_ptr.dtype.element_ty)
+    sums = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row * outputs + col[None, :], sums, mask=mask)
     if HAS_NEXT:
         # Behind the last token of a sample stand the next sample's rows.
@@ -166,13 +164,18 @@ def _attention_residual_fwd(
     size: tl.constexpr = BLOCK_TOKENS * BLOCK_COLS
     parts = partials_ptr + tile.to(tl.int64) * (COL_STEPS * KV_HEADS * size)
     for step in tl.static_range(COL_STEPS):
+        col = (first_step + step) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+        # The last part, so that no part is added to the residual's many digits but the sum of all others.
+        mask = (own < tokens)[:, None] & ((col < outputs) & (kv_head == KV_HEADS - 1))[None, :]
+        residual_rows = residual_ptr + (batch * tokens + own)[:, None] * residual_row_stride
+        residual = tl.load(residual_rows + col[None, :], mask=mask, other=0.0)
         cols = weight_columns(first_step + step, outputs, weight_ptr, weight_row_stride, BLOCK_COLS)
         weight = tl.load(cols + place[:, None], mask=in_inner[:, None], other=0.0)
-        y = tl.dot(x.to(weight.dtype), weight, input_precision=PRECISION)
+        y = tl.dot(x.to(weight.dtype), weight, input_precision=PRECISION) + residual.to(tl.float32)
         store_part(y, parts + step * (KV_HEADS * size), kv_head, BLOCK_TOKENS, BLOCK_COLS)
     if arrives_last(arrivals_ptr + tile, KV_HEADS):
         for step in tl.static_range(COL_STEPS):
-            add_residual(
+            store_sums(
                 sum_of_parts(parts + step * (KV_HEADS * size), KV_HEADS, BLOCK_TOKENS, BLOCK_COLS),
                 own,
                 first_step + step,
@@ -180,8 +183,6 @@ def _attention_residual_fwd(
                 tokens,
                 all_rows,
                 outputs,
-                residual_ptr,
-                residual_row_stride,
                 y_ptr,
                 next_weight_ptr,
                 next_rows_ptr,

@@ -94,6 +94,33 @@ def row_tiles(width: int) -> tuple[PlainTile, ...]:
 row_tile = choice("row", PlainTile, row_tiles, row_refusal)
 
 
+def norm_refusal(tile: PlainTile, rows: int, width: int, cc: int) -> str | None:
+    return row_refusal(tile._replace(rows=1), width) or _plain_refusal(tile)
+
+
+@cache
+def norm_tiles(rows: int, width: int, cc: int) -> tuple[PlainTile, ...]:
+    """Of an op that takes whole rows: as many a program as leave every multiprocessor one, for they share the norm's weight.
+    Raises ValueError above MAX_ROW."""
+    one = row_tiles(width)[0]
+    number = 1
+    while number < 8 and rows >= 2 * number * target(cc).multiprocessors and 2 * number * one.cols <= 8192:
+        number *= 2
+    # 16 values a thread: with 32 some targets spill
+    best = one._replace(rows=number, num_warps=min(16, max(one.num_warps, number * one.cols // 512)))
+    others = [
+        best._replace(rows=max(number // 2, 1)),
+        best._replace(rows=max(number // 2, 1), num_warps=max(best.num_warps // 2, 1)),
+        best._replace(num_warps=4),
+        best._replace(num_warps=8),
+        one,
+    ]
+    return ranked(best, others, lambda tile: norm_refusal(tile, rows, width, cc))
+
+
+norm_tile = choice("norm", PlainTile, norm_tiles, norm_refusal)
+
+
 def _plain_refusal(tile: PlainTile, *_: int) -> str | None:
     return too_large(0, tile.rows * tile.cols, tile.num_warps, 0)
 
@@ -105,7 +132,7 @@ def _plain_neighbours(best: PlainTile, rows: int, cols: int) -> tuple[PlainTile,
         best._replace(cols=min(best.cols * 2, triton.next_power_of_2(cols))),
         best._replace(rows=max(best.rows // 2, 1)),
         best._replace(rows=min(best.rows * 2, triton.next_power_of_2(rows))),
-        best._replace(num_warps=8),
+        best._replace(num_warps=12 - best.num_warps),
         best._replace(num_warps=2),
     ]
     return ranked(best, others, _plain_refusal)
@@ -114,7 +141,7 @@ def _plain_neighbours(best: PlainTile, rows: int, cols: int) -> tuple[PlainTile,
 @cache
 def euler_step_tiles(width: int, actions: int) -> tuple[PlainTile, ...]:
     """rows: actions of a program; cols: how much of the row it takes at a time."""
-    best = PlainTile(min(8, triton.next_power_of_2(actions)), min(256, triton.next_power_of_2(width)), 4)
+    best = PlainTile(min(8, triton.next_power_of_2(actions)), min(512, triton.next_power_of_2(width)), 8)
     return _plain_neighbours(best, actions, width)
 
 
@@ -141,10 +168,10 @@ def suffix_embed_refusal(tile: ProductTile, rows: int, width: int, actions: int,
 @cache
 def suffix_embed_tiles(rows: int, width: int, actions: int, cc: int) -> tuple[ProductTile, ...]:
     """Short tiles: 50 tokens and 720 columns make 92 programs."""
-    best = ProductTile(16, 32, 64 if cc >= 80 else 32, 4, 2)
+    best = ProductTile(16, 32, 64, 4, 3) if cc >= 80 else ProductTile(16, 32, 32, 4, 2)
     others = [
-        best._replace(inner=best.inner // 2, num_stages=3),
-        best._replace(inner=best.inner * 2),
+        best._replace(num_stages=2),
+        best._replace(inner=best.inner * 2, num_stages=2),
         best._replace(cols=16),
         best._replace(cols=64),
         best._replace(rows=32),

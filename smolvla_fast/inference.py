@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .engine.cuda_graphs import GraphCache, Graphed, driver_for, math_flags
+from .engine.cuda_graphs import CaptureFailed, GraphCache, Graphed, driver_for, math_flags
 from .engine.products import Products
 from .engine.quantized_weights import QuantizedWeights
+from .engine.side_stream import Side
 from .engine.timing import is_timed, section
 from .model.dims import read_dims
 from .model.precision import Tier
@@ -82,6 +83,7 @@ class Engine:
         self._no_graph = {}
         if capture and driver is None and device.type == "cuda":
             self._no_graph["graph"] = "chunks are captured on NVIDIA GPUs alone; the ops run one by one"
+        self._no_branch: dict[str, str] = {}  # why captures have the first step behind the prefix
         self._positions: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._times: dict[tuple[Any, ...], Tensor] = {}
         self._workspace = Workspace() if self.ops.backend == "cpu" else None
@@ -159,15 +161,36 @@ class Engine:
         # The rest of what the captured work depends on; shapes and dtypes of the inputs are the cache's affair.
         call = Graphed.of(inputs, (*chunk_settings(model), *math_flags()))
 
-        def compute(statics: list[Tensor]) -> tuple[Tensor, LoopReport]:
-            return self._chunk(model, call.rebuild(statics))
+        branches: list[Side] = []
 
-        return lambda: graphs.run(call.key, call.tensors, compute), graphs.replays(call.key, call.tensors)
+        def compute(statics: list[Tensor]) -> tuple[Tensor, LoopReport]:
+            return self._chunk(model, call.rebuild(statics), branches=branches)
+
+        def captured() -> tuple[Tensor, LoopReport]:
+            try:
+                return graphs.run(call.key, call.tensors, compute)
+            except CaptureFailed as error:
+                if not branches:
+                    raise
+                self._no_branch["first step beside the prefix"] = f"{error}; it runs behind the prefix"
+            graphs.try_again(call.key, call.tensors)
+            try:
+                return graphs.run(call.key, call.tensors, compute)
+            except CaptureFailed:
+                self._no_branch.clear()  # the branch was not the reason
+                raise
+
+        return captured, graphs.replays(call.key, call.tensors)
 
     def _chunk(
-        self, model: Any, inputs: Inputs, observe: Callable[[Tensor, Tensor], None] | None = None
+        self,
+        model: Any,
+        inputs: Inputs,
+        observe: Callable[[Tensor, Tensor], None] | None = None,
+        branches: list[Side] | None = None,
     ) -> tuple[Tensor, LoopReport]:
-        """The stages, and what ran the loop: device work alone, so that it can be captured."""
+        """The stages, and what ran the loop: device work alone, so that it can be captured. In ``branches`` is noted where
+        the first step runs, if not behind the prefix."""
         pair, config = model.vlm_with_expert, model.config
         vlm, dims, ops, exact = pair.get_vlm_model(), read_dims(model), self.ops, self.tier.stock_order
         heads, observation, noise = read_heads(model), inputs.observation, inputs.noise
@@ -191,11 +214,14 @@ class Engine:
                 expert = read_expert_layers(pair, self._cast, self.products.cast_cross_kv)
                 by_head = keeps_kv_by_head(pair) if exact else None
                 cross_dtype = self.products.cross_kv_dtype
-                side = side_of_first_step(ops, batch * dims.chunk, exact, observe is not None)
+                plain = exact or observe is not None or bool(self._no_branch)
+                side = None if plain else side_of_first_step(ops, batch * dims.chunk)
                 if side is None:
                     first = None
                     kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert, by_head, cross_dtype)
                 else:
+                    if branches is not None:
+                        branches.append(side)
                     kv, first = fill_prefix_with_first_step(
                         side, ops, vlm, self._cast, dims, *embedded, expert, heads, noise, times, cross_dtype
                     )
@@ -220,7 +246,12 @@ class Engine:
         stages = {stage: serving(self.ops, stage) for stage in STAGES}
         if loop.persistent:
             stages["denoise"] = self.ops.backend
-        reasons = {**self.products.fallback_reasons, **self._no_graph, **loop.fallback_reasons}
+        reasons = {
+            **self.products.fallback_reasons,
+            **self._no_graph,
+            **self._no_branch,
+            **loop.fallback_reasons,
+        }
         return dict(stages=stages, fallback_reasons=reasons, step_launches=loop.launches)
 
     @property

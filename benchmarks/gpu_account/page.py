@@ -216,8 +216,7 @@ def kind(p: Priced) -> tuple[str, str, str]:
     """Nodes of one kind are a row: name, sizes, layer. torch's small calls are one kind."""
     if p.node.by_torch and is_small(p.node):
         return "torch's calls", "", ""
-    marks = " serialised" * p.work.serialized
-    return p.node.name.removesuffix("_fwd"), sizes(p.node) + marks, p.node.layer
+    return p.node.name.removesuffix("_fwd"), sizes(p.node), p.node.layer
 
 
 def by_node(account: Account, stage: str) -> str:
@@ -340,14 +339,15 @@ def markdown(account: Account) -> str:
 NOTES = (
     "cuBLAS: of blocks of 128 x 128, 128 x 256, 256 x 128 and 64 x 256 whichever the formula finds cheapest, in clusters of "
     "two that bring one operand from L2 once. Both are assumed from its kernels' names on Hopper (NVIDIA/Fuser issue 3279); "
-    "that its heuristic chooses so well is assumed too. cuDNN's attention: products and exponents at once, as in "
+    "that its heuristic chooses so well is assumed too. A bias of its products is counted as if it were as large as the "
+    "result. Where the fp32 stream is C and D, the stream is read and written in place and the next norm adds the bias. "
+    "cuDNN's attention: products and exponents at once, as in "
     "FlashAttention-3; in FlashAttention-2 they are one behind the other (arXiv 2407.08608). That cuDNN's is like "
     'FlashAttention-3 is assumed. Neither is in "before" or in the estimate.\n\n'
-    "No node has a factor of its own. The constants that are called assumed were set with the estimate in sight (the share "
-    "of the peak behind serialised products was 0.5 at first, with which vision is 2.12 ms, and then 0.7), so that the sums "
-    "agree shows nothing. Single nodes were left where the formula puts them. The estimate does not say how it came to its "
-    "figures. In the first version attention waited for memory once a block of keys and for little else, the last program "
-    "of a split product for L2 three times, and `norm_swiglu`, whose 128 programs each read the whole fp32 stream, was "
-    "bound by L2. Dependent launch is priced without what it costs: places and HBM that the "
-    "node ahead could have used, lines that are gone again when they are read."
+    "No node has a factor of its own. The constants that are called assumed were set with the estimate in sight, so "
+    "that the sums agree shows nothing. Single nodes were left where the formula puts them. The estimate does not say how "
+    "it came to its figures. In the first version attention waited for memory once a block of keys and for little else, "
+    "the last program of a split product for L2 three times, and `norm_swiglu`, whose 128 programs each read the whole "
+    "fp32 stream, was bound by L2. Dependent launch is priced without what it costs: places and HBM that the node ahead "
+    "could have used, lines that are gone again when they are read."
 )

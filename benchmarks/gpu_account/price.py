@@ -50,7 +50,6 @@ class GPU:
     tensor_share: Constant
     library_share: Constant
     library_cluster: Constant
-    serialized_share: Constant
     fma_share: Constant
     exponents: Constant
     warps: Constant
@@ -71,7 +70,7 @@ class GPU:
         if work.unit == "fma":
             return self.fma.value * self.fma_share.value
         share = (self.library_share if work.library else self.tensor_share).value
-        return self.peak(work.unit) * share * (self.serialized_share.value if work.serialized else 1.0)
+        return self.peak(work.unit) * share
 
     def peak(self, unit: str) -> float:
         """tf32x3: three products of tf32 make one."""
@@ -100,7 +99,6 @@ H100 = GPU(
     tensor_share=Constant(0.6, "", "of the peak of tensor cores; assumed of Triton's products"),
     library_share=Constant(0.7, "", "of the peak of tensor cores; assumed of the vendor's libraries"),
     library_cluster=Constant(2, "", "blocks that share an operand; assumed of cuBLAS: names as in NVIDIA/Fuser issue 3279"),
-    serialized_share=Constant(0.7, "", "of that, where ptxas serialises wgmma; assumed"),
     fma_share=Constant(0.35, "", "of the peak of FMA units, operands out of shared memory; assumed" ),
     exponents=Constant(16, "1/clock", GUIDE + ": of one multiprocessor"),
     warps=Constant(64, "", GUIDE + ": of one multiprocessor"),

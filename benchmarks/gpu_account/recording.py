@@ -179,7 +179,9 @@ class _Calls(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             assert not self.recorder.capturing, "a captured chunk waits for the device"
             return True  # of a check at the first chunk; there is no number
-        out = func(*args, **(kwargs or {}))
+        # Of this call torch's fake tensors take the dtype for beta.
+        in_place = func is torch.ops.aten.addmm.dtype_out
+        out = kwargs["out"] if in_place else func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_cuda and x.numel()]

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from math import ceil, prod
-from typing import Any
 
 import torch
-from support.compiled_tables import read
 
-from benchmarks import ROOT
-from benchmarks.gpu_account.recording import CAPABILITY, Node, Operand
+from benchmarks.gpu_account.recording import Node, Operand
 
 ALL_REGISTERS, WIDE_REGISTERS, FEW_REGISTERS = 255, 128, 32
 """Of a thread: of attention with its projection, of other kernels with products (as benchmarks/results/aot.md has them), and
@@ -39,8 +35,7 @@ class Work:
     tails       such waits behind the loop, for what is in L2
     operations  products, reductions and barriers one behind the other
     exchanges   barriers of a cluster, with a load from a neighbour behind each      exchanged  bytes of these loads
-    serialized  ptxas lets no product run beside another      library  of a vendor
-    overlapped  exponents run beside products
+    library     of a vendor      overlapped  exponents run beside products
     """
 
     programs: int
@@ -54,7 +49,6 @@ class Work:
     trips: float = 1.0
     tails: float = 0.0
     operations: float = 1.0
-    serialized: bool = False
     library: bool = False
     overlapped: bool = False
     multicast: float = 0.0
@@ -102,7 +96,6 @@ def _gemm(
         flops=2 * rows * cols * products * steps * depth, unit=unit_of(w, precision=a.get("PRECISION", "ieee")),
         exponents=rows * cols if activation else 0.0,
         trips=max(1.0, steps / flying), tails=tails + 3 * (split > 1), operations=steps + (split > 1) + tails,
-        serialized=_serialized(node),
     )  # fmt: skip
 
 
@@ -147,7 +140,8 @@ def _attention(node: Node, rows: int, keys: int, dim: int) -> Work:
 
 
 def _attention_residual(node: Node) -> Work:
-    """Attention of a tile, then one product with a slice of the weight, whose parts meet as a split product's."""
+    """Attention of a tile, then one product with a slice of the weight, whose parts meet as a split product's; the residual
+    comes with the weight."""
     a = node.arguments
     tokens, steps, dim, weight = a["BLOCK_TOKENS"], a["COL_STEPS"], a["HEAD_DIM"], a["weight_ptr"].dtype
     cols = steps * a["BLOCK_COLS"]
@@ -159,13 +153,15 @@ def _attention_residual(node: Node) -> Work:
         work, registers=ALL_REGISTERS, moved=work.moved + moved,
         shared=max(work.shared, inner * a["BLOCK_COLS"] * weight.itemsize),
         flops=work.flops + 2 * tokens * inner * cols,
-        trips=work.trips + steps, tails=4, operations=work.operations + steps + 2,
+        trips=work.trips + steps, tails=3, operations=work.operations + steps + 2,
     )  # fmt: skip
 
 
 def _layer_norm(node: Node) -> Work:
     a = node.arguments
-    each = a["x_ptr"].dtype.itemsize + a["y_ptr"].dtype.itemsize + 2 * a["weight_ptr"].dtype.itemsize
+    offsets = [a["offset_ptr"], a["left_ptr"]][: a["OFFSETS"]]
+    shared = sum(each.dtype.itemsize for each in (a["weight_ptr"], a["bias_ptr"], *offsets))
+    each = min(a["BLOCK_ROWS"], a["rows"]) * (a["x_ptr"].dtype.itemsize + a["y_ptr"].dtype.itemsize) + shared
     return Work(prod(node.grid), a["width"] * each, a["num_warps"], tails=1, operations=2)
 
 
@@ -291,30 +287,3 @@ def works_of(node: Node) -> list[Work]:
             f"{node.name} has no rule; say in benchmarks/gpu_account/work.py what a program of it does"
         )
     return [RULES.get(node.name, elementwise)(node)]
-
-
-def case_of(node: Node) -> str | None:
-    """The case of a product's kernel as benchmarks/results/aot.md names it, or None where no row is asked for."""
-    a: dict[str, Any] = node.arguments
-    if node.name == "linear_fwd":
-        way = "residual" if a["HAS_RESIDUAL"] else a["ACTIVATION"] or "bias"
-        return f"rows={a['rows']} inputs={a['inputs']} outputs={a['outputs']} ({way})"
-    if node.name == "pixel_shuffle_linear_fwd":
-        small, factor = a["SMALL"], a["FACTOR"]
-        images, side, width = a["rows"] // small**2, small * factor, a["RUN"] // factor
-        return f"N={images} side={side} width={width} factor={factor} outputs={a['outputs']}"
-    return None
-
-
-def _serialized(node: Node) -> bool:
-    return (node.name, case_of(node)) in serialized_by_ptxas()
-
-
-@cache
-def serialized_by_ptxas() -> frozenset[tuple[str, str]]:
-    """(kernel, case) whose 16-bit products run one behind the other on sm_90, as `make aot` found."""
-    rows = read((ROOT / "benchmarks" / "results" / "aot.md").read_text())
-    return frozenset(
-        (key[2], key[3]) for key, cells in rows.items()
-        if key[4].startswith("bf16") and cells[str(CAPABILITY)].endswith("*")
-    )  # fmt: skip

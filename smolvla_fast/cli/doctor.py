@@ -18,6 +18,7 @@ from ..patching.settings import DISABLE, disabled
 
 LIBRARIES = {
     "GELU by cuBLASLt": "cublaslt",
+    "residual product by cuBLAS": "cublas",
     "attention by torch's FlashAttention": "flash-sdpa",
     "attention by cuDNN": "cudnn",
     "attention by flash-attn": "flash",

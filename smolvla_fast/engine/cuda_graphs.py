@@ -180,6 +180,13 @@ class GraphCache:
             graph.done = self._driver.mark()
             return chunk, graph.report
 
+    def try_again(self, key: Hashable, inputs: Sequence[Tensor]) -> None:
+        """Forget that this shape could not be captured; the traceback is kept. For who has something else to try."""
+        key = _whole(key, inputs)
+        with self._lock:
+            if key in self._failed:
+                self._failed["first attempt", key] = self._failed.pop(key)
+
     def replays(self, key: Hashable, inputs: Sequence[Tensor]) -> bool:
         """Whether ``run`` would replay a graph, which reads what was read when it was captured and nothing else."""
         return not self._driver.busy() and _whole(key, inputs) in self._graphs

@@ -10,7 +10,7 @@ import platform
 import torch
 
 from . import extension
-from .torch import fused_attention
+from .torch import fused_attention, linear
 
 PREFERRED = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
 """What ``auto`` prefers on a device; anything else than these two is served by torch."""
@@ -108,9 +108,12 @@ def fallback_reasons(device: torch.device) -> dict[str, str]:
 
 
 def why_not_library(name: str, device: torch.device) -> str | None:
-    """Why a library's own call is no candidate on this device, or None: "cublaslt", "flash-sdpa", "cudnn", "flash"."""
+    """Why a library's own call is no candidate on this device, or None: "cublas", "cublaslt", "flash-sdpa", "cudnn",
+    "flash"."""
     reason = _why_not_nvidia(device) or _too_old(device)
-    return reason or (None if name == "cublaslt" else fused_attention.why_not(name))
+    if reason or name == "cublaslt":
+        return reason
+    return linear.why_no_cublas() if name == "cublas" else fused_attention.why_not(name)
 
 
 def why_not_fp8(device: torch.device) -> str | None:

@@ -1,10 +1,11 @@
 """Who computes a call of an op: by a plan where one was measured, else by the defaults.
 
-Each op of a table that has several candidates becomes a ``Choice``. It looks a call's shape class up once and remembers the
-answer. Candidates are named after who computes: "cpu", "triton" and "cuda" (our kernels; of "cuda" those that the GPU runs),
-"onednn", "aten" (``F.linear``), "cublaslt" (its GELU epilogue), "torch", "sdpa" (whose torch likes), "flash-sdpa" (torch's
-FlashAttention), "cudnn", "flash" (the package flash-attn), "apart" (masked_attention, then linear_residual); a Triton kernel
-with another tile than its default has the tile behind its name.
+Each op of a table that has several candidates becomes a ``Choice``. It looks a call's shape class up once and remembers
+the answer. Candidates are named after who computes: "cpu", "triton" and "cuda" (our kernels; of "cuda" those that the
+GPU runs), "onednn", "aten" (``F.linear``), "cublaslt" (its GELU epilogue), "cublas" (a product into an fp32 residual
+stream), "torch", "sdpa" (whose torch likes), "flash-sdpa" (torch's FlashAttention), "cudnn", "flash" (the package
+flash-attn), "apart" (masked_attention, then linear_residual); a Triton kernel with another tile than its default has the
+tile behind its name.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from .shape_class import CLASSES, Attention, Product, Shape, up
 from .table import STAGES, Ops, exports
 from .torch import decoder, fused_attention, suffix, vision
 from .torch import masked_attention as attention
-from .torch.linear import aten, cublaslt, onednn, onednn_has
+from .torch.linear import aten, cublas, cublaslt, onednn, onednn_has
 
 Candidates = dict[str, Callable[..., Any]]
 PRODUCTS = (
@@ -37,7 +38,7 @@ PRODUCTS = (
     suffix.euler_step, vision.pixel_shuffle_linear,
 )  # fmt: skip
 """Ops over a linear of choice, and some over a norm or a rotation of choice."""
-LIBRARIES = ("cublaslt", "flash-sdpa", "cudnn", "flash")
+LIBRARIES = ("cublas", "cublaslt", "flash-sdpa", "cudnn", "flash")
 """Candidates on a GPU whose sizes are not all known beforehand."""
 
 
@@ -108,8 +109,8 @@ class Choice:
     def function(self, name: str) -> Callable[..., Any]:
         name, _, tile = name.partition(" ")
         function = self.candidates[name]
-        if "triton" in self.candidates and name != "triton" and not _takes_hints(function):
-            function = partial(_without_hints, function)
+        if "triton" in self.candidates and (unknown := _unknown_hints(function)):
+            function = partial(_without_hints, function, unknown)
         return partial(_with_tile, function, _tile(tile)) if tile else function
 
 
@@ -119,8 +120,11 @@ def _can(name: str, shape: Shape) -> bool:
         alike = shape.q == shape.kv
         return alike and fused_attention.takes(name, shape.queries, shape.head_dim, shape.q)
     if name == "cublaslt" and isinstance(shape, Product):
-        # It adds an activation to what "aten" has in its epilogue, the bias, and cannot add a residual beside a bias.
+        # It adds an activation to what "aten" has in its epilogue, the bias.
         return isinstance(shape.dtype, torch.dtype) and set(shape.end) - {"tf32"} == {"gelu_tanh"}
+    if name == "cublas" and isinstance(shape, Product):
+        narrow = shape.x is shape.dtype and shape.dtype in fused_attention.DTYPES
+        return narrow and set(shape.end) == {torch.float32}
     if name not in ("aten", "onednn") or not isinstance(shape, Product):
         return True
     # Quantised weights, which have no torch dtype, are for our kernels.
@@ -137,12 +141,20 @@ def _tile(text: str) -> Any:
         return None
 
 
-def _takes_hints(function: Callable[..., Any]) -> bool:
-    return not signature(function).parameters.keys().isdisjoint(HINTS)
+def _unknown_hints(function: Callable[..., Any]) -> frozenset[str]:
+    """The hints that a candidate takes no keyword argument for."""
+    takes = signature(function).parameters.values()
+    if any(each.kind is Parameter.VAR_KEYWORD for each in takes):
+        return frozenset()
+    return frozenset(HINTS).difference(each.name for each in takes)
 
 
-def _without_hints(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **{name: each for name, each in kwargs.items() if name not in HINTS})
+def _without_hints(function: Callable[..., Any], unknown: frozenset[str], *args: Any, **kwargs: Any) -> Any:
+    """Without the hints that it does not know. One that reads a stream takes the whole of it."""
+    offset = kwargs.get("offset")
+    if "offset" in unknown and offset is not None and "residual" not in kwargs:
+        args = (offset.added_to(args[0]), *args[1:])
+    return function(*args, **{name: each for name, each in kwargs.items() if name not in unknown})
 
 
 def _with_tile(function: Callable[..., Any], tile: Any, *args: Any, **kwargs: Any) -> Any:
@@ -280,7 +292,7 @@ def _torch(ops: Ops, device: torch.device) -> Iterator[tuple[str, dict[str, Any]
         },
     )
     yield "sdpa", {"attention": sdpa_attention, "masked_attention": attention.fused_masked_attention}
-    libraries: dict[str, dict[str, Any]] = {"cublaslt": {"linear": cublaslt}}
+    libraries: dict[str, dict[str, Any]] = {"cublas": {"linear": cublas}, "cublaslt": {"linear": cublaslt}}
     libraries |= {name: {"attention": call} for name, call in fused_attention.ATTENTION.items()}
     for name, functions in libraries.items():
         if why_not_library(name, device) is None:

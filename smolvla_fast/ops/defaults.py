@@ -93,9 +93,9 @@ def _triton(shape: Product) -> str:
 
 
 def _cuda_linear(shape: Product) -> str:
-    """A library where it takes as few launches as our kernel: a residual beside a bias would be one more."""
+    """A library where it takes as few launches as our kernel."""
     if shape.rows > LIBRARY_ROWS and shape.x is shape.dtype and shape.dtype in fused_attention.DTYPES:
-        return {(): "aten", ("gelu_tanh",): "cublaslt"}.get(shape.end, "triton")
+        return {(): "aten", ("gelu_tanh",): "cublaslt", (torch.float32,): "cublas"}.get(shape.end, "triton")
     return _triton(shape)
 
 

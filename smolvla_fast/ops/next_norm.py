@@ -32,5 +32,5 @@ class NextNorm:
         return cls(norm[0], torch.bfloat16) if plain else None
 
 
-HINTS = ("next_norm", "normed")
-"""Keyword arguments of ops: what to prepare, and what was prepared. What does not know them serves without."""
+HINTS = ("next_norm", "normed", "offset")
+"""Keyword arguments of ops: what to prepare, what was prepared, and what stands beside a stream (``stream_offset.py``)."""

@@ -74,7 +74,8 @@ class Ops:
     why_not_persistent: Callable[..., str | None] | None = None
     """arguments of denoise_persistent -> why it cannot serve them, or None; there where it is"""
     prepares_norms: bool = False
-    """whether ops that write a residual stream take ``next_norm``, and those that read it ``normed`` (``next_norm.py``)"""
+    """whether ops that write a residual stream take ``next_norm``, and those that read it ``normed`` (``next_norm.py``), and
+    those of the vision tower's ``offset`` (``stream_offset.py``)"""
     fallback: Ops | None = None
     """of a backend with few kernels: the table that serves the rest"""
     missing: dict[str, str] = field(default_factory=dict, compare=False)

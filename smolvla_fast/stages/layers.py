@@ -15,6 +15,7 @@ from ..model.weights import DecoderLayer
 from ..ops.memory import Memory
 from ..ops.next_norm import NextNorm
 from ..ops.reference.suffix_tokens import Rope, Tokens
+from ..ops.stream_offset import StreamOffset
 from ..ops.table import Ops
 
 Slots = tuple[Tensor, Tensor]
@@ -47,7 +48,7 @@ def next_norm(ops: Ops, norm: tuple[Tensor, float], weight: Any) -> NextNorm | N
     return NextNorm.of(norm, weight) if ops.prepares_norms else None
 
 
-def given(**hints: NextNorm | None) -> dict[str, NextNorm]:
+def given(**hints: NextNorm | StreamOffset | None) -> dict[str, NextNorm | StreamOffset]:
     """The keyword arguments of hints that there are: most backends know none."""
     return {name: hint for name, hint in hints.items() if hint is not None}
 

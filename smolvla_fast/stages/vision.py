@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..model.dims import Dims
 from ..model.weights import Cast, VisionLayer, read_patch_embedding, read_vision_end, read_vision_layers
 from ..ops.reference.quantize import operand_dtype
+from ..ops.stream_offset import StreamOffset
 from ..ops.table import Ops
+from .layers import given
 
 
 def encode_images(ops: Ops, vlm: Any, cast: Cast, dims: Dims, images: Tensor, position_ids: Tensor) -> Tensor:
@@ -33,20 +35,27 @@ def encode_patches(
     """The tower without the connector: [n, 3, side, side] -> [n, patches, W] in the dtype the connector multiplies in."""
     patch, position = read_patch_embedding(vlm, cast)
     x = ops.patch_embed(images, *patch, position, position_ids)
+    offset = StreamOffset() if ops.prepares_norms else None
     for layer in read_vision_layers(vlm, cast):
-        x = vision_layer(ops, layer, x, dims.vision_heads)
+        x = vision_layer(ops, layer, x, dims.vision_heads, offset)
     norm, connector = read_vision_end(vlm, cast)
-    return ops.layer_norm(x, *norm, connector.dtype)
+    return ops.layer_norm(x, *norm, connector.dtype, **given(offset=offset))
 
 
-def vision_layer(ops: Ops, layer: VisionLayer, x: Tensor, heads: int) -> Tensor:
-    """One SigLIP layer: x [n, T, W] -> [n, T, W]; attention and MLP, each behind a norm and added to x."""
-    h = ops.layer_norm(x, *layer.norm1, operand_dtype(layer.q.weight))
+def vision_layer(
+    ops: Ops, layer: VisionLayer, x: Tensor, heads: int, offset: StreamOffset | None = None
+) -> Tensor:
+    """One SigLIP layer: x [n, T, W] -> [n, T, W]; attention and MLP, each behind a norm and added to x.
+
+    offset  of x, and afterwards of the result; x may then be overwritten
+    """
+    beside = given(offset=offset)
+    h = ops.layer_norm(x, *layer.norm1, operand_dtype(layer.q.weight), **beside)
     q, k, v = (ops.linear(h, *affine) for affine in (layer.q, layer.k, layer.v))
-    x = ops.linear(ops.attention(q, k, v, heads), *layer.out, residual=x)
-    h = ops.layer_norm(x, *layer.norm2, operand_dtype(layer.up.weight))
+    x = ops.linear(ops.attention(q, k, v, heads), *layer.out, residual=x, **beside)
+    h = ops.layer_norm(x, *layer.norm2, operand_dtype(layer.up.weight), **beside)
     h = ops.linear(h, *layer.up, activation="gelu_tanh")
-    return ops.linear(h, *layer.down, residual=x)
+    return ops.linear(h, *layer.down, residual=x, **beside)
 
 
 class _IndicesOfEmbedding(TorchDispatchMode):

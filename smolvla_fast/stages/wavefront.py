@@ -44,10 +44,10 @@ def wavefront(wanted: bool) -> Iterator[None]:
         _wanted.reset(token)
 
 
-def side_of_first_step(ops: Ops, rows: int, stock_order: bool, observed: bool) -> Side | None:
-    """Where the first step runs beside the prefix; None where the stages run one behind the other: outside of a capture, in
-    tier ``exact``, timed by stage, observed, where one launch is the whole loop, and with too many rows."""
-    if not _wanted.get() or stock_order or observed or is_timed():
+def side_of_first_step(ops: Ops, rows: int) -> Side | None:
+    """Where the first step runs beside the prefix; None where the stages run one behind the other: outside of a capture,
+    timed by stage, where one launch is the whole loop, and with too many rows."""
+    if not _wanted.get() or is_timed():
         return None
     return side_stream() if ops.denoise_persistent is None and rows <= MOST_ROWS else None
 

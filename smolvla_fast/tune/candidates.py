@@ -75,13 +75,13 @@ def said(error: Exception) -> str:
 
 
 def sweep_of(recorded: Recorded, function: Callable[..., Any]) -> Callable[[], Tensor]:
-    """One call after the other with operands of their own, as the layers of a chunk make them."""
+    """One call after the other with operands of their own, as the layers of a chunk make them, prepared rows included."""
     calls = [each.fresh() for each in recorded.calls]
 
     def sweep() -> Tensor:
         result = None
         for call in calls:
-            result = function(*call.args, **call.kwargs)
+            result = call.as_in_a_chunk(function)
         first = result[0] if isinstance(result, tuple) else result
         return first if isinstance(first, Tensor) else calls[-1].args[0]
 
@@ -99,7 +99,7 @@ def candidates(recorded: Recorded) -> list[str]:
 
     call = recorded.calls[0].fresh()
     with recording() as asked:
-        choice.function("triton")(*call.args, **call.kwargs)
+        call.as_in_a_chunk(choice.function("triton"))
     tiles = [f"triton {tile_to_json(tile)}" for tile in asked[0].tiles[1:]] if asked else []
     return [*names, *tiles]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 from ..measure.rounds import synchronize
 from ..ops.choice import Choice, apart
 from ..ops.memory import Memory
-from ..ops.next_norm import HINTS
+from ..ops.next_norm import HINTS, NextNorm
 from ..ops.shape_class import CLASSES, Shape
+from ..ops.stream_offset import StreamOffset
 from ..ops.table import Ops
 
 KEPT, KEPT_ON_GPU = 4, 16
@@ -24,15 +27,22 @@ cache of a GPU holds the weights of several layers."""
 
 @dataclass
 class Call:
-    """Operands of one call; tensors that are no parameters are copies, taken before the call."""
+    """Operands of one call; tensors that are no parameters are copies, taken before the call.
+
+    hints  what the ops ahead have prepared, and what this one is to prepare: a result is right without, but a time is not
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    hints: dict[str, Any] = field(default_factory=dict)
 
     def fresh(self) -> Call:
         """The same numbers in tensors of their own."""
-        args, kwargs = copied((self.args, self.kwargs), {})
-        return Call(args, kwargs)
+        return Call(*copied((self.args, self.kwargs, self.hints), {}))
+
+    def as_in_a_chunk(self, function: Callable[..., Any]) -> Any:
+        """The call with its hints, which it may fill in: each time as they were."""
+        return function(*self.args, **self.kwargs, **{name: copy(each) for name, each in self.hints.items()})
 
 
 @dataclass
@@ -77,14 +87,13 @@ class Recorder:
         return replace(ops, denoise_persistent=None, **noting)
 
     def _note(self, choice: Choice, run: Choice, *args: Any, **kwargs: Any) -> Any:
-        shape, plain = (
-            CLASSES[choice.op](*args, **kwargs),
-            {k: v for k, v in kwargs.items() if k not in HINTS},
-        )
+        shape = CLASSES[choice.op](*args, **kwargs)
+        plain = {name: each for name, each in kwargs.items() if name not in HINTS}
+        hints = {name: each for name, each in kwargs.items() if name in HINTS}
         found = self.found.setdefault(choice.key(shape), Recorded(choice, shape))
         found.count += 1
         if len(found.calls) < self._kept:
-            found.calls.append(Call(args, plain).fresh())
+            found.calls.append(Call(args, plain, hints).fresh())
         synchronize(self._device)
         started = time.perf_counter()
         result = run(*args, **kwargs)
@@ -103,6 +112,10 @@ def copied(value: Any, made: dict[int, Any]) -> Any:
         if id(value) not in made:
             made[id(value)] = value.detach().clone()
         return made[id(value)]
+    if isinstance(value, (NextNorm, StreamOffset)):
+        return replace(
+            value, **{each.name: copied(getattr(value, each.name), made) for each in fields(value)}
+        )
     if isinstance(value, dict):
         return {name: copied(each, made) for name, each in value.items()}
     if isinstance(value, tuple):

@@ -20,7 +20,7 @@ from benchmarks.gpu_account.__main__ import PAGE
 from benchmarks.gpu_account.page import BEFORE, Account, counts, markdown, of_result
 from benchmarks.gpu_account.price import H100, L2, Priced, price, price_node, total
 from benchmarks.gpu_account.recording import AROUND, Node, Operand, record
-from benchmarks.gpu_account.work import Work, by_cluster, serialized_by_ptxas, works_of
+from benchmarks.gpu_account.work import Work, by_cluster, works_of
 
 MADE_BY = f"with torch {torch.__version__.partition('+')[0]},"
 
@@ -96,11 +96,7 @@ def test_a_node_bound_by_products_costs_its_flop() -> None:
     product = replace(WORK, flops=1e9, unit="bf16")
     more = us(replace(product, flops=2e9)) - us(product)
     assert more == pytest.approx(132e9 / (989e12 * H100.tensor_share.value) * 1e6)
-    for slower in (
-        replace(product, unit="tf32x3"),
-        replace(product, unit="fma"),
-        replace(product, serialized=True),
-    ):
+    for slower in (replace(product, unit="tf32x3"), replace(product, unit="fma")):
         assert us(slower) > us(product)
 
 
@@ -121,12 +117,11 @@ def test_every_constant_has_a_source_and_a_say(account: Account, name: str) -> N
     }
     nodes += [Node("vision", "vision", "mm", (), product)] * 8  # what they read is in L2 the second time
     other = replace(H100, **{name: constant._replace(value=constant.value / 10)})
-    # Beside them what no node of the chunk is: just as large as fits, on FMA units for the most part, serialised.
+    # Beside them what no node of the chunk is: just as large as fits, on FMA units for the most part.
     rare = [
         *[replace(WORK, programs=264, shared=100 * 1024, trips=10.0)] * 1000,
         replace(WORK, flops=1e7),
         replace(WORK, exchanges=1e4, exchanged=1e6),
-        replace(WORK, flops=1e8, unit="bf16", serialized=True),
     ]
     found, wrong = (
         sum(each.seconds for each in price(gpu, nodes)) + sum(us(each, gpu=gpu) for each in rare) * 1e-6
@@ -234,12 +229,6 @@ def test_a_kernel_of_a_layer_without_a_rule_is_an_error() -> None:
         works_of(node())
     small = replace(node(x=operand(1320)), layer="")
     assert [work.moved for work in works_of(small)] == [10.0]
-
-
-def test_serialised_products_are_read_from_the_table_of_compiled_kernels(account: Account) -> None:
-    """Whatever is in it: a name that no launch has would be read in vain."""
-    known = {p.node.name for p in account.priced}
-    assert {name for name, _ in serialized_by_ptxas()} <= known
 
 
 def test_what_was_measured_is_read_from_a_result() -> None:

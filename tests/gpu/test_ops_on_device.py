@@ -12,6 +12,8 @@ from support.tunings import Everywhere
 from smolvla_fast.ops.availability import why_not, why_not_library
 from smolvla_fast.ops.plan import Plan
 from smolvla_fast.ops.select import reference_ops, select
+from smolvla_fast.ops.stream_offset import StreamOffset
+from smolvla_fast.ops.torch.linear import cublas
 
 pytestmark = pytest.mark.gpu
 # ``cuda`` has kernels of its own for three; the rest of its table is Triton's.
@@ -44,6 +46,25 @@ def test_contract_on_device(
     op: str, case: dict[str, int], backend: str, dtype: torch.dtype, seed: int
 ) -> None:
     check(reference_ops(), ops_of(backend), op, case, dtype, seed, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in reference_module("linear").CASES if case["rows"] > 512], ids=str
+)
+def test_cublas_adds_a_product_to_the_stream(case: dict[str, int], dtype: torch.dtype) -> None:
+    """In place, whose bias the norm behind it adds: beside one product and one addition by torch."""
+    if reason := why_not_library("cublas", torch.device("cuda")):
+        pytest.skip(reason)
+    given = to_device(inputs_in("linear", case, dtype, 0)[0], "cuda")
+    x, weight, bias = (given[name] for name in ("x", "weight", "bias"))
+    stream = 100 * torch.randn(case["rows"], case["outputs"], device="cuda")
+    truth = stream.double() + torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    eager = (stream + torch.nn.functional.linear(x, weight, bias) - truth).abs().max()
+    offset, place = StreamOffset(), stream.data_ptr()
+    got = cublas(x, weight, bias, residual=stream, offset=offset)
+    assert got.data_ptr() == place and offset.bias is bias
+    assert (offset.added_to(got) - truth).abs().max() <= 2 * eager
 
 
 @pytest.mark.parametrize(("op", "backend"), SERVED)

@@ -37,6 +37,7 @@ class Driver(RecorderDriver):
         self.streams = streams
 
     def capture(self, run: Callable[[], Any]) -> Any:
+        self.streams.synchronize()
         with self.streams:
             return super().capture(run)
 
@@ -195,6 +196,45 @@ def test_a_failure_on_the_side_leaves_the_stream_current_that_was(monkeypatch: p
         assert str(error) == "on purpose" and chunks.streams.current is chunks.streams.main
     else:
         pytest.fail("nothing ran on the side")
+
+
+def test_a_capture_that_fails_with_the_branch_is_tried_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = Chunks(monkeypatch)
+    own = chunks.engine.ops.norm_swiglu
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if chunks.streams.current is chunks.streams.beside:
+            raise ValueError("on purpose")
+        return own(*args, **kwargs)
+
+    chunks.engine.ops = replace(chunks.engine.ops, norm_swiglu=failing)
+    reasons = smolvla_fast.status(chunks.policy).fallback_reasons
+    assert chunks() and chunks.on_the_side and "first step beside the prefix" not in reasons
+    said = smolvla_fast.status(chunks.policy).fallback_reasons["first step beside the prefix"]
+    assert said == "CUDA graph capture failed: ValueError: on purpose; it runs behind the prefix"
+    graphs = chunks.engine.graphs
+    assert graphs is not None and graphs.count == 1
+    assert len(graphs.failures) == 1 and "ValueError: on purpose" in graphs.failures[0]
+    chunks.ops.clear()
+    assert chunks() and not chunks.ops, "a replay"
+    assert chunks(batch=2) and not chunks.on_the_side and graphs.count == 2, "another shape"
+
+
+def test_a_capture_that_fails_either_way_blames_no_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = Chunks(monkeypatch)
+    calls: list[str] = []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(chunks.streams.current.name)
+        raise ValueError("on purpose")
+
+    chunks.engine.ops = replace(chunks.engine.ops, euler_step=failing)
+    for _ in range(2):
+        chunk(chunks.policy, make_observation(chunks.plain), make_noise(chunks.plain))
+        status = smolvla_fast.status(chunks.policy)
+        assert "CUDA graph capture failed: ValueError: on purpose" in str(status.last_fallback)
+        assert "first step beside the prefix" not in status.fallback_reasons
+    assert calls == ["main"] * 2, "with a branch, without, and never again"
 
 
 PLAIN: dict[str, Callable[[Chunks], Any]] = {

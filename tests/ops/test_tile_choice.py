@@ -60,7 +60,7 @@ FAMILIES = dict.fromkeys(GEMMS, "gemm") | {
     "attention": "attention", "masked_attention": "masked_attention",
     "masked_attention_backward": "attention_backward", "attention_residual": "attention_residual",
     "suffix_embed": "suffix_embed", "euler_step": "euler_step",
-    "image_prep": "image", "layer_norm": "row",
+    "image_prep": "image", "layer_norm": "norm",
 }  # fmt: skip
 
 
@@ -158,6 +158,7 @@ MORE_FIELDS = {
     "suffix_embed": dict(num_stages="num_stages"),
     "attention_residual": dict(rows="BLOCK_TOKENS", inner="BLOCK_KEYS", num_stages="num_stages"),
     "euler_step": dict(rows="BLOCK_ACTIONS"), "image_prep": dict(rows="BLOCK_ROWS"),
+    "layer_norm": dict(rows="BLOCK_ROWS"),
 }  # fmt: skip
 """What these kernels take beyond it."""
 
@@ -314,8 +315,7 @@ def test_numbers_that_no_kernel_takes_are_refused(tile: Any, match: str) -> None
         ("suffix_embed", ProductTile(128, 64, 16, 2, 1), "sums in registers"),
         ("euler_step", PlainTile(64, 1024, 4), "euler_step: .* sums in registers"),
         ("image_prep", PlainTile(128, 512, 4), "image: .* sums in registers"),
-        ("layer_norm", PlainTile(2, 512, 4), "row: .* one row of 300; accepted are 1x512 to 1x16384"),
-        ("layer_norm", PlainTile(1, 256, 4), "one row of 300; accepted are 1x512 to"),
+        ("layer_norm", PlainTile(2, 256, 4), "norm: .* one row of 300; accepted are 1x512 to"),
         ("layer_norm", PlainTile(1, 16384, 2), "sums in registers"),
     ],
 )  # fmt: skip
@@ -370,6 +370,7 @@ def test_other_text_is_no_tile(text: Any) -> None:
 SIZES: dict[str, list[tuple[Any, ...]]] = {
     "gemm": [(50, 2048, 720), (2048, 768, 3072), (177, 960, 2560), (1, 32, 960), (1, 1, 1)],
     "row": [(768,), (1,), (31,), (16_384,)],
+    "norm": [(2048, 768), (1, 1), (5, 31), (100_000, 16_384)],
     "euler_step": [(720, 32), (1, 1), (48, 5)],
     "image": [(512,), (1,), (47,)],
     "suffix_embed": [(50, 720, 32), (1, 1, 1), (400, 960, 64)],
@@ -395,7 +396,7 @@ def test_candidates_are_few_and_fit(family: str, cc: int) -> None:
     attends = "attention" in family
     room = attention_tuning if attends else tuning
     ranked, ask = getattr(room, f"{family}_tiles"), getattr(room, f"{family}_tile")
-    with_cc = ("gemm", "suffix_embed", "attention_residual")
+    with_cc = ("gemm", "norm", "suffix_embed", "attention_residual")
     for sizes in SIZES[family]:
         if attends and family not in with_cc:
             calls = [(*sizes, narrow, cc) for narrow in (False, True) if cc >= 80 or not narrow]
@@ -420,7 +421,8 @@ def test_candidates_are_few_and_fit(family: str, cc: int) -> None:
 def test_candidates_of_smolvla_are_several() -> None:
     """On an H100, in each of its calls: there is something to measure."""
     calls = {
-        "gemm": (50, 2048, 720), "row": (768,), "euler_step": (720, 32), "image": (512,), "suffix_embed": (50, 720, 32),
+        "gemm": (50, 2048, 720), "row": (768,), "norm": (2048, 768), "euler_step": (720, 32), "image": (512,),
+        "suffix_embed": (50, 720, 32),
         "attention": (1024, 64, True), "masked_attention": (5, 150, 227, 64, True), "attention_backward": (64, True),
         "attention_residual": (50, 720, 227, 5, 256, 4, 2),
     }  # fmt: skip
@@ -442,6 +444,7 @@ def test_the_first_candidates_are_the_tiles_of_before() -> None:
         tuning.euler_step_tile(720, 32),
         tuning.image_tile(512),
         tuning.row_tile(768),
+        tuning.norm_tile(2048, 768, 90),
     ]
     assert [*map(tuning.tile_to_json, took)] == [
         "gemm 64x128x64 split8 group8 warps4 stages4",
@@ -449,10 +452,11 @@ def test_the_first_candidates_are_the_tiles_of_before() -> None:
         "attention 16x256 warps4 stages1",
         "attention 128x64 warps8 stages3",
         "attention 32x32 warps4 stages2",
-        "product 16x32x64 warps4 stages2",
-        "plain 8x256 warps4",
+        "product 16x32x64 warps4 stages3",
+        "plain 8x512 warps8",
         "plain 8x64 warps4",
         "plain 1x1024 warps4",
+        "plain 8x1024 warps16",
     ]
 
 

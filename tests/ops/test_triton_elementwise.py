@@ -14,8 +14,10 @@ from support.guarded import DEVICE, guarded
 
 from smolvla_fast.kernels import layer_norm as norm_module
 from smolvla_fast.kernels import suffix_embed as suffix_module
+from smolvla_fast.kernels.tuning import PlainTile, using
 from smolvla_fast.ops.reference.layer_norm import layer_norm as norm_reference
 from smolvla_fast.ops.select import reference_ops
+from smolvla_fast.ops.stream_offset import StreamOffset
 from smolvla_fast.ops.torch.suffix import Folded, suffix_fold
 
 pytestmark = pytest.mark.triton
@@ -62,6 +64,33 @@ def test_layer_norm_far_from_zero() -> None:
     torch.testing.assert_close(layer_norm(**values).double(), truth, atol=4 * 2**-12 / 4, rtol=0)
 
 
+@pytest.mark.parametrize(("rows", "number"), [(5, 4), (3, 8), (1, 2), (9, 1)])
+def test_layer_norm_of_several_rows_a_program(rows: int, number: int) -> None:
+    """The last program has rows too few, of which none may be read or written."""
+    with using(PlainTile(number, 64, 4)):
+        check(reference_ops(), OPS, "layer_norm", dict(rows=rows, width=48), torch.float32)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_layer_norm_adds_what_stands_beside_the_stream(number: int) -> None:
+    """One vector, then a bias of the product ahead beside it; their sum is kept in fp32 for the norms behind."""
+    dtype = torch.float16
+    values, _ = inputs_in("layer_norm", dict(rows=6, width=48), torch.float32, seed=2)
+    first, second = torch.linspace(-30, 30, 48).to(dtype), torch.linspace(2, -2, 48).to(dtype)
+    offset = StreamOffset()
+    offset.leave(first)
+    for stream in (values["x"] + first.float(), values["x"] + first.float() + second.float()):
+        with using(PlainTile(number, 64, 4)):
+            got = layer_norm(**values, offset=offset)
+        truth = norm_reference(stream.double(), *(values[name].double() for name in ("weight", "bias")), 1e-6)
+        # fp32 numbers of some tens by weights around 1, centred and scaled by about a thirtieth.
+        torch.testing.assert_close(got.double(), truth, atol=2**-19, rtol=2**-19)
+        assert offset.bias is None
+        offset.leave(second)
+    assert offset.vector is not None and offset.vector.dtype is torch.float32
+    assert torch.equal(offset.vector, first.float() + second.float())
+
+
 def test_layer_norm_refuses_what_it_cannot_do() -> None:
     x, w = torch.zeros(3, 8, device=DEVICE), torch.zeros(8, device=DEVICE)
     refused = norm_module.layer_norm
@@ -73,6 +102,8 @@ def test_layer_norm_refuses_what_it_cannot_do() -> None:
         ValueError, match="the result is torch.float64; accepted are float32, bfloat16, float16"
     ):
         refused(x, w, w, 1e-6, torch.float64)
+    with pytest.raises(ValueError, match=r"a vector of the offset has shape \[7\]; accepted is \[8\]"):
+        refused(x, w, w, 1e-6, offset=StreamOffset(w[:7]))
     with pytest.raises(ValueError, match="accepted are at most 16384"):
         refused(torch.zeros(1, 20_000, device=DEVICE), *torch.zeros(2, 20_000, device=DEVICE), 1e-6)
     assert refused(x[:0], w, w, 1e-6).shape == (0, 8)

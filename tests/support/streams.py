@@ -60,6 +60,11 @@ class Streams(TorchDispatchMode):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: self.current)
         self.side = SideStream(self.main, self.beside)  # type: ignore[arg-type]
 
+    def synchronize(self) -> None:
+        """The host waits for both, as ``CudaDriver`` does ahead of a capture."""
+        self.main.wait_stream(self.beside)
+        self.beside.wait_stream(self.main)
+
     @contextmanager
     def _on(self, stream: Stream) -> Iterator[None]:
         before, self.current = self.current, stream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,9 +17,13 @@ from smolvla_fast.inference import Engine
 from smolvla_fast.model.precision import TIERS
 from smolvla_fast.ops import choice as choices
 from smolvla_fast.ops import extension
+from smolvla_fast.ops.next_norm import NextNorm
 from smolvla_fast.ops.plan import Plan
+from smolvla_fast.ops.torch import decoder
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.tune import candidates, stopwatch, tuner
+from smolvla_fast.tune.check import Contract
+from smolvla_fast.tune.recorder import Recorder
 from smolvla_fast.tune.result import Choice, ChunkTime, Tuning
 
 CPU = torch.device("cpu")
@@ -391,3 +396,32 @@ def test_tiles_of_triton_are_candidates(monkeypatch: pytest.MonkeyPatch) -> None
     by_tile = Products(TIERS["fp32"], "triton", CPU, Plan({key: tile}))
     Engine(TIERS["fp32"], "triton", CPU, products=by_tile).act(policy.model, *observed, noise)
     assert tile in by_tile.ops.linear_residual.served.values()  # type: ignore[attr-defined]
+
+
+def test_calls_are_timed_with_what_was_prepared_for_them() -> None:
+    """Each time anew, for a call may fill it in; what knows no hint, and the contract, go without."""
+    seen: list[Any] = []
+    x, norm, gate, up = torch.randn(3, 8), torch.ones(8), torch.randn(5, 8), torch.randn(5, 8)
+    ready = NextNorm(norm, torch.bfloat16, x.bfloat16(), torch.ones(1, 3))
+
+    def own(x: Any, norm: Any, gate: Any, up: Any, *, memory: Any = None, normed: Any = None) -> Any:
+        seen.append(None if normed is None else (normed.rows, normed.weight is norm[0]))
+        if normed is not None:
+            normed.rows = None
+        return decoder.norm_swiglu(x, norm, gate, up)
+
+    choice = choices.Choice("norm_swiglu", {"triton": own, "aten": decoder.norm_swiglu}, None, {})
+    recorder = Recorder(CPU)
+    for _ in range(2):  # a second layer's
+        recorder._note(choice, choice, x, (norm, 1e-6), gate, up, normed=replace(ready))
+    (recorded,) = recorder.found.values()
+    seen.clear()
+    sweep = candidates.sweep_of(recorded, choice.function("triton"))
+    sweep(), sweep()
+    assert len(seen) == 4
+    for rows, same_norm in seen:
+        assert same_norm and torch.equal(rows, ready.rows) and rows.data_ptr() != ready.rows.data_ptr()
+    candidates.sweep_of(recorded, choice.function("aten"))()
+    seen.clear()
+    assert Contract(recorded).judge("norm_swiglu", choice.function("triton"))[2] is None
+    assert seen and not any(seen)

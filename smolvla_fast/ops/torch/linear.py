@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,3 +96,41 @@ def cublaslt(
         return aten(x, weight, bias, activation, residual)
     rows = x.to(weight.dtype).reshape(x.shape[:-1].numel(), x.shape[-1])
     return torch._addmm_activation(bias, rows, weight.t(), use_gelu=True).view(*x.shape[:-1], len(weight))
+
+
+def why_no_cublas() -> str | None:
+    """Why this torch cannot add a product of 16 bits to fp32 where it lies, or None."""
+    has = "dtype_out" in torch.ops.aten.addmm.overloads()
+    return (
+        None
+        if has
+        else "this torch's addmm has no dtype of its own for the result; accepted is torch 2.8 and later"
+    )
+
+
+def cublas(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    *,
+    offset: Any = None,
+) -> Tensor:
+    """The same into an fp32 residual stream: a product of 16 bits whose C and D are the stream, one launch. NVIDIA GPUs.
+
+    offset  ``StreamOffset`` of the stream, which is then written where it lies; the bias is left there. Without it the bias
+            is first added to a copy, one launch more.
+    """
+    fits = residual is not None and residual.dtype is torch.float32 and residual.is_contiguous()
+    if activation is not None or residual is None or not fits or x.dtype is not weight.dtype:
+        return aten(x, weight, bias, activation, residual)
+    y = residual
+    if offset is None:
+        y = residual.clone() if bias is None else residual + bias
+    rows = y.view(-1, len(weight))
+    x = x.reshape(len(rows), x.shape[-1])
+    torch.ops.aten.addmm.dtype_out(rows, x, weight.t(), torch.float32, out=rows)
+    if offset is not None and bias is not None:
+        offset.leave(bias)
+    return y
