@@ -1,5 +1,6 @@
 // How csrc/cpu/parallel.h deals work out, counted: compiled with OpenMP and without by tests/ops/test_cpu_threads.py.
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -57,8 +58,19 @@ int deal(int64_t rows, int64_t fine, int64_t coarse, const std::vector<double>& 
     return 0;
 }
 
-// The thread that comes first keeps its first range until all the others have done the rest.
-int one_waits() {
+// A call has ended when every row has been visited, by whoever was slow.
+int waits() {
+    const auto caller = std::this_thread::get_id();
+    std::atomic<int64_t> visited{0};
+    parallel_rows(64, 4 * kElementsPerThread, kThreads, [&](int64_t begin, int64_t end) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(std::this_thread::get_id() == caller ? 1 : 50));
+        visited += end - begin;
+    });
+    return visited == 64 ? 0 : 1;
+}
+
+// The thread that comes first keeps its first range until all the others have done the rest: how much it has done.
+int64_t one_waits() {
     std::mutex lock;
     std::condition_variable all_else;
     int64_t done = 0, of_the_first = 0;
@@ -73,8 +85,7 @@ int one_waits() {
         if (first == std::this_thread::get_id()) of_the_first += end - begin;
         all_else.notify_all();
     });
-    std::printf("%lld %lld\n", static_cast<long long>(done), static_cast<long long>(of_the_first));
-    return 0;
+    return done == kRows ? of_the_first : -1;
 }
 
 int throws() {
@@ -115,16 +126,25 @@ int at_once() {
     return wrong;
 }
 
-// A child has none of its parent's threads, and none of the parent's may wait for it.
+// A child, made while another thread is in the middle of a call, has threads that come to it; the parent keeps its own.
 int forked() {
-    if (!each_row_once(kRows, kThreads)) return 1;
-    for (int i = 0; i < 3; ++i) {
+    std::atomic<bool> stop{false};
+    std::thread busy([&] {
+        while (!stop) each_row_once(kRows, kThreads);
+    });
+    int wrong = 0;
+    for (int i = 0; i < 5 && !wrong; ++i) {
         const pid_t child = fork();
-        if (child == 0) _exit(each_row_once(kRows, kThreads) ? 0 : 2);
+        if (child == 0) {
+            alarm(30);  // a thread that nobody comes to waits for ever
+            _exit(one_waits() == kRows / 8 ? 0 : 2);
+        }
         int status = 0;
-        if (waitpid(child, &status, 0) != child || status != 0 || !each_row_once(kRows, kThreads)) return 3;
+        wrong = waitpid(child, &status, 0) != child || status != 0;
     }
-    return 0;
+    stop = true;
+    busy.join();
+    return wrong || one_waits() != kRows / 8;
 }
 
 }  // namespace
@@ -136,7 +156,8 @@ int main(int count, char** words) {
         for (int i = 5; i < count; ++i) speeds.push_back(std::atof(words[i]));
         return deal(std::atoll(words[2]), std::atoll(words[3]), std::atoll(words[4]), speeds);
     }
-    if (what == "one_waits") return one_waits();
+    if (what == "one_waits") return std::printf("%lld\n", static_cast<long long>(one_waits())) < 0;
+    if (what == "waits") return waits();
     if (what == "throws") return throws();
     if (what == "nested") return nested();
     if (what == "at_once") return at_once();
