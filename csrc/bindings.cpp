@@ -18,6 +18,7 @@
 #include "cpu/bfloat16.h"
 #include "cpu/dispatch.h"
 #include "cpu/image_prep.h"
+#include "cpu/int8_matmul.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear.h"
 #include "cpu/quantize.h"
@@ -28,8 +29,6 @@ namespace py = pybind11;
 using namespace smolvla::cpu;
 
 namespace {
-
-constexpr const char* kLevelNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 py::list levels() {
     py::list names;
@@ -158,6 +157,18 @@ void bind_quantize_rows(py::module_& m, const char* name) {
         py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_int8_matmul(py::module_& m) {
+    m.def(
+        "int8_matmul",
+        [](uintptr_t data, uintptr_t weight, uintptr_t scale, uintptr_t sums, int64_t rows, int64_t inputs,
+           int64_t outputs, int num_threads) {
+            int8_matmul({at<uint8_t>(data), at<int8_t>(weight), at<float>(scale), at<float>(sums), rows, inputs, outputs},
+                        num_threads);
+        },
+        py::arg("data"), py::arg("weight"), py::arg("scale"), py::arg("sums"), py::arg("rows"), py::arg("inputs"),
+        py::arg("outputs"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+}
+
 void bind_sums(py::module_& m) {
     m.def(
         "finish_sums",
@@ -205,6 +216,7 @@ PYBIND11_MODULE(_cpu, m) {
     bind_image_prep<float, bfloat16>(m, "image_prep_float32_bfloat16");
     bind_quantize_rows<float>(m, "quantize_rows_float32");
     bind_quantize_rows<bfloat16>(m, "quantize_rows_bfloat16");
+    bind_int8_matmul(m);
     bind_sums(m);
     // linear, dtypes of x, weight and y
     bind_linear<float, float, float>(m, "linear_float32_float32_float32");

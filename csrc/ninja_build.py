@@ -77,7 +77,7 @@ def cxx_compiler():
 
 
 def openmp_flags(cxx):
-    """["-fopenmp"] where the compiler has OpenMP; without it every op runs on one thread."""
+    """["-fopenmp"] where the compiler has OpenMP; without it the kernels make threads of their own."""
     try:
         run(
             *cxx,
@@ -223,7 +223,7 @@ def compile_extension(kind, sources, target, work, without_gpu=()):
     flags = {".cpp": [*CXX_FLAGS, *openmp, *include]}
     linker, link_flags = (
         cxx,
-        [*openmp, *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])],
+        [*(openmp or ["-pthread"]), *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])],
     )
     facts = {"compiler": run(*cxx, "--version").splitlines()[0], "openmp": bool(openmp)}
     if kind == "cuda":

@@ -61,9 +61,38 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 #undef SMOLVLA_TARGET
 #endif
 
+#if defined(__aarch64__)
+#define SMOLVLA_LEVEL Neon
+#define SMOLVLA_LEVEL_NAMESPACE neon
+#define SMOLVLA_LEVEL_IS_512 0
+#define SMOLVLA_TARGET
+#include "cpu/attention_kernel.h"
+#undef SMOLVLA_LEVEL
+#undef SMOLVLA_LEVEL_NAMESPACE
+#undef SMOLVLA_LEVEL_IS_512
+#undef SMOLVLA_TARGET
+
+#if SMOLVLA_NEON_EXTENSIONS
+#define SMOLVLA_LEVEL NeonBf16
+#define SMOLVLA_LEVEL_NAMESPACE neon_bf16
+#define SMOLVLA_LEVEL_IS_512 0
+#define SMOLVLA_TARGET SMOLVLA_NEON_BF16
+#include "cpu/attention_kernel.h"
+#undef SMOLVLA_LEVEL
+#undef SMOLVLA_LEVEL_NAMESPACE
+#undef SMOLVLA_LEVEL_IS_512
+#undef SMOLVLA_TARGET
+#endif
+#endif
+
 template <class T>
 auto kernel() {
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+#if SMOLVLA_NEON_EXTENSIONS
+    if (level() == Level::neon_bf16) return neon_bf16::run<sizeof(T) == 2, T>;
+#endif
+    return level() == Level::baseline ? baseline::run<false, T> : neon::run<false, T>;
+#elif defined(__x86_64__)
     constexpr bool pairs = sizeof(T) == 2;
     return pick(baseline::run<false, T>, avx2::run<false, T>, avx512::run<false, T>, avx512_bf16::run<pairs, T>);
 #else
@@ -76,9 +105,11 @@ auto kernel() {
 template <class T>
 void attention(const Attention& a, int num_threads) {
     const auto run = kernel<T>();
-    const int64_t tiles = a.batch * a.kv_heads * ceil_div(a.queries * (a.heads / a.kv_heads), kTileRows);
-    parallel_rows(tiles, kTileRows * a.keys * 4, num_threads,
-                  [&](int64_t begin, int64_t end) { run(a, begin, end); });
+    const int64_t head_tiles = ceil_div(a.queries * (a.heads / a.kv_heads), kTileRows);
+    const int64_t tiles = a.batch * a.kv_heads * head_tiles;
+    // By heads, which are packed once for a thread that meets them, and by blocks of rows at the end.
+    parallel_ranges(tiles, kTileRows * a.keys * 4, kBlockRows / kTileRows, head_tiles, num_threads,
+                    [&](Ranges& ranges) { run(a, ranges); });
 }
 
 template void attention<float>(const Attention&, int);

@@ -9,8 +9,8 @@ namespace smolvla::cpu {
 //         strides in elements over the first three dimensions, the last one contiguous
 //   mask  null, or [batch, queries, keys] bytes with any strides; a row that sees nothing averages all keys alike
 //   out   [batch, queries, heads, head_dim] contiguous
-// T is float or bfloat16. Scores, softmax and sums are fp32. With bf16, the level avx512_bf16 rounds the probabilities to
-// bf16 and treats subnormal inputs as zero; the other levels widen to fp32. Threads never share a row, so their number
+// T is float or bfloat16. Scores, softmax and sums are fp32. With bf16, the levels avx512_bf16 and neon_bf16 round the
+// probabilities to bf16 and treat subnormal inputs as zero; the other levels widen to fp32. Threads never share a row, so their number
 // does not change a bit. Scratch is kept per thread: 2·keys·head_dim words for one head and a block of score rows.
 struct Attention {
     const void *q, *k, *v;

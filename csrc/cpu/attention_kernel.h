@@ -64,10 +64,11 @@ SMOLVLA_TARGET void tiles(const float* a, int64_t lda, int64_t rows, const float
         switch (vectors) {
             case 1: tile<kPairs, 1, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc); break;
             case 2: tile<kPairs, 2, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc); break;
-#if SMOLVLA_LEVEL_IS_512
-            case 3: tile<kPairs, 3, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc); break;
-            default: tile<kPairs, 4, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc);
-#endif
+            default:
+                if constexpr (S::kTileVectors == 4) {
+                    if (vectors == 3) tile<kPairs, 3, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc);
+                    else tile<kPairs, 4, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc);
+                }
         }
     }
 }
@@ -145,8 +146,14 @@ SMOLVLA_TARGET void pack_keys(const T* k, int64_t stride, int64_t keys, int64_t 
         }
 #else
     for (int64_t key = 0; key < kPanel; ++key)
-        for (int64_t word = 0; word < words; ++word)
-            panel[word * kPanel + key] = key < keys ? load(k + key * stride + word) : 0.0f;
+        for (int64_t word = 0; word < words; ++word) {
+            float* const to = panel + word * kPanel + key;
+            *to = 0.0f;
+            if (key >= keys) continue;
+            const T* from = k + key * stride + word * per_word;
+            if constexpr (kPairs) std::memcpy(to, from, std::min(head_dim - 2 * word, per_word) * sizeof(T));
+            else *to = load(from);
+        }
 #endif
 }
 
@@ -164,6 +171,12 @@ SMOLVLA_TARGET void pack_values(const T* v, int64_t stride, int64_t keys, int64_
                 const __m512i pairs = _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
                 S::store(to + d, _mm512_castsi512_ps(pairs));
             }
+#else
+        std::memset(to, 0, (keys + 1) / 2 * columns * sizeof(float));
+        for (int64_t key = 0; key < keys; ++key) {
+            T* const halves = reinterpret_cast<T*>(to + key / 2 * columns) + key % 2;
+            for (int64_t d = 0; d < head_dim; ++d) halves[2 * d] = v[key * stride + d];
+        }
 #endif
     } else {
         for (int64_t key = 0; key < keys; ++key, to += columns) {
@@ -228,9 +241,11 @@ SMOLVLA_TARGET SMOLVLA_INLINE void apply_mask(float* scores, const uint8_t* mask
     }
 }
 
-// Tiles [begin, end) of the flat list (batch, kv head, tile of six rows), a row being (query, head of the group).
+// Ranges of the flat list (batch, kv head, tile of six rows), a row being (query, head of the group).
 template <bool kPairs, class T>
-SMOLVLA_TARGET void run(const Attention& a, int64_t begin, int64_t end) {
+SMOLVLA_TARGET void run(const Attention& a, Ranges& ranges) {
+    int64_t begin, end;
+    if (!ranges.next(begin, end)) return;
     constexpr int64_t per_word = kPairs ? 2 : 1;
     const int64_t group = a.heads / a.kv_heads, rows = a.queries * group, row_tiles = ceil_div(rows, kTileRows);
     const int64_t q_words = ceil_div(a.head_dim, per_word), p_words = ceil_div(a.keys, per_word);
@@ -248,7 +263,7 @@ SMOLVLA_TARGET void run(const Attention& a, int64_t begin, int64_t end) {
     float* const packed_q = sums + kBlockRows * columns;
 
     int64_t packed_head = -1;
-    while (begin < end) {
+    while (begin < end || ranges.next(begin, end)) {
         const int64_t head = begin / row_tiles, first_tile = begin % row_tiles;
         const int64_t tiles_here = std::min({row_tiles - first_tile, end - begin, int64_t{kBlockRows / kTileRows}});
         const int64_t first = first_tile * kTileRows, count = std::min(rows - first, tiles_here * kTileRows);

@@ -2,7 +2,7 @@
 //
 // The whole library is compiled for the baseline. An op writes its body once as SMOLVLA_INLINE and wraps it in one
 // function per level; inlining the body into a wrapper compiles it for that wrapper's instructions. An op that needs
-// intrinsics writes them in the wrapper instead.
+// intrinsics writes them in the wrapper instead. Here are the levels of x86-64; dispatch_neon.h has those of aarch64.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,10 @@
 #include <string>
 
 #define SMOLVLA_INLINE inline __attribute__((always_inline))
+
+#if defined(__aarch64__)
+#include "cpu/dispatch_neon.h"
+#endif
 
 #if defined(__x86_64__)
 // 512-bit vectors must be asked for: compilers keep to 256 bits by default, for older cores that clock down.
@@ -29,7 +33,6 @@
     __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
 #endif
 #else
-// Other processors have the baseline alone (on aarch64 that includes NEON).
 #define SMOLVLA_AVX512
 #define SMOLVLA_AVX512_BF16
 #define SMOLVLA_AVX2
@@ -37,7 +40,9 @@
 
 namespace smolvla::cpu {
 
+#if !defined(__aarch64__)
 enum class Level : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+constexpr const char* kLevelNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 // What oneDNN's own variable leaves: a user who takes a processor for an older one means our kernels too. Its values
 // stand in smolvla_fast/ops/processor.py.
@@ -72,6 +77,7 @@ inline Level best_level() {
     return Level::baseline;
 #endif
 }
+#endif
 
 // The level in use: the best one unless a test has lowered it. Atomic, as ops run without Python's lock.
 inline std::atomic<Level>& level() {
@@ -79,6 +85,7 @@ inline std::atomic<Level>& level() {
     return current;
 }
 
+#if !defined(__aarch64__)
 // An op with nothing of its own for a level runs the one below.
 template <class Function>
 Function* pick(Function* baseline, Function* avx2, Function* avx512, Function* avx512_bf16) {
@@ -94,5 +101,12 @@ template <class Function>
 Function* pick(Function* baseline, Function* avx2, Function* avx512) {
     return pick(baseline, avx2, avx512, avx512);
 }
+#else
+// Bodies in plain C++ become NEON by the compiler, as every aarch64 has it.
+template <class Function>
+Function* pick(Function* baseline, Function*, Function*) {
+    return baseline;
+}
+#endif
 
 }  // namespace smolvla::cpu

@@ -59,9 +59,36 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 #endif
 #undef SMOLVLA_LEVEL_IS_512
 
+#if defined(__aarch64__)
+#define SMOLVLA_LEVEL_IS_512 0
+#define SMOLVLA_LEVEL Neon
+#define SMOLVLA_LEVEL_NAMESPACE neon
+#define SMOLVLA_TARGET
+#include "cpu/linear_kernel.h"
+#undef SMOLVLA_LEVEL
+#undef SMOLVLA_LEVEL_NAMESPACE
+#undef SMOLVLA_TARGET
+
+#if SMOLVLA_NEON_EXTENSIONS
+#define SMOLVLA_LEVEL NeonBf16
+#define SMOLVLA_LEVEL_NAMESPACE neon_bf16
+#define SMOLVLA_TARGET SMOLVLA_NEON_BF16
+#include "cpu/linear_kernel.h"
+#undef SMOLVLA_LEVEL
+#undef SMOLVLA_LEVEL_NAMESPACE
+#undef SMOLVLA_TARGET
+#endif
+#undef SMOLVLA_LEVEL_IS_512
+#endif
+
 template <class X, class T, class Out>
 auto kernel() {
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+#if SMOLVLA_NEON_EXTENSIONS
+    if (level() == Level::neon_bf16) return neon_bf16::run<sizeof(T) == 2, X, T, Out>;
+#endif
+    return level() == Level::baseline ? baseline::run<false, X, T, Out> : neon::run<false, X, T, Out>;
+#elif defined(__x86_64__)
     constexpr bool pairs = sizeof(T) == 2;
     return pick(baseline::run<false, X, T, Out>, avx2::run<false, X, T, Out>, avx512::run<false, X, T, Out>,
                 avx512_bf16::run<pairs, X, T, Out>);
@@ -75,8 +102,8 @@ auto kernel() {
 template <class X, class T, class Out>
 void linear(const Linear& a, int num_threads) {
     const auto run = kernel<X, T, Out>();
-    parallel_rows(ceil_div(a.outputs, kSplit), kSplit * a.rows * a.inputs / 16, num_threads,
-                  [&](int64_t begin, int64_t end) { run(a, begin * kSplit, std::min(end * kSplit, a.outputs)); });
+    parallel_ranges(ceil_div(a.outputs, kSplit), kSplit * a.rows * a.inputs / 16, kUnits, kUnits, num_threads,
+                    [&](Ranges& ranges) { run(a, ranges); });
 }
 
 template void linear<float, float, float>(const Linear&, int);

@@ -10,7 +10,7 @@ using S = SMOLVLA_LEVEL;
 using V = S::V;
 constexpr int kWidth = S::kWidth;
 // Accumulators plus one column of operands fit the 32 or 16 vector registers.
-constexpr int kRows = SMOLVLA_LEVEL_IS_512 ? 5 : 4, kOuts = SMOLVLA_LEVEL_IS_512 ? 5 : 3;
+constexpr int kRows = S::kRegisters == 32 ? 5 : 4, kOuts = S::kRegisters == 32 ? 5 : 3;
 constexpr int kChunk = kOuts * kUnits;
 constexpr int kChunkStride = (kChunk + kWidth - 1) / kWidth * kWidth;
 
@@ -34,7 +34,9 @@ SMOLVLA_TARGET SMOLVLA_INLINE V load_last_words(const T* p, int64_t count) {
     else return S::load_first(p, count);
 #else
     float lanes[kWidth] = {};
-    for (int64_t i = 0; i < count; ++i) lanes[i] = load(p + i);
+    if constexpr (kPairs) std::memcpy(lanes, p, count * sizeof(T));
+    else
+        for (int64_t i = 0; i < count; ++i) lanes[i] = load(p + i);
     return S::load(lanes);
 #endif
 }
@@ -109,13 +111,7 @@ SMOLVLA_TARGET __attribute__((noinline)) void tile(const T* x, int last_row, con
         for (int o = 0; o < kOuts; ++o) c[r * kChunkStride + o] = flat[r * kOuts + o];
 #else
     for (int r = 0; r < kRows; ++r)
-        for (int o = 0; o < kOuts; ++o) {
-            float lanes[kWidth];
-            S::store(lanes, sums[r * kOuts + o]);
-            for (int half = kWidth / 2; half > 0; half /= 2)
-                for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-            c[r * kChunkStride + o] = lanes[0];
-        }
+        for (int o = 0; o < kOuts; ++o) c[r * kChunkStride + o] = sum_lanes(sums[r * kOuts + o]);
 #endif
 }
 
@@ -174,9 +170,11 @@ SMOLVLA_TARGET void prepare_rows(const X* x, const float* norm_weight, float eps
     }
 }
 
-// Outputs [begin, end) of all rows.
+// Ranges of the outputs, in splits, of all rows.
 template <bool kPairs, class X, class T, class Out>
-SMOLVLA_TARGET void run(const Linear& a, int64_t begin, int64_t end) {
+SMOLVLA_TARGET void run(const Linear& a, Ranges& ranges) {
+    int64_t first, last;
+    if (!ranges.next(first, last)) return;
     const T *weight = static_cast<const T*>(a.weight), *up_weight = static_cast<const T*>(a.up_weight);
     const T* bias = static_cast<const T*>(a.bias);
     const int64_t fitting = std::max<int64_t>(kBlockBytes / (a.inputs * static_cast<int64_t>(sizeof(T))), kLeastRows);
@@ -187,13 +185,17 @@ SMOLVLA_TARGET void run(const Linear& a, int64_t begin, int64_t end) {
     T* const h = reinterpret_cast<T*>(up + block * kChunkStride);
     // The last tiles may leave columns unwritten that the activation then reads.
     std::fill(c, up, 0.0f);
-    for (int64_t row = 0; row < a.rows; row += block) {
+    int64_t prepared_row = -1;
+    do for (int64_t row = 0; row < a.rows; row += block) {
+        const int64_t begin = first * kSplit, end = std::min(last * kSplit, a.outputs);
         const int64_t rows = std::min(a.rows - row, block);
         const X* const from = static_cast<const X*>(a.x) + row * a.inputs;
         const T* x = h;
         // Every thread prepares all rows for itself: microseconds, where a barrier would cost as much.
-        if (prepared) prepare_rows(from, static_cast<const float*>(a.norm_weight), a.eps, rows, a.inputs, h);
-        else x = reinterpret_cast<const T*>(from);
+        if (!prepared) x = reinterpret_cast<const T*>(from);
+        else if (row != prepared_row)
+            prepare_rows(from, static_cast<const float*>(a.norm_weight), a.eps, rows, a.inputs, h);
+        prepared_row = row;
         for (int64_t out = begin; out < end; out += kChunk) {
             const int64_t outs = std::min<int64_t>(end - out, kChunk);
             const T* const w = weight + out * a.inputs;
@@ -218,7 +220,7 @@ SMOLVLA_TARGET void run(const Linear& a, int64_t begin, int64_t end) {
                 }
             }
         }
-    }
+    } while (ranges.next(first, last));
 }
 
 }  // namespace SMOLVLA_LEVEL_NAMESPACE

@@ -37,10 +37,21 @@ struct NoPairs {
     static float load_pairs_first(const void* p, int64_t count);
 };
 
+// The lanes of a vector added up, halves first.
+template <class V>
+SMOLVLA_INLINE float sum_lanes(V v) {
+    constexpr int count = sizeof(V) / sizeof(float);
+    float lanes[count];
+    std::memcpy(lanes, &v, sizeof v);
+    for (int half = count / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
 struct Baseline : NoPairs {
     static constexpr int kWidth = 4;
     // Vectors in a row of a register tile: six rows of these, one column of operands and a broadcast fit the registers.
-    static constexpr int kTileVectors = 2;
+    static constexpr int kTileVectors = 2, kRegisters = 16;
     using V = float __attribute__((vector_size(16)));
     using I = int32_t __attribute__((vector_size(16)));
 
@@ -81,7 +92,7 @@ struct Baseline : NoPairs {
 #define SMOLVLA_AVX2_INLINE SMOLVLA_AVX2 SMOLVLA_INLINE
 struct Avx2 : NoPairs {
     static constexpr int kWidth = 8;
-    static constexpr int kTileVectors = 2;
+    static constexpr int kTileVectors = 2, kRegisters = 16;
     using V = __m256;
 
     static SMOLVLA_AVX2_INLINE V broadcast(float x) { return _mm256_set1_ps(x); }
@@ -111,7 +122,7 @@ struct Avx2 : NoPairs {
 #define SMOLVLA_AVX512_INLINE SMOLVLA_AVX512 SMOLVLA_INLINE
 struct Avx512 : NoPairs {
     static constexpr int kWidth = 16;
-    static constexpr int kTileVectors = 4;
+    static constexpr int kTileVectors = 4, kRegisters = 32;
     using V = __m512;
 
     static SMOLVLA_AVX512_INLINE V broadcast(float x) { return _mm512_set1_ps(x); }
@@ -160,3 +171,7 @@ struct Avx512Bf16 : Avx512 {
 #endif
 
 }  // namespace smolvla::cpu
+
+#if defined(__aarch64__)
+#include "cpu/simd_neon.h"
+#endif

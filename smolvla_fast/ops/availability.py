@@ -40,14 +40,19 @@ def why_not_auto(backend: str, device: torch.device) -> str | None:
 def _why_slow() -> str | None:
     """Why the CPU kernels, running as they do here, were never measured ahead of torch, or None."""
     reason = None
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        reason = f"its kernels have vector code for x86-64 alone, this processor is {platform.machine()}"
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        reason = f"its kernels for {platform.machine()} have run in an emulator alone, which tells no times"
+    elif platform.machine().lower() not in ("x86_64", "amd64"):
+        reason = (
+            f"its kernels have vector code for x86-64 and ARM alone, this processor is {platform.machine()}"
+        )
     elif extension.load("cpu").levels()[-1] == "baseline":
         reason = "its kernels have vector code from AVX2 on, which this processor has not"
     elif not extension.build_record().get("cpu", {}).get("openmp", True):
-        reason = "its kernels were compiled without OpenMP and run on one thread"
-    return (
-        reason and f"{reason}; torch was never measured slower there, backend='cpu' takes them all the same"
+        reason = "its kernels were compiled without OpenMP and run on threads of their own beside torch's"
+    return reason and (
+        f"{reason}; torch was never measured slower there, a plan of `smolvla-fast tune` may say otherwise, "
+        "backend='cpu' takes them all the same"
     )
 
 

@@ -19,6 +19,7 @@ from smolvla_fast.ops.reference.linear import linear as reference_linear
 from smolvla_fast.ops.reference.quantize import (
     SMALLEST,
     IntegerRows,
+    IntegerWeight,
     dequantize,
     quantize_activations,
     quantize_weight,
@@ -191,6 +192,48 @@ def test_sums_are_exact(rows: int, inputs: int, outputs: int, extreme: bool) -> 
     assert ((found.double() - want).abs() <= rounding(before) + rounding(want)).all()
 
 
+# Rows and outputs about the tiles' of each level, inputs about a vector's 16, single ones, more than one chunk of outputs.
+OWN_SIZES = [
+    (1, 1, 1),
+    (3, 15, 4),
+    (4, 16, 5),
+    (9, 17, 9),
+    (8, 33, 8),
+    (5, 47, 21),
+    (2, 5000, 130),
+    (50, 72, 41),
+]
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), OWN_SIZES)
+def test_own_product_is_exact(rows: int, inputs: int, outputs: int, extreme: bool) -> None:
+    """To the bit, at every level: the sums are integers, the scale is one rounding of fp32 more."""
+    generator = torch.Generator().manual_seed(rows + inputs)
+    data = torch.randint(0, 256, (rows, inputs), generator=generator, dtype=torch.uint8)
+    integers = torch.randint(-128, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
+    if extreme:  # 128 · 128 in every place: two of them overflow 16 bits
+        data, integers = torch.zeros_like(data), torch.full_like(integers, -128)
+    scale = torch.rand(outputs, generator=generator) + 0.5
+    want = ((data.long() - 128) @ integers.long().t()).float() * scale
+    x, weight = IntegerRows(data, torch.ones(rows)), IntegerWeight(integers, scale)
+    for found in at_every_level(lambda: quantize.int8_matmul(x, weight)):
+        assert torch.equal(found, want)
+
+
+def test_own_product_refuses() -> None:
+    x, weight = IntegerRows(torch.zeros(2, 8, dtype=torch.uint8), torch.ones(2)), quantize_weight(_x(3, 8))
+    with pytest.raises(ValueError, match=r"data has shape \[2, 8\]; accepted is \[2, 9\]"):
+        quantize.int8_matmul(x, quantize_weight(_x(3, 9)))
+    with pytest.raises(TypeError, match="weight has dtype torch.uint8, this kernel has torch.int8"):
+        quantize.int8_matmul(x, weight._replace(data=weight.data.view(torch.uint8)))
+    with pytest.raises(ValueError, match=r"accepted is \[O, K\], 0 < K < 2\^17"):
+        quantize.int8_matmul(x, IntegerWeight(torch.zeros(1, 2**17, dtype=torch.int8), torch.ones(1)))
+    with pytest.raises(ValueError, match="data is not contiguous"):
+        quantize.int8_matmul(x._replace(data=x.data.t().contiguous().t()), weight)
+    assert quantize.int8_matmul(IntegerRows(x.data[:0], x.scale[:0]), weight).shape == (0, 3)
+
+
 @pytest.mark.parametrize("degrees", [3, None])
 def test_heavy_tails_get_a_second_term(degrees: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A normal weight does not; with it, what a product loses is the activations' rounding alone."""
@@ -281,12 +324,16 @@ def test_smoothing_saves_digits_behind_a_loud_norm() -> None:
 
 
 def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "ours", lambda: False)
     gpu = why_not_int8(torch.device("cuda"))
     assert gpu is not None and "oneDNN's for CPUs, the policy is on cuda" in gpu
     with monkeypatch.context() as patch:
         play(patch, "Skylake-X")
         reason = str(why_not_int8(CPU))
-        assert "multiplies no 8-bit integers; accepted are AVX512-VNNI, AVX-VNNI, AMX-INT8" in reason
+        assert (
+            "multiplies no 8-bit integers; accepted are AVX512-VNNI, AVX-VNNI, AMX-INT8, and dot product"
+            in reason
+        )
         with pytest.raises(RuntimeError, match="precision='int8' cannot serve.*multiplies no 8-bit integers"):
             backends.select("auto", CPU, False, "int8")
     with monkeypatch.context() as patch:

@@ -44,12 +44,12 @@ def place(name: str = "x86_64", best: str = "avx2", openmp: bool = True) -> Any:
 
 
 PLACES = {
-    "Linux on ARM": (place("aarch64"), "this processor is aarch64"),
-    "Apple": (place("arm64"), "this processor is arm64"),
+    "Linux on ARM": (place("aarch64"), "its kernels for aarch64 have run in an emulator alone"),
+    "Apple": (place("arm64"), "its kernels for arm64 have run in an emulator alone"),
     "POWER": (place("ppc64le"), "this processor is ppc64le"),
     "RISC-V": (place("riscv64"), "this processor is riscv64"),
-    "unknown": (place(""), "for x86-64 alone"),
-    "no OpenMP": (place(openmp=False), "compiled without OpenMP and run on one thread"),
+    "unknown": (place(""), "for x86-64 and ARM alone"),
+    "no OpenMP": (place(openmp=False), "compiled without OpenMP and run on threads of their own"),
     "no AVX2": (place(best="baseline"), "from AVX2 on, which this processor has not"),
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from smolvla_fast.ops import extension
 
-# The extension alone, on addresses: it needs no torch. tests/installation/aarch64.cpp makes the same calls.
+# The extension alone, on addresses: it needs no torch.
 MASKED = """
 import ctypes, importlib.util, json, sys
 spec = importlib.util.spec_from_file_location("smolvla_fast._cpu", sys.argv[1])

@@ -1,4 +1,4 @@
-"""Tier ``int8`` on a CPU: matrices of 8-bit integers, and their product, which is oneDNN's as torch ships it.
+"""Tier ``int8`` on a CPU: matrices of 8-bit integers, and their product: oneDNN's as torch ships it, on aarch64 ours.
 
 Weights have a scale an output channel and are packed once (``engine/quantized_weights.py``), in two terms where their tails
 are heavy. Activations get a scale a row when they are made (``int8_ops.py``).
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import extension, processor
 from ..reference.quantize import ZERO, IntegerRows, IntegerWeight, dequantize, quantize_weight
+from . import quantize
 
 MAX_LOSS = 0.015
 """The most of its length that a weight may lose to one step a row, before what it loses is kept in a second term. Normal
@@ -21,9 +22,10 @@ weights stay below it, Student's t with 3 degrees of freedom does not (``tests/o
 
 
 class Packed(NamedTuple):
-    """A weight [O, K] as oneDNN wants it.
+    """A weight [O, K] as oneDNN wants it, or as our own product does.
 
-    data  opaque      scale  [O] fp32      zero  [O] int64, zeros      rest  what these lose, where that is much
+    data  opaque, or [O, K] int8      scale  [O] fp32      zero  [O] int64, zeros
+    rest  what these lose, where that is much
     """
 
     data: Tensor
@@ -59,9 +61,12 @@ def pack(weight: Tensor) -> Packed:
 
 def pack_integers(weight: IntegerWeight) -> Packed:
     """[O, K] -> packed."""
+    zero = torch.zeros(len(weight.scale), dtype=torch.int64)
+    if ours():
+        return Packed(weight.data.contiguous(), weight.scale, zero, weight.data.shape)
     # Without a shape of x, oneDNN chooses a layout that serves any number of rows.
     data = torch.ops.onednn.qlinear_prepack(weight.data.contiguous(), None)
-    return Packed(data, weight.scale, torch.zeros(len(weight.scale), dtype=torch.int64), weight.data.shape)
+    return Packed(data, weight.scale, zero, weight.data.shape)
 
 
 class SmoothQuantGroup(NamedTuple):
@@ -125,7 +130,14 @@ def int8_matmul(x: IntegerRows, weight: Packed) -> Tensor:
     return found if weight.rest is None else found.add_(_one_term(x, weight.rest))
 
 
+def ours() -> bool:
+    """Whether the product is our own kernel: on aarch64, from the level with dot products on."""
+    return extension.available("cpu") and "neon_dotprod" in extension.load("cpu").levels()
+
+
 def _one_term(x: IntegerRows, weight: Packed) -> Tensor:
+    if ours():
+        return quantize.int8_matmul(x, IntegerWeight(weight.data, weight.scale))
     return torch.ops.onednn.qlinear_pointwise(
         x.data, 1.0, ZERO, weight.data, weight.scale, weight.zero, None,
         1.0, 0, torch.float32, "none", [], "",
@@ -152,15 +164,15 @@ def why_not(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"its products are oneDNN's for CPUs, the policy is on {device}"
     missing = extension.why_missing("cpu")
-    if missing:
-        return missing
+    if missing or ours():
+        return missing or None
     namespace = torch.ops.onednn
     if not (torch.backends.mkldnn.is_available() and hasattr(namespace, "qlinear_pointwise")):
         return f"torch {torch.__version__} was built without oneDNN's integer product; the builds of PyPI have it"
     if processor.is_known() and not any(name in processor.features() for name in VNNI):
         # u8·s8 pairs are added in 16 bits there, and saturate; what avoids it is no faster than fp32.
         by = f" (ONEDNN_MAX_CPU_ISA={processor.limit()})" if processor.limit() else ""
-        return f"this processor multiplies no 8-bit integers{by}; accepted are {', '.join(VNNI)}"
+        return f"this processor multiplies no 8-bit integers{by}; accepted are {', '.join(VNNI)}, and dot product on ARM"
     try:
         exact = _sums_are_exact()
     except RuntimeError as error:

@@ -5,6 +5,7 @@ Same names and signatures as the references, plus ``out``, the buffers to write 
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from .. import extension
 from ..memory import Memory, empty
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+_X86 = ("baseline", "avx2", "avx512", "avx512_bf16")
+_ARM = ("baseline", "neon", "neon_dotprod", "neon_i8mm", "neon_bf16")
+LEVELS = _ARM if platform.machine().lower() in ("aarch64", "arm64") else _X86
 """All instruction levels that the kernels are compiled for, each with what the one before it has."""
 
 # dtype -> how the kernels for it end
@@ -90,8 +93,8 @@ def attention(
     mask      None, or [B, T, S] bool of any strides; a row with no True looks at every key alike
     out       where to write, contiguous, overlapping no input
     returns   [B, T, H, D]  dtype of q
-    numerics  scores, softmax, sums in fp32. With bf16, the level "avx512_bf16" rounds probabilities to bf16
-              and takes subnormals for zero; other levels widen. Bits independent of the number of threads
+    numerics  scores, softmax, sums in fp32. With bf16, the levels "avx512_bf16" and "neon_bf16" round probabilities
+              to bf16 and take subnormals for zero; other levels widen. Bits independent of the number of threads
     errors    as ``rms_norm``
     replaces  ``F.scaled_dot_product_attention`` of the vision tower, ``eager_attention_forward`` elsewhere
     """

@@ -1,8 +1,8 @@
 """What stands before and behind an integer product on a CPU, as functions on tensors; checked here as in ``kernels.py``.
 
-The product itself is torch's, in ``int8.py``. Numbers come in as fp32 or bf16 and go out as rows of unsigned bytes with a
-scale each (``reference.quantize.IntegerRows``); what the product leaves comes in as fp32. Equal bits at every instruction
-level and for any number of threads.
+The product itself is torch's, in ``int8.py``; on aarch64 it is ours, here. Numbers come in as fp32 or bf16 and go out as
+rows of unsigned bytes with a scale each (``reference.quantize.IntegerRows``); what the product leaves comes in as fp32.
+Equal bits at every instruction level and for any number of threads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..reference.quantize import IntegerRows
+from ..reference.quantize import IntegerRows, IntegerWeight
 from .kernels import _ACTIVATIONS, _KERNELS, _check_contiguous, _check_one
 
 _NONE, _LAYER, _RMS = range(3)
@@ -107,6 +107,38 @@ def finish_rows(
             *pointers, _ACTIVATIONS[activation], scale.numel(), sums.shape[-1], torch.get_num_threads()
         )
     return out
+
+
+MOST_INPUTS = 2**17
+"""Below it the sums of products of two bytes fit 32 bits."""
+
+
+def int8_matmul(x: IntegerRows, weight: IntegerWeight) -> Tensor:
+    """``sums = scale · (data - 128)·weightᵀ``, exact in 32 bits, then rounded to fp32 and once more by the scale.
+
+    x        data [..., K] uint8, contiguous; its own scale is left to ``finish``      weight  data [O, K] int8, contiguous
+    returns  [..., O] fp32
+    errors   as ``kernels.rms_norm``; ValueError for K of ``MOST_INPUTS`` or more
+    """
+    outputs, inputs = weight.data.shape
+    if not 0 < inputs < MOST_INPUTS:
+        raise ValueError(
+            f"int8_matmul: weight has shape [{outputs}, {inputs}]; accepted is [O, K], 0 < K < 2^17"
+        )
+    shape = x.data.shape[:-1]
+    for name, tensor, dtype, wanted in (
+        ("data", x.data, torch.uint8, (*shape, inputs)),
+        ("weight", weight.data, torch.int8, weight.data.shape),
+        ("scale", weight.scale, torch.float32, (outputs,)),
+    ):
+        _check_one("int8_matmul", name, tensor, dtype, "this kernel", wanted)
+        _check_contiguous("int8_matmul", name, tensor)
+    sums = torch.empty(*shape, outputs)
+    if sums.numel():
+        pointers = map(_address, (x.data, weight.data, weight.scale, sums))
+        rows = sums.numel() // outputs
+        extension.load("cpu").int8_matmul(*pointers, rows, inputs, outputs, torch.get_num_threads())
+    return sums
 
 
 def _check_sums(op: str, sums: Tensor, scale: Tensor, bias: Tensor | None, activation: str | None) -> None:
