@@ -79,6 +79,24 @@ void linear(const Linear& a, int num_threads) {
                   [&](int64_t begin, int64_t end) { run(a, begin * kSplit, std::min(end * kSplit, a.outputs)); });
 }
 
+template <Activation kActivation>
+auto activation_kernel() {
+#if defined(__x86_64__)
+    return pick(baseline::activate_range<kActivation>, avx2::activate_range<kActivation>,
+                avx512::activate_range<kActivation>);
+#else
+    return baseline::activate_range<kActivation>;
+#endif
+}
+
+void activate(float* y, int64_t count, Activation activation, int num_threads) {
+    if (activation == Activation::none) return;
+    const auto run = activation == Activation::silu ? activation_kernel<Activation::silu>()
+                                                    : activation_kernel<Activation::gelu_tanh>();
+    // An element costs about ten of a row-wise op's.
+    parallel_rows(count, 10, num_threads, [&](int64_t begin, int64_t end) { run(y, begin, end); });
+}
+
 template void linear<float, float, float>(const Linear&, int);
 template void linear<float, bfloat16, float>(const Linear&, int);
 template void linear<float, bfloat16, bfloat16>(const Linear&, int);

@@ -1,10 +1,10 @@
 """Who computes a call of an op: by a plan where one was measured, else by the defaults.
 
 Each op of a table that has several candidates becomes a ``Choice``. It looks a call's shape class up once and remembers the
-answer. Candidates are named after who computes: "cpu", "triton" and "cuda" (our kernels), "onednn", "aten" (``F.linear``),
-"cublaslt" (its GELU epilogue), "torch", "sdpa" (whose torch likes), "flash-sdpa" (torch's FlashAttention), "cudnn", "flash"
-(the package flash-attn), "apart" (masked_attention, then linear_residual); a Triton kernel with another tile than its
-default has the tile behind its name.
+answer. Candidates are named after who computes: "cpu", "triton" and "cuda" (our kernels), "onednn", "onednn-cpu" (its
+product, our activation), "aten" (``F.linear``), "cublaslt" (its GELU epilogue), "torch", "sdpa" (whose torch likes),
+"flash-sdpa" (torch's FlashAttention), "cudnn", "flash" (the package flash-attn), "apart" (masked_attention, then
+linear_residual); a Triton kernel with another tile than its default has the tile behind its name.
 """
 
 from __future__ import annotations
@@ -121,6 +121,9 @@ def _can(name: str, shape: Shape) -> bool:
     if name == "cublaslt" and isinstance(shape, Product):
         # It adds an activation to what "aten" has in its epilogue, the bias, and cannot add a residual beside a bias.
         return isinstance(shape.dtype, torch.dtype) and set(shape.end) - {"tf32"} == {"gelu_tanh"}
+    if name == "onednn-cpu" and isinstance(shape, Product):
+        alike = shape.dtype is torch.float32 and onednn_has(shape.dtype)
+        return alike and bool({"gelu_tanh", "silu"} & set(shape.end))
     if name not in ("aten", "onednn") or not isinstance(shape, Product):
         return True
     # Quantised weights, which have no torch dtype, are for our kernels.
@@ -261,6 +264,10 @@ def _torch(ops: Ops, device: torch.device) -> Iterator[tuple[str, dict[str, Any]
         more = dict(rms_norm=rms_norm, rotate=rotate)
     if device.type == "cpu":
         yield "onednn", over(onednn, **more)
+    if ops.backend == "cpu":
+        from .cpu.kernels import activate_
+
+        yield "onednn-cpu", {"linear": partial(onednn, activate_=activate_)}
     yield "aten", over(aten, **more)
     yield (
         "torch",
