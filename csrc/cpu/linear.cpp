@@ -97,6 +97,18 @@ auto kernel() {
 #endif
 }
 
+template <Activation kActivation>
+auto activation_kernel() {
+#if defined(__aarch64__)
+    return level() == Level::baseline ? baseline::activate_range<kActivation> : neon::activate_range<kActivation>;
+#elif defined(__x86_64__)
+    return pick(baseline::activate_range<kActivation>, avx2::activate_range<kActivation>,
+                avx512::activate_range<kActivation>);
+#else
+    return baseline::activate_range<kActivation>;
+#endif
+}
+
 }  // namespace
 
 template <class X, class T, class Out>
@@ -104,6 +116,14 @@ void linear(const Linear& a, int num_threads) {
     const auto run = kernel<X, T, Out>();
     parallel_ranges(ceil_div(a.outputs, kSplit), kSplit * a.rows * a.inputs / 16, kUnits, kUnits, num_threads,
                     [&](Ranges& ranges) { run(a, ranges); });
+}
+
+void activate(float* y, int64_t count, Activation activation, int num_threads) {
+    if (activation == Activation::none) return;
+    const auto run = activation == Activation::silu ? activation_kernel<Activation::silu>()
+                                                    : activation_kernel<Activation::gelu_tanh>();
+    // An element costs about ten of a row-wise op's.
+    parallel_rows(count, 10, num_threads, [&](int64_t begin, int64_t end) { run(y, begin, end); });
 }
 
 template void linear<float, float, float>(const Linear&, int);

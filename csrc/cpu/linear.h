@@ -27,4 +27,7 @@ struct Linear {
 template <class X, class T, class Out>
 void linear(const Linear& a, int num_threads);
 
+// y = activation(y) in place, for a product that somebody else computed; the same bits as linear's for the same sums.
+void activate(float* y, int64_t count, Activation activation, int num_threads);
+
 }  // namespace smolvla::cpu

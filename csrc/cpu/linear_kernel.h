@@ -149,6 +149,18 @@ SMOLVLA_TARGET void activate_row(float* c) {
     for (int i = 0; i < kChunkStride; i += kWidth) S::store(c + i, activate<kActivation>(S::load(c + i)));
 }
 
+// y = activation(y), elements [begin, end).
+template <Activation kActivation>
+SMOLVLA_TARGET void activate_range(float* y, int64_t begin, int64_t end) {
+    int64_t i = begin;
+    for (; i + kWidth <= end; i += kWidth) S::store(y + i, activate<kActivation>(S::load(y + i)));
+    if (i == end) return;
+    float last[kWidth] = {};
+    std::copy(y + i, y + end, last);
+    S::store(last, activate<kActivation>(S::load(last)));
+    std::copy(last, last + (end - i), y + i);
+}
+
 // Rows of x as T, normalised where there is a weight for that.
 template <class X, class T>
 SMOLVLA_TARGET void prepare_rows(const X* x, const float* norm_weight, float eps, int64_t rows, int64_t inputs, T* h) {

@@ -42,7 +42,7 @@ def default_rules(backend: str, device: torch.device) -> dict[str, Rule]:
         return {
             **dict.fromkeys(products, by_torch),
             **dict.fromkeys(decoder, lambda shape: "cpu" if _few_rows(shape) else by_torch(shape)),
-            "linear": lambda shape: "cpu" if _epilogue_costs(shape) else by_torch(shape),
+            "linear": partial(_cpu_linear, by_torch),
             "attention": lambda shape: "sdpa" if _on_tiles(shape.q) else "cpu",
         }
     if backend == "triton":
@@ -68,6 +68,13 @@ def _on_tiles(dtype: Any) -> bool:
 
 def _few_rows(shape: Product) -> bool:
     return shape.rows <= FEW_ROWS and not _on_tiles(shape.dtype)
+
+
+def _cpu_linear(by_torch: Rule, shape: Product) -> str:
+    activated = bool({"gelu_tanh", "silu"} & set(shape.end))
+    if activated and shape.rows > FEW_ROWS and shape.dtype is torch.float32 and linear.onednn_on_avx2():
+        return "onednn-cpu"
+    return "cpu" if _epilogue_costs(shape) else by_torch(shape)
 
 
 def _epilogue_costs(shape: Product) -> bool:

@@ -172,6 +172,22 @@ def linear(
     return _linear("linear", x, weight, None, bias, activation, residual, out_dtype, norm, out, memory)
 
 
+def activate_(y: Tensor, activation: str) -> Tensor:
+    """``y = act(y)`` in place: what ``linear`` does to its sums, behind a product of another library.
+
+    y           [...]  fp32, contiguous
+    activation  "silu" | "gelu_tanh"
+    returns     y
+    errors      as ``rms_norm``; ValueError for another activation
+    """
+    if activation not in ("silu", "gelu_tanh"):
+        raise ValueError(f"activate_: unknown activation {activation!r}; accepted are 'silu', 'gelu_tanh'")
+    _check("activate_", torch.float32, {"y": (y, y.shape)})
+    kernel = extension.load("cpu").activate_float32
+    kernel(y.data_ptr(), y.numel(), _ACTIVATIONS[activation], torch.get_num_threads())
+    return y
+
+
 def swiglu(
     x: Tensor,
     gate_weight: Tensor,
