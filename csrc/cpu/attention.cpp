@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "cpu/bfloat16.h"
 #include "cpu/dispatch.h"
@@ -79,6 +80,19 @@ void attention(const Attention& a, int num_threads) {
     const int64_t tiles = a.batch * a.kv_heads * ceil_div(a.queries * (a.heads / a.kv_heads), kTileRows);
     parallel_rows(tiles, kTileRows * a.keys * 4, num_threads,
                   [&](int64_t begin, int64_t end) { run(a, begin, end); });
+}
+
+void attention_of_heads(const Attention& a, const std::vector<int64_t>& heads, int num_threads) {
+    const auto run = kernel<float>();
+    const int64_t tiles = ceil_div(a.queries * (a.heads / a.kv_heads), kTileRows);
+    const auto count = static_cast<int64_t>(heads.size());
+    parallel_rows(count * tiles, kTileRows * a.keys * 4, num_threads, [&](int64_t begin, int64_t end) {
+        while (begin < end) {
+            const int64_t head = heads[begin / tiles], first = begin % tiles, here = std::min(tiles - first, end - begin);
+            run(a, head * tiles + first, head * tiles + first + here);
+            begin += here;
+        }
+    });
 }
 
 template void attention<float>(const Attention&, int);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace smolvla::cpu {
 
@@ -23,5 +24,8 @@ struct Attention {
 
 template <class T>
 void attention(const Attention& a, int num_threads);
+
+// The same of fp32 for some of the pairs (batch, kv head), which are numbered batch·kv_heads + kv head.
+void attention_of_heads(const Attention& a, const std::vector<int64_t>& heads, int num_threads);
 
 }  // namespace smolvla::cpu
