@@ -108,7 +108,9 @@ class Products:
     def why_too_sharp(self) -> str | None:
         """Why 8-bit products cannot keep the tier's promise with these weights, as seen in attention so far, or None."""
         heads = self.ops.heads
-        reason = None if heads is None else heads.why_too_sharp()
+        if heads is None:
+            return None
+        reason = heads.why_too_sharp()
         if reason and self.quantized_weights is not None and self.quantized_weights.refreshed():
             heads.spread, reason = 0.0, None  # of weights that are no more
         return reason

@@ -1,13 +1,12 @@
 // Attention in 8-bit integers at every level, on any x86-64 processor: SIMDe's functions stand for the instructions that it
-// may lack, and the kernel is the same source. A test tool, built by int8_emulated.py; it is in no wheel.
+// may lack, and the kernel is the same source. A test tool, built by int8_levels.py; it is in no wheel.
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 
 #define SMOLVLA_VNNI_EMULATED
 #include "cpu/int8_attention.cpp"
 
-// Addresses of q, k, v, mask, out, error, spread; sizes and strides as in bindings.cpp. What a level lacks here falls to
-// the processor's own kernels, which the test asks for by their name in the extension.
+// Addresses of q, k, v, mask, out, error, spread; sizes and strides as in bindings.cpp.
 extern "C" __attribute__((visibility("default"))) void attend_at(int level, const uintptr_t* at, const int64_t* sizes,
                                                                  const int64_t* strides, float scale, float limit,
                                                                  int num_threads) {
