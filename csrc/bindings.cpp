@@ -18,6 +18,7 @@
 #include "cpu/bfloat16.h"
 #include "cpu/dispatch.h"
 #include "cpu/image_prep.h"
+#include "cpu/int8_attention.h"
 #include "cpu/int8_matmul.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear.h"
@@ -29,6 +30,8 @@ namespace py = pybind11;
 using namespace smolvla::cpu;
 
 namespace {
+
+constexpr const char* kInt8LevelNames[] = {"baseline", "avx2", "avx2_vnni", "avx512_vnni"};
 
 py::list levels() {
     py::list names;
@@ -80,22 +83,43 @@ void bind_layer_norm(py::module_& m, const char* name) {
         py::arg("eps"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 }
 
+Attention attention_at(const std::array<uintptr_t, 5>& at_, const std::array<int64_t, 6>& sizes,
+                       const std::array<int64_t, 12>& strides, float scale) {
+    Attention a{at<void>(at_[0]), at<void>(at_[1]), at<void>(at_[2]), at<uint8_t>(at_[3]), at<void>(at_[4]),
+                sizes[0],         sizes[1],         sizes[2],         sizes[3],            sizes[4],
+                sizes[5],         {},               {},               {},                  {},
+                scale,            nullptr};
+    int64_t* const to[] = {a.q_strides, a.k_strides, a.v_strides, a.mask_strides};
+    for (int i = 0; i < 4; ++i) std::copy_n(strides.begin() + 3 * i, 3, to[i]);
+    return a;
+}
+
 template <class T>
 void bind_attention(py::module_& m, const char* name) {
     m.def(
         name,
         [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t mask, uintptr_t out, const std::array<int64_t, 6>& sizes,
            const std::array<int64_t, 12>& strides, float scale, int num_threads) {
-            Attention a{at<void>(q), at<void>(k), at<void>(v), at<uint8_t>(mask), at<void>(out),
-                        sizes[0],    sizes[1],    sizes[2],    sizes[3],          sizes[4],
-                        sizes[5],    {},          {},          {},                {},
-                        scale};
-            int64_t* const to[] = {a.q_strides, a.k_strides, a.v_strides, a.mask_strides};
-            for (int i = 0; i < 4; ++i) std::copy_n(strides.begin() + 3 * i, 3, to[i]);
-            attention<T>(a, num_threads);
+            attention<T>(attention_at({q, k, v, mask, out}, sizes, strides, scale), num_threads);
         },
         py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("out"), py::arg("sizes"),
         py::arg("strides"), py::arg("scale"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_int8_attention(py::module_& m) {
+    m.def(
+        "int8_attention",
+        [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t mask, uintptr_t out, const std::array<int64_t, 6>& sizes,
+           const std::array<int64_t, 12>& strides, float scale, int num_threads, float limit, uintptr_t error,
+           uintptr_t spread) {
+            int8_attention(attention_at({q, k, v, mask, out}, sizes, strides, scale), limit, at<float>(error),
+                           at<float>(spread), num_threads);
+        },
+        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("out"), py::arg("sizes"),
+        py::arg("strides"), py::arg("scale"), py::arg("num_threads"), py::arg("limit"), py::arg("error"),
+        py::arg("spread"), py::call_guard<py::gil_scoped_release>());
+    m.def("int8_level", [] { return kInt8LevelNames[static_cast<int>(int8_level())]; },
+          "what multiplies 8-bit integers at the level in use");
 }
 
 template <class T>
@@ -208,6 +232,7 @@ PYBIND11_MODULE(_cpu, m) {
     bind_layer_norm<bfloat16, bfloat16>(m, "layer_norm_bfloat16_bfloat16");
     bind_attention<float>(m, "attention_float32");
     bind_attention<bfloat16>(m, "attention_bfloat16");
+    bind_int8_attention(m);
     bind_rope<float>(m, "rope_float32");
     bind_rope<bfloat16>(m, "rope_bfloat16");
     bind_image_prep<uint8_t, float>(m, "image_prep_uint8_float32");

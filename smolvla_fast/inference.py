@@ -15,7 +15,7 @@ from .engine.quantized_weights import QuantizedWeights
 from .engine.side_stream import Side
 from .engine.timing import is_timed, section
 from .model.dims import read_dims
-from .model.precision import Tier
+from .model.precision import TIERS, Tier
 from .model.weights import keeps_kv_by_head, read_expert_layers, read_heads
 from .ops.memory import Workspace
 from .ops.reference.euler_step import Guidances
@@ -88,6 +88,9 @@ class Engine:
         self._times: dict[tuple[Any, ...], Tensor] = {}
         self._workspace = Workspace() if self.ops.backend == "cpu" else None
         self._loop = LoopReport(None, False, {})  # of the chunk that ended last, whichever thread's
+        self._in_fp32: Engine | None = (
+            None  # in place of this one, where attention is too sharp for 8-bit products
+        )
 
     @property
     def quantized_weights(self) -> QuantizedWeights | None:
@@ -119,10 +122,39 @@ class Engine:
         raises       ``CaptureFailed`` where this shape of call cannot be captured, ``Ineligible`` of a validator
         replaces     ``sample_actions`` of LeRobot's ``VLAFlowMatching``
 
+        Where attention turns out too sharp for 8-bit products, the chunk is computed once more, and all later ones, in fp32:
+        ``observe`` then sees the steps of both.
+
         On a GPU the whole chunk is one captured graph; an observed or timed chunk runs the same ops one by one.
         Validators are asked before a run, which reads parameters. A replay reads what a capture has read, so they are asked
         behind it, while the GPU works; if anything has changed, the chunk is computed once more.
         """
+        if self.products.why_too_sharp() is None:
+            chunk = self._act(
+                model, images, image_masks, tokens, token_masks, state, noise, guidance, observe, validators
+            )
+            if self.products.why_too_sharp() is None:
+                return chunk
+        if self._in_fp32 is None:
+            self._in_fp32 = Engine(TIERS["fp32"], self.products.backend, self.products.device)
+        return self._in_fp32._act(
+            model, images, image_masks, tokens, token_masks, state, noise, guidance, observe, validators
+        )
+
+    def _act(
+        self,
+        model: Any,
+        images: Sequence[Tensor],
+        image_masks: Sequence[Tensor],
+        tokens: Tensor,
+        token_masks: Tensor,
+        state: Tensor,
+        noise: Tensor,
+        guidance: Guidances | None,
+        observe: Callable[[Tensor, Tensor], None] | None,
+        validators: Sequence[Validator],
+    ) -> Tensor:
+        """``act`` in the engine's own tier."""
         inputs = Inputs(
             prepare_observation(
                 images, image_masks, tokens, token_masks, state,
@@ -258,7 +290,13 @@ class Engine:
     def bytes(self) -> int:
         """What the engine holds between chunks: position ids of the patches, time embeddings, buffers of the denoise loop,
         and quantized weights where there are any."""
-        holders = (self.quantized_weights, self._workspace, *self._positions.values(), *self._times.values())
+        holders = (
+            self.quantized_weights,
+            self._workspace,
+            self._in_fp32,
+            *self._positions.values(),
+            *self._times.values(),
+        )
         return sum(
             each.nbytes if isinstance(each, Tensor) else each.bytes for each in holders if each is not None
         )

@@ -264,7 +264,7 @@ SMOLVLA_TARGET void run(const Attention& a, Ranges& ranges) {
 
     int64_t packed_head = -1;
     while (begin < end || ranges.next(begin, end)) {
-        const int64_t head = begin / row_tiles, first_tile = begin % row_tiles;
+        const int64_t nth = begin / row_tiles, first_tile = begin % row_tiles, head = a.only ? a.only[nth] : nth;
         const int64_t tiles_here = std::min({row_tiles - first_tile, end - begin, int64_t{kBlockRows / kTileRows}});
         const int64_t first = first_tile * kTileRows, count = std::min(rows - first, tiles_here * kTileRows);
         const int64_t b = head / a.kv_heads, kv_head = head % a.kv_heads;

@@ -100,7 +100,20 @@ class Products:
     @property
     def fallback_reasons(self) -> dict[str, str]:
         copies = {} if self.quantized_weights is None else self.quantized_weights.fallback_reasons
-        return {**self._fallback_reasons, **copies, **refused(self.ops)}
+        heads = {} if self.ops.heads is None else self.ops.heads.fallback_reasons
+        sharp = self.why_too_sharp()
+        wide = {} if sharp is None else {"int8": sharp}
+        return {**self._fallback_reasons, **copies, **refused(self.ops), **heads, **wide}
+
+    def why_too_sharp(self) -> str | None:
+        """Why 8-bit products cannot keep the tier's promise with these weights, as seen in attention so far, or None."""
+        heads = self.ops.heads
+        if heads is None:
+            return None
+        reason = heads.why_too_sharp()
+        if reason and self.quantized_weights is not None and self.quantized_weights.refreshed():
+            heads.spread, reason = 0.0, None  # of weights that are no more
+        return reason
 
     def after_fork(self) -> None:
         if self.quantized_weights is not None:

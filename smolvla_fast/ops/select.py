@@ -128,8 +128,14 @@ def select(
             raise RuntimeError(
                 f"precision={tier!r} cannot serve this policy: {reason}; 'auto' takes what can"
             )
-        fixed = exports(_module(ops)) if ops == "int8" else ()
-        return choose(backend_ops(ops), device, alone, plan, fixed)
+        if ops != "int8":
+            return choose(backend_ops(ops), device, alone, plan)
+        from .cpu.int8_attention import Heads
+
+        chosen, heads = choose(backend_ops(ops), device, alone, plan, exports(_module(ops))), Heads()
+        return replace(
+            chosen, heads=heads, attention=heads.attention, masked_attention=heads.masked_attention
+        )
     if backend == "auto":
         ready = (name for name in PREFERRED.get(device.type, ()) if why_not_auto(name, device) is None)
         return _ops(next(ready, "torch"), device, "auto", plan)

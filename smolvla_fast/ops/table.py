@@ -13,11 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from inspect import isfunction
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .reference.suffix_tokens import Tokens
+
+if TYPE_CHECKING:
+    from .cpu.int8_attention import Heads
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,23 @@ class Ops:
     prepares_norms: bool = False
     """whether ops that write a residual stream take ``next_norm``, and those that read it ``normed`` (``next_norm.py``), and
     those of the vision tower's ``offset`` (``stream_offset.py``)"""
+    heads: Heads | None = None
+    """of tier ``int8``: what became of the heads of attention"""
     fallback: Ops | None = None
     """of a backend with few kernels: the table that serves the rest"""
     missing: dict[str, str] = field(default_factory=dict, compare=False)
     """why the backend has no kernel of its own for an op, by name"""
 
 
-SETTINGS = ("backend", "layer_launches", "why_not_persistent", "prepares_norms", "fallback", "missing")
+SETTINGS = (
+    "backend",
+    "layer_launches",
+    "why_not_persistent",
+    "prepares_norms",
+    "heads",
+    "fallback",
+    "missing",
+)
 NAMES = tuple(name for name in Ops.__dataclass_fields__ if name not in SETTINGS)
 STAGES = {
     "vision": ("patch_embed", "layer_norm", "linear", "attention", "pixel_shuffle_linear"),

@@ -40,9 +40,9 @@ def heavy_tailed(model: Any, seed: int = 0, degrees: int = DEGREES) -> Iterator[
 
 
 @contextmanager
-def sharp_attention(model: Any, seed: int = 0) -> Iterator[None]:
-    """Scales one channel of every query head by ``OUTLIER``, so that softmax is nearly one-hot; restores it on exit."""
-    with _changed(model, lambda generator: _sharpen(model, generator), seed):
+def sharp_attention(model: Any, seed: int = 0, factor: float = OUTLIER) -> Iterator[None]:
+    """Scales one channel of every query head by ``factor``, so that softmax is nearly one-hot; restores it on exit."""
+    with _changed(model, lambda generator: _sharpen(model, generator, factor), seed):
         yield
 
 
@@ -59,16 +59,16 @@ def _changed(model: Any, change: Callable[[torch.Generator], None], seed: int) -
                 parameter.copy_(before)
 
 
-def _sharpen(model: Any, generator: torch.Generator) -> None:
+def _sharpen(model: Any, generator: torch.Generator, factor: float) -> None:
     pair = model.vlm_with_expert
     vlm = pair.get_vlm_model()
     for layer in (*vlm.vision_model.encoder.layers, *vlm.text_model.layers, *pair.lm_expert.layers):
         query, size = layer.self_attn.q_proj, layer.self_attn.head_dim
         heads = torch.arange(0, query.weight.shape[0], size)
         chosen = heads + torch.randint(size, heads.shape, generator=generator)
-        query.weight[chosen] *= OUTLIER
+        query.weight[chosen] *= factor
         if query.bias is not None:
-            query.bias[chosen] *= OUTLIER
+            query.bias[chosen] *= factor
 
 
 def _tails_and_outliers(model: Any, generator: torch.Generator, degrees: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,8 +18,8 @@ from smolvla_fast import inference
 from smolvla_fast.model.precision import TIERS, resolve_tier
 from smolvla_fast.ops import extension
 from smolvla_fast.ops import select as backends
-from smolvla_fast.ops.cpu import int8
-from smolvla_fast.testing.outliers import heavy_tailed
+from smolvla_fast.ops.cpu import int8, int8_attention
+from smolvla_fast.testing.outliers import heavy_tailed, sharp_attention
 from smolvla_fast.testing.policies import make_noise, make_observation
 
 pytestmark = pytest.mark.processor
@@ -55,7 +56,12 @@ def test_near_stock_and_not_equal(layout: str, monkeypatch: pytest.MonkeyPatch) 
     fast = chunk(policy, given, noise)
     now = smolvla_fast.status(policy)
     assert (now.precision, now.backend, now.calls_fast, now.calls_stock) == ("int8", "cpu", 1, 0)
-    assert now.fallback_reasons == {} and set(now.stages.values()) <= {"cpu", "cpu, torch", "torch"}
+    # A tiny policy attends sharply, in heads of 16 to a dozen keys: most heads are left to fp32.
+    assert now.fallback_reasons.keys() <= {"int8 attention"} and set(now.stages.values()) <= {
+        "cpu",
+        "cpu, torch",
+        "torch",
+    }
     assert cosine(fast, truth) >= BOUND
     assert rel_l2(fast, truth) > DIGITS, "nothing was quantised"
     assert torch.equal(chunk(policy, given, noise), fast), "a second chunk has other bits"
@@ -100,6 +106,49 @@ def test_second_terms_are_counted_and_reported(
     elements = sum(matrix.numel() for matrix in _matrices(policy))
     assert held_by_two - held >= 0.7 * elements
     assert error_of_two < error
+
+
+@SERVED
+def test_attention_in_8_bits_and_heads_that_fall_back(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All heads in fp32, some, and all in integers: the first counts every head, the last none."""
+    found, reasons = [], []
+    for limit in (-1.0, int8_attention.MOST_ERROR, float("inf")):
+        monkeypatch.setattr(int8_attention, "MOST_ERROR", limit)
+        smolvla_fast.patch(smolvla_fast.unpatch(policy), precision="int8")
+        found.append(chunk(policy, observation, noise))
+        reasons.append(smolvla_fast.status(policy).fallback_reasons.get("int8 attention", ""))
+    counts = re.match(r"(\d+) of (\d+) heads so far were computed in fp32: 8-bit scores", reasons[0])
+    assert counts is not None and counts[1] == counts[2] and reasons[2] == ""
+    assert re.match(r"\d+ of \d+ heads so far", reasons[1])
+    assert rel_l2(found[2], found[0]) > 1e-3, "attention was not quantised"
+    # Beside what 8-bit products lose, which the other tests bound.
+    assert cosine(found[2], found[0]) >= 0.998 and cosine(found[1], found[0]) >= BOUND
+
+
+@SERVED
+def test_sharp_attention_is_computed_in_fp32(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor
+) -> None:
+    """Products in 8 bits cannot serve it, whoever attends; other weights are a new beginning."""
+    smolvla_fast.patch(policy, precision="fp32")
+    with sharp_attention(policy.model):
+        truth = chunk(policy, observation, noise)
+        smolvla_fast.patch(policy, precision="int8")
+        for _ in range(2):
+            assert torch.equal(chunk(policy, observation, noise), truth)
+        now = smolvla_fast.status(policy)
+        assert (now.calls_fast, now.calls_stock) == (3, 0)
+        assert re.search(
+            r"scores of attention spread by .*, 8-bit products serve up to 8; chunks are",
+            now.fallback_reasons["int8"],
+        )
+        assert smolvla_fast.verify(policy, observation, noise=noise).passed
+    back = chunk(policy, observation, noise)
+    assert "int8" not in smolvla_fast.status(policy).fallback_reasons
+    smolvla_fast.patch(smolvla_fast.unpatch(policy), precision="int8")
+    assert torch.equal(back, chunk(policy, observation, noise))
 
 
 @SERVED

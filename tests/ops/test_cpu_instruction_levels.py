@@ -35,6 +35,9 @@ ALLOWED = {
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": AVX512 | {"AVX512_BF16"},
+    # Of attention in 8-bit integers, beside a level of the others.
+    "avx2_vnni": AVX2 | {"AVX_VNNI"},
+    "avx512_vnni": AVX512 | {"AVX512_VNNI"},
 }
 # libgcc's: it asks what the system saves of the registers, once CPUID says that this may be asked.
 ASKS = {"get_available_features", "__cpu_indicator_init"}
@@ -42,7 +45,7 @@ ASKS = {"get_available_features", "__cpu_indicator_init"}
 
 def level_of(function: str) -> str:
     """The level in a mangled name: of the namespace (``4avx2``) or of the wrapper (``rows_avx2``)."""
-    found = re.search("|".join(sorted(cpu.LEVELS, key=len, reverse=True)), function)
+    found = re.search("|".join(sorted(ALLOWED, key=len, reverse=True)), function)
     return found[0] if found else "baseline"
 
 
@@ -78,7 +81,7 @@ def test_no_function_has_an_instruction_above_its_level() -> None:
     """Static initialisers, the choice of a level, bindings and the C++ library's templates are the baseline's."""
     path = Path(extension.load("cpu").__file__)
     seen: Counter[str] = Counter()
-    used: dict[str, set[str]] = {level: set() for level in cpu.LEVELS}
+    used: dict[str, set[str]] = {level: set() for level in ALLOWED}
     above = {}
     for name, features in functions(path):
         level = level_of(name)
@@ -93,6 +96,7 @@ def test_no_function_has_an_instruction_above_its_level() -> None:
     assert all(seen[level] > 20 for level in cpu.LEVELS), seen
     assert "SSE2" in used["baseline"] and "AVX2" in used["avx2"] and "FMA" in used["avx2"]
     assert "AVX512F" in used["avx512"] and "AVX512_BF16" in used["avx512_bf16"]
+    assert "AVX_VNNI" in used["avx2_vnni"] and "AVX512_VNNI" in used["avx512_vnni"]
 
 
 @X86

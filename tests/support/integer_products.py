@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolvla_fast.ops import availability, extension
-from smolvla_fast.ops.cpu import int8
+from smolvla_fast.ops.cpu import int8, int8_attention
 from smolvla_fast.ops.reference.quantize import ZERO, IntegerRows, IntegerWeight
 
 
@@ -21,6 +21,7 @@ def provide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         availability, "_why_slow", lambda: None
     )  # whether it was measured here is not the question
+    monkeypatch.setattr(int8_attention, "why_slower", lambda q, k: None)  # nor who is faster
     if int8.why_not(torch.device("cpu")) is None:
         return
     monkeypatch.setattr(int8, "why_not", lambda device: None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,44 +99,51 @@ def attention(
     errors    as ``rms_norm``
     replaces  ``F.scaled_dot_product_attention`` of the vision tower, ``eager_attention_forward`` elsewhere
     """
+    if q.dtype not in _KERNELS:
+        raise TypeError(f"attention: q has dtype {q.dtype}; accepted are {', '.join(map(str, _KERNELS))}")
+    out, operands = _attention_operands("attention", q, k, v, mask, out)
+    if q.numel():
+        kernel = getattr(extension.load("cpu"), "attention_" + _KERNELS[q.dtype])
+        kernel(*operands, torch.get_num_threads())
+    return out
+
+
+def _attention_operands(
+    op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor | None
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """Checked: where the result goes, and what the extension is told of all five, up to the number of threads."""
     dtype = q.dtype
-    if dtype not in _KERNELS:
-        raise TypeError(f"attention: q has dtype {dtype}; accepted are {', '.join(map(str, _KERNELS))}")
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(
-            f"attention: q has shape {list(q.shape)}, k {list(k.shape)}; accepted are [B, T, H, D], [B, S, K, D]"
+            f"{op}: q has shape {list(q.shape)}, k {list(k.shape)}; accepted are [B, T, H, D], [B, S, K, D]"
         )
     (batch, queries, heads, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
     if not keys or not head_dim or not kv_heads or heads % kv_heads:
         raise ValueError(
-            f"attention: q has shape {list(q.shape)}, k {list(k.shape)}; S and D must be at least 1, H a multiple of K"
+            f"{op}: q has shape {list(q.shape)}, k {list(k.shape)}; S and D must be at least 1, H a multiple of K"
         )
     for name, tensor, shape in (
         ("q", q, q.shape),
         ("k", k, (batch, keys, kv_heads, head_dim)),
         ("v", v, k.shape),
     ):
-        _check_one("attention", name, tensor, dtype, "q", shape)
+        _check_one(op, name, tensor, dtype, "q", shape)
         if tensor.stride(3) != 1:
-            raise ValueError(f"attention: {name} has strides {tensor.stride()}; the last must be 1")
+            raise ValueError(f"{op}: {name} has strides {tensor.stride()}; the last must be 1")
     strides = q.stride()[:3] + k.stride()[:3] + v.stride()[:3]
     mask_address = 0
     if mask is None:
         strides += (0, 0, 0)
     else:
-        _check_one("attention", "mask", mask, torch.bool, "a mask", (batch, queries, keys))
+        _check_one(op, "mask", mask, torch.bool, "a mask", (batch, queries, keys))
         strides, mask_address = strides + mask.stride(), mask.data_ptr()
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     else:
-        _check("attention", dtype, {"out": (out, q.shape)})
-        _check_apart("attention", out, [q, k, v, mask])
-    if q.numel():
-        kernel = getattr(extension.load("cpu"), "attention_" + _KERNELS[dtype])
-        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), mask_address, out.data_ptr())
-        sizes = (batch, queries, keys, heads, kv_heads, head_dim)
-        kernel(*addresses, sizes, strides, head_dim**-0.5, torch.get_num_threads())
-    return out
+        _check(op, dtype, {"out": (out, q.shape)})
+        _check_apart(op, out, [q, k, v, mask])
+    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), mask_address, out.data_ptr())
+    return out, (*addresses, (batch, queries, keys, heads, kv_heads, head_dim), strides, head_dim**-0.5)
 
 
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}

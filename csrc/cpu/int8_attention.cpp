@@ -1,0 +1,256 @@
+#include "cpu/int8_attention.h"
+
+#include <algorithm>
+#include <cctype>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include "cpu/dispatch.h"
+#include "cpu/int8_simd.h"
+#include "cpu/parallel.h"
+#include "cpu/rounding.h"
+#include "cpu/scratch.h"
+
+namespace smolvla::cpu {
+namespace {
+
+constexpr int kTileRows = 6;
+// Rows that share packed K and V while they are in L1.
+constexpr int kBlockRows = 4 * kTileRows;
+// Keys that share a scale of a row's probabilities, and of a channel's values.
+constexpr int64_t kBlock = 64;
+constexpr int64_t kMostDim = kMostInt8Dim;
+constexpr float kMostP = 255.0f, kLog2E = 1.44269504f;
+constexpr float kLowest = std::numeric_limits<float>::lowest();
+// A query of zeros has equal scores whatever the factor, but what is masked must still be far below them.
+constexpr float kLeastFactor = 0x1p-100f;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One kv head with its queries.
+struct Head {
+    Head(const Attention& a, int64_t head)
+        : keys(a.keys), padded(ceil_div(a.keys, kBlock) * kBlock), head_dim(a.head_dim), group(a.heads / a.kv_heads),
+          rows(a.queries * group), k_stride(a.k_strides[1]), v_stride(a.v_strides[1]), batch(head / a.kv_heads),
+          first_head(head % a.kv_heads * group),
+          k(static_cast<const float*>(a.k) + batch * a.k_strides[0] + head % a.kv_heads * a.k_strides[2]),
+          v(static_cast<const float*>(a.v) + batch * a.v_strides[0] + head % a.kv_heads * a.v_strides[2]) {}
+
+    const float* q_row(const Attention& a, int64_t row) const {
+        return static_cast<const float*>(a.q) + batch * a.q_strides[0] + row / group * a.q_strides[1] +
+               (first_head + row % group) * a.q_strides[2];
+    }
+    float* out_row(const Attention& a, int64_t row) const {
+        return static_cast<float*>(a.out) +
+               ((batch * a.queries + row / group) * a.heads + first_head + row % group) * a.head_dim;
+    }
+    const uint8_t* mask_row(const Attention& a, int64_t row) const {
+        return a.mask ? a.mask + batch * a.mask_strides[0] + row / group * a.mask_strides[1] : nullptr;
+    }
+
+    int64_t keys, padded, head_dim, group, rows, k_stride, v_stride, batch, first_head;
+    const float *k, *v;
+};
+
+// Pieces of a thread's scratch, each beginning on a cache line.
+class Carve {
+public:
+    explicit Carve(float* begin) : next_(begin) {}
+    float* floats(int64_t count) {
+        float* const found = next_;
+        next_ += ceil_div(count, 16) * 16;
+        return found;
+    }
+    int32_t* integers(int64_t count) { return reinterpret_cast<int32_t*>(floats(count)); }
+
+private:
+    float* next_;
+};
+
+SMOLVLA_INLINE float scale_of(float largest) { return largest < kSmallest ? 0.0f : largest / kLargest; }
+SMOLVLA_INLINE float inverse_of(float largest) { return largest < kSmallest ? 0.0f : kLargest / largest; }
+
+// Magnitudes compare like their bits.
+SMOLVLA_INLINE float largest_of(const float* x, const float* centre, int64_t count) {
+    int32_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t bits = bits_of(x[i] - centre[i]) & 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    return float_of(largest);
+}
+
+SMOLVLA_INLINE void mean_of_keys(const Head& h, float* __restrict mean) {
+    for (int64_t d = 0; d < h.head_dim; ++d) mean[d] = 0.0f;
+    for (int64_t key = 0; key < h.keys; ++key)
+        for (int64_t d = 0; d < h.head_dim; ++d) mean[d] += h.k[key * h.k_stride + d];
+    for (int64_t d = 0; d < h.head_dim; ++d) mean[d] /= static_cast<float>(h.keys);
+}
+
+// A number rounded to a multiple of s is off by s/sqrt(12), so a score by the root of
+//   scale²/12 · (mean of sq² · Σ_d var(k[:, d]) + mean of sk² · Σ_d mean of q[:, d]²),
+// and an output by that times the root of Σ p², which for normal scores is e^(spread²) / keys, and never above 1.
+SMOLVLA_INLINE void measure_head(const Attention& a, const Head& h, float* error, float* spread) {
+    float mean[kMostDim], keys[kMostDim] = {}, queries[kMostDim] = {};
+    const float zeros[kMostDim] = {};
+    mean_of_keys(h, mean);
+    float key_steps = 0.0f, query_steps = 0.0f, finite = 0.0f;
+    for (int64_t key = 0; key < h.keys; ++key) {
+        const float* k = h.k + key * h.k_stride;
+        for (int64_t d = 0; d < h.head_dim; ++d) keys[d] += (k[d] - mean[d]) * (k[d] - mean[d]);
+        const float step = largest_of(k, mean, h.head_dim) / kLargest;
+        key_steps += step * step;
+        finite += 0.0f * largest_of(h.v + key * h.v_stride, zeros, h.head_dim);
+    }
+    for (int64_t row = 0; row < h.rows; ++row) {
+        const float* q = h.q_row(a, row);
+        for (int64_t d = 0; d < h.head_dim; ++d) queries[d] += q[d] * q[d];
+        const float step = largest_of(q, zeros, h.head_dim) / kLargest;
+        query_steps += step * step;
+    }
+    float of_keys = 0.0f, of_queries = 0.0f, product = 0.0f;
+    const auto n = static_cast<float>(h.keys), m = static_cast<float>(h.rows);
+    for (int64_t d = 0; d < h.head_dim; ++d) {
+        of_keys += keys[d] / n;
+        of_queries += queries[d] / m;
+        product += keys[d] / n * (queries[d] / m);
+    }
+    const float variance = a.scale * a.scale * product;
+    const float of_score = a.scale * std::sqrt((query_steps / m * of_keys + key_steps / n * of_queries) / 12.0f);
+    *spread = std::sqrt(variance) + finite;
+    *error = of_score * std::sqrt(std::min(1.0f, std::exp(variance) / n)) + finite;
+}
+
+#define SMOLVLA_LEVEL Int8Baseline
+#define SMOLVLA_LEVEL_NAMESPACE baseline
+#define SMOLVLA_TARGET
+#include "cpu/int8_attention_kernel.h"
+#undef SMOLVLA_LEVEL
+#undef SMOLVLA_LEVEL_NAMESPACE
+#undef SMOLVLA_TARGET
+
+#if defined(__x86_64__)
+#define SMOLVLA_LEVEL Int8Avx2
+#define SMOLVLA_LEVEL_NAMESPACE avx2
+#define SMOLVLA_TARGET SMOLVLA_AVX2
+#include "cpu/int8_attention_kernel.h"
+#undef SMOLVLA_LEVEL
+#undef SMOLVLA_LEVEL_NAMESPACE
+#undef SMOLVLA_TARGET
+
+#if defined(SMOLVLA_HAS_AVX2_VNNI)
+#define SMOLVLA_LEVEL Int8Avx2Vnni
+#define SMOLVLA_LEVEL_NAMESPACE avx2_vnni
+#define SMOLVLA_TARGET SMOLVLA_AVX2_VNNI
+#include "cpu/int8_attention_kernel.h"
+#undef SMOLVLA_LEVEL
+#undef SMOLVLA_LEVEL_NAMESPACE
+#undef SMOLVLA_TARGET
+#endif
+
+#define SMOLVLA_LEVEL Int8Avx512Vnni
+#define SMOLVLA_LEVEL_NAMESPACE avx512_vnni
+#define SMOLVLA_TARGET SMOLVLA_AVX512_VNNI
+#include "cpu/int8_attention_kernel.h"
+#undef SMOLVLA_LEVEL
+#undef SMOLVLA_LEVEL_NAMESPACE
+#undef SMOLVLA_TARGET
+#endif
+
+struct Kernel {
+    void (*measure)(const Attention&, const Head&, float*, float*);
+    void (*run)(const Attention&, const Head&, int64_t, int64_t);
+};
+
+Kernel kernel(Int8Level level) {
+    switch (level) {
+#if defined(__x86_64__)
+        case Int8Level::avx512_vnni: return {avx512_vnni::measure, avx512_vnni::run};
+#if defined(SMOLVLA_HAS_AVX2_VNNI)
+        case Int8Level::avx2_vnni: return {avx2_vnni::measure, avx2_vnni::run};
+#endif
+        case Int8Level::avx2: return {avx2::measure, avx2::run};
+#endif
+        default: return {baseline::measure, baseline::run};
+    }
+}
+
+#if defined(__x86_64__)
+struct Vnni {
+    bool avx2, avx512;
+};
+
+Vnni vnni() {
+    static const Vnni found = [] {
+        __builtin_cpu_init();
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        // Leaf 7.1: not every compiler has a name for it.
+        const bool avx = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+        const char* set = std::getenv("ONEDNN_MAX_CPU_ISA");
+        if (!set || !*set) set = std::getenv("DNNL_MAX_CPU_ISA");
+        std::string name(set ? set : "");
+        for (char& letter : name) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
+        return Vnni{avx && name != "AVX2", __builtin_cpu_supports("avx512vnni") && name != "AVX512_CORE"};
+    }();
+    return found;
+}
+#endif
+
+void attend(const Attention& a, const Kernel& kernel, float limit, float* error, float* spread, int num_threads) {
+    const int64_t heads = a.batch * a.kv_heads;
+    if (a.head_dim > kMostDim) {
+        std::fill(error, error + heads, std::numeric_limits<float>::infinity());
+        std::fill(spread, spread + heads, std::numeric_limits<float>::infinity());
+    } else {
+        parallel_rows(heads, a.keys * a.head_dim * 4, num_threads, [&](int64_t begin, int64_t end) {
+            for (int64_t head = begin; head < end; ++head)
+                kernel.measure(a, Head(a, head), error + head, spread + head);
+        });
+    }
+    std::vector<int64_t> narrow, wide;
+    // So written that NaN is wide, and infinity whatever the limit.
+    for (int64_t head = 0; head < heads; ++head)
+        (error[head] <= limit && std::isfinite(error[head]) ? narrow : wide).push_back(head);
+    if (!wide.empty()) attention_of_heads(a, wide, num_threads);
+    const int64_t tiles = ceil_div(a.queries * (a.heads / a.kv_heads), kTileRows);
+    const auto count = static_cast<int64_t>(narrow.size());
+    parallel_rows(count * tiles, kTileRows * a.keys * 4, num_threads, [&](int64_t begin, int64_t end) {
+        while (begin < end) {
+            const int64_t first = begin % tiles, here = std::min(tiles - first, end - begin);
+            kernel.run(a, Head(a, narrow[begin / tiles]), first, first + here);
+            begin += here;
+        }
+    });
+}
+
+}  // namespace
+
+Int8Level int8_level() {
+#if defined(__x86_64__)
+    switch (level().load(std::memory_order_relaxed)) {
+        case Level::baseline: return Int8Level::baseline;
+        case Level::avx2:
+#if defined(SMOLVLA_HAS_AVX2_VNNI)
+            if (vnni().avx2) return Int8Level::avx2_vnni;
+#endif
+            return Int8Level::avx2;
+        default: return vnni().avx512 ? Int8Level::avx512_vnni : Int8Level::avx2;
+    }
+#else
+    return Int8Level::baseline;
+#endif
+}
+
+void int8_attention(const Attention& a, float limit, float* error, float* spread, int num_threads) {
+    attend(a, kernel(int8_level()), limit, error, spread, num_threads);
+}
+
+}  // namespace smolvla::cpu

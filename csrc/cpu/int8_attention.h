@@ -1,0 +1,29 @@
+#pragma once
+
+#include "cpu/attention.h"
+
+namespace smolvla::cpu {
+
+// Attention of fp32 q, k, v in 8-bit integers (SageAttention, arXiv 2410.02367, with finer probabilities):
+//   q8[t] = round(q[t] / sq[t]),  k8[s] = round((k[s] - mean(k)) / sk[s])      sq, sk = largest magnitude of the row / 127
+//   score[t, s] = (q8[t]·k8[s])·sk[s]·(sq[t]·scale)                            the mean adds the same to all scores of a row
+//   p8[t, s] = round(255·2^(log2(e)·(score[t, s] - m[t, B]))),  m the largest score of t in B, s's block of 64 keys
+//   v8[s, d] = round(v[s, d] / sv[B, d])                                       sv = largest magnitude of the block / 127
+//   out[t] = Σ_B w[t, B]·sv[B]·(p8[t, B]·v8[B]) / Σ_B w[t, B]·Σ p8[t, B],      w[t, B] = e^(m[t, B] - max_B m[t, B])
+// Integer sums are exact at every level, what is fp32 runs in one order without contraction: equal bits at every level and
+// for any number of threads. Mask and rows that see nothing as in Attention.
+//
+// Each kv head with its queries is measured first, in fp32, queries and keys taken as independent of one another:
+//   error   [batch, kv_heads]  standard deviation of what rounding q and k to 8 bits does to an output, over the values'
+//   spread  [batch, kv_heads]  standard deviation of the scores of a row
+// Both are NaN or infinite where an operand is, and infinite for head_dim above kMostInt8Dim. A head whose error is not
+// finite and at most `limit` is computed by attention_of_heads.
+constexpr int64_t kMostInt8Dim = 256;
+void int8_attention(const Attention& a, float limit, float* error, float* spread, int num_threads);
+
+enum class Int8Level : int { baseline = 0, avx2 = 1, avx2_vnni = 2, avx512_vnni = 3 };
+
+// What runs at the level in use, as far as the processor and ONEDNN_MAX_CPU_ISA have VNNI.
+Int8Level int8_level();
+
+}  // namespace smolvla::cpu

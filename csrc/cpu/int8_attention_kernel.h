@@ -1,0 +1,278 @@
+// The attention kernel in 8-bit integers for one instruction level. No include guard: int8_attention.cpp includes this once
+// per level, with SMOLVLA_LEVEL (the struct of int8_simd.h), its namespace and SMOLVLA_TARGET (the attribute of its
+// functions).
+//
+// As in attention_kernel.h one kv head is packed at a time, K transposed into panels and V in consecutive rows, and both
+// products run in one register tile. Only that tile is written in intrinsics: the rest is plain C++ that a compiler makes
+// vectors of, so that levels differ in their width alone.
+
+namespace SMOLVLA_LEVEL_NAMESPACE {
+
+using S = SMOLVLA_LEVEL;
+using V = S::V;
+using Element = S::Element;
+constexpr int kWidth = S::kWidth, kPerWord = S::kPerWord;
+using F = float __attribute__((vector_size(4 * S::kWidth)));
+using I = int32_t __attribute__((vector_size(4 * S::kWidth)));
+constexpr int kPanel = S::kTileVectors * kWidth;
+constexpr int kBlockWords = kBlock / kPerWord;
+static_assert(kBlock % kPanel == 0);
+
+// c[row, :] = start + a[row, 0:words] · b[0:words, :] for six rows and kVectors vectors of columns.
+template <int kVectors>
+SMOLVLA_TARGET __attribute__((noinline)) void tile(const int32_t* a, int64_t lda, int last_row, const int32_t* b,
+                                                   int64_t ldb, int64_t words, const int32_t* start, int32_t* c,
+                                                   int64_t ldc) {
+    // Rows beyond the last repeat it; their results land in scratch that nobody reads.
+    const int32_t* rows[kTileRows];
+#pragma GCC unroll 6
+    for (int r = 0; r < kTileRows; ++r) rows[r] = a + (r < last_row ? r : last_row) * lda;
+    V sums[kTileRows][kVectors];
+#pragma GCC unroll 6
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = S::load(start + v * kWidth);
+    for (int64_t w = 0; w < words; ++w) {
+        V columns[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) columns[v] = S::load(b + v * kWidth);
+        b += ldb;
+#pragma GCC unroll 6
+        for (int r = 0; r < kTileRows; ++r) {
+            const V row = S::broadcast(rows[r][w]);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) sums[r][v] = S::dot(row, columns[v], sums[r][v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) S::store(c + r * ldc + v * kWidth, sums[r][v]);
+}
+
+// The same for any number of rows and of vectors up to a panel.
+SMOLVLA_TARGET void tiles(const int32_t* a, int64_t lda, int64_t rows, const int32_t* b, int64_t ldb, int64_t words,
+                          const int32_t* start, int32_t* c, int64_t ldc, int64_t vectors) {
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+        const int last = static_cast<int>(std::min<int64_t>(rows - row, kTileRows)) - 1;
+        const int32_t* a_rows = a + row * lda;
+        int32_t* c_rows = c + row * ldc;
+        if constexpr (S::kTileVectors == 4) {
+            if (vectors >= 4) tile<4>(a_rows, lda, last, b, ldb, words, start, c_rows, ldc);
+            else if (vectors == 3) tile<3>(a_rows, lda, last, b, ldb, words, start, c_rows, ldc);
+            else if (vectors == 2) tile<2>(a_rows, lda, last, b, ldb, words, start, c_rows, ldc);
+            else tile<1>(a_rows, lda, last, b, ldb, words, start, c_rows, ldc);
+        } else {
+            if (vectors >= 2) tile<2>(a_rows, lda, last, b, ldb, words, start, c_rows, ldc);
+            else tile<1>(a_rows, lda, last, b, ldb, words, start, c_rows, ldc);
+        }
+    }
+}
+
+// round((x - centre)·inverse) + kAdded in the element of a word, for one row.
+template <int kAdded>
+SMOLVLA_TARGET SMOLVLA_INLINE void round_row(const float* x, const float* centre, int64_t count, float inverse,
+                                             Element* __restrict to) {
+    for (int64_t i = 0; i < count; ++i)
+        to[i] = static_cast<Element>(bits_of((x[i] - centre[i]) * inverse + kRounder) + kAdded);
+}
+
+// The sum of a key's integers times what is added to queries is in its scores; `start` takes that off again.
+SMOLVLA_TARGET void pack_keys(const Head& h, const float* centre, int64_t words, int32_t* panels, float* scale,
+                              int32_t* start) {
+    alignas(64) Element row[kMostDim];
+    for (int64_t key = 0; key < h.padded; ++key) {
+        int32_t* to = panels + (key / kPanel * words) * kPanel + key % kPanel;
+        scale[key] = 0.0f;
+        start[key] = 0;
+        if (key >= h.keys) {
+            for (int64_t w = 0; w < words; ++w) to[w * kPanel] = 0;
+            continue;
+        }
+        const float* k = h.k + key * h.k_stride;
+        const float largest = largest_of(k, centre, h.head_dim);
+        const float inverse = inverse_of(largest);
+        scale[key] = scale_of(largest);
+        std::memset(row, 0, words * sizeof(int32_t));
+        round_row<0>(k, centre, h.head_dim, inverse, row);
+        if constexpr (S::kZero != 0) {
+            int32_t sum = 0;
+            for (int64_t i = 0; i < h.head_dim; ++i) sum += static_cast<int8_t>(row[i]);
+            start[key] = -S::kZero * sum;
+        }
+        for (int64_t w = 0; w < words; ++w) std::memcpy(to + w * kPanel, row + w * kPerWord, sizeof(int32_t));
+    }
+}
+
+// [padded keys / kPerWord, columns]; scale [blocks, columns].
+SMOLVLA_TARGET void pack_values(const Head& h, int64_t columns, int32_t* to, float* scale) {
+    alignas(64) float inverse[kMostDim + kBlock];
+    for (int64_t first = 0; first < h.padded; first += kBlock, scale += columns) {
+        const int64_t keys = std::min<int64_t>(h.keys - first, kBlock);
+        const float* v = h.v + first * h.v_stride;
+        for (int64_t d = 0; d < columns; ++d) scale[d] = 0.0f;
+        for (int64_t key = 0; key < keys; ++key)
+            for (int64_t d = 0; d < h.head_dim; ++d) {
+                const float x = std::fabs(v[key * h.v_stride + d]);
+                scale[d] = x > scale[d] ? x : scale[d];
+            }
+        for (int64_t d = 0; d < columns; ++d) {
+            inverse[d] = inverse_of(scale[d]);
+            scale[d] = scale_of(scale[d]);
+        }
+        for (int64_t word = 0; word < kBlockWords; ++word, to += columns) {
+            std::memset(to, 0, columns * sizeof(int32_t));
+            for (int i = 0; i < kPerWord; ++i) {
+                const int64_t key = word * kPerWord + i;
+                if (key >= keys) break;
+                constexpr int32_t kMask = kPerWord == 4 ? 0xff : 0xffff;
+                const int shift = 32 / kPerWord * i;
+                const float* x = v + key * h.v_stride;
+                for (int64_t d = 0; d < h.head_dim; ++d)
+                    to[d] |= (bits_of(x[d] * inverse[d] + kRounder) & kMask) << shift;
+            }
+        }
+    }
+}
+
+SMOLVLA_TARGET void pack_query(const float* q, const float* zeros, int64_t head_dim, int64_t words, int32_t* to,
+                               float* scale) {
+    const float largest = largest_of(q, zeros, head_dim);
+    Element row[kMostDim];
+    std::memset(row, 0, words * sizeof(int32_t));
+    round_row<S::kZero>(q, zeros, head_dim, inverse_of(largest), row);
+    std::memcpy(to, row, words * sizeof(int32_t));
+    *scale = scale_of(largest);
+}
+
+// round(255·2^t) for t <= 0: 2^n is written into the exponent, 2^f on [-1/2, 1/2] is Taylor's series to the 4th power, a
+// hundredth of a step off. Below 2^-20 it is 0 all the same, also for minus infinity.
+SMOLVLA_TARGET SMOLVLA_INLINE void eight_bits_of_power(const F& t, I* rounded) {
+    const F least = F{} - 20.0f, clamped = t > least ? t : least, shifted = clamped + kRounder;
+    const F f = clamped - (shifted - kRounder);
+    F p = F{} + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    I power;
+    std::memcpy(&power, &shifted, sizeof power);
+    power = (power + 127) << 23;
+    F scale;
+    std::memcpy(&scale, &power, sizeof scale);
+    const F sum = p * scale * kMostP + kRounder;
+    std::memcpy(rounded, &sum, sizeof sum);
+    *rounded &= 0xff;
+}
+
+// p8 of one row and w of its blocks, times one over the sum of all; scores are integers.
+SMOLVLA_TARGET void softmax_row(const int32_t* scores, const float* key_scale, const uint8_t* mask, int64_t mask_stride,
+                                const Head& h, float factor, Element* __restrict p, float* __restrict weight) {
+    constexpr float kLeast = -std::numeric_limits<float>::infinity();
+    const int64_t blocks = h.padded / kBlock;
+    alignas(64) float s[kBlock];
+    alignas(64) int32_t rounded[kBlock];
+    int32_t* const sums = reinterpret_cast<int32_t*>(weight + blocks);
+    float top = kLeast;
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t first = b * kBlock, keys = std::min<int64_t>(h.keys - first, kBlock);
+        for (int j = 0; j < kBlock; ++j) s[j] = static_cast<float>(scores[first + j]) * key_scale[first + j];
+        if (mask) {
+            const uint8_t* from = mask + first * mask_stride;
+            // The lowest number, not minus infinity: a row that sees nothing averages all its keys.
+            if (mask_stride == 1)
+                for (int64_t j = 0; j < keys; ++j) s[j] = from[j] ? s[j] : kLowest;
+            else
+                for (int64_t j = 0; j < keys; ++j) s[j] = from[j * mask_stride] ? s[j] : kLowest;
+        }
+        for (int64_t j = keys; j < kBlock; ++j) s[j] = kLeast;
+        F most = F{} + kLeast, x;
+        for (int j = 0; j < kBlock; j += kWidth) {
+            std::memcpy(&x, s + j, sizeof x);
+            most = x > most ? x : most;
+        }
+        float largest = kLeast;
+        for (int lane = 0; lane < kWidth; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+        weight[b] = largest;
+        top = largest > top ? largest : top;
+        I sum{}, some;
+        for (int j = 0; j < kBlock; j += kWidth) {
+            std::memcpy(&x, s + j, sizeof x);
+            eight_bits_of_power((x - largest) * factor, &some);
+            sum += some;
+            std::memcpy(rounded + j, &some, sizeof some);
+        }
+        sums[b] = 0;
+        for (int lane = 0; lane < kWidth; ++lane) sums[b] += sum[lane];
+        for (int j = 0; j < kBlock; ++j) p[first + j] = static_cast<Element>(rounded[j]);
+    }
+    float total = 0.0f;
+    for (int64_t b = 0; b < blocks; ++b) weight[b] = power_of_two((weight[b] - top) * factor);
+    for (int64_t b = 0; b < blocks; ++b) total += weight[b] * static_cast<float>(sums[b]);
+    const float inverse = 1.0f / total;
+    for (int64_t b = 0; b < blocks; ++b) weight[b] *= inverse;
+}
+
+SMOLVLA_TARGET void measure(const Attention& a, const Head& h, float* error, float* spread) {
+    measure_head(a, h, error, spread);
+}
+
+// Tiles [begin, end) of six rows of one kv head with its queries, a row being (query, head of the group).
+SMOLVLA_TARGET void run(const Attention& a, const Head& h, int64_t begin, int64_t end) {
+    const int64_t words = ceil_div(h.head_dim, kPerWord), columns = ceil_div(h.head_dim, kWidth) * kWidth;
+    const int64_t blocks = h.padded / kBlock;
+    // Off a power of two, as in attention_kernel.h.
+    const int64_t score_stride = h.padded + 16, p_stride = h.padded / kPerWord + 16, weights = 2 * blocks;
+    Carve carve(Scratch::reserve(h.padded * words + h.padded / kPerWord * columns + blocks * columns + 2 * h.padded +
+                                 2 * kMostDim + kBlockRows * (words + score_stride + p_stride + weights + 2 * columns + 1) + 256));
+    int32_t* const packed_k = carve.integers(h.padded * words);
+    int32_t* const packed_v = carve.integers(h.padded / kPerWord * columns);
+    float* const value_scale = carve.floats(blocks * columns);
+    float* const key_scale = carve.floats(h.padded);
+    int32_t* const start = carve.integers(h.padded);
+    float* const centre = carve.floats(kMostDim);
+    float* const zeros = carve.floats(kMostDim);
+    int32_t* const packed_q = carve.integers(kBlockRows * words);
+    int32_t* const scores = carve.integers(kBlockRows * score_stride);
+    int32_t* const p = carve.integers(kBlockRows * p_stride);
+    float* const weight = carve.floats(kBlockRows * weights);
+    int32_t* const products = carve.integers(kBlockRows * columns);
+    float* const sums = carve.floats(kBlockRows * columns);
+    std::memset(zeros, 0, kMostDim * sizeof(float));
+    mean_of_keys(h, centre);
+    pack_keys(h, centre, words, packed_k, key_scale, start);
+    pack_values(h, columns, packed_v, value_scale);
+    const auto* const nothing = reinterpret_cast<const int32_t*>(zeros);
+    for (int64_t first = begin * kTileRows; first < std::min(h.rows, end * kTileRows); first += kBlockRows) {
+        const int64_t count = std::min({h.rows, end * kTileRows, first + kBlockRows}) - first;
+        float query_scale[kBlockRows];
+        for (int64_t row = 0; row < count; ++row)
+            pack_query(h.q_row(a, first + row), zeros, h.head_dim, words, packed_q + row * words, query_scale + row);
+        for (int64_t key = 0; key < h.padded; key += kPanel)
+            tiles(packed_q, words, count, packed_k + key * words, kPanel, words, start + key, scores + key, score_stride,
+                  S::kTileVectors);
+        for (int64_t row = 0; row < count; ++row)
+            softmax_row(scores + row * score_stride, key_scale, h.mask_row(a, first + row), a.mask_strides[2], h,
+                        std::max(query_scale[row] * (a.scale * kLog2E), kLeastFactor), reinterpret_cast<Element*>(p + row * p_stride),
+                        weight + row * weights);
+        for (int64_t b = 0; b < blocks; ++b) {
+            for (int64_t d = 0; d < columns; d += kPanel)
+                tiles(p + b * kBlockWords, p_stride, count, packed_v + b * kBlockWords * columns + d, columns,
+                      kBlockWords, nothing, products + d, columns, (columns - d) / kWidth);
+            const float* const scale = value_scale + b * columns;
+            for (int64_t row = 0; row < count; ++row) {
+                const float w = weight[row * weights + b];
+                float* __restrict to = sums + row * columns;
+                const int32_t* from = products + row * columns;
+                if (b == 0)
+                    for (int64_t d = 0; d < columns; ++d) to[d] = static_cast<float>(from[d]) * scale[d] * w;
+                else
+                    for (int64_t d = 0; d < columns; ++d) to[d] += static_cast<float>(from[d]) * scale[d] * w;
+            }
+        }
+        for (int64_t row = 0; row < count; ++row)
+            std::memcpy(h.out_row(a, first + row), sums + row * columns, h.head_dim * sizeof(float));
+    }
+}
+
+}  // namespace SMOLVLA_LEVEL_NAMESPACE

@@ -1,0 +1,120 @@
+// Sums of products of 8-bit integers, one struct per instruction level; see simd.h for the like of fp32.
+//
+// A *word* is the 32 bits that one lane consumes: with VNNI four bytes, unsigned on one side; without it two numbers of 16
+// bits, whose products are added in 32 bits, since instructions that add products of bytes in 16 bits saturate.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/dispatch.h"
+
+#if defined(__x86_64__) && !defined(SMOLVLA_VNNI_EMULATED)
+#include <immintrin.h>
+#endif
+
+#if defined(SMOLVLA_VNNI_EMULATED)
+// A test compiles this with functions that compute what the instructions do, for a processor that has none of them.
+#define SMOLVLA_AVX2_VNNI
+#define SMOLVLA_AVX512_VNNI
+#elif defined(__x86_64__)
+#define SMOLVLA_AVX2_VNNI __attribute__((target("avxvnni,avx2,fma")))
+#if defined(__clang__)
+#define SMOLVLA_AVX512_VNNI \
+    __attribute__((target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"), min_vector_width(512)))
+#else
+#define SMOLVLA_AVX512_VNNI \
+    __attribute__((target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#endif
+#endif
+
+namespace smolvla::cpu {
+
+struct Pairs {
+    using Element = int16_t;
+    static constexpr int kPerWord = 2;
+    // What is added to queries, so that they have no sign.
+    static constexpr int kZero = 0;
+};
+
+struct Bytes {
+    using Element = uint8_t;
+    static constexpr int kPerWord = 4;
+    static constexpr int kZero = 128;
+};
+
+struct Int8Baseline : Pairs {
+    static constexpr int kWidth = 4;
+    static constexpr int kTileVectors = 2;
+    using V = int32_t __attribute__((vector_size(16)));
+
+    static SMOLVLA_INLINE V broadcast(int32_t x) { return V{x, x, x, x}; }
+    static SMOLVLA_INLINE V load(const int32_t* p) {
+        V v;
+        std::memcpy(&v, p, sizeof v);
+        return v;
+    }
+    static SMOLVLA_INLINE void store(int32_t* p, V v) { std::memcpy(p, &v, sizeof v); }
+    static SMOLVLA_INLINE V dot(V a, V b, V c) {
+#if defined(__x86_64__) && !defined(SMOLVLA_VNNI_EMULATED)
+        return c + (V)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+        return c + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+    }
+};
+
+#if defined(__x86_64__)
+#define SMOLVLA_AVX2_INLINE8 SMOLVLA_AVX2 SMOLVLA_INLINE
+struct Int8Avx2 : Pairs {
+    static constexpr int kWidth = 8;
+    static constexpr int kTileVectors = 2;
+    using V = __m256i;
+
+    static SMOLVLA_AVX2_INLINE8 V broadcast(int32_t x) { return _mm256_set1_epi32(x); }
+    static SMOLVLA_AVX2_INLINE8 V load(const int32_t* p) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    }
+    static SMOLVLA_AVX2_INLINE8 void store(int32_t* p, V v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+    }
+    static SMOLVLA_AVX2_INLINE8 V dot(V a, V b, V c) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
+};
+
+#if defined(SMOLVLA_VNNI_EMULATED) || __has_include(<avxvnniintrin.h>)
+#define SMOLVLA_HAS_AVX2_VNNI 1
+#define SMOLVLA_AVX2_VNNI_INLINE SMOLVLA_AVX2_VNNI SMOLVLA_INLINE
+struct Int8Avx2Vnni : Bytes {
+    static constexpr int kWidth = 8;
+    static constexpr int kTileVectors = 2;
+    using V = __m256i;
+
+    static SMOLVLA_AVX2_VNNI_INLINE V broadcast(int32_t x) { return _mm256_set1_epi32(x); }
+    static SMOLVLA_AVX2_VNNI_INLINE V load(const int32_t* p) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    }
+    static SMOLVLA_AVX2_VNNI_INLINE void store(int32_t* p, V v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+    }
+#if defined(SMOLVLA_VNNI_EMULATED)
+    static SMOLVLA_AVX2_VNNI_INLINE V dot(V a, V b, V c) { return _mm256_dpbusd_epi32(c, a, b); }
+#else
+    static SMOLVLA_AVX2_VNNI_INLINE V dot(V a, V b, V c) { return _mm256_dpbusd_avx_epi32(c, a, b); }
+#endif
+};
+#endif
+
+#define SMOLVLA_AVX512_VNNI_INLINE SMOLVLA_AVX512_VNNI SMOLVLA_INLINE
+struct Int8Avx512Vnni : Bytes {
+    static constexpr int kWidth = 16;
+    static constexpr int kTileVectors = 4;
+    using V = __m512i;
+
+    static SMOLVLA_AVX512_VNNI_INLINE V broadcast(int32_t x) { return _mm512_set1_epi32(x); }
+    static SMOLVLA_AVX512_VNNI_INLINE V load(const int32_t* p) { return _mm512_loadu_si512(p); }
+    static SMOLVLA_AVX512_VNNI_INLINE void store(int32_t* p, V v) { _mm512_storeu_si512(p, v); }
+    static SMOLVLA_AVX512_VNNI_INLINE V dot(V a, V b, V c) { return _mm512_dpbusd_epi32(c, a, b); }
+};
+#endif
+
+}  // namespace smolvla::cpu

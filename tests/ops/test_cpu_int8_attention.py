@@ -1,0 +1,281 @@
+"""Attention in 8-bit integers at every instruction level: its bits, its error, and which heads are left to fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.int8_levels import at_level, emulate
+from torch import Tensor
+
+from smolvla_fast.ops import extension, processor
+from smolvla_fast.ops.cpu import int8_attention
+from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.cpu.int8_attention import LEVELS, Attended, Heads
+
+pytestmark = [
+    pytest.mark.cpu_kernels,
+    pytest.mark.skipif(not extension.available("cpu"), reason=extension.why_missing("cpu")),
+]
+ALL = float("inf")
+# Batch, queries, keys, query heads, KV heads, width of a head. Vision, prefix, cross and suffix with fewer heads; sizes of
+# one, off every tile, vector, word and block; heads that fill no word, a part of a panel and several panels.
+CASES = [
+    (1, 70, 1024, 2, 2, 64), (1, 177, 177, 6, 2, 64), (1, 50, 177, 3, 1, 64), (1, 50, 227, 3, 1, 64),
+    (2, 7, 83, 6, 2, 24), (1, 1, 1, 1, 1, 1), (3, 1, 33, 4, 4, 8), (1, 3, 64, 2, 2, 200), (1, 9, 65, 3, 1, 128),
+    (1, 25, 63, 2, 2, 7), (1, 5, 129, 2, 1, 256), (1, 13, 128, 2, 1, 96),
+]  # fmt: skip
+SIZES = pytest.mark.parametrize("sizes", CASES, ids=lambda sizes: "x".join(map(str, sizes)))
+
+
+@pytest.fixture(params=LEVELS)
+def attention(request: pytest.FixtureRequest) -> Callable[..., Attended]:
+    return at_level(request.param)
+
+
+def operands(sizes: tuple[int, ...], seed: int = 0) -> dict[str, Any]:
+    """Keys with a mean far from zero; a mask with a row that sees nothing, one that sees one key, and a block unseen."""
+    batch, queries, keys, heads, kv_heads, dim = sizes
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, queries, heads, dim, generator=generator)
+    k, v = (torch.randn(batch, keys, kv_heads, dim, generator=generator) for _ in range(2))
+    mask = torch.rand(batch, queries, keys, generator=generator) > 0.3
+    mask[:, 0] = False
+    mask[:, -1] = False
+    mask[:, -1, keys // 2] = True
+    mask[:, queries // 2, :64] = False
+    return {"q": q, "k": k + 3 * torch.randn(dim, generator=generator), "v": v, "mask": mask}
+
+
+def emulated(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    out, group = torch.empty_like(q), q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        for head in range(k.shape[2]):
+            of = slice(head * group, (head + 1) * group)
+            seen = None if mask is None else mask[b]
+            out[b, :, of] = emulate(q[b, :, of], k[b, :, head], v[b, :, head], seen)
+    return out
+
+
+def in_fp64(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.double().repeat_interleave(group, 2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q.double(), k) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = torch.where(mask[:, None], scores, torch.finfo(torch.float32).min)
+    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
+
+
+def rel_l2(x: Tensor, truth: Tensor) -> float:
+    return float((x.double() - truth).norm() / truth.norm())
+
+
+@SIZES
+def test_every_level_has_the_bits_of_the_scheme(attention: Any, sizes: tuple[int, ...]) -> None:
+    """Sums of integers are exact and what is fp32 has one order, so nothing is allowed."""
+    values = operands(sizes)
+    assert torch.equal(attention(**values, most_error=ALL).out, emulated(**values))
+    del values["mask"]
+    assert torch.equal(attention(**values, most_error=ALL).out, emulated(**values))
+
+
+def test_outlier_channels_and_sharp_rows_have_these_bits_too(attention: Any) -> None:
+    """Forced into 8 bits: the largest integers on both sides, one weight near 1, weights of zero; a query and a key of
+    zeros, values of zeros for a whole block."""
+    values = operands((2, 9, 150, 4, 2, 40))
+    values["q"][..., 3] *= 50
+    values["k"][..., 3] *= 50
+    values["v"][..., 7] *= 50
+    values["q"][0, 1] = 0
+    values["k"][0, 5] = 0
+    values["v"][1, 64:128] = 0
+    assert torch.equal(attention(**values, most_error=ALL).out, emulated(**values))
+    largest = {name: torch.full((1, 6, 1, 256), 127.0) for name in "qkv"}
+    largest["k"][
+        :, ::2
+    ] = -127  # q8 = 127, k8 = ±127: sums of 2^22, where instructions of 16 bits saturate at once
+    assert torch.equal(attention(**largest, most_error=ALL).out, emulated(**largest))
+
+
+@SIZES
+def test_the_result_is_off_by_no_more_than_it_says(attention: Any, sizes: tuple[int, ...]) -> None:
+    """``error`` is the share of rounded scores; probabilities and values of 8 bits add half a step of 1/255 and 1/127 of the
+    largest of 64, together below a hundredth of the values."""
+    values = operands(sizes)
+    values.pop("mask")
+    found = attention(**values, most_error=ALL)
+    off = found.out.double() - in_fp64(**values)
+    size = values["v"].double().square().mean().sqrt()
+    assert 0 <= found.error.max() < 0.02
+    assert off.square().mean().sqrt() <= (float(found.error.max()) + 0.01) * size
+
+
+@pytest.mark.parametrize("loudness", [0.5, 1.0, 4.0])
+def test_error_and_spread_are_what_is_counted(attention: Any, loudness: float) -> None:
+    """Of independent queries and keys. Spread within a tenth, over 90 000 scores. Error from two thirds to four times what
+    is counted: it leaves out that a row on a single key cannot be moved. From quiet to loud it grows thirtyfold."""
+    values = operands((1, 300, 300, 1, 1, 64), seed=3)
+    values.pop("mask")
+    values["q"] *= loudness
+    found = attention(**values, most_error=ALL)
+    q, k, v = (values[name][0, :, 0].double() for name in "qkv")
+    k = k - k.mean(0)
+    scores = q @ k.t() / 8
+    assert float(found.spread) == pytest.approx(float(scores.square().mean().sqrt()), rel=0.1)
+
+    def rounded(x: Tensor) -> Tensor:
+        step = x.abs().amax(1, keepdim=True) / 127
+        return (x / step).round() * step
+
+    off = ((rounded(q) @ rounded(k).t() / 8).softmax(1) - scores.softmax(1)) @ v
+    counted = float(off.square().mean().sqrt() / v.square().mean().sqrt())
+    assert counted / 1.5 <= float(found.error) <= 4 * counted
+
+
+def test_a_sharp_head_falls_back_alone(attention: Any) -> None:
+    values = operands((2, 9, 150, 6, 3, 40))
+    values["q"][1, :, 2:4, 5] *= 50  # the queries of KV head 1 of the second sample
+    found = attention(**values, most_error=0.02)
+    wide = found.error > 0.02
+    assert wide.nonzero().tolist() == [[1, 1]]
+    want, narrow = cpu.attention(**values), emulated(**values)
+    want, narrow = (x.view(2, 9, 3, 2, 40) for x in (want, narrow))
+    got = found.out.view(2, 9, 3, 2, 40)
+    for b in range(2):
+        for head in range(3):
+            expected = want if wide[b, head] else narrow
+            # The fp32 kernel sums in the order of the level in use, which may be another than this one's.
+            if wide[b, head]:
+                assert torch.allclose(got[b, :, head], expected[b, :, head], rtol=1e-4, atol=1e-5)
+                assert not torch.equal(got[b, :, head], narrow[b, :, head])
+            else:
+                assert torch.equal(got[b, :, head], expected[b, :, head])
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v", "masked k"])
+@pytest.mark.parametrize("what", [torch.nan, torch.inf], ids=str)
+def test_what_is_not_finite_is_as_in_fp32(attention: Any, where: str, what: float) -> None:
+    values = operands((1, 7, 83, 4, 2, 24))
+    if where == "masked k":
+        values["mask"][:, :, 40] = False
+        values["mask"][:, 0] = values["mask"][
+            :, 1
+        ]  # a row that sees nothing would average the masked key too
+        values["k"][0, 40, 1, 3] = what
+    else:
+        values[where][0, 5, 1, 3] = what
+    found, want = attention(**values, most_error=ALL), cpu.attention(**values)
+    broken = 0 if where == "q" else 1  # of two KV heads with two query heads each
+    assert not found.error[0, broken].isfinite() and found.error[0, 1 - broken].isfinite()
+    assert torch.equal(found.out.isnan(), want.isnan())
+    assert (
+        bool(want.isnan().any()) == (where != "masked k" and not (where == "k" and what == torch.inf))
+        or what == torch.inf
+    )
+
+
+@SIZES
+def test_threads_and_strides_change_no_bit(attention: Any, sizes: tuple[int, ...]) -> None:
+    values = operands(sizes)
+    before = torch.get_num_threads()
+    want = attention(**values, most_error=ALL)
+    wide = {
+        name: torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan)
+        for name, x in values.items()
+        if name != "mask"
+    }
+    for name, x in wide.items():
+        x[..., : values[name].shape[-1]] = values[name]
+    strided = {name: x[..., : values[name].shape[-1]] for name, x in wide.items()}
+    strided["mask"] = values["mask"].transpose(1, 2).contiguous().transpose(1, 2)
+    try:
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            for given in (values, strided):
+                assert all(map(torch.equal, attention(**given, most_error=ALL), want))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nothing_is_left_unwritten_or_written_beside() -> None:
+    for sizes in CASES:
+        values = operands(sizes)
+        whole = torch.full((values["q"].numel() + 128,), torch.nan)
+        out = whole[64:-64].view(values["q"].shape)
+        int8_attention.attention(**values, most_error=ALL, out=out)
+        assert not out.isnan().any() and whole[:64].isnan().all() and whole[-64:].isnan().all()
+
+
+def test_a_head_too_wide_and_no_queries() -> None:
+    values = operands((1, 5, 9, 2, 2, 257))
+    found = int8_attention.attention(**values, most_error=ALL)
+    # Infinite is at most infinite; the kernel has no room for it all the same.
+    assert found.error.isinf().all() and torch.equal(found.out, cpu.attention(**values))
+    none = int8_attention.attention(values["q"][:, :0], values["k"], values["v"])
+    assert none.out.shape == (1, 0, 2, 257)
+
+
+def test_refuses_what_it_cannot_do() -> None:
+    values = operands((1, 5, 9, 2, 2, 8))
+    with pytest.raises(
+        TypeError, match="int8 attention: q has dtype torch.float64, this kernel has torch.float32"
+    ):
+        int8_attention.attention(**{**values, "q": values["q"].double()})
+    with pytest.raises(TypeError, match="int8 attention: v has dtype torch.bfloat16, q has torch.float32"):
+        int8_attention.attention(**{**values, "v": values["v"].bfloat16()})
+    with pytest.raises(ValueError, match=r"int8 attention: v has shape \[1, 9, 2, 8\]; accepted"):
+        int8_attention.attention(values["q"], values["k"][:, :3], values["v"])
+
+
+# Where it is taken ----------------------------------------------------------------------------------------------------
+
+
+def test_integers_are_taken_where_they_are_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = operands((1, 7, 83, 4, 2, 24))
+    monkeypatch.setattr(int8_attention, "level", lambda: "avx2")
+    assert "has no VNNI" in str(int8_attention.why_slower(values["q"], values["k"]))
+    monkeypatch.setattr(int8_attention, "level", lambda: "avx512_vnni")
+    for share, ahead in ((0.5, True), (1.2, False)):
+        monkeypatch.setattr(int8_attention, "_share_of_time", lambda *_, share=share: share)
+        assert (int8_attention.why_slower(values["q"], values["k"]) is None) == ahead
+    heads = Heads()
+    out = heads.masked_attention(**values)
+    assert torch.equal(out, cpu.attention(**values).flatten(2)) and heads.all == 2 and heads.wide == 0
+    assert heads.fallback_reasons == {
+        "int8 attention": "attention in 8 bits measured no faster than in fp32 on this machine"
+    }
+    assert heads.spread > 0.5, "sharpness is not seen where attention is in fp32"
+
+
+def test_heads_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_attention, "why_slower", lambda q, k: None)
+    heads, values = Heads(), operands((1, 7, 83, 4, 2, 64))
+    narrow = heads.masked_attention(**values)
+    assert torch.equal(narrow, emulated(**values).flatten(2)) and not heads.fallback_reasons
+    values["q"][:, :, :2] *= 5
+    heads.masked_attention(**values)
+    assert (heads.all, heads.wide) == (4, 1)
+    assert heads.fallback_reasons["int8 attention"].startswith(
+        "1 of 4 heads so far were computed in fp32: 8-bit scores would move"
+    )
+    assert heads.why_too_sharp() is None
+    values["q"] *= 20
+    heads.masked_attention(**values)
+    assert "8-bit products serve up to 8" in str(heads.why_too_sharp())
+    x = values["q"].flatten(2)[..., :96]
+    assert torch.equal(heads.attention(x, x, x, 2), cpu.attention(*[x.unflatten(2, (2, 48))] * 3).flatten(2))
+    assert heads.masked_attention(**{**values, "q": values["q"].bfloat16()}).dtype is torch.float32
+
+
+def test_the_level_is_one_that_the_processor_has() -> None:
+    """Under every mask of ``make test-cpus``: features are read from the system, the level from CPUID, both know limits."""
+    here = int8_attention.level()
+    needed = {"avx512_vnni": "AVX512-VNNI", "avx2_vnni": "AVX-VNNI", "avx2": "AVX2", "baseline": None}[here]
+    assert needed is None or needed in processor.features()
+    best = cpu.instruction_levels()[-1]
+    if best == "avx2" and "AVX-VNNI" in processor.features():
+        assert here == "avx2_vnni"
+    if best.startswith("avx512") and "AVX512-VNNI" in processor.features():
+        assert here == "avx512_vnni"

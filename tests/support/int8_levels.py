@@ -1,0 +1,132 @@
+"""Attention in 8-bit integers: in torch, step by step, and by the kernel at every level on any x86-64 processor.
+
+The kernel's VNNI levels are compiled from the same source with SIMDe's functions in place of the instructions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import ninja_build
+import pytest
+import torch
+from torch import Tensor
+
+from smolvla_fast.ops.cpu import int8_attention
+from smolvla_fast.ops.cpu.int8_attention import LEVELS, Attended
+from smolvla_fast.ops.cpu.kernels import _attention_operands
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK, LOG2E = 64, torch.tensor(1.44269504)
+ROUNDER = 12582912.0
+SMALLEST, LEAST_FACTOR = 2.0**-119, torch.tensor(2.0**-100)
+
+
+def _steps(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows: integers in int64, and their scales."""
+    largest = x.abs().amax(-1)
+    some = largest >= SMALLEST
+    inverse = torch.where(some, torch.full_like(largest, 127.0) / largest, 0.0)
+    return (x * inverse[..., None]).round().long(), torch.where(some, largest / 127.0, 0.0)
+
+
+def _power(t: Tensor, series: tuple[float, ...]) -> Tensor:
+    """2^t: the whole part in the exponent, the rest by Taylor's series."""
+    whole = (t + ROUNDER) - ROUNDER
+    f = t - whole
+    p = torch.full_like(f, series[0])
+    for c in series[1:]:
+        p = p * f + c
+    return p * torch.exp2(whole)
+
+
+SHORT = (9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
+LONG = (1.5252734e-5, 1.5403530e-4, 1.3333558e-3, *SHORT)
+
+
+def emulate(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The scheme of csrc/cpu/int8_attention.h: sums of integers in int64, all else in fp32 in the kernel's order.
+
+    q [T, G, D], k, v [S, D]: a KV head with its queries      mask  [T, S] bool      returns  [T, G, D]
+    """
+    keys, dim = k.shape
+    mean = torch.zeros(dim)
+    for row in k:  # one after the other, as the kernel adds
+        mean = mean + row
+    k8, k_scale = _steps(k - mean / torch.tensor(float(keys)))
+    q8, q_scale = _steps(q)
+    scores = (q8 @ k8.t()).float() * k_scale
+    if mask is not None:
+        scores = torch.where(mask[:, None], scores, torch.finfo(torch.float32).min)
+    factor = torch.maximum(q_scale * (torch.tensor(dim**-0.5) * LOG2E), LEAST_FACTOR)[..., None]
+    blocks = list(zip(scores.split(BLOCK, -1), v.split(BLOCK), strict=True))
+    most = torch.stack([s.amax(-1) for s, _ in blocks], -1)
+    weight = _power(((most - most.amax(-1, keepdim=True)) * factor).clamp(min=-126.0), LONG)
+    p8 = []
+    for i, (s, _) in enumerate(blocks):
+        t = ((s - most[..., i, None]) * factor).clamp(min=-20.0)
+        p8.append((_power(t, SHORT) * 255.0).round().long())
+    total = torch.zeros(q.shape[:-1])
+    for i, each in enumerate(p8):
+        total = total + weight[..., i] * each.sum(-1).float()
+    weight = weight * (1.0 / total)[..., None]
+    out = torch.zeros(q.shape)
+    for i, (_, values) in enumerate(blocks):
+        v8, v_scale = _steps(values.t())
+        out = out + (p8[i] @ v8.t()).float() * v_scale * weight[..., i, None]
+    return out
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """Skips the test where the VNNI levels cannot be compiled with SIMDe."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("the VNNI levels are those of x86-64")
+    # Rebuilt where a source is newer: a test of the last build's kernel would say nothing.
+    target = ROOT / "build" / "int8_vnni.so"
+    sources = [ROOT / "tests/support/int8_vnni.cpp", ROOT / "csrc/cpu/attention.cpp"]
+    newest = max(path.stat().st_mtime for path in (*sources, *ROOT.glob("csrc/cpu/*")))
+    if not target.exists() or target.stat().st_mtime < newest:
+        target.parent.mkdir(exist_ok=True)
+        flags = [each for each in ninja_build.CXX_FLAGS if each != "-O3"]
+        try:
+            cxx = ninja_build.cxx_compiler()
+            ninja_build.run(*cxx, "-x", "c++", "-fsyntax-only", "-", stdin="#include <simde/x86/avx512.h>\n")
+        except ninja_build.Unavailable as error:
+            pytest.skip(
+                f"no SIMDe to run VNNI's instructions with (Debian: libsimde-dev): {str(error)[-200:]}"
+            )
+        openmp = ninja_build.openmp_flags(cxx)
+        command = [*cxx, *flags, *openmp, "-O1", "-shared", f"-I{ROOT / 'csrc'}", *map(str, sources)]
+        ninja_build.run(*command, "-o", str(target))
+    library = ctypes.CDLL(str(target))
+    library.attend_at.restype = None
+    return library
+
+
+def at_level(name: str) -> Callable[..., Attended]:
+    """``int8_attention.attention`` at one of ``LEVELS``: the extension's where it is in use here, else SIMDe's."""
+    if name == int8_attention.level():
+        return int8_attention.attention
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, most_error: float = 0.01
+    ) -> Attended:
+        library = _library()
+        out, operands = _attention_operands("int8 attention", q, k, v, mask, None)
+        heads = (k.shape[0], k.shape[2])
+        found = Attended(out, torch.zeros(heads), torch.zeros(heads))
+        addresses = (*operands[:5], found.error.data_ptr(), found.spread.data_ptr())
+        sizes, strides, scale = operands[5:]
+        library.attend_at(
+            LEVELS.index(name), (ctypes.c_uint64 * 7)(*addresses), (ctypes.c_int64 * 6)(*sizes),
+            (ctypes.c_int64 * 12)(*strides), ctypes.c_float(scale), ctypes.c_float(most_error),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return found
+
+    return attention
