@@ -202,7 +202,7 @@ def test_verify_refuses_a_policy_without_processors_or_statistics(
     weights = folder / "model.safetensors"
     more = {name: torch.ones(size) for name, size in buffers.items()}
     save_file({**{k: v.clone() for k, v in load_file(weights).items()}, **more}, weights, {"format": "pt"})
-    command = ["verify", "--policy.path", str(folder), "--threads", "1", "--observations", "1"]
+    command = ["verify", "--policy.path", str(folder), "--threads", "1", "--frames", "1"]
     refuses(command, capsys, "observation.state (", "action (", "dataset_stats", "IDENTITY")
     if not buffers:
         config(
@@ -213,7 +213,6 @@ def test_verify_refuses_a_policy_without_processors_or_statistics(
 
 def test_verify_says_what_stock_itself_refuses(saved: Path, capsys, monkeypatch) -> None:
     """An error of stock's that nobody foresaw, as demo has it."""
-    import smolvla_fast
 
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("float division by zero")
@@ -222,7 +221,7 @@ def test_verify_says_what_stock_itself_refuses(saved: Path, capsys, monkeypatch)
         with contextlib.suppress(ImportError):
             policy_class = import_module(f"{package}.modeling_smolvla").SmolVLAPolicy
             monkeypatch.setattr(policy_class, "predict_action_chunk", fail)
-    monkeypatch.setattr(smolvla_fast, "verify", fail)
+    monkeypatch.setattr("smolvla_fast.cli.verify.compare", fail)
     arguments = ["verify", "--policy.path", str(saved), "--threads", "1"]
     refuses(arguments, capsys, "stock itself computes no chunk", "ZeroDiv")
 
@@ -256,7 +255,20 @@ OWN = {
         (["--rounds", "0"], "--rounds"), (["--plot", "a.xyz"], "--plot a.xyz"), (["--plot", "FILE/a.png"], "FILE/a.png"),
         (["--plot", ""], "--plot"), (["--round", "3"], "did you mean --rounds?"),
     ],
-    "verify": [(["--observations", "0"], "--observations"), (["--observation", "3"], "did you mean --observations?")],
+    "verify": [
+        (["--frames", "0"], "--frames"), (["--observation", "3"], "did you mean --observations?"),
+        (["--observations", "2"], "needs the policy that the recording is for; give --policy.path"),
+        (["--observations", "2", "--policy.path", "SAVED"], "no such folder"),
+        (["--observations", "2", "--policy.path", "SAVED"], "the number of frames is --frames"),
+        (["--observations", "FILE", "--policy.path", "SAVED"], "a file; accepted is a folder with .npz or .pt files"),
+        (["--observations", "FOLDER", "--policy.path", "SAVED"], "no observation in FOLDER"),
+        (["--observations", "FOLDER", "--dataset.root", "FOLDER", "--policy.path", "SAVED"], "name two recordings"),
+        (["--observations", "FOLDER", "--cameras", "1", "--policy.path", "SAVED"], "--cameras is for drawn frames"),
+        (["--dataset.episodes", "0,1"], "need --dataset.repo_id or --dataset.root"),
+        (["--dataset.episodes", "0-4"], "accepted is one such as 0,3,7"),
+        (["--max_minutes", "0"], "--max_minutes"), (["--max_minutes", "nan"], "--max_minutes"),
+        (["--precision", "fp32,fp4"], "'exact', 'fp32', 'bf16'"), (["--precision", "fp32,"], "--precision"),
+    ],
     "doctor": [
         (["--json", "FILE/a.json"], "FILE/a.json"), (["--json", "FOLDER"], "directory"), (["--json", ""], "--json"),
         (["--json"], "--json"), (["--jsno=a"], "did you mean --json?"), (["x"], "x"),
