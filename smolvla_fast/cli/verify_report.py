@@ -67,7 +67,9 @@ def clause(found: Found, tier: Found) -> str:
 def verdict(found: Found) -> str:
     """The finding in one sentence."""
     said = "; ".join(f"{tier['name']} {clause(found, tier)}" for tier in found["tiers"])
-    bad = [tier["name"] for tier in found["tiers"] if not tier["passed"]]
+    bad = [tier["name"] for tier in found["tiers"] if tier["frames"] and not tier["passed"]]
+    if not bad and not found["passed"]:
+        return f"Not verified: {said}."
     if bad:
         return f"FAILED, do not run {' or '.join(bad)} on this robot: {said}."
     return f"Passed: {said}."
@@ -98,8 +100,8 @@ def tables(found: Found) -> list[tuple[str, list[str], list[list[str]], int]]:
         "rel L2",
         "bound",
         "stock's",
-        "of a noise",
-        "largest",
+        "of noise, p99",
+        "of noise, largest",
         "",
     ]
     tiers = [tier for tier in found["tiers"] if tier["frames"]]
@@ -116,7 +118,7 @@ def tables(found: Found) -> list[tuple[str, list[str], list[list[str]], int]]:
         ("Tiers: their worst frame, and the largest joint's share of another noise", columns, rows, 2)
     ]
     columns = [
-        "joint", "unit", "p99", "largest", "stock's p99", "largest", "other noise p99", "largest", "share of p99",
+        "joint", "unit", "p99", "largest", "stock's p99", "stock's largest", "noise p99", "noise largest", "share of p99",
     ]  # fmt: skip
     for tier in tiers:
         own = tier["own"] or [None] * len(found["joints"])

@@ -26,7 +26,7 @@ def draw(found: Found, report: Path) -> list[Path]:
     pages: dict[str, Callable[[Found], Figure]] = {
         "trajectories": trajectories, "joints": joints, "steps": steps, "histogram": histogram,
     }  # fmt: skip
-    paths = []
+    paths, found = [], {**found, "tiers": [tier for tier in found["tiers"] if tier["frames"]]}
     for name, page in pages.items():
         paths.append(report.with_name(f"{report.stem}-{name}.png"))
         save(page(found), paths[-1])

@@ -420,6 +420,30 @@ def test_demo_runs_without_lerobot(saved: Path, tmp_path: Path) -> None:
     demonstrates(tmp_path, saved, sys.executable)
 
 
+def test_a_made_policy_and_saved_observations_need_no_lerobot(saved: Path, tmp_path: Path) -> None:
+    """Our own class in demo; verify on a folder; a dataset is LeRobot's, and that is said."""
+    from smolvla_fast.smolvla import SmolVLAPolicy
+    from smolvla_fast.testing.observations import make_observation
+
+    done = without_lerobot(tmp_path, "demo", "--size", "tiny", "--threads", "1", "--rounds", "1")
+    assert done.returncode == 0 and "smolvla_fast's own SmolVLA" in done.stdout, done.stderr
+    (tmp_path / "log").mkdir()
+    drawn = make_observation(SmolVLAPolicy.from_pretrained(saved))
+    torch.save(
+        {key: value for key, value in drawn.items() if "language" not in key}, tmp_path / "log" / "0.pt"
+    )
+    verify = ("verify", "--policy.path", str(saved), "--threads", "1")
+    done = without_lerobot(tmp_path, *verify, "--observations", "log")
+    assert done.returncode == 0 and "Passed: " in done.stdout and "no pictures: matplotlib" in done.stdout, (
+        done.stderr
+    )
+    assert (tmp_path / "verify.json").is_file() and "Passed: " in (tmp_path / "verify.md").read_text()
+    done = without_lerobot(tmp_path, *verify, "--dataset.root", "log")
+    assert done.returncode == 2 and "smolvla_fast[train]" in done.stderr and "Traceback" not in done.stderr, (
+        done.stderr
+    )
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_every_command_without_lerobot_runs_or_says_what_to_install(saved: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, saved: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than all the rest, so one test alone looks at them."""
+    """They take longer than all the rest, so two tests alone have them."""
     if "page" not in request.node.name:
         monkeypatch.setattr("smolvla_fast.measure.difference_charts.draw", lambda *_: [])
 
@@ -327,6 +327,26 @@ def test_chunks_that_stock_serves_are_counted_apart(
     monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
     assert main(["verify", "--policy.path", str(saved), "--observations", str(folder)]) == 2
     assert "nothing to verify: SMOLVLA_FAST_DISABLE is set" in capsys.readouterr().err
+
+
+def test_a_tier_that_stock_served_has_no_place_on_the_page(
+    saved: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = verify.patched
+
+    def hooked(policy: Any, name: str, args: Any) -> Any:
+        own = real(policy, name, args)
+        if name == "bf16":
+            own.model.vlm_with_expert.lm_expert.layers[0].register_forward_hook(lambda *_: None)
+        return own
+
+    monkeypatch.setattr(verify, "patched", hooked)
+    status, found = run(
+        saved, tmp_path / "a.json", "--observations", str(folder), "--frames", "2", "--precision", "bf16,fp32"
+    )
+    assert status == 1 and [tier["passed"] for tier in found["tiers"]] == [False, True]
+    assert found["verdict"].startswith("Not verified: bf16 was not verified, stock served every frame (")
+    assert list(found["worst"]["chunks"]) == ["fp32"] and "## bf16" not in (tmp_path / "a.md").read_text()
 
 
 def cut(root: Path) -> None:
