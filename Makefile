@@ -189,6 +189,6 @@ $(DEMO): | $(TESTS)
 endif
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis demo.json demo.png
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis demo.json demo.png verify.json verify.md verify.html verify-*.png
 	rm -f $(DEMO) $(TESTS) smolvla_fast/*.so smolvla_fast/_build.json
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

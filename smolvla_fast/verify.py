@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,10 @@ from .measure.rounding import FP32_BOUND as FP32_BOUND
 from .patch import engine_of, find_policy, status
 from .patching.inputs import chunk_inputs
 from .patching.judge import SCATTER as SCATTER
-from .patching.judge import Stock, cosine, rel_l2
+from .patching.judge import Judgement, Stock, cosine, in_fp32, rel_l2
+
+FAR = 2.0
+"""How far a frame of many may exceed the bound of bf16: three times stock's own loss, twice the most that was seen."""
 
 
 @dataclass
@@ -48,6 +52,82 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass
+class Comparison:
+    """Chunks of one observation on one noise, [B, S, A] in normalised action units.
+
+    fast       the patched policy's       reference  what it is judged against: stock in fp32; exact: stock itself
+    own        stock in the tier's own dtype, in fp32 with its sums in another order; None for exact and for 8 bits, in which
+               stock does not compute
+    judgement  of ``fast``, as ``verify`` judges      tier  its name
+    """
+
+    tier: str
+    fast: Tensor
+    reference: Tensor
+    own: Tensor | None
+    judgement: Judgement
+
+
+def passed_together(judgements: Sequence[Judgement], tier: str) -> bool:
+    """Whether a tier keeps its promise over many observations.
+
+    Every one has to be within its bound. bf16's bound is of stock's own loss, against which a right chunk scatters (0.47 to
+    1.44 times stock's loss on 60 frames of the policy of `make train-demo`, all products in bf16, so that of some hundred
+    frames one may exceed SCATTER): there the root of the mean square has to be within that of the bounds, and no frame may
+    exceed its own by more than FAR.
+    """
+    if tier != "bf16":
+        return all(each.passed for each in judgements)
+    errors, bounds = (sum(x * x for x in column) for column in list(zip(*judgements, strict=True))[:2])
+    return errors <= bounds and all(each.error <= FAR * each.bound for each in judgements)
+
+
+def stock_in_fp32(
+    policy: Any, batch: dict[str, Any], noise: Tensor, copies: dict[torch.dtype, Any] | None = None
+) -> Tensor:
+    """Stock's chunk of a patched policy computed in fp32, [B, S, A] in normalised action units. copies  as in ``compare``"""
+    found = find_policy(policy)
+    return in_fp32(found.model, chunk_inputs(found, batch), noise, None, copies)[0]
+
+
+class StockServed(RuntimeError):
+    """The patched policy ran stock on this observation, for this reason."""
+
+
+def compare(
+    policy: Any,
+    batch: dict[str, Any],
+    noise: Tensor,
+    *,
+    truth: Tensor | None = None,
+    copies: dict[torch.dtype, Any] | None = None,
+) -> Comparison:
+    """The patched policy's chunk as its callers get it, beside stock's: for many observations and several tiers.
+
+    truth   stock's chunk in fp32 on this noise, where it was computed already
+    copies  as in ``judge.Stock``: an empty dictionary, given again with every observation and tier
+    raises  StockServed where stock computed the chunk; ValueError for another batch
+    """
+    found = find_policy(policy)
+    model, inputs = found.model, chunk_inputs(found, batch)
+    for _ in range(2):  # the first chunk of a kind that is on trial is stock's
+        before = status(policy).calls_fast
+        with torch.no_grad():
+            fast = model.sample_actions(*inputs, noise=noise.clone())
+        now = status(policy)
+        if now.calls_fast > before:
+            break
+    else:
+        raise StockServed(now.last_fallback)
+    tier = engine_of(model).tier
+    stock = Stock(model, tier, inputs, noise, truth=truth, copies=copies)
+    judgement = stock.judge(fast)
+    exact = tier.stock_order
+    own = None if exact or tier.quantized else stock.chunk if stock.moved is None else stock.moved
+    return Comparison(tier.name, fast, stock.chunk if exact else stock.truth, own, judgement)
 
 
 def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -> Report:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report.sections import SECTIONS, curves
-from benchmarks.report.tables import suite, table
+from benchmarks.report.tables import suite
 from smolvla_fast.measure import system
 from smolvla_fast.measure.console import counted
+from smolvla_fast.measure.page import table, write_page
 
 INTERRUPTED = "**Interrupted**: the run was stopped; here is what it had measured until then."
 REHEARSAL = (
@@ -20,13 +21,14 @@ REHEARSAL = (
 
 
 def write(data: dict[str, Any], stem: Path) -> list[Path]:
-    """Writes ``stem``.md and, where matplotlib is installed and there is something to draw, ``stem``.png and
-    ``stem``-scaling.png."""
+    """Writes ``stem``.md, the same as one page ``stem``.html where markdown-it-py is installed and, where matplotlib is and
+    there is something to draw, ``stem``.png and ``stem``-scaling.png."""
     text, chart = stem.with_suffix(".md"), stem.with_suffix(".png")
     lines = chart.with_name(f"{chart.stem}-scaling{chart.suffix}")
     charts = draw(data, chart, lines)
     text.write_text(markdown(data, *(path.name if path in charts else None for path in (chart, lines))))
-    return [text, *charts]
+    page = write_page(text)
+    return [text, *([page] if page else []), *charts]
 
 
 def markdown(data: dict[str, Any], chart: str | None = None, lines: str | None = None) -> str:

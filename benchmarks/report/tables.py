@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
 
 from smolvla_fast.measure.console import mebibytes, milliseconds
+from smolvla_fast.measure.page import table
 
 # Below this many rounds the highest percentiles are the slowest round; a table would claim too much.
 TAIL_ROUNDS = 20
@@ -125,12 +126,6 @@ COLUMNS: dict[str, Callable[[Bench], Any]] = {
     "allocations a step": lambda b: of(b, "step_allocations"),
 }  # fmt: skip
 """A cell by the column's name."""
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int | None = None) -> str:
-    """Markdown. left  how many columns hold text; None: all are aligned as such"""
-    rule = ["---" if left is None or place < left else "---:" for place in range(len(columns))]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (columns, rule, *rows))
 
 
 def figures(columns: str, rows: Sequence[Bench], *labels: str) -> str:

@@ -19,9 +19,9 @@ COMMANDS = {
     "doctor": "what is installed, what this machine can do, and which backend serves which op",
     "demo": "run SmolVLA stock and patched on one observation; times, error, chart",
     "tune": "measure who computes what fastest on this machine, and keep it for the next patch",
-    "verify": "check the patched policy against stock; exit status 1 if it fails",
+    "verify": "check the patched policy against stock, on recorded frames in the robot's units; exit status 1 if it fails",
     "train": "train or fine-tune SmolVLA on a LeRobotDataset, with LeRobot's flags",
-    "bench": "run the benchmark suites; JSON, Markdown and chart",
+    "bench": "run the benchmark suites; JSON, Markdown, HTML and chart",
     "serve": "LeRobot's policy server with its SmolVLA policies patched",
 }
 

@@ -1,4 +1,4 @@
-"""Runs the benchmark suites of a checkout; writes JSON, a Markdown report and charts.
+"""Runs the benchmark suites of a checkout; writes JSON, a Markdown report, the same as one HTML page, and charts.
 
 chunk: whole action chunks, stock and every tier, by cameras. stages: where their time goes. ops: single ops.
 train: training steps, stock and patched, by batch size; it runs only when named.
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--json", metavar="PATH",
-        help="the figures; .md and .png lie beside them (default: benchmarks/results/<machine>-<date>.json)",
+        help="the figures; .md, .html and .png lie beside them (default: benchmarks/results/<machine>-<date>.json)",
     )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     else:
         path = _checkout() / "benchmarks" / "results" / harness.result_name(system.facts())
     check_writable(path, "--json")
-    for suffix in (".md", ".png"):
+    for suffix in (".md", ".html", ".png"):
         check_writable(path.with_suffix(suffix), "--json")
     path.unlink(missing_ok=True)  # there may lie the figures of another day
     seconds = flags.seconds(args)

@@ -2,7 +2,8 @@
 
 Stock is LeRobot's own class or, where LeRobot is not installed, smolvla_fast's own SmolVLA in plain PyTorch.
 Stock and patched rounds alternate, so that other load on the machine affects both; medians are compared.
-Without --policy.path, a full-size policy with random weights is made offline; nothing is downloaded.
+Without --policy.path, a full-size policy with random weights is made offline; nothing is downloaded. The observation is
+drawn by code, or a frame of the recording that --dataset.repo_id, --dataset.root or --observations names.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from ..measure.console import (
     write_json,
 )
 from ..measure.rounds import PeakMemory, as_stock, error, median_stages, summary, threads, timed_ms
-from . import subject
+from . import recording, subject
+from .recording import Recording
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ PARTS = (*STAGES, "other")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject.add_arguments(parser)
     subject.add_tune(parser)
+    recording.add_arguments(parser)
     parser.set_defaults(json="demo.json")
     parser.add_argument(
         "--rounds", type=subject.positive, default=5, help="timed chunks of each (default: 5)"
@@ -50,8 +53,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     check_writable(args.json, "--json")
     check_writable(args.plot, "--plot")
     check_plot(args.plot)
+    recorded = recording.open_recording(args, device)
     with threads(args.threads):
-        found, chunks, fast_ran = measure(args, device, console)
+        found, chunks, fast_ran = measure(args, device, recorded, console)
     found.update(error(chunks["fast"], chunks["stock"]))
     show(found, console)
     write_json(args.json, found)
@@ -66,7 +70,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def measure(
-    args: argparse.Namespace, device: Any, console: Console
+    args: argparse.Namespace, device: Any, recorded: Recording | None, console: Console
 ) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
     """Times stock and patched rounds in turn. Returns the figures, a chunk of each, and whether the engine served."""
     import smolvla_fast
@@ -83,6 +87,13 @@ def measure(
         if fault:
             logger.warning("%s", fault)
         batch, noise = subject.make_observation(policy, args, args.seed)
+        shown = "an observation drawn by code"
+        if recorded is not None:
+            frame = recorded.draw(1, args.seed)[0]
+            batch, shown = (
+                recorded.batch(frame),
+                f"frame {frame.number} of episode {frame.episode} in {recorded.source}",
+            )
 
         def chunk() -> Tensor:
             return policy.predict_action_chunk(dict(batch), noise=noise.clone())
@@ -138,7 +149,7 @@ def measure(
 
     stock_ms, fast_ms = statistics.median(raw["stock_ms"]), statistics.median(raw["fast_ms"])
     found = {
-        **facts, "device": str(device), "policy": subject.describe(policy, args),
+        **facts, "device": str(device), "policy": subject.describe(policy, args), "observation": shown,
         "cameras": sum(key in batch for key in policy.config.image_features),
         "steps": policy.config.num_steps, "precision": status.precision, "backend": status.backend,
         "stock_ms": stock_ms, "fast_ms": fast_ms, "ratio": stock_ms / fast_ms,
@@ -170,7 +181,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     dtypes = ", ".join(f"{count / 1e6:,.1f} M {name}" for name, count in policy["dtypes"].items())
     console.line(
         f"SmolVLA, {policy['source']} ({dtypes}), {counted(found['cameras'], 'camera')}, "
-        f"{counted(found['steps'], 'step')}, chunk of {policy['chunk_size']}, on {found['device']}"
+        f"{counted(found['steps'], 'step')}, chunk of {policy['chunk_size']}, on {found['device']}; {found['observation']}"
     )
     subject.say_whose(policy, console)
     if found["status"]["plan"]:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -102,18 +102,22 @@ def why_not_lerobots() -> str | None:
     return None
 
 
-def check(args: argparse.Namespace) -> torch.device:
-    """Refuses arguments that cannot work before any weight is made. Returns the device."""
+def check(args: argparse.Namespace, precisions: Sequence[str] = ()) -> torch.device:
+    """Refuses arguments that cannot work before any weight is made. Returns the device.
+
+    precisions  several tiers in place of --precision's one
+    """
+    names = precisions or [args.precision]
     try:
-        tier = resolve_tier(args.precision, torch.float32)
+        tiers = [resolve_tier(name, torch.float32) for name in names]
     except ValueError as error:
         raise CommandError(f"--precision: {error}") from error
     device = resolve_device(args.device)
-    if not disabled():
+    for name, tier in zip(names, tiers, strict=True) if not disabled() else ():
         try:
             select(args.backend, device, tier.stock_order, tier.quantized)
         except (ValueError, RuntimeError) as error:
-            raise CommandError(f"--precision {args.precision} --backend {args.backend}: {error}") from error
+            raise CommandError(f"--precision {name} --backend {args.backend}: {error}") from error
     if args.policy_path is not None:
         if args.layout == "mixed":
             raise CommandError(

@@ -45,6 +45,7 @@ class Stock:
     """Stock's chunks of one call.
 
     truth, velocities  in fp32      chunk  in the tier's own dtype; a copy of the model computes what is stored otherwise
+    moved              tier fp32, once judged: the truth with its sums in the order that moved it farthest, else None
     """
 
     def __init__(
@@ -55,20 +56,28 @@ class Stock:
         noise: Tensor,
         kwargs: dict[str, Any] | None = None,
         chunk: Tensor | None = None,
+        truth: Tensor | None = None,
+        copies: dict[torch.dtype, Any] | None = None,
     ) -> None:
-        """chunk  the live model's, where that was computed already"""
-        self._call, self._tier = (model, inputs, noise, kwargs), tier
+        """chunk   the live model's, where that was computed already      truth  in fp32, where it was
+        copies  models by dtype, kept by the caller from one call to the next while no weight changes
+        """
+        self._call, self._tier = (model, inputs, noise, kwargs, copies), tier
         stored, dtype = _stored(model), tier.gemm_dtype
         self.velocities: list[Tensor] = []
+        self.moved: Tensor | None = None
         # On a GPU the live model may have rounded to TF32.
         live = stored == {torch.float32} and noise.device.type == "cpu"
-        if chunk is not None and (live or tier.stock_order):  # equal bits are asked for, whatever the truth
+        if truth is not None:
+            self.truth = truth
+        elif chunk is not None and (live or tier.stock_order):  # equal bits are asked for, whatever the truth
             self.truth = chunk
         else:
-            with without_tf32():
-                self.truth, self.velocities = stock_chunk(model, torch.float32, inputs, noise, kwargs)
-        if chunk is None or (dtype is not None and stored != {dtype}):
-            chunk = stock_chunk(model, dtype, inputs, noise, kwargs)[0]
+            self.truth, self.velocities = in_fp32(model, inputs, noise, kwargs, copies)
+        if truth is not None and live and dtype in (None, torch.float32):
+            chunk = truth
+        elif chunk is None or (dtype is not None and stored != {dtype}):
+            chunk = stock_chunk(in_dtype(model, dtype, inputs[0][0], copies), inputs, noise, kwargs)[0]
         self.chunk = chunk
 
     def judge(self, fast: Tensor, always_move: bool = True) -> Judgement:
@@ -89,12 +98,13 @@ class Stock:
         return Judgement(error, bound, movement, passed)
 
     def _movement(self, error: float) -> float:
-        model, inputs, noise, kwargs = self._call
         movement = 0.0
         for order in ORDERS:
-            with without_tf32(), OtherSums(order):
-                moved = stock_chunk(model, torch.float32, inputs, noise, kwargs)[0]
-            movement = max(movement, rel_l2(moved, self.truth))
+            with OtherSums(order):
+                chunk = in_fp32(*self._call)[0]
+            moved = rel_l2(chunk, self.truth)
+            if self.moved is None or moved > movement:
+                movement, self.moved = moved, chunk
             if error <= fp32_bound(movement) or not error <= HOPELESS * fp32_bound(movement):
                 break  # the other orders could only widen the bound, and not by as much
         return movement
@@ -149,22 +159,40 @@ def _keep_patch_positions(vlm: Any, positions: Tensor) -> None:
     embeddings.__dict__["forward"] = forward
 
 
+def in_dtype(
+    model: Any, dtype: torch.dtype | None, image: Tensor, copies: dict[torch.dtype, Any] | None = None
+) -> Any:
+    """The model with its backbone in ``dtype``: itself where it is stored so or None is asked for, else a copy for frames of
+    this size, or the one that is in ``copies``, to which a new one is added."""
+    if dtype is None or _stored(model) == {dtype}:
+        return model
+    if copies is not None and dtype in copies:
+        return copies[dtype]
+    live = model.vlm_with_expert.get_vlm_model()
+    model = copy.deepcopy(model)
+    pair = model.vlm_with_expert.to(dtype)
+    _keep_patch_positions(pair.get_vlm_model(), patch_positions(live, image))
+    for i, layer in enumerate(pair.lm_expert.layers):
+        if is_cross(pair, i):  # fp32 in LeRobot's bf16 layout
+            layer.self_attn.k_proj.float(), layer.self_attn.v_proj.float()
+    if copies is not None:
+        copies[dtype] = model
+    return model
+
+
+def in_fp32(
+    model: Any, inputs: tuple[Any, ...], noise: Tensor, kwargs: dict[str, Any] | None = None,
+    copies: dict[torch.dtype, Any] | None = None,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """``stock_chunk`` in fp32, which is the truth. copies  as in ``in_dtype``"""
+    with without_tf32():
+        return stock_chunk(in_dtype(model, torch.float32, inputs[0][0], copies), inputs, noise, kwargs)
+
+
 def stock_chunk(
-    model: Any,
-    dtype: torch.dtype | None,
-    inputs: tuple[Any, ...],
-    noise: Tensor,
-    kwargs: dict[str, Any] | None = None,
+    model: Any, inputs: tuple[Any, ...], noise: Tensor, kwargs: dict[str, Any] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The stock method's own chunk and velocities, with the backbone in ``dtype``: on a copy where it is not stored so."""
-    if dtype is not None and _stored(model) != {dtype}:
-        live = model.vlm_with_expert.get_vlm_model()
-        model = copy.deepcopy(model)
-        pair = model.vlm_with_expert.to(dtype)
-        _keep_patch_positions(pair.get_vlm_model(), patch_positions(live, inputs[0][0]))
-        for i, layer in enumerate(pair.lm_expert.layers):
-            if is_cross(pair, i):  # fp32 in LeRobot's bf16 layout
-                layer.self_attn.k_proj.float(), layer.self_attn.v_proj.float()
+    """The stock method's own chunk and velocities."""
     stock = model.stock_class
     # A shallow copy shares every weight and has a namespace of its own: the live model is not touched, so threads may
     # go on using it.

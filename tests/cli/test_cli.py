@@ -200,12 +200,14 @@ def test_verify_judges_each_observation(
     lerobot: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "verify.json"
-    assert main(["verify", *TINY, "--observations", "2", "--json", str(path)]) == 0
+    assert main(["verify", *TINY, "--frames", "2", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
-    assert found["passed"] and len(found["reports"]) == 2
-    first, second = (report["rel_l2"] for report in found["reports"])
+    (tier,) = found["tiers"]
+    assert found["passed"] and tier["within"] == len(tier["frames"]) == 2
+    first, second = (frame["rel_l2"] for frame in tier["frames"])
     assert first != second, "two observations, not one twice"
-    assert "2 of 2 observations passed" in capsys.readouterr().out
+    assert {joint["unit"] for joint in found["joints"]} == {"normalised units"}, "no recording, no units"
+    assert "Passed: auto (fp32) keeps its bound on all 2 frames" in capsys.readouterr().out
 
 
 def test_verify_fails_with_status_1(
@@ -216,7 +218,7 @@ def test_verify_fails_with_status_1(
 
     act = Engine.act
     monkeypatch.setattr(Engine, "act", lambda *args, **kwargs: 1.001 * act(*args, **kwargs))
-    assert main(["verify", *TINY, "--observations", "1"]) == 1
+    assert main(["verify", *TINY, "--frames", "1"]) == 1
     assert "FAILED" in capsys.readouterr().out
 
 
@@ -232,7 +234,7 @@ def test_verify_reads_a_saved_policy(lerobot: None, tmp_path: Path, layout: str)
     from smolvla_fast.testing.policies import make_policy
 
     save_unscaled(make_policy("tiny", folder=tmp_path / "vlm", cameras=3), tmp_path / "policy")
-    path, options = tmp_path / "verify.json", ["--observations", "1", "--cameras", "2", "--layout", layout]
+    path, options = tmp_path / "verify.json", ["--frames", "1", "--cameras", "2", "--layout", layout]
     command = ["verify", "--policy.path", str(tmp_path / "policy"), "--threads", "1", "--json", str(path)]
     assert main([*command, *options]) == 0
     assert json.loads(path.read_text())["policy"]["source"] == str(tmp_path / "policy")

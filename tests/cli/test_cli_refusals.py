@@ -202,7 +202,7 @@ def test_verify_refuses_a_policy_without_processors_or_statistics(
     weights = folder / "model.safetensors"
     more = {name: torch.ones(size) for name, size in buffers.items()}
     save_file({**{k: v.clone() for k, v in load_file(weights).items()}, **more}, weights, {"format": "pt"})
-    command = ["verify", "--policy.path", str(folder), "--threads", "1", "--observations", "1"]
+    command = ["verify", "--policy.path", str(folder), "--threads", "1", "--frames", "1"]
     refuses(command, capsys, "observation.state (", "action (", "dataset_stats", "IDENTITY")
     if not buffers:
         config(
@@ -213,7 +213,6 @@ def test_verify_refuses_a_policy_without_processors_or_statistics(
 
 def test_verify_says_what_stock_itself_refuses(saved: Path, capsys, monkeypatch) -> None:
     """An error of stock's that nobody foresaw, as demo has it."""
-    import smolvla_fast
 
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("float division by zero")
@@ -222,7 +221,7 @@ def test_verify_says_what_stock_itself_refuses(saved: Path, capsys, monkeypatch)
         with contextlib.suppress(ImportError):
             policy_class = import_module(f"{package}.modeling_smolvla").SmolVLAPolicy
             monkeypatch.setattr(policy_class, "predict_action_chunk", fail)
-    monkeypatch.setattr(smolvla_fast, "verify", fail)
+    monkeypatch.setattr("smolvla_fast.cli.verify.compare", fail)
     arguments = ["verify", "--policy.path", str(saved), "--threads", "1"]
     refuses(arguments, capsys, "stock itself computes no chunk", "ZeroDiv")
 
@@ -256,7 +255,20 @@ OWN = {
         (["--rounds", "0"], "--rounds"), (["--plot", "a.xyz"], "--plot a.xyz"), (["--plot", "FILE/a.png"], "FILE/a.png"),
         (["--plot", ""], "--plot"), (["--round", "3"], "did you mean --rounds?"),
     ],
-    "verify": [(["--observations", "0"], "--observations"), (["--observation", "3"], "did you mean --observations?")],
+    "verify": [
+        (["--frames", "0"], "--frames"), (["--observation", "3"], "did you mean --observations?"),
+        (["--observations", "2"], "needs the policy that the recording is for; give --policy.path"),
+        (["--observations", "2", "--policy.path", "SAVED"], "no such folder"),
+        (["--observations", "2", "--policy.path", "SAVED"], "the number of frames is --frames"),
+        (["--observations", "FILE", "--policy.path", "SAVED"], "a file; accepted is a folder with .npz or .pt files"),
+        (["--observations", "FOLDER", "--policy.path", "SAVED"], "no observation in FOLDER"),
+        (["--observations", "FOLDER", "--dataset.root", "FOLDER", "--policy.path", "SAVED"], "name two recordings"),
+        (["--observations", "FOLDER", "--cameras", "1", "--policy.path", "SAVED"], "--cameras is for drawn frames"),
+        (["--dataset.episodes", "0,1"], "need --dataset.repo_id or --dataset.root"),
+        (["--dataset.episodes", "0-4"], "accepted is one such as 0,3,7"),
+        (["--max_minutes", "0"], "--max_minutes"), (["--max_minutes", "nan"], "--max_minutes"),
+        (["--precision", "fp32,fp4"], "'exact', 'fp32', 'bf16'"), (["--precision", "fp32,"], "--precision"),
+    ],
     "doctor": [
         (["--json", "FILE/a.json"], "FILE/a.json"), (["--json", "FOLDER"], "directory"), (["--json", ""], "--json"),
         (["--json"], "--json"), (["--jsno=a"], "did you mean --json?"), (["x"], "x"),
@@ -406,6 +418,30 @@ def demonstrates(folder: Path, saved: Path, python: str) -> None:
 
 def test_demo_runs_without_lerobot(saved: Path, tmp_path: Path) -> None:
     demonstrates(tmp_path, saved, sys.executable)
+
+
+def test_a_made_policy_and_saved_observations_need_no_lerobot(saved: Path, tmp_path: Path) -> None:
+    """Our own class in demo; verify on a folder; a dataset is LeRobot's, and that is said."""
+    from smolvla_fast.smolvla import SmolVLAPolicy
+    from smolvla_fast.testing.observations import make_observation
+
+    done = without_lerobot(tmp_path, "demo", "--size", "tiny", "--threads", "1", "--rounds", "1")
+    assert done.returncode == 0 and "smolvla_fast's own SmolVLA" in done.stdout, done.stderr
+    (tmp_path / "log").mkdir()
+    drawn = make_observation(SmolVLAPolicy.from_pretrained(saved))
+    torch.save(
+        {key: value for key, value in drawn.items() if "language" not in key}, tmp_path / "log" / "0.pt"
+    )
+    verify = ("verify", "--policy.path", str(saved), "--threads", "1")
+    done = without_lerobot(tmp_path, *verify, "--observations", "log")
+    assert done.returncode == 0 and "Passed: " in done.stdout and "no pictures: matplotlib" in done.stdout, (
+        done.stderr
+    )
+    assert (tmp_path / "verify.json").is_file() and "Passed: " in (tmp_path / "verify.md").read_text()
+    done = without_lerobot(tmp_path, *verify, "--dataset.root", "log")
+    assert done.returncode == 2 and "smolvla_fast[train]" in done.stderr and "Traceback" not in done.stderr, (
+        done.stderr
+    )
 
 
 @pytest.mark.long

@@ -172,7 +172,7 @@ def test_verify_refuses_processors_that_do_not_normalise_and_demo_warns(saved, c
     (message,) = warnings(caplog)
     assert f"{feature} (" in message
     caplog.clear()
-    assert main(["verify", "--policy.path", str(folder), "--observations", "1"]) == 2
+    assert main(["verify", "--policy.path", str(folder), "--frames", "1"]) == 2
     refusal = capsys.readouterr().err
     assert str(folder) in refusal and f"{feature} (" in refusal and "dataset_stats" in refusal
     assert "Traceback" not in refusal
@@ -184,14 +184,14 @@ def test_verify_refuses_processors_that_do_not_normalise_and_demo_warns(saved, c
 def test_verify_refuses_processors_of_which_a_file_is_missing(saved, capsys, name):
     _, folder = saved
     (folder / name).unlink()
-    assert main(["verify", "--policy.path", str(folder), "--observations", "1"]) == 2
+    assert main(["verify", "--policy.path", str(folder), "--frames", "1"]) == 2
     assert f"{name} not found" in capsys.readouterr().err
 
 
 def test_verify_takes_whole_processors_and_demo_only_warns_of_others(saved, caplog, tmp_path, monkeypatch):
     _, folder = saved
     monkeypatch.setattr("smolvla_fast.cli.demo.draw", lambda *_: None)  # takes longer than all the rest
-    assert main(["verify", "--policy.path", str(folder), "--observations", "1"]) == 0
+    assert main(["verify", "--policy.path", str(folder), "--frames", "1"]) == 0
     flags = [
         "--policy.path", str(folder), "--rounds", "1", "--json", str(tmp_path / "a.json"), "--plot",
         str(tmp_path / "a.png"),
@@ -268,7 +268,7 @@ def test_an_old_checkpoint_loads_and_its_processors_take_its_statistics(saved, c
     loaded, made = warnings(caplog)
     assert "before LeRobot 0.4" in loaded and "make_pre_post_processors" in loaded
     assert all(buffer in made for buffer in CLEAR[name])
-    assert main(["verify", "--policy.path", str(folder), "--observations", "1"]) == 0
+    assert main(["verify", "--policy.path", str(folder), "--frames", "1"]) == 0
 
 
 @pytest.mark.parametrize("name", UNCLEAR)
@@ -283,7 +283,7 @@ def test_unclear_statistics_of_an_old_checkpoint_are_refused_with_the_way_out(sa
     pre, post = make_pre_post_processors(policy.config, folder, dataset_stats=WHOLE)
     assert torch.equal(post(torch.zeros(1, 6)), torch.full((1, 6), 50.0))
     assert pre({STATE: torch.full((6,), 50.0), "task": "go"})[STATE].abs().max() == 0
-    assert main(["verify", "--policy.path", str(folder), "--observations", "1"]) == 2
+    assert main(["verify", "--policy.path", str(folder), "--frames", "1"]) == 2
     refusal = capsys.readouterr().err
     assert says in refusal and "dataset_stats" in refusal
 

@@ -1,0 +1,272 @@
+"""Opens what observations were recorded in: a LeRobotDataset, or a folder with a file for each observation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..measure.console import CommandError
+from ..smolvla.features import OBS_PREFIX
+
+KINDS = (".npz", ".pt")
+INFO = "info.json"
+
+
+class Frame(NamedTuple):
+    """episode, number  for people: which episode, and the frame's number in it      key  what ``Recorded.read`` takes"""
+
+    episode: str
+    number: int
+    key: Any
+
+
+@dataclass
+class Recorded:
+    """Observations as they lie on the disk.
+
+    source    for the report
+    option    the argument that named them, for messages
+    episodes  name -> its frames in order
+    read      key of a frame -> observation by the names of the recording: tensors, and the text "task"
+    features  name -> as in a dataset's info.json, at least "shape"
+    fps       frames a second, or None
+    """
+
+    source: str
+    option: str
+    episodes: dict[str, list[Frame]]
+    read: Callable[[Any], dict[str, Any]]
+    features: dict[str, Any]
+    fps: float | None
+
+    def draw(self, count: int, seed: int) -> list[Frame]:
+        """``count`` frames over all episodes, or all there are: an equal number from each, spread over its length.
+
+        In an order in which any beginning covers as many episodes as it can.
+        """
+        rng = np.random.default_rng(seed)
+        order = [list(self.episodes)[i] for i in rng.permutation(len(self.episodes))]
+        wanted, shares = count, dict.fromkeys(order, 0)
+        while wanted and (room := [name for name in order if shares[name] < len(self.episodes[name])]):
+            for name in room[:wanted]:
+                shares[name] += 1
+            wanted -= min(wanted, len(room))
+        drawn: list[list[Frame]] = []
+        for name in order:
+            frames, share = self.episodes[name], shares[name]
+            edges = [len(frames) * part // share for part in range(share + 1)] if share else [0]
+            own = [frames[rng.integers(*ends)] for ends in pairwise(edges)]
+            drawn.append([own[i] for i in rng.permutation(len(own))])
+        return [own[turn] for turn in range(max(map(len, drawn))) for own in drawn if turn < len(own)]
+
+
+def open_dataset(args: argparse.Namespace) -> Recorded:
+    """The dataset that ``--dataset.*`` names, with its files and values checked. Raises CommandError."""
+    try:
+        from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+
+        from ..train.data import check_values
+        from ..train.dataset_files import check_backend, check_files
+        from ..train.errors import TrainingError
+    except ImportError as error:
+        raise CommandError(
+            f"LeRobot 0.6's datasets cannot be imported ({error}); on Python 3.12 or later run `pip install "
+            '"smolvla_fast[train]"`, or give saved observations with --observations FOLDER'
+        ) from error
+    root = None if args.root is None else str(Path(args.root).expanduser())
+    option = "--dataset.repo_id" if root is None else "--dataset.root"
+    source = args.repo_id or Path(args.root).expanduser().resolve().name
+    where = dict(root=root, revision=args.revision)
+    try:
+        meta = LeRobotDatasetMetadata(source, **where)
+        check_backend(args.video_backend, bool(meta.video_keys))
+        _check_episodes(args.episodes, meta)
+        dataset = LeRobotDataset(
+            source, **where, episodes=args.episodes, tolerance_s=args.tolerance_s,
+            # Without videos any decoder will do; left to choose, LeRobot tries to load FFmpeg and fails at length.
+            video_backend=args.video_backend or (None if meta.video_keys else "pyav"),
+        )  # fmt: skip
+        check_files(dataset)
+        check_values(dataset, {name: name for name in meta.features})
+    except CommandError:
+        raise
+    except TrainingError as error:
+        raise CommandError(f"{option}: {error}") from error
+    except Exception as error:  # the Hub, datasets, pyarrow and LeRobot each raise their own
+        raise CommandError(_not_opened(args, source, error)) from error
+    columns = dataset.hf_dataset.data
+    episodes: dict[str, list[Frame]] = {}
+    numbers = zip(
+        *(columns.column(name).to_pylist() for name in ("episode_index", "frame_index")), strict=True
+    )
+    for row, (episode, index) in enumerate(numbers):
+        episodes.setdefault(str(episode), []).append(Frame(str(episode), index, row))
+    return Recorded(
+        f"{source} ({meta.total_episodes} episodes)",
+        option,
+        episodes,
+        _Reader(dataset),
+        meta.features,
+        float(meta.fps),
+    )
+
+
+def _check_episodes(chosen: list[int] | None, meta: Any) -> None:
+    last = meta.total_episodes - 1
+    unknown = [index for index in chosen or [] if index > last]
+    if unknown:
+        raise CommandError(f"--dataset.episodes: the dataset has episodes 0 to {last}, not {unknown}")
+    begins, ends = (meta.episodes[f"dataset_{side}_index"] for side in ("from", "to"))
+    empty = [i for i in (range(last + 1) if chosen is None else chosen) if begins[i] >= ends[i]]
+    if empty:
+        raise CommandError(
+            f"the dataset's episodes {empty} have no frames; leave them out: --dataset.episodes with the others"
+        )
+
+
+class _Reader:
+    """Reads observations of a ``LeRobotDataset`` by row. CommandError names the file, episode and frame that it cannot."""
+
+    def __init__(self, dataset: Any) -> None:
+        from ..train.readable import Readable
+
+        self.frames = Readable(dataset)
+
+    def __call__(self, row: int) -> dict[str, Any]:
+        item = self.frames[row]
+        if not isinstance(item, dict):
+            raise CommandError(item.message)
+        return {key: value for key, value in item.items() if key.startswith(OBS_PREFIX) or key == "task"}
+
+
+def _not_opened(args: argparse.Namespace, source: str, error: Exception) -> str:
+    from lerobot.utils.constants import HF_LEROBOT_HOME
+
+    from ..train.dataset_files import find_fault, first_line
+
+    root = Path(args.root or HF_LEROBOT_HOME / source).expanduser()
+    # LeRobot asks the Hub for a missing file, so its own error may be one of the network.
+    fault = find_fault(root, args.episodes) if args.root or root.is_dir() else None
+    return (
+        f"cannot open the dataset {source} ({args.root or 'no --dataset.root'}): "
+        + (f"in {root}, {fault}" if fault else first_line(error))
+        + ". Accepted is the Hub id of a LeRobotDataset v3.0, or its folder (the one that holds meta/) as --dataset.root"
+    )
+
+
+def open_folder(args: argparse.Namespace) -> Recorded:
+    """``--observations FOLDER``: .npz or .pt files in the order of their names, a subfolder an episode. CommandError."""
+    folder = Path(args.observations).expanduser()
+    accepted = (
+        f"accepted is a folder with {' or '.join(KINDS)} files, an observation each, a subfolder an episode"
+    )
+    try:
+        if not folder.is_dir():
+            kind = "a file" if folder.exists() else "no such folder"
+            hint = "; the number of frames is --frames" if args.observations.isdigit() else ""
+            raise CommandError(f"--observations {args.observations}: {kind}; {accepted}{hint}")
+        subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
+        episodes: dict[str, list[Frame]] = {}
+        for part in subfolders or [folder]:
+            paths = sorted(path for path in part.iterdir() if path.suffix in KINDS)
+            if not paths:
+                raise CommandError(
+                    f"--observations: no observation in {part}; {accepted}. Remove an empty episode"
+                )
+            episodes[part.name] = [Frame(part.name, index, path) for index, path in enumerate(paths)]
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--observations {args.observations!r}: {error}; {accepted}") from error
+    info = read_info(folder / INFO)
+    first = read_observation(next(iter(episodes.values()))[0].key)
+    found = {
+        name: {"shape": list(value.shape), "dtype": "image" if ".image" in name else "float32"}
+        for name, value in first.items()
+        if isinstance(value, Tensor)
+    }
+    declared = {name: {"shape": [len(names_of(each))], **each} for name, each in info["features"].items()}
+    features = {**declared, **found}
+    return Recorded(str(folder), "--observations", episodes, read_observation, features, info.get("fps"))
+
+
+def read_observation(path: Path) -> dict[str, Any]:
+    """One observation: "task", states [n], frames [channels, height, width] fp32 in [0, 1]. Raises CommandError.
+
+    As LeRobot's ``prepare_observation_for_inference`` takes it (frames [height, width, channels], uint8) or returns it.
+    """
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                values: Any = {name: file[name] for name in file.files}
+        else:
+            values = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}")
+        found: dict[str, Any] = {
+            name: _value(name, value) for name, value in values.items() if name.startswith(OBS_PREFIX)
+        }
+        if not found:
+            raise ValueError(
+                f"it holds {sorted(map(str, values))[:8]}, and no name that begins with {OBS_PREFIX!r}"
+            )
+        task = values.get("task", "")
+        found["task"] = str(task[0] if isinstance(task, (list, tuple)) else task)
+    except Exception as error:  # zipfile, pickle, numpy and torch each raise their own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CommandError(
+            f"{path} is no observation ({reason}); accepted is a dict with 'observation.state', the cameras and 'task', "
+            "written by numpy.savez(path, **observation) or torch.save(observation, path)"
+        ) from error
+    return found
+
+
+def _value(name: str, value: Any) -> Tensor:
+    value = torch.as_tensor(value)
+    if ".image" in name:
+        value = value[0] if value.ndim == 4 else value
+        if value.ndim != 3:
+            raise ValueError(f"{name!r} has the shape {list(value.shape)}, a frame has three dimensions")
+        if value.shape[-1] in (1, 3, 4) and value.shape[0] not in (1, 3, 4):
+            value = value.permute(2, 0, 1)
+        value = value.float() / 255 if value.dtype is torch.uint8 else value.float()
+        return value.contiguous()
+    value = value.float()
+    value = value[0] if value.ndim == 2 and len(value) == 1 else value
+    if not value.isfinite().all():
+        raise ValueError(f"{name!r} holds numbers that are not finite")
+    return value
+
+
+def names_of(feature: Mapping[str, Any] | None) -> list[str]:
+    """Names of a feature's values, however LeRobot nests them; [] where there are none."""
+
+    def flat(names: Any) -> list[str]:
+        if isinstance(names, Mapping):
+            return [each for part in names.values() for each in flat(part)]
+        if isinstance(names, (list, tuple)):
+            return [each for part in names for each in flat(part)]
+        return [] if names is None else [str(names)]
+
+    return flat((feature or {}).get("names"))
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """An info.json beside saved observations, as a dataset has it in meta/; {} where there is none."""
+    try:
+        info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        features = info.get("features", {})
+        assert all(isinstance(feature, dict) for feature in features.values())
+        return {**info, "features": features}
+    except (OSError, ValueError, AttributeError, AssertionError) as error:
+        raise CommandError(
+            f"{path}: no info.json as a dataset's ({error}); accepted is "
+            '{"fps": 30, "features": {"action": {"names": [...]}}}, or none'
+        ) from error
