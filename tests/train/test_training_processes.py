@@ -16,6 +16,7 @@ from smolvla_fast.train import TrainingError
 from smolvla_fast.train.checkpoint import Checkpoints, read_run
 from smolvla_fast.train.data import Shares, frames_of, share
 from smolvla_fast.train.log import read_log
+from smolvla_fast.train.processes import own_accelerate
 from smolvla_fast.train.resume import batch_size_of
 
 pytestmark = pytest.mark.training
@@ -105,3 +106,16 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused_on_resume(bench_top, t
         TrainingError, match="begun by 2 processes with --batch_size=3, 6 samples together, which 4"
     ):
         batch_size_of(settings, 2, 4)
+
+
+def test_the_callers_accelerator_comes_back(bench_top, tmp_path):
+    """accelerate has one state a process, which a run replaces by its own."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    with own_accelerate():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        mine = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=3)
+        bench_top.train(tmp_path)
+        assert (mine.mixed_precision, mine.gradient_accumulation_steps) == ("bf16", 3)
