@@ -222,6 +222,8 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
     saved = files.read_run(resume) if resume else {}
     asked = saved.get("asked") or settings.to_dict()
     settings = replace(settings, policy=deepcopy(settings.policy))
+    if place[1] > 1:  # each has the device that accelerate made its current one
+        settings.policy.device = accelerator.device.type
     if resume:
         settings.batch_size = batch_size_of(settings, saved.get("processes", 1), place[1])
     source = resume / files.PRETRAINED if resume else settings.policy_path
