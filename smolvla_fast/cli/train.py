@@ -6,6 +6,7 @@
 
 A fine-tuned checkpoint has its own names of cameras: rename each of the dataset's to one of them. `lerobot-eval` and
 `lerobot-train --resume=true` read the checkpoints. train_log.jsonl and its curve, train_log.png, are written beside them.
+Started as `-m smolvla_fast.cli train` by `accelerate launch --multi_gpu` or torchrun, several processes train together.
 """
 
 from __future__ import annotations
