@@ -1,13 +1,14 @@
 """Makes LeRobot's own commands run SmolVLA with smolvla_fast, with no code and no flag, once it is installed.
 
 LeRobot's commands import every installed distribution whose name begins with ``lerobot_policy_``. When LeRobot then imports
-SmolVLA's module, this one replaces ``SmolVLAPolicy.from_pretrained`` by a function that patches the loaded policy. Other
-policies do not change, and a command without SmolVLA pays nothing.
+SmolVLA's module, this one replaces ``SmolVLAPolicy.from_pretrained`` by a function that patches the loaded policy. With
+``SMOLVLA_FAST_TRAINING=1`` policies that ``lerobot-train`` makes are patched too, for training. Other policies do not
+change, and a command without SmolVLA pays nothing.
 
-This changes a class attribute of LeRobot, which ``smolvla_fast.patch`` never does: you opt in by installing this
+This changes class attributes of LeRobot, which ``smolvla_fast.patch`` never does: you opt in by installing this
 distribution, out for one run with ``SMOLVLA_FAST_DISABLE=1``, and out for good by uninstalling it. See
 ``smolvla_fast/auto_patch.py`` for ``SMOLVLA_FAST_PRECISION``, ``SMOLVLA_FAST_BACKEND``,
-``SMOLVLA_FAST_TUNE`` and ``SMOLVLA_FAST_WARMUP``.
+``SMOLVLA_FAST_TUNE``, ``SMOLVLA_FAST_WARMUP``, ``SMOLVLA_FAST_TRAINING`` and ``SMOLVLA_FAST_IMAGE_CACHE``.
 """
 
 import logging

@@ -1,11 +1,12 @@
 """Policies patched as they are loaded: for programs of which not a line is the user's, such as LeRobot's commands.
 
 ``patch(policy)`` is per object and changes nothing global. Where no code can be written that is not enough, so this
-module, and nothing else, replaces one method of one class: ``SmolVLAPolicy.from_pretrained``, through which every
+module, and nothing else, replaces methods of one class: ``SmolVLAPolicy.from_pretrained``, through which every
 caller of LeRobot loads a checkpoint (``make_policy``, rollout, record, eval, the policy server, the base of a PEFT
-adapter). It does so when it is asked to: by the installed plugin, or by ``smolvla-fast serve``.
+adapter). It does so when it is asked to: by the installed plugin, or by ``smolvla-fast serve``. ``lerobot-train`` makes
+fresh policies as well, so ``__init__`` is replaced too; it patches where training is asked for.
 
-Environment, read at each load:
+Environment, read for each policy:
 
     SMOLVLA_FAST_DISABLE    1: policies stay stock
     SMOLVLA_FAST_PRECISION  as ``precision`` of ``patch``; "auto" where unset
@@ -13,6 +14,9 @@ Environment, read at each load:
     SMOLVLA_FAST_TUNE       as ``tune`` of ``patch``; "cached" where unset
     SMOLVLA_FAST_WARMUP     1: a first chunk at once, as ``warmup=True`` of ``patch``, so that the first real one waits
                             for no capture
+    SMOLVLA_FAST_TRAINING   1: as ``training=True`` of ``patch``, for ``lerobot-train``; fresh policies are patched too.
+                            What LeRobot does around the policy (PEFT, accelerate, wandb, evaluation) stays its own
+    SMOLVLA_FAST_IMAGE_CACHE  bytes, as ``image_cache`` of ``patch``
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import logging
 import os
 import weakref
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
 from .patch import patch, unpatch
@@ -34,24 +39,40 @@ PRECISION = "SMOLVLA_FAST_PRECISION"
 BACKEND = "SMOLVLA_FAST_BACKEND"
 TUNE = "SMOLVLA_FAST_TUNE"
 WARMUP = "SMOLVLA_FAST_WARMUP"
+TRAINING = "SMOLVLA_FAST_TRAINING"
+IMAGE_CACHE = "SMOLVLA_FAST_IMAGE_CACHE"
+
+_loading: ContextVar[bool] = ContextVar("smolvla_fast_loading", default=False)
 
 
 def patch_as_loaded(policy_class: Any) -> None:
-    """Have every policy that ``policy_class.from_pretrained`` loads from now on patched. Asking again changes nothing.
+    """Have every policy that ``policy_class.from_pretrained`` loads from now on patched, and where ``SMOLVLA_FAST_TRAINING``
+    is 1 every one that is made. Asking again changes nothing.
 
     policy_class  LeRobot's ``SmolVLAPolicy``
-    A policy that cannot be patched is handed over as it was loaded, with one warning that says why.
+    A policy that cannot be patched is handed over as it was made, with one warning that says why.
     """
-    stock = policy_class.from_pretrained.__func__
+    stock, make = policy_class.from_pretrained.__func__, policy_class.__init__
     if hasattr(stock, "_smolvla_fast_stock"):
         return
 
     @functools.wraps(stock)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        policy = stock(cls, *args, **kwargs)
+        token = _loading.set(True)  # it makes a policy, whose weights are not there yet
+        try:
+            policy = stock(cls, *args, **kwargs)
+        finally:
+            _loading.reset(token)
         _try_to_patch(policy)
         return policy
 
+    @functools.wraps(make)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        if not _loading.get() and os.environ.get(TRAINING, "0") not in ("", "0"):
+            _try_to_patch(self)
+
+    policy_class.__init__ = __init__
     from_pretrained._smolvla_fast_stock = stock  # type: ignore[attr-defined]
     policy_class.from_pretrained = classmethod(from_pretrained)
 
@@ -60,7 +81,10 @@ def _try_to_patch(policy: Any) -> None:
     precision, backend = os.environ.get(PRECISION) or "auto", os.environ.get(BACKEND) or "auto"
     tune = os.environ.get(TUNE) or "cached"
     try:
-        patch(policy, precision=precision, backend=backend, warmup=_warmup(), tune=tune)
+        patch(
+            policy, precision=precision, backend=backend, warmup=_is_one(WARMUP), tune=tune, training=_is_one(TRAINING),
+            image_cache=_bytes(IMAGE_CACHE),
+        )  # fmt: skip
         if not disabled():
             weakref.finalize(policy.model, _report, runtime_of(policy.model))
     except Exception as error:  # whatever it is, a robot must not stop for it
@@ -69,19 +93,39 @@ def _try_to_patch(policy: Any) -> None:
         logger.warning("smolvla_fast: off, stock runs: %s", error)
 
 
-def _warmup() -> bool:
-    wish = os.environ.get(WARMUP) or "0"
+def _is_one(name: str) -> bool:
+    wish = os.environ.get(name) or "0"
     if wish not in ("0", "1"):
-        raise ValueError(f"{WARMUP}={wish!r}; accepted are 1, and 0 or nothing")
+        raise ValueError(f"{name}={wish!r}; accepted are 1, and 0 or nothing")
     return wish == "1"
 
 
+def _bytes(name: str) -> int:
+    wish = os.environ.get(name) or "0"
+    if not wish.isdecimal():
+        raise ValueError(f"{name}={wish!r}; accepted is a number of bytes such as 8000000000")
+    if int(wish) and not _is_one(TRAINING):
+        raise ValueError(f"{name}={wish} needs {TRAINING}=1")
+    return int(wish)
+
+
 def _report(runtime: Runtime) -> None:
-    """Says when a policy goes, or the program ends, who computed its chunks."""
-    if not (runtime.fast or runtime.stock):
+    """Says when a policy goes, or the program ends, who computed its losses and its chunks."""
+    losses = runtime.training
+    if losses.fast or losses.stock:
+        why = f" (the last: {losses.last_fallback})" if losses.stock else ""
+        kept = (
+            ", image cache: {hits} frames known, {misses} new".format_map(losses.cache)
+            if losses.cache
+            else ""
+        )
+        logger.info(
+            "smolvla_fast: computed %d losses, left %d to stock%s%s", losses.fast, losses.stock, why, kept
+        )
+    if runtime.fast or runtime.stock:
+        why = f" (the last: {runtime.last_fallback})" if runtime.stock else ""
+        logger.info("smolvla_fast: served %d chunks, left %d to stock%s", runtime.fast, runtime.stock, why)
+    elif not (losses.fast or losses.stock):
         # Compiled before it was patched, or copied: then its chunks went past this, or are counted by the copy.
         why = runtime.last_fallback or "a copy computed them, or nobody asked for one"
         logger.info("smolvla_fast: saw no chunk of this policy: %s", why)
-        return
-    why = f" (the last: {runtime.last_fallback})" if runtime.stock else ""
-    logger.info("smolvla_fast: served %d chunks, left %d to stock%s", runtime.fast, runtime.stock, why)

@@ -133,20 +133,22 @@ def patch(
         with _in_eval_or_undone(found, before, settings):
             warm_up(found, warmup)
         timed = took(model.state_proj.weight.device, started, checked)
+    trained = runtime.training.announce(training_reason(model)) if training else ""
     now = status(policy)
     if now.active:
         instead = "".join(f"; not {name}: {why}" for name, why in now.fallback_reasons.items())
         planned = f"; {now.plan}" if now.plan else ""
-        logger.info(
-            "smolvla_fast: on: %s on %s, backend %s for %s%s%s%s%s",
-            now.precision, weight.device, now.backend, _shared(now), instead, planned, tuned, timed,
+        logger.log(
+            logging.WARNING if training and runtime.training.last_fallback else logging.INFO,
+            "smolvla_fast: on: %s on %s, backend %s for %s%s%s%s%s%s",
+            now.precision, weight.device, now.backend, _shared(now), trained, instead, planned, tuned, timed,
         )  # fmt: skip
     elif engine is not None and isinstance(reason, Untried) and not runtime.verdicts(model, engine, reason):
-        logger.info("smolvla_fast: stock runs until a trial: %s%s%s", now.last_fallback, tuned, timed)
+        logger.info(
+            "smolvla_fast: stock runs until a trial: %s%s%s%s", now.last_fallback, trained, tuned, timed
+        )
     else:
-        logger.warning("smolvla_fast: stock runs: %s%s%s", now.last_fallback, tuned, timed)
-    if training:
-        runtime.training.announce(training_reason(model))
+        logger.warning("smolvla_fast: stock runs: %s%s%s%s", now.last_fallback, trained, tuned, timed)
     return policy
 
 

@@ -22,8 +22,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 MAKE = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-ELSEWHERE = ("lerobot-rollout", "lerobot-train", "lerobot-eval", "pre-commit")
-"""Others' commands; tests/acceptance/test_plugin.py runs the README's."""
+ELSEWHERE = ("lerobot-rollout", "lerobot-train", "lerobot-eval", "pre-commit", "accelerate", "torchrun")
+"""Others' commands; tests/acceptance/test_plugin.py runs the README's, tests/train those of training."""
 
 
 def commands() -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@
 
 A fine-tuned checkpoint has its own names of cameras: rename each of the dataset's to one of them. `lerobot-eval` and
 `lerobot-train --resume=true` read the checkpoints. train_log.jsonl and its curve, train_log.png, are written beside them.
+Started as `-m smolvla_fast.cli train` by `accelerate launch --multi_gpu` or torchrun, several processes train together.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "": parser.add_argument_group("run"),
         "dataset": parser.add_argument_group("dataset"),
         "policy": parser.add_argument_group("policy", "every field of LeRobot's SmolVLAConfig"),
+        "wandb": parser.add_argument_group("wandb", "LeRobot's, through accelerate's trackers"),
+        "peft": parser.add_argument_group("peft", "adapters, as LeRobot adds them"),
         "lerobot": parser.add_argument_group(
             "lerobot-train's", "accepted where they ask for nothing, refused otherwise"
         ),
@@ -82,8 +85,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if isinstance(error, TrainingError):
             raise CommandError(str(error)) from error
         raise
-    console.line(f"trained to step {done.step}; checkpoints and log are in {settings.output_dir}")
-    draw(settings, console)
+    if done.place[0] == 0:
+        console.line(f"trained to step {done.step}; checkpoints and log are in {settings.output_dir}")
+        draw(settings, console)
     return 0
 
 

@@ -11,7 +11,7 @@ from ..model.weights import representative_weight
 from .eligibility import TRAINING
 from .model_rules import tier_reason
 from .probe import frozen_reason
-from .served import Served, logger
+from .served import Served
 from .settings import Settings
 
 
@@ -38,13 +38,13 @@ class TrainingRuntime(Served[LossEngine]):
         self.engine.look(model, frozen_reason(pair) and frozen_reason(pair))
         return None
 
-    def announce(self, reason: str | None) -> None:
-        """Says at patching whether training is on; what is said here is not said again at the first step."""
+    def announce(self, reason: str | None) -> str:
+        """For the line of ``patch``: whether training is on. What is said here is not said again at the first step."""
         if reason is None:
             self.last_fallback = None
-            logger.info("smolvla_fast: training on")
-        elif self.note(reason):
-            logger.warning("smolvla_fast: training runs stock: %s", reason)
+            return "; training on"
+        self.note(reason)
+        return f"; training runs stock: {reason}"
 
     # Below, the engine is read once: another thread may forget it meanwhile.
     @property

@@ -141,11 +141,17 @@ def _text(path: Path) -> str:
 
 
 def save_state(
-    folder: Path, step: int, samples: int, optimizer: Optimizer, scheduler: LRScheduler, run: dict[str, Any]
+    folder: Path,
+    step: int,
+    samples: int,
+    processes: int,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    run: dict[str, Any],
 ) -> None:
     """Writes ``training_state``: the files that LeRobot's ``load_training_state`` reads, and ``run.json``.
 
-    samples  per optimizer step: LeRobot computes its place in the data from it
+    samples  per optimizer step and process: LeRobot computes its place in the data from it
     """
     folder = folder / STATE
     folder.mkdir()
@@ -158,7 +164,7 @@ def save_state(
     # How an update is computed belongs to the run, not to the checkpoint, as in LeRobot's file.
     _write(folder / GROUPS, [{**group, "fused": None} for group in state["param_groups"]])
     _write(folder / SCHEDULER, scheduler.state_dict())
-    _write(folder / STEP, {"step": step, "num_processes": 1, "batch_size": samples})
+    _write(folder / STEP, {"step": step, "num_processes": processes, "batch_size": samples})
     _write(folder / RUN, run)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import BatchSampler, DataLoader
 
 from ..smolvla import NormalizationMode, SmolVLAConfig
 from ..smolvla.features import ACTION, OBS_PREFIX, OBS_STATE
@@ -223,10 +223,41 @@ def _take_imagenet_stats(meta: Any) -> None:
         meta.stats[key] = {**own, **imagenet}
 
 
-def training_batches(settings: TrainSettings, dataset: Any, first: int) -> Iterator[dict[str, Any]]:
+class Shares:
+    """The part of each batch that one process reads, as a ``batch_sampler``: together they read the batches of one process
+    with a batch as large as theirs together.
+
+    place  this process's number, and how many there are
+    """
+
+    def __init__(self, rows: Any, size: int, place: tuple[int, int]) -> None:
+        self.batches, self.place = BatchSampler(rows, size * place[1], drop_last=False), place
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for rows in self.batches:
+            # Every process takes part in every step: one without a share reads a frame that counts nothing.
+            yield rows[share(len(rows), self.place)] or rows[:1]
+
+
+def share(count: int, place: tuple[int, int]) -> slice:
+    """Which of ``count`` samples belong to the process at ``place``."""
+    index, processes = place
+    return slice(count * index // processes, count * (index + 1) // processes)
+
+
+def frames_of(settings: TrainSettings, frames: int, number: int, processes: int) -> int:
+    """Samples of batch ``number`` over all processes: as many as fit, or the rest of ``frames`` that ends an epoch."""
+    size = settings.batch_size * processes
+    return min(size, frames - number % math.ceil(frames / size) * size)
+
+
+def training_batches(
+    settings: TrainSettings, dataset: Any, first: int, place: tuple[int, int] = (0, 1)
+) -> Iterator[dict[str, Any]]:
     """Endless batches, in an order per epoch that seed and epoch number decide.
 
     first  number of batches to skip: those that a resumed run has seen
+    place  as of ``Shares``
     """
     from lerobot.datasets import EpisodeAwareSampler
 
@@ -235,39 +266,42 @@ def training_batches(settings: TrainSettings, dataset: Any, first: int) -> Itera
         episode_indices_to_use=dataset.episodes, shuffle=True, seed=settings.seed or 0,
         absolute_to_relative_idx=dataset.absolute_to_relative_idx,
     )  # fmt: skip
-    epoch, batches = divmod(first, math.ceil(len(sampler) / settings.batch_size))
-    sampler.load_state_dict({"epoch": epoch, "start_index": batches * settings.batch_size})
-    loader = _loader(settings, Readable(dataset), dataset.meta, sampler=sampler)
+    size = settings.batch_size * place[1]
+    epoch, batches = divmod(first, math.ceil(len(sampler) / size))
+    sampler.load_state_dict({"epoch": epoch, "start_index": batches * size})
+    loader = _loader(settings, Readable(dataset), dataset.meta, Shares(sampler, settings.batch_size, place))
     while True:
         yield from loader
 
 
 def few_samples(settings: TrainSettings, dataset: Any) -> dict[str, Any]:
     """The first and the last frame as a batch, read in this process."""
-    alone = replace(settings, num_workers=0, batch_size=2)
-    return next(iter(_loader(alone, Subset(Readable(dataset), [0, len(dataset) - 1]), dataset.meta)))
+    rows = [[0, len(dataset) - 1]]
+    return next(iter(_loader(replace(settings, num_workers=0), Readable(dataset), dataset.meta, rows)))
 
 
-def held_out_batches(settings: TrainSettings, dataset: Any) -> Batches:
+def held_out_batches(settings: TrainSettings, dataset: Any, place: tuple[int, int] = (0, 1)) -> Batches:
     """Batches of the held-out frames in order: all, or ``max_eval_samples`` of them evenly spread."""
-    count, most = len(dataset), settings.max_eval_samples
-    chosen = (
-        np.linspace(0, count - 1, most).round().astype(int).tolist() if 0 < most < count else range(count)
-    )
-    return _loader(settings, Subset(Readable(dataset), chosen), dataset.meta)
+    count = held_out_frames(settings, dataset)
+    rows = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+    return _loader(settings, Readable(dataset), dataset.meta, Shares(rows, settings.batch_size, place))
 
 
-def _loader(settings: TrainSettings, dataset: Any, meta: Any, **options: Any) -> Batches:
+def held_out_frames(settings: TrainSettings, dataset: Any) -> int:
+    return min(len(dataset), settings.max_eval_samples or len(dataset))
+
+
+def _loader(settings: TrainSettings, dataset: Any, meta: Any, batches: Any) -> Batches:
     from lerobot.utils.collate import lerobot_collate_fn
 
-    workers = settings.num_workers
+    workers, options = settings.num_workers, dict[str, Any]()
     if workers:
         options |= dict(persistent_workers=True, prefetch_factor=4)
         if meta.video_keys:
             options["multiprocessing_context"] = "spawn"  # video decoders do not survive a fork
     loader = DataLoader(
         dataset,
-        batch_size=settings.batch_size,
+        batch_sampler=batches,
         num_workers=workers,
         pin_memory=torch.device(settings.policy.device or "cpu").type == "cuda",
         collate_fn=Collate(lerobot_collate_fn if meta.has_language_columns else None),

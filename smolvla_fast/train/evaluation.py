@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,17 +16,16 @@ SEED = 7
 
 
 @torch.no_grad()
-def held_out_loss(
-    policy: Any, preprocess: Any, batches: Iterable[Any], autocast: AbstractContextManager | None = None
-) -> float:
-    """Mean flow-matching loss over the samples, at the same noise and times on every call."""
+def held_out_loss(policy: Any, losses: Iterable[tuple[int, Tensor]]) -> float:
+    """Mean flow-matching loss over the samples, at the same noise and times on every call.
+
+    losses  samples and mean loss of each batch, computed as they are asked for
+    """
     total, count = 0.0, 0
     policy.eval()
-    with seeded(SEED), autocast or nullcontext():
-        for raw in batches:
-            batch = preprocess(to_floats(raw, policy.config.device))
-            samples = len(batch[ACTION])
-            total, count = total + samples * policy.forward(batch)[0].item(), count + samples
+    with seeded(SEED):
+        for samples, loss in losses:
+            total, count = total + samples * loss.item(), count + samples
     policy.train()
     return total / count
 

@@ -13,7 +13,8 @@ from ..smolvla.devices import best_device, device_is_available
 from ..smolvla.hub import find_file
 from .checkpoint import STATE, Checkpoints, read_run
 from .errors import TrainingError
-from .settings import CHOICES, TrainSettings, accepted, flags, go_on, shown
+from .resume import go_on
+from .settings import CHOICES, GROUPS, TrainSettings, accepted, flags, shown
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +25,10 @@ LEROBOTS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "job_name": IGNORED, "checkpoint_path": IGNORED,
     "prefetch_factor": IGNORED, "persistent_workers": IGNORED, "dataloader_multiprocessing_context": IGNORED,
     "cudnn_deterministic": ((False,), "set torch.backends.cudnn.deterministic in a loop of your own"),
-    "wandb": IGNORED, "eval": IGNORED, "env_eval_freq": IGNORED, "job": IGNORED,
-    "wandb.enable": ((False,), "loss and samples a second go to train_log.jsonl in --output_dir, their curve beside it"),
+    "wandb.disable_artifact": IGNORED, "wandb.add_tags": IGNORED, "eval": IGNORED, "env_eval_freq": IGNORED, "job": IGNORED,
     "job.target": ((None, "local"), "run this command on the machine that is to train"),
     "env": ((None,), "evaluate a checkpoint with lerobot-eval"),
-    "peft": ((None,), "train adapters with lerobot-train"), "reward_model": ((None,), "use lerobot-train"),
+    "reward_model": ((None,), "use lerobot-train"),
     "sample_weighting": ((None,), "use lerobot-train"),
     "save_checkpoint_to_hub": ((False,), "upload a checkpoint's pretrained_model"),
     "dataset.image_transforms": IGNORED, "dataset.return_uint8": IGNORED, "dataset.depth_output_unit": IGNORED,
@@ -39,14 +39,14 @@ LEROBOTS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "use_policy_training_preset": ((True,), "set --policy.optimizer_* and --policy.scheduler_*"),
     "optimizer": ((None,), "set --policy.optimizer_*"), "scheduler": ((None,), "set --policy.scheduler_*"),
 }  # fmt: skip
-EXAMPLES = {"dataset": "repo_id: me/pick", "policy": "type: smolvla"}
-SETTINGS = {
-    name: entry
-    for name, entry in flags().items()
-    if name not in ("dataset", "policy", "policy_path", *LEROBOTS)
+EXAMPLES = {
+    "dataset": "repo_id: me/pick",
+    "policy": "type: smolvla",
+    "wandb": "enable: true",
+    "peft": "r: 16",
 }
+SETTINGS = {name: entry for name, entry in flags().items() if name not in (*GROUPS, "policy_path", *LEROBOTS)}
 NESTED = (
-    "wandb.project", "wandb.entity", "wandb.notes", "wandb.mode", "wandb.disable_artifact", "wandb.run_id", "wandb.add_tags",
     "eval.n_episodes", "eval.batch_size", "eval.use_async_envs", "eval.recording",
 )  # fmt: skip
 """Flags below those of ``LEROBOTS`` that are ignored too."""
@@ -173,13 +173,13 @@ def _ours(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     kept = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if name in ("dataset", "policy"):
+        if name in GROUPS and (value is not None or name != "peft"):
             if not isinstance(value, dict):
                 raise TrainingError(
                     f"{name} is {shown(value)}: {name} must hold names and values, such as {name}: {{{EXAMPLES[name]}}}"
                 )
             kept[key] = _ours(value, f"{name}.")
-        elif name in SETTINGS or name in ("resume", "policy.path", "policy.type"):
+        elif name == "peft" or name in SETTINGS or name in ("resume", "policy.path", "policy.type"):
             kept[key] = value
         else:
             _refuse_absent(name, value)

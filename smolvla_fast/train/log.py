@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,13 @@ class Log:
     """Appends lines. A run resumed at ``step`` first drops later lines, since it writes them again.
 
     every  steps between the lines that ``add`` writes; 0: none
+    track  called with the values and the step of each line, for other trackers
     """
 
-    def __init__(self, output_dir: Path, step: int, every: int) -> None:
-        self.path, self.step, self.every = output_dir / NAME, step, every
+    def __init__(
+        self, output_dir: Path, step: int, every: int, track: Callable[..., None] = lambda values, step: None
+    ) -> None:
+        self.path, self.step, self.every, self.track = output_dir / NAME, step, every, track
         self.window = Window()
         if self.path.exists():
             kept = [entry for entry in read_log(output_dir) if entry["step"] <= step]
@@ -61,10 +65,11 @@ class Log:
         """Writes the means since the last line, if there were steps since."""
         window, self.window = self.window, Window()
         if self.every and window.count:
-            self.write({"step": self.step, **window.means()})
+            self.write(self.step, window.means())
 
-    def write(self, entry: dict[str, Any]) -> None:
-        self._write(self.path, "a", [entry])
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._write(self.path, "a", [{"step": step, **values}])
+        self.track(values, step=step)
 
     def _write(self, path: Path, mode: str, entries: list[dict[str, Any]]) -> None:
         try:

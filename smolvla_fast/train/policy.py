@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,28 @@ logger = logging.getLogger(__name__)
 def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
     """Ours or LeRobot's ``SmolVLAPolicy`` in train mode on ``settings.policy.device``.
 
-    source  checkpoint to load weights from; None: fresh weights
+    source  checkpoint to load weights or adapters from; None: fresh weights
     raises  TrainingError for weights that are missing or of another configuration, and for an impossible policy
     """
     config: Any = settings.policy
     try:
-        if settings.implementation == "lerobot":
+        adapted = config.use_peft
+        config.use_peft = adapted or settings.peft is not None
+        if settings.implementation == "lerobot" or config.use_peft:
             config, policy_class = _lerobot(config)
         else:
             policy_class = SmolVLAPolicy
-        policy = (
-            policy_class(config) if source is None else policy_class.from_pretrained(source, config=config)
-        )
+        base = source
+        if adapted:
+            from peft import PeftConfig, PeftModel
+
+            adapters = PeftConfig.from_pretrained(str(source))
+            base = adapters.base_model_name_or_path
+        policy = policy_class(config) if base is None else policy_class.from_pretrained(base, config=config)
+        if adapted:
+            policy = PeftModel.from_pretrained(policy, str(source), config=adapters, is_trainable=True)
+        elif settings.peft:
+            policy = policy.wrap_with_peft(peft_cli_overrides=asdict(settings.peft))
         return policy.to(config.device).train()
     except Exception as error:
         # Files, the Hub, safetensors, the configuration and the device each raise their own.
@@ -101,6 +111,8 @@ def speed_up(policy: Any, settings: TrainSettings) -> tuple[bool, str]:
     if reason is None:
         device = torch.device(policy.config.device).type
         parts = ["patched for training"]
+        if modules := now.training_fallback_reasons.get("frozen prefix"):
+            parts.append(f"but for the frozen prefix ({modules})")
         if fused := device in ("cpu", "cuda"):
             parts.append("AdamW fused")
         if settings.bf16 and device == "cpu" and (slow := why_bf16_is_slow()):

@@ -82,9 +82,8 @@ def restore(state: dict[str, Tensor]) -> None:
     elif kind not in (None, "mps"):
         current = module.current_device()
         for i in range(module.device_count()):
-            # LeRobot's files have the current device alone.
-            name = f"torch_{kind}_rng_state_{i}"
-            name = f"torch_{kind}_rng_state" if i == current and name not in state else name
+            # The current one's under LeRobot's name: each of several processes has a device of its own.
+            name = f"torch_{kind}_rng_state" if i == current else f"torch_{kind}_rng_state_{i}"
             if name in state:
                 module.set_rng_state(state[name], i)
 

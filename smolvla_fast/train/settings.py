@@ -20,6 +20,7 @@ CHOICES = {
     "implementation": ("ours", "lerobot"), "dtype": ("auto", "fp32", "bf16"), "fast": ("auto", "on", "off"),
     "dataset.video_backend": (None, "torchcodec", "pyav", "video_reader"),
 }  # fmt: skip
+TRACKERS = {"wandb", "trackio", "tensorboard"}
 Rule = tuple[Callable[[Any], bool], str]
 """Whether a value is accepted, and which ones are: "must be ..."."""
 
@@ -49,12 +50,8 @@ RULES: dict[str, Rule] = {
     "policy.optimizer_eps": _within(1e-37), "policy.optimizer_weight_decay": _within(0),
     "policy.scheduler_warmup_steps": _within(0, MANY), "policy.scheduler_decay_steps": _within(1, MANY),
     "policy.scheduler_decay_lr": _within(0),
-    "policy.use_peft": (
-        lambda adapter: not adapter,
-        "false: this trains the policy's own weights and adds no adapter. Train adapters with lerobot-train and its --peft "
-        "flags, or in your own loop around peft.get_peft_model, where smolvla_fast.patch(policy, training=True) keeps the "
-        "fast path",
-    ),
+    "peft.r": _within(1, 2**16),
+    "log_with": (lambda names: {*names} <= TRACKERS, f"a list out of {sorted(TRACKERS)}"),
 }  # fmt: skip
 """What a setting must satisfy unless it is None."""
 WORDS = {
@@ -69,14 +66,6 @@ WORDS = {
     "RTCAttentionSchedule": "ZEROS, ONES, LINEAR or EXP",
 }  # fmt: skip
 """What a field accepts, by its type."""
-# The last category changes the weights: by the order of sums, and on another device by its noise.
-FREE_ON_RESUME = {
-    "steps",
-    "log_freq", "save_freq", "save_checkpoint", "eval_steps", "max_eval_samples",  # what is measured and kept
-    "output_dir", "dataset.root", "dataset.video_backend", "num_workers",  # where and how it reads and writes
-    "fast", "image_cache", "policy.device",  # how a step is computed
-}  # fmt: skip
-"""What a resumed run may change."""
 
 
 @dataclass
@@ -100,6 +89,34 @@ class DatasetSettings:
 
 
 @dataclass
+class AdapterSettings:
+    """Adapters of PEFT, as LeRobot's ``PeftConfig`` has them: the policy's own weights are frozen. LeRobot's class is
+    trained then, which adds, saves and loads them."""
+
+    target_modules: list[str] | str | None = None
+    full_training_modules: list[str] | None = None
+    method_type: str = "LORA"
+    init_type: str | None = None
+    r: int = 16
+    lora_alpha: int | None = None
+
+
+@dataclass
+class WandbSettings:
+    """As LeRobot's ``WandBConfig``; ``project`` names the runs of all trackers."""
+
+    enable: bool = False
+    project: str = "lerobot"
+    entity: str | None = None
+    notes: str | None = None
+    run_id: str | None = None
+    mode: str | None = None
+
+
+GROUPS = ("dataset", "policy", "wandb", "peft")
+
+
+@dataclass
 class TrainSettings:
     """A run. Names and defaults are LeRobot's where LeRobot has the setting. TrainingError for values that cannot work.
 
@@ -113,13 +130,16 @@ class TrainSettings:
     dtype                        "bf16": matrix products under autocast; "auto": bf16 if ``policy.use_amp``, else fp32
     seed                         of weights, data order and noise; None: the process's random state, and the data order of
                                  seed 0, as in LeRobot
-    batch_size                   samples per forward pass; an optimizer step takes ``gradient_accumulation_steps`` of them
+    batch_size                   samples per forward pass and process; an optimizer step takes
+                                 ``gradient_accumulation_steps`` of them
     steps                        optimizer steps in all, including those before a resume
     num_workers                  processes that read data
     log_freq, save_freq          steps between log lines, between checkpoints (0: only the last)
     eval_steps, max_eval_samples steps between losses on held-out episodes (0: never); frames they use (0: all)
     tolerance_s                  largest error of a timestamp, in seconds
     rename_map                   name of an observation in the dataset -> its name in the policy
+    log_with                     trackers of accelerate beside the log file: "wandb", "trackio", "tensorboard"
+    wandb, peft                  as LeRobot's; None: no adapters
     """
 
     dataset: DatasetSettings
@@ -142,13 +162,16 @@ class TrainSettings:
     max_eval_samples: int = 0
     tolerance_s: float = 1e-4
     rename_map: dict[str, str] = field(default_factory=dict)
+    log_with: list[str] = field(default_factory=list)
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+    peft: AdapterSettings | None = None
 
     def __post_init__(self) -> None:
         self.output_dir = Path(self.output_dir)
         self.fast = {"True": "on", "False": "off"}.get(self.fast, self.fast)  # as YAML reads these words
         # LeRobot's default is the integer 10, and draccus reads it back as 10.0: a resumed run must write the same file.
         self.policy.optimizer_grad_clip_norm = float(self.policy.optimizer_grad_clip_norm)
-        for part, prefix in ((self, ""), (self.dataset, "dataset.")):
+        for part, prefix in ((self, ""), (self.dataset, "dataset."), (self.wandb, "wandb.")):
             try:
                 check_kinds(part)
             except ValueError as error:
@@ -178,6 +201,10 @@ class TrainSettings:
                 f"--eval_steps={self.eval_steps} needs held-out episodes: begin a new run with --dataset.eval_split, for "
                 "instance 0.1; it cannot be added with --resume"
             )
+        if (self.peft or self.policy.use_peft) and not self.policy_path:
+            raise TrainingError(
+                "--peft.* and --policy.use_peft need --policy.path: adapters change a policy that was trained"
+            )
         if self.rename_map and not self.policy_path:
             raise TrainingError(
                 "--rename_map needs --policy.path: a fresh policy takes the dataset's names, so there is nothing to rename"
@@ -185,7 +212,7 @@ class TrainSettings:
 
     def _value(self, name: str) -> Any:
         group, _, key = name.rpartition(".")
-        return getattr(getattr(self, group) if group else self, key)
+        return getattr(getattr(self, group) if group else self, key, None)
 
     @property
     def bf16(self) -> bool:
@@ -194,7 +221,10 @@ class TrainSettings:
     def to_dict(self) -> dict[str, Any]:
         """As JSON, for a checkpoint's ``run.json``."""
         values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        values |= {"dataset": dataclasses.asdict(self.dataset), "policy": self.policy.to_dict()}
+        values |= {
+            name: dataclasses.asdict(values[name]) for name in ("dataset", "wandb", "peft") if values[name]
+        }
+        values["policy"] = self.policy.to_dict()
         return {**values, "output_dir": str(self.output_dir)}
 
     @classmethod
@@ -229,6 +259,8 @@ class TrainSettings:
             "dataset": {k: v for k, v in dataclasses.asdict(self.dataset).items() if v is not None},
             "policy": self.policy.to_dict(),
             "output_dir": str(self.output_dir),
+            "wandb": dataclasses.asdict(self.wandb),
+            "peft": dataclasses.asdict(self.peft) if self.peft else None,
             "job_name": "smolvla",
             "batch_size": self.batch_size * self.gradient_accumulation_steps,
             "use_policy_training_preset": True,
@@ -275,60 +307,10 @@ def _refusal(error: Exception, values: dict[str, Any]) -> str:
     while path and ".".join(path) not in known:
         path.pop()
     name = ".".join(path)
-    if name in ("", "dataset", "policy"):
+    if name in ("", *GROUPS):
         # The message names fields of the policy; the user gave flags.
         names = "|".join(entry.name for entry in dataclasses.fields(SmolVLAConfig))
         return re.sub(rf"\b({names})\b", r"--policy.\1", str(cause))
     for part in path:
         value = value[part]
     return f"--{name}={shown(value)}: accepted is {accepted(known[name])}"
-
-
-def flatten(values: dict[str, Any]) -> dict[str, Any]:
-    """``{"dataset": {"root": ...}}`` as ``{"dataset.root": ...}``, one level deep."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in ("dataset", "policy"):
-            flat.update({f"{name}.{key}": entry for key, entry in value.items()})
-        else:
-            flat[name] = value
-    return flat
-
-
-def go_on(
-    saved: dict[str, Any], before: dict[str, Any], asked: dict[str, Any], checkpoint: Path
-) -> TrainSettings:
-    """The settings of a resumed run: the checkpoint's, with those of ``asked`` that ``FREE_ON_RESUME`` allows.
-
-    saved   ``to_dict`` of the checkpoint's settings
-    before  ``to_dict`` of the settings that began the run: empty where the dataset filled them in later
-    asked   nested values of the flags given now
-    raises  TrainingError naming every setting that is not free, and differs from ``saved`` and from ``before``
-    """
-    from mergedeep import merge
-
-    wished, refused = merge({}, saved, asked), None
-    try:
-        wished = TrainSettings.from_dict(wished).to_dict()
-    except TrainingError as error:  # raised below: a setting that may not change at all is the better message
-        refused = error
-    now, was, first = flatten(wished), flatten(saved), flatten(before)
-    changed = [name for name, value in now.items() if value != was.get(name)]
-    other = [
-        f"{name} ({was.get(name)!r} in the checkpoint, {now[name]!r} asked for)"
-        for name in changed
-        if name not in FREE_ON_RESUME and now[name] != first.get(name)
-    ]
-    if other:
-        raise TrainingError(
-            f"cannot resume {checkpoint} with another configuration: {'; '.join(other)}. Leave these flags out to go on as "
-            f"it was (free are {', '.join(sorted(FREE_ON_RESUME))}), or start a new run from its weights with "
-            f"--policy.path={checkpoint / 'pretrained_model'} and a new --output_dir"
-        )
-    if refused is not None:
-        raise refused
-    kept = merge({}, saved)
-    for name in set(changed) & FREE_ON_RESUME:
-        group, _, key = name.rpartition(".")
-        (kept[group] if group else kept)[key] = now[name]
-    return TrainSettings.from_dict(kept)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops.memory import is_out_of_memory
+from ..patch import find_policy
 from ..smolvla import FeatureType, NormalizationMode, PolicyFeature, SmolVLAConfig
 from ..smolvla.features import ACTION, OBS_STATE
 from .data import Data, few_samples, to_floats
@@ -117,7 +118,7 @@ def _bad_features(
 
 def _frames(config: SmolVLAConfig, policy: Any, given: dict[str, Tensor]) -> Iterator[str]:
     """Faults of the size in which frames reach the vision tower."""
-    vlm = policy.model.vlm_with_expert.get_vlm_model()
+    vlm = find_policy(policy).model.vlm_with_expert.get_vlm_model()
     step = vlm.vision_model.embeddings.patch_size * vlm.connector.scale_factor
     side = vlm.vision_model.embeddings.image_size
     size = config.resize_imgs_with_padding

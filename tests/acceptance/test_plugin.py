@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib.util
 import json
 import logging
 import os
 import pickle
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,62 +33,9 @@ pytest.importorskip("wrapt", reason="the plugin needs it")
 from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from offline.checkpoints import TASK, Checkpoint, copied, rel_l2
+from support.plugin_commands import PATIENCE, ROOT, load_plugin, plugin, site, start
 
-ROOT = Path(__file__).resolve().parents[2]
-OFFLINE = ROOT / "tests" / "offline"
-PATIENCE = 240  # seconds; a command takes about ten on an idle machine, and several share two cores here
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the plugin as pip installs it, and a robot and an environment installed as LeRobot's plugins are."""
-    folder = tmp_path_factory.mktemp("site")
-    source = tmp_path_factory.mktemp("plugin") / "plugin"
-    shutil.copytree(ROOT / "plugin", source, ignore=shutil.ignore_patterns("build", "*.egg-info"))
-    pip = (sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation")
-    subprocess.run([*pip, "--target", folder, source], check=True, timeout=PATIENCE)
-    for name in ("lerobot_robot_tiny", "lerobot_env_tiny"):
-        shutil.copy(OFFLINE / f"{name}.py", folder)
-        (folder / f"{name}-0.dist-info").mkdir()
-        (folder / f"{name}-0.dist-info" / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n"
-        )
-    return folder
-
-
-@pytest.fixture
-def start(site: Path, checkpoint: Checkpoint, tmp_path: Path) -> Iterator[Any]:
-    """start(command line, **variables) -> the process, as in a shell of a user who has installed plugin and policy."""
-    started: list[subprocess.Popen[str]] = []
-
-    def run(line: str, **variables: str) -> subprocess.Popen[str]:
-        env = {key: value for key, value in os.environ.items() if not key.startswith("SMOLVLA_FAST_")}
-        env |= {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}",
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, site))),
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(tmp_path / "home"),
-            "POLICY": str(checkpoint.path),
-            "ROBOT": "tiny",
-            **variables,
-        }
-        # A shell's background job ignores Ctrl-C and hands that down; whoever runs the suite so still tests a terminal.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            process = subprocess.Popen(
-                ["bash", "-c", f"exec {line}"], cwd=tmp_path, env=env, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        finally:
-            signal.signal(signal.SIGINT, before)
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+__all__ = ["plugin", "site", "start"]
 
 
 def readme_line(beginning: str) -> str:
@@ -99,29 +43,6 @@ def readme_line(beginning: str) -> str:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (line,) = [line for block in blocks for line in block.splitlines() if line.startswith(beginning)]
     return line
-
-
-@pytest.fixture
-def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The plugin's module, imported as LeRobot imports it; what it did is undone afterwards."""
-    names = (
-        auto_patch.PRECISION,
-        auto_patch.BACKEND,
-        auto_patch.TUNE,
-        auto_patch.WARMUP,
-        "SMOLVLA_FAST_DISABLE",
-    )
-    for name in names:
-        monkeypatch.delenv(name, raising=False)
-    spec = importlib.util.spec_from_file_location(
-        "a_plugin", ROOT / "plugin" / "lerobot_policy_smolvla_fast.py"
-    )
-    assert spec is not None and spec.loader is not None
-    assert "from_pretrained" not in vars(SmolVLAPolicy)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del SmolVLAPolicy.from_pretrained
 
 
 # Real commands ---------------------------------------------------------------------------------------------------------
@@ -138,7 +59,7 @@ def test_the_readmes_commands_run_fast(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = start(readme_line("smolvla-fast serve"), PORT=str(port))
-    rollout = start(readme_line("lerobot-rollout"))
+    rollout = start(readme_line("lerobot-rollout"), POLICY=str(checkpoint.path))
     actions = ask_server(f"127.0.0.1:{port}", checkpoint, tmp_path)
     assert len(actions) == 10 and all(torch.isfinite(action.get_action()).all() for action in actions)
     server.send_signal(signal.SIGINT)
@@ -359,10 +280,7 @@ def test_a_broken_smolvla_fast_gives_stock_and_one_warning(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, "smolvla_fast.auto_patch", None)
-    path = ROOT / "plugin" / "lerobot_policy_smolvla_fast.py"
-    spec = importlib.util.spec_from_file_location("a_plugin", path)
-    assert spec is not None and spec.loader is not None
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    load_plugin()
     assert "off, stock runs" in caplog.text and "from_pretrained" not in vars(SmolVLAPolicy)
 
 
@@ -408,6 +326,7 @@ def test_serve_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(policy_server, "serve", seen.append)
     for name in (auto_patch.PRECISION, auto_patch.BACKEND):
         monkeypatch.setenv(name, "")
+    monkeypatch.setattr(SmolVLAPolicy, "__init__", SmolVLAPolicy.__init__)  # put back at the end
     try:
         assert main(["serve", "--precision=exact", "--host=0.0.0.0", "--port", "9", "--fps=7"]) == 0
     finally:

@@ -114,7 +114,7 @@ def test_a_disk_that_does_not_rename_onto_what_is_there_is_written_to(number, tm
     for step in (1, 2):
         save(tmp_path, step)
         log = Log(tmp_path, step - 1, every=1)
-        log.write({"step": step})
+        log.write(step, {})
     assert named(tmp_path) == "000002" and [entry["step"] for entry in read_log(tmp_path)] == [1, 2]
 
 

@@ -23,7 +23,6 @@ from support.training_runs import (
     weights,
 )
 
-from smolvla_fast import training
 from smolvla_fast.smolvla.features import ACTION, OBS_STATE
 from smolvla_fast.testing.dataset import REPO_ID
 from smolvla_fast.train.log import read_log
@@ -325,7 +324,7 @@ def test_the_trial_leaves_nothing_behind(bench_top, checkpoint, tmp_path, monkey
     run = bench_top.prepare(tmp_path / "run", checkpoint, "--fast=off")
     before, state = collect(), {k: v.clone() for k, v in run.policy.state_dict().items()}
     seen = seeded_losses(monkeypatch, run.policy, "forward", lambda result: (result[0].item(), len(result)))
-    try_step(run.settings, run.data, run.policy, run.preprocess, training._autocast(run.settings))
+    try_step(run.settings, run.data, run.policy, run.preprocess, run.accelerator.autocast())
     after = collect()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert same(state, run.policy.state_dict()) and all(p.grad is None for p in run.policy.parameters())

@@ -22,7 +22,7 @@ from smolvla_fast.train.settings import CHOICES
 
 pytestmark = pytest.mark.training
 
-OWN = ("implementation", "fast", "image_cache", "dtype", "gradient_accumulation_steps")
+OWN = ("implementation", "fast", "image_cache", "dtype", "gradient_accumulation_steps", "log_with")
 """Settings that LeRobot has not."""
 HOSTILE = (
     "abc", "-1", "0", "0.5", "1e3", "", "null", "true", "nan", ".nan", "-.inf", "[1, 2, 3]", "[", "{a: b}", "{a: b",
@@ -37,6 +37,7 @@ GOOD = {
     "bool": ("true", "false", "True", "FALSE", "yes"), "str": ("abc", "'quoted'", "123", "a/b"),
     "int | None": ("3", "null", "~"), "str | None": ("abc", "null", "a/b", "1.0"), "bool | None": ("true", "null"),
     "list[int] | None": ("[0, 2]", "[1]", "null", '["3"]'), "list[str] | None": ("[a, b]", '["a"]', "null"),
+    "list[str] | str | None": ("[a, b]", "a.*b", "null"),
     "tuple[int, int] | None": ("[64, 32]", "[1, 1]"), "tuple[float, float]": ("[0.8, 0.95]", '["0.8", 0.9]'),
     "dict[str, str]": ("{a: b}", '{"a": "b"}', "{}"),
     "dict[str, PolicyFeature] | None": ("null", "{}", '{"action": {"type": "ACTION", "shape": [6]}}'),
@@ -173,7 +174,6 @@ NEVER = [
     ("--policy.optimizer_lr=fast", "a number"), ("--policy.attention_mode=none", "'cross_attn' or 'self_attn'"),
     ("--policy.path=", "is empty"), ("--policy.path=/no/such/checkpoint", "config.json"),
     ("--policy.push_to_hub=true", "uploads nothing"), ("--config_path=x", "YAML, JSON or TOML"),
-    ("--policy.use_peft=true", "smolvla_fast.patch(policy, training=True)"),
     ("--policy.optimizer_weight_decay=.inf", "finite"), ("--policy.scheduler_decay_lr=-1", "at least 0"),
     ("--policy.scheduler_warmup_steps=-1", "at least 0"), ("--tolerance_s=.nan", "finite"), ("--seed=-1", "at least 0"),
     ("--num_workers=-1", "at least 0"), ("--num_workers=1000000", "at most"), ("--policy.chunk_size=0", "at least 1"),
@@ -204,7 +204,7 @@ def test_a_value_that_cannot_work_is_refused(flag: str, says: str) -> None:
         ["--policy.vlm_model_name=nonsense"], ["--policy.expert_width_multiplier=1e9"],
         ["--policy.max_state_dim=1000000000000"],
         ["--policy.expert_width_multiplier=1e-9"], ["--policy.num_expert_layers=3"], ["--seed", "abc"], ["--seed"],
-        ["--sed=1"], ["--policy.lr=1"], ["--env.type=pusht"], ["--peft.r=4"], ["--policy.path=/nowhere"], ["--num_work=1"],
+        ["--sed=1"], ["--policy.lr=1"], ["--env.type=pusht"], ["--peft.r=0"], ["--policy.path=/nowhere"], ["--num_work=1"],
         ["--seed=1", "--seed=x"], ["--config_path=/nowhere.yaml"], ["stray"], ["--resume", "--output_dir=a\x00b"],
         ["--resume", f"--output_dir={'x' * 300}"],
     ],
@@ -254,17 +254,13 @@ def test_every_flag_of_lerobot_train_is_read_or_answered() -> None:
     """Each field of LeRobot's own configuration is a setting here, or stands in the table of what is not."""
     import dataclasses
 
-    from lerobot.configs.default import DatasetConfig
+    from lerobot.configs.default import DatasetConfig, PeftConfig, WandBConfig
     from lerobot.configs.train import TrainPipelineConfig
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
-    names = [
-        entry.name
-        for entry in dataclasses.fields(TrainPipelineConfig)
-        if entry.name not in ("dataset", "policy")
-    ]
-    names += [f"dataset.{entry.name}" for entry in dataclasses.fields(DatasetConfig)]
-    names += [f"policy.{entry.name}" for entry in dataclasses.fields(SmolVLAConfig)]
+    groups = {"dataset": DatasetConfig, "policy": SmolVLAConfig, "wandb": WandBConfig, "peft": PeftConfig}
+    names = [entry.name for entry in dataclasses.fields(TrainPipelineConfig) if entry.name not in groups]
+    names += [f"{group}.{entry.name}" for group, kind in groups.items() for entry in dataclasses.fields(kind)]
     assert len(names) > 80
     assert not {*names} - {*SETTINGS, *LEROBOTS, "resume"}
 
@@ -294,12 +290,13 @@ def test_a_file_of_settings_is_read_as_lerobot_reads_it(tmp_path: Path) -> None:
     )
     assert settings.dataset.episodes == [0, 2] and settings.policy.n_action_steps == 4
     for text, says in (
-        ("steps: many", "--steps=many"), ("wandb: {enable: true}", "--wandb.enable"), ("stpes: 3", "did you mean --steps"),
+        ("steps: many", "--steps=many"), ("wandb: {enable: maybe}", "--wandb.enable=maybe"),
+        ("stpes: 3", "did you mean --steps"),
         ("policy: {chunk: 3}", "--policy.chunk"), ("policy: 3", "policy must hold"),
         ("policy:", "policy must hold"),
         ("dataset: me/pick", "dataset must hold names and values, such as dataset: {repo_id: me/pick}"),
         ("[", "YAML"), ("- a", "list"), ("", "NoneType"),
-        ("peft: {r: 4}", "--peft.r"),
+        ("peft: {r: 0}", "--peft.r=0: must be at least 1"), ("peft: 3", "peft must hold"),
     ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(TrainingError) as error:

@@ -12,11 +12,12 @@ from lerobot.datasets import LeRobotDataset
 from support.training_runs import same, weights
 
 import smolvla_fast
+from smolvla_fast import training
 from smolvla_fast.smolvla.features import ACTION
 from smolvla_fast.testing.dataset import REPO_ID, write_dataset
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.data import held_out_batches, open_data, training_batches
-from smolvla_fast.train.evaluation import action_error, held_out_loss
+from smolvla_fast.train.evaluation import action_error
 from smolvla_fast.train.log import read_log
 from smolvla_fast.train.reader import ColumnReader
 from smolvla_fast.training import update
@@ -253,7 +254,7 @@ def test_action_error_measures_chunks_and_the_best_constant(bench_top, tmp_path)
         action_error(watch, run.preprocess, batches, wrong_images=wrong)
         seen[wrong] = torch.cat(images)
     assert torch.equal(seen[True], seen[False].roll(len(seen[False]) // 2, 0))
-    once, twice = (held_out_loss(run.policy, run.preprocess, batches) for _ in range(2))
+    once, twice = (training._held_out_loss(run) for _ in range(2))
     assert once == twice and run.policy.training
 
 

@@ -262,12 +262,6 @@ def test_a_folder_that_holds_something_is_not_overwritten(bench_top, tmp_path, c
     assert (tmp_path / "run" / "precious").read_text() == "kept"
 
 
-def test_several_processes_are_refused(bench_top, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    message = refused(bench_top, tmp_path / "run", capsys)
-    assert "one process" in message and "lerobot-train" in message and "without the fast path" in message
-
-
 def test_resume_refuses_a_folder_without_checkpoint(tmp_path, capsys):
     from smolvla_fast.cli import main
 

@@ -1,0 +1,88 @@
+"""What a resumed run keeps of its checkpoint's settings, and what it may change."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from .errors import TrainingError
+from .settings import GROUPS, TrainSettings
+
+logger = logging.getLogger(__name__)
+
+# The last category changes the weights: by the order of sums, and on another device by its noise.
+FREE_ON_RESUME = {
+    "steps",
+    "log_freq", "save_freq", "save_checkpoint", "eval_steps", "max_eval_samples",  # what is measured and kept
+    "output_dir", "dataset.root", "dataset.video_backend", "num_workers",  # where and how it reads and writes
+    "fast", "image_cache", "policy.device",  # how a step is computed
+    "log_with", "wandb.enable", "wandb.project", "wandb.entity", "wandb.notes", "wandb.run_id", "wandb.mode",
+}  # fmt: skip
+"""What a resumed run may change."""
+
+
+def flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """``{"dataset": {"root": ...}}`` as ``{"dataset.root": ...}``, one level deep."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in GROUPS and value is not None:
+            flat.update({f"{name}.{key}": entry for key, entry in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def go_on(
+    saved: dict[str, Any], before: dict[str, Any], asked: dict[str, Any], checkpoint: Path
+) -> TrainSettings:
+    """The settings of a resumed run: the checkpoint's, with those of ``asked`` that ``FREE_ON_RESUME`` allows.
+
+    saved   ``to_dict`` of the checkpoint's settings
+    before  ``to_dict`` of the settings that began the run: empty where the dataset filled them in later
+    asked   nested values of the flags given now
+    raises  TrainingError naming every setting that is not free, and differs from ``saved`` and from ``before``
+    """
+    from mergedeep import merge
+
+    wished, refused = merge({}, saved, asked), None
+    try:
+        wished = TrainSettings.from_dict(wished).to_dict()
+    except TrainingError as error:  # raised below: a setting that may not change at all is the better message
+        refused = error
+    now, was, first = flatten(wished), flatten(saved), flatten(before)
+    changed = [name for name, value in now.items() if value != was.get(name)]
+    other = [
+        f"{name} ({was.get(name)!r} in the checkpoint, {now[name]!r} asked for)"
+        for name in changed
+        if name not in FREE_ON_RESUME and now[name] != first.get(name)
+    ]
+    if other:
+        raise TrainingError(
+            f"cannot resume {checkpoint} with another configuration: {'; '.join(other)}. Leave these flags out to go on as "
+            f"it was (free are {', '.join(sorted(FREE_ON_RESUME))}), or start a new run from its weights with "
+            f"--policy.path={checkpoint / 'pretrained_model'} and a new --output_dir"
+        )
+    if refused is not None:
+        raise refused
+    kept = merge({}, saved)
+    for name in set(changed) & FREE_ON_RESUME:
+        group, _, key = name.rpartition(".")
+        (kept[group] if group else kept)[key] = now[name]
+    return TrainSettings.from_dict(kept)
+
+
+def batch_size_of(settings: TrainSettings, before: int, processes: int) -> int:
+    """``batch_size`` with which ``processes`` take as many samples a step as the ``before`` of a checkpoint did."""
+    samples = settings.batch_size * before
+    if samples % processes:
+        raise TrainingError(
+            f"the run was begun by {before} processes with --batch_size={settings.batch_size}, {samples} samples together, "
+            f"which {processes} processes cannot share equally; resume with another number of them"
+        )
+    if processes != before:
+        logger.warning(
+            "resumed by %d processes, begun by %d: batch_size is %d now, for the same samples and noise a step; sums are in "
+            "another order", processes, before, samples // processes,
+        )  # fmt: skip
+    return samples // processes
