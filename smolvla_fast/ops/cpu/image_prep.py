@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import extension
 from ..reference.image_prep import channels_first, checked_size
-from .kernels import _KERNELS, _check_one
+from .operands import KERNELS, check_one
 
 _FRAMES = {torch.uint8: "uint8", torch.float32: "float32"}
 
@@ -24,13 +24,13 @@ def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> T
     errors   as ``kernels.rms_norm``; ValueError for a size that leaves no pixel
     replaces ``resize_with_pad`` and the normalisation in LeRobot's ``prepare_images``, and the scaling of bytes before it
     """
-    if frames.dtype not in _FRAMES or dtype not in _KERNELS:
+    if frames.dtype not in _FRAMES or dtype not in KERNELS:
         raise TypeError(
             f"image_prep: frames have dtype {frames.dtype}, the result {dtype}; accepted are torch.uint8 and "
             "torch.float32, and for the result torch.float32 and torch.bfloat16"
         )
     frames = channels_first(frames)
-    _check_one("image_prep", "frames", frames, frames.dtype, "frames", frames.shape)
+    check_one("image_prep", "frames", frames, frames.dtype, "frames", frames.shape)
     batch, _, frame_height, frame_width = frames.shape
     new_height, new_width = checked_size(frames, height, width)
     by_planes, by_pixels = frames.stride(3) == 1, frames.stride(3) == 3 and frames.stride(1) == 1
@@ -38,7 +38,7 @@ def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> T
         frames = frames.contiguous()
     out = torch.empty(batch, 3, height, width, dtype=dtype)
     if out.numel():
-        kernel = getattr(extension.load("cpu"), f"image_prep_{_FRAMES[frames.dtype]}_{_KERNELS[dtype]}")
+        kernel = getattr(extension.load("cpu"), f"image_prep_{_FRAMES[frames.dtype]}_{KERNELS[dtype]}")
         sizes = (batch, frame_height, frame_width, height, width, new_height, new_width)
         kernel(frames.data_ptr(), out.data_ptr(), sizes, frames.stride(), torch.get_num_threads())
     return out

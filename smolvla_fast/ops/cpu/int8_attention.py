@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from ..memory import Memory
 from ..memory import empty as _empty
 from . import kernels
 from . import ops as cpu
-from .kernels import _attention_operands, _check_one
+from .kernels import attention_operands
+from .operands import check_one
 
 LEVELS = ("baseline", "avx2", "avx2_vnni", "avx512_vnni")
 """What multiplies 8-bit integers, slowest first; which one, follows from the level of ``kernels.py``."""
@@ -55,8 +57,8 @@ def attention(
     errors      as ``kernels.attention``
     replaces    as ``kernels.attention``
     """
-    _check_one("int8 attention", "q", q, torch.float32, "this kernel", q.shape)
-    out, operands = _attention_operands("int8 attention", q, k, v, mask, out)
+    check_one("int8 attention", "q", q, torch.float32, "this kernel", q.shape)
+    out, operands = attention_operands("int8 attention", q, k, v, mask, out)
     heads = (k.shape[0], k.shape[2])
     error, spread = torch.zeros(heads), torch.zeros(heads)
     if q.numel():
@@ -161,9 +163,10 @@ def _share_of_time(level: str, threads: int, queries: int, keys: int, group: int
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, queries, group, head_dim, generator=generator)
     k, v = (torch.randn(1, keys, 1, head_dim, generator=generator) for _ in range(2))
+    in_integers: Callable[..., Any] = partial(attention, most_error=float("inf"))
     best = [float("inf"), float("inf")]
     for _ in range(ROUNDS + 1):  # the first of each warms up
-        for i, call in enumerate((partial(attention, most_error=float("inf")), kernels.attention)):
+        for i, call in enumerate((in_integers, kernels.attention)):
             start = time.perf_counter()
             call(q, k, v)
             best[i] = min(best[i], time.perf_counter() - start)

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from .. import extension
 from ..memory import Memory, empty
+from .operands import KERNELS, check, check_apart, check_contiguous, check_one
 
 _X86 = ("baseline", "avx2", "avx512", "avx512_bf16")
 _ARM = ("baseline", "neon", "neon_dotprod", "neon_i8mm", "neon_bf16")
 LEVELS = _ARM if platform.machine().lower() in ("aarch64", "arm64") else _X86
 """All instruction levels that the kernels are compiled for, each with what the one before it has."""
 
-# dtype -> how the kernels for it end
-_KERNELS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _LAYER_NORMS = ((torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2)
 
 
@@ -37,18 +36,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
               extension.ExtensionUnavailable where nothing was compiled
     replaces  ``input_layernorm`` / ``post_attention_layernorm`` of a layer
     """
-    if x.dtype not in _KERNELS:
-        raise TypeError(f"rms_norm: x has dtype {x.dtype}; accepted are {', '.join(map(str, _KERNELS))}")
+    if x.dtype not in KERNELS:
+        raise TypeError(f"rms_norm: x has dtype {x.dtype}; accepted are {', '.join(map(str, KERNELS))}")
     if not x.shape:
         raise ValueError("rms_norm: x has no dimensions; accepted is [..., M]")
-    _check("rms_norm", x.dtype, {"x": (x, x.shape), "weight": (weight, x.shape[-1:])})
+    check("rms_norm", x.dtype, {"x": (x, x.shape), "weight": (weight, x.shape[-1:])})
     if out is None:
         out = torch.empty_like(x)
     else:
-        _check("rms_norm", x.dtype, {"out": (out, x.shape)})
-        _check_apart("rms_norm", out, [x, weight])
+        check("rms_norm", x.dtype, {"out": (out, x.shape)})
+        check_apart("rms_norm", out, [x, weight])
     if x.numel():
-        kernel = getattr(extension.load("cpu"), "rms_norm_" + _KERNELS[x.dtype])
+        kernel = getattr(extension.load("cpu"), "rms_norm_" + KERNELS[x.dtype])
         addresses = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
         kernel(*addresses, x.numel() // x.shape[-1], x.shape[-1], eps, torch.get_num_threads())
     return out
@@ -72,14 +71,14 @@ def layer_norm(
         raise TypeError(f"layer_norm: x has dtype {x.dtype}, the result {out_dtype}; accepted are {accepted}")
     if not x.shape:
         raise ValueError("layer_norm: x has no dimensions; accepted is [..., W]")
-    _check("layer_norm", x.dtype, {"x": (x, x.shape)})
+    check("layer_norm", x.dtype, {"x": (x, x.shape)})
     for name, tensor in (("weight", weight), ("bias", bias)):
         dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
-        _check_one("layer_norm", name, tensor, dtype, "a norm", x.shape[-1:])
+        check_one("layer_norm", name, tensor, dtype, "a norm", x.shape[-1:])
     weight, bias = weight.float().contiguous(), bias.float().contiguous()
     y = torch.empty_like(x, dtype=out_dtype)
     if x.numel():
-        kernel = getattr(extension.load("cpu"), f"layer_norm_{_KERNELS[x.dtype]}_{_KERNELS[out_dtype]}")
+        kernel = getattr(extension.load("cpu"), f"layer_norm_{KERNELS[x.dtype]}_{KERNELS[out_dtype]}")
         addresses = (x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr())
         kernel(*addresses, x.numel() // x.shape[-1], x.shape[-1], eps, torch.get_num_threads())
     return y
@@ -99,16 +98,16 @@ def attention(
     errors    as ``rms_norm``
     replaces  ``F.scaled_dot_product_attention`` of the vision tower, ``eager_attention_forward`` elsewhere
     """
-    if q.dtype not in _KERNELS:
-        raise TypeError(f"attention: q has dtype {q.dtype}; accepted are {', '.join(map(str, _KERNELS))}")
-    out, operands = _attention_operands("attention", q, k, v, mask, out)
+    if q.dtype not in KERNELS:
+        raise TypeError(f"attention: q has dtype {q.dtype}; accepted are {', '.join(map(str, KERNELS))}")
+    out, operands = attention_operands("attention", q, k, v, mask, out)
     if q.numel():
-        kernel = getattr(extension.load("cpu"), "attention_" + _KERNELS[q.dtype])
+        kernel = getattr(extension.load("cpu"), "attention_" + KERNELS[q.dtype])
         kernel(*operands, torch.get_num_threads())
     return out
 
 
-def _attention_operands(
+def attention_operands(
     op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor | None
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """Checked: where the result goes, and what the extension is told of all five, up to the number of threads."""
@@ -127,7 +126,7 @@ def _attention_operands(
         ("k", k, (batch, keys, kv_heads, head_dim)),
         ("v", v, k.shape),
     ):
-        _check_one(op, name, tensor, dtype, "q", shape)
+        check_one(op, name, tensor, dtype, "q", shape)
         if tensor.stride(3) != 1:
             raise ValueError(f"{op}: {name} has strides {tensor.stride()}; the last must be 1")
     strides = q.stride()[:3] + k.stride()[:3] + v.stride()[:3]
@@ -135,18 +134,18 @@ def _attention_operands(
     if mask is None:
         strides += (0, 0, 0)
     else:
-        _check_one(op, "mask", mask, torch.bool, "a mask", (batch, queries, keys))
+        check_one(op, "mask", mask, torch.bool, "a mask", (batch, queries, keys))
         strides, mask_address = strides + mask.stride(), mask.data_ptr()
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     else:
-        _check(op, dtype, {"out": (out, q.shape)})
-        _check_apart(op, out, [q, k, v, mask])
+        check(op, dtype, {"out": (out, q.shape)})
+        check_apart(op, out, [q, k, v, mask])
     addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), mask_address, out.data_ptr())
     return out, (*addresses, (batch, queries, keys, heads, kv_heads, head_dim), strides, head_dim**-0.5)
 
 
-_ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
+ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
 def linear(
@@ -190,9 +189,9 @@ def activate_(y: Tensor, activation: str) -> Tensor:
     """
     if activation not in ("silu", "gelu_tanh"):
         raise ValueError(f"activate_: unknown activation {activation!r}; accepted are 'silu', 'gelu_tanh'")
-    _check("activate_", torch.float32, {"y": (y, y.shape)})
+    check("activate_", torch.float32, {"y": (y, y.shape)})
     kernel = extension.load("cpu").activate_float32
-    kernel(y.data_ptr(), y.numel(), _ACTIVATIONS[activation], torch.get_num_threads())
+    kernel(y.data_ptr(), y.numel(), ACTIVATIONS[activation], torch.get_num_threads())
     return y
 
 
@@ -228,11 +227,11 @@ def _linear(
     memory: Memory | None,
 ) -> Tensor:
     dtype = weight.dtype
-    if dtype not in _KERNELS:
-        raise TypeError(f"{op}: weight has dtype {dtype}; accepted are {', '.join(map(str, _KERNELS))}")
+    if dtype not in KERNELS:
+        raise TypeError(f"{op}: weight has dtype {dtype}; accepted are {', '.join(map(str, KERNELS))}")
     if weight.dim() != 2 or not weight.shape[1]:
         raise ValueError(f"{op}: weight has shape {list(weight.shape)}; accepted is [O, I], I at least 1")
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {activation!r}; accepted are None, 'silu', 'gelu_tanh'")
     outputs, inputs = weight.shape
     if out_dtype is None:
@@ -244,33 +243,33 @@ def _linear(
     norm_weight, eps = (None, 0.0) if norm is None else norm
     shape = (*x.shape[:-1], outputs)
     x_dtype = torch.float32 if x.dtype == torch.float32 else dtype
-    _check_one(op, "x", x, x_dtype, "weight", (*x.shape[:-1], inputs))
-    _check_contiguous(op, "x", x)
+    check_one(op, "x", x, x_dtype, "weight", (*x.shape[:-1], inputs))
+    check_contiguous(op, "x", x)
     for name, tensor, wanted in (
         ("weight", weight, (outputs, inputs)),
         ("up_weight", up_weight, (outputs, inputs)),
         ("bias", bias, (outputs,)),
     ):
         if tensor is not None:
-            _check_one(op, name, tensor, dtype, "weight", wanted)
-            _check_contiguous(op, name, tensor)
+            check_one(op, name, tensor, dtype, "weight", wanted)
+            check_contiguous(op, name, tensor)
     if norm_weight is not None:
         norm_dtype = torch.bfloat16 if norm_weight.dtype == torch.bfloat16 else torch.float32
-        _check_one(op, "norm weight", norm_weight, norm_dtype, "a norm", (inputs,))
+        check_one(op, "norm weight", norm_weight, norm_dtype, "a norm", (inputs,))
         if norm_dtype is not torch.float32 or not norm_weight.is_contiguous():
             norm_weight = empty(memory, "norm weight", norm_weight.shape, torch.float32).copy_(norm_weight)
     if residual is not None:
-        _check_one(op, "residual", residual, out_dtype, "the result", shape)
-        _check_contiguous(op, "residual", residual)
+        check_one(op, "residual", residual, out_dtype, "the result", shape)
+        check_contiguous(op, "residual", residual)
     if out is None:
         out = x.new_empty(shape, dtype=out_dtype)
     else:
-        _check_one(op, "out", out, out_dtype, "the result", shape)
-        _check_contiguous(op, "out", out)
+        check_one(op, "out", out, out_dtype, "the result", shape)
+        check_contiguous(op, "out", out)
         in_place = residual is not None and out.data_ptr() == residual.data_ptr()
-        _check_apart(op, out, [x, weight, up_weight, bias, norm_weight, None if in_place else residual])
+        check_apart(op, out, [x, weight, up_weight, bias, norm_weight, None if in_place else residual])
     if out.numel():
-        dtypes = (_KERNELS[x_dtype], _KERNELS[dtype], _KERNELS[out_dtype])
+        dtypes = (KERNELS[x_dtype], KERNELS[dtype], KERNELS[out_dtype])
         kernel = getattr(extension.load("cpu"), "linear_" + "_".join(dtypes))
         kernel(
             x.data_ptr(),
@@ -283,7 +282,7 @@ def _linear(
             out.numel() // outputs,
             inputs,
             outputs,
-            _ACTIVATIONS[activation],
+            ACTIVATIONS[activation],
             eps,
             torch.get_num_threads(),
         )
@@ -314,49 +313,3 @@ def instruction_levels() -> list[str]:
 def supported(level: str = "baseline") -> bool:
     """Whether the kernels were compiled and this processor runs them at ``level``."""
     return extension.available("cpu") and level in instruction_levels()
-
-
-def _check(op: str, dtype: torch.dtype, tensors: dict[str, tuple[Tensor | None, torch.Size]]) -> None:
-    """Raises unless each is a contiguous CPU tensor of this dtype and its shape, and wants no gradient."""
-    for name, (tensor, shape) in tensors.items():
-        if tensor is not None:
-            _check_one(op, name, tensor, dtype, "x", shape)
-            _check_contiguous(op, name, tensor)
-
-
-def _check_contiguous(op: str, name: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise ValueError(f"{op}: {name} is not contiguous; call .contiguous() first")
-
-
-def _check_one(
-    op: str, name: str, tensor: Tensor, dtype: torch.dtype, model: str, shape: tuple[int, ...]
-) -> None:
-    """The same for one tensor of any strides; ``model`` is what it takes its dtype from."""
-    if not tensor.is_cpu:
-        raise ValueError(f"{op}: {name} is on {tensor.device}; this kernel takes CPU tensors")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, {model} has {dtype}; they must be equal")
-    if tensor.shape != shape:
-        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; accepted is {list(shape)}")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{op}: {name} wants a gradient, this kernel has none; call it under torch.no_grad()"
-        )
-
-
-def _check_apart(op: str, out: Tensor, inputs: list[Tensor | None]) -> None:
-    """Inputs are read again after the output is written, so it may overlap no other tensor."""
-    begin, end = _span(out)
-    spans = [_span(tensor) for tensor in inputs if tensor is not None]
-    if any(begin < other_end and other_begin < end for other_begin, other_end in spans):
-        raise ValueError(f"{op}: out overlaps another tensor of the call; give it memory of its own")
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First and last address + 1; by strides, as a view reaches further than its elements and an expanded one less."""
-    begin, size = tensor.data_ptr(), tensor.element_size()
-    if tensor.is_contiguous():
-        return begin, begin + tensor.numel() * size
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return begin, begin + size * (1 + sum((count - 1) * stride for count, stride in steps))

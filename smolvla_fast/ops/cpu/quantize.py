@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import extension
 from ..reference.quantize import IntegerRows, IntegerWeight
-from .kernels import _ACTIVATIONS, _KERNELS, _check_contiguous, _check_one
+from .kernels import ACTIVATIONS
+from .operands import KERNELS, check_contiguous, check_one
 
 _NONE, _LAYER, _RMS = range(3)
 
@@ -39,22 +40,22 @@ def rms_norm_rows(x: Tensor, weight: Tensor, eps: float) -> IntegerRows:
 def _quantize(
     op: str, norm: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> IntegerRows:
-    if x.dtype not in _KERNELS:
-        raise TypeError(f"{op}: x has dtype {x.dtype}; accepted are {', '.join(map(str, _KERNELS))}")
+    if x.dtype not in KERNELS:
+        raise TypeError(f"{op}: x has dtype {x.dtype}; accepted are {', '.join(map(str, KERNELS))}")
     if not x.shape or not x.shape[-1]:
         raise ValueError(f"{op}: x has shape {list(x.shape)}; accepted is [..., K], K at least 1")
-    _check_one(op, "x", x, x.dtype, "x", x.shape)
-    _check_contiguous(op, "x", x)
+    check_one(op, "x", x, x.dtype, "x", x.shape)
+    check_contiguous(op, "x", x)
     addresses = []
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
-            _check_one(op, name, tensor, dtype, "a norm", x.shape[-1:])
+            check_one(op, name, tensor, dtype, "a norm", x.shape[-1:])
             tensor = tensor.float().contiguous()
         addresses.append(tensor)
     out = IntegerRows(torch.empty_like(x, dtype=torch.uint8), torch.empty(x.shape[:-1], dtype=torch.float32))
     if x.numel():
-        kernel = getattr(extension.load("cpu"), "quantize_rows_" + _KERNELS[x.dtype])
+        kernel = getattr(extension.load("cpu"), "quantize_rows_" + KERNELS[x.dtype])
         pointers = (_address(x), *map(_address, addresses), _address(out.data), _address(out.scale))
         kernel(norm, *pointers, x.numel() // x.shape[-1], x.shape[-1], eps, torch.get_num_threads())
     return out
@@ -80,7 +81,7 @@ def finish(
     if sums.numel():
         pointers = map(_address, (sums, scale, bias, residual))
         extension.load("cpu").finish_sums(
-            *pointers, _ACTIVATIONS[activation], scale.numel(), sums.shape[-1], torch.get_num_threads()
+            *pointers, ACTIVATIONS[activation], scale.numel(), sums.shape[-1], torch.get_num_threads()
         )
     return sums
 
@@ -104,7 +105,7 @@ def finish_rows(
     if sums.numel():
         pointers = map(_address, (sums, scale, bias, up, out.data, out.scale))
         extension.load("cpu").quantize_sums(
-            *pointers, _ACTIVATIONS[activation], scale.numel(), sums.shape[-1], torch.get_num_threads()
+            *pointers, ACTIVATIONS[activation], scale.numel(), sums.shape[-1], torch.get_num_threads()
         )
     return out
 
@@ -131,8 +132,8 @@ def int8_matmul(x: IntegerRows, weight: IntegerWeight) -> Tensor:
         ("weight", weight.data, torch.int8, weight.data.shape),
         ("scale", weight.scale, torch.float32, (outputs,)),
     ):
-        _check_one("int8_matmul", name, tensor, dtype, "this kernel", wanted)
-        _check_contiguous("int8_matmul", name, tensor)
+        check_one("int8_matmul", name, tensor, dtype, "this kernel", wanted)
+        check_contiguous("int8_matmul", name, tensor)
     sums = torch.empty(*shape, outputs)
     if sums.numel():
         pointers = map(_address, (x.data, weight.data, weight.scale, sums))
@@ -142,7 +143,7 @@ def int8_matmul(x: IntegerRows, weight: IntegerWeight) -> Tensor:
 
 
 def _check_sums(op: str, sums: Tensor, scale: Tensor, bias: Tensor | None, activation: str | None) -> None:
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {activation!r}; accepted are None, 'silu', 'gelu_tanh'")
     if not sums.shape or not sums.shape[-1]:
         raise ValueError(f"{op}: sums has shape {list(sums.shape)}; accepted is [..., O], O at least 1")
@@ -153,8 +154,8 @@ def _check_sums(op: str, sums: Tensor, scale: Tensor, bias: Tensor | None, activ
 
 
 def _check_fp32(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    _check_one(op, name, tensor, torch.float32, "this kernel", shape)
-    _check_contiguous(op, name, tensor)
+    check_one(op, name, tensor, torch.float32, "this kernel", shape)
+    check_contiguous(op, name, tensor)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .kernels import _KERNELS, _check_apart, _check_contiguous, _check_one
+from .operands import KERNELS, check_apart, check_contiguous, check_one
 
 
 def rope(x: Tensor, sin: Tensor, cos: Tensor, out: Tensor | None = None) -> Tensor:
@@ -20,30 +20,30 @@ def rope(x: Tensor, sin: Tensor, cos: Tensor, out: Tensor | None = None) -> Tens
     errors    as ``kernels.rms_norm``
     replaces  ``apply_rope`` of LeRobot's ``smolvlm_with_expert``, and the copy into the cache behind it
     """
-    if x.dtype not in _KERNELS:
-        raise TypeError(f"rope: x has dtype {x.dtype}; accepted are {', '.join(map(str, _KERNELS))}")
+    if x.dtype not in KERNELS:
+        raise TypeError(f"rope: x has dtype {x.dtype}; accepted are {', '.join(map(str, KERNELS))}")
     if x.dim() != 4 or x.shape[3] % 2 or not x.shape[3]:
         raise ValueError(
             f"rope: x has shape {list(x.shape)}; accepted is [B, T, H, D], D even and at least 2"
         )
     batch, tokens, heads, head_dim = x.shape
-    _check_one("rope", "x", x, x.dtype, "x", x.shape)
-    _check_contiguous("rope", "x", x)
+    check_one("rope", "x", x, x.dtype, "x", x.shape)
+    check_contiguous("rope", "x", x)
     tables = sin.shape[0] if sin.dim() else 0
     for name, table in (("sin", sin), ("cos", cos)):
         shape = (1 if tables == 1 else batch, tokens, 1, head_dim // 2)
-        _check_one("rope", name, table, torch.float32, "a table", shape)
-        _check_contiguous("rope", name, table)
+        check_one("rope", name, table, torch.float32, "a table", shape)
+        check_contiguous("rope", name, table)
     if out is None:
         out = torch.empty_like(x)
     elif out is not x:
-        _check_one("rope", "out", out, x.dtype, "x", x.shape)
+        check_one("rope", "out", out, x.dtype, "x", x.shape)
         if out.stride(3) != 1:
             raise ValueError(f"rope: out has strides {out.stride()}; the last must be 1")
         in_place = out.data_ptr() == x.data_ptr() and out.is_contiguous()
-        _check_apart("rope", out, [sin, cos, None if in_place else x])
+        check_apart("rope", out, [sin, cos, None if in_place else x])
     if x.numel():
-        kernel = getattr(extension.load("cpu"), "rope_" + _KERNELS[x.dtype])
+        kernel = getattr(extension.load("cpu"), "rope_" + KERNELS[x.dtype])
         addresses = (x.data_ptr(), out.data_ptr(), sin.data_ptr(), cos.data_ptr())
         table_stride = 0 if tables == 1 else sin.stride(0)
         kernel(
