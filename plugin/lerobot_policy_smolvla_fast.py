@@ -2,8 +2,8 @@
 
 LeRobot's commands import every installed distribution whose name begins with ``lerobot_policy_``. When LeRobot then imports
 SmolVLA's module, this one replaces ``SmolVLAPolicy.from_pretrained`` by a function that patches the loaded policy. With
-``SMOLVLA_FAST_TRAINING=1`` policies that ``lerobot-train`` makes are patched too, for training. Other policies do not
-change, and a command without SmolVLA pays nothing.
+``SMOLVLA_FAST_TRAINING=1`` policies that ``lerobot-train`` makes are patched too, at their first loss, by the same
+replacement of ``SmolVLAPolicy.forward``. Other policies do not change, and a command without SmolVLA pays nothing.
 
 This changes class attributes of LeRobot, which ``smolvla_fast.patch`` never does: you opt in by installing this
 distribution, out for one run with ``SMOLVLA_FAST_DISABLE=1``, and out for good by uninstalling it. See

@@ -4,7 +4,8 @@
 module, and nothing else, replaces methods of one class: ``SmolVLAPolicy.from_pretrained``, through which every
 caller of LeRobot loads a checkpoint (``make_policy``, rollout, record, eval, the policy server, the base of a PEFT
 adapter). It does so when it is asked to: by the installed plugin, or by ``smolvla-fast serve``. ``lerobot-train`` makes
-fresh policies as well, so ``__init__`` is replaced too; it patches where training is asked for.
+fresh policies as well, and moves them to their device afterwards; so ``forward``, the loss, is replaced too, and patches
+at the first loss where training is asked for.
 
 Environment, read for each policy:
 
@@ -14,8 +15,9 @@ Environment, read for each policy:
     SMOLVLA_FAST_TUNE       as ``tune`` of ``patch``; "cached" where unset
     SMOLVLA_FAST_WARMUP     1: a first chunk at once, as ``warmup=True`` of ``patch``, so that the first real one waits
                             for no capture
-    SMOLVLA_FAST_TRAINING   1: as ``training=True`` of ``patch``, for ``lerobot-train``; fresh policies are patched too.
-                            What LeRobot does around the policy (PEFT, accelerate, wandb, evaluation) stays its own
+    SMOLVLA_FAST_TRAINING   1: as ``training=True`` of ``patch``, for ``lerobot-train``; fresh policies are patched too,
+                            at their first loss. What LeRobot does around the policy (PEFT, accelerate, wandb,
+                            evaluation) stays its own
     SMOLVLA_FAST_IMAGE_CACHE  bytes, as ``image_cache`` of ``patch``
 """
 
@@ -26,7 +28,6 @@ import logging
 import os
 import weakref
 from contextlib import suppress
-from contextvars import ContextVar
 from typing import Any
 
 from .patch import patch, unpatch
@@ -42,42 +43,40 @@ WARMUP = "SMOLVLA_FAST_WARMUP"
 TRAINING = "SMOLVLA_FAST_TRAINING"
 IMAGE_CACHE = "SMOLVLA_FAST_IMAGE_CACHE"
 
-_loading: ContextVar[bool] = ContextVar("smolvla_fast_loading", default=False)
+_tried: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Policies that were patched, or could not be."""
 
 
 def patch_as_loaded(policy_class: Any) -> None:
     """Have every policy that ``policy_class.from_pretrained`` loads from now on patched, and where ``SMOLVLA_FAST_TRAINING``
-    is 1 every one that is made. Asking again changes nothing.
+    is 1 every other one at its first loss. Asking again changes nothing.
 
     policy_class  LeRobot's ``SmolVLAPolicy``
     A policy that cannot be patched is handed over as it was made, with one warning that says why.
     """
-    stock, make = policy_class.from_pretrained.__func__, policy_class.__init__
+    stock, loss = policy_class.from_pretrained.__func__, policy_class.forward
     if hasattr(stock, "_smolvla_fast_stock"):
         return
 
     @functools.wraps(stock)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        token = _loading.set(True)  # it makes a policy, whose weights are not there yet
-        try:
-            policy = stock(cls, *args, **kwargs)
-        finally:
-            _loading.reset(token)
+        policy = stock(cls, *args, **kwargs)
         _try_to_patch(policy)
         return policy
 
-    @functools.wraps(make)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        if not _loading.get() and os.environ.get(TRAINING, "0") not in ("", "0"):
+    @functools.wraps(loss)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self not in _tried and os.environ.get(TRAINING, "0") not in ("", "0"):
             _try_to_patch(self)
+        return loss(self, *args, **kwargs)
 
-    policy_class.__init__ = __init__
+    policy_class.forward = forward
     from_pretrained._smolvla_fast_stock = stock  # type: ignore[attr-defined]
     policy_class.from_pretrained = classmethod(from_pretrained)
 
 
 def _try_to_patch(policy: Any) -> None:
+    _tried.add(policy)
     precision, backend = os.environ.get(PRECISION) or "auto", os.environ.get(BACKEND) or "auto"
     tune = os.environ.get(TUNE) or "cached"
     try:

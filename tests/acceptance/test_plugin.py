@@ -326,7 +326,7 @@ def test_serve_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(policy_server, "serve", seen.append)
     for name in (auto_patch.PRECISION, auto_patch.BACKEND):
         monkeypatch.setenv(name, "")
-    monkeypatch.setattr(SmolVLAPolicy, "__init__", SmolVLAPolicy.__init__)  # put back at the end
+    monkeypatch.setattr(SmolVLAPolicy, "forward", SmolVLAPolicy.forward)  # put back at the end
     try:
         assert main(["serve", "--precision=exact", "--host=0.0.0.0", "--port", "9", "--fps=7"]) == 0
     finally:
