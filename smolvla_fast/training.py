@@ -45,6 +45,8 @@ from .train.finite import not_finite, refuse_nonfinite_weights
 from .train.log import Log
 from .train.policy import check_policy, make_policy, make_processors, speed_up
 from .train.processes import (
+    Ended,
+    finish_trackers,
     make_accelerator,
     noise_of_share,
     on_processes,
@@ -107,17 +109,19 @@ def train(
     raises    TrainingError for an impossible run, and for weights that are not finite, which are not saved; earlier
               checkpoints stay
 
-    The caller's random state is restored. Processes that accelerate or torchrun has started train together.
+    The caller's random state is restored. Processes that accelerate or torchrun has started train together. The run has
+    ended: ``update`` on it is a TrainingError; a loop of your own begins with ``prepare``.
     """
     with seeded(settings.seed), _told_how_to_go_on(settings.output_dir), own_accelerate():
         run = prepare(settings, resume, trial=True)
         if resume is None:
             seed_all(settings.seed)  # the noise must not depend on how many numbers the constructors drew
         log = None
-        if run.place[0] == 0:
-            on_begin(run)
-            log = Log(settings.output_dir, run.step, settings.log_freq, run.accelerator.log)
         try:
+            if run.place[0] == 0:
+                start_trackers(run.accelerator, run.settings)
+                on_begin(run)
+                log = Log(settings.output_dir, run.step, settings.log_freq, run.accelerator.log)
             _steps(run, log, on_step)
         except BaseException:
             # The error that stopped the run matters, not a disk too full for one more line.
@@ -125,9 +129,12 @@ def train(
                 if log:
                     log.close()
             raise
-        if log:
-            log.close()
-        run.accelerator.end_training()
+        else:
+            if log:
+                log.close()
+        finally:
+            finish_trackers(run.accelerator)
+            run.accelerator, run.model = Ended(), run.policy
     return run
 
 
@@ -221,7 +228,7 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
     check_policy(settings)
     saved = files.read_run(resume) if resume else {}
     asked = saved.get("asked") or settings.to_dict()
-    settings = replace(settings, policy=deepcopy(settings.policy))
+    settings = replace(settings, policy=deepcopy(settings.policy), wandb=replace(settings.wandb))
     if place[1] > 1:  # each has the device that accelerate made its current one
         settings.policy.device = accelerator.device.type
     if resume:
@@ -236,7 +243,6 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
     fused, path = speed_up(policy, settings)
     if place[0] == 0:
         make_folder(settings.output_dir)
-        start_trackers(accelerator, settings)
     # With frozen parameters, as in LeRobot: a checkpoint numbers the states by their place in this list.
     preset = settings.policy.get_optimizer_preset()
     optimizer = preset.build(policy.get_optim_params(), fused=fused or None)

@@ -14,6 +14,9 @@ from .errors import TrainingError
 LACKING = {errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 """Errors of a file system that lacks a call."""
 
+TRACKERS = "trackers"
+"""Folder of TensorBoard's and wandb's files in that of a run."""
+
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -38,7 +41,8 @@ def check_output_dir(folder: Path, new: bool) -> None:
     """TrainingError for a folder that a ``new`` run would overwrite, or that refuses files. Leaves nothing behind."""
     made: list[Path] = []
     try:
-        used = folder.is_dir() and any(folder.iterdir())
+        # Trackers begin before the first step; should that fail, the same command may run again.
+        used = folder.is_dir() and any(entry.name != TRACKERS for entry in folder.iterdir())
         made = [path for path in (folder, *folder.parents) if not path.exists()]
     except (OSError, ValueError) as error:
         raise TrainingError(f"--output_dir={folder} cannot be read ({error}); give another") from error

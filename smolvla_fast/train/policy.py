@@ -33,6 +33,13 @@ def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
     config: Any = settings.policy
     try:
         adapted = config.use_peft
+        if (
+            adapted and settings.peft and source == settings.policy_path
+        ):  # no resume, which goes on with its own
+            raise ValueError(
+                "it holds adapters already, which --peft.* would not change; leave those out to train them further, or "
+                "give --policy.path the policy that they adapt"
+            )
         config.use_peft = adapted or settings.peft is not None
         if settings.implementation == "lerobot" or config.use_peft:
             config, policy_class = _lerobot(config)

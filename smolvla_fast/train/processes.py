@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,48 +14,73 @@ from torch import Tensor
 
 from ..patch import find_policy
 from .data import share
+from .disk import TRACKERS, make_folder
 from .errors import TrainingError
 from .settings import TrainSettings
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def own_accelerate() -> Iterator[None]:
-    """accelerate keeps one state a process. The body has one of its own; the caller's comes back."""
+    """accelerate keeps one state a process. The body has one of its own; the caller's comes back. A process group that the
+    body made is destroyed, one that was there stays."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
+    from torch import distributed
 
     states = [each._shared_state for each in (PartialState, AcceleratorState, GradientState)]
     kept = [dict(state) for state in states]
+    grouped = distributed.is_available() and distributed.is_initialized()
     try:
         yield
     finally:
+        if not grouped and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
         for state, before in zip(states, kept, strict=True):
             state.clear()
             state.update(before)
 
 
+class Ended:
+    """In place of the accelerator of a run that has ended."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # of copy and pickle, which ask for what need not be there
+            raise AttributeError(name)
+        raise TrainingError(
+            "this run has ended, and with it what its steps ran on; go on from its checkpoint with "
+            "train(settings, resume=CHECKPOINT), or begin with prepare(settings), whose run takes more steps"
+        )
+
+
 def make_accelerator(settings: TrainSettings) -> Any:
-    """An ``Accelerator`` in a fresh state of accelerate. TrainingError for a tracker that is not installed, and for FSDP,
-    DeepSpeed and other launches that split a model."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+    """An ``Accelerator`` in a fresh state of accelerate. TrainingError for a tracker that is not installed, for a device
+    other than the policy's, for several processes without a seed, and for FSDP, DeepSpeed and other launches that split a
+    model."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import GradientAccumulationPlugin
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    trackers = [*settings.log_with, *(["wandb"] if settings.wandb.enable else [])]
-    if absent := sorted({*trackers} - {*map(str, get_available_trackers())}):
-        raise TrainingError(f"--log_with={absent}: not installed; run `pip install {' '.join(absent)}`")
+    trackers = dict.fromkeys(settings.log_with, "--log_with")
+    trackers |= {"wandb": "--wandb.enable=true"} if settings.wandb.enable else {}
+    for name in sorted({*trackers} - {*map(str, get_available_trackers())}):
+        raise TrainingError(f"{trackers[name]}: {name} is not installed; run `pip install {name}`")
+    device = torch.device(settings.policy.device or "cpu").type
     accelerator = Accelerator(
-        cpu=settings.policy.device == "cpu",
+        cpu=device == "cpu",
         mixed_precision="bf16" if settings.bf16 else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             settings.gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        # As LeRobot: some parameters get no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        log_with=trackers or None,
-        project_dir=settings.output_dir,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),  # as LeRobot: some get no gradient
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while the first downloads
+        ],
+        log_with=[*trackers] or None,
+        project_dir=settings.output_dir / TRACKERS,
     )
     if accelerator.distributed_type not in (
         DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
@@ -61,18 +89,61 @@ def make_accelerator(settings: TrainSettings) -> Any:
             f"accelerate was launched for {accelerator.distributed_type.value}; accepted are one process, and several "
             "that each hold the whole policy (MULTI_CPU, MULTI_GPU); mend `accelerate config`, or use lerobot-train"
         )
+    if accelerator.device.type != device:
+        raise TrainingError(
+            f"--policy.device={device}, and accelerate was launched for {accelerator.device.type}; give "
+            f"--policy.device={accelerator.device.type}, or launch without --cpu (`accelerate config` may hold it)"
+        )
+    if accelerator.num_processes > 1 and settings.seed is None:
+        raise TrainingError(
+            f"--seed=null: {accelerator.num_processes} processes need one seed to share weights and noise; give a number, "
+            "0 or more, or leave it out"
+        )
+    # Set by accelerate's launcher for several processes, which on a CPU starts them by MPI alone.
+    if accelerator.num_processes == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
+        logger.warning(
+            "`accelerate launch` was to start several processes, and this one is alone: --batch_size=%d is all of a "
+            "step. `accelerate launch --multi_gpu --num_processes=N` and torchrun start several, on a CPU too",
+            settings.batch_size,
+        )  # fmt: skip
     return accelerator
 
 
 def start_trackers(accelerator: Any, settings: TrainSettings) -> None:
-    wandb = settings.wandb
+    """Starts what ``log_with`` and ``wandb.enable`` name. ``settings.wandb.run_id`` becomes the id that wandb made.
+
+    raises  TrainingError for a tracker that refuses
+    """
+    if not accelerator.log_with:
+        return
+    wandb, folder = settings.wandb, settings.output_dir / TRACKERS
     given = {
-        "dir": settings.output_dir, "entity": wandb.entity, "notes": wandb.notes, "mode": wandb.mode, "id": wandb.run_id,
+        "dir": folder, "entity": wandb.entity, "notes": wandb.notes, "mode": wandb.mode, "id": wandb.run_id,
         "resume": "allow",
     }  # fmt: skip
     flat = {name: value for name, value in settings.to_dict().items() if isinstance(value, (int, float, str))}
-    if accelerator.log_with:
+    make_folder(folder)
+    try:
         accelerator.init_trackers(wandb.project, flat, {"wandb": given})
+    except Exception as error:  # each tracker raises its own
+        names = " and ".join(map(str, accelerator.log_with))
+        raise TrainingError(
+            f"{names} cannot start: {' '.join(str(error).split()) or type(error).__name__}; mend that (wandb: run `wandb "
+            "login`, or give --wandb.mode=offline), or leave out --wandb.enable and --log_with"
+        ) from error
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            wandb.run_id = tracker.run.id
+
+
+def finish_trackers(accelerator: Any) -> None:
+    """Ends what ``start_trackers`` has started. One that fails is a warning, not the end of the run."""
+    for tracker in accelerator.trackers:
+        try:
+            if hasattr(tracker, "tracker"):  # else it did not start
+                tracker.finish()
+        except Exception as error:
+            logger.warning("%s did not end as it should: %s", tracker.name, error)
 
 
 def noise_of_share(policy: Any, samples: int, place: tuple[int, int]) -> dict[str, Tensor]:

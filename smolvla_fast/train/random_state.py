@@ -23,7 +23,7 @@ def seeded(seed: int | None) -> Iterator[None]:
         seed_all(seed)
         yield
     finally:
-        restore(before)
+        restore(before, here=True)
 
 
 def seed_all(seed: int | None) -> None:
@@ -62,8 +62,12 @@ def collect() -> dict[str, Tensor]:
     return state
 
 
-def restore(state: dict[str, Tensor]) -> None:
-    """Inverse of ``collect``, for the devices that this machine has. Reads LeRobot's files too."""
+def restore(state: dict[str, Tensor], *, here: bool = False) -> None:
+    """Inverse of ``collect``, for the devices that this machine has. Reads LeRobot's files too.
+
+    here  of this process: each device gets its own. Else the current one gets what was the current one's, for each of
+          several processes has a device of its own, and all share the state that one of them has written
+    """
     held = float(state["py_rng_gauss"]) if "py_rng_gauss" in state else None
     random.setstate((int(state["py_rng_version"]), tuple(state["py_rng_state"].tolist()), held))
     np.random.set_state(  # noqa: NPY002
@@ -82,8 +86,7 @@ def restore(state: dict[str, Tensor]) -> None:
     elif kind not in (None, "mps"):
         current = module.current_device()
         for i in range(module.device_count()):
-            # The current one's under LeRobot's name: each of several processes has a device of its own.
-            name = f"torch_{kind}_rng_state" if i == current else f"torch_{kind}_rng_state_{i}"
+            name = f"torch_{kind}_rng_state" + ("" if i == current and not here else f"_{i}")
             if name in state:
                 module.set_rng_state(state[name], i)
 

@@ -45,17 +45,18 @@ def go_on(
     """
     from mergedeep import merge
 
+    saved = TrainSettings.from_dict(saved).to_dict()  # an older one lacks newer settings
     wished, refused = merge({}, saved, asked), None
     try:
         wished = TrainSettings.from_dict(wished).to_dict()
     except TrainingError as error:  # raised below: a setting that may not change at all is the better message
         refused = error
     now, was, first = flatten(wished), flatten(saved), flatten(before)
-    changed = [name for name, value in now.items() if value != was.get(name)]
+    changed = [name for name in {**was, **now} if now.get(name) != was.get(name)]
     other = [
-        f"{name} ({was.get(name)!r} in the checkpoint, {now[name]!r} asked for)"
+        f"{name} ({was.get(name)!r} in the checkpoint, {now.get(name)!r} asked for)"
         for name in changed
-        if name not in FREE_ON_RESUME and now[name] != first.get(name)
+        if name not in FREE_ON_RESUME and (name not in now or now[name] != first.get(name))
     ]
     if other:
         raise TrainingError(
@@ -82,7 +83,7 @@ def batch_size_of(settings: TrainSettings, before: int, processes: int) -> int:
         )
     if processes != before:
         logger.warning(
-            "resumed by %d processes, begun by %d: batch_size is %d now, for the same samples and noise a step; sums are in "
-            "another order", processes, before, samples // processes,
+            "processes: %d now, %d at the checkpoint: batch_size is %d now, for the same samples and noise a step; sums "
+            "are in another order", processes, before, samples // processes,
         )  # fmt: skip
     return samples // processes

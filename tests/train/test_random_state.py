@@ -53,6 +53,21 @@ def test_every_device_that_a_seed_reaches_comes_back(monkeypatch: pytest.MonkeyP
     assert devices.draw() == first
 
 
+def test_each_device_gets_its_own_back_where_another_is_current_by_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run on cuda:1 makes that the current one. A checkpoint's state goes to the current one, whichever it is."""
+    devices = Devices()
+    monkeypatch.setattr(random_state, "_accelerator", lambda: ("cuda", devices))
+    state = collect()
+    with seeded(7):
+        devices.current_device = lambda: 1
+    first = devices.draw()
+    assert first == Devices().draw()
+    restore(state)
+    assert devices.draw() == [first[0]] * 2
+
+
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])
 def test_the_names_are_lerobots_and_more(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     devices = Devices(current=1)

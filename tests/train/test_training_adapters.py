@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import pytest
 import torch
@@ -11,8 +10,10 @@ from safetensors.torch import load_file
 from support.training_runs import go_on, read, same
 
 import smolvla_fast
+from smolvla_fast.cli import main
 from smolvla_fast.testing.policies import make_noise, make_observation
-from smolvla_fast.train import TrainingError
+from smolvla_fast.train import TrainingError, resume
+from smolvla_fast.train.checkpoint import read_run
 from smolvla_fast.train.log import read_log
 from smolvla_fast.training import train
 
@@ -87,26 +88,13 @@ def test_adapters_without_a_policy_to_adapt_are_refused(bench_top, tmp_path):
         bench_top.settings(tmp_path / "run", "--peft.r=4")
 
 
-def test_a_tracker_that_is_not_installed_is_refused(bench_top, tmp_path, monkeypatch):
-    from accelerate import tracking
-
-    monkeypatch.setattr(tracking, "_available_trackers", [])
-    with pytest.raises(
-        TrainingError, match=r"--log_with=\['wandb'\]: not installed; run `pip install wandb`"
-    ):
-        bench_top.train(tmp_path / "run", "--wandb.enable=true")
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(TrainingError, match="--log_with=.*must be a list out of"):
-        bench_top.settings(tmp_path / "run", "--log_with=[aim]")
-
-
-def test_a_tracker_sees_what_the_log_sees(bench_top, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)
-    bench_top.train(tmp_path, "--log_with=[tensorboard]", "--wandb.project=pick")
-    events = EventAccumulator(str(tmp_path / "pick"))
-    events.Reload()
-    seen = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert seen == pytest.approx([(entry["step"], entry["loss"]) for entry in read_log(tmp_path)])
+def test_flags_that_an_adapter_checkpoint_would_ignore_are_refused(bench_top, finished, tmp_path, capsys):
+    train(adapted(bench_top, finished, tmp_path / "run", "--steps=1"))
+    source = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
+    flags = [flag for flag in bench_top.flags(tmp_path / "more") if not flag.startswith("--policy.")]
+    assert main(["train", *flags, f"--policy.path={source}", "--peft.r=8"]) == 2
+    assert "it holds adapters already, which --peft.* would not change" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
+    saved = read_run(source.parent)["settings"]
+    with pytest.raises(TrainingError, match=r"peft\.r \(4 in the checkpoint, None asked for\)"):
+        resume.go_on(saved, {}, {"peft": None}, source.parent)

@@ -90,6 +90,12 @@ def test_a_run_that_stops_keeps_its_log_and_curve(way, bench_top, tmp_path, monk
     assert (tmp_path / "run" / "train_log.png").exists()
 
 
+def test_a_run_that_has_ended_says_so(bench_top, tmp_path):
+    run = train(bench_top.settings(tmp_path / "run"))
+    with pytest.raises(TrainingError, match=r"this run has ended.*prepare\(settings\)"):
+        update(run, training_batches(run.settings, run.data.train, run.step))
+
+
 def test_a_finished_run_is_not_overwritten_from_python(bench_top, finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run", symlinks=True)
     before = state_files(folder)

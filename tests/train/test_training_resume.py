@@ -103,6 +103,18 @@ def test_resume_chooses_how_to_compute_an_update_anew(bench_top, tmp_path, begun
     assert {int(state["step"]) for state in other.optimizer.state.values()} == {2}
 
 
+def test_a_checkpoint_from_before_some_settings_is_resumed(finished, tmp_path):
+    folder = copy_of(finished, tmp_path / "run")
+    path = folder / "checkpoints" / "000004" / files.STATE / files.RUN
+    facts = json.loads(path.read_text())
+    for name in ("wandb", "peft", "log_with"):
+        del facts["settings"][name], facts["asked"][name]
+    del facts["processes"]
+    path.write_text(json.dumps(facts))
+    assert resume(folder, "--steps=5", "--wandb.mode=offline") == 0
+    assert files.read_run(folder / "checkpoints" / "000005")["settings"]["wandb"]["mode"] == "offline"
+
+
 def test_more_steps_are_allowed_and_anything_else_is_not(bench_top, finished, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder, symlinks=True)
