@@ -3,7 +3,8 @@
 ``patch(policy)`` is per object and changes nothing global. Where no code can be written that is not enough, so this
 module, and nothing else, replaces one method of one class: ``SmolVLAPolicy.from_pretrained``, through which every
 caller of LeRobot loads a checkpoint (``make_policy``, rollout, record, eval, the policy server, the base of a PEFT
-adapter). It does so when it is asked to: by the installed plugin, or by ``smolvla-fast serve``.
+adapter). It does so when it is asked to: by the installed plugin, or by ``smolvla-fast serve``. A fleet's
+replicas load their policies themselves and call ``patch_or_stock``.
 
 Environment, read at each load:
 
@@ -26,7 +27,7 @@ from typing import Any
 
 from .patch import patch, unpatch
 from .patching.runtime import Runtime, runtime_of
-from .patching.settings import disabled
+from .patching.settings import DISABLE, disabled
 
 logger = logging.getLogger("smolvla_fast")
 
@@ -49,24 +50,32 @@ def patch_as_loaded(policy_class: Any) -> None:
     @functools.wraps(stock)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         policy = stock(cls, *args, **kwargs)
-        _try_to_patch(policy)
+        patch_or_stock(policy)
         return policy
 
     from_pretrained._smolvla_fast_stock = stock  # type: ignore[attr-defined]
     policy_class.from_pretrained = classmethod(from_pretrained)
 
 
-def _try_to_patch(policy: Any) -> None:
-    precision, backend = os.environ.get(PRECISION) or "auto", os.environ.get(BACKEND) or "auto"
-    tune = os.environ.get(TUNE) or "cached"
+def patch_or_stock(policy: Any, precision: str | None = None, backend: str | None = None) -> str | None:
+    """``patch``, where nothing may stop for it: a policy that cannot be patched stays as it was loaded, with a warning.
+
+    precision, backend  as ``patch`` takes them; None: as the environment says      returns  why it could not be, or None
+    """
     try:
+        precision = precision or os.environ.get(PRECISION) or "auto"
+        backend = backend or os.environ.get(BACKEND) or "auto"
+        tune = os.environ.get(TUNE) or "cached"
         patch(policy, precision=precision, backend=backend, warmup=_warmup(), tune=tune)
-        if not disabled():
-            weakref.finalize(policy.model, _report, runtime_of(policy.model))
+        if disabled():
+            return f"{DISABLE} is set"
+        weakref.finalize(policy.model, _report, runtime_of(policy.model))
+        return None
     except Exception as error:  # whatever it is, a robot must not stop for it
         with suppress(Exception):
             unpatch(policy)
         logger.warning("smolvla_fast: off, stock runs: %s", error)
+        return str(error)
 
 
 def _warmup() -> bool:
