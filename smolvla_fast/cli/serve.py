@@ -11,8 +11,10 @@ import argparse
 import asyncio
 import errno
 import os
+import signal
 import socket
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 from .. import auto_patch
 from ..measure.console import CommandError, Console
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         ) from error
     check_address(config.host, config.port)
     if args.fleet:
-        return run_fleet(config, flags, args.precision, args.backend, console)
+        run_fleet(config, flags, args.precision, args.backend, console)
     for name, wish in ((auto_patch.PRECISION, args.precision), (auto_patch.BACKEND, args.backend)):
         if wish is not None:
             os.environ[name] = wish
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def run_fleet(
     config: Any, flags: dict[str, Any], precision: str | None, backend: str | None, console: Console
-) -> int:
+) -> NoReturn:
     try:
         from lerobot.configs.policies import PreTrainedConfig
 
@@ -112,10 +114,16 @@ def run_fleet(
                 f"{path}: {replicas.report.remote().result()}; replicas: {count}; metrics: {metrics}"
             )
             front = Front(replicas, path, PreTrainedConfig.from_pretrained(path), config, flags["--seed"])
-            asyncio.run(listen(front, address, lambda _: console.line(f"ready: {address}")))
+            # Not asyncio.run, which closes the loop: gRPC's own thread then still calls it.
+            loop = asyncio.new_event_loop()
+            task = loop.create_task(listen(front, address, lambda _: console.line(f"ready: {address}")))
+            for stop in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(stop, task.cancel)
+            with suppress(asyncio.CancelledError):
+                loop.run_until_complete(task)
+            raise KeyboardInterrupt
     except CannotDeploy as error:
         raise CommandError(" ".join(str(error).split())) from error
-    return 0
 
 
 def check_address(host: str, port: int) -> None:

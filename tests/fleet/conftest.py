@@ -58,12 +58,17 @@ def fleet(ray_here: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
     checkpoint = save_checkpoint(tmp_path_factory.mktemp("fleet"), num_steps=3)
     with pytest.MonkeyPatch.context() as patched:
         import offline
+        import ray
         from lerobot.async_inference.configs import PolicyServerConfig
         from offline.lerobot_robot_tiny import TinyRobot
 
         from smolvla_fast.fleet.cluster import deployed
         from smolvla_fast.fleet.front import Front
 
+        deadline = time.monotonic() + PATIENCE
+        while not ray.available_resources().get("CPU"):  # another test's replicas may just have ended
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
         patched.setattr(offline, "TinyRobot", TinyRobot, raising=False)  # where LeRobot looks for it
         server = PolicyServerConfig(inference_latency=0.0, obs_queue_timeout=1)
         with deployed(str(checkpoint.path), 1, 8, WAIT_S) as replicas:

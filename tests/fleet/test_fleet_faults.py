@@ -134,7 +134,9 @@ def test_bad_messages_are_refused_while_others_are_answered(
         code, text = refusal(bad.receive)
         assert code == "INVALID_ARGUMENT" and says in text, text
     # Its session goes on, and so does the other's.
-    assert rel_l2(stacked(bad.ask(state)), alone.answer(state, 0)) <= SERVED_EXACTLY
+    # What was refused is forgotten: the same joints are answered, though LeRobot's rules drop what is like the last.
+    assert bad.send(state, must_go=False)
+    assert rel_l2(stacked(bad.receive()), alone.answer(state, 0)) <= SERVED_EXACTLY
     done.set()
     thread.join(PATIENCE)
     assert len(answers) > 1
