@@ -5,7 +5,8 @@ module, and nothing else, replaces methods of one class: ``SmolVLAPolicy.from_pr
 caller of LeRobot loads a checkpoint (``make_policy``, rollout, record, eval, the policy server, the base of a PEFT
 adapter). It does so when it is asked to: by the installed plugin, or by ``smolvla-fast serve``. ``lerobot-train`` makes
 fresh policies as well, and moves them to their device afterwards; so ``forward``, the loss, is replaced too, and patches
-at the first loss where training is asked for.
+at the first loss where training is asked for. A fleet's replicas load their policies themselves and call
+``patch_or_stock``.
 
 Environment, read for each policy:
 
@@ -32,7 +33,7 @@ from typing import Any
 
 from .patch import patch, unpatch
 from .patching.runtime import Runtime, runtime_of
-from .patching.settings import disabled
+from .patching.settings import DISABLE, disabled
 
 logger = logging.getLogger("smolvla_fast")
 
@@ -61,13 +62,13 @@ def patch_as_loaded(policy_class: Any) -> None:
     @functools.wraps(stock)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         policy = stock(cls, *args, **kwargs)
-        _try_to_patch(policy)
+        patch_or_stock(policy)
         return policy
 
     @functools.wraps(loss)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self not in _tried and os.environ.get(TRAINING, "0") not in ("", "0"):
-            _try_to_patch(self)
+            patch_or_stock(self)
         return loss(self, *args, **kwargs)
 
     policy_class.forward = forward
@@ -75,21 +76,29 @@ def patch_as_loaded(policy_class: Any) -> None:
     policy_class.from_pretrained = classmethod(from_pretrained)
 
 
-def _try_to_patch(policy: Any) -> None:
+def patch_or_stock(policy: Any, precision: str | None = None, backend: str | None = None) -> str | None:
+    """``patch``, where nothing may stop for it: a policy that cannot be patched stays as it was loaded, with a warning.
+
+    precision, backend  as ``patch`` takes them; None: as the environment says      returns  why it could not be, or None
+    """
     _tried.add(policy)
-    precision, backend = os.environ.get(PRECISION) or "auto", os.environ.get(BACKEND) or "auto"
-    tune = os.environ.get(TUNE) or "cached"
     try:
+        precision = precision or os.environ.get(PRECISION) or "auto"
+        backend = backend or os.environ.get(BACKEND) or "auto"
+        tune = os.environ.get(TUNE) or "cached"
         patch(
             policy, precision=precision, backend=backend, warmup=_is_one(WARMUP), tune=tune, training=_is_one(TRAINING),
             image_cache=_bytes(IMAGE_CACHE),
         )  # fmt: skip
-        if not disabled():
-            weakref.finalize(policy.model, _report, runtime_of(policy.model))
+        if disabled():
+            return f"{DISABLE} is set"
+        weakref.finalize(policy.model, _report, runtime_of(policy.model))
+        return None
     except Exception as error:  # whatever it is, a robot must not stop for it
         with suppress(Exception):
             unpatch(policy)
         logger.warning("smolvla_fast: off, stock runs: %s", error)
+        return str(error)
 
 
 def _is_one(name: str) -> bool:

@@ -36,6 +36,7 @@ def _triton_kernels_run():
 # Tests that share what one process holds: a tally, or a build that takes minutes. Any other file is a group of its own.
 TOGETHER = {
     "tests/smolvla/": "smolvla",
+    "tests/fleet/": "fleet",
     "tests/simt/": "simt",
     "tests/ops/test_image_prep.py": "simt",
     "tests/ops/test_masked_attention.py": "simt",

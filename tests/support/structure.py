@@ -15,6 +15,7 @@ DOCUMENT = ROOT / "docs" / "architecture.md"
 
 ROOMS = {
     "cli": ("cli",),
+    "fleet": ("fleet",),
     "train": ("training", "train"),
     "patch, verify": ("__init__", "auto_patch", "patch", "verify"),
     "testing": ("testing",),
@@ -38,6 +39,7 @@ ROOMS = {
 
 SAID = {
     "cli": "one file a command",
+    "fleet": "many robots on one policy, by Ray Serve",
     "train": "a training run",
     "patch, verify": "the public verbs",
     "testing": "policies and data made offline",
