@@ -286,7 +286,7 @@ OWN = {
         (["--threads", "99999999"], "--threads"), (["--size", "huge"], "--size"), (["--layout", "fp4"], "--layout"),
         (["--device", "gpu"], "--device gpu"), (["--json", "FILE/a.json"], "FILE/a.json"), (["--json", ""], "--json"),
         (["cpu", "--cameras", "9"], "--cameras 9"), (["cpu", "--device", "cuda"], "--device cuda"),
-        (["--ful"], "did you mean --full?"), (["--json", "report.html"], "the name of the figures, such as report.json"),
+        (["--ful"], "did you mean --full?"), (["--json", "report.html"], "give the name of the figures, such as"),
     ],
 }  # fmt: skip
 # demo and verify read these arguments, and checkpoints, by the same lines, so they take turns.
