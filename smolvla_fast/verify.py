@@ -17,7 +17,7 @@ from .patching.judge import SCATTER as SCATTER
 from .patching.judge import Judgement, Stock, cosine, in_fp32, rel_l2
 
 FAR = 2.0
-"""How far a frame of many may exceed the bound of bf16: three times stock's own loss, twice the most that was seen."""
+"""How many times the bound of bf16 a frame of many may reach: three times stock's own loss."""
 
 
 @dataclass
@@ -74,10 +74,9 @@ class Comparison:
 def passed_together(judgements: Sequence[Judgement], tier: str) -> bool:
     """Whether a tier keeps its promise over many observations.
 
-    Every one has to be within its bound. bf16's bound is of stock's own loss, against which a right chunk scatters (0.47 to
-    1.44 times stock's loss on 60 frames of the policy of `make train-demo`, all products in bf16, so that of some hundred
-    frames one may exceed SCATTER): there the root of the mean square has to be within that of the bounds, and no frame may
-    exceed its own by more than FAR.
+    Every one has to be within its bound. bf16's bound is of stock's own loss, against which a right chunk scatters, so that
+    of many frames one may exceed SCATTER: there the root of the mean square has to be within that of the bounds, and no
+    frame may exceed its own by more than FAR.
     """
     if tier != "bf16":
         return all(each.passed for each in judgements)

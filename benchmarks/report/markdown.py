@@ -11,7 +11,7 @@ from benchmarks.report.sections import SECTIONS, curves
 from benchmarks.report.tables import suite
 from smolvla_fast.measure import system
 from smolvla_fast.measure.console import counted
-from smolvla_fast.measure.page import table, write_page
+from smolvla_fast.measure.page import picture, table, write_page
 
 INTERRUPTED = "**Interrupted**: the run was stopped; here is what it had measured until then."
 REHEARSAL = (
@@ -26,8 +26,9 @@ def write(data: dict[str, Any], stem: Path) -> list[Path]:
     text, chart = stem.with_suffix(".md"), stem.with_suffix(".png")
     lines = chart.with_name(f"{chart.stem}-scaling{chart.suffix}")
     charts = draw(data, chart, lines)
-    text.write_text(markdown(data, *(path.name if path in charts else None for path in (chart, lines))))
-    page = write_page(text)
+    written = markdown(data, *(path.name if path in charts else None for path in (chart, lines)))
+    text.write_text(written, encoding="utf-8")
+    page = write_page(text, charts)
     return [text, *([page] if page else []), *charts]
 
 
@@ -37,7 +38,7 @@ def markdown(data: dict[str, Any], chart: str | None = None, lines: str | None =
     parts = ["# smolvla_fast benchmarks"]
     parts += [REHEARSAL] if data.get("rehearsal") else []
     parts += [INTERRUPTED] if data.get("interrupted") else []
-    parts += [header(facts), system.busy(facts) or "", f"![times]({chart})" if chart else ""]
+    parts += [header(facts), system.busy(facts) or "", picture("times", chart) if chart else ""]
     for title, section in SECTIONS.items():
         text = section({**data, "curves": lines})
         parts += [f"## {title}", text] if text else []
@@ -99,5 +100,5 @@ def draw(data: dict[str, Any], path: Path, lines: Path) -> list[Path]:
 
 if __name__ == "__main__":
     for argument in map(Path, sys.argv[1:]):
-        for written in write(json.loads(argument.read_text()), argument):
+        for written in write(json.loads(argument.read_text(encoding="utf-8")), argument):
             print(f"wrote {written}")

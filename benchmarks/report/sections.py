@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.report import tables
 from benchmarks.report.tables import Bench, figures, suite, table
+from smolvla_fast.measure.page import picture
 
 Data = dict[str, Any]
 
@@ -121,7 +122,7 @@ def curves(data: Data) -> dict[str, dict[str, dict[int, float]]]:
 
 def cpu_scaling(data: Data) -> str:
     chart = data.get("curves")
-    text = [f"![time against cameras, steps, threads and batch]({chart})"] if chart else []
+    text = [picture("time against cameras, steps, threads and batch", chart)] if chart else []
     for axis, variants in curves(data).items():
         values = sorted(set().union(*variants.values()))
         rows = [[name, *(tables.ms(each, value) for value in values)] for name, each in variants.items()]

@@ -27,7 +27,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit status: 0 good, 1 a check failed, 2 the command could not run.
+    """Runs one command. Returns the exit status: 0 good, 1 a check failed, 2 the command could not run, 3 a check
+    could not be made.
 
     Where a pipe closes early, as in ``doctor | head -1``, the command ends with 1 and no traceback.
     """

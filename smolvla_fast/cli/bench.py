@@ -18,7 +18,7 @@ from pathlib import Path
 import smolvla_fast
 
 from ..measure import system
-from ..measure.console import CommandError, Console, check_writable
+from ..measure.console import CommandError, Console, check_report
 from .subject import resolve_device
 
 DEFAULT_SUITES = ("chunk", "stages", "ops")
@@ -75,9 +75,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         path = Path(args.json).absolute()
     else:
         path = _checkout() / "benchmarks" / "results" / harness.result_name(system.facts())
-    check_writable(path, "--json")
-    for suffix in (".md", ".html", ".png"):
-        check_writable(path.with_suffix(suffix), "--json")
+    check_report(path, (".md", ".html", ".png"))
     path.unlink(missing_ok=True)  # there may lie the figures of another day
     seconds = flags.seconds(args)
     parts = [harness.suite(name, seconds, seconds, *_options(name, args)) for name in suites]

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     check_writable(args.json, "--json")
     check_writable(args.plot, "--plot")
     check_plot(args.plot)
-    recorded = recording.open_recording(args, device)
+    recorded = recording.open_recording(args, device, 1)
     with threads(args.threads):
         found, chunks, fast_ran = measure(args, device, recorded, console)
     found.update(error(chunks["fast"], chunks["stock"]))
@@ -89,7 +89,7 @@ def measure(
         batch, noise = subject.make_observation(policy, args, args.seed)
         shown = "an observation drawn by code"
         if recorded is not None:
-            frame = recorded.draw(1, args.seed)[0]
+            (frame,) = recorded.frames
             batch, shown = (
                 recorded.batch(frame),
                 f"frame {frame.number} of episode {frame.episode} in {recorded.source}",

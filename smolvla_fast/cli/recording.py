@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..measure.console import CommandError
+from ..measure.console import CommandError, counted
 from ..smolvla import SmolVLAConfig, make_pre_post_processors
 from ..smolvla.features import ACTION, OBS_PREFIX, OBS_STATE
 from ..smolvla.hub import is_absent
@@ -36,29 +36,59 @@ class Joint(NamedTuple):
 
 @dataclass
 class Recording:
-    """Recorded observations with the processors of the policy they are for."""
+    """Drawn frames of a recording, with the processors of the policy they are for.
+
+    fit      features, and what to call their owner -> the cameras that it lacks; CommandError where stock cannot do without
+    lacking  frames that were read, by the cameras that each lacks
+    """
 
     recorded: Recorded
+    frames: list[Frame]
     joints: list[Joint]
-    notes: list[str]
     preprocess: Any
     postprocess: Any
+    fit: Callable[[Mapping[str, Any], str], list[str]]
+    lacking: dict[str, list[Frame]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.source, self.fps, self.draw = self.recorded.source, self.recorded.fps, self.recorded.draw
+        self.source, self.fps = self.recorded.source, self.recorded.fps
+        self.read = self.recorded.open(self.frames)
+
+    @property
+    def notes(self) -> list[str]:
+        return [
+            f"{counted(len(frames), 'frame')} without the cameras {cameras}, the first {_place(frames[0])}; stock and every "
+            "tier computed without them"
+            for cameras, frames in self.lacking.items()
+        ]
+
+    def observation(self, frame: Frame) -> tuple[dict[str, Any], list[str]]:
+        """The frame as it was recorded, and the cameras that it lacks. CommandError where it cannot be used."""
+        observation = self.read(frame)
+        if has_observations(self.recorded.features):  # a dataset's frames are all alike
+            return observation, self.fit(self.recorded.features, self.recorded.option)
+        shapes = {name: list(value.shape) for name, value in observation.items() if isinstance(value, Tensor)}
+        features = {
+            name: {"shape": shape, "dtype": "image" if len(shape) == 3 else "float32"}
+            for name, shape in shapes.items()
+        }
+        return observation, self.fit(features, str(frame.path))
 
     def batch(self, frame: Frame) -> dict[str, Any]:
         """As ``predict_action_chunk`` takes it. CommandError for a frame that cannot be read or processed."""
-        observation = self.recorded.read(frame.key)
+        observation, cameras = self.observation(frame)
         try:
             with torch.no_grad():
-                return self.preprocess(observation)
+                batch = self.preprocess(observation)
         except Exception as error:  # of the processors, LeRobot's or ours
             shapes = {k: list(v.shape) for k, v in observation.items() if isinstance(v, Tensor)}
             raise CommandError(
-                f"frame {frame.number} of episode {frame.episode} in {self.source} does not go through the policy's "
-                f"preprocessor ({type(error).__name__}: {error}); the frame has {shapes}"
+                f"{_place(frame)} in {self.source} does not go through the policy's preprocessor "
+                f"({type(error).__name__}: {error}); the frame has {shapes}"
             ) from error
+        if cameras:
+            self.lacking.setdefault(str(cameras), []).append(frame)
+        return batch
 
     def actions(self, policy: Any, chunk: Tensor) -> np.ndarray:
         """A chunk of the model's, [1, S, A] -> [S, joints], fp32 in the robot's units: what is sent to the robot."""
@@ -74,6 +104,7 @@ class Drawn:
 
     policy: Any
     args: argparse.Namespace
+    count: int
     source, fps, notes = "frames drawn by code", None, ()
 
     @property
@@ -81,11 +112,12 @@ class Drawn:
         count = self.policy.config.action_feature.shape[0]
         return [Joint(f"action[{index}]", "normalised units") for index in range(count)]
 
-    def draw(self, count: int, seed: int) -> list[Frame]:
-        return [Frame(str(index), 0, seed + index) for index in range(count)]
+    @property
+    def frames(self) -> list[Frame]:
+        return [Frame(str(index), 0) for index in range(self.args.frames or self.count)]
 
     def batch(self, frame: Frame) -> dict[str, Any]:
-        return subject.make_observation(self.policy, self.args, frame.key)[0]
+        return subject.make_observation(self.policy, self.args, self.args.seed + int(frame.episode))[0]
 
     def actions(self, policy: Any, chunk: Tensor) -> np.ndarray:
         return chunk[0, :, : len(self.joints)].float().cpu().numpy()
@@ -119,22 +151,45 @@ def episodes(text: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def open_recording(args: argparse.Namespace, device: torch.device) -> Recording | None:
-    """What the arguments name, checked against the policy's configuration before its weights are read; None where they
-    name nothing. CommandError for what does not fit or cannot be read."""
+def units(text: str) -> dict[str, str]:
+    """``degrees`` -> {"": "degrees"}; ``a.pos=degrees,b.pos=%`` -> by joint."""
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    named = {joint.strip(): unit.strip() for joint, _, unit in pairs}
+    if not all(named.values()) or len(named) < len(pairs) or ("" in named and len(pairs) > 1):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names no units; accepted is one for all joints, such as degrees, or "
+            "shoulder_pan.pos=degrees,gripper.pos=%"
+        )
+    return named
+
+
+def open_recording(args: argparse.Namespace, device: torch.device, count: int) -> Recording | None:
+    """``count`` frames of what the arguments name, checked against the policy's configuration before its weights are read.
+
+    None where they name nothing. CommandError for what does not fit or cannot be read: a dataset that does not fit before
+    its data is fetched, a folder of which no frame does.
+    """
     named = [option for option, value in (
         ("--dataset.repo_id", args.repo_id), ("--dataset.root", args.root), ("--observations", args.observations),
     ) if value is not None]  # fmt: skip
+    of_dataset = [
+        f"--dataset.{name}"
+        for name in ("episodes", "revision", "video_backend", "units")
+        if vars(args).get(name) is not None
+    ]
+    if of_dataset and not named:
+        raise CommandError(f"{' and '.join(of_dataset)} need --dataset.repo_id or --dataset.root")
     if not named:
-        if args.episodes is not None or args.revision is not None:
-            raise CommandError(
-                "--dataset.episodes and --dataset.revision need --dataset.repo_id or --dataset.root"
-            )
         return None
     if args.policy_path is None:
         raise CommandError(f"{named[0]} needs the policy that the recording is for; give --policy.path")
     if args.observations is not None and len(named) > 1:
         raise CommandError(f"--observations and {named[0]} name two recordings; give one")
+    if args.observations is not None and of_dataset:
+        raise CommandError(
+            f"{' and '.join(of_dataset)} say nothing of --observations; give a folder with fewer subfolders for fewer "
+            "episodes, and names and units in its info.json"
+        )
     if args.cameras is not None:
         raise CommandError("--cameras is for drawn frames; a recording has the cameras that it has")
     config = read_config(args.policy_path, device)
@@ -146,9 +201,25 @@ def open_recording(args: argparse.Namespace, device: torch.device) -> Recording 
     renames: dict[str, str] = {}
     for step in preprocess.steps:
         renames |= getattr(step, "rename_map", {})
-    notes = check_fit(recorded, config, renames)
-    joints = joints_of(recorded.features.get(ACTION), config)
-    return Recording(recorded, joints, notes, preprocess, postprocess)
+
+    def fit(features: Mapping[str, Any], owner: str) -> list[str]:
+        return check_fit(features, config, renames, owner)
+
+    if has_observations(recorded.features):
+        fit(recorded.features, recorded.option)
+    check_action(recorded.features.get(ACTION), config, recorded.option)
+    joints = joints_of(recorded.features.get(ACTION), config, recorded.option, vars(args).get("units"))
+    recording = Recording(recorded, recorded.draw(count, args.seed), joints, preprocess, postprocess, fit)
+    first: CommandError | None = None
+    for frame in recording.frames:
+        try:
+            recording.observation(frame)
+            return recording
+        except CommandError as reason:
+            first = first or reason
+    raise CommandError(
+        f"{recorded.option}: none of {counted(len(recording.frames), 'frame')} can be used; {first}"
+    )
 
 
 def read_config(path: str, device: torch.device) -> SmolVLAConfig:
@@ -179,15 +250,17 @@ def processors(path: str, config: SmolVLAConfig) -> tuple[Any, Any]:
         ) from error
 
 
-def check_fit(recorded: Recorded, config: SmolVLAConfig, renames: Mapping[str, str]) -> list[str]:
-    """CommandError unless the recording has what the policy computes from, in its sizes and under its names.
+def check_fit(
+    features: Mapping[str, Any], config: SmolVLAConfig, renames: Mapping[str, str], owner: str
+) -> list[str]:
+    """CommandError unless there is what the policy computes from, in its sizes and under its names.
 
-    renames  of the policy's preprocessor: name in the recording -> name in the policy
-    returns  what it lacks and stock does without
+    features  of a dataset or of one observation      owner  what to call it in messages
+    renames   of the policy's preprocessor: name in the recording -> name in the policy
+    returns   the cameras that are not there and that stock does without
     """
-    where = f"{recorded.option} does not fit the policy"
-    found = {renames.get(name, name): feature for name, feature in recorded.features.items()}
-    inputs, outputs = config.input_features or {}, config.output_features or {}
+    where = f"{owner} does not fit the policy"
+    found = {renames.get(name, name): feature for name, feature in features.items()}
     cameras = [key for key in config.image_features if "empty_camera" not in key]
     own = [name for name in found if name.startswith(OBS_PREFIX) and is_camera(found[name])]
     missing = [key for key in cameras if key not in found]
@@ -198,43 +271,73 @@ def check_fit(recorded: Recorded, config: SmolVLAConfig, renames: Mapping[str, s
             f"{where}: it lacks the cameras {missing}; it has {own or 'none'}, the policy computes from {cameras}. Give the "
             "recording that the policy was trained on, or one of the same robot"
         )
-    for key, feature in ((OBS_STATE, inputs.get(OBS_STATE)), (ACTION, outputs.get(ACTION))):
-        if key == ACTION and key not in found:
-            continue  # observations alone are enough; its joints then have no names
-        if key not in found:
-            raise CommandError(
-                f"{where}: it has no {key!r}, from which the policy computes; it has "
-                f"{sorted(name for name in found if name.startswith(OBS_PREFIX))}"
-            )
-        shape, wanted = list(found[key]["shape"]), list(feature.shape) if feature else []
-        if shape != wanted:
-            names = names_of(found[key])
-            raise CommandError(
-                f"{where}: {key!r} has the shape {shape} there{f' ({names})' if names else ''} and {wanted} in the policy's "
-                "config.json. Give a recording of the robot that the policy was trained for"
-            )
-    return (
-        [f"{recorded.source} lacks the cameras {missing}; stock and every tier computed without them"]
-        if missing
-        else []
-    )
+    if OBS_STATE not in found:
+        raise CommandError(
+            f"{where}: it has no {OBS_STATE!r}, from which the policy computes; it has "
+            f"{sorted(name for name in found if name.startswith(OBS_PREFIX))}"
+        )
+    check_shape(OBS_STATE, found[OBS_STATE], (config.input_features or {})[OBS_STATE].shape, where)
+    return missing
+
+
+def check_action(feature: Mapping[str, Any] | None, config: SmolVLAConfig, option: str) -> None:
+    """CommandError for actions of another size than the policy's. Observations alone, without them, are enough."""
+    names = names_of(feature)
+    if feature and ("shape" in feature or names):
+        sized = {"shape": [len(names)], **feature}
+        check_shape(
+            ACTION, sized, (config.output_features or {})[ACTION].shape, f"{option} does not fit the policy"
+        )
+
+
+def check_shape(key: str, feature: Mapping[str, Any], wanted: Sequence[int], where: str) -> None:
+    shape, names = feature.get("shape"), names_of(feature)
+    if not isinstance(shape, (list, tuple)) or list(shape) != list(wanted):
+        said = f"{list(shape) if isinstance(shape, tuple) else shape} there{f' ({names})' if names else ''}"
+        raise CommandError(
+            f"{where}: {key!r} has the shape {said} and {list(wanted)} in the policy's config.json. Give a "
+            "recording of the robot that the policy was trained for"
+        )
+
+
+def has_observations(features: Mapping[str, Any]) -> bool:
+    return any(name.startswith(OBS_PREFIX) for name in features)
 
 
 def is_camera(feature: Mapping[str, Any]) -> bool:
     return feature.get("dtype") in ("image", "video")
 
 
-def joints_of(feature: Mapping[str, Any] | None, config: SmolVLAConfig) -> list[Joint]:
-    """Names and units of the actions' values; the units are what info.json or a name says, or OWN_UNITS."""
+def joints_of(
+    feature: Mapping[str, Any] | None, config: SmolVLAConfig, option: str, given: Mapping[str, str] | None
+) -> list[Joint]:
+    """Names and units of the actions' values. Units are what ``given``, info.json or a name says, or OWN_UNITS.
+
+    given   of --dataset.units      raises  CommandError for units that do not fit the joints
+    """
     count = (config.output_features or {})[ACTION].shape[0]
     names = names_of(feature)
     if len(names) != count:
         names = [f"action[{index}]" for index in range(count)]
-    said = (feature or {}).get("units") or (feature or {}).get("unit")
-    units = [said] * count if isinstance(said, str) else said if isinstance(said, list) else []
-    if len(units) != count:
-        units = [unit_of(name) for name in names]
-    return [Joint(name, str(unit)) for name, unit in zip(names, units, strict=True)]
+    said = (feature or {}).get("units") or (feature or {}).get("unit") or [unit_of(name) for name in names]
+    said = [said] * count if isinstance(said, str) else said
+    if not isinstance(said, list) or len(said) != count:
+        raise CommandError(
+            f"{option}: info.json has the units {said} for {count} actions; accepted is one for each"
+        )
+    given = given or {}
+    unknown = sorted(set(given) - {"", *names})
+    if unknown:
+        raise CommandError(
+            f"--dataset.units names {unknown}, which the recording does not have; it has {names}"
+        )
+    return [
+        Joint(name, given.get(name, given.get("", str(unit)))) for name, unit in zip(names, said, strict=True)
+    ]
+
+
+def _place(frame: Frame) -> str:
+    return f"frame {frame.number} of episode {frame.episode}"
 
 
 def unit_of(name: str) -> str:

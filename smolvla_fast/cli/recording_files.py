@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,18 +17,18 @@ import torch
 from torch import Tensor
 
 from ..measure.console import CommandError
-from ..smolvla.features import OBS_PREFIX
+from ..smolvla.features import ACTION, OBS_PREFIX
 
 KINDS = (".npz", ".pt")
 INFO = "info.json"
 
 
 class Frame(NamedTuple):
-    """episode, number  for people: which episode, and the frame's number in it      key  what ``Recorded.read`` takes"""
+    """Which episode, and the frame's number in it. path  its file, in a folder of observations"""
 
     episode: str
     number: int
-    key: Any
+    path: Path = Path()
 
 
 @dataclass
@@ -36,17 +38,18 @@ class Recorded:
     source    for the report
     option    the argument that named them, for messages
     episodes  name -> its frames in order
-    read      key of a frame -> observation by the names of the recording: tensors, and the text "task"
-    features  name -> as in a dataset's info.json, at least "shape"
+    features  name -> as in a dataset's info.json; {} where only the observations say
     fps       frames a second, or None
+    open      frames that were drawn -> what reads one: an observation by the names of the recording, tensors and the
+              text "task". Raises CommandError, as does what it returns
     """
 
     source: str
     option: str
     episodes: dict[str, list[Frame]]
-    read: Callable[[Any], dict[str, Any]]
     features: dict[str, Any]
     fps: float | None
+    open: Callable[[list[Frame]], Callable[[Frame], dict[str, Any]]]
 
     def draw(self, count: int, seed: int) -> list[Frame]:
         """``count`` frames over all episodes, or all there are: an equal number from each, spread over its length.
@@ -70,54 +73,45 @@ class Recorded:
 
 
 def open_dataset(args: argparse.Namespace) -> Recorded:
-    """The dataset that ``--dataset.*`` names, with its files and values checked. Raises CommandError."""
-    try:
-        from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+    """The dataset that ``--dataset.*`` names, by its metadata: data is fetched when frames have been drawn.
 
-        from ..train.data import check_values
-        from ..train.dataset_files import check_backend, check_files
+    Raises CommandError.
+    """
+    try:
+        from lerobot.datasets import LeRobotDatasetMetadata
+
+        from ..train.dataset_files import check_backend
         from ..train.errors import TrainingError
     except ImportError as error:
         raise CommandError(
             f"LeRobot 0.6's datasets cannot be imported ({error}); on Python 3.12 or later run `pip install "
             '"smolvla_fast[train]"`, or give saved observations with --observations FOLDER'
         ) from error
-    root = None if args.root is None else str(Path(args.root).expanduser())
-    option = "--dataset.repo_id" if root is None else "--dataset.root"
-    source = args.repo_id or Path(args.root).expanduser().resolve().name
-    where = dict(root=root, revision=args.revision)
+    option = "--dataset.repo_id" if args.root is None else "--dataset.root"
+    source, where = _where(args)
     try:
         meta = LeRobotDatasetMetadata(source, **where)
         check_backend(args.video_backend, bool(meta.video_keys))
         _check_episodes(args.episodes, meta)
-        dataset = LeRobotDataset(
-            source, **where, episodes=args.episodes, tolerance_s=args.tolerance_s,
-            # Without videos any decoder will do; left to choose, LeRobot tries to load FFmpeg and fails at length.
-            video_backend=args.video_backend or (None if meta.video_keys else "pyav"),
-        )  # fmt: skip
-        check_files(dataset)
-        check_values(dataset, {name: name for name in meta.features})
     except CommandError:
         raise
     except TrainingError as error:
         raise CommandError(f"{option}: {error}") from error
     except Exception as error:  # the Hub, datasets, pyarrow and LeRobot each raise their own
-        raise CommandError(_not_opened(args, source, error)) from error
-    columns = dataset.hf_dataset.data
-    episodes: dict[str, list[Frame]] = {}
-    numbers = zip(
-        *(columns.column(name).to_pylist() for name in ("episode_index", "frame_index")), strict=True
-    )
-    for row, (episode, index) in enumerate(numbers):
-        episodes.setdefault(str(episode), []).append(Frame(str(episode), index, row))
+        raise CommandError(_not_opened(args, args.episodes, error)) from error
+    begins, ends = (meta.episodes[f"dataset_{side}_index"] for side in ("from", "to"))
+    chosen = range(meta.total_episodes) if args.episodes is None else args.episodes
+    episodes = {str(i): [Frame(str(i), number) for number in range(ends[i] - begins[i])] for i in chosen}
     return Recorded(
-        f"{source} ({meta.total_episodes} episodes)",
-        option,
-        episodes,
-        _Reader(dataset),
-        meta.features,
-        float(meta.fps),
-    )
+        f"{source} ({meta.total_episodes} episodes)", option, episodes, meta.features, float(meta.fps),
+        lambda frames: _Reader(args, option, bool(meta.video_keys), frames),
+    )  # fmt: skip
+
+
+def _where(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    root = None if args.root is None else Path(args.root).expanduser()
+    name = args.repo_id or (root.resolve().name if root else "")
+    return name, dict(root=None if root is None else str(root), revision=args.revision)
 
 
 def _check_episodes(chosen: list[int] | None, meta: Any) -> None:
@@ -134,28 +128,56 @@ def _check_episodes(chosen: list[int] | None, meta: Any) -> None:
 
 
 class _Reader:
-    """Reads observations of a ``LeRobotDataset`` by row. CommandError names the file, episode and frame that it cannot."""
+    """Reads frames of a ``LeRobotDataset``, of the episodes of ``frames`` alone: no other is fetched.
 
-    def __init__(self, dataset: Any) -> None:
+    Raises CommandError for data that is missing or damaged, and when called, with the file, episode and frame that cannot
+    be read.
+    """
+
+    def __init__(self, args: argparse.Namespace, option: str, videos: bool, frames: list[Frame]) -> None:
+        from lerobot.datasets import LeRobotDataset
+
+        from ..train.data import check_values
+        from ..train.dataset_files import check_files
+        from ..train.errors import TrainingError
         from ..train.readable import Readable
 
+        source, where = _where(args)
+        episodes = sorted({int(frame.episode) for frame in frames})
+        try:
+            dataset = LeRobotDataset(
+                source, **where, episodes=episodes, tolerance_s=args.tolerance_s,
+                # Without videos any decoder will do; left to choose, LeRobot tries to load FFmpeg and fails at length.
+                video_backend=args.video_backend or (None if videos else "pyav"),
+            )  # fmt: skip
+            check_files(dataset)
+            check_values(dataset, {name: name for name in dataset.meta.features})
+        except TrainingError as error:
+            raise CommandError(f"{option}: {error}") from error
+        except Exception as error:  # the Hub, datasets, pyarrow and LeRobot each raise their own
+            raise CommandError(_not_opened(args, episodes, error)) from error
+        columns = (
+            dataset.hf_dataset.data.column(name).to_pylist() for name in ("episode_index", "frame_index")
+        )
+        self.rows = {place: row for row, place in enumerate(zip(*columns, strict=True))}
         self.frames = Readable(dataset)
 
-    def __call__(self, row: int) -> dict[str, Any]:
-        item = self.frames[row]
+    def __call__(self, frame: Frame) -> dict[str, Any]:
+        item = self.frames[self.rows[int(frame.episode), frame.number]]
         if not isinstance(item, dict):
             raise CommandError(item.message)
         return {key: value for key, value in item.items() if key.startswith(OBS_PREFIX) or key == "task"}
 
 
-def _not_opened(args: argparse.Namespace, source: str, error: Exception) -> str:
+def _not_opened(args: argparse.Namespace, episodes: list[int] | None, error: Exception) -> str:
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
     from ..train.dataset_files import find_fault, first_line
 
+    source, _ = _where(args)
     root = Path(args.root or HF_LEROBOT_HOME / source).expanduser()
     # LeRobot asks the Hub for a missing file, so its own error may be one of the network.
-    fault = find_fault(root, args.episodes) if args.root or root.is_dir() else None
+    fault = find_fault(root, episodes) if args.root or root.is_dir() else None
     return (
         f"cannot open the dataset {source} ({args.root or 'no --dataset.root'}): "
         + (f"in {root}, {fault}" if fault else first_line(error))
@@ -164,7 +186,7 @@ def _not_opened(args: argparse.Namespace, source: str, error: Exception) -> str:
 
 
 def open_folder(args: argparse.Namespace) -> Recorded:
-    """``--observations FOLDER``: .npz or .pt files in the order of their names, a subfolder an episode. CommandError."""
+    """``--observations FOLDER``: .npz or .pt files by name, 2 before 10, a subfolder an episode. Raises CommandError."""
     folder = Path(args.observations).expanduser()
     accepted = (
         f"accepted is a folder with {' or '.join(KINDS)} files, an observation each, a subfolder an episode"
@@ -174,10 +196,10 @@ def open_folder(args: argparse.Namespace) -> Recorded:
             kind = "a file" if folder.exists() else "no such folder"
             hint = "; the number of frames is --frames" if args.observations.isdigit() else ""
             raise CommandError(f"--observations {args.observations}: {kind}; {accepted}{hint}")
-        subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
+        subfolders = sorted((path for path in folder.iterdir() if path.is_dir()), key=by_number)
         episodes: dict[str, list[Frame]] = {}
         for part in subfolders or [folder]:
-            paths = sorted(path for path in part.iterdir() if path.suffix in KINDS)
+            paths = sorted((path for path in part.iterdir() if path.suffix in KINDS), key=by_number)
             if not paths:
                 raise CommandError(
                     f"--observations: no observation in {part}; {accepted}. Remove an empty episode"
@@ -186,15 +208,16 @@ def open_folder(args: argparse.Namespace) -> Recorded:
     except (OSError, ValueError) as error:
         raise CommandError(f"--observations {args.observations!r}: {error}; {accepted}") from error
     info = read_info(folder / INFO)
-    first = read_observation(next(iter(episodes.values()))[0].key)
-    found = {
-        name: {"shape": list(value.shape), "dtype": "image" if ".image" in name else "float32"}
-        for name, value in first.items()
-        if isinstance(value, Tensor)
-    }
-    declared = {name: {"shape": [len(names_of(each))], **each} for name, each in info["features"].items()}
-    features = {**declared, **found}
-    return Recorded(str(folder), "--observations", episodes, read_observation, features, info.get("fps"))
+    return Recorded(
+        str(folder), "--observations", episodes, info.get("features", {}), info.get("fps"),
+        lambda frames: lambda frame: read_observation(frame.path),
+    )  # fmt: skip
+
+
+def by_number(path: Path) -> tuple[list[str | int], str]:
+    """Sort key: ``2.npz`` before ``10.npz``."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], path.name
 
 
 def read_observation(path: Path) -> dict[str, Any]:
@@ -237,6 +260,8 @@ def _value(name: str, value: Any) -> Tensor:
         if value.shape[-1] in (1, 3, 4) and value.shape[0] not in (1, 3, 4):
             value = value.permute(2, 0, 1)
         value = value.float() / 255 if value.dtype is torch.uint8 else value.float()
+        if not (value.min() >= 0 and value.max() <= 1):
+            raise ValueError(f"{name!r} has values outside [0, 1]; accepted are uint8, or fp32 in [0, 1]")
         return value.contiguous()
     value = value.float()
     value = value[0] if value.ndim == 2 and len(value) == 1 else value
@@ -259,14 +284,21 @@ def names_of(feature: Mapping[str, Any] | None) -> list[str]:
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """An info.json beside saved observations, as a dataset has it in meta/; {} where there is none."""
+    """fps and the names of actions, from an info.json beside saved observations; {} where there is none. CommandError.
+
+    Of "features", only the action: what was observed, the observations themselves say.
+    """
     try:
         info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        features = info.get("features", {})
-        assert all(isinstance(feature, dict) for feature in features.values())
-        return {**info, "features": features}
-    except (OSError, ValueError, AttributeError, AssertionError) as error:
+        action = info.get("features", {}).get(ACTION)
+        fps = info.get("fps")
+        if fps is not None and (type(fps) not in (int, float) or not 0 < fps < math.inf):
+            raise ValueError(f'"fps" is {json.dumps(fps)}, not a number above 0')
+        if action is not None and not isinstance(action, dict):
+            raise ValueError(f'the "action" of "features" is {json.dumps(action)}')
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CommandError(
             f"{path}: no info.json as a dataset's ({error}); accepted is "
             '{"fps": 30, "features": {"action": {"names": [...]}}}, or none'
         ) from error
+    return {"fps": fps, "features": {} if action is None else {ACTION: action}}

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..measure import system
 from ..measure.console import Console, counted
-from ..measure.page import table
+from ..measure.differences import nan_is_worst
+from ..measure.page import escape_markdown, picture, table
 from . import subject
 
 Found = dict[str, Any]
@@ -51,7 +52,7 @@ def clause(found: Found, tier: Found) -> str:
             for index, (each, noise) in enumerate(zip(tier["joints"], tier["noise"], strict=True))
             if each["max"]
         ]
-        most, joint = max(shares)
+        most, joint = max(shares, key=lambda each: nan_is_worst(each[0]))
         name, unit = found["joints"][joint]["name"], found["joints"][joint]["unit"]
         moved = (
             f"{name} differs most, by up to {number(tier['joints'][joint]['max'])} {unit}, {share(most)} of what another "
@@ -72,7 +73,8 @@ def verdict(found: Found) -> str:
         return f"Not verified: {said}."
     if bad:
         return f"FAILED, do not run {' or '.join(bad)} on this robot: {said}."
-    return f"Passed: {said}."
+    judged, drawn = min(len(tier["frames"]) for tier in found["tiers"]), found["drawn"]
+    return f"Passed{f' on {judged} of {drawn} frames drawn' if judged < drawn else ''}: {said}."
 
 
 def about(found: Found) -> list[str]:
@@ -107,7 +109,7 @@ def tables(found: Found) -> list[tuple[str, list[str], list[list[str]], int]]:
     tiers = [tier for tier in found["tiers"] if tier["frames"]]
     rows = []
     for tier in tiers:
-        worst = max(tier["frames"], key=lambda each: each["rel_l2"])
+        worst = max(tier["frames"], key=lambda each: nan_is_worst(each["rel_l2"]))
         rows.append([
             tier["name"], tier["backend"], str(len(tier["frames"])), str(tier["within"]), f"{worst['rel_l2']:.2e}",
             "equal bits" if tier["precision"] == "exact" else f"{worst['bound']:.2e}",
@@ -146,18 +148,22 @@ def show(found: Found, console: Console) -> None:
 
 def markdown(found: Found, pictures: list[Path]) -> str:
     """The report. pictures  those that lie beside it"""
-    parts = ["# smolvla_fast: what changes on the robot", f"**{found['verdict']}**", READING]
-    parts.append("\n".join(f"- {line}" for line in about(found)))
+    parts = [
+        "# smolvla_fast: what changes on the robot",
+        f"**{escape_markdown(found['verdict'])}**",
+        READING,
+        "\n".join(f"- {escape_markdown(line)}" for line in about(found)),
+    ]
     for title, columns, rows, left in tables(found):
         parts += [
             f"## {title}",
-            table(columns, [[cell.replace("|", "/") for cell in row] for row in rows], left),
+            table(columns, [[escape_markdown(cell) for cell in row] for row in rows], left),
         ]
     for tier in found["tiers"]:
-        worst = sorted(tier["frames"], key=lambda each: -each["of_bound"])[:WORST]
+        worst = sorted(tier["frames"], key=lambda each: nan_is_worst(each["of_bound"]), reverse=True)[:WORST]
         rows = [
             [
-                each["episode"],
+                escape_markdown(each["episode"]),
                 each["frame"],
                 f"{each['rel_l2']:.2e}",
                 f"{each['bound']:.2e}",
@@ -170,5 +176,5 @@ def markdown(found: Found, pictures: list[Path]) -> str:
             parts += [f"## {tier['name']}: the worst frames", table(columns, rows, 1)]
     for path in pictures:
         title = PICTURES[path.stem.rpartition("-")[2]]
-        parts += [f"## {title}", f"![{title}](<{path.name}>)"]
+        parts += [f"## {title}", picture(title, path.name)]
     return "\n\n".join(parts) + "\n"

@@ -132,6 +132,22 @@ def check_writable(path: str | Path, option: str) -> None:
         raise cannot_write(path, error, option) from error
 
 
+def check_report(path: str | Path, endings: Sequence[str]) -> None:
+    """``check_writable`` of a report's JSON and of the files that are named after it. Raises CommandError.
+
+    endings  of those files, such as ".md" and "-joints.png"
+    """
+    path = Path(path)
+    if path.suffix.lower() in (".md", ".html", ".png"):
+        raise CommandError(
+            f"--json {path}: the report's own {path.suffix} would lie there; give the name of the figures, such as "
+            f"{path.with_suffix('.json')}"
+        )
+    check_writable(path, "--json")
+    for ending in endings:
+        check_writable(path.with_name(path.stem + ending), "--json")
+
+
 def cannot_write(path: str | Path, reason: Exception, option: str) -> CommandError:
     why = reason.strerror if isinstance(reason, OSError) and reason.strerror else reason
     return CommandError(f"cannot write {path}: {why}; give another {option} PATH")
@@ -142,7 +158,7 @@ def write_json(path: str | Path, data: Any) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=2) + "\n")
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise cannot_write(path, error, "--json") from error
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -15,8 +16,8 @@ from .plot import save
 STOCK, NOISE = "#999999", "#ccbb44"
 TIERS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#222222")
 STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (1, 3)))
-FAR = 1e6
-"""Where a ratio beyond it, or an infinite one, is drawn."""
+TOP = 1e6
+"""Where a ratio beyond it, an infinite one or NaN is drawn."""
 
 Found = dict[str, Any]
 
@@ -29,8 +30,13 @@ def draw(found: Found, report: Path) -> list[Path]:
     paths, found = [], {**found, "tiers": [tier for tier in found["tiers"] if tier["frames"]]}
     for name, page in pages.items():
         paths.append(report.with_name(f"{report.stem}-{name}.png"))
-        save(page(found), paths[-1])
+        with rc_context({"text.parse_math": False}):  # a joint may be called $x$
+            save(page(found), paths[-1])
     return paths
+
+
+def ratios(values: Sequence[float]) -> np.ndarray:
+    return np.minimum(np.nan_to_num(np.array(values, dtype=float), nan=TOP), TOP)
 
 
 def trajectories(found: Found) -> Figure:
@@ -130,9 +136,7 @@ def steps(found: Found) -> Figure:
     axes = figure.subplots()
     for index, tier in enumerate(found["tiers"]):
         colour = TIERS[index % len(TIERS)]
-        high, middle = (
-            np.minimum(np.array(tier["steps"][name], dtype=float), FAR) for name in ("p99", "p50")
-        )
+        high, middle = (ratios(tier["steps"][name]) for name in ("p99", "p50"))
         places, label = np.arange(len(high)), f"{tier['name']}{zero(tier)}"
         axes.plot(
             places, np.where(high > 0, high, np.nan), color=colour, marker="o", markersize=3, label=label
@@ -152,14 +156,11 @@ def histogram(found: Found) -> Figure:
     """Frames by their error over their bound."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
-    ratios = {
-        index: np.minimum([each["of_bound"] for each in tier["frames"]], FAR)
-        for index, tier in enumerate(found["tiers"])
-    }
-    positive = np.concatenate([each[each > 0] for each in ratios.values()])
+    of_bounds = [ratios([each["of_bound"] for each in tier["frames"]]) for tier in found["tiers"]]
+    positive = np.concatenate([each[each > 0] for each in of_bounds])
     low = min(positive.min(), 0.5) / 1.3 if len(positive) else 0.1
     edges = np.geomspace(low, max(1.3 * positive.max(initial=1.0), 2.0), 41).tolist()
-    for index, each in ratios.items():
+    for index, each in enumerate(of_bounds):
         tier = found["tiers"][index]
         label = f"{tier['name']}{zero(tier)}: {tier['within']} of {len(each)} within"
         colour = TIERS[index % len(TIERS)]

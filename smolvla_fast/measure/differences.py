@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 SHARE = 0.99
 """Of a joint's values: the percentile that is reported beside the largest."""
+
+
+def nan_is_worst(value: float) -> tuple[bool, float]:
+    """Key for sorting and ``max``: NaN counts as more than any number."""
+    return math.isnan(value), value
 
 
 def by_joint(chunks: np.ndarray, reference: np.ndarray) -> list[dict[str, float]]:
@@ -39,7 +45,7 @@ def by_step(shares: np.ndarray) -> dict[str, list[float]]:
     }
 
 
-def beside(places: list[int], worst: int, length: int, most: int = 6) -> list[int]:
+def side_by_side(places: list[int], worst: int, length: int, most: int = 6) -> list[int]:
     """Which chunks of an episode are drawn side by side: the worst and, in turn around it, those that overlap none chosen.
 
     places   first frame of each chunk      worst  position in ``places``      length  of a chunk, in frames

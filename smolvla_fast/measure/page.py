@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 NO_PAGE = 'no HTML page: markdown-it-py is not installed; run `pip install "smolvla_fast[cli]"`'
 PAGE = """<!doctype html>
@@ -35,29 +35,40 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int | Non
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (columns, rule, *rows))
 
 
-def write_page(report: Path) -> Path | None:
-    """Writes the Markdown file ``report`` as HTML beside it, with the pictures that lie there inside the page.
+def escape_markdown(text: str) -> str:
+    """Text of somebody else's, such as a joint's name, in one line of Markdown: shown as it is, tags and links too."""
+    text = re.sub(
+        r"([\\`*\[\]<>|&~$])|(?<![^\W_])_|_(?![^\W_])", lambda found: "\\" + found[0], " ".join(text.split())
+    )
+    return re.sub(r"^(\d*)([-+#=.)])", r"\1\\\2", text)
 
-    None where markdown-it-py is not installed.
+
+def picture(title: str, name: str) -> str:
+    """Markdown for a picture in the report's folder, whatever the name of its file."""
+    return f"![{title}]({quote(name, safe='')})"
+
+
+def write_page(report: Path, pictures: Sequence[Path]) -> Path | None:
+    """Writes the Markdown file ``report`` as HTML beside it, with ``pictures`` of the same folder inside the page.
+
+    Any other picture that the text names is left out. None where markdown-it-py is not installed.
     """
     try:
         from markdown_it import MarkdownIt
     except ImportError:
         return None
     text = report.read_text(encoding="utf-8")
-    # Names of joints and episodes are somebody's text: tags in it are shown, not obeyed.
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    inside = {path.name: base64.b64encode(path.read_bytes()).decode() for path in pictures}
 
-    def inside(found: re.Match[str]) -> str:
-        path = report.parent / unquote(found[1])
-        if not path.is_file():
-            return found[0]
-        return f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"'
+    def image(_: Any, tokens: Sequence[Any], index: int, *rest: Any) -> str:
+        name, title = unquote(tokens[index].attrs["src"]), escape(tokens[index].content)
+        return f'<img src="data:image/png;base64,{inside[name]}" alt="{title}">' if name in inside else title
 
-    body = re.sub(r'src="([^":]+\.png)"', inside, body)
+    markdown.add_render_rule("image", image)
     title = next(
         (line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")), report.stem
     )
     path = report.with_suffix(".html")
-    path.write_text(PAGE.format(title=escape(title), body=body), encoding="utf-8")
+    path.write_text(PAGE.format(title=escape(title), body=markdown.render(text)), encoding="utf-8")
     return path

@@ -266,6 +266,13 @@ OWN = {
         (["--observations", "FOLDER", "--cameras", "1", "--policy.path", "SAVED"], "--cameras is for drawn frames"),
         (["--dataset.episodes", "0,1"], "need --dataset.repo_id or --dataset.root"),
         (["--dataset.episodes", "0-4"], "accepted is one such as 0,3,7"),
+        (["--observations", "FOLDER", "--dataset.episodes", "0", "--policy.path", "SAVED"], "say nothing of --observations"),
+        (["--observations", "FOLDER", "--dataset.units", "mm", "--policy.path", "SAVED"], "units in its info.json"),
+        (["--dataset.video_backend", "pyav"], "need --dataset.repo_id or --dataset.root"),
+        (["--dataset.units", "mm"], "need --dataset.repo_id or --dataset.root"),
+        (["--dataset.units", ""], "accepted is one for all joints"), (["--dataset.units", "mm,cm"], "names no units"),
+        (["--dataset.units", "a="], "names no units"), (["--dataset.units", "a=mm,a=cm"], "names no units"),
+        (["--json", "report.md"], "the name of the figures, such as report.json"), (["--json", "a.HTML"], "a.json"),
         (["--max_minutes", "0"], "--max_minutes"), (["--max_minutes", "nan"], "--max_minutes"),
         (["--precision", "fp32,fp4"], "'exact', 'fp32', 'bf16'"), (["--precision", "fp32,"], "--precision"),
     ],
@@ -279,7 +286,7 @@ OWN = {
         (["--threads", "99999999"], "--threads"), (["--size", "huge"], "--size"), (["--layout", "fp4"], "--layout"),
         (["--device", "gpu"], "--device gpu"), (["--json", "FILE/a.json"], "FILE/a.json"), (["--json", ""], "--json"),
         (["cpu", "--cameras", "9"], "--cameras 9"), (["cpu", "--device", "cuda"], "--device cuda"),
-        (["--ful"], "did you mean --full?"),
+        (["--ful"], "did you mean --full?"), (["--json", "report.html"], "give the name of the figures, such as"),
     ],
 }  # fmt: skip
 # demo and verify read these arguments, and checkpoints, by the same lines, so they take turns.

@@ -135,7 +135,7 @@ def test_demo_and_verify_name_and_use_the_plan(
     assert main(["demo", *options, "--rounds", "1", "--steps", "2", *files]) == 0
     said = json.loads((tmp_path / "a.json").read_text())["status"]["plan"]
     assert said.startswith("plan of 2026-01-02") and said in capsys.readouterr().out
-    assert main(["verify", *options, "--observations", "1"]) == 0
+    assert main(["verify", *options, "--frames", "1"]) == 0
 
 
 def test_a_dry_run_keeps_nothing(calls: list[Any], folder: Path, monkeypatch, capsys) -> None:

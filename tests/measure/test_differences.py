@@ -36,9 +36,9 @@ def test_by_step() -> None:
 
 def test_chunks_side_by_side_do_not_overlap() -> None:
     places = [0, 4, 9, 12, 21, 40]
-    chosen = differences.beside(places, worst=2, length=10)
+    chosen = differences.side_by_side(places, worst=2, length=10)
     assert [places[i] for i in chosen] == [9, 21, 40]
-    assert differences.beside(places, worst=2, length=10, most=2) == [2, 4]
+    assert differences.side_by_side(places, worst=2, length=10, most=2) == [2, 4]
 
 
 def test_the_figures_of_a_tier() -> None:
