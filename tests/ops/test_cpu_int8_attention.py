@@ -112,26 +112,74 @@ def test_the_result_is_off_by_no_more_than_it_says(attention: Any, sizes: tuple[
     assert off.square().mean().sqrt() <= (float(found.error.max()) + 0.01) * size
 
 
-@pytest.mark.parametrize("loudness", [0.5, 1.0, 4.0])
-def test_error_and_spread_are_what_is_counted(attention: Any, loudness: float) -> None:
-    """Of independent queries and keys. Spread within a tenth, over 90 000 scores. Error from two thirds to four times what
-    is counted: it leaves out that a row on a single key cannot be moved. From quiet to loud it grows thirtyfold."""
-    values = operands((1, 300, 300, 1, 1, 64), seed=3)
-    values.pop("mask")
-    values["q"] *= loudness
+def _rounded(x: Tensor) -> Tensor:
+    step = x.abs().amax(1, keepdim=True) / 127
+    return (x / step).round() * step
+
+
+@pytest.mark.parametrize(
+    ("kind", "loudness"),
+    [
+        ("independent", 0.5),
+        ("independent", 4.0),
+        ("masked", 0.5),
+        ("masked", 4.0),
+        ("low rank", 0.5),
+        ("low rank", 1.5),
+    ],
+)
+def test_error_and_spread_are_what_is_counted(attention: Any, kind: str, loudness: float) -> None:
+    """Whatever the queries have to do with the keys. Spread within a third: 16 rows of one factor are off by up to
+    1/sqrt(32) of it, twice that is 35 %. Error from half to four times what is counted, over which it grows tenfold with
+    the loudness: it is of 16 rows too, and leaves out that a row on a single key cannot be moved."""
+    values = operands((1, 320, 300, 1, 1, 64), seed=3)
+    q, k = values["q"][0, :, 0], values["k"][0, :, 0]
+    generator = torch.Generator().manual_seed(4)
+    seen = torch.ones(320, 300, dtype=torch.bool)
+    if kind == "low rank":  # nearly all of queries and keys along one direction across all channels
+        along = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0][:, :1]
+        q.copy_(3 * (q @ along) @ along.t() + 0.05 * q)
+        k.copy_(3 * ((k - k.mean(0)) @ along) @ along.t() + 0.05 * k)
+    if kind == "masked":
+        seen[:, 200:] = False  # loud keys that nobody sees
+        k[200:] *= 30
+    values["mask"] = seen[None]
+    q *= loudness
     found = attention(**values, most_error=ALL)
-    q, k, v = (values[name][0, :, 0].double() for name in "qkv")
+    q, k, v = q.double(), k.double(), values["v"][0, :, 0].double()
     k = k - k.mean(0)
+    hidden = torch.where(seen, 0.0, -torch.inf)
     scores = q @ k.t() / 8
-    assert float(found.spread) == pytest.approx(float(scores.square().mean().sqrt()), rel=0.1)
-
-    def rounded(x: Tensor) -> Tensor:
-        step = x.abs().amax(1, keepdim=True) / 127
-        return (x / step).round() * step
-
-    off = ((rounded(q) @ rounded(k).t() / 8).softmax(1) - scores.softmax(1)) @ v
+    spread = (
+        torch.stack([row[see].var(correction=0) for row, see in zip(scores, seen, strict=True)]).mean().sqrt()
+    )
+    assert float(found.spread) == pytest.approx(float(spread), rel=0.35)
+    off = ((_rounded(q) @ _rounded(k).t() / 8 + hidden).softmax(1) - (scores + hidden).softmax(1)) @ v
     counted = float(off.square().mean().sqrt() / v.square().mean().sqrt())
-    assert counted / 1.5 <= float(found.error) <= 4 * counted
+    assert counted / 2 <= float(found.error) <= 4 * counted
+
+
+def test_the_spread_of_scores_does_not_depend_on_their_basis(attention: Any) -> None:
+    """One rotation of queries and keys leaves all scores as they are; loud ones along one channel show most."""
+    values = operands((1, 64, 100, 2, 1, 32))
+    for name in "qk":
+        values[name][..., 7] *= 5
+    values["k"] -= values["k"].mean(1, keepdim=True)
+    turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))[0]
+    turned = {**values, "q": values["q"] @ turn, "k": values["k"] @ turn}
+    before, after = (attention(**each, most_error=ALL).spread for each in (values, turned))
+    assert float(before) > 4 and torch.allclose(before, after, rtol=1e-4)  # sums of 32 and of 100 in fp32
+
+
+@pytest.mark.parametrize("loud", range(3))
+def test_one_loud_query_head_of_a_group_counts(attention: Any, loud: int) -> None:
+    values = operands((2, 48, 90, 9, 3, 16))
+    quiet = attention(**values, most_error=ALL)
+    values["q"][1, :, 3 + loud] *= 20
+    found = attention(**values, most_error=ALL)
+    assert found.spread[1, 1] > 8 * quiet.spread[1, 1] and found.error[1, 1] > quiet.error[1, 1]
+    found.spread[1, 1] = quiet.spread[1, 1]
+    assert torch.equal(found.spread, quiet.spread), "another head's"
 
 
 def test_a_sharp_head_falls_back_alone(attention: Any) -> None:
@@ -211,8 +259,8 @@ def test_nothing_is_left_unwritten_or_written_beside() -> None:
 def test_a_head_too_wide_and_no_queries() -> None:
     values = operands((1, 5, 9, 2, 2, 257))
     found = int8_attention.attention(**values, most_error=ALL)
-    # Infinite is at most infinite; the kernel has no room for it all the same.
-    assert found.error.isinf().all() and torch.equal(found.out, cpu.attention(**values))
+    # Its error is no larger than another's; the kernel has no room for it all the same.
+    assert found.error.max() < 0.02 and torch.equal(found.out, cpu.attention(**values))
     none = int8_attention.attention(values["q"][:, :0], values["k"], values["v"])
     assert none.out.shape == (1, 0, 2, 257)
 
