@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +19,8 @@ from torch import Tensor
 from smolvla_fast.ops import extension, processor
 from smolvla_fast.ops.cpu import int8_attention
 from smolvla_fast.ops.cpu import kernels as cpu
-from smolvla_fast.ops.cpu.int8_attention import LEVELS, Attended, Heads
+from smolvla_fast.ops.cpu.int8_attention import LEVELS, Attended, Heads, spread
+from smolvla_fast.ops.select import backend_ops
 
 pytestmark = [
     pytest.mark.cpu_kernels,
@@ -177,7 +184,7 @@ def test_one_loud_query_head_of_a_group_counts(attention: Any, loud: int) -> Non
     quiet = attention(**values, most_error=ALL)
     values["q"][1, :, 3 + loud] *= 20
     found = attention(**values, most_error=ALL)
-    assert found.spread[1, 1] > 8 * quiet.spread[1, 1] and found.error[1, 1] > quiet.error[1, 1]
+    assert found.spread[1, 1] > 15 * quiet.spread[1, 1] and found.error[1, 1] > quiet.error[1, 1]
     found.spread[1, 1] = quiet.spread[1, 1]
     assert torch.equal(found.spread, quiet.spread), "another head's"
 
@@ -280,41 +287,157 @@ def test_refuses_what_it_cannot_do() -> None:
 # Where it is taken ----------------------------------------------------------------------------------------------------
 
 
-def test_integers_are_taken_where_they_are_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = operands((1, 7, 83, 4, 2, 24))
-    monkeypatch.setattr(int8_attention, "level", lambda: "avx2")
-    assert "has no VNNI" in str(int8_attention.why_slower(values["q"], values["k"]))
+def heads_over(**ops: Any) -> Heads:
+    table = replace(backend_ops("int8"), **ops)
+    return Heads(table.attention, table.masked_attention)
+
+
+@pytest.mark.parametrize(("share", "ahead"), [(0.5, True), (0.97, False), (1.2, False)])
+def test_integers_are_taken_where_they_are_ahead(
+    share: float, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock of the test's own: with the first call of each slow, as it is, and one of the later ones."""
+    clock, calls = [0.0], [0, 0]
+
+    def lasting(i: int, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            calls[i] += 1
+            clock[0] += seconds * (9 if calls[i] in (1, 3) else 1)
+
+        return call
+
+    monkeypatch.setattr(int8_attention.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(int8_attention, "level", lambda: "avx512_vnni")
-    for share, ahead in ((0.5, True), (1.2, False)):
-        monkeypatch.setattr(int8_attention, "_share_of_time", lambda *_, share=share: share)
-        assert (int8_attention.why_slower(values["q"], values["k"]) is None) == ahead
-    heads = Heads()
-    out = heads.masked_attention(**values)
-    assert torch.equal(out, cpu.attention(**values).flatten(2)) and heads.all == 2 and heads.wide == 0
-    assert heads.fallback_reasons == {
-        "int8 attention": "attention in 8 bits measured no faster than in fp32 on this machine"
-    }
-    assert heads.spread > 0.5, "sharpness is not seen where attention is in fp32"
+    assert (int8_attention.why_slower(lasting(0, share), lasting(1, 1.0)) is None) == ahead
+    assert calls[0] == calls[1] > 2
+    monkeypatch.setattr(int8_attention, "level", lambda: "avx2")
+    assert "level avx2, which has no VNNI" in str(
+        int8_attention.why_slower(lasting(0, share), lasting(1, 1.0))
+    )
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_where_integers_do_not_serve_the_table_does(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its choice, whoever that is; scores are measured all the same. Width alone is no sharpness."""
+    values = operands((2, 7, 83, 4, 2, 257 if wide else 24))
+    asked: list[Any] = []
+
+    def choice(*args: Any, **kwargs: Any) -> Tensor:
+        asked.append(args)
+        return args[0].flatten(2)
+
+    monkeypatch.setattr(int8_attention, "why_slower", lambda *calls: None if wide else "it is slower")
+    heads = heads_over(masked_attention=choice, attention=choice)
+    chunk = heads.chunk(1)
+    assert torch.equal(chunk.masked_attention(**values), values["q"].flatten(2))
+    flat = [values["q"].flatten(2)] * 3
+    assert torch.equal(chunk.attention(*flat, 4), flat[0]) and len(asked) == 2
+    heads.add(chunk.seen)
+    assert (chunk.seen.all, chunk.seen.wide) == (0, 0) and 0.5 < chunk.seen.spread < 30
+    reason = heads.fallback_reasons["int8 attention"]
+    why = "heads are 257 wide, attention in 8 bits has room for 256" if wide else "it is slower"
+    assert reason == f"{why}; scores are measured in the first 8 chunks, then in one of 64"
+    narrow = {**values, "q": values["q"].bfloat16()}
+    chunk.masked_attention(**narrow)
+    assert len(asked) == 3 and heads.chunk(1).seen.spread == 0.0
 
 
 def test_heads_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_attention, "why_slower", lambda q, k: None)
-    heads, values = Heads(), operands((1, 7, 83, 4, 2, 64))
-    narrow = heads.masked_attention(**values)
-    assert torch.equal(narrow, emulated(**values).flatten(2)) and not heads.fallback_reasons
+    monkeypatch.setattr(int8_attention, "why_slower", lambda *calls: None)
+    heads, values = heads_over(), operands((1, 7, 83, 4, 2, 64))
+    chunk = heads.chunk(3)
+    assert torch.equal(chunk.masked_attention(**values), emulated(**values).flatten(2))
+    heads.add(chunk.seen)
+    assert not heads.fallback_reasons
     values["q"][:, :, :2] *= 5
-    heads.masked_attention(**values)
-    assert (heads.all, heads.wide) == (4, 1)
+    chunk = heads.chunk(3)
+    chunk.masked_attention(**values)
+    heads.add(chunk.seen)
+    assert (heads.seen.chunks, heads.seen.all, heads.seen.wide) == (2, 4, 1)
     assert heads.fallback_reasons["int8 attention"].startswith(
         "1 of 4 heads so far were computed in fp32: 8-bit scores would move"
     )
-    assert heads.why_too_sharp() is None
-    values["q"] *= 20
-    heads.masked_attention(**values)
-    assert "8-bit products serve up to 8" in str(heads.why_too_sharp())
-    x = values["q"].flatten(2)[..., :96]
-    assert torch.equal(heads.attention(x, x, x, 2), cpu.attention(*[x.unflatten(2, (2, 48))] * 3).flatten(2))
-    assert heads.masked_attention(**{**values, "q": values["q"].bfloat16()}).dtype is torch.float32
+    assert heads.why_too_sharp(3) is None
+    x = operands((1, 7, 9, 2, 2, 48))["q"].flatten(2)
+    assert torch.equal(
+        heads.chunk(3).attention(x, x, x, 2),
+        int8_attention.attention(*[x.unflatten(2, (2, 48))] * 3).out.flatten(2),
+    )
+
+
+def test_one_sharp_head_among_sixteen_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one generation of weights: others start anew, and what a chunk saw of older ones counts no more."""
+    monkeypatch.setattr(int8_attention, "why_slower", lambda *calls: "no")
+    heads, values = heads_over(), operands((1, 48, 90, 16, 16, 32))
+    late, chunk = heads.chunk(1), heads.chunk(1)
+    values["q"][:, :, 11] *= 25
+    for each in (chunk, late):
+        each.masked_attention(**values)
+    heads.add(chunk.seen)
+    assert re.match(
+        r"scores of attention spread by 2\d.*, 8-bit products serve up to 8; chunks",
+        str(heads.why_too_sharp(1)),
+    )
+    assert heads.why_too_sharp(2) is None, "of other weights"
+    heads.add(heads.chunk(2).seen)
+    heads.add(late.seen)
+    assert heads.why_too_sharp(2) is None and heads.why_too_sharp(1) is None
+    chunk = heads.chunk(2)
+    values["k"][0, 3, 5, 7] = torch.inf
+    values["q"][:, :, 11] /= 25
+    chunk.masked_attention(**values)
+    assert not chunk.seen.sharp, "an operand that is not finite says nothing of the weights"
+
+
+def test_scores_are_measured_at_first_and_then_now_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_attention, "why_slower", lambda *calls: "no")
+    heads, values = heads_over(), operands((1, 4, 9, 2, 2, 8))
+
+    def measured(generation: int, count: int) -> list[int]:
+        found = []
+        for i in range(count):
+            chunk = heads.chunk(generation)
+            chunk.masked_attention(**values)
+            if chunk.seen.spread:
+                found.append(i)
+            heads.add(chunk.seen)
+        return found
+
+    assert measured(1, 140) == [*range(8), 64, 128]
+    assert measured(2, 10) == [*range(8)]
+    values["q"] *= 5 / spread(**values).max()  # above half of the limit
+    assert measured(3, 20) == [*range(20)]
+    assert not heads.seen.sharp
+
+
+def test_threads_lose_no_count_and_time_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, timed, under_way = heads_over(), [], threading.Lock()
+
+    def slowly(*calls: Any) -> None:
+        assert under_way.acquire(blocking=False), "two trials at once"
+        timed.append([tuple(getattr(found, "out", found).shape) for found in (call() for call in calls)])
+        time.sleep(0.05)
+        under_way.release()
+
+    monkeypatch.setattr(int8_attention, "why_slower", slowly)
+    values, before = operands((3, 7, 83, 4, 2, 24)), sys.getswitchinterval()
+
+    def work() -> None:
+        chunk = heads.chunk(1)
+        chunk.masked_attention(**values)
+        for _ in range(500):
+            heads.add(chunk.seen)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(work) for _ in range(4)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(before)
+    assert (heads.seen.chunks, heads.seen.all) == (2000, 12000)
+    # Once, and of all heads, which share the threads.
+    assert timed == [[(3, 7, 4, 24), (3, 7, 96)]]
 
 
 def test_the_level_is_one_that_the_processor_has() -> None:
