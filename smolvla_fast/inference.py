@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from .model.weights import keeps_kv_by_head, read_expert_layers, read_heads
 from .ops.memory import Workspace
 from .ops.reference.euler_step import Guidances
 from .ops.reference.time_embedding import time_embedding
-from .ops.table import STAGES, serving
+from .ops.table import STAGES, Ops, serving
 from .stages.denoise import LoopReport, denoise
 from .stages.observation import Observation, prepare_images, prepare_observation
 from .stages.prefix import fill_prefix, image_ends
@@ -77,7 +78,7 @@ class Engine:
         products: Products | None = None,
     ) -> None:
         self.products = products or Products(tier, backend, device)
-        self.tier, self.ops, self._cast = tier, self.products.ops, self.products.cast
+        self.tier, self.ops = tier, self.products.ops
         driver = driver_for(device) if capture else None
         self.graphs = None if driver is None else GraphCache(driver)
         self._no_graph = {}
@@ -88,9 +89,12 @@ class Engine:
         self._times: dict[tuple[Any, ...], Tensor] = {}
         self._workspace = Workspace() if self.ops.backend == "cpu" else None
         self._loop = LoopReport(None, False, {})  # of the chunk that ended last, whichever thread's
-        self._in_fp32: Engine | None = (
-            None  # in place of this one, where attention is too sharp for 8-bit products
-        )
+        # Of a chunk in whose attention 8-bit products cannot serve.
+        self._in_fp32 = None
+        if self.ops.heads is not None:
+            self._in_fp32 = Products(
+                TIERS["fp32"], self.products.backend, self.products.device, self.products.plan
+            )
 
     @property
     def quantized_weights(self) -> QuantizedWeights | None:
@@ -122,39 +126,13 @@ class Engine:
         raises       ``CaptureFailed`` where this shape of call cannot be captured, ``Ineligible`` of a validator
         replaces     ``sample_actions`` of LeRobot's ``VLAFlowMatching``
 
-        Where attention turns out too sharp for 8-bit products, the chunk is computed once more, and all later ones, in fp32:
-        ``observe`` then sees the steps of both.
+        Where attention turns out too sharp for 8-bit products, the chunk is computed once more, and all later ones with
+        these weights, in fp32; ``observe`` sees the steps of the chunk that is returned.
 
         On a GPU the whole chunk is one captured graph; an observed or timed chunk runs the same ops one by one.
         Validators are asked before a run, which reads parameters. A replay reads what a capture has read, so they are asked
         behind it, while the GPU works; if anything has changed, the chunk is computed once more.
         """
-        if self.products.why_too_sharp() is None:
-            chunk = self._act(
-                model, images, image_masks, tokens, token_masks, state, noise, guidance, observe, validators
-            )
-            if self.products.why_too_sharp() is None:
-                return chunk
-        if self._in_fp32 is None:
-            self._in_fp32 = Engine(TIERS["fp32"], self.products.backend, self.products.device)
-        return self._in_fp32._act(
-            model, images, image_masks, tokens, token_masks, state, noise, guidance, observe, validators
-        )
-
-    def _act(
-        self,
-        model: Any,
-        images: Sequence[Tensor],
-        image_masks: Sequence[Tensor],
-        tokens: Tensor,
-        token_masks: Tensor,
-        state: Tensor,
-        noise: Tensor,
-        guidance: Guidances | None,
-        observe: Callable[[Tensor, Tensor], None] | None,
-        validators: Sequence[Validator],
-    ) -> Tensor:
-        """``act`` in the engine's own tier."""
         inputs = Inputs(
             prepare_observation(
                 images, image_masks, tokens, token_masks, state,
@@ -188,7 +166,8 @@ class Engine:
         """What computes the chunk and its report, and whether that would be a replay of a graph."""
         graphs = self.graphs
         if graphs is None or observe is not None or is_timed():
-            return lambda: self._chunk(model, inputs, observe), False
+            compute_now = self._chunk if self._in_fp32 is None else self._chunk_or_in_fp32
+            return lambda: compute_now(model, inputs, observe), False
 
         # The rest of what the captured work depends on; shapes and dtypes of the inputs are the cache's affair.
         call = Graphed.of(inputs, (*chunk_settings(model), *math_flags()))
@@ -214,17 +193,46 @@ class Engine:
 
         return captured, graphs.replays(call.key, call.tensors)
 
+    def _chunk_or_in_fp32(
+        self, model: Any, inputs: Inputs, observe: Callable[[Tensor, Tensor], None] | None
+    ) -> tuple[Tensor, LoopReport]:
+        """In tier ``int8``: with the copies of one generation, or in fp32 where their attention is too sharp."""
+        heads, copies = self.ops.heads, self.quantized_weights
+        assert heads is not None and copies is not None
+        generation = copies.generation
+        if heads.why_too_sharp(generation) is None:
+            attention = heads.chunk(generation)
+            steps: list[tuple[Tensor, Tensor]] = []
+            note = None if observe is None else lambda x, v: steps.append((x, v))
+            ops = replace(
+                self.ops, attention=attention.attention, masked_attention=attention.masked_attention
+            )
+            found = self._chunk(model, inputs, note, ops=ops)
+            heads.add(attention.seen)
+            if not attention.seen.sharp:
+                for step in steps:
+                    observe(*step)  # type: ignore[misc]
+                return found
+        in_fp32 = self._in_fp32
+        assert in_fp32 is not None
+        return self._chunk(model, inputs, observe, products=in_fp32, ops=in_fp32.ops)
+
     def _chunk(
         self,
         model: Any,
         inputs: Inputs,
         observe: Callable[[Tensor, Tensor], None] | None = None,
         branches: list[Side] | None = None,
+        *,
+        products: Products | None = None,
+        ops: Ops | None = None,
     ) -> tuple[Tensor, LoopReport]:
         """The stages, and what ran the loop: device work alone, so that it can be captured. In ``branches`` is noted where
-        the first step runs, if not behind the prefix."""
+        the first step runs, if not behind the prefix. ``products`` and ``ops`` are the engine's where not given."""
+        products, ops = products or self.products, ops or self.ops
+        cast = products.cast
         pair, config = model.vlm_with_expert, model.config
-        vlm, dims, ops, exact = pair.get_vlm_model(), read_dims(model), self.ops, self.tier.stock_order
+        vlm, dims, exact = pair.get_vlm_model(), read_dims(model), self.tier.stock_order
         heads, observation, noise = read_heads(model), inputs.observation, inputs.noise
         batch = observation.state.shape[0]
         with torch.no_grad():
@@ -233,7 +241,7 @@ class Engine:
                 image_tokens: list[Tensor] = []  # a camera each, or all together
                 for group in prepare_images(ops, observation.frames, dims.image_side, not exact):
                     positions = self._patch_positions(vlm, group)
-                    out = encode_images(ops, vlm, self._cast, dims, group, positions)
+                    out = encode_images(ops, vlm, cast, dims, group, positions)
                     image_tokens.append(out)
             with section("prefix"):
                 embedded = ops.prefix_embed(
@@ -243,19 +251,19 @@ class Engine:
                     length=model.prefix_length if exact else 0,
                     dtype=None if exact else torch.float32,
                 )  # fmt: skip
-                expert = read_expert_layers(pair, self._cast, self.products.cast_cross_kv)
+                expert = read_expert_layers(pair, cast, products.cast_cross_kv)
                 by_head = keeps_kv_by_head(pair) if exact else None
-                cross_dtype = self.products.cross_kv_dtype
+                cross_dtype = products.cross_kv_dtype
                 plain = exact or observe is not None or bool(self._no_branch)
                 side = None if plain else side_of_first_step(ops, batch * dims.chunk)
                 if side is None:
                     first = None
-                    kv = fill_prefix(ops, vlm, self._cast, dims, *embedded, expert, by_head, cross_dtype)
+                    kv = fill_prefix(ops, vlm, cast, dims, *embedded, expert, by_head, cross_dtype)
                 else:
                     if branches is not None:
                         branches.append(side)
                     kv, first = fill_prefix_with_first_step(
-                        side, ops, vlm, self._cast, dims, *embedded, expert, heads, noise, times, cross_dtype
+                        side, ops, vlm, cast, dims, *embedded, expert, heads, noise, times, cross_dtype
                     )
             with section("denoise"):
                 return denoise(
@@ -275,7 +283,8 @@ class Engine:
     def report(self) -> dict[str, Any]:
         """stages, fallback_reasons and step_launches, as ``Status`` has them: the loop's of one chunk, the last."""
         loop = self._loop  # read once: another thread's chunk may end meanwhile
-        stages = {stage: serving(self.ops, stage) for stage in STAGES}
+        sharp = self.products.why_too_sharp() is not None and self._in_fp32
+        stages = {stage: serving(sharp.ops if sharp else self.ops, stage) for stage in STAGES}
         if loop.persistent:
             stages["denoise"] = self.ops.backend
         reasons = {
@@ -293,7 +302,6 @@ class Engine:
         holders = (
             self.quantized_weights,
             self._workspace,
-            self._in_fp32,
             *self._positions.values(),
             *self._times.values(),
         )

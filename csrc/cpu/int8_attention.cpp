@@ -95,38 +95,92 @@ SMOLVLA_INLINE void mean_of_keys(const Head& h, float* __restrict mean) {
     for (int64_t d = 0; d < h.head_dim; ++d) mean[d] /= static_cast<float>(h.keys);
 }
 
-// A number rounded to a multiple of s is off by s/sqrt(12), so a score by the root of
-//   scale²/12 · (mean of sq² · Σ_d var(k[:, d]) + mean of sk² · Σ_d mean of q[:, d]²),
-// and an output by that times the root of Σ p², which for normal scores is e^(spread²) / keys, and never above 1.
-SMOLVLA_INLINE void measure_head(const Attention& a, const Head& h, float* error, float* spread) {
-    float mean[kMostDim], keys[kMostDim] = {}, queries[kMostDim] = {};
-    const float zeros[kMostDim] = {};
-    mean_of_keys(h, mean);
-    float key_steps = 0.0f, query_steps = 0.0f, finite = 0.0f;
+// Both of a multiple of 16 elements; so many sums, added in one order, have the same bits at every level.
+SMOLVLA_INLINE float dot(const float* a, const float* b, int64_t count) {
+    float sums[16] = {};
+    for (int64_t i = 0; i < count; i += 16)
+        for (int j = 0; j < 16; ++j) sums[j] += a[i + j] * b[i + j];
+    for (int half = 8; half > 0; half /= 2)
+        for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
+    return sums[0];
+}
+
+SMOLVLA_INLINE float square(float x) { return x * x; }
+
+// The spread of a row's scores s over the n keys that it sees, and the square of what rounding does to its output. A number
+// rounded to a multiple of t is off by t/sqrt(12), so score s by the root of (sq²·|k[s]|² + sk[s]²·|q|²)·scale²/12, and an
+// output, for values of 1, by the root of the sum over s of the square of that times p[s]².
+SMOLVLA_INLINE void measure_row(const Attention& a, const Head& h, int64_t row, float* s, const float* key_square,
+                                const float* key_step, float query_square, float query_step, float* error, float* spread) {
+    const uint8_t* mask = h.mask_row(a, row);
+    float n = 0.0f, sum = 0.0f, top = -std::numeric_limits<float>::infinity();
     for (int64_t key = 0; key < h.keys; ++key) {
-        const float* k = h.k + key * h.k_stride;
-        for (int64_t d = 0; d < h.head_dim; ++d) keys[d] += (k[d] - mean[d]) * (k[d] - mean[d]);
-        const float step = largest_of(k, mean, h.head_dim) / kLargest;
-        key_steps += step * step;
-        finite += 0.0f * largest_of(h.v + key * h.v_stride, zeros, h.head_dim);
+        if (mask && !mask[key * a.mask_strides[2]]) continue;
+        s[key] *= a.scale;
+        n += 1.0f;
+        sum += s[key];
+        top = s[key] > top ? s[key] : top;
     }
-    for (int64_t row = 0; row < h.rows; ++row) {
-        const float* q = h.q_row(a, row);
-        for (int64_t d = 0; d < h.head_dim; ++d) queries[d] += q[d] * q[d];
-        const float step = largest_of(q, zeros, h.head_dim) / kLargest;
-        query_steps += step * step;
+    const float mean = sum / std::max(n, 1.0f);
+    float squares = 0.0f, total = 0.0f, moved = 0.0f;
+    for (int64_t key = 0; key < h.keys; ++key) {
+        if (mask && !mask[key * a.mask_strides[2]]) continue;
+        const float p = power_of_two((s[key] - top) * kLog2E);
+        squares += square(s[key] - mean);
+        total += p;
+        moved += p * p * (query_step * key_square[key] + key_step[key] * query_square);
     }
-    float of_keys = 0.0f, of_queries = 0.0f, product = 0.0f;
-    const auto n = static_cast<float>(h.keys), m = static_cast<float>(h.rows);
-    for (int64_t d = 0; d < h.head_dim; ++d) {
-        of_keys += keys[d] / n;
-        of_queries += queries[d] / m;
-        product += keys[d] / n * (queries[d] / m);
+    *spread = std::sqrt(squares / std::max(n, 1.0f));
+    // One that sees nothing has no score that could be off.
+    *error = n > 0.0f ? square(a.scale) / 12.0f * moved / square(total) : 0.0f;
+}
+
+// Queries of a kv head that are looked at, evenly spaced, all query heads of the group together.
+constexpr int64_t kSamples = 16;
+
+SMOLVLA_INLINE void measure_head(const Attention& a, const Head& h, float* error, float* spread) {
+    const int64_t width = ceil_div(h.head_dim, 16) * 16, each = std::min(a.queries, ceil_div(kSamples, h.group));
+    const int64_t samples = each * h.group;
+    Carve carve(Scratch::reserve(3 * width + 2 * h.keys + samples * (width + h.keys) + 128));
+    float* const mean = carve.floats(width);
+    float* const zeros = carve.floats(width);
+    float* const k = carve.floats(width);
+    float* const key_square = carve.floats(h.keys);
+    float* const key_step = carve.floats(h.keys);
+    float* const q = carve.floats(samples * width);
+    float* const s = carve.floats(samples * h.keys);
+    const auto row_of = [&](int64_t i) { return i % each * a.queries / each * h.group + i / each; };
+    std::memset(zeros, 0, width * sizeof(float));
+    std::memset(k, 0, width * sizeof(float));
+    std::memset(q, 0, samples * width * sizeof(float));
+    mean_of_keys(h, mean);
+    float finite = 0.0f;
+    for (int64_t row = 0; row < h.rows; ++row) finite += 0.0f * largest_of(h.q_row(a, row), zeros, h.head_dim);
+    for (int64_t i = 0; i < samples; ++i) std::memcpy(q + i * width, h.q_row(a, row_of(i)), h.head_dim * sizeof(float));
+    for (int64_t key = 0; key < h.keys; ++key) {
+        for (int64_t d = 0; d < h.head_dim; ++d) k[d] = h.k[key * h.k_stride + d] - mean[d];
+        for (int64_t i = 0; i < samples; ++i) s[i * h.keys + key] = dot(q + i * width, k, width);
+        key_square[key] = dot(k, k, width);
+        key_step[key] = square(largest_of(k, zeros, h.head_dim) / kLargest);
+        finite += 0.0f * key_step[key] + 0.0f * largest_of(h.v + key * h.v_stride, zeros, h.head_dim);
     }
-    const float variance = a.scale * a.scale * product;
-    const float of_score = a.scale * std::sqrt((query_steps / m * of_keys + key_steps / n * of_queries) / 12.0f);
-    *spread = std::sqrt(variance) + finite;
-    *error = of_score * std::sqrt(std::min(1.0f, std::exp(variance) / n)) + finite;
+    *error = *spread = 0.0f;
+    for (int64_t first = 0; first < samples; first += each) {
+        float moved = 0.0f, spreads = 0.0f;
+        for (int64_t i = first; i < first + each; ++i) {
+            float* const row = q + i * width;
+            const float step = square(largest_of(row, zeros, h.head_dim) / kLargest);
+            float error_of_row, spread_of_row;
+            measure_row(a, h, row_of(i), s + i * h.keys, key_square, key_step, dot(row, row, width), step, &error_of_row,
+                        &spread_of_row);
+            moved += error_of_row / static_cast<float>(each);
+            spreads += square(spread_of_row) / static_cast<float>(each);
+        }
+        *error = std::max(*error, std::sqrt(moved));
+        *spread = std::max(*spread, std::sqrt(spreads));
+    }
+    *error += finite;
+    *spread += finite;
 }
 
 #define SMOLVLA_LEVEL Int8Baseline
@@ -167,7 +221,7 @@ SMOLVLA_INLINE void measure_head(const Attention& a, const Head& h, float* error
 
 struct Kernel {
     void (*measure)(const Attention&, const Head&, float*, float*);
-    void (*run)(const Attention&, const Head&, int64_t, int64_t);
+    void (*run)(const Attention&, const int64_t*, Ranges&);
 };
 
 Kernel kernel(Int8Level level) {
@@ -206,29 +260,20 @@ Vnni vnni() {
 
 void attend(const Attention& a, const Kernel& kernel, float limit, float* error, float* spread, int num_threads) {
     const int64_t heads = a.batch * a.kv_heads;
-    if (a.head_dim > kMostDim) {
-        std::fill(error, error + heads, std::numeric_limits<float>::infinity());
-        std::fill(spread, spread + heads, std::numeric_limits<float>::infinity());
-    } else {
-        parallel_rows(heads, a.keys * a.head_dim * 4, num_threads, [&](int64_t begin, int64_t end) {
-            for (int64_t head = begin; head < end; ++head)
-                kernel.measure(a, Head(a, head), error + head, spread + head);
-        });
-    }
+    parallel_rows(heads, a.keys * a.head_dim * 4, num_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t head = begin; head < end; ++head)
+            kernel.measure(a, Head(a, head), error + head, spread + head);
+    });
+    if (!a.out) return;
     std::vector<int64_t> narrow, wide;
     // So written that NaN is wide, and infinity whatever the limit.
     for (int64_t head = 0; head < heads; ++head)
-        (error[head] <= limit && std::isfinite(error[head]) ? narrow : wide).push_back(head);
+        (error[head] <= limit && std::isfinite(error[head]) && a.head_dim <= kMostDim ? narrow : wide).push_back(head);
     if (!wide.empty()) attention_of_heads(a, wide, num_threads);
     const int64_t tiles = ceil_div(a.queries * (a.heads / a.kv_heads), kTileRows);
-    const auto count = static_cast<int64_t>(narrow.size());
-    parallel_rows(count * tiles, kTileRows * a.keys * 4, num_threads, [&](int64_t begin, int64_t end) {
-        while (begin < end) {
-            const int64_t first = begin % tiles, here = std::min(tiles - first, end - begin);
-            kernel.run(a, Head(a, narrow[begin / tiles]), first, first + here);
-            begin += here;
-        }
-    });
+    // As in attention.cpp.
+    parallel_ranges(static_cast<int64_t>(narrow.size()) * tiles, kTileRows * a.keys * 4, kBlockRows / kTileRows, tiles,
+                    num_threads, [&](Ranges& ranges) { kernel.run(a, narrow.data(), ranges); });
 }
 
 }  // namespace

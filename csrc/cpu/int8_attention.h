@@ -13,11 +13,12 @@ namespace smolvla::cpu {
 // Integer sums are exact at every level, what is fp32 runs in one order without contraction: equal bits at every level and
 // for any number of threads. Mask and rows that see nothing as in Attention.
 //
-// Each kv head with its queries is measured first, in fp32, queries and keys taken as independent of one another:
-//   error   [batch, kv_heads]  standard deviation of what rounding q and k to 8 bits does to an output, over the values'
-//   spread  [batch, kv_heads]  standard deviation of the scores of a row
-// Both are NaN or infinite where an operand is, and infinite for head_dim above kMostInt8Dim. A head whose error is not
-// finite and at most `limit` is computed by attention_of_heads.
+// Each kv head with its queries is measured first, in fp32, by the scores of about 16 evenly spaced queries, all query heads
+// of its group together, with every key that they see; of the query heads the largest counts:
+//   spread [batch, kv_heads]  standard deviation of the scores of a row, root mean square over rows
+//   error  [batch, kv_heads]  standard deviation of what rounding q and k to 8 bits does to an output, over the values'
+// Both are NaN where an operand is not finite. A head whose error is not finite and at most `limit`, and every head of
+// head_dim above kMostInt8Dim, is computed by attention_of_heads. With out null nothing is computed but these two.
 constexpr int64_t kMostInt8Dim = 256;
 void int8_attention(const Attention& a, float limit, float* error, float* spread, int num_threads);
 

@@ -217,19 +217,22 @@ SMOLVLA_TARGET void measure(const Attention& a, const Head& h, float* error, flo
     measure_head(a, h, error, spread);
 }
 
-// Tiles [begin, end) of six rows of one kv head with its queries, a row being (query, head of the group).
-SMOLVLA_TARGET void run(const Attention& a, const Head& h, int64_t begin, int64_t end) {
-    const int64_t words = ceil_div(h.head_dim, kPerWord), columns = ceil_div(h.head_dim, kWidth) * kWidth;
-    const int64_t blocks = h.padded / kBlock;
+// Ranges of the flat list (one of `heads`, tile of six rows), a row being (query, head of the group).
+SMOLVLA_TARGET void run(const Attention& a, const int64_t* heads, Ranges& ranges) {
+    int64_t begin, end;
+    if (!ranges.next(begin, end)) return;
+    const int64_t words = ceil_div(a.head_dim, kPerWord), columns = ceil_div(a.head_dim, kWidth) * kWidth;
+    const int64_t blocks = ceil_div(a.keys, kBlock), padded = blocks * kBlock;
+    const int64_t rows = a.queries * (a.heads / a.kv_heads), row_tiles = ceil_div(rows, kTileRows);
     // Off a power of two, as in attention_kernel.h.
-    const int64_t score_stride = h.padded + 16, p_stride = h.padded / kPerWord + 16, weights = 2 * blocks;
-    Carve carve(Scratch::reserve(h.padded * words + h.padded / kPerWord * columns + blocks * columns + 2 * h.padded +
-                                 2 * kMostDim + kBlockRows * (words + score_stride + p_stride + weights + 2 * columns + 1) + 256));
-    int32_t* const packed_k = carve.integers(h.padded * words);
-    int32_t* const packed_v = carve.integers(h.padded / kPerWord * columns);
+    const int64_t score_stride = padded + 16, p_stride = padded / kPerWord + 16, weights = 2 * blocks;
+    Carve carve(Scratch::reserve(padded * words + padded / kPerWord * columns + blocks * columns + 2 * padded + 2 * kMostDim +
+                                 kBlockRows * (words + score_stride + p_stride + weights + 2 * columns + 1) + 256));
+    int32_t* const packed_k = carve.integers(padded * words);
+    int32_t* const packed_v = carve.integers(padded / kPerWord * columns);
     float* const value_scale = carve.floats(blocks * columns);
-    float* const key_scale = carve.floats(h.padded);
-    int32_t* const start = carve.integers(h.padded);
+    float* const key_scale = carve.floats(padded);
+    int32_t* const start = carve.integers(padded);
     float* const centre = carve.floats(kMostDim);
     float* const zeros = carve.floats(kMostDim);
     int32_t* const packed_q = carve.integers(kBlockRows * words);
@@ -239,22 +242,31 @@ SMOLVLA_TARGET void run(const Attention& a, const Head& h, int64_t begin, int64_
     int32_t* const products = carve.integers(kBlockRows * columns);
     float* const sums = carve.floats(kBlockRows * columns);
     std::memset(zeros, 0, kMostDim * sizeof(float));
-    mean_of_keys(h, centre);
-    pack_keys(h, centre, words, packed_k, key_scale, start);
-    pack_values(h, columns, packed_v, value_scale);
     const auto* const nothing = reinterpret_cast<const int32_t*>(zeros);
-    for (int64_t first = begin * kTileRows; first < std::min(h.rows, end * kTileRows); first += kBlockRows) {
-        const int64_t count = std::min({h.rows, end * kTileRows, first + kBlockRows}) - first;
+
+    int64_t packed_head = -1;
+    while (begin < end || ranges.next(begin, end)) {
+        const int64_t head = heads[begin / row_tiles], first_tile = begin % row_tiles;
+        const int64_t tiles_here = std::min({row_tiles - first_tile, end - begin, int64_t{kBlockRows / kTileRows}});
+        const int64_t first = first_tile * kTileRows, count = std::min(rows - first, tiles_here * kTileRows);
+        const Head h(a, head);
+        begin += tiles_here;
+        if (head != packed_head) {
+            mean_of_keys(h, centre);
+            pack_keys(h, centre, words, packed_k, key_scale, start);
+            pack_values(h, columns, packed_v, value_scale);
+            packed_head = head;
+        }
         float query_scale[kBlockRows];
         for (int64_t row = 0; row < count; ++row)
             pack_query(h.q_row(a, first + row), zeros, h.head_dim, words, packed_q + row * words, query_scale + row);
-        for (int64_t key = 0; key < h.padded; key += kPanel)
+        for (int64_t key = 0; key < padded; key += kPanel)
             tiles(packed_q, words, count, packed_k + key * words, kPanel, words, start + key, scores + key, score_stride,
                   S::kTileVectors);
         for (int64_t row = 0; row < count; ++row)
             softmax_row(scores + row * score_stride, key_scale, h.mask_row(a, first + row), a.mask_strides[2], h,
-                        std::max(query_scale[row] * (a.scale * kLog2E), kLeastFactor), reinterpret_cast<Element*>(p + row * p_stride),
-                        weight + row * weights);
+                        std::max(query_scale[row] * (a.scale * kLog2E), kLeastFactor),
+                        reinterpret_cast<Element*>(p + row * p_stride), weight + row * weights);
         for (int64_t b = 0; b < blocks; ++b) {
             for (int64_t d = 0; d < columns; d += kPanel)
                 tiles(p + b * kBlockWords, p_stride, count, packed_v + b * kBlockWords * columns + d, columns,

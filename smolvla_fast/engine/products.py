@@ -106,15 +106,12 @@ class Products:
         return {**self._fallback_reasons, **copies, **refused(self.ops), **heads, **wide}
 
     def why_too_sharp(self) -> str | None:
-        """Why 8-bit products cannot keep the tier's promise with these weights, as seen in attention so far, or None."""
-        heads = self.ops.heads
-        if heads is None:
-            return None
-        reason = heads.why_too_sharp()
-        if reason and self.quantized_weights is not None and self.quantized_weights.refreshed():
-            heads.spread, reason = 0.0, None  # of weights that are no more
-        return reason
+        """Why 8-bit products cannot keep the tier's promise with the weights as they were last looked at, or None."""
+        heads, copies = self.ops.heads, self.quantized_weights
+        return None if heads is None or copies is None else heads.why_too_sharp(copies.generation)
 
     def after_fork(self) -> None:
         if self.quantized_weights is not None:
             self.quantized_weights.renew_lock()
+        if self.ops.heads is not None:
+            self.ops.heads.renew_lock()

@@ -77,7 +77,7 @@ class _Made:
 class QuantizedWeights:
     """Quantised copies of one model's matrices; threads may share them.
 
-    dtype  of products with them      kind  what is made of a matrix      generation  how often copies were made anew
+    dtype  of products with them      kind  what is made of a matrix      generation  how often weights were seen to change
     """
 
     def __init__(self, dtype: torch.dtype, kind: Kind = FLOATS) -> None:
@@ -131,6 +131,11 @@ class QuantizedWeights:
                 return False
             self.refresh()
             return True
+
+    def replaced(self) -> None:
+        """Parameters of the model may be others now, or lie elsewhere; what is made of these is found when it is read."""
+        with self._lock:
+            self.generation += 1
 
     def checked(self) -> int:
         """The generation, after copies have been compared with their weights."""

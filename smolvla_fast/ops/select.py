@@ -132,10 +132,8 @@ def select(
             return choose(backend_ops(ops), device, alone, plan)
         from .cpu.int8_attention import Heads
 
-        chosen, heads = choose(backend_ops(ops), device, alone, plan, exports(_module(ops))), Heads()
-        return replace(
-            chosen, heads=heads, attention=heads.attention, masked_attention=heads.masked_attention
-        )
+        chosen = choose(backend_ops(ops), device, alone, plan, exports(_module(ops)))
+        return replace(chosen, heads=Heads(chosen.attention, chosen.masked_attention))
     if backend == "auto":
         ready = (name for name in PREFERRED.get(device.type, ()) if why_not_auto(name, device) is None)
         return _ops(next(ready, "torch"), device, "auto", plan)

@@ -80,7 +80,7 @@ class Ops:
     """whether ops that write a residual stream take ``next_norm``, and those that read it ``normed`` (``next_norm.py``), and
     those of the vision tower's ``offset`` (``stream_offset.py``)"""
     heads: Heads | None = None
-    """of tier ``int8``: what became of the heads of attention"""
+    """of tier ``int8``: attention of chunks, and what became of its heads"""
     fallback: Ops | None = None
     """of a backend with few kernels: the table that serves the rest"""
     missing: dict[str, str] = field(default_factory=dict, compare=False)

@@ -130,6 +130,8 @@ class Runtime(Served[Engine]):
         layers = LAYER_RUNTIMES.of(model.vlm_with_expert)
         if self.engine is not None and self.engine.graphs is not None:
             self.engine.graphs.clear()  # they hold addresses and settings of before
+        if self.engine is not None and self.engine.quantized_weights is not None:
+            self.engine.quantized_weights.replaced()
         if self.engine is None or self._built_for != key:
             tier = resolve_tier(settings.precision, weight.dtype)
             products = layers.products(model.vlm_with_expert, tier, settings, weight.device)

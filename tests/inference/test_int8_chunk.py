@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_ONLY, chunk, make_policy, rel_l2
+from support.policies import LEROBOT_ONLY, chunk, make_policy, model_inputs, rel_l2
 from support.processors import play
 from torch import Tensor
 
 import smolvla_fast
 from smolvla_fast import inference
+from smolvla_fast.engine.products import Products
 from smolvla_fast.model.precision import TIERS, resolve_tier
 from smolvla_fast.ops import extension
 from smolvla_fast.ops import select as backends
 from smolvla_fast.ops.cpu import int8, int8_attention
+from smolvla_fast.ops.plan import Plan
+from smolvla_fast.patching.runtime import runtime_of
 from smolvla_fast.testing.outliers import heavy_tailed, sharp_attention
 from smolvla_fast.testing.policies import make_noise, make_observation
 
@@ -136,19 +139,75 @@ def test_sharp_attention_is_computed_in_fp32(
     with sharp_attention(policy.model):
         truth = chunk(policy, observation, noise)
         smolvla_fast.patch(policy, precision="int8")
+        # The first chunk of all is observed: one velocity a step, of the chunk that is returned.
+        report = smolvla_fast.verify(policy, observation, noise=noise)
+        assert report.passed and len(report.velocity_rel_l2) == policy.config.num_steps
         for _ in range(2):
             assert torch.equal(chunk(policy, observation, noise), truth)
         now = smolvla_fast.status(policy)
-        assert (now.calls_fast, now.calls_stock) == (3, 0)
+        assert (now.precision, now.calls_fast, now.calls_stock) == ("int8", 3, 0)
         assert re.search(
-            r"scores of attention spread by .*, 8-bit products serve up to 8; chunks are",
+            r"scores of attention spread by .*, 8-bit products serve up to 8; chunks are .* until the weights change",
             now.fallback_reasons["int8"],
         )
-        assert smolvla_fast.verify(policy, observation, noise=noise).passed
     back = chunk(policy, observation, noise)
     assert "int8" not in smolvla_fast.status(policy).fallback_reasons
     smolvla_fast.patch(smolvla_fast.unpatch(policy), precision="int8")
     assert torch.equal(back, chunk(policy, observation, noise))
+
+
+@SERVED
+@pytest.mark.parametrize(
+    "how",
+    ["seen by another first", "seen by the chunk", "assigned", "assigned, the old kept", "in other memory"],
+)
+def test_fp32_ends_with_the_weights_it_was_for(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor, how: str
+) -> None:
+    smolvla_fast.patch(policy, precision="int8")
+    want = chunk(policy, observation, noise)
+    plain = {name: x.clone() for name, x in policy.model.state_dict().items()}
+    smolvla_fast.unpatch(policy)
+    with sharp_attention(policy.model):
+        loud = {name: x.clone() for name, x in policy.model.state_dict().items()}
+    policy.model.load_state_dict(loud)
+    smolvla_fast.patch(policy, precision="int8")
+    chunk(policy, observation, noise)
+    assert "int8" in smolvla_fast.status(policy).fallback_reasons
+    kept = list(policy.model.parameters()) if how == "assigned, the old kept" else []  # as an optimizer does
+    if how == "in other memory":
+        for name, parameter in policy.model.named_parameters():
+            parameter.data = plain[name]
+    else:
+        policy.model.load_state_dict(plain, assign=how.startswith("assigned"))
+    if how == "seen by another first":  # single layers share the copies
+        assert runtime_of(policy.model).engine.quantized_weights.refreshed()  # type: ignore[union-attr]
+    if how == "seen by the chunk":
+        for _ in range(2):  # asking does not look at values, and changes nothing
+            assert "int8" in smolvla_fast.status(policy).fallback_reasons
+    assert torch.equal(chunk(policy, observation, noise), want)
+    now = smolvla_fast.status(policy)
+    assert "int8" not in now.fallback_reasons and now.calls_stock == 0
+    del kept
+
+
+@SERVED
+def test_fp32_in_place_has_the_plan_and_survives_a_fork(
+    policy: Any, observation: dict[str, Tensor], noise: Tensor
+) -> None:
+    given = model_inputs(policy, observation)
+    plan, cpu = Plan({"linear none": "aten"}), torch.device("cpu")
+    engine = inference.Engine(TIERS["int8"], "cpu", cpu, products=Products(TIERS["int8"], "cpu", cpu, plan))
+    with sharp_attention(policy.model), torch.no_grad():
+        chunk_of = engine.act(policy.model, *given, noise)
+        by_plan = Products(TIERS["fp32"], "cpu", cpu, plan)
+        want = inference.Engine(TIERS["fp32"], "cpu", cpu, products=by_plan).act(policy.model, *given, noise)
+        assert torch.equal(chunk_of, want) and "int8" in engine.report()["fallback_reasons"]
+        assert engine._in_fp32 is not None and engine._in_fp32.plan is plan
+        heads = engine.ops.heads
+        assert heads is not None and heads._lock.acquire()  # by a thread that a child does not have
+        engine.after_fork()
+        assert heads._lock.acquire(blocking=False)
 
 
 @SERVED

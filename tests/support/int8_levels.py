@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smolvla_fast.ops.cpu import int8_attention
 from smolvla_fast.ops.cpu.int8_attention import LEVELS, Attended
-from smolvla_fast.ops.cpu.kernels import _attention_operands
+from smolvla_fast.ops.cpu.kernels import attention_operands
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK, LOG2E = 64, torch.tensor(1.44269504)
@@ -117,7 +117,7 @@ def at_level(name: str) -> Callable[..., Attended]:
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, most_error: float = 0.01
     ) -> Attended:
         library = _library()
-        out, operands = _attention_operands("int8 attention", q, k, v, mask, None)
+        out, operands = attention_operands("int8 attention", q, k, v, mask, None)
         heads = (k.shape[0], k.shape[2])
         found = Attended(out, torch.zeros(heads), torch.zeros(heads))
         addresses = (*operands[:5], found.error.data_ptr(), found.spread.data_ptr())

@@ -21,7 +21,7 @@ def provide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         availability, "_why_slow", lambda: None
     )  # whether it was measured here is not the question
-    monkeypatch.setattr(int8_attention, "why_slower", lambda q, k: None)  # nor who is faster
+    monkeypatch.setattr(int8_attention, "why_slower", lambda *calls: None)  # nor who is faster
     if int8.why_not(torch.device("cpu")) is None:
         return
     monkeypatch.setattr(int8, "why_not", lambda device: None)

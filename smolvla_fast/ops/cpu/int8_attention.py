@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from .. import extension
 from ..memory import Memory
 from ..memory import empty as _empty
-from . import kernels
 from . import ops as cpu
 from .kernels import attention_operands
 from .operands import check_one
@@ -47,10 +47,12 @@ def attention(
 
     q, k, v     as ``kernels.attention``, fp32; masked keys must be finite or their head is computed in fp32
     mask, out   as ``kernels.attention``
-    most_error  heads with a larger ``error`` are computed in fp32, whatever it is where an operand is not finite
-    returns     out; spread: the standard deviation of a row's scores; error: that of what rounding does to a score, times
-                the root of the sum of squared weights, which normal scores have: what it does to an output, as a share of
-                the values. Both take queries and keys for independent, and are NaN or infinite where an operand is
+    most_error  heads with a larger ``error`` are computed in fp32, whatever it is where an operand is not finite or D is
+                above ``MOST_DIM``
+    returns     out; of the scores of about 16 evenly spaced queries with the keys that they see, spread: the standard
+                deviation in a row; error: that of what rounding does to an output, as a share of the values, were these
+                independent. Root mean square over the rows, the largest of the query heads; NaN where an operand is not
+                finite
     numerics    q by row, k by row without the mean of all keys, v by channel and 64 keys: round(x · 127 / largest).
                 Probabilities by row and 64 keys: round(255 · p / largest). Integer sums are exact, the rest is fp32;
                 equal bits at every instruction level and for any number of threads
@@ -72,102 +74,196 @@ def level() -> str:
     return extension.load("cpu").int8_level()
 
 
+def spread(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[B, K] fp32: what ``attention`` says of these operands, for any D; attention itself is not computed."""
+    _, operands = attention_operands("int8 attention", q, k, v, mask, None)
+    error, found = torch.zeros(2, k.shape[0], k.shape[2])
+    if q.numel():
+        at = (*operands[:4], 0, *operands[5:])
+        kernel = extension.load("cpu").int8_attention
+        kernel(*at, torch.get_num_threads(), 0.0, error.data_ptr(), found.data_ptr())
+    return found
+
+
 # Where it is taken ----------------------------------------------------------------------------------------------------
 
 MOST_SPREAD = 8.0
-"""Root mean square, over the heads of a layer, of the spread of their scores, up to which 8-bit products serve: what these
-lose of q and k, about a hundredth, is multiplied by the size of the scores. Policies of random weights have 1 to 5."""
-MARGIN, ROUNDS = 0.95, 5
+"""Spread of the scores of any head up to which 8-bit products serve: what these lose of q and k, about a hundredth, is
+multiplied by the size of the scores."""
+MOST_DIM = 256
+"""Width of a head that the kernel has room for."""
+MARGIN, ROUNDS = 0.95, 3
 """Share of fp32's time from which on integers are taken; alternating rounds of both."""
+FIRST, EVERY = 8, 64
+"""Where attention is in fp32, scores are measured in so many chunks with the same weights, then in one of so many, unless a
+spread was above half of ``MOST_SPREAD``."""
 
 
-@dataclass
-class Heads:
-    """Attention of one table of tier ``int8``, and what became of its heads; a head is a KV head with its queries.
+def why_slower(integers: Callable[[], Any], in_fp32: Callable[[], Any]) -> str | None:
+    """Why attention is left in fp32 here, or None where integers measured ahead: by the least of several rounds of each."""
+    here = level()
+    if not here.endswith("vnni"):
+        return f"attention in 8 bits is no faster than in fp32 at level {here}, which has no VNNI"
+    best = [float("inf"), float("inf")]
+    for _ in range(ROUNDS + 1):  # the first of each warms up
+        for i, call in enumerate((integers, in_fp32)):
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - start)
+    if best[0] <= MARGIN * best[1]:
+        return None
+    return "attention in 8 bits measured no faster than in fp32 on this machine"
 
-    all, wide  how many were asked for, and how many of these were computed in fp32 for their error
-    slower     why no head of some shape was computed in integers
-    spread     the largest of any layer so far, see ``MOST_SPREAD``
+
+@dataclass(frozen=True)
+class Seen:
+    """What became of heads with one generation of the quantized weights; a head is a KV head with its queries.
+
+    chunks     how many were computed in 8 bits
+    all, wide  heads that integers were asked for, and how many of these were computed in fp32 for their error
+    spread     the largest of any head that is finite
+    others     why integers were not asked for some
     """
 
+    generation: int
+    chunks: int = 0
     all: int = 0
     wide: int = 0
-    slower: str = ""
     spread: float = 0.0
+    others: frozenset[str] = frozenset()
+
+    def __add__(self, other: Seen) -> Seen:
+        return Seen(
+            self.generation,
+            self.chunks + other.chunks,
+            self.all + other.all,
+            self.wide + other.wide,
+            max(self.spread, other.spread),
+            self.others | other.others,
+        )
+
+    @property
+    def sharp(self) -> bool:
+        return self.spread > MOST_SPREAD
+
+
+class Heads:
+    """Attention of the chunks of one table of tier ``int8``, in integers where that is ahead, and what became of its heads.
+
+    attention, masked_attention  the table's own, where integers do not serve; single layers ask nobody else
+    """
+
+    def __init__(self, attention: Callable[..., Tensor], masked_attention: Callable[..., Tensor]) -> None:
+        self.attention, self.masked_attention = attention, masked_attention
+        self.seen = Seen(0)  # replaced as a whole, so that it is read without the lock
+        self._slower: dict[tuple[Any, ...], str | None] = {}
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """In a forked child: the parent's may be held by a thread that is not in the child."""
+        self._lock = threading.Lock()
+
+    def chunk(self, generation: int) -> Chunk:
+        """Attention of a chunk that is about to be computed with this generation of the weights."""
+        seen = self.seen if self.seen.generation == generation else Seen(generation)
+        often = seen.chunks < FIRST or seen.spread > MOST_SPREAD / 2
+        return Chunk(self, generation, often or seen.chunks % EVERY == 0)
+
+    def add(self, seen: Seen) -> None:
+        """What a chunk has seen, at its end; of older weights nothing is kept."""
+        with self._lock:
+            if seen.generation == self.seen.generation:
+                self.seen += seen
+            elif seen.generation > self.seen.generation:
+                self.seen = seen
+
+    def why_not(
+        self, key: tuple[Any, ...], integers: Callable[[], Any], in_fp32: Callable[[], Any]
+    ) -> str | None:
+        """``why_slower``, timed once for a key."""
+        with self._lock:  # two at once would time each other
+            if key not in self._slower:
+                self._slower[key] = why_slower(integers, in_fp32)
+            return self._slower[key]
+
+    def why_too_sharp(self, generation: int) -> str | None:
+        """Why products are to be in fp32 with this generation of the weights, or None."""
+        seen = self.seen
+        if seen.generation != generation or not seen.sharp:
+            return None
+        return (
+            f"scores of attention spread by {seen.spread:.3g}, 8-bit products serve up to {MOST_SPREAD:g}; "
+            "chunks are computed in fp32 until the weights change"
+        )
+
+    @property
+    def fallback_reasons(self) -> dict[str, str]:
+        """What was not computed in 8 bits with the weights of the last chunk."""
+        seen = self.seen
+        why = sorted(seen.others)
+        if why:
+            why.append(f"scores are measured in the first {FIRST} chunks, then in one of {EVERY}")
+        if seen.wide:
+            cause = f"8-bit scores would move outputs by more than {MOST_ERROR:g} of the values"
+            why.append(f"{seen.wide} of {seen.all} heads so far were computed in fp32: {cause}")
+        return {"int8 attention": "; ".join(why)} if why else {}
+
+
+class Chunk:
+    """Attention of one chunk, in one thread.
+
+    seen      so far
+    measures  whether scores are measured where attention is in fp32: products of sharp attention have to be found out
+    """
+
+    def __init__(self, heads: Heads, generation: int, measures: bool) -> None:
+        self._heads, self._measures = heads, measures
+        self.seen = Seen(generation, chunks=1)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         """See ``reference.attention``."""
-        if q.dtype is not torch.float32:
-            return cpu.attention(q, k, v, heads)
+        in_fp32 = partial(self._heads.attention, q, k, v, heads)
         q, k, v = (cpu._heads(x).view(*x.shape[:2], heads, -1) for x in (q, k, v))
-        return self._attend(q, k, v, None, None)
+        return self._attend(q, k, v, None, None, in_fp32)
 
     def masked_attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: Memory | None = None
     ) -> Tensor:
         """See ``reference.masked_attention``."""
+        in_fp32 = partial(self._heads.masked_attention, q, k, v, mask, memory=memory)
+        return self._attend(cpu._heads(q), cpu._heads(k), cpu._heads(v), mask, memory, in_fp32)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        memory: Memory | None,
+        in_fp32: Callable[[], Tensor],
+    ) -> Tensor:
         if q.dtype is not torch.float32 or k.dtype is not torch.float32:
-            return cpu.masked_attention(q, k, v, mask, memory=memory)
-        out = _empty(memory, "attention", q.shape, k.dtype)
-        return self._attend(cpu._heads(q), cpu._heads(k), cpu._heads(v), mask, out)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor | None) -> Tensor:
-        slower = why_slower(q, k)
-        # Heads are measured either way: products of sharp attention have to be found out.
-        found = attention(q, k, v, mask, most_error=-1.0 if slower else MOST_ERROR, out=out)
-        self.all += found.error.numel()
-        if slower:
-            self.slower = slower
+            return in_fp32()
+        if q.shape[3] > MOST_DIM:
+            why: str | None = f"heads are {q.shape[3]} wide, attention in 8 bits has room for {MOST_DIM}"
         else:
-            self.wide += int((~(found.error <= MOST_ERROR)).sum())
-        self.spread = max(self.spread, float(found.spread.square().mean().sqrt()))  # NaN leaves it
-        return found.out.flatten(2)
-
-    def why_too_sharp(self) -> str | None:
-        """Why products are to be in fp32 with these weights, or None."""
-        if self.spread <= MOST_SPREAD:
-            return None
-        return (
-            f"scores of attention spread by {self.spread:.3g}, 8-bit products serve up to {MOST_SPREAD:g}; "
-            "chunks are computed in fp32"
-        )
-
-    @property
-    def fallback_reasons(self) -> dict[str, str]:
-        """What was not computed in 8 bits."""
-        why = []
-        if self.slower:
-            why.append(self.slower)
-        if self.wide:
-            cause = f"8-bit scores would move outputs by more than {MOST_ERROR:g} of the values"
-            why.append(f"{self.wide} of {self.all} heads so far were computed in fp32: {cause}")
-        return {"int8 attention": "; ".join(why)} if why else {}
+            # Counts that change with the prompt are rounded up, so that few are ever timed.
+            queries, keys = (1 << max(x.shape[1] - 1, 0).bit_length() for x in (q, k))
+            sizes = (queries, keys, *q.shape[::2], *k.shape[2:], mask is None)
+            integers = partial(attention, q, k, v, mask, most_error=float("inf"))
+            why = self._heads.why_not((level(), torch.get_num_threads(), *sizes), integers, in_fp32)
+        generation = self.seen.generation
+        if why is None:
+            out = _empty(memory, "attention", q.shape, k.dtype)
+            found = attention(q, k, v, mask, most_error=MOST_ERROR, out=out)
+            wide = int((~(found.error <= MOST_ERROR)).sum())
+            self.seen += Seen(generation, 0, found.error.numel(), wide, _largest(found.spread))
+            return found.out.flatten(2)
+        largest = _largest(spread(q, k, v, mask)) if self._measures else 0.0
+        self.seen += Seen(generation, spread=largest, others=frozenset([why]))
+        return in_fp32()
 
 
-def why_slower(q: Tensor, k: Tensor) -> str | None:
-    """Why attention of this shape is left in fp32 here, or None where integers measured ahead of it."""
-    here = level()
-    if not here.endswith("vnni"):
-        return f"attention in 8 bits is no faster than in fp32 at level {here}, which has no VNNI"
-    # Counts that change with the prompt are rounded up, so that few are ever timed.
-    queries, keys = (1 << max(x.shape[1] - 1, 0).bit_length() for x in (q, k))
-    sizes = (queries, keys, q.shape[2] // k.shape[2], q.shape[3])
-    if _share_of_time(here, torch.get_num_threads(), *sizes) <= MARGIN:
-        return None
-    return "attention in 8 bits measured no faster than in fp32 on this machine"
-
-
-@cache
-def _share_of_time(level: str, threads: int, queries: int, keys: int, group: int, head_dim: int) -> float:
-    """The time of integers over that of fp32, for one KV head; the least of several rounds of each."""
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, queries, group, head_dim, generator=generator)
-    k, v = (torch.randn(1, keys, 1, head_dim, generator=generator) for _ in range(2))
-    in_integers: Callable[..., Any] = partial(attention, most_error=float("inf"))
-    best = [float("inf"), float("inf")]
-    for _ in range(ROUNDS + 1):  # the first of each warms up
-        for i, call in enumerate((in_integers, kernels.attention)):
-            start = time.perf_counter()
-            call(q, k, v)
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best[0] / best[1]
+def _largest(spread: Tensor) -> float:
+    """Of what is finite: an operand that is not says nothing of the weights."""
+    return float(spread.nan_to_num(0.0, 0.0, 0.0).amax()) if spread.numel() else 0.0
