@@ -56,7 +56,7 @@ def deployed(path: str, replicas: int, max_batch: int, wait_s: float, *how: str 
         raise CannotDeploy(f"{replicas} replicas, and free are {gpus} GPUs (one a replica) and {cpus:g} CPUs")
     share = min(cpus / replicas, max(node["Resources"].get("CPU", 0.0) for node in ray.nodes()))
     resources = {"num_cpus": 1, "num_gpus": 1} if gpus else {"num_cpus": int(share) or share}
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         Replica, num_replicas=replicas, ray_actor_options=resources, max_constructor_retry_count=3,
         max_ongoing_requests=2 * max_batch,  # the next batch gathers while one is computed
     )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from typing import Any
 
@@ -19,9 +18,8 @@ from torch import Tensor
 from ..auto_patch import patch_or_stock
 from ..patch import status
 
-logger = logging.getLogger(
-    "ray.serve"
-)  # Ray writes it into the replica's log and, with log_to_driver, prints it
+# Ray's types know batched methods of one argument alone.
+batched: Any = serve.batch
 
 Arrays = dict[str, np.ndarray]
 """Of one observation: the state [1, R] fp32 and each camera's frame [3, H, W] uint8, resized as the policy has it.
@@ -75,7 +73,7 @@ class Replica:
             raise answer
         return answer
 
-    @serve.batch
+    @batched
     async def _answer_batch(self, arrays: list[Arrays], tasks: list[str], seeds: list[int]) -> list[Any]:
         # Not in the event loop, in which Ray asks whether the replica is alive. One batch at a time: serve.batch has it so,
         # and LeRobot's processor steps keep what they are working on.
