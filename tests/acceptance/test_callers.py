@@ -11,7 +11,7 @@ import functools
 import pickle
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,16 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         running.stop(grace=1).wait(PATIENCE)
 
 
+def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    lock = threading.Lock()
+
+    def call(*args: Any) -> Any:
+        with lock:
+            return function(*args)
+
+    return call
+
+
 @pytest.mark.check(45, 47)
 def test_policy_server_and_its_four_workers(server: Any, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Four clients at once: the chunk that each observation gets is the twin's, whichever worker computes it."""
@@ -239,6 +249,11 @@ def test_policy_server_and_its_four_workers(server: Any, checkpoint: Checkpoint,
         return predict(*args, **kwargs)
 
     served.policy.predict_action_chunk = noted
+    # LeRobot's processor steps keep the transition under way as an attribute (ProcessorStep._current_transition) and are not
+    # made for several threads. One at a time there: the policy, which is judged here, is called by all at once.
+    served.preprocessor, served.postprocessor = map(
+        one_at_a_time, (served.preprocessor, served.postprocessor)
+    )
     observations = [{**robot.get_observation(), "task": TASK} for _ in range(12)]
     answers: dict[int, list[Any]] = {}
     failures: list[BaseException] = []
