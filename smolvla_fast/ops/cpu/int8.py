@@ -130,6 +130,7 @@ def int8_matmul(x: IntegerRows, weight: Packed) -> Tensor:
     return found if weight.rest is None else found.add_(_one_term(x, weight.rest))
 
 
+@cache
 def ours() -> bool:
     """Whether the product is our own kernel: on aarch64, from the level with dot products on."""
     return extension.available("cpu") and "neon_dotprod" in extension.load("cpu").levels()
