@@ -165,9 +165,9 @@ def of_result(data: dict[str, Any]) -> dict[str, float]:
 
 def measured() -> tuple[dict[str, float], str]:
     """As ``of_result`` of the newest committed result that has it, and its file's name."""
-    for path in sorted(RESULTS.glob("*.json"), reverse=True):
+    for path in sorted([*RESULTS.glob("*.json"), *RESULTS.glob("contacts/*.json")], reverse=True):
         if found := of_result(json.loads(path.read_text())):
-            return found, path.name
+            return found, path.relative_to(RESULTS).as_posix()
     return {}, ""
 
 

@@ -24,7 +24,7 @@ from benchmarks.gpu_run import page
 from benchmarks.gpu_run.bring import REQUIREMENTS, THINGS, WHEELS, bring, use_cache
 from benchmarks.gpu_run.plans import MINUTES, PLANS
 from benchmarks.gpu_run.predictions import predicted
-from benchmarks.harness.run import result_name, visit
+from benchmarks.harness.run import result_name, visit, write_whole
 from benchmarks.report import markdown
 from smolvla_fast.measure import system
 
@@ -147,7 +147,9 @@ def main(arguments: Sequence[str], plans: dict[str, Any] = PLANS) -> int:
         print(f"{kind}: {error}; give another folder by --out")
         return 1
     if contact:
-        path.with_suffix(".md").write_text(page.markdown(data, predicted()))
+        data["predicted"] = predicted()
+        write_whole(path, data)
+        path.with_suffix(".md").write_text(page.markdown(data))
         written = [path.with_suffix(".md")]
         first = page.headline(data)
         print(f"headline: {first['ms']:.3f} ms ({first['by']})" if first else "headline: none")

@@ -31,7 +31,9 @@ def headline(data: Mapping[str, Any]) -> dict[str, Any] | None:
     return next((found[name] for name in HEADLINE if found.get(name)), None)
 
 
-def markdown(data: Mapping[str, Any], predicted: Mapping[str, float]) -> str:
+def markdown(data: Mapping[str, Any]) -> str:
+    """Predictions are those that the result carries."""
+    predicted: Mapping[str, float] = data.get("predicted") or {}
     first, figures = headline(data), {part["name"]: part["figures"] for part in data["parts"]}
     said = (
         f"**{first['ms']:.3f} ms a chunk** ({first['by']})."

@@ -176,6 +176,14 @@ def test_several_at_once_end_together(tmp_path: Path) -> None:
     assert found["b"].reason.startswith("not done after")
 
 
+CONTACTS = sorted((ROOT / "benchmarks" / "results" / "contacts").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", CONTACTS, ids=lambda path: path.stem)
+def test_a_committed_contact_is_what_its_figures_give(path: Path) -> None:
+    assert page.markdown(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
+
+
 def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "predictions.json"
     assert predictions.predicted(path) == {}
@@ -190,8 +198,13 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
         "left_out": [],
     }
     facts = json.loads(next((ROOT / "benchmarks" / "results").glob("*.json")).read_text())["machine_info"]
-    data = {"machine_info": facts, "parts": [{**part, "figures": {"denoise_ms": 4.25, "vision_ms": 1.5}}]}
-    text = page.markdown(data, predictions.predicted(path))
+    figures = {"denoise_ms": 4.25, "vision_ms": 1.5}
+    data = {
+        "machine_info": facts,
+        "parts": [{**part, "figures": figures}],
+        "predicted": predictions.predicted(path),
+    }
+    text = page.markdown(data)
     assert "| stages/denoise_ms | 4.25 | 3.9 |" in text and "| stages/vision_ms | 1.5 | – |" in text
     assert "**No chunk was captured and timed.**" in text
 
