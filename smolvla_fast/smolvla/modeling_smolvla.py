@@ -152,6 +152,11 @@ class SmolVLAPolicy(nn.Module):
         actions = actions[:, :, :action_dim]
         return aloha.encode_actions(actions) if self.config.adapt_to_pi_aloha else actions
 
+    def _evaluate(self) -> None:
+        """As ``eval()``, which takes six times as long as to ask all modules whether one still trains."""
+        if any(module.training for module in self.modules()):
+            self.eval()
+
     def _prepare_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts Aloha's state and actions in a copy. LeRobot does so in place, so a batch used twice goes wrong."""
         if not self.config.adapt_to_pi_aloha:
@@ -171,7 +176,7 @@ class SmolVLAPolicy(nn.Module):
         kwargs   inference_delay, prev_chunk_left_over, execution_horizon, see ``RTCProcessor.denoise_step``
         returns  [B, chunk_size, action dim] fp32, normalised
         """
-        self.eval()
+        self._evaluate()
         return self._get_action_chunk(self._prepare_batch(batch), noise, **kwargs)
 
     @torch.no_grad()
@@ -184,7 +189,7 @@ class SmolVLAPolicy(nn.Module):
             raise AssertionError(
                 "select_action does not work with rtc_config.enabled; use predict_action_chunk"
             )
-        self.eval()
+        self._evaluate()
         queue = self._queues[ACTION]
         if not queue:
             actions = self._get_action_chunk(self._prepare_batch(batch), noise)
