@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .common import as_rows, capability, check, normalise_first, parts, silu
 from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
-from .next_norm import prepared, stream_products
+from .next_norm import stream_products
 from .tuning import gemm_tile
 
 
@@ -110,7 +110,7 @@ def norm_swiglu(
         )
     y = torch.empty((*lead, outputs), dtype=dtype, device=x.device)
     if y.numel():
-        ready = prepared(normed, x, norm_weight, gate_weight)
+        ready = None if normed is None else normed.prepared(x, norm_weight, gate_weight)
         x, squares = ready or (as_rows(x), norm_weight)
         rows, cc = x.shape[0], capability(x.device)
         tile = gemm_tile(rows, inputs, outputs, cc, x.itemsize, gate_weight.itemsize, products=2)
