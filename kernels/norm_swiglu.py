@@ -78,7 +78,7 @@ def _norm_swiglu_fwd(
     if gate_weight_ptr.dtype.element_ty == tl.float8e4nv:
         gate *= tl.load(gate_scale_ptr + col, mask=col_mask, other=0.0)[None, :]
         up *= tl.load(up_scale_ptr + col, mask=col_mask, other=0.0)[None, :]
-    y = (silu(gate) * up).to(y_ptr.dtype.element_ty)
+    y = (silu(gate, ROUNDED=y_ptr.dtype.element_ty == tl.float32) * up).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row64 * outputs + col[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
 
 
