@@ -11,6 +11,7 @@
 #include "cuda/image_prep.h"
 #include "cuda/linear_residual.h"
 #include "cuda/masked_attention.h"
+#include "cuda/norm_products.h"
 
 #if defined(SMOLVLA_SIMT)
 #include "emulator/module.h"
@@ -109,6 +110,36 @@ PYBIND11_MODULE(SMOLVLA_MODULE, m) {
         },
         py::arg("inputs"), py::arg("y"), py::arg("next"), py::arg("fp32"), py::arg("strides"), py::arg("sizes"),
         py::arg("dependent"), py::arg("weight_settled"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>());
+    m.attr("norm_products_most_inputs") = kNormProductsMostInputs;
+    m.def("norm_products_shared_bytes", &norm_products_shared_bytes, py::arg("rows"), py::arg("inputs"),
+          "what a block of norm_swiglu or norm_qkv_rope takes, at most");
+    m.def(
+        "norm_swiglu",
+        [](const std::array<uintptr_t, 4>& inputs, uintptr_t y, const std::array<int64_t, 2>& strides,
+           const std::array<int, 4>& sizes, float eps, bool dependent, bool weights_settled, uintptr_t stream) {
+            norm_swiglu({{at<void>(inputs[0]), at<float>(inputs[1]), sizes[0], sizes[1], sizes[2], eps, dependent,
+                          weights_settled},
+                         at<void>(inputs[2]), at<void>(inputs[3]), strides[0], strides[1], at<void>(y), sizes[3]},
+                        at<void>(stream));
+        },
+        py::arg("inputs"), py::arg("y"), py::arg("strides"), py::arg("sizes"), py::arg("eps"), py::arg("dependent"),
+        py::arg("weights_settled"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "norm_qkv_rope",
+        [](const std::array<uintptr_t, 7>& inputs, const std::array<uintptr_t, 3>& outputs, bool fp32_slots,
+           const std::array<int64_t, 6>& strides, const std::array<int, 7>& sizes, float eps, bool dependent,
+           bool weights_settled, uintptr_t stream) {
+            norm_qkv_rope({{at<void>(inputs[0]), at<float>(inputs[1]), sizes[0], sizes[1], sizes[2], eps, dependent,
+                            weights_settled},
+                           at<void>(inputs[2]), at<void>(inputs[3]), at<void>(inputs[4]), strides[0], strides[1],
+                           strides[2], at<float>(inputs[5]), at<float>(inputs[6]), at<void>(outputs[0]),
+                           at<void>(outputs[1]), at<void>(outputs[2]), fp32_slots, sizes[3], sizes[4], sizes[5],
+                           sizes[6], strides[3], strides[4], strides[5]},
+                          at<void>(stream));
+        },
+        py::arg("inputs"), py::arg("outputs"), py::arg("fp32_slots"), py::arg("strides"), py::arg("sizes"),
+        py::arg("eps"), py::arg("dependent"), py::arg("weights_settled"), py::arg("stream"),
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "denoise_resources",

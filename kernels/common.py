@@ -123,9 +123,10 @@ def sigmoid(x):
 
 
 @triton.jit
-def silu(x):
-    """x / (1 + e^-x), the division rounded: few programs compute it, and both halves of a gate carry its error."""
-    return tl.div_rn(x, 1.0 + tl.exp(-x))
+def silu(x, ROUNDED: tl.constexpr):
+    """x / (1 + e^-x) in fp32, to two units in the last place. ROUNDED: to half a unit, for a result that stays in fp32; then
+    a division of 0, as in every padded row, is a call."""
+    return tl.div_rn(x, 1.0 + tl.exp(-x)) if ROUNDED else x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -187,9 +188,14 @@ def product(
 
 @triton.jit
 def inverse_rms(squares, inputs, eps):
-    """1/rms of rows from their sums of squares. Rounded and not approximate: all of a row carries its error."""
-    mean = tl.div_rn(squares, tl.cast(inputs, tl.float32)) + eps
-    return tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(mean))
+    """1/rms of rows from their sums of squares, to about two units in the last place; all of a row carries its error.
+
+    A Newton step behind the approximate root; a rounded division or root would be a call. A mean that overflowed gives 0.
+    """
+    mean = squares * (1.0 / inputs) + eps
+    root = tl.rsqrt(mean)
+    error = 1.0 - mean * root * root
+    return tl.where(root > 0.0, root + 0.5 * root * error, root)
 
 
 @triton.jit

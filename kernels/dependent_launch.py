@@ -1,7 +1,8 @@
 """Programmatic dependent launch (CUDA C++ Programming Guide): a launch begins while the one ahead of it still runs.
 
-Its programs compute addresses and prefetch their weights, which no launch writes, then wait for every earlier launch. Beside
-a torch kernel nothing overlaps.
+Its programs compute addresses and prefetch their weights, which no launch writes, wait for every earlier launch, and only then
+let the next one begin: at most one launch waits in a running one's place, and all before that one have ended. Beside a torch
+kernel nothing overlaps.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def prefetch_weight(rows, start, stop, mine, DEPENDENT: tl.constexpr):
 def await_inputs(DEPENDENT: tl.constexpr):
     """Called before any read of another launch's output, and before any write."""
     if DEPENDENT:
-        # The launch behind this one may begin, and prefetch, in places that this one leaves idle.
-        gdc_launch_dependents()
         gdc_wait()
+        # The launch behind this one may begin, and prefetch, in places that this one leaves idle. Not before the wait: every
+        # launch let in would let the next one in, and those that wait would take the places of those that run.
+        gdc_launch_dependents()

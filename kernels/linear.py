@@ -61,7 +61,7 @@ def _linear_fwd(
     if ACTIVATION == "gelu_tanh":
         y = gelu_tanh(y)
     elif ACTIVATION == "silu":
-        y = silu(y)
+        y = silu(y, ROUNDED=y_ptr.dtype.element_ty == tl.float32)
     mask = row_mask[:, None] & col_mask[None, :]
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row64 * residual_row_stride + col[None, :], mask=mask, other=0.0)

@@ -119,14 +119,3 @@ def allocate_for_next_norm(
     # Not contracted: a square that lanes exchange and add up would be fused with the sum on one side of each exchange, and
     # the copies of the sum would differ (``masked_attention_backward``).
     return {"HAS_NEXT": True, "enable_fp_fusion": False}, (hint.weight, hint.rows, hint.squares)
-
-
-def prepared(hint: Any, x: Tensor, norm_weight: Tensor, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(rows [rows, M], squares) of a stream x for this norm and products with this weight, where they were prepared."""
-    if hint is None or hint.rows is None or hint.rows.dtype is not weight.dtype:
-        return None
-    if hint.weight.data_ptr() != norm_weight.data_ptr():
-        raise ValueError("the rows were prepared for another norm")
-    if hint.rows.shape != x.shape:
-        raise ValueError(f"prepared rows have shape {list(hint.rows.shape)}; accepted is {list(x.shape)}")
-    return hint.rows.view(-1, x.shape[-1]), hint.squares

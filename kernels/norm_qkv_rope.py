@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .common import as_rows, capability, check, normalise_first, parts
 from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
-from .next_norm import prepared, stream_products
+from .next_norm import stream_products
 from .tuning import gemm_tile
 
 
@@ -193,7 +193,7 @@ def norm_qkv_rope(
     if q_weight is not None:
         q = torch.empty((batch, tokens, q_heads, head_dim), dtype=dtype, device=x.device)
     if x.shape[0] and tokens:
-        ready = prepared(normed, x, norm_weight, weight)
+        ready = None if normed is None else normed.prepared(x, norm_weight, weight)
         x, squares = ready or (as_rows(x), norm_weight)
         if any(w.stride(0) != weight.stride(0) for w in used):
             used = [w.contiguous() for w in used]

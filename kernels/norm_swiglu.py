@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .common import as_rows, capability, check, normalise_first, parts, silu
 from .dependent_launch import await_inputs, dependent_launch, prefetch_weight
-from .next_norm import prepared, stream_products
+from .next_norm import stream_products
 from .tuning import gemm_tile
 
 
@@ -78,7 +78,7 @@ def _norm_swiglu_fwd(
     if gate_weight_ptr.dtype.element_ty == tl.float8e4nv:
         gate *= tl.load(gate_scale_ptr + col, mask=col_mask, other=0.0)[None, :]
         up *= tl.load(up_scale_ptr + col, mask=col_mask, other=0.0)[None, :]
-    y = (silu(gate) * up).to(y_ptr.dtype.element_ty)
+    y = (silu(gate, ROUNDED=y_ptr.dtype.element_ty == tl.float32) * up).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row64 * outputs + col[None, :], y, mask=row_mask[:, None] & col_mask[None, :])
 
 
@@ -110,7 +110,7 @@ def norm_swiglu(
         )
     y = torch.empty((*lead, outputs), dtype=dtype, device=x.device)
     if y.numel():
-        ready = prepared(normed, x, norm_weight, gate_weight)
+        ready = None if normed is None else normed.prepared(x, norm_weight, gate_weight)
         x, squares = ready or (as_rows(x), norm_weight)
         rows, cc = x.shape[0], capability(x.device)
         tile = gemm_tile(rows, inputs, outputs, cc, x.itemsize, gate_weight.itemsize, products=2)

@@ -63,7 +63,9 @@ def _suffix_embed_fwd(
             other=0.0,
         ).to(tl.float32)
         bias = tl.load(bias_row + unit[None, :], mask=in_rows[:, None] & in_units[None, :], other=0.0)
-        hidden = silu(tl.dot(x, tl.trans(in_weight), bias.to(tl.float32), input_precision=PRECISION))
+        hidden = silu(
+            tl.dot(x, tl.trans(in_weight), bias.to(tl.float32), input_precision=PRECISION), ROUNDED=False
+        )
         out_weight = tl.load(
             out_weight_ptr + col[:, None] * width + unit[None, :],
             mask=in_cols[:, None] & in_units[None, :],

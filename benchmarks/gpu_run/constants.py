@@ -33,8 +33,8 @@ WEIGHT_BYTES = 4 * 10**6
 @triton.jit
 def _nothing(out_ptr, DEPENDENT: tl.constexpr):
     if DEPENDENT:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     tl.store(out_ptr, 1.0)
 
 
@@ -52,14 +52,13 @@ def _read(x_ptr, out_ptr, blocks, passes, BLOCK: tl.constexpr):
 @triton.jit
 def _link(x_ptr, weight_ptr, out_ptr, blocks, DEPENDENT: tl.constexpr, BLOCK: tl.constexpr):
     """A launch of a chain: its weights, which depend on nobody, then what the launch before it wrote."""
-    if DEPENDENT:
-        gdc_launch_dependents()
     at = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         total += tl.load(weight_ptr + block * BLOCK + at)
     if DEPENDENT:
         gdc_wait()
+        gdc_launch_dependents()  # in the order of ``dependent_launch.await_inputs``
     x = tl.load(x_ptr + tl.program_id(0))
     tl.store(out_ptr + tl.program_id(0), x + tl.sum(total))
 

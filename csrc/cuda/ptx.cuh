@@ -61,6 +61,24 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
     return y;
 }
 
+// One instruction each, within two units in the last place; what is below the smallest normal number is 0.
+__device__ __forceinline__ float approximate_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// The address is worked out by here: the compiler does not put that off until behind a wait.
+template <class T>
+__device__ __forceinline__ void settle(T*& address) {
+    asm volatile("" : "+l"(address));
+}
+
 // 16 bytes from global to shared memory, in the background; zeros where not wanted, and then nothing is read.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool wanted = true) {
     const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

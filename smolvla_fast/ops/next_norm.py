@@ -31,6 +31,17 @@ class NextNorm:
         plain = isinstance(weight, Tensor) and weight.dtype is torch.bfloat16
         return cls(norm[0], torch.bfloat16) if plain else None
 
+    def prepared(self, x: Tensor, norm_weight: Tensor, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(rows [rows, M], squares) of a stream x for this norm and products with this weight, where they were prepared.
+        Raises ValueError for another norm or stream."""
+        if self.rows is None or self.squares is None or self.rows.dtype is not weight.dtype:
+            return None
+        if self.weight.data_ptr() != norm_weight.data_ptr():
+            raise ValueError("the rows were prepared for another norm")
+        if self.rows.shape != x.shape:
+            raise ValueError(f"prepared rows have shape {list(self.rows.shape)}; accepted is {list(x.shape)}")
+        return self.rows.view(-1, x.shape[-1]), self.squares
+
 
 HINTS = ("next_norm", "normed", "offset")
 """Keyword arguments of ops: what to prepare, what was prepared, and what stands beside a stream (``stream_offset.py``)."""

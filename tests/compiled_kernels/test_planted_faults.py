@@ -110,6 +110,13 @@ def test_a_launch_that_does_not_wait_for_the_one_ahead(planted: Callable[..., st
     assert re.search(PLACE, said) and "before griddepcontrol.wait" in said
 
 
+def test_a_launch_that_lets_the_next_one_begin_before_it_waits(planted: Callable[..., str]) -> None:
+    """Then launches wait one behind the other in places of those that run."""
+    early = instead(r"(griddepcontrol\.wait;)", r"griddepcontrol.launch_dependents;\n\t\1")
+    said = planted(call("linear_residual", 90, "bf16", **RESIDUAL), early)
+    assert re.search(PLACE, said) and "the next grid may begin before griddepcontrol.wait" in said
+
+
 def test_a_weight_prefetched_past_its_end(planted: Callable[..., str]) -> None:
     change = instead(r"prefetch\.global\.L2 \[(%rd\d+)\]", r"prefetch.global.L2 [\1+67108864]")
     said = planted(call("linear_residual", 90, "bf16", **RESIDUAL), change)

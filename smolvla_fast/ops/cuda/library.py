@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import extension
 
+MIN_CAPABILITY = 90
+"""The first with clusters of blocks that read each other's shared memory, and launches that begin early."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -18,6 +21,27 @@ def library(device: torch.device) -> ModuleType:
     if device.type == "cuda":
         return extension.load("cuda")
     raise RuntimeError(f"CUDA C++ kernels run on an NVIDIA GPU, the tensors are on {device}")
+
+
+def properties(device: torch.device) -> dict[str, Any]:
+    """Of the device, as the library sees it: compute_capability is 90 for 9.0."""
+    index = device.index if device.type == "cuda" else 0
+    found: dict[str, Any] = library(device).device(torch.cuda.current_device() if index is None else index)
+    return found
+
+
+def why_no_dependent_launches(device: torch.device) -> str | None:
+    """Why a device that takes this library's code runs no launch early, and has no clusters, or None."""
+    found = properties(device)
+    have = found["compute_capability"]
+    if have < MIN_CAPABILITY:
+        return f"compute capability {have // 10}.{have % 10} has no clusters of blocks; accepted is 9.0 and later"
+    if found["ptx_version"] < MIN_CAPABILITY:
+        return (
+            f"smolvla_fast._cuda has code with clusters for no GPU like this one; `SMOLVLA_CUDA_ARCHS={have} pip install .` "
+            "compiles it"
+        )
+    return None
 
 
 def why_no_code(device: torch.device) -> str | None:

@@ -12,8 +12,6 @@ from ...kernels.launch_order import take_may_begin_early
 from ..next_norm import NextNorm
 from . import library
 
-MIN_CAPABILITY = 90
-"""The first with clusters of blocks that read each other's shared memory."""
 _STREAMS = (torch.float32, torch.bfloat16)
 _BF16 = (torch.bfloat16,)
 FEW_ROWS = 64
@@ -24,22 +22,12 @@ _MAX_ROWS = 65535 * FEW_ROWS
 
 def why_no_clusters(device: torch.device) -> str | None:
     """Why a device that takes this library's code does not run the kernel, or None."""
-    kernels, index = library.library(device), -1
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-    found = kernels.device(max(index, 0))
-    have = found["compute_capability"]
-    if have < MIN_CAPABILITY:
-        return f"compute capability {have // 10}.{have % 10} has no clusters of blocks; accepted is 9.0 and later"
-    if found["ptx_version"] < MIN_CAPABILITY:
-        return (
-            f"smolvla_fast._cuda has code with clusters for no GPU like this one; `SMOLVLA_CUDA_ARCHS={have} pip install .` "
-            "compiles it"
-        )
-    with torch.cuda.device(index):
-        if not kernels.linear_residual_clusters():
-            return "no part of this GPU runs eight blocks as a cluster"
-    return None
+    reason = library.why_no_dependent_launches(device)
+    if reason is None:
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            if not library.library(device).linear_residual_clusters():
+                reason = "no part of this GPU runs eight blocks as a cluster"
+    return reason
 
 
 def why_not_linear_residual(x: Tensor, weight: Any, residual: Tensor) -> str | None:

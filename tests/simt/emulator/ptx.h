@@ -53,6 +53,13 @@ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
     return pack_bf16(low, high);
 }
 
+// Rounded once; the device's are within two units in the last place, and flush.
+__forceinline__ float approximate_exp2(float x) { return std::exp2(x); }
+__forceinline__ float approximate_reciprocal(float x) { return 1.0f / x; }
+
+template <class T>
+__forceinline__ void settle(T*&) {}
+
 __forceinline__ void cp_async_16(void* shared, const void* global, bool wanted = true) {
     simt::copy_async(shared, global, wanted);
 }

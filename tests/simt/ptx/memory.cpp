@@ -17,6 +17,11 @@ uintptr_t shared_at(const Warp& w, const Instruction& i, unsigned lane, uint32_t
     return shared.low + offset;
 }
 
+// A launch let in before the wait would let the next one in, and that one the next.
+void let_next_begin(Warp& w, const Instruction& i) {
+    if (!w.waited) fault(w, i, "the next grid may begin before griddepcontrol.wait");
+}
+
 void check_waited(const Warp& w, const Instruction& i) {
     if (!w.waited) fault(w, i, "memory is touched before griddepcontrol.wait, while the grid ahead may still be running");
 }
@@ -151,7 +156,7 @@ Table memory() {
     t.push_back({"cp.async.cg.shared.global whole", {copy<true, true>, "aAi"}});
     t.push_back({"prefetch.global.L2", {prefetch, "A"}});
     t.push_back({"griddepcontrol.wait", {wait_for_grid, ""}});
-    t.push_back({"griddepcontrol.launch_dependents", {[](Warp&, const Instruction&) {}, ""}});
+    t.push_back({"griddepcontrol.launch_dependents", {let_next_begin, ""}});
     t.push_back({"cp.async.commit_group", {copy_commit, ""}});
     t.push_back({"cp.async.wait_group", {copy_wait, "i"}});
     t.push_back({"atom.global.gpu.acq_rel.add.u32", {add<true>, "rAr"}});
