@@ -14,6 +14,10 @@ namespace {
 template <class Q, class KV, int HEAD_DIM>
 __global__ void __launch_bounds__(kAttentionThreads) masked_attention_fwd_kernel(const AttentionArgs<Q, KV> args) {
     SMOLVLA_SHARED(shared);
+#if SMOLVLA_SM_90
+    await_earlier_launches();
+    let_next_launch_begin();
+#endif
     AttentionTile<Q, KV, HEAD_DIM>::run(shared, args, blockIdx.z, blockIdx.y, blockIdx.x * kAttentionRows);
 }
 
@@ -47,6 +51,7 @@ void start(const MaskedAttention& p, void* stream) {
     grid.blocks = dim3((p.tokens * args.group + kAttentionRows - 1) / kAttentionRows, p.kv_heads, p.batch);
     grid.threads = dim3(kAttentionThreads);
     grid.shared_bytes = AttentionTile<Q, KV, HEAD_DIM>::shared_bytes;
+    grid.dependent = p.dependent;
     launch("masked_attention", masked_attention_fwd_kernel<Q, KV, HEAD_DIM>, grid, static_cast<cudaStream_t>(stream),
            args);
 }

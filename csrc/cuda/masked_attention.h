@@ -18,6 +18,7 @@ struct MaskedAttention {
     int offset_stride;
     int batch, tokens, heads, head_dim, keys, kv_heads;
     int masked_keys;  // the keys behind them are the tokens' own, seen causally
+    bool dependent;   // may begin while the launch ahead still runs, from sm_90 on
 };
 
 // softmax(q * k^T / sqrt(head_dim), where seen) * v, q rotated at position offset + token. Alignment: see AttentionArgs

@@ -44,6 +44,12 @@ def why_no_dependent_launches(device: torch.device) -> str | None:
     return None
 
 
+@cache
+def begins_early(device: torch.device) -> bool:
+    """Whether kernels that are compiled for every architecture wait for earlier launches themselves on this device."""
+    return why_no_dependent_launches(device) is None
+
+
 def why_no_code(device: torch.device) -> str | None:
     """Why a GPU takes none of the codes in this build, in CUDA's own words, or None. Starts a CUDA context."""
     return _why_no_code(torch.cuda.current_device() if device.index is None else device.index)

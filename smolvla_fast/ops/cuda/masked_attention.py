@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.launch_order import take_may_begin_early
 from . import library
 
 MAX_HEAD_DIM = 128
@@ -120,6 +121,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
             strides=[tensor.stride()[:3] for tensor in (q, k, v, mask)],
             offset_stride=0,
             sizes=(batch, tokens, heads, head_dim, keys, kv_heads, keys),
+            dependent=take_may_begin_early() and library.begins_early(q.device),
             stream=library.stream(q.device),
         )
     return out
