@@ -113,7 +113,6 @@ PYBIND11_MODULE(SMOLVLA_MODULE, m) {
         py::arg("inputs"), py::arg("y"), py::arg("next"), py::arg("fp32"), py::arg("strides"), py::arg("sizes"),
         py::arg("dependent"), py::arg("weight_settled"), py::arg("stream"),
         py::call_guard<py::gil_scoped_release>());
-    m.attr("norm_products_most_inputs") = kNormProductsMostInputs;
     m.def("norm_products_shared_bytes", &norm_products_shared_bytes, py::arg("rows"), py::arg("inputs"),
           "what a block of norm_swiglu or norm_qkv_rope takes, at most");
     m.def(

@@ -33,7 +33,7 @@ struct NormQkvRope : PreparedRows {
     int64_t rope_batch_stride, slot_batch_stride, slot_stride;  // in elements; the first is 0 where all samples share it
 };
 
-// Of what there is code for.
+// Of what there is code for; smolvla_fast/ops/cuda/prepared_rows.py asks for no more.
 constexpr int kNormProductsMostInputs = 1024;
 // Shared memory of a block of these rows, at most.
 size_t norm_products_shared_bytes(int rows, int inputs);

@@ -20,19 +20,23 @@ import torch
 from torch import Tensor
 
 from .availability import why_not, why_not_library
-from .defaults import Rule, default_rules
+from .cuda.linear_residual import FEW_ROWS as CLUSTER_ROWS
+from .cuda.prepared_rows import MOST_INPUTS
+from .defaults import BESIDE_TRITON, Rule, default_rules, hopper_rules
 from .memory import is_out_of_memory
 from .next_norm import HINTS, NextNorm
 from .plan import LOOP, Plan
 from .reference.attention import attention as sdpa_attention
 from .reference.image_prep import image_prep
-from .shape_class import CLASSES, Attention, Product, Shape, up
+from .shape_class import CLASSES, PREPARED, Attention, Product, Shape, up
 from .table import STAGES, Ops, exports
 from .torch import decoder, fused_attention, suffix, vision
 from .torch import masked_attention as attention
 from .torch.linear import aten, cublas, cublaslt, onednn, onednn_has
 
 Candidates = dict[str, Callable[..., Any]]
+Beside = Mapping[str, Callable[..., Callable[..., Any]]]
+"""op -> Triton's kernel -> ours of CUDA C++ that takes its place in a chain of Triton's (``cuda/beside_triton.py``)"""
 PRODUCTS = (
     decoder.norm_qkv_rope, decoder.cross_kv, decoder.linear_residual, decoder.norm_swiglu, suffix.suffix_embed,
     suffix.euler_step, vision.pixel_shuffle_linear,
@@ -92,7 +96,7 @@ class Choice:
     def names(self, shape: Shape) -> list[str]:
         """The candidates that can serve a shape class, the backend's own first."""
         first = next(iter(self.candidates))
-        return [name for name in self.candidates if _can(name, shape)] or [first]
+        return [name for name in self.candidates if _can(self.op, name, shape)] or [first]
 
     def default(self, shape: Shape) -> str:
         names = self.names(shape)
@@ -114,8 +118,14 @@ class Choice:
         return partial(_with_tile, function, _tile(tile)) if tile else function
 
 
-def _can(name: str, shape: Shape) -> bool:
+def _can(op: str, name: str, shape: Shape) -> bool:
     """Whether a candidate has anything for the dtypes of a shape class."""
+    if name == "cuda" and isinstance(shape, Product) and op in BESIDE_TRITON:
+        if shape.dtype is not torch.bfloat16 or shape.inputs % 8:
+            return False
+        if op == "linear_residual":
+            return shape.x is torch.bfloat16 and shape.rows <= CLUSTER_ROWS
+        return PREPARED in shape.end and shape.inputs <= MOST_INPUTS
     if name in fused_attention.ATTENTION and isinstance(shape, Attention):
         alike = shape.q == shape.kv
         return alike and fused_attention.takes(name, shape.queries, shape.head_dim, shape.q)
@@ -175,11 +185,12 @@ def choose(ops: Ops, device: torch.device, wish: str, plan: Plan | None, fixed: 
     fixed  ops that nobody else has, such as products of packed integers
     """
     chosen: Mapping[str, str] = {} if plan is None else plan.choices
-    rules = default_rules(ops.backend, device)
+    beside = _beside_triton(device) if ops.backend == "triton" else {}
+    rules = {**default_rules(ops.backend, device), **_measured_rules(beside, device)}
     backends = (ops.backend, *(others(device, wish) if plan is not None else ()))
     found: dict[str, Any] = {
         op: Choice(op, candidates, rules.get(op), chosen)
-        for op, candidates in _candidates(ops, device, backends).items()
+        for op, candidates in _candidates(ops, device, backends, beside).items()
         if op not in fixed and (len(candidates) > 1 or ops.backend == "triton")
     }
     if ops.backend == "triton":
@@ -232,7 +243,23 @@ def others(device: torch.device, wish: str) -> list[str]:
     return [name for name in ("cpu", "cuda") if wish == "auto" and why_not(name, device) is None]
 
 
-def _candidates(ops: Ops, device: torch.device, backends: Collection[str]) -> dict[str, Candidates]:
+def _beside_triton(device: torch.device) -> Beside:
+    if why_not("cuda", device) is not None:
+        return {}
+    from .cuda.beside_triton import beside_triton
+
+    return beside_triton(device)
+
+
+def _measured_rules(beside: Beside, device: torch.device) -> dict[str, Rule]:
+    from .cuda.beside_triton import measured
+
+    return hopper_rules(beside) if beside and measured(device) else {}
+
+
+def _candidates(
+    ops: Ops, device: torch.device, backends: Collection[str], beside: Beside
+) -> dict[str, Candidates]:
     """Of each op with a shape class: who has it on this device; the table's own kernels come first."""
     sources = list(_torch(ops, device))
     if "cpu" in backends:
@@ -255,6 +282,8 @@ def _candidates(ops: Ops, device: torch.device, backends: Collection[str]) -> di
         for op, function in functions.items():
             if op in CLASSES:
                 found.setdefault(op, {}).setdefault(name, function)
+    for op, made in beside.items():
+        found[op]["cuda"] = made(found[op]["triton"])
     return found
 
 

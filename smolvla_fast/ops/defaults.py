@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from . import processor
 from .availability import why_not_library
+from .cuda.linear_residual import FEW_ROWS as CLUSTER_ROWS
 from .shape_class import Attention, Product
 from .torch import fused_attention, linear
 
@@ -31,6 +32,10 @@ keys of a block between programs and adds up in a second launch. The largest GPU
 
 MOST_OF_A_GROUP, MOST_KV_HEADS = 4, 16
 """Query heads of a KV head that fit a tile with their tokens, and KV heads that can share a sum."""
+
+
+BESIDE_TRITON = ("norm_qkv_rope", "linear_residual", "norm_swiglu")
+"""Ops of a decoder layer that have a kernel of CUDA C++ for the chain of Triton's."""
 
 
 def default_rules(backend: str, device: torch.device) -> dict[str, Rule]:
@@ -91,6 +96,22 @@ def _attention_residual(shape: Product) -> str:
     fits = heads // kv_heads <= MOST_OF_A_GROUP and kv_heads <= MOST_KV_HEADS
     narrow = all(each in (torch.bfloat16, torch.float16) for each in (shape.dtype, shape.x, *shape.end[2:]))
     return "triton" if shape.rows <= FEW_ROWS and fits and narrow else "apart"
+
+
+def hopper_rules(beside: Collection[str]) -> dict[str, Rule]:
+    """Of a Hopper GPU in the place of Triton's: where the kernels ``beside`` Triton's serve."""
+    rules: dict[str, Rule] = dict.fromkeys(beside, _hopper_product)
+    return rules | ({"attention_residual": _hopper_attention_residual} if "linear_residual" in beside else {})
+
+
+def _hopper_product(shape: Product) -> str:
+    """Of few rows. Where there is no candidate "cuda" for the class Triton's kernel serves, as ever: ``Choice.default``."""
+    return "cuda" if shape.rows <= CLUSTER_ROWS and shape.dtype is torch.bfloat16 else _triton(shape)
+
+
+def _hopper_attention_residual(shape: Product) -> str:
+    """Masked attention and the cluster's sum, one behind the other, took less than the one launch: docs/gpu-account.md."""
+    return "apart" if shape.dtype is shape.x is torch.bfloat16 else _attention_residual(shape)
 
 
 def _triton(shape: Product) -> str:

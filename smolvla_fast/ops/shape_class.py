@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .next_norm import NextNorm
+
 
 class Product(NamedTuple):
     """Rows [rows, inputs] times weights [outputs, inputs], with what the op does before and after.
 
     dtype   of the weights; a name, such as "packed", where these are quantised      x  of the rows
-    end     what follows: an activation, the dtype of a residual, "guided"; "tf32" where fp32 products may round to it
+    end     what follows: an activation, the dtype of a residual, "guided"; PREPARED, of rows; "tf32" where fp32 products may
+            round to it
     """
 
     rows: int
@@ -136,6 +139,14 @@ def _attention_residual(
     return _product(q, (weight,), (f"{heads}:{kv_heads}", f"keys{up(keys)}", *kv), rows=batch * tokens)
 
 
+PREPARED = "prepared"
+"""What ends the class of an op whose rows were prepared for it: fewer bytes to read, and kernels that take no others."""
+
+
+def _normed(x: Tensor, weights: tuple[Any, ...], normed: NextNorm | None) -> Product:
+    return _product(x, weights, () if normed is None or normed.rows is None else (PREPARED,))
+
+
 CLASSES: dict[str, Callable[..., Shape]] = {
     "image_prep": _image_prep,
     "patch_embed": lambda pixels, weight, *args, **_: Product(
@@ -147,14 +158,16 @@ CLASSES: dict[str, Callable[..., Shape]] = {
     "pixel_shuffle_linear": lambda x, weight, factor, **_: _product(
         x, (weight,), rows=x.shape[0] * x.shape[1] // factor**2
     ),
-    "norm_qkv_rope": lambda x, norm, weights, rope, slots, **_: _product(x, weights),
+    "norm_qkv_rope": lambda x, norm, weights, rope, slots, normed=None, **_: _normed(x, weights, normed),
     "masked_attention": _masked_attention,
     "attention_residual": _attention_residual,
     "cross_kv": lambda k, v, k_weight, v_weight, dtype=None, **_: _product(
         k, (k_weight, v_weight), () if dtype is None else (dtype,), rows=k.shape[0] * k.shape[1]
     ),
     "linear_residual": lambda x, weight, residual, **_: _product(x, (weight,)),
-    "norm_swiglu": lambda x, norm, gate_weight, up_weight, **_: _product(x, (gate_weight, up_weight)),
+    "norm_swiglu": lambda x, norm, gate_weight, up_weight, normed=None, **_: _normed(
+        x, (gate_weight, up_weight), normed
+    ),
     "suffix_embed": lambda x, step, folded, time_out, **_: _product(
         x, (time_out[0], folded.weight), rows=x.shape[0] * x.shape[1]
     ),

@@ -144,9 +144,12 @@ def derive(backend: str, module: ModuleType, below: Ops | None, **changes: Any) 
 
 
 def serving(ops: Ops, stage: str) -> str:
-    """Who computes a stage op by op: the backend, or where it took ops over from another, both: "cuda, triton"."""
+    """Who computes a stage op by op: the backend, or where it took ops over from another, both: "cuda, triton". The same
+    where kernels of CUDA C++ have served calls of Triton's table (``Choice.served``)."""
     if ops.fallback is None:
-        return ops.backend
+        chosen = (getattr(getattr(ops, name), "served", {}).values() for name in STAGES[stage])
+        by_cuda = ops.backend == "triton" and any("cuda" in names for names in chosen)
+        return f"cuda, {ops.backend}" if by_cuda else ops.backend
     own = [getattr(ops, name) is not getattr(ops.fallback, name) for name in STAGES[stage]]
     return ", ".join(
         name for name, found in ((ops.backend, any(own)), (ops.fallback.backend, not all(own))) if found

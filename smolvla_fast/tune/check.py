@@ -41,7 +41,7 @@ class Contract:
     def __init__(self, recorded: Recorded) -> None:
         self._shape, self._call = recorded.shape, recorded.calls[0]
         choice, shape = recorded.choice, recorded.shape
-        self._default = outputs(choice.op, choice.function(choice.default(shape)), self._call)
+        self._default = outputs(choice.op, choice.function(choice.default(shape)), self._call, prepared=True)
         quantised = isinstance(shape, Product) and not isinstance(shape.dtype, torch.dtype)
         # Rows of another dtype than their weight are no operands of eager torch: its linear is given them rounded.
         mixed = isinstance(shape, Product) and not quantised and shape.x != shape.dtype
@@ -59,7 +59,7 @@ class Contract:
 
     def judge(self, op: str, function: Callable[..., Any]) -> tuple[float, float, str | None]:
         """error, allowed and why it is refused: of the output that is worst beside what it may be off."""
-        found = outputs(op, function, self._call)
+        found = outputs(op, function, self._call, prepared=True)
         worst = (0.0, 0.0, None)
         for name, want in self._truth.items():
             got, default = found[name], self._default[name]
@@ -74,10 +74,15 @@ class Contract:
         return worst
 
 
-def outputs(op: str, function: Callable[..., Any], call: Call) -> Outputs:
-    """All that a call returns or writes, on the CPU; its operands stay as they are."""
+def outputs(op: str, function: Callable[..., Any], call: Call, prepared: bool = False) -> Outputs:
+    """All that a call returns or writes, on the CPU; its operands stay as they are.
+
+    prepared  with the rows that were prepared of x, where there are: some candidates take no others
+    """
     call = call.fresh()
     kwargs = {name: each for name, each in call.kwargs.items() if name not in ("memory", "out")}
+    if prepared:
+        kwargs |= {name: each for name, each in call.hints.items() if name == "normed"}
     found = function(*call.args, **kwargs)
     named = {f"y{i}": each for i, each in enumerate(found if isinstance(found, tuple) else (found,))}
     slots = call.args[4] if op == "norm_qkv_rope" else None

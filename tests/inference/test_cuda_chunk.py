@@ -198,14 +198,21 @@ Make = Callable[..., Any]
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A GPU as far as the table asks for one; what the compiled library says of it is ``says``."""
-    said = {"code_version": 90, "ptx_version": 90, "compute_capability": 90}
+    said = {
+        "code_version": 90,
+        "ptx_version": 90,
+        "compute_capability": 90,
+        "shared_bytes_per_block": 232448,
+    }
     found = SimpleNamespace(capability=(9, 0), missing="", says=lambda index: said, clusters=16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: found.capability)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(extension, "why_missing", lambda kind: found.missing)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     library_of_it = SimpleNamespace(
-        device=lambda index: found.says(index), linear_residual_clusters=lambda: found.clusters
+        device=lambda index: found.says(index),
+        linear_residual_clusters=lambda: found.clusters,
+        norm_products_shared_bytes=lambda rows, inputs: 198144,
     )
     monkeypatch.setattr(extension, "load", lambda kind: library_of_it)
     monkeypatch.setattr(extension, "build_record", lambda: {"cuda": {"archs": ["80", "90a"]}})
@@ -274,7 +281,8 @@ def test_fp8_is_not_for_it(gpu: Any) -> None:
 def test_a_gpu_that_runs_no_clusters(gpu: Any, says: dict[str, int], clusters: int, reason: str) -> None:
     """linear_residual is Triton's there, with the reason; all else is as ever."""
     pytest.importorskip("triton")
-    gpu.says, gpu.clusters = lambda index: {"compute_capability": 90, "ptx_version": 90} | says, clusters
+    said = gpu.says(0)
+    gpu.says, gpu.clusters = lambda index: said | says, clusters
     ops = select("cuda", CUDA, False)
     assert ops.fallback is not None and ops.linear_residual is ops.fallback.linear_residual
     assert ops.masked_attention is not ops.fallback.masked_attention

@@ -9,12 +9,17 @@ import torch
 from support.contract import inputs_in, nan_filled_memory, widened
 from torch import Tensor, nn
 
+from smolvla_fast.ops.choice import choose
+from smolvla_fast.ops.cuda.linear_residual import linear_residual
 from smolvla_fast.ops.cuda.norm_qkv_rope import norm_qkv_rope
 from smolvla_fast.ops.cuda.norm_swiglu import norm_swiglu
 from smolvla_fast.ops.next_norm import NextNorm
 from smolvla_fast.ops.reference.rope import apply_rope
 from smolvla_fast.ops.select import backend_ops, reference_ops
-from smolvla_fast.tune.check import allowance
+from smolvla_fast.ops.shape_class import CLASSES, PREPARED, Product
+from smolvla_fast.ops.table import serving
+from smolvla_fast.tune.check import Contract, allowance
+from smolvla_fast.tune.recorder import Call, Recorded
 
 CPU = torch.device("cpu")
 SWIGLU = {
@@ -124,7 +129,7 @@ def wrong(each: Given) -> str | None:
 
 @pytest.fixture
 def hopper(emulator: Any) -> Any:
-    emulator.configure(compute_capability=90)
+    emulator.configure(compute_capability=90, shared_bytes_per_block=232448)
     return emulator
 
 
@@ -147,3 +152,123 @@ def test_equal_bits_in_every_order(emulator: Any, op: str, case: str) -> None:
         emulator.configure(compute_capability=90, seed=seed)
         found.append(given(op, case).run())
     assert all(torch.equal(y, found[1][name]) for name, y in found[0].items())
+
+
+def by_triton() -> Any:
+    """Triton's table as a device has it that the emulator stands for."""
+    pytest.importorskip("triton")
+    return choose(backend_ops("triton"), CPU, "triton", None)
+
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+GATED = Product(64, 720, (2048, 2048), BF16, F32, (PREPARED,))
+RESIDUAL = Product(64, 2048, (720,), BF16, BF16)
+ATTEND = Product(64, 960, (720,), BF16, BF16, ("15:5", "keys256"))
+DEFAULTS = (
+    ("norm_swiglu", GATED, "cuda", True),
+    ("norm_swiglu", GATED._replace(rows=256, inputs=960, x=BF16), "cuda", True),
+    ("norm_swiglu", GATED._replace(rows=512), "triton", True),
+    ("norm_swiglu", GATED._replace(end=()), "triton", False),  # behind suffix_embed
+    ("norm_swiglu", GATED._replace(inputs=1032), "triton", False),
+    ("norm_swiglu", GATED._replace(inputs=724), "triton", False),
+    ("norm_swiglu", GATED._replace(dtype=F16), "triton", False),
+    ("norm_swiglu", GATED._replace(dtype="quantized"), "triton", False),
+    ("norm_qkv_rope", GATED._replace(outputs=(960, 320, 320)), "cuda", True),
+    ("norm_qkv_rope", GATED._replace(outputs=(960,), end=()), "triton", False),
+    ("linear_residual", RESIDUAL, "cuda", True),
+    ("linear_residual", RESIDUAL._replace(rows=256), "cuda", True),
+    ("linear_residual", RESIDUAL._replace(rows=512), "triton", False),
+    ("linear_residual", RESIDUAL._replace(x=F16, dtype=F16), "triton", False),
+    ("attention_residual", ATTEND, "apart", False),
+    ("attention_residual", ATTEND._replace(x=F16, dtype=F16), "triton", False),
+)
+
+
+@pytest.mark.parametrize(("op", "shape", "name", "candidate"), DEFAULTS, ids=str)
+def test_who_serves_a_hopper(hopper: Any, op: str, shape: Product, name: str, candidate: bool) -> None:
+    """Few rows in bf16, of the normed products prepared ones; other GPUs keep what they had, some with a candidate more."""
+    assert getattr(by_triton(), op).default(shape) == name
+    for capability in (80, 100):
+        hopper.configure(compute_capability=capability)
+        choice = getattr(by_triton(), op)
+        assert choice.default(shape) == "triton"
+        assert ("cuda" in choice.names(shape)) == (candidate and capability == 100)
+
+
+def test_one_that_has_too_little_shared_memory_is_no_candidate(hopper: Any) -> None:
+    hopper.configure(compute_capability=120, shared_bytes_per_block=101376)
+    ops = by_triton()
+    assert "cuda" not in ops.norm_swiglu.candidates and "cuda" in ops.linear_residual.candidates
+
+
+@pytest.mark.parametrize("op", ["norm_swiglu", "norm_qkv_rope"])
+def test_rows_that_a_cluster_prepared(hopper: Any, op: str) -> None:
+    """A chain of the table's own ops: the sum, then the products of what it prepared, with no kernel of Triton's between."""
+    each, ops = given(op, "two row tiles"), by_triton()
+    x, (weight, _) = each.inputs["x"], each.inputs["norm"]
+    width = x.shape[-1]
+    generator = torch.Generator().manual_seed(1)
+    matrix = nn.Parameter((torch.randn(width, 64, generator=generator) / 8).bfloat16(), requires_grad=False)
+    attended = torch.randn(*x.shape[:-1], 64, generator=generator).bfloat16()
+    hint = NextNorm(weight, torch.bfloat16)
+    y = ops.linear_residual(attended, matrix, x, next_norm=hint)
+    following = Given(op, {**each.inputs, "x": y}, hint)
+    assert wrong(following) is None
+    slots = {"slots": tuple(map(torch.clone, each.inputs["slots"]))} if op == "norm_qkv_rope" else {}
+    got = getattr(ops, op)(**{**following.inputs, **slots}, normed=hint)
+    assert torch.equal(got, next(iter(following.run().values())))
+    for name in ("linear_residual", op):
+        assert list(getattr(ops, name).served.values()) == ["cuda"]
+    assert serving(ops, "denoise") == "cuda, triton" and serving(ops, "vision") == "triton"
+    assert torch.equal(y, linear_residual(attended, matrix, x))
+
+
+@pytest.mark.parametrize("op", ["norm_swiglu", "norm_qkv_rope"])
+def test_tuning_judges_it_by_prepared_rows(hopper: Any, op: str) -> None:
+    """Which it is given, since it takes no others; one that is wrong is refused."""
+    each = given(op, "two row tiles")
+    names = (
+        "x",
+        "norm",
+        *(("gate_weight", "up_weight") if op == "norm_swiglu" else ("weights", "rope", "slots")),
+    )
+    call = Call(tuple(each.inputs[name] for name in names), {}, {"normed": each.hint})
+    choice = getattr(by_triton(), op)
+    recorded = Recorded(choice, CLASSES[op](*call.args, **call.hints), calls=[call])
+    assert choice.default(recorded.shape) == "cuda"
+    contract = Contract(recorded)
+    error, allowed, refused = contract.judge(op, choice.function("cuda"))
+    assert refused is None and 0 < error <= allowed
+    assert each.hint.squares is not None
+    each.hint.squares *= 2
+    _, _, refused = contract.judge(op, choice.function("cuda"))
+    assert refused is not None and "off by" in refused
+
+
+REFUSED = (
+    ("norm_swiglu", dict(normed=None), "no rows of x were prepared in bfloat16"),
+    ("norm_swiglu", dict(gate_weight=torch.ones(16, 200)), "a weight is torch.float32; accepted is bfloat16"),
+    ("norm_swiglu", dict(up_weight=(None, None)), "a weight is tuple; accepted is bfloat16"),
+    ("norm_swiglu", dict(gate_weight=torch.ones(6, 200).bfloat16()), "6 outputs; accepted are multiples of 4"),
+    ("norm_swiglu", dict(up_weight=torch.ones(12, 200).bfloat16()), r"up_weight has shape \[12, 200\]; accepted is"),
+    ("norm_swiglu", dict(gate_weight=torch.ones(200, 16).bfloat16().T), r"a weight has strides \(1, 16\)"),
+    ("norm_swiglu", dict(x=torch.ones(65, 204)), "204 inputs; accepted are multiples of 8 up to 1024"),
+    ("norm_swiglu", dict(x=torch.ones(64, 200)), r"prepared rows have shape \[65, 200\]; accepted is \[64, 200\]"),
+    ("norm_swiglu", dict(norm=(torch.ones(200), 1e-5)), "the rows were prepared for another norm"),
+    ("norm_qkv_rope", dict(weights=(None, None, None)), "needs a weight of q, or weights and slots of k and v"),
+    ("norm_qkv_rope", dict(rope=2 * (torch.ones(1, 13, 1, 7),)), "heads of 14; accepted are multiples of 4"),
+    ("norm_qkv_rope", dict(rope=2 * (torch.ones(2, 13, 1, 8),)), r"rope has shape .* accepted is \[5, 13, 1, 8\]"),
+    ("norm_qkv_rope", dict(slots=2 * (torch.ones(5, 13, 1, 16).half(),)), "accepted are float32 and bfloat16, one"),
+    ("norm_qkv_rope", dict(slots=2 * (torch.ones(5, 13, 2, 16),)), r"slots.k has shape \[5, 13, 2, 16\]"),
+    ("norm_qkv_rope", dict(slots=2 * (torch.ones(5, 13, 1, 17)[..., :16],)), "slots have strides .* even ones"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "said"), REFUSED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_what_is_refused(hopper: Any, op: str, changes: dict[str, Any], said: str) -> None:
+    each = given(op, "two row tiles")
+    run = norm_swiglu if op == "norm_swiglu" else norm_qkv_rope
+    with pytest.raises(ValueError, match=said):
+        run(**{**each.inputs, "normed": each.hint, **changes})

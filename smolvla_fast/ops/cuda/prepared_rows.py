@@ -12,6 +12,8 @@ from ...kernels.launch_order import take_may_begin_early
 from ..next_norm import NextNorm
 from . import library
 
+MOST_INPUTS = 1024
+"""As csrc/cuda/norm_products.h has it."""
 _ROWS = 64
 _MAX_ROWS = 65535 * _ROWS
 """What CUDA accepts as the second extent of a grid, in tiles."""
@@ -21,9 +23,8 @@ def why_no_norm_products(device: torch.device) -> str | None:
     """Why a device that takes this library's code does not run the kernels, or None."""
     reason = library.why_no_dependent_launches(device)
     if reason is None:
-        kernels = library.library(device)
         have = library.properties(device)["shared_bytes_per_block"]
-        most = kernels.norm_products_shared_bytes(_ROWS, kernels.norm_products_most_inputs)
+        most = library.library(device).norm_products_shared_bytes(_ROWS, MOST_INPUTS)
         if have < most:
             reason = f"{have} bytes of shared memory for a block; accepted are {most} and more"
     return reason
@@ -42,9 +43,9 @@ def why_not_prepared(x: Tensor, weights: Sequence[Any], normed: NextNorm | None)
             )
     if normed is None or normed.rows is None or normed.rows.dtype is not torch.bfloat16:
         return "no rows of x were prepared in bfloat16; linear_residual prepares them where it is given next_norm"
-    inputs, most = x.shape[-1], library.library(x.device).norm_products_most_inputs
-    if inputs % 8 or not 0 < inputs <= most:
-        return f"{inputs} inputs; accepted are multiples of 8 up to {most}"
+    inputs = x.shape[-1]
+    if inputs % 8 or not 0 < inputs <= MOST_INPUTS:
+        return f"{inputs} inputs; accepted are multiples of 8 up to {MOST_INPUTS}"
     if x.shape[:-1].numel() > _MAX_ROWS:
         return f"{x.shape[:-1].numel()} rows; accepted are at most {_MAX_ROWS}"
     return None
