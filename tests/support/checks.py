@@ -103,13 +103,13 @@ STATEMENTS = {number: text for group in GROUPS.values() for number, text in grou
 NOT_SHOWN = {
     28: "the distance between stock and stock under `torch.compile` is not measured: the bound here is stock's own loss in bf16; observations are drawn and weights random, so 5e-2 and cosine 0.9995, which stock itself misses on them, are not asked",
     32: "not measured: it needs trained weights and the LIBERO simulator",
-    44: "latency: not measured, no GPU has run it",
+    44: "latency on a GPU: not measured",
     48: "on a GPU: not measured",
     55: "not measured: it needs two GPUs",
-    57: "latency: not measured, no GPU has run it",
+    57: "latency on a GPU: not measured",
     58: "the hold of the GIL on a GPU and on a Jetson: not measured",
-    59: "not measured, no GPU has run it",
-    60: "on a GPU: not measured; on a CPU compiled was measured on one processor",
+    59: "on a GPU: not measured",
+    60: "on a GPU eager was measured, compiled was not; on a CPU compiled was measured on one processor",
     61: "peak memory on a GPU: not measured",
 }
 """What of a check nothing here shows, with the reason."""
@@ -200,7 +200,7 @@ def markdown() -> str:
         "# What is promised, and which test shows it", "",
         "Made by `make acceptance` from the marks of the tests; a test compares the two. `pytest tests/acceptance` runs one or more tests of every check",
         f"and prints a line for each. {CPU}: shown on a processor. {DRIVER}: the graph cache shown with a driver that records and replays on a CPU",
-        f"(`tests/support/recorder.py`). {GPU}: a test marked `gpu`, which a machine without one skips; no GPU has run them yet.",
+        f"(`tests/support/recorder.py`). {GPU}: a test marked `gpu`, which a machine without one skips; no GPU has run these tests yet.",
     ]  # fmt: skip
     for group, checks in GROUPS.items():
         lines += ["", f"## {group}", "", "| # | promise | shown by | where |", "| ---: | --- | --- | --- |"]
