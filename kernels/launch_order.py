@@ -12,8 +12,8 @@ _behind_event: ContextVar[bool] = ContextVar("behind_event", default=False)
 
 @contextmanager
 def dependent_launches(wanted: bool) -> Iterator[None]:
-    """Inside, launches may begin before those ahead of them have ended, or not: for measuring what that saves."""
-    token = _wanted.set(wanted)
+    """Inside, launches may begin before those ahead of them have ended, or not; inside of one that says no, none may."""
+    token = _wanted.set(_wanted.get() and wanted)
     try:
         yield
     finally:

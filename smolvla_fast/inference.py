@@ -15,6 +15,7 @@ from .engine.products import Products
 from .engine.quantized_weights import QuantizedWeights
 from .engine.side_stream import Side
 from .engine.timing import is_timed, section
+from .kernels.launch_order import dependent_launches
 from .model.dims import read_dims
 from .model.precision import TIERS, Tier
 from .model.weights import keeps_kv_by_head, read_expert_layers, read_heads
@@ -235,7 +236,7 @@ class Engine:
         vlm, dims, exact = pair.get_vlm_model(), read_dims(model), self.tier.stock_order
         heads, observation, noise = read_heads(model), inputs.observation, inputs.noise
         batch = observation.state.shape[0]
-        with torch.no_grad():
+        with torch.no_grad(), dependent_launches(products.launches_early):
             times = self._time_embeddings(config, dims.expert_width, batch, noise.device)
             with section("vision"):
                 image_tokens: list[Tensor] = []  # a camera each, or all together
@@ -254,7 +255,8 @@ class Engine:
                 expert = read_expert_layers(pair, cast, products.cast_cross_kv)
                 by_head = keeps_kv_by_head(pair) if exact else None
                 cross_dtype = products.cross_kv_dtype
-                plain = exact or observe is not None or bool(self._no_branch)
+                beside = products.first_step_beside and not self._no_branch
+                plain = exact or observe is not None or not beside
                 side = None if plain else side_of_first_step(ops, batch * dims.chunk)
                 if side is None:
                     first = None

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 
+from benchmarks.gpu_run.stage import stage_command
 from benchmarks.harness.run import Part, pytest_of, suite
 from smolvla_fast.model.precision import TIERS
 from smolvla_fast.ops import extension
@@ -29,10 +30,6 @@ def stage(
 ) -> Part:
     """A stage of ``stages.py``."""
     return Part(label or name, limit, least, stage_command(name, *words, rehearse=rehearse), measures=True)
-
-
-def stage_command(name: str, *words: str, rehearse: bool) -> tuple[str, ...]:
-    return (sys.executable, "-m", "benchmarks.gpu_run.stage", name, *words, *(["--rehearse"] * rehearse))
 
 
 def tests(
@@ -69,20 +66,17 @@ def contact(args: argparse.Namespace) -> list[Part]:
     first = [
         stage("machine", 30, 15, rehearse=dry),
         Part("ops", 80, 30, each=ops, measures=True),
-        stage("constants", 30, 0, rehearse=dry),
-        stage("barriers", 20, 0, rehearse=dry),
         stage("policy", 75, 50, "triton", rehearse=dry),
         stage("policy", 60, 30, "torch", label="policy-torch", rehearse=dry),
-        stage("trace", 40, 0, "triton", rehearse=dry),
-        stage("stages", 40, 0, "triton", rehearse=dry),
+        stage("trace", 30, 0, "triton", rehearse=dry),
+        stage("stages", 30, 0, "triton", rehearse=dry),
         stage("lerobot", 40, 15, rehearse=dry),
+        stage("tune", 80, 0, "triton", rehearse=dry),
+        stage("profile", 60, 0, "triton", rehearse=dry),
         build("cuda", 60, 0, NOT_COMPILED if dry else brought),
-        stage("loop", 30, 0, "tiny", label="loop-tiny", rehearse=dry),
         stage("loop", 40, 0, "full", label="loop", rehearse=dry),
-        stage("dependent_launches", 40, 0, "triton", label="dependent", rehearse=dry),
-        stage("wavefront", 40, 0, "triton", rehearse=dry),
-        stage("attention_candidates", 30, 0, label="candidates", rehearse=dry),
-        stage("residual_candidates", 40, 0, "triton", label="clusters", rehearse=dry),
+        stage("constants", 30, 0, rehearse=dry),
+        stage("barriers", 20, 0, rehearse=dry),
         denoise_contracts(dry),
     ]
     if not args.part:

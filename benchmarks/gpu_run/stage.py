@@ -63,6 +63,10 @@ class Stage:
             self.save()
 
 
+def stage_command(name: str, *words: str, rehearse: bool) -> tuple[str, ...]:
+    return (sys.executable, "-m", "benchmarks.gpu_run.stage", name, *words, *(["--rehearse"] * rehearse))
+
+
 def main(arguments: Sequence[str], stages: dict[str, Callable[..., None]] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="stage", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name")

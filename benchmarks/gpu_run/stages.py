@@ -5,35 +5,37 @@ Policies are of smolvla_fast's own class, which needs no LeRobot. In a rehearsal
 
 from __future__ import annotations
 
+import csv
+import shutil
+import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
+from dataclasses import asdict
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from support.contract import call_of, check, inputs_in, reference_module, sizes, to_device
+from support.contract import call_of, check, reference_module, sizes
 
 import smolvla_fast
 from benchmarks.gpu_run.bring import compiled_kernels
-from benchmarks.gpu_run.stage import Stage
+from benchmarks.gpu_run.stage import Stage, stage_command
 from benchmarks.gpu_run.timing import gpu, us_a_launch
 from smolvla_fast import inference
-from smolvla_fast.kernels import launch_order
 from smolvla_fast.measure import system
 from smolvla_fast.measure.rounds import summary, timed_ms
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.availability import why_not
-from smolvla_fast.ops.cuda import linear_residual as by_cluster
 from smolvla_fast.ops.select import backend_ops, reference_ops, select
 from smolvla_fast.patch import engine_of
-from smolvla_fast.stages import wavefront as first_step
+from smolvla_fast.patching.tuning import tune_policy
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import rel_l2
 
 DEVICE_SECONDS = 3.0
+TUNING_SECONDS = 60.0
+PROFILE_FROM, PROFILED = 500, 10
+"""Launches of an eager chunk that are passed over, deep in the denoise loop, and that are counted."""
 TINY: dict[str, Any] = dict(num_steps=2, num_vlm_layers=2)
 REHEARSED_FLOPS = 2e6
 """Of an op in a rehearsal: what Triton's interpreter does in a second."""
@@ -165,13 +167,13 @@ class Chunks:
             raise RuntimeError(f"no graph: {now.last_fallback}\n{details}")
         return chunk
 
-    def times(self, seconds: float = DEVICE_SECONDS) -> dict[str, Any]:
-        """Of the chunk as it is served now: wall time, and the device's within so many seconds."""
+    def times(self) -> dict[str, Any]:
+        """Of the chunk as it is served now: wall time, and the device's."""
         from benchmarks.suites.chunk import device_rounds
 
         wall = summary([timed_ms(self, self.stage.device)[0] for _ in range(self.stage.rounds)])
         many = 4 * self.stage.rounds
-        device = device_rounds(self, self.stage.device, many, seconds, wall["max_ms"] + 1.0)
+        device = device_rounds(self, self.stage.device, many, DEVICE_SECONDS, wall["max_ms"] + 1.0)
         return {"wall": wall, "device": device and summary(device)}
 
 
@@ -285,76 +287,62 @@ def loop(stage: Stage, size: str) -> None:
     stage.add(verified=report.passed, rel_l2=report.rel_l2, bound=report.bound)
 
 
-def with_and_without(
-    stage: Stage, backend: str, switch: Callable[[bool], AbstractContextManager[None]]
-) -> None:
-    """The chunk captured with something and without, in turn: whether bits are equal, and the device's time. In a
-    rehearsal both chunks are the same one."""
-    if stage.rehearsal:
-        stage.add(both_are_the_same="nothing is captured on a CPU: the switch changes nothing here")
-    found: dict[str, list[float]] = {"with": [], "without": []}
-    chunks, bits = Chunks(stage, own_policy(stage)), {}
-    for name in (*found, *found):
-        with stage.attempt(name), switch(name == "with"):
-            bits[name] = chunks.captured(*(("fp32", "torch") if stage.rehearsal else ("bf16", backend)))
-            times = chunks.times(seconds=1.0)
-            found[name].append((times["device"] or times["wall"])["p50_ms"])
-            smolvla_fast.unpatch(chunks.policy)
-        stage.add(**{f"{name}_ms": found[name]})
-    stage.add(bits_are_equal=len(bits) == 2 and torch.equal(bits["with"], bits["without"]))
-
-
-def dependent_launches(stage: Stage, backend: str) -> None:
-    """Programmatic dependent launch."""
-    with_and_without(stage, backend, launch_order.dependent_launches)
-
-
-def wavefront(stage: Stage, backend: str) -> None:
-    """The first denoise step beside the prefix."""
-    with_and_without(stage, backend, first_step.wavefront)
-
-
-def attention_candidates(stage: Stage) -> None:
-    """Cross attention as it is called, over KV in fp32, and over KV in bf16, by both backends."""
-    module, dtype = reference_module("masked_attention"), torch.float32 if stage.rehearsal else torch.bfloat16
-    case = [case for case in module.CASES if case["T"] < case["S"]][-1 if stage.rehearsal else 0]
-    with torch.no_grad():
-        for width in (torch.float32, dtype):
-            given = to_device(inputs_in("masked_attention", case, dtype, 0)[0], stage.device)
-            given |= {name: given[name].to(width) for name in ("k", "v")}
-            for backend in ("triton", "torch"):
-                name = f"{backend}, KV {str(width).removeprefix('torch.')}"
-                with stage.attempt(name):
-                    call = call_of(select(backend, stage.device, False), "masked_attention", given)
-                    stage.add(**{f"{name}, us": us_a_launch([call], stage.device)})
-    stage.add(case=sizes(case))
-
-
-def residual_candidates(stage: Stage, backend: str) -> None:
-    """linear_residual of few rows and a long K by clusters of blocks and by Triton: alone, then in the chunk."""
-    reason = why_not("cuda", stage.device) or by_cluster.why_no_clusters(stage.device)
-    stage.add(why_not=reason)
-    if reason:
-        return
-    from benchmarks.suites.ops import cold_inputs
-    from smolvla_fast.ops.triton import ops as triton
-
-    ours, case = triton.linear_residual, dict(rows=50, inputs=2048, outputs=720)
-    with stage.attempt("alone"), gpu(alone=True), torch.no_grad():
-        found = cold_inputs("linear_residual", case, torch.bfloat16, stage.device)
-        given = [(x["x"], torch.nn.Parameter(x["weight"], False), x["residual"].float()) for x in found]
-        for name, call in (("triton", ours), ("cluster", by_cluster.linear_residual)):
-            stage.add(**{f"{name}_us": us_a_launch([partial(call, *each) for each in given], stage.device)})
-    other = by_cluster.linear_residual_or_fallback(ours)
-    with_and_without(
-        stage, backend, lambda it: patch.object(triton, "linear_residual", other if it else ours)
+def tune(stage: Stage, backend: str) -> None:
+    """What `smolvla-fast tune` does: every candidate of every op at the shapes of a chunk, checked and timed, then whole
+    chunks: by what was chosen, with launches in their order, with the first step behind the prefix, with the loop in one
+    launch."""
+    chunks = Chunks(stage, own_policy(stage))
+    precision, backend = ("fp32", "torch") if stage.rehearsal else ("bf16", backend)
+    smolvla_fast.patch(chunks.policy, precision=precision, backend=backend)
+    seconds = 2.0 if stage.rehearsal else TUNING_SECONDS
+    found = tune_policy(
+        chunks.policy,
+        chunks.given,
+        chunks.noise,
+        seconds=seconds,
+        progress=lambda doing, _: print(doing, flush=True),
     )
+    stage.keep("tuning", found.to_dict())
+    for name, each in (("by the defaults", found.before), ("by what was chosen", found.after)):
+        stage.add(**{name: each and asdict(each)})
+    for choice in found.choices:
+        us = {each.candidate: each.refused or (each.p50_ms and 1e3 * each.p50_ms) for each in choice.timed}
+        stage.add(**{f"{choice.op} {choice.shape}": {"calls": choice.calls, "chosen": choice.chosen, **us}})
+    stage.add(verdict=found.verdict())
+
+
+def eager(stage: Stage, backend: str) -> None:
+    """A chunk that is not captured, for a profiler to look at."""
+    Chunks(stage, own_policy(stage)).eager("bf16", backend)
+
+
+def profile(stage: Stage, backend: str) -> None:
+    """Two layers of a denoise step by Nsight Compute, where it is there: time, instructions, what warps wait for."""
+    program = shutil.which("ncu")
+    stage.add(profiler=program)
+    if program is None or stage.rehearsal:
+        return
+    counters = "gpu__time_duration.sum,smsp__inst_executed.sum,launch__grid_size,launch__block_size"
+    command = [
+        program, "--clock-control", "none", "--cache-control", "none", "--metrics", counters, "--section", "WarpStateStats",
+        "--launch-skip", str(PROFILE_FROM), "--launch-count", str(PROFILED), "--csv", "--page", "raw",
+        *stage_command("eager", backend, rehearse=False),
+    ]  # fmt: skip
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
+    stage.keep("counters", lines)
+    if done.returncode or not lines:
+        raise RuntimeError(f"ncu ended with status {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
+    for place, row in enumerate(list(csv.DictReader(lines))[1:]):  # the first row has the units
+        waits = {name: value for name, value in row.items() if "stalled" in name and "ratio" in name}
+        most = sorted(waits.items(), key=lambda each: -float(each[1].replace(",", "") or 0))[:4]
+        counted = {name: row.get(name) for name in counters.split(",")}
+        stage.add(**{f"{place} {row.get('Kernel Name', '')[:40]}": {**counted, **dict(most)}})
 
 
 STAGES: dict[str, Callable[..., None]] = {
     each.__name__: each
     for each in (
-        machine, op, constants, barriers, policy, trace, stages, lerobot, loop, dependent_launches, wavefront,
-        attention_candidates, residual_candidates,
+        machine, op, constants, barriers, policy, trace, stages, tune, eager, profile, lerobot, loop,
     )
 }  # fmt: skip

@@ -62,6 +62,16 @@ class Products:
         return Products(self.tier, self.backend, self.device, plan, self.quantized_weights)
 
     @property
+    def launches_early(self) -> bool:
+        """Whether launches may begin before those ahead of them have ended, where kernels can."""
+        return self.plan is None or self.plan.choices.get(plans.LAUNCHES) != "in_order"
+
+    @property
+    def first_step_beside(self) -> bool:
+        """Whether captures may have the first denoise step beside the prefix."""
+        return self.plan is None or self.plan.choices.get(plans.FIRST_STEP) != "behind_prefix"
+
+    @property
     def may_widen(self) -> bool:
         """Whether products of this tier may run in fp32 in place of bf16, where that is faster."""
         return self.device.type == "cpu" and self.tier.name not in ("exact", "fp32", "int8")

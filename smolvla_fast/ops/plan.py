@@ -10,6 +10,10 @@ LOOP = "denoise"
 PRODUCTS = "products"
 """The key of the dtype in which the products of tier bf16 run on a CPU: "bfloat16" or "float32"."""
 
+LAUNCHES = "launches"
+"""The key of when the launches of a GPU begin that may do so before the one ahead has ended: "early" or "in_order"."""
+FIRST_STEP = "first_step"
+"""The key of where a captured chunk has its first denoise step: "beside_prefix" or "behind_prefix"."""
 CHUNK = "chunk"
 """The key of the whole chunk: "stock" where LeRobot's own code measured faster than the engine."""
 

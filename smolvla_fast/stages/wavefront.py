@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -31,23 +30,11 @@ MOST_ROWS = 64
 BESIDE = "denoise beside prefix"
 """The section of what runs on the side."""
 
-_wanted: ContextVar[bool] = ContextVar("smolvla_fast_wavefront", default=True)
-
-
-@contextmanager
-def wavefront(wanted: bool) -> Iterator[None]:
-    """Inside, captures have the first step beside the prefix, or not: for measuring what that saves."""
-    token = _wanted.set(wanted)
-    try:
-        yield
-    finally:
-        _wanted.reset(token)
-
 
 def side_of_first_step(ops: Ops, rows: int) -> Side | None:
     """Where the first step runs beside the prefix; None where the stages run one behind the other: outside of a capture,
     timed by stage, where one launch is the whole loop, and with too many rows."""
-    if not _wanted.get() or is_timed():
+    if is_timed():
         return None
     return side_stream() if ops.denoise_persistent is None and rows <= MOST_ROWS else None
 

@@ -22,7 +22,7 @@ from ..measure.rounding import FP32_BOUND
 from ..measure.rounds import timed_ms
 from ..model.precision import TIERS
 from ..ops.choice import others
-from ..ops.plan import CHUNK, LOOP, PRODUCTS, Plan
+from ..ops.plan import CHUNK, FIRST_STEP, LAUNCHES, LOOP, PRODUCTS, Plan
 from .candidates import drop_hopeless, measure, said
 from .recorder import Recorded, Recorder
 from .result import Choice, ChunkTime, Timed, Tuning
@@ -170,6 +170,10 @@ class _Tuner:
             found.append((LOOP, "cuda", "ops"))
         elif products.ops.backend == "triton" and "cuda" in others(products.device, products.backend):
             found.append((LOOP, "ops", "cuda"))
+        if products.ops.backend == "triton" and products.device.type == "cuda":
+            found.append((FIRST_STEP, "beside_prefix", "behind_prefix"))
+            if torch.cuda.get_device_capability(products.device)[0] >= 9:
+                found.append((LAUNCHES, "early", "in_order"))
         return found
 
     def _compare(self, finals: dict[str, _Final], stock: Tensor) -> None:

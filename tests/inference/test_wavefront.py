@@ -19,10 +19,12 @@ import smolvla_fast
 from smolvla_fast import inference
 from smolvla_fast.engine.side_stream import SideStream, offered, side_stream
 from smolvla_fast.engine.timing import stage_times
+from smolvla_fast.kernels import launch_order
+from smolvla_fast.ops.plan import FIRST_STEP, LAUNCHES, Plan
 from smolvla_fast.ops.table import NAMES
 from smolvla_fast.patch import engine_of
 from smolvla_fast.patching.inputs import made_inputs
-from smolvla_fast.stages.wavefront import MOST_ROWS, wavefront
+from smolvla_fast.stages.wavefront import MOST_ROWS
 from smolvla_fast.testing.policies import make_noise, make_observation
 
 pytestmark = LEROBOT_ONLY  # whose policy it is changes nothing here
@@ -239,7 +241,9 @@ def test_a_capture_that_fails_either_way_blames_no_branch(monkeypatch: pytest.Mo
 
 PLAIN: dict[str, Callable[[Chunks], Any]] = {
     "many rows": lambda chunks: chunks(batch=MOST_ROWS // chunks.plain.config.chunk_size + 1),
-    "switched off": lambda chunks: wavefront(False)(chunks)(),
+    "a plan": lambda chunks: (
+        setattr(chunks.engine.products, "plan", Plan({FIRST_STEP: "behind_prefix"})) or chunks()
+    ),
     "observed": lambda chunks: chunks.engine.act(*inputs(chunks), observe=lambda x, v: None),
     "timed": lambda chunks: stage_times(
         chunks.policy, make_observation(chunks.plain), make_noise(chunks.plain)
@@ -269,7 +273,7 @@ def test_the_plain_order_of_exact_and_of_one_launch(monkeypatch: pytest.MonkeyPa
 
 def test_the_launch_behind_an_event_is_as_ever() -> None:
     pytest.importorskip("triton")
-    from smolvla_fast.kernels import dependent_launch, launch_order
+    from smolvla_fast.kernels import dependent_launch
 
     if dependent_launch.gdc_wait is None:
         pytest.skip("no programmatic dependent launch before Triton 3.4")
@@ -278,6 +282,22 @@ def test_the_launch_behind_an_event_is_as_ever() -> None:
     assert found == [False, True, True]
     with launch_order.dependent_launches(False):
         assert not dependent_launch.dependent_launch(90)["DEPENDENT"]
+
+
+@pytest.mark.parametrize("order", ["early", "in_order"])
+def test_a_plan_has_launches_in_their_order(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks, early = Chunks(monkeypatch), set[bool]()
+    own = chunks.engine.ops.euler_step
+
+    def euler_step(*args: Any, **kwargs: Any) -> Any:
+        early.add(launch_order.take_may_begin_early())
+        return own(*args, **kwargs)
+
+    chunks.engine.ops = replace(chunks.engine.ops, euler_step=euler_step)
+    chunks.engine.products.plan = Plan({LAUNCHES: order})
+    assert chunks() and (True in early) is (order == "early")
+    with launch_order.dependent_launches(False), launch_order.dependent_launches(True):
+        assert not launch_order.take_may_begin_early()
 
 
 def test_a_stream_that_a_captured_function_has_forked_has_no_side(monkeypatch: pytest.MonkeyPatch) -> None:

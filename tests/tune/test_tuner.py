@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -367,6 +368,20 @@ def test_a_segment_competes_with_what_was_chosen_op_by_op(ms: float, wins: bool)
     segment = tuner._segment("denoise", "ops", "cuda", finals)
     assert segment.reached and [each.p50_ms for each in segment.timed] == [90, ms]
     assert (best == "denoise cuda") is (segment.chosen == "cuda") is wins
+
+
+@pytest.mark.parametrize(("capability", "segments"), [(9, {"first_step", "launches"}), (8, {"first_step"})])
+def test_a_gpu_measures_the_order_of_its_launches(
+    capability: int, segments: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(tuner, "others", lambda device, wish: [])
+    ops = SimpleNamespace(denoise_persistent=None, backend="triton")
+    products: Any = SimpleNamespace(
+        may_widen=False, ops=ops, device=torch.device("cuda"), backend="triton", by=lambda plan: products
+    )
+    found = tuner._Tuner._competitors(SimpleNamespace(_products=products))  # type: ignore[arg-type]
+    assert {name for name, *_ in found} == segments
 
 
 def rel_l2(x: Tensor, reference: Tensor) -> float:
