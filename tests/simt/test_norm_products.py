@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from simt.left_out import LeftOut
 from support.contract import inputs_in, nan_filled_memory, widened
+from support.prepared import prepared
 from torch import Tensor, nn
 
 from smolvla_fast.ops.choice import choose
@@ -22,12 +26,14 @@ from smolvla_fast.tune.check import Contract, allowance
 from smolvla_fast.tune.recorder import Call, Recorded
 
 CPU = torch.device("cpu")
+MANY_PARTS = "more parts than a row's lanes take at once"
 SWIGLU = {
     "one of all": dict(rows=1, inputs=8, outputs=4),
     "part of a second tile": dict(rows=5, inputs=72, outputs=20),
     "a width of SmolVLA": dict(rows=50, inputs=720, outputs=36),
+    "another width": dict(rows=6, inputs=480, outputs=4),
     "two row tiles": dict(rows=65, inputs=200, outputs=16),
-    "more parts than a row's lanes take at once": dict(rows=3, inputs=1024, outputs=4),
+    MANY_PARTS: dict(rows=3, inputs=1024, outputs=4),
 }
 QKV = {
     "one of all": dict(B=1, T=1, M=8, H=1, K=1, D=4),
@@ -63,11 +69,12 @@ def given(
     op: str, case: str, settled: bool = True, slots: torch.dtype | None = torch.bfloat16, queries: bool = True,
     part: int = 64,
 ) -> Given:  # fmt: skip
-    """A stream in fp32 with outliers, its rows prepared in bf16, and squares over so many columns each."""
+    """A stream in fp32 with outliers and a row of zeros, its rows prepared in bf16, and squares over some columns each."""
     sizes = (SWIGLU if op == "norm_swiglu" else QKV)[case]
     inputs, _ = inputs_in(op, sizes, torch.bfloat16, 0)
     x, (weight, eps) = inputs["x"].float(), inputs["norm"]
     x[..., ::11] *= 50
+    x.view(-1, x.shape[-1])[1:2] = 0.0
 
     def matrix(weight: Tensor) -> Tensor:
         weight[0, 0] = 40.0
@@ -79,10 +86,7 @@ def given(
         q, k, v = map(matrix, inputs["weights"])
         inputs["weights"] = (q if queries else None, *((None, None) if slots is None else (k, v)))
         inputs["slots"] = None if slots is None else tuple(each.to(slots) for each in inputs["slots"])
-    hint = NextNorm(weight, torch.bfloat16, (x * weight.float()).bfloat16())
-    width = x.shape[-1]
-    squares = torch.nn.functional.pad(x.square().view(-1, width), (0, -width % part))
-    hint.squares = squares.unflatten(1, (-1, part)).sum(2).T.contiguous()
+    hint = prepared(x, weight, 40 if case == MANY_PARTS else 64)
     return Given(op, {**inputs, "x": x, "norm": (weight, eps)}, hint)
 
 
@@ -272,3 +276,107 @@ def test_what_is_refused(hopper: Any, op: str, changes: dict[str, Any], said: st
     run = norm_swiglu if op == "norm_swiglu" else norm_qkv_rope
     with pytest.raises(ValueError, match=said):
         run(**{**each.inputs, "normed": each.hint, **changes})
+
+
+@pytest.mark.parametrize("slots", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("queries", [True, False])
+def test_queries_alone_and_a_cache_in_fp32(hopper: Any, queries: bool, slots: torch.dtype | None) -> None:
+    """Or keys and values alone, of the last layer of the prefix; the cache is a view with room between tokens."""
+    if not queries and slots is None:
+        return
+    each = given("norm_qkv_rope", "samples, and a head of half a tile more", slots=slots, queries=queries)
+    assert wrong(each) is None
+    if slots is not None:
+        cache = torch.full((2, 2, 9, 2, 20), torch.nan)
+        into = (cache[0, :, 2:], cache[1, :, 2:])
+        norm_qkv_rope(**{**each.inputs, "slots": into}, normed=each.hint)
+        found = each.run()
+        assert torch.equal(into[0], found["k"]) and torch.equal(into[1], found["v"])
+        assert cache[:, :, :2].isnan().all()
+
+
+@pytest.mark.parametrize("op", ["norm_swiglu", "norm_qkv_rope"])
+def test_a_nan_stays_in_its_row(hopper: Any, op: str) -> None:
+    each = given(op, "two row tiles")
+    assert each.hint.rows is not None
+    each.hint.rows.view(65, -1)[64, 3] = torch.nan
+    for y in each.run().values():
+        rows = y.flatten(0, -2 if op == "norm_swiglu" else 1).flatten(1)
+        assert rows[64].isnan().all() and not rows[:64].isnan().any()
+
+
+def test_gates_of_any_size(hopper: Any) -> None:
+    """Where e^-x is infinite, or 0, silu is 0, or x."""
+    each = given("norm_swiglu", "part of a second tile")
+    with torch.no_grad():
+        each.inputs["gate_weight"] *= 1000
+    y = each.run()["y"]
+    assert y.isfinite().all() and wrong(each) is None
+
+
+WRONG = (
+    ("pieces % 2", "0"),
+    ("min(row, rows - 1) * pitch", "row * pitch"),
+    ("step + share < steps", "step + share <= steps"),
+    (
+        "squares * (1.0f / static_cast<float>(inputs)) + p.eps",
+        "squares * (1.0f / static_cast<float>(inputs))",
+    ),
+    ("(some[0] + some[1]) + (some[2] + some[3])", "some[0]"),
+    ("__shfl_xor_sync(0xffffffffu, squares, 1);", "squares"),
+    ("load_l2(squares_at + static_cast<int64_t>(4 * i) * p.rows);", "0.0f"),
+    ("first[from][i];", "0.0f"),
+    ("second[from][i];", "0.0f"),
+    ("-1.44269504f * gate[i]", "1.44269504f * gate[i]"),
+    ("x[0] * cos.x - y[0] * sin.x", "x[0] * cos.x + y[0] * sin.x"),
+    ("second ? p.half : 0", "second ? 0 : 0"),
+    ("batch * p.rope_batch_stride", "0 * p.rope_batch_stride"),
+    ("batch * p.slot_batch_stride", "0 * p.slot_batch_stride"),
+    ("at.which < 2", "at.which < 3"),
+    ("at.which > 0 && p.fp32_slots", "p.fp32_slots"),
+    ("min(at.first + pair, p.half - 1)", "at.first + pair"),
+    (
+        "min(static_cast<int>(blockIdx.x) * kPairs + pair, p.outputs - 1)",
+        "static_cast<int>(blockIdx.x) * kPairs + pair",
+    ),
+)
+SWITCHED = LeftOut("norm_products", WRONG)
+
+
+@pytest.fixture(scope="module")
+def switched() -> Any:
+    return SWITCHED.load()
+
+
+@pytest.fixture
+def leave_out(switched: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.c_int]:
+    with SWITCHED.serving(switched, monkeypatch) as number:
+        yield number
+
+
+def shown_by() -> Iterator[Given]:
+    """Every group of K, a half of 16 behind the last, odd pairs, and weights that are read early and not."""
+    yield given("norm_swiglu", "another width")
+    yield given("norm_swiglu", "part of a second tile", settled=False)
+    yield given("norm_swiglu", MANY_PARTS)
+    yield given("norm_qkv_rope", "samples, and a head of half a tile more", slots=torch.float32)
+
+
+def test_with_all_of_them(leave_out: ctypes.c_int) -> None:
+    assert len(SWITCHED.places) == 12, SWITCHED.places
+    assert [wrong(each) for each in shown_by()] == 4 * [None]
+
+
+@pytest.mark.parametrize("place", SWITCHED.numbers)
+def test_nothing_can_be_left_out(leave_out: ctypes.c_int, place: str) -> None:
+    """Every barrier and wait, and the arithmetic."""
+    leave_out.value = SWITCHED.numbers[place]
+    found = []
+    for each in shown_by():
+        try:
+            found.append(wrong(each))
+        except RuntimeError as error:
+            assert each.op in str(error)
+            found.append(str(error))
+    print(found)
+    assert any(found), f"nothing shows {place}"
