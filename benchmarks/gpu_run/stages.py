@@ -15,6 +15,8 @@ from unittest.mock import patch
 
 import torch
 from support.contract import call_of, check, inputs_in, reference_module, sizes, to_device
+from support.prepared import prepared
+from torch.utils._pytree import tree_map_only
 
 import smolvla_fast
 from benchmarks.gpu_run.bring import compiled_kernels
@@ -24,9 +26,11 @@ from smolvla_fast import inference
 from smolvla_fast.kernels import launch_order
 from smolvla_fast.measure import system
 from smolvla_fast.measure.rounds import summary, timed_ms
-from smolvla_fast.ops import extension
+from smolvla_fast.ops import choice, extension
 from smolvla_fast.ops.availability import why_not
 from smolvla_fast.ops.cuda import linear_residual as by_cluster
+from smolvla_fast.ops.cuda.norm_qkv_rope import norm_qkv_rope
+from smolvla_fast.ops.cuda.norm_swiglu import norm_swiglu
 from smolvla_fast.ops.select import backend_ops, reference_ops, select
 from smolvla_fast.patch import engine_of
 from smolvla_fast.stages import wavefront as first_step
@@ -331,7 +335,8 @@ def attention_candidates(stage: Stage) -> None:
 
 
 def residual_candidates(stage: Stage, backend: str) -> None:
-    """linear_residual of few rows and a long K by clusters of blocks and by Triton: alone, then in the chunk."""
+    """linear_residual of few rows and a long K, and the products of what it prepares, by CUDA C++ and by Triton: alone, then
+    in the chunk."""
     reason = why_not("cuda", stage.device) or by_cluster.why_no_clusters(stage.device)
     stage.add(why_not=reason)
     if reason:
@@ -339,16 +344,34 @@ def residual_candidates(stage: Stage, backend: str) -> None:
     from benchmarks.suites.ops import cold_inputs
     from smolvla_fast.ops.triton import ops as triton
 
-    ours, case = triton.linear_residual, dict(rows=50, inputs=2048, outputs=720)
-    with stage.attempt("alone"), gpu(alone=True), torch.no_grad():
-        found = cold_inputs("linear_residual", case, torch.bfloat16, stage.device)
-        given = [(x["x"], torch.nn.Parameter(x["weight"], False), x["residual"].float()) for x in found]
-        for name, call in (("triton", ours), ("cluster", by_cluster.linear_residual)):
-            stage.add(**{f"{name}_us": us_a_launch([partial(call, *each) for each in given], stage.device)})
-    other = by_cluster.linear_residual_or_fallback(ours)
+    ours = {
+        "linear_residual": by_cluster.linear_residual,
+        "norm_swiglu": norm_swiglu,
+        "norm_qkv_rope": norm_qkv_rope,
+    }
+    cases = {"linear_residual": dict(rows=50, inputs=2048, outputs=720)}
+    for op, own in ours.items():
+        with stage.attempt(op), gpu(alone=True), torch.no_grad():
+            case = cases.get(op, reference_module(op).CASES[1])
+            found = cold_inputs(op, case, torch.bfloat16, stage.device)
+            given = [tree_map_only(torch.Tensor, _as_in_a_model, each) for each in found]
+            for each in given:
+                if op == "linear_residual":
+                    each["residual"] = each["residual"].float()
+                else:
+                    each["normed"] = prepared(each["x"], each["norm"][0])
+            for name, call in (("triton", getattr(triton, op)), ("cuda", own)):
+                us = us_a_launch([partial(call, **each) for each in given], stage.device)
+                stage.add(**{f"{op}, {name}_us": us})
+    served = choice.beside_triton
     with_and_without(
-        stage, backend, lambda it: patch.object(triton, "linear_residual", other if it else ours)
+        stage, backend, lambda it: patch.object(choice, "beside_triton", served if it else lambda device: {})
     )
+
+
+def _as_in_a_model(tensor: torch.Tensor) -> torch.Tensor:
+    """Matrices are parameters there, which may be read early."""
+    return torch.nn.Parameter(tensor, False) if tensor.ndim == 2 else tensor
 
 
 STAGES: dict[str, Callable[..., None]] = {
