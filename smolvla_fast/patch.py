@@ -70,8 +70,9 @@ def patch(
     precision  "auto" (fp32 weights -> "fp32", bf16 weights -> "bf16"), "exact" (bit-identical to stock), "fp32", "bf16",
                "fp8" (8-bit floats, NVIDIA GPUs from compute capability 8.9 on; what it costs: ``verify``), "int8" (8-bit
                integers, processors with VNNI; what it costs: ``verify``)
-    backend    "auto" (the best that serves this device), "torch", "cpu", "triton", "cuda" (CUDA C++ for attention and the
-               denoise loop, Triton for the rest; not measured yet, so "auto" does not take it)
+    backend    "auto" (the best that serves this device), "torch", "cpu", "triton" (on a Hopper GPU with CUDA C++ for
+               products of few rows in bf16), "cuda" (CUDA C++ for attention and the denoise loop, Triton for the rest;
+               not measured yet, so "auto" does not take it)
     warmup     an example batch as ``predict_action_chunk`` takes it, or True: run a chunk now, so that the first real one
                is not slow; how long that took is said. No random state moves.
     training   speed up ``policy.forward``, the training loss, as well: what is frozen runs once and without a graph

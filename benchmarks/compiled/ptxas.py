@@ -26,11 +26,12 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "denoise_persistent": ("HMMA", "LDGSTS or UBLKCP"),
     "masked_attention": ("HMMA",),  # keys and values go from L2 straight into fragments, past shared memory
     "linear_residual": ("HMMA", "LDGSTS", "LDSM"),
+    "norm_products": (),  # of K no loop is left: every step has constant offsets
     "euler_step": (),
     "image_prep": (),
 }
 """What must stand in the loops of each kernel of a source: products in tensor cores, copies in the background."""
-FIRST = {"linear_residual": 90}
+FIRST = {"linear_residual": 90, "norm_products": 90}
 """Of sources with instructions that older architectures have not: below it their kernels are empty, and never launched."""
 SPILLS: dict[str, tuple[int, str]] = {}
 """Bytes that a thread of a source's kernels may spill where 0 is not kept, each with the reason."""
@@ -62,7 +63,8 @@ def about() -> str:
         "bytes of stack / bytes of static shared memory (dynamic shared memory is asked for at launch and unknown here). "
         f"The second counts {', '.join(COUNTED)} in the loops of the machine code, unrolled as they stand: HMMA multiplies "
         "in tensor cores, LDGSTS and UBLKCP copy to shared memory in the background, LDSM is ldmatrix.\n\n"
-        "No kernel spills unless its section says so. Below sm_90 linear_residual is empty: it needs clusters of blocks."
+        "No kernel spills unless its section says so. Below sm_90 linear_residual and norm_products are empty: "
+        "they need clusters of blocks, or launches that begin early."
     )
 
 

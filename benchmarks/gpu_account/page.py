@@ -17,7 +17,7 @@ import torch
 from benchmarks import ROOT
 from benchmarks.gpu_account.price import BESIDE, GPU, H200, Constant, Priced, price, total
 from benchmarks.gpu_account.recording import AROUND, Node, Recording
-from benchmarks.gpu_account.work import by_cluster, is_small
+from benchmarks.gpu_account.work import is_small
 from benchmarks.report.tables import NONE, suite, table
 from smolvla_fast.measure.console import milliseconds
 
@@ -43,7 +43,8 @@ def is_of(name: str) -> Callable[[Priced], bool]:
     def found(p: Priced) -> bool:
         a = p.node.arguments
         fits = not which or which == p.node.layer or which == f"inputs={a.get('inputs')}"
-        return p.node.stage.startswith("denoise") and p.node.name == kernel and fits
+        ours = p.node.name in (kernel, kernel.replace("_fwd", "_cuda"))
+        return p.node.stage.startswith("denoise") and ours and fits
 
     return found
 
@@ -106,7 +107,7 @@ class Account:
         layers = self.layers
         return {
             "nodes of a chunk": len(nodes),
-            "of these Triton's": sum(not node.by_torch for node in nodes),
+            "of these ours": sum(not node.by_torch for node in nodes),
             "of these torch's": sum(node.by_torch for node in nodes),
             "launches of a self-attention layer of the expert": launches["denoise", "self"] // layers["self"],
             "launches of a cross-attention layer of the expert": launches["denoise", "cross"]
@@ -189,7 +190,7 @@ def by_stage(account: Account) -> str:
         "**sum**", *sums, f"**{now['ms']:.2f}**", floor, f"{before['ms']:.2f}", "6.0",
         *([milliseconds(found["total"]) if "total" in found else NONE] if found else []),
     ])  # fmt: skip
-    columns = ["stage", "Triton nodes", "torch nodes", "predicted ms", "floor ms", "before ms", "by hand ms"]
+    columns = ["stage", "our nodes", "torch nodes", "predicted ms", "floor ms", "before ms", "by hand ms"]
     text = table([*columns, *(["measured ms"] if found else [])], rows, left=1)
     said = (
         f"benchmarks/results/{source}" if found else "not measured; no result of an H100 or H200 is committed"
@@ -252,23 +253,6 @@ def by_node(account: Account, stage: str) -> str:
     return table([*columns, "us each", "us"], rows, left=3)
 
 
-def candidate(account: Account) -> str:
-    """What another candidate of the measured choice should take in the place of the default."""
-    nodes = [by_cluster(node) for node in account.recording.nodes]
-    other = Account(account.gpu, replace(account.recording, nodes=nodes))
-    pairs = [(a, b) for a, b in zip(account.priced, other.priced, strict=True) if a.node != b.node]
-    us = [sum(each.seconds for each in found) * 1e6 for found in zip(*pairs, strict=True)]
-    one, another = (each.work.programs for each in pairs[0])
-    return (
-        "`linear_residual` by clusters of blocks (`csrc/cuda/linear_residual.cu`), which share K and add up in each other's "
-        "shared memory, is a candidate from sm_90 on; Triton's kernel is the default, whose programs meet in L2. Of the "
-        f"{len(pairs)} launches with {sizes(pairs[0][0].node)} one should take {us[1] / len(pairs):.2f} us in {another} "
-        f"blocks where the default takes {us[0] / len(pairs):.2f} us in {one} programs. The sum would be "
-        f"{milli(other.together)} ms where it is {milli(account.together)} ms. That weights are in shared memory before the "
-        "node ahead has ended is not in the formula."
-    )
-
-
 def by_hand(account: Account) -> str:
     before, now = json.loads(BEFORE.read_text())["nodes_us"], account.by_hand()
     rows = [
@@ -308,8 +292,8 @@ def markdown(account: Account) -> str:
     parts = [
         "# Where the time of a chunk should go on an H100",
         f"Made by `make gpu-account` with torch {torch.__version__.partition('+')[0]}, without a GPU: **predictions, "
-        "none measured**. One chunk of SmolVLA at full size: tier `bf16` by Triton, two cameras, ten steps, batch 1, "
-        "weights in the dtypes of smolvla_base. The engine runs on tensors without memory; every launch and every ATen "
+        "none measured**. One chunk of SmolVLA at full size: tier `bf16` by Triton's table, two cameras, ten steps, batch "
+        "1, weights in the dtypes of smolvla_base. The engine runs on tensors without memory; every launch and every ATen "
         "call is noted. What a node should take follows from its sizes by one formula, in "
         "`benchmarks/gpu_account/price.py`, and the constants below. \"Before\" is the first version of this page, \"by "
         "hand\" an estimate that is older.",
@@ -320,14 +304,14 @@ def markdown(account: Account) -> str:
         f"{milli(replace(account, gpu=H200).together)} ms.",
         *([beside(account)] if any(BESIDE in stage for stage in account.seconds) else []),
         counts(account),
-        "A launch is a Triton kernel. The prelude is what is in no layer and no large product: torch's small calls, and "
+        "A launch is a kernel of ours; those of CUDA C++ have cuda behind their name, others are Triton's. The prelude is "
+        "what is in no layer and no large product: torch's small calls, and "
         f"kernels of ours in their place ({', '.join(small) or 'none'}), priced as if each number were read and written "
         f"once. Around its graph a replay queues {len(around)} more ({calls}), {around_us:.0f} us, not in the sum.",
         *(f"## {stage}\n\n{by_node(account, stage)}" for stage in account.seconds),
         "HBM: what is not in L2, which holds what was touched last. L2: what all programs together move, what several read "
         "counted as often, but what a cluster of a library's blocks shares once. FLOP with padding. fma: fp32 outside the "
         "tensor cores; tf32x3: three products of tf32 for one of fp32. PDL: launches with programmatic dependent launch.",
-        f"## A candidate\n\n{candidate(account)}",
         f"## Beside the estimate by hand\n\n{by_hand(account)}",
         NOTES,
         f"## Constants\n\n{constants(account)}",

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -29,6 +30,8 @@ from smolvla_fast.engine.side_stream import SideStream, offered
 from smolvla_fast.kernels.common import assume_capability
 from smolvla_fast.model.precision import TIERS
 from smolvla_fast.model.weights import is_cross
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cuda import library
 from smolvla_fast.ops.reference import Cost
 from smolvla_fast.patching.inputs import made_inputs, made_noise
 from smolvla_fast.stages import layers, vision
@@ -239,6 +242,50 @@ def _everywhere(stack: ExitStack, function: Any, instead: Any) -> None:
                 stack.enter_context(patch.object(module, name, instead))
 
 
+class _Kernels:
+    """Stands for ``smolvla_fast._cuda`` on an H100: launches are noted, each under its op with "_cuda" behind it. Operands
+    come as tensors, since fake ones have no address."""
+
+    linear_residual_cols = 64
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._note = recorder.note
+
+    def device(self, index: int) -> dict[str, int]:
+        versions = dict.fromkeys(("compute_capability", "code_version", "ptx_version"), CAPABILITY)
+        return dict(versions, shared_bytes_per_block=232448)
+
+    def linear_residual_clusters(self) -> int:
+        return 16
+
+    def norm_products_shared_bytes(self, rows: int, inputs: int) -> int:
+        return (32 + rows) * (2 * inputs + 16)
+
+    def linear_residual(
+        self, inputs: list[Any], y: Tensor, next: list[Any], sizes: tuple[int, ...], dependent: bool, **_: Any
+    ) -> None:
+        rows, k, outputs = sizes
+        named = dict(zip(("x_ptr", "weight_ptr", "residual_ptr"), inputs, strict=True), y_ptr=y, next=next)
+        grid = (min(8, ceil(k / 64)) * ceil(outputs / 64), ceil(rows / 64))
+        named |= dict(rows=rows, inputs=k, outputs=outputs)
+        self._note("linear_residual_cuda", grid, named, dependent)
+
+    def norm_swiglu(
+        self, inputs: list[Any], y: Tensor, sizes: tuple[int, ...], dependent: bool, **_: Any
+    ) -> None:
+        rows, k, _, outputs = sizes
+        named = dict(operands=inputs, y_ptr=y, rows=rows, inputs=k, outputs=outputs, pairs=16)
+        self._note("norm_swiglu_cuda", (ceil(outputs / 16), ceil(rows / 64)), named, dependent)
+
+    def norm_qkv_rope(
+        self, inputs: list[Any], outputs: list[Any], sizes: tuple[int, ...], dependent: bool, **_: Any
+    ) -> None:
+        rows, k, _, tokens, q_heads, kv_heads, half = sizes
+        named = dict(operands=inputs, outputs=outputs, rows=rows, inputs=k, tokens=tokens, pairs=8)
+        grid = ((q_heads + 2 * kv_heads) * ceil(half / 8), ceil(rows / 64))
+        self._note("norm_qkv_rope_cuda", grid, named, dependent)
+
+
 @contextmanager
 def _a_gpu(recorder: Recorder) -> Iterator[None]:
     """Inside, tensors are fake and there seems to be a GPU, whose launches go to the recorder."""
@@ -253,6 +300,7 @@ def _a_gpu(recorder: Recorder) -> Iterator[None]:
         "is_current_stream_capturing": lambda: recorder.capturing,
         "current_device": lambda: 0,
         "device": lambda *_: nullcontext(),
+        "device_of": lambda *_: nullcontext(),
         "stream": lambda *_: nullcontext(),
         "current_stream": _Queue,
         "Stream": _Queue,
@@ -264,6 +312,11 @@ def _a_gpu(recorder: Recorder) -> Iterator[None]:
         stack.enter_context(patch.object(nn.Module, "to", _on_device))
         stack.enter_context(patch.object(functional, "scaled_dot_product_attention", _fused_attention))
         stack.enter_context(patch.object(JITFunction, "run", launch))
+        stack.enter_context(patch.object(extension, "why_missing", lambda kind: ""))
+        stack.enter_context(patch.object(extension, "load", lambda kind: _Kernels(recorder)))
+        stack.enter_context(patch.object(library, "address", lambda tensor: tensor))
+        library._why_no_code.cache_clear()
+        stack.callback(library._why_no_code.cache_clear)
         stack.enter_context(patch.object(inference, "driver_for", lambda device: recorder))
         _everywhere(stack, timing.section, recorder.section)
         of_decoder = recorder.of_layer(layers.decoder_layer, lambda layer: "cross" if layer.cross else "self")
@@ -288,7 +341,7 @@ class Recording:
 
 
 def record(size: str = "full", cameras: int = 2) -> Recording:
-    """One chunk of tier bf16 by Triton. size, cameras  of ``make_policy``; weights in the dtypes of smolvla_base"""
+    """One chunk of tier bf16 by Triton's table. size, cameras  of ``make_policy``; weights in the dtypes of smolvla_base"""
     recorder = Recorder()
     with _a_gpu(recorder), patch.object(policies, "fill_weights", lambda *_: None):
         policy = policies.make_policy(size, origin="ours", cameras=cameras, layout="mixed")

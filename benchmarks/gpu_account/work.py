@@ -99,26 +99,28 @@ def _gemm(
     )  # fmt: skip
 
 
-def by_cluster(node: Node) -> Node:
-    """A launch of linear_residual with few rows and a long K as csrc/cuda/linear_residual.cu makes it, any other as it is.
-    Blocks of 64 x 64 outputs, in clusters of eight that share K."""
-    a = node.arguments
-    if node.name != "linear_residual_fwd" or a["rows"] > 64 or a["inputs"] < 8 * 64:
-        return node
-    return replace(node, name="linear_residual_cluster", grid=(8 * ceil(a["outputs"] / 64),))
-
-
 def _cluster_residual(node: Node) -> Work:
-    """Steps of 64 of K, four of them in flight; then each block reads an eighth of the rows of its neighbours' sums. The
-    residual is there by then."""
+    """Blocks of 64 x 64 outputs in clusters of eight that share K. Steps of 64 of it, four of them in flight; then each
+    block reads an eighth of the rows of its neighbours' sums. The residual is there by then."""
     a, stream = node.arguments, node.arguments["residual_ptr"].dtype.itemsize
-    steps = ceil(a["inputs"] / 64 / 8)
-    following = 2 if a["HAS_NEXT"] else 0
+    steps, rows = ceil(a["inputs"] / 64 / 8), a["rows"] / ceil(a["rows"] / 64)
+    following = 0 if a["next"][0] is None else 2
     return Work(
         programs=prod(node.grid), warps=8, registers=64, shared=4 * 2 * 64 * 64 * 2 + 64 * 72 * 4,
-        moved=2 * 64 * steps * (a["rows"] + 64) + a["rows"] / 8 * 64 * (2 * stream + following),
+        moved=2 * 64 * steps * (rows + 64) + rows / 8 * 64 * (2 * stream + following),
         flops=2 * 64 * 64 * 64 * steps, unit="bf16", trips=max(1.0, steps / 4), operations=steps,
-        exchanges=1, exchanged=a["rows"] * 64 * 4 * 7 / 8,
+        exchanges=1, exchanged=rows * 64 * 4 * 7 / 8,
+    )  # fmt: skip
+
+
+def _normed_products(node: Node) -> Work:
+    """All weights of a block, then x, which comes as a whole; the shares of K meet in shared memory."""
+    a = node.arguments
+    k, cols, rows = a["inputs"], 2 * a["pairs"], a["rows"] / ceil(a["rows"] / 64)
+    return Work(
+        programs=prod(node.grid), warps=8, registers=64, shared=(cols + rows) * (2 * k + 16),
+        moved=2 * k * (cols + rows) + 2 * rows * cols, flops=2 * 64 * cols * k, unit="bf16",
+        exponents=rows * a["pairs"] if node.name == "norm_swiglu_cuda" else 0.0, operations=ceil(k / 64) + 2,
     )  # fmt: skip
 
 
@@ -244,7 +246,9 @@ RULES: dict[str, Rule] = {
     "linear_fwd": lambda n: _gemm(n, "x_ptr", "weight_ptr", n.arguments["inputs"], tails=1.0,
                                   activation=bool(n.arguments["ACTIVATION"])),
     "linear_residual_fwd": lambda n: _gemm(n, "x_ptr", "weight_ptr", n.arguments["inputs"], tails=1.0),
-    "linear_residual_cluster": _cluster_residual,
+    "linear_residual_cuda": _cluster_residual,
+    "norm_swiglu_cuda": _normed_products,
+    "norm_qkv_rope_cuda": _normed_products,
     "norm_swiglu_fwd": lambda n: _gemm(n, "x_ptr", "gate_weight_ptr", n.arguments["inputs"], products=2, activation=True),
     "norm_qkv_rope_fwd": lambda n: _gemm(n, "x_ptr", "q_weight_ptr", n.arguments["inputs"], products=2, tails=1.0),
     "cross_kv_fwd": lambda n: _gemm(n, "k_ptr", "k_weight_ptr", n.arguments["width"]),
@@ -259,7 +263,7 @@ RULES: dict[str, Rule] = {
     "suffix_embed_fwd": _suffix_embed,
     "euler_step_fwd": _euler_step,
 }  # fmt: skip
-"""Of Triton's kernels; one that has none is small."""
+"""Of our kernels; one that has none is small."""
 PRODUCTS_BY_TORCH = ("mm", "mv", "bmm", "addmm", "addmv", "baddbmm", "_addmm_activation")
 BY_TORCH: dict[str, Rule] = {
     **dict.fromkeys(

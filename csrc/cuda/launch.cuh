@@ -38,6 +38,9 @@ inline void allow_shared(const void* kernel, size_t bytes) {
     check(cudaGetDevice(&index), "cudaGetDevice");
     check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), "cudaDeviceGetAttribute");
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "cudaFuncSetAttribute");
+    // All of a multiprocessor's memory as shared memory, in percent: a launch that begins early finds room beside the one
+    // ahead, and no multiprocessor has to run empty to change how its memory is divided.
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), "cudaFuncSetAttribute");
 }
 
 #if defined(SMOLVLA_SIMT)

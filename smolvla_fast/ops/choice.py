@@ -185,7 +185,7 @@ def choose(ops: Ops, device: torch.device, wish: str, plan: Plan | None, fixed: 
     fixed  ops that nobody else has, such as products of packed integers
     """
     chosen: Mapping[str, str] = {} if plan is None else plan.choices
-    beside = _beside_triton(device) if ops.backend == "triton" else {}
+    beside = beside_triton(device) if ops.backend == "triton" else {}
     rules = {**default_rules(ops.backend, device), **_measured_rules(beside, device)}
     backends = (ops.backend, *(others(device, wish) if plan is not None else ()))
     found: dict[str, Any] = {
@@ -243,12 +243,13 @@ def others(device: torch.device, wish: str) -> list[str]:
     return [name for name in ("cpu", "cuda") if wish == "auto" and why_not(name, device) is None]
 
 
-def _beside_triton(device: torch.device) -> Beside:
+def beside_triton(device: torch.device) -> Beside:
+    """What serves in the chain of Triton's kernels on this device; nothing where it does not take CUDA C++."""
     if why_not("cuda", device) is not None:
         return {}
-    from .cuda.beside_triton import beside_triton
+    from .cuda import beside_triton as kernels
 
-    return beside_triton(device)
+    return kernels.beside_triton(device)
 
 
 def _measured_rules(beside: Beside, device: torch.device) -> dict[str, Rule]:

@@ -32,8 +32,8 @@ class Status:
     precision         the tier: "exact", "fp32", "bf16", "fp8" or "int8"
     backend           who computes: "torch", "cpu", "triton" or "cuda"; "reference" in the tier "exact"
     plan              the measured plan by which it is decided who computes an op, its age and where it lies, or None
-    stages            stage -> backend; two where one has no kernel for some ops: "cuda, triton"; the denoise loop's is
-                      of the last chunk
+    stages            stage -> backend; two where one has no kernel for some ops, or kernels of CUDA C++ have served among
+                      Triton's: "cuda, triton"; the denoise loop's is of the last chunk
     fallback_reasons  what the engine does without, each with the reason:
                       a backend               "auto" prefers it, and it cannot serve here
                       "bf16 products"         they run in fp32, which is faster on this processor

@@ -20,7 +20,7 @@ from benchmarks.gpu_account.__main__ import PAGE
 from benchmarks.gpu_account.page import BEFORE, Account, counts, markdown, of_result
 from benchmarks.gpu_account.price import H100, L2, Priced, price, price_node, total
 from benchmarks.gpu_account.recording import AROUND, Node, Operand, record
-from benchmarks.gpu_account.work import Work, by_cluster, works_of
+from benchmarks.gpu_account.work import Work, works_of
 
 MADE_BY = f"with torch {torch.__version__.partition('+')[0]},"
 
@@ -131,12 +131,12 @@ def test_every_constant_has_a_source_and_a_say(account: Account, name: str) -> N
 
 
 def test_sums_of_a_cluster_are_priced(account: Account) -> None:
-    """Of the launches with few rows and a long K alone; what a cluster exchanges is part of the wait."""
-    nodes = account.recording.nodes
-    changed = [(a, b) for a, b in zip(nodes, map(by_cluster, nodes), strict=True) if a != b]
-    assert len(changed) == 160 and all(a.arguments["inputs"] == 2048 for a, _ in changed)
-    default, cluster = (works_of(each)[0] for each in changed[0])
-    assert cluster.programs == 96 and cluster.moved < default.moved
+    """Of the chunk and its prefix; what a cluster exchanges is part of the wait."""
+    nodes = [node for node in account.recording.nodes if node.name == "linear_residual_cuda"]
+    of_loop = [node for node in nodes if node.stage == "denoise" and node.arguments["inputs"] == 2048]
+    assert len(of_loop) > 140 and all(node.arguments["rows"] == 50 and node.pdl for node in of_loop)
+    (cluster,) = works_of(of_loop[0])
+    assert cluster.programs == 96
     waiting = replace(cluster, trips=50.0)
     assert us(replace(waiting, exchanges=11)) - us(waiting) == pytest.approx(10 * 380 / 1755)
     assert us(replace(waiting, exchanged=waiting.exchanged + 14e3)) - us(waiting) == pytest.approx(1e3 / 1755)

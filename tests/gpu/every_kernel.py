@@ -10,14 +10,20 @@ import sys
 
 import torch
 from support.contract import check, mapped, reference_module
+from support.prepared import by_prepared_rows
 from torch import Tensor
 
 from smolvla_fast.ops.cuda import library
+from smolvla_fast.ops.cuda.prepared_rows import why_no_norm_products
 from smolvla_fast.ops.select import reference_ops, select
 from smolvla_fast.ops.table import Ops
 from smolvla_fast.testing import denoise_loop as loop
 
-MORE = {"linear_residual": [dict(rows=3, inputs=2120, outputs=8)]}
+MORE = {
+    "linear_residual": [dict(rows=3, inputs=2120, outputs=8)],
+    "norm_swiglu": [dict(rows=5, inputs=720, outputs=20), dict(rows=70, inputs=72, outputs=4)],
+    "norm_qkv_rope": [dict(B=1, T=3, M=720, H=1, K=1, D=20)],
+}
 """Small, and with more of K than is in flight at once."""
 SMALL_FLOPS = 3e7
 """Under a sanitizer a kernel takes tens to hundreds of times as long; of these sizes it is done in seconds."""
@@ -29,6 +35,15 @@ def single_ops(ops: Ops, device: torch.device) -> None:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 if reference_module(op).cost(case, 4).flops <= SMALL_FLOPS:
                     check(reference_ops(), ops, op, case, dtype, device=device)
+
+
+def normed_products(ops: Ops, device: torch.device) -> None:
+    """Of prepared rows, where the device begins launches early."""
+    if why_no_norm_products(device) is not None:
+        return
+    for op in ("norm_swiglu", "norm_qkv_rope"):
+        for case in MORE[op]:
+            check(reference_ops(), by_prepared_rows(ops), op, case, torch.bfloat16, device=device)
 
 
 def whole_loop(ops: Ops, device: torch.device) -> None:
@@ -62,6 +77,7 @@ def main(arguments: list[str]) -> None:
     else:
         ops = select("cuda", device, stock_order=False)
         single_ops(ops, device)
+        normed_products(ops, device)
         whole_loop(ops, device)
     torch.cuda.synchronize()
 

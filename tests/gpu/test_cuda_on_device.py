@@ -1,5 +1,5 @@
 """Backend ``cuda`` on the GPU: its loop in one launch beside its ops one by one, which test_ops_on_device.py tests; and
-its sums by clusters, alone and among Triton's kernels."""
+its sums by clusters and its normed products, alone and among Triton's kernels."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.contract import check, inputs_in, reference_module, run, to_device
+from support.prepared import by_prepared_rows
 
 import smolvla_fast
 from smolvla_fast.ops.availability import why_not
 from smolvla_fast.ops.cuda import linear_residual
+from smolvla_fast.ops.cuda.prepared_rows import why_no_norm_products
 from smolvla_fast.ops.next_norm import NextNorm
+from smolvla_fast.ops.select import backend_ops, reference_ops
 from smolvla_fast.patch import engine_of
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.tune.check import allowance
@@ -165,6 +169,27 @@ def test_sums_of_a_cluster(rows: int, inputs: int, outputs: int, stream: torch.d
     for settled in (weight, torch.nn.Parameter(weight, requires_grad=False)):
         for _ in range(100):
             assert torch.equal(linear_residual.linear_residual(x, settled, residual), y)
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        *(("norm_swiglu", case) for case in reference_module("norm_swiglu").CASES[:3]),
+        *(("norm_qkv_rope", case) for case in reference_module("norm_qkv_rope").CASES),
+        ("norm_swiglu", dict(rows=65, inputs=72, outputs=20)),
+    ],
+)
+def test_normed_products_of_prepared_rows(op: str, case: dict[str, int]) -> None:
+    """Under the contract of all ops, and equal bits in a hundred runs."""
+    reason = why_no_norm_products(DEVICE)
+    if reason:
+        pytest.skip(reason)
+    ops = by_prepared_rows(backend_ops("torch"))
+    check(reference_ops(), ops, op, case, torch.bfloat16, device=DEVICE)
+    given = to_device(inputs_in(op, case, torch.bfloat16, 0)[0], DEVICE)
+    first = run(ops, op, given)
+    for _ in range(100):
+        assert all(torch.equal(y, first[name]) for name, y in run(ops, op, given).items())
 
 
 @pytest.mark.usefixtures("clusters")

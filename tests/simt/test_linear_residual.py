@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from simt import on_the_host
-from simt.emulator import build
+from simt.left_out import LeftOut
 from support.contract import nan_filled_memory
 from torch import Tensor, nn
 
@@ -240,11 +237,6 @@ def test_other_operands_are_served_by_the_fallback(hopper: Any) -> None:
         assert torch.equal(ops.linear_residual(*call), ops.fallback.linear_residual(*call))
 
 
-# The source once more: every statement that orders memory, and every variant of an expression, is asked for by number.
-SOURCE = build.CSRC / "cuda" / "linear_residual.cu"
-ORDERING = (
-    r"(?:__syncthreads\(\)|cp_async_wait<.*?>\(\)|cluster_(?:arrive|wait)\(\)|await_earlier_launches\(\));"
-)
 BARRIERS = {"the barrier before the sums": (1, 2), "the barrier before the end": (3, 4)}
 """The arrive and the wait of each, counted from 1."""
 WRONG = (
@@ -260,61 +252,18 @@ WRONG = (
 )
 
 
-def switched_source() -> tuple[str, list[str]]:
-    places: list[str] = []
-    of_cluster = 0
-
-    def asked(found: re.Match[str]) -> str:
-        nonlocal of_cluster
-        line = text[: found.start()].count("\n") + 1
-        places.append(f"line {line} {found[0]}")
-        numbers = [len(places)]
-        if found[0].startswith("cluster_"):
-            of_cluster += 1
-            numbers += [100 + i for i, pair in enumerate(BARRIERS.values()) if of_cluster in pair]
-        return f"if ({' && '.join(f'smolvla_left_out != {number}' for number in numbers)}) {found[0]}"
-
-    text = SOURCE.read_text()
-    body = re.sub(ORDERING, asked, text)
-    for number, (right, other) in enumerate(WRONG, 200):
-        assert body.count(right) == 1, right
-        end = right[len(right.rstrip(",;")) :]
-        variant = f"(smolvla_left_out == {number} ? ({other}) : ({right.removesuffix(end)})){end}"
-        body = body.replace(right, variant)
-    return (
-        '\nextern "C" { __attribute__((visibility("default"))) int smolvla_left_out = 0; }\n' + body,
-        places,
-    )
-
-
-SWITCHED, PLACES = switched_source()
-NUMBERS = {name: i + 1 for i, name in enumerate(PLACES)}
-NUMBERS |= {name: 100 + i for i, name in enumerate(BARRIERS)} | {
-    right: i for i, (right, _) in enumerate(WRONG, 200)
-}
+SWITCHED = LeftOut("linear_residual", WRONG, BARRIERS)
 
 
 @pytest.fixture(scope="module")
 def switched() -> Any:
-    source = build.WORK / "switched" / SOURCE.name
-    source.parent.mkdir(parents=True, exist_ok=True)
-    if not source.exists() or source.read_text() != SWITCHED:
-        source.write_text(SWITCHED)
-    others = [path for path in sorted(SOURCE.parent.glob("*.cu")) if path.name != SOURCE.name]
-    try:
-        return build.load("_simt_switched_residual", [*others, source], [build.CSRC / "bindings_cuda.cpp"])
-    except build.Unavailable as error:
-        pytest.skip(str(error))
+    return SWITCHED.load()
 
 
 @pytest.fixture
 def leave_out(switched: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.c_int]:
-    switched.reset()
-    switched.configure(compute_capability=90)
-    on_the_host.install(monkeypatch, switched)
-    number = ctypes.c_int.in_dll(ctypes.CDLL(str(Path(switched.__file__))), "smolvla_left_out")
-    yield number
-    number.value = 0
+    with SWITCHED.serving(switched, monkeypatch) as number:
+        yield number
 
 
 SHOWN_BY = tuple(
@@ -325,15 +274,15 @@ SHOWN_BY = tuple(
 
 
 def test_with_all_of_them(leave_out: ctypes.c_int) -> None:
-    assert len(PLACES) == 9, PLACES
+    assert len(SWITCHED.places) == 9, SWITCHED.places
     for each in SHOWN_BY:
         assert wrong(inputs(*each)) is None
 
 
-@pytest.mark.parametrize("place", NUMBERS)
+@pytest.mark.parametrize("place", SWITCHED.numbers)
 def test_nothing_can_be_left_out(leave_out: ctypes.c_int, place: str) -> None:
     """Every barrier and wait, the two barriers of the cluster as a whole, and the arithmetic."""
-    leave_out.value = NUMBERS[place]
+    leave_out.value = SWITCHED.numbers[place]
     found = []
     for each in SHOWN_BY:
         try:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from simt.left_out import LeftOut
 from support.contract import inputs_in, nan_filled_memory, widened
+from support.prepared import prepared
 from torch import Tensor, nn
 
 from smolvla_fast.ops.choice import choose
@@ -22,12 +27,14 @@ from smolvla_fast.tune.check import Contract, allowance
 from smolvla_fast.tune.recorder import Call, Recorded
 
 CPU = torch.device("cpu")
+MANY_PARTS = "more parts than a row's lanes take at once"
 SWIGLU = {
     "one of all": dict(rows=1, inputs=8, outputs=4),
     "part of a second tile": dict(rows=5, inputs=72, outputs=20),
     "a width of SmolVLA": dict(rows=50, inputs=720, outputs=36),
+    "another width": dict(rows=6, inputs=480, outputs=4),
     "two row tiles": dict(rows=65, inputs=200, outputs=16),
-    "more parts than a row's lanes take at once": dict(rows=3, inputs=1024, outputs=4),
+    MANY_PARTS: dict(rows=3, inputs=1024, outputs=4),
 }
 QKV = {
     "one of all": dict(B=1, T=1, M=8, H=1, K=1, D=4),
@@ -39,7 +46,7 @@ OPS = [*(("norm_swiglu", case) for case in SWIGLU), *(("norm_qkv_rope", case) fo
 ONCE = 2**-8
 """Relative: one rounding to bf16 is half of it, and what sums in fp32 leave is far below the other half."""
 SUMS = 2**-20
-"""Of the sum of all terms' sizes: sums of up to 1024 terms in fp32, whose errors are at most a few units of the largest."""
+"""Of the sum of an output's terms without their signs: what the fp32 sums of up to 1024 terms may be off, 16 units."""
 
 
 class Given(NamedTuple):
@@ -60,14 +67,18 @@ class Given(NamedTuple):
 
 
 def given(
-    op: str, case: str, settled: bool = True, slots: torch.dtype | None = torch.bfloat16, queries: bool = True,
-    part: int = 64,
-) -> Given:  # fmt: skip
-    """A stream in fp32 with outliers, its rows prepared in bf16, and squares over so many columns each."""
+    op: str,
+    case: str,
+    settled: bool = True,
+    slots: torch.dtype | None = torch.bfloat16,
+    queries: bool = True,
+) -> Given:
+    """A stream in fp32 with outliers and a row of zeros, its rows prepared in bf16, and squares over some columns each."""
     sizes = (SWIGLU if op == "norm_swiglu" else QKV)[case]
     inputs, _ = inputs_in(op, sizes, torch.bfloat16, 0)
     x, (weight, eps) = inputs["x"].float(), inputs["norm"]
     x[..., ::11] *= 50
+    x.view(-1, x.shape[-1])[1:2] = 0.0
 
     def matrix(weight: Tensor) -> Tensor:
         weight[0, 0] = 40.0
@@ -79,10 +90,7 @@ def given(
         q, k, v = map(matrix, inputs["weights"])
         inputs["weights"] = (q if queries else None, *((None, None) if slots is None else (k, v)))
         inputs["slots"] = None if slots is None else tuple(each.to(slots) for each in inputs["slots"])
-    hint = NextNorm(weight, torch.bfloat16, (x * weight.float()).bfloat16())
-    width = x.shape[-1]
-    squares = torch.nn.functional.pad(x.square().view(-1, width), (0, -width % part))
-    hint.squares = squares.unflatten(1, (-1, part)).sum(2).T.contiguous()
+    hint = prepared(x, weight, 40 if case == MANY_PARTS else 64)
     return Given(op, {**inputs, "x": x, "norm": (weight, eps)}, hint)
 
 
@@ -104,27 +112,35 @@ def wrong(each: Given) -> str | None:
     rows = hint.rows.double()
     mean = hint.squares.double().sum(0).view(*rows.shape[:-1], 1) / rows.shape[-1]
     normed = rows * (mean + inputs["norm"][1]).rsqrt()
+    names = ("gate_weight", "up_weight") if each.op == "norm_swiglu" else "qkv"
+    matrices = [inputs[name] for name in names] if each.op == "norm_swiglu" else inputs["weights"]
+    weights = {name: weight for name, weight in zip(names, matrices, strict=True) if weight is not None}
+    products = [normed @ weight.T for weight in weights.values()]
+    terms = [normed.abs() @ weight.abs().T for weight in weights.values()]
     if each.op == "norm_swiglu":
-        weights = {"gate": inputs["gate_weight"], "up": inputs["up_weight"]}
+        (gate, up), (of_gate, of_up) = products, terms
+        # The slope of silu is at most 1.1.
+        want = {"y": (torch.nn.functional.silu(gate) * up, 1.1 * of_gate * up.abs() + gate.abs() * of_up)}
     else:
-        weights = {
-            name: each for name, each in zip("qkv", inputs["weights"], strict=True) if each is not None
+        half = inputs["rope"][0].shape[-1]
+        want = {
+            name: (y if name == "v" else apply_rope(y, *inputs["rope"]), sums + sums.roll(half, -1))
+            for name, y, sums in zip(
+                weights, *map(partial(heads_of, 2 * half), (products, terms)), strict=True
+            )
         }
-    products = {name: normed @ weight.T for name, weight in weights.items()}
-    terms = max(float((normed.abs() @ weight.abs().T).max()) for weight in weights.values())
-    if each.op == "norm_swiglu":
-        want = {"y": torch.nn.functional.silu(products["gate"]) * products["up"]}
-        terms *= max(1.0, float(products["up"].abs().max()), float(products["gate"].abs().max()))
-    else:
-        heads = {name: y.unflatten(-1, (-1, 2 * inputs["rope"][0].shape[-1])) for name, y in products.items()}
-        want = {name: y if name == "v" else apply_rope(y, *inputs["rope"]) for name, y in heads.items()}
     found = each.run()
     assert found.keys() == want.keys()
     for name, y in found.items():
-        off = (y.double() - want[name]).abs()
-        if not (off <= ONCE * want[name].abs() + SUMS * terms).all():  # so written that NaN is found
+        right, sums = want[name]
+        off = (y.double() - right).abs()
+        if not (off <= ONCE * right.abs() + SUMS * sums).all():  # so written that NaN is found
             return f"{name} is off by {off.max():.3g}"
     return None
+
+
+def heads_of(size: int, rows: list[Tensor]) -> list[Tensor]:
+    return [each.unflatten(-1, (-1, size)) for each in rows]
 
 
 @pytest.fixture
@@ -272,3 +288,106 @@ def test_what_is_refused(hopper: Any, op: str, changes: dict[str, Any], said: st
     run = norm_swiglu if op == "norm_swiglu" else norm_qkv_rope
     with pytest.raises(ValueError, match=said):
         run(**{**each.inputs, "normed": each.hint, **changes})
+
+
+@pytest.mark.parametrize(
+    ("queries", "slots"), [(True, None), (True, torch.float32), (False, torch.float32)], ids=str
+)
+def test_queries_alone_and_a_cache_in_fp32(hopper: Any, queries: bool, slots: torch.dtype | None) -> None:
+    """Or keys and values alone, of the last layer of the prefix; the cache is a view with room between tokens."""
+    each = given("norm_qkv_rope", "samples, and a head of half a tile more", slots=slots, queries=queries)
+    assert wrong(each) is None
+    if slots is not None:
+        cache = torch.full((2, 2, 9, 2, 20), torch.nan)
+        into = (cache[0, :, 2:], cache[1, :, 2:])
+        norm_qkv_rope(**{**each.inputs, "slots": into}, normed=each.hint)
+        found = each.run()
+        assert torch.equal(into[0], found["k"]) and torch.equal(into[1], found["v"])
+        assert cache[:, :, :2].isnan().all()
+
+
+@pytest.mark.parametrize("op", ["norm_swiglu", "norm_qkv_rope"])
+def test_a_nan_stays_in_its_row(hopper: Any, op: str) -> None:
+    each = given(op, "two row tiles")
+    assert each.hint.rows is not None
+    each.hint.rows.view(65, -1)[64, 3] = torch.nan
+    for y in each.run().values():
+        rows = y.flatten(0, -2 if op == "norm_swiglu" else 1).flatten(1)
+        assert rows[64].isnan().all() and not rows[:64].isnan().any()
+
+
+def test_gates_of_any_size(hopper: Any) -> None:
+    """Where e^-x is infinite, or 0, silu is 0, or x."""
+    each = given("norm_swiglu", "part of a second tile")
+    with torch.no_grad():
+        each.inputs["gate_weight"] *= 1000
+    y = each.run()["y"]
+    assert y.isfinite().all() and wrong(each) is None
+
+
+WRONG = (
+    ("pieces % 2", "0"),
+    ("min(row, rows - 1) * pitch", "row * pitch"),
+    ("step + share < steps", "step + share <= steps"),
+    (
+        "squares * (1.0f / static_cast<float>(inputs)) + p.eps",
+        "squares * (1.0f / static_cast<float>(inputs))",
+    ),
+    ("(some[0] + some[1]) + (some[2] + some[3])", "some[0]"),
+    ("__shfl_xor_sync(0xffffffffu, squares, 1);", "squares"),
+    ("load_l2(squares_at + static_cast<int64_t>(4 * i) * p.rows);", "0.0f"),
+    ("first[from][i];", "0.0f"),
+    ("second[from][i];", "0.0f"),
+    ("-1.44269504f * gate[i]", "1.44269504f * gate[i]"),
+    ("x[0] * cos.x - y[0] * sin.x", "x[0] * cos.x + y[0] * sin.x"),
+    ("second ? p.half : 0", "second ? 0 : 0"),
+    ("batch * p.rope_batch_stride", "0 * p.rope_batch_stride"),
+    ("batch * p.slot_batch_stride", "0 * p.slot_batch_stride"),
+    ("at.which < 2", "at.which < 3"),
+    ("at.which > 0 && p.fp32_slots", "p.fp32_slots"),
+    ("min(at.first + pair, p.half - 1)", "at.first + pair"),
+    (
+        "min(static_cast<int>(blockIdx.x) * kPairs + pair, p.outputs - 1)",
+        "static_cast<int>(blockIdx.x) * kPairs + pair",
+    ),
+)
+SWITCHED = LeftOut("norm_products", WRONG)
+
+
+@pytest.fixture(scope="module")
+def switched() -> Any:
+    return SWITCHED.load()
+
+
+@pytest.fixture
+def leave_out(switched: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.c_int]:
+    with SWITCHED.serving(switched, monkeypatch) as number:
+        yield number
+
+
+def shown_by() -> Iterator[Given]:
+    """Every group of K, a half of 16 behind the last, odd pairs, and weights that are read early and not."""
+    yield given("norm_swiglu", "another width")
+    yield given("norm_swiglu", "part of a second tile", settled=False)
+    yield given("norm_swiglu", MANY_PARTS)
+    yield given("norm_qkv_rope", "samples, and a head of half a tile more", slots=torch.float32)
+
+
+def test_with_all_of_them(leave_out: ctypes.c_int) -> None:
+    assert len(SWITCHED.places) == 12, SWITCHED.places
+    assert [wrong(each) for each in shown_by()] == 4 * [None]
+
+
+@pytest.mark.parametrize("place", SWITCHED.numbers)
+def test_nothing_can_be_left_out(leave_out: ctypes.c_int, place: str) -> None:
+    """Every barrier and wait, and the arithmetic."""
+    leave_out.value = SWITCHED.numbers[place]
+    found = []
+    for each in shown_by():
+        try:
+            found.append(wrong(each))
+        except RuntimeError as error:
+            assert each.op in str(error)
+            found.append(str(error))
+    print(found)
+    assert any(found), f"nothing shows {place}"
