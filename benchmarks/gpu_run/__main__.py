@@ -24,7 +24,7 @@ from benchmarks.gpu_run import page
 from benchmarks.gpu_run.bring import REQUIREMENTS, THINGS, WHEELS, bring, use_cache
 from benchmarks.gpu_run.plans import MINUTES, PLANS
 from benchmarks.gpu_run.predictions import predicted
-from benchmarks.harness.run import result_name, visit, write_whole
+from benchmarks.harness.run import result_name, visit
 from benchmarks.report import markdown
 from smolvla_fast.measure import system
 
@@ -140,15 +140,15 @@ def main(arguments: Sequence[str], plans: dict[str, Any] = PLANS) -> int:
     name = "contact.json" if contact else result_name(facts, "-".join([label, *(args.part or [])]))
     path = args.out / name
     facts |= {"commit": facts["commit"] or args.commit, "nvcc": system.nvcc()}
-    about = dict(kind=kind, rehearsal=args.rehearse)
+    about: dict[str, Any] = dict(kind=kind, rehearsal=args.rehearse)
+    if contact:
+        about["predicted"] = predicted()
     try:
         data = visit(chosen, path, args.minutes, environment, facts, gpu_state, args.logs, **about)
     except OSError as error:
         print(f"{kind}: {error}; give another folder by --out")
         return 1
     if contact:
-        data["predicted"] = predicted()
-        write_whole(path, data)
         path.with_suffix(".md").write_text(page.markdown(data))
         written = [path.with_suffix(".md")]
         first = page.headline(data)
