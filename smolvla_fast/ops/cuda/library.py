@@ -46,7 +46,11 @@ def why_no_dependent_launches(device: torch.device) -> str | None:
 
 def why_no_code(device: torch.device) -> str | None:
     """Why a GPU takes none of the codes in this build, in CUDA's own words, or None. Starts a CUDA context."""
-    return _why_no_code(torch.cuda.current_device() if device.index is None else device.index)
+    try:
+        index = torch.cuda.current_device() if device.index is None else device.index
+    except RuntimeError as error:
+        return f"torch finds no current GPU: {error}"
+    return _why_no_code(index)
 
 
 @cache
