@@ -45,7 +45,7 @@ def reference_ops() -> Ops:
 
 def _cuda(device: torch.device, plan: Plan | None) -> Ops:
     """CUDA C++ where there is a kernel, all the rest by Triton, or by torch where that cannot serve."""
-    from .cuda import linear_residual, masked_attention
+    from .cuda import linear_residual, masked_attention, prepared_rows
     from .cuda import ops as module
 
     fallback = "triton" if device.type == "cuda" and why_not("triton", device) is None else "torch"
@@ -57,6 +57,10 @@ def _cuda(device: torch.device, plan: Plan | None) -> Ops:
     ops = derive("cuda", module, below, fallback=below, masked_attention=attention, linear_residual=product)
     if no_clusters is not None:
         ops.missing["linear_residual"] = no_clusters
+    if fallback == "triton":
+        no_products = prepared_rows.why_no_norm_products(device)
+        among = "the kernel of 'triton' serves it, of prepared rows one of CUDA C++ in Triton's table"
+        ops.missing.update(dict.fromkeys(("norm_qkv_rope", "norm_swiglu"), no_products or among))
     by_ops = plan is not None and plan.choices.get(LOOP) == "ops"
     return replace(ops, denoise_persistent=None) if by_ops else ops
 

@@ -52,7 +52,6 @@ def nvidia(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     def played(capability: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)

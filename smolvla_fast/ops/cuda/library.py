@@ -52,7 +52,11 @@ def begins_early(device: torch.device) -> bool:
 
 def why_no_code(device: torch.device) -> str | None:
     """Why a GPU takes none of the codes in this build, in CUDA's own words, or None. Starts a CUDA context."""
-    return _why_no_code(torch.cuda.current_device() if device.index is None else device.index)
+    try:
+        index = torch.cuda.current_device() if device.index is None else device.index
+    except RuntimeError as error:
+        return f"torch finds no current GPU: {error}"
+    return _why_no_code(index)
 
 
 @cache
