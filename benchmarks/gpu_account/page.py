@@ -192,10 +192,13 @@ def by_stage(account: Account) -> str:
     ])  # fmt: skip
     columns = ["stage", "our nodes", "torch nodes", "predicted ms", "floor ms", "before ms", "by hand ms"]
     text = table([*columns, *(["measured ms"] if found else [])], rows, left=1)
-    said = (
-        f"benchmarks/results/{source}" if found else "not measured; no result of an H100 or H200 is committed"
+    if not found:
+        return f"{text}\n\nMeasured: not measured; no result of an H100 or H200 is committed."
+    return (
+        f"{text}\n\nMeasured: benchmarks/results/{source}, with the kernels of its commit. The formula has no term for the "
+        "instructions that a warp executes one behind the other, which is what small kernels took their time for there "
+        "([contact](gpu.md#measured)): for these a prediction is what memory and tensor cores allow, and no more."
     )
-    return f"{text}\n\nMeasured: {said}."
 
 
 def beside(account: Account) -> str:
