@@ -73,7 +73,7 @@ __device__ __forceinline__ float approximate_reciprocal(float x) {
     return y;
 }
 
-// The address is worked out by here: the compiler does not put that off until behind a wait.
+// Keeps the compiler from working an address out anew at each use behind a wait; what ptxas makes of it is its own affair.
 template <class T>
 __device__ __forceinline__ void settle(T*& address) {
     asm volatile("" : "+l"(address));
