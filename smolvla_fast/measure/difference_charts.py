@@ -39,6 +39,12 @@ def ratios(values: Sequence[float]) -> np.ndarray:
     return np.minimum(np.nan_to_num(np.array(values, dtype=float), nan=TOP), TOP)
 
 
+def logarithmic(axes: Any, side: str) -> None:
+    """side  x or y. Ticks in plain text: matplotlib's own are formulas, which ``draw`` does not have set."""
+    axes.set(**{f"{side}scale": "log"})
+    getattr(axes, f"{side}axis").set_major_formatter(lambda value, place: f"{value:.0e}")
+
+
 def trajectories(found: Found) -> Figure:
     """A row a joint: the worst episode's chunks by stock and by each tier, and beside it the tiers' differences."""
     worst, names = found["worst"], found["joints"]
@@ -118,7 +124,7 @@ def joints(found: Found) -> Figure:
                 label="stock in that dtype, 99th percentile",
             )
         )
-    axes.set_xscale("log")
+    logarithmic(axes, "x")
     for joint in range(1, len(names)):
         axes.axhline(joint - 0.5, color="#dddddd", linewidth=0.8)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -143,7 +149,7 @@ def steps(found: Found) -> Figure:
         )
         axes.plot(places, np.where(middle > 0, middle, np.nan), color=colour, linestyle=":", linewidth=1.2)
     axes.axhline(1, color=NOISE, linewidth=2, label="what another noise changes")
-    axes.set_yscale("log")
+    logarithmic(axes, "y")
     axes.set_xlabel("step of the chunk; solid: 99th percentile over frames, dotted: median", fontsize=9)
     axes.set_ylabel("largest joint's difference,\nshare of another noise's", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -170,7 +176,7 @@ def histogram(found: Found) -> Figure:
         axes.hist(each[each > 0], edges, color=colour, alpha=0.35)
         axes.hist(each[each > 0], edges, color=colour, histtype="step", linewidth=1.5, label=label)
     axes.axvline(1, color="black", linewidth=1.5, linestyle="--", label="the bound")
-    axes.set_xscale("log")
+    logarithmic(axes, "x")
     axes.set_xlabel("error of a frame's chunk, relative L2, over the bound of its tier", fontsize=9)
     axes.set_ylabel("frames")
     axes.spines[["top", "right"]].set_visible(False)
