@@ -452,7 +452,7 @@ def test_the_first_candidates_are_the_tiles_of_before() -> None:
         "attention 16x256 warps4 stages1",
         "attention 128x64 warps8 stages3",
         "attention 32x32 warps4 stages2",
-        "product 16x32x64 warps4 stages3",
+        "product 16x64x64 warps8 stages1",
         "plain 8x512 warps8",
         "plain 8x64 warps4",
         "plain 1x1024 warps4",
