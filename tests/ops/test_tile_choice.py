@@ -447,7 +447,7 @@ def test_the_first_candidates_are_the_tiles_of_before() -> None:
         tuning.norm_tile(2048, 768, 90),
     ]
     assert [*map(tuning.tile_to_json, took)] == [
-        "gemm 64x128x64 split8 group8 warps4 stages4",
+        "gemm 32x32x128 split2 group8 warps8 stages4",
         "gemm 128x128x64 split1 group8 warps8 stages4",
         "attention 16x256 warps4 stages1",
         "attention 128x64 warps8 stages3",
