@@ -235,6 +235,8 @@ def norm_products(
             scale = scale / eighth
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if a_cols.dtype.element_ty.primitive_bitwidth == 16:
+        tl.assume(inputs > 0)  # as in ``product``
     for first in range(0, inputs, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         k_mask = k < inputs

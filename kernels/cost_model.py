@@ -13,7 +13,8 @@ class Target(NamedTuple):
     """What tiles are chosen by. multiprocessors: of the generation's largest part, or its only one; shared_bytes: that one
     block may have; multiplies: 16-bit multiply-adds a clock of one multiprocessor's tensor cores; warpgroups: these read
     operands from shared memory, not from registers, so a stage stays there until its products are done. port_bytes: a clock,
-    that one multiprocessor can take from L2; l2_bytes: its share when all of them do."""
+    that one multiprocessor can take from L2; l2_bytes: its share when all of them do. issue: clocks of an instruction of a
+    warp that has a scheduler to itself or nearly so; 0 where it was not measured."""
 
     multiprocessors: int
     shared_bytes: int
@@ -21,6 +22,7 @@ class Target(NamedTuple):
     warpgroups: bool = False
     port_bytes: int = 48
     l2_bytes: int = 28
+    issue: int = 0
 
 
 FMA_UNITS = 128
@@ -30,7 +32,7 @@ TARGETS = {
     86: Target(84, 99 << 10, 512),
     87: Target(16, 163 << 10, 1024),
     89: Target(142, 99 << 10, 512),
-    90: Target(132, 227 << 10, 2048, True, 64, 24),
+    90: Target(132, 227 << 10, 2048, True, 64, 24, 9),
     100: Target(148, 227 << 10, 4096, True),
     103: Target(148, 227 << 10, 4096, True),
     120: Target(170, 99 << 10, 512),
@@ -47,6 +49,12 @@ def target(cc: int) -> Target:
 # About an H100's, as in benchmarks/gpu_account/price.py; they rank tiles, as absolute times they would be wrong.
 MEMORY_BYTES = 13
 LATENCY_CLOCKS, STEP_CLOCKS, PROGRAM_CLOCKS, SPLIT_CLOCKS = 1200, 100, 700, 1000
+L2_CLOCKS = 290
+"""From a load to its data in L2, which the last program of a split waits for once a part."""
+MEASURED_BYTES = 31
+"""A clock, of one multiprocessor from L2 when all read: of an H200, in the place of both shares where instructions count."""
+FEW_ROWS = 256
+"""Above, multiprocessors have several blocks, or large ones: there the tiles as they were took as long as cuBLAS."""
 PREFETCHED = 90
 """From this capability on weights are on their way before a program asks for them (``dependent_launch``)."""
 
@@ -74,10 +82,11 @@ def gemm_tiles(
     split     whether the kernel can share K between programs
     residual  whether a second matrix is read at the end, which takes registers beside the sums
 
-    The time is the longest of four: a multiprocessor's own reads, the reads of all from L2, the weights from memory at
-    the rate that the loads in flight allow, the multiplications. Many rows (vision) thus get the tile with the fewest
-    reads that fills the machine, 128 x 128 or 128 x 256 on an H100; the 50 rows of an action chunk get small tiles, many
-    programs and a split K, for there it is bytes in flight that count.
+    The time is the longest of four: a multiprocessor's own reads, and where that was measured the instructions of a warp
+    one behind the other; the reads of all from L2; the weights from memory at the rate that the loads in flight allow; the
+    multiplications. Many rows (vision) thus get the tile with the fewest reads that fills the machine, 128 x 128 or
+    128 x 256 on an H100; the 50 rows of an action chunk get small tiles, many programs and a split K, for there it is bytes
+    in flight and instructions that count.
 
     raises    ValueError for a product over no inputs: kernels take their first step along K without asking
     """
@@ -86,6 +95,9 @@ def gemm_tiles(
     device = target(cc)
     speed = device.multiplies if weight_bytes <= 2 else FMA_UNITS
     tensor_cores = speed > FMA_UNITS
+    counted = tensor_cores and device.issue > 0 and rows <= FEW_ROWS
+    if counted:
+        device = device._replace(port_bytes=MEASURED_BYTES, l2_bytes=MEASURED_BYTES)
     ranked: list[tuple[float, GemmTile]] = []
     for block_rows in (16, 32, 64, 128):
         for block_cols in (16, 32, 64, 128, 256):
@@ -119,19 +131,48 @@ def gemm_tiles(
                     flying = math.inf
                 rate = min(MEMORY_BYTES * device.multiprocessors, flying / LATENCY_CLOCKS)
                 memory = inputs * segments * outputs * products * weight_bytes / rate
-                alone = waves * (read / device.port_bytes + k / depth * STEP_CLOCKS)
-                clocks = max(alone, together, memory, multiply) + waves * PROGRAM_CLOCKS
-                if parts > 1:
-                    sums = tiles * (2 * parts) * block_rows * block_cols * 4
-                    clocks += SPLIT_CLOCKS + sums / (device.l2_bytes * device.multiprocessors)
-                if best is None or clocks < best[0]:
-                    warps = 8 if block_rows * block_cols * products > 64 * 128 else 4
-                    best = (clocks, GemmTile(block_rows, block_cols, depth, parts, 8, warps, stages))
+                ends, tile_bytes = 0.0, block_rows * block_cols * 4
+                if parts > 1:  # the last program of a tile adds the parts up alone
+                    spread = tiles * 2 / (device.l2_bytes * device.multiprocessors)
+                    ends = SPLIT_CLOCKS + parts * tile_bytes * spread
+                    if counted:
+                        ends = SPLIT_CLOCKS + parts * (L2_CLOCKS + tile_bytes / device.port_bytes)
+                large = block_rows * block_cols * products > 64 * 128
+                for warps in (4, 8) if counted and not large else (8 if large else 4,):
+                    step, program = STEP_CLOCKS, PROGRAM_CLOCKS
+                    if counted:
+                        shape = (block_rows, block_cols, depth, products)
+                        step, program = _instructions(*shape, parts, warps, x_bytes, weight_bytes)
+                        alone = waves * max(read / device.port_bytes, k / depth * step * device.issue)
+                        program *= device.issue
+                    else:
+                        alone = waves * (read / device.port_bytes + k / depth * step)
+                    clocks = max(alone, together, memory, multiply) + waves * program + ends
+                    if best is None or clocks < best[0]:
+                        best = (clocks, GemmTile(block_rows, block_cols, depth, parts, 8, warps, stages))
             assert best is not None
             ranked.append(best)
     assert ranked, f"no tile fits {device}"
     ranked.sort(key=lambda each: each[0])
     return tuple(tile for _, tile in ranked[:CANDIDATES])
+
+
+def _instructions(
+    rows: int, cols: int, depth: int, products: int, parts: int, warps: int, x_bytes: int, weight_bytes: int
+) -> tuple[float, float]:
+    """How many a warp executes in a step along K, and in a program beside its steps. Fitted to what ptxas emits for sm_90:
+    so many for each copy of 16 bytes, each product on tensor cores and each sum of a thread."""
+    copies = (rows * x_bytes + cols * products * weight_bytes) * depth / (16 * 32 * warps)
+    sums = rows * cols * products / (32 * warps)
+    step = 45 + 4 * copies
+    program = 200 + 12 * copies + sums * (10 + (6 + 1.5 * parts if parts > 1 else 0))
+    if rows >= 64 and weight_bytes <= 2:
+        step += 3 * products * depth / 16 * max(1.0, rows / (16 * warps))
+    else:
+        twice = products > 1 and (rows == 32 or rows * cols < 512)  # warps then repeat each other's loads
+        step += products * depth / 16 * max(1.0, rows * cols / 512) * (1 + twice)
+        program += 150 * twice
+    return step, program
 
 
 def _depth_and_stages(

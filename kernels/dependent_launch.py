@@ -1,7 +1,7 @@
 """Programmatic dependent launch (CUDA C++ Programming Guide): a launch begins while the one ahead of it still runs.
 
-Its programs compute addresses and prefetch their weights, which no launch writes, wait for every earlier launch, and only then
-let the next one begin: at most one launch waits in a running one's place, and all before that one have ended. Beside a torch
+Its programs compute addresses and prefetch their weights, which no launch writes, wait for every earlier launch, and only
+then let the next one begin: one launch waits behind a running one, and all ahead of that one have ended. Beside a torch
 kernel nothing overlaps.
 """
 
@@ -36,6 +36,13 @@ def prefetch_weight(rows, start, stop, mine, DEPENDENT: tl.constexpr):
             tl.inline_asm_elementwise(
                 "prefetch.global.L2 [$1]; // $0", "=r,l", [rows + k[:, None]], tl.int32, is_pure=False, pack=1
             )
+
+
+@triton.jit
+def load_weight(pointers, mask):
+    """Load what no kernel of ours writes, before ``await_inputs``: a torch kernel that wrote it has ended, as ours alone let
+    the next launch begin, and they have waited. These loads alone name their cache operator, the default: tests know it."""
+    return tl.load(pointers, mask=mask, other=0.0, cache_modifier=".ca")
 
 
 @triton.jit

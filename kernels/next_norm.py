@@ -39,14 +39,14 @@ def normed_products(
     col_mask,
     inputs,
     eps,
+    BLOCK_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """``norm_products`` of prepared rows. Pointers: h_rows, a_cols, b_cols to k = 0, squares_rows [BLOCK_M] to part 0."""
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    for part in range(parts):
-        squares += tl.load(squares_rows + part * rows, mask=row_mask, other=0.0)
+    part = tl.arange(0, BLOCK_PARTS)[None, :]  # one wait for all
+    squares = tl.load(squares_rows[:, None] + part * rows, mask=row_mask[:, None] & (part < parts), other=0.0)
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     tl.assume(inputs > 0)  # as in ``product``
@@ -56,7 +56,7 @@ def normed_products(
         w_mask = (k < inputs)[:, None] & col_mask[None, :]
         a = tl.dot(h, tl.load(a_cols + k[:, None], mask=w_mask, other=0.0), a)
         b = tl.dot(h, tl.load(b_cols + k[:, None], mask=w_mask, other=0.0), b)
-    scale = inverse_rms(squares, inputs, eps)[:, None]
+    scale = inverse_rms(tl.sum(squares, axis=1), inputs, eps)[:, None]
     return a * scale, b * scale
 
 
@@ -75,6 +75,7 @@ def stream_products(
     eps,
     NORMALISE_FIRST: tl.constexpr,
     PREPARED: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -92,6 +93,7 @@ def stream_products(
             col_mask,
             inputs,
             eps,
+            BLOCK_PARTS,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,

@@ -51,6 +51,7 @@ def _norm_qkv_rope_fwd(
     HALF: tl.constexpr,
     NORMALISE_FIRST: tl.constexpr,
     PREPARED: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -91,6 +92,7 @@ def _norm_qkv_rope_fwd(
         eps,
         NORMALISE_FIRST,
         PREPARED,
+        BLOCK_PARTS,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
@@ -230,6 +232,7 @@ def norm_qkv_rope(
             HALF=half,
             NORMALISE_FIRST=normalise_first(weight.dtype),
             PREPARED=ready is not None,
+            BLOCK_PARTS=1 if ready is None else triton.next_power_of_2(squares.shape[0]),
             **dependent_launch(cc),
             **tile.launch,
         )

@@ -40,6 +40,7 @@ def _norm_swiglu_fwd(
     up_row_stride,
     NORMALISE_FIRST: tl.constexpr,
     PREPARED: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -71,6 +72,7 @@ def _norm_swiglu_fwd(
         eps,
         NORMALISE_FIRST,
         PREPARED,
+        BLOCK_PARTS,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
@@ -133,6 +135,7 @@ def norm_swiglu(
             up_weight.stride(0),
             NORMALISE_FIRST=normalise_first(gate_weight.dtype),
             PREPARED=ready is not None,
+            BLOCK_PARTS=1 if ready is None else triton.next_power_of_2(squares.shape[0]),
             **dependent_launch(cc),
             **tile.launch,
         )

@@ -159,23 +159,25 @@ image_tile = choice("image", PlainTile, image_tiles, _plain_refusal)
 
 def suffix_embed_refusal(tile: ProductTile, rows: int, width: int, actions: int, cc: int) -> str | None:
     actions = max(16, triton.next_power_of_2(actions))
-    # Of fp32: both weights and the bias of a step, x, and the hidden values on their way into the second product.
-    loads = buffers(tile.num_stages, target(cc)) * tile.inner * (actions + tile.cols + tile.rows)
-    needed = 4 * (loads + tile.rows * (actions + tile.inner)) + (4 << 10)
-    return too_large(needed, tile.rows * (tile.cols + tile.inner), tile.num_warps, cc)
+    # Of fp32, one behind the other on their way between layouts: a weight, or both halves of the hidden values or of x.
+    needed = 4 * max(tile.inner * max(tile.cols, actions), 2 * tile.rows * max(tile.inner, actions)) + (
+        4 << 10
+    )
+    sums = tile.rows * (tile.cols + tile.inner) + tile.inner * (tile.cols + actions)
+    return too_large(needed, sums, tile.num_warps, cc)
 
 
 @cache
 def suffix_embed_tiles(rows: int, width: int, actions: int, cc: int) -> tuple[ProductTile, ...]:
-    """Short tiles: 50 tokens and 720 columns make 92 programs."""
-    best = ProductTile(16, 32, 64, 4, 3) if cc >= 80 else ProductTile(16, 32, 32, 4, 2)
+    """inner: the hidden values of a program, which takes one turn. Small, so that a warp has little to do behind the wait:
+    50 tokens and 720 columns of 720 hidden values make 576 programs, of which a multiprocessor holds four."""
+    best = ProductTile(16, 64, 64, 8, 1) if cc >= 80 else ProductTile(16, 32, 32, 4, 1)
     others = [
-        best._replace(num_stages=2),
-        best._replace(inner=best.inner * 2, num_stages=2),
-        best._replace(cols=16),
-        best._replace(cols=64),
+        best._replace(inner=best.inner * 2),
+        best._replace(cols=best.cols * 2, num_warps=best.num_warps * 2),
+        best._replace(cols=best.cols * 2, inner=best.inner * 2, num_warps=best.num_warps * 2),
         best._replace(rows=32),
-        best._replace(num_warps=8),
+        best._replace(num_warps=best.num_warps // 2),
     ]
     return ranked(best, others, lambda tile: suffix_embed_refusal(tile, rows, width, actions, cc))
 

@@ -168,16 +168,17 @@ def _layer_norm(node: Node) -> Work:
 
 
 def _suffix_embed(node: Node) -> Work:
-    """Each step loads both weights, and its second product waits for its first."""
+    """One turn, its second product behind its first; parts meet as in ``_gemm``."""
     a = node.arguments
     rows, cols, hidden, actions = (a[f"BLOCK_{name}"] for name in ("ROWS", "COLS", "HIDDEN", "ACTIONS"))
-    steps, out = ceil(a["width"] / hidden), a["out_weight_ptr"].dtype
-    loads = actions * a["in_weight_ptr"].dtype.itemsize + cols * out.itemsize + 4
+    split, out = a["SPLIT_K"], a["out_weight_ptr"].dtype
+    moved = hidden * (actions * a["in_weight_ptr"].dtype.itemsize + cols * out.itemsize + 4)
+    moved += rows * (actions + 2 * cols * (split > 1)) * 4 + rows * cols * (4 + 2 * a["HAS_NEXT"]) / split
     return Work(
-        programs=prod(node.grid), warps=a["num_warps"], registers=WIDE_REGISTERS,
-        moved=a["width"] * loads + rows * (actions + cols) * 4, shared=a["num_stages"] * hidden * loads,
-        flops=2 * rows * steps * hidden * (actions + cols), unit=unit_of(torch.float32, precision=a["PRECISION"]),
-        exponents=rows * steps * hidden, trips=max(1.0, steps / max(a["num_stages"] - 1, 1)), operations=2 * steps,
+        programs=prod(node.grid), warps=a["num_warps"], registers=a["maxnreg"] or WIDE_REGISTERS, moved=moved,
+        shared=4 * hidden * cols, flops=2 * rows * hidden * (actions + cols),
+        unit=unit_of(torch.float32, precision=a["PRECISION"]), exponents=rows * hidden, trips=1.0,
+        tails=3 * (split > 1), operations=2 + (split > 1),
     )  # fmt: skip
 
 

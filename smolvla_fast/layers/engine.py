@@ -19,7 +19,7 @@ from ..ops.memory import Memory, Workspace
 from ..ops.reference.prefix_embed import prefix_embed
 from ..ops.reference.suffix_tokens import suffix_tokens
 from ..ops.reference.time_embedding import time_embedding
-from ..stages.layers import expert_layers
+from ..stages.layers import embed_suffix, expert_layers
 from ..stages.prefix import image_ends
 from ..stages.vision import encode_images, patch_positions
 from . import caches
@@ -160,8 +160,8 @@ class LayerEngine:
             folded = ops.suffix_fold(times[None], heads.action_in, heads.time_in)
             lent = nullcontext() if self._workspace is None else self._workspace.lent()
             with self._kv_and_weights(pair, cache, dims.chunk) as (kvs, layers), lent as memory:
-                h = ops.suffix_embed(x, 0, folded, heads.time_out, memory=memory)
-                h = expert_layers(ops, layers, kvs, h, own, cross, memory)
+                h, normed = embed_suffix(ops, layers[0], x, 0, folded, heads.time_out, memory)
+                h = expert_layers(ops, layers, kvs, h, own, cross, memory, normed)
                 # dt = 0: the velocity alone is wanted.
                 _, v = ops.euler_step(h, heads.expert_norm, heads.action_out, x, 0.0, None, memory=memory)
                 return v if memory is None else v.clone()

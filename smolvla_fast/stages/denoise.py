@@ -15,7 +15,7 @@ from ..ops.memory import Workspace
 from ..ops.reference.euler_step import Guidances
 from ..ops.reference.suffix_tokens import Tokens
 from ..ops.table import Ops
-from .layers import expert_layers
+from .layers import embed_suffix, expert_layers
 
 
 class LoopReport(NamedTuple):
@@ -106,8 +106,8 @@ def denoise(
             if first is not None and step == 0:
                 h = first.h
             else:
-                h = ops.suffix_embed(x, step, suffix.folded, heads.time_out, memory=memory)
-                h = expert_layers(ops, expert, kv.layers, h, suffix.own, suffix.cross, memory)
+                h, normed = embed_suffix(ops, expert[0], x, step, suffix.folded, heads.time_out, memory)
+                h = expert_layers(ops, expert, kv.layers, h, suffix.own, suffix.cross, memory, normed)
             guide = None if guidance is None else guidance.at(step)
             x, v = ops.euler_step(h, heads.expert_norm, heads.action_out, x, dt, guide, memory=memory)
             if observe is not None:

@@ -53,6 +53,20 @@ def given(**hints: NextNorm | StreamOffset | None) -> dict[str, NextNorm | Strea
     return {name: hint for name, hint in hints.items() if hint is not None}
 
 
+def embed_suffix(
+    ops: Ops,
+    first: DecoderLayer,
+    x: Tensor,
+    step: int,
+    folded: Any,
+    time_out: tuple[Tensor, Tensor],
+    memory: Memory | None = None,
+) -> tuple[Tensor, NextNorm | None]:
+    """``ops.suffix_embed``, and what it has prepared for the first expert layer."""
+    normed = next_norm(ops, first.norm1, first.q)
+    return ops.suffix_embed(x, step, folded, time_out, memory=memory, **given(next_norm=normed)), normed
+
+
 def finish(
     ops: Ops,
     layer: DecoderLayer,
@@ -126,14 +140,16 @@ def expert_layers(
     own: Tokens,
     cross: Tokens,
     memory: Memory | None = None,
+    normed: NextNorm | None = None,
 ) -> Tensor:
     """The expert over the suffix, one denoise step: x [B, S, E], which may be overwritten, -> [B, S, E].
 
+    x, normed  of ``embed_suffix``
     kvs    one per layer, asked for as it begins: with slots for the suffix behind the prefix, or the expert's cross KV
     own    positions counted on from the prefix, [prefix | suffix so far] visible: self-attention layers
     cross  positions from 0, the prefix visible: cross-attention layers
     """
-    prefix, normed = cross.mask.shape[-1], None
+    prefix = cross.mask.shape[-1]
     for layer, after, kv in zip(layers, (*layers[1:], None), kvs, strict=True):
         slots = None if layer.cross else kv.suffix(prefix)
         following = None if after is None else next_norm(ops, after.norm1, after.q)

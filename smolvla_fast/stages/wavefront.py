@@ -22,7 +22,7 @@ from ..model.kv_cache import LayerKV, PrefixKV
 from ..model.weights import Cast, DecoderLayer, Heads
 from ..ops.table import Ops
 from .denoise import FirstStep, suffix_of
-from .layers import expert_layers
+from .layers import embed_suffix, expert_layers
 from .prefix import free_slots, layer_kv, text_kv
 
 MOST_ROWS = 64
@@ -62,12 +62,12 @@ def fill_prefix_with_first_step(
     tokens, own, cross = ops.rope_masks(pad_masks, att_masks, dims.chunk, dims.head_dim)
     with _beside(side, pad_masks, noise, times):
         suffix = suffix_of(ops, heads, own, cross, times)
-        h = ops.suffix_embed(noise, 0, suffix.folded, heads.time_out)
+        h, normed = embed_suffix(ops, expert[0], noise, 0, suffix.folded, heads.time_out)
     found = text_kv(ops, vlm, cast, dims, embeddings, tokens, free_slots(dims, expert))
     layers: list[LayerKV] = []
     # Where an op fails, close() leaves the generator's with, so that the caller's stream is the current one again.
     with closing(_on_the_side(side, ops, expert, found, layers, cross_dtype)) as kvs:
-        h = expert_layers(ops, expert, kvs, h, suffix.own, suffix.cross)
+        h = expert_layers(ops, expert, kvs, h, suffix.own, suffix.cross, normed=normed)
     return PrefixKV(layers, pad_masks, own, cross), FirstStep(suffix, h)
 
 

@@ -60,6 +60,14 @@ def test_a_chunk_has_its_parts(account: Account) -> None:
     assert 0.9 < hbm / cost["denoise"].bytes < 1.6
 
 
+def test_a_denoise_step_reads_prepared_rows_alone(account: Account) -> None:
+    """Of its first layer as well, whose rows ``suffix_embed`` prepares."""
+    norms = [
+        node for node in account.recording.nodes if node.stage == "denoise" and "PREPARED" in node.arguments
+    ]
+    assert len(norms) >= 16 * 9 and all(node.arguments["PREPARED"] for node in norms)
+
+
 def test_nothing_is_left_behind(account: Account) -> None:
     from smolvla_fast import inference
     from smolvla_fast.engine import timing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from smolvla_fast.kernels.tuning import GemmTile, using
 from smolvla_fast.ops.choice import choose
 from smolvla_fast.ops.next_norm import NextNorm
 from smolvla_fast.ops.select import backend_ops, reference_ops
+from smolvla_fast.stages.layers import embed_suffix
 from smolvla_fast.tune.check import allowance
 
 pytestmark = pytest.mark.triton
@@ -103,6 +105,37 @@ def test_attention_prepares_as_well(dtype: torch.dtype) -> None:
     assert torch.equal(hint.rows, (y * hint.weight).to(dtype))
     rows = y.double().square().sum(-1).flatten()
     torch.testing.assert_close(hint.squares.double().sum(0), rows, rtol=1e-6, atol=0)  # sums in fp32
+
+
+@BF16_ONLY
+@pytest.mark.parametrize(("batch", "tokens", "width"), [(2, 7, 96), (1, 50, 176), (1, 1, 24)])
+def test_the_suffix_prepares_for_the_first_layer(
+    batch: int, tokens: int, width: int, dtype: torch.dtype
+) -> None:
+    """In as many parts of the width as there are, and in one: what the hint holds is of what is stored."""
+    case = dict(B=batch, S=tokens, A=5, E=width, N=3)
+    given = to_device(inputs_in("suffix_embed", case, F32, 0)[0], DEVICE)
+    weight = torch.rand(width, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    layer: Any = SimpleNamespace(norm1=(weight, 1e-5), q=weight[None])
+    folded = TRITON.suffix_fold(given["times"], given["action_in"], given["time_in"])
+    with nan_filled_memory(DEVICE):
+        y, hint = embed_suffix(TRITON, layer, given["x"], 1, folded, given["time_out"])
+    assert hint is not None and hint.rows is not None and hint.squares is not None
+    assert torch.equal(y, TRITON.suffix_embed(given["x"], 1, folded, given["time_out"]))
+    assert torch.equal(hint.rows, (y * weight.float()).to(dtype))
+    rows = y.double().square().sum(-1).flatten()
+    torch.testing.assert_close(hint.squares.double().sum(0), rows, rtol=1e-6, atol=0)  # sums in fp32
+    assert (
+        embed_suffix(
+            reference_ops(),
+            layer,
+            given["x"],
+            1,
+            (given["times"], given["action_in"], given["time_in"]),
+            given["time_out"],
+        )[1]
+        is None
+    )
 
 
 @BF16_ONLY

@@ -447,12 +447,12 @@ def test_the_first_candidates_are_the_tiles_of_before() -> None:
         tuning.norm_tile(2048, 768, 90),
     ]
     assert [*map(tuning.tile_to_json, took)] == [
-        "gemm 64x128x64 split8 group8 warps4 stages4",
+        "gemm 32x32x128 split2 group8 warps8 stages4",
         "gemm 128x128x64 split1 group8 warps8 stages4",
         "attention 16x256 warps4 stages1",
         "attention 128x64 warps8 stages3",
         "attention 32x32 warps4 stages2",
-        "product 16x32x64 warps4 stages3",
+        "product 16x64x64 warps8 stages1",
         "plain 8x512 warps8",
         "plain 8x64 warps4",
         "plain 1x1024 warps4",

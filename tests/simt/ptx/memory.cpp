@@ -27,10 +27,11 @@ void check_waited(const Warp& w, const Instruction& i) {
 }
 
 // A cache operator, such as .cg, is a hint: it changes nothing in what a load may see.
-template <class T, unsigned N, bool SHARED>
+// EARLY: a weight, which no kernel writes (``load_weight`` in dependent_launch.py).
+template <class T, unsigned N, bool SHARED, bool EARLY = false>
 void load(Warp& w, const Instruction& i) {
     constexpr size_t BYTES = sizeof(T) * N;
-    if constexpr (!SHARED) check_waited(w, i);
+    if constexpr (!SHARED && !EARLY) check_waited(w, i);
     each_lane(w.mask, [&](unsigned lane) {
         uintptr_t at;
         if constexpr (SHARED)
@@ -129,6 +130,7 @@ void widths(Table& t, const std::string& vector, const std::string& type) {
     const char file = sizeof(T) == 8 ? 'd' : 'r';
     const std::string values(N, file);
     t.push_back({"ld.global." + vector + type, {load<T, N, false>, values + "A"}});
+    t.push_back({"ld.global.ca." + vector + type, {load<T, N, false, true>, values + "A"}});
     t.push_back({"ld.global.cg." + vector + type, {load<T, N, false>, values + "A"}});
     t.push_back({"st.global." + vector + type, {store<T, N, false>, "A" + values}});
     t.push_back({"ld.shared." + vector + type, {load<T, N, true>, values + "a"}});

@@ -56,7 +56,7 @@ REDESIGN: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "squares of the next sample's rows": (
         "attention_residual", "tl.where(own < tokens, batch * tokens + own, all_rows)", "batch * tokens + own", NEXT,
     ),
-    "squares of one part": ("next_norm", "for part in range(parts)", "for part in range(1)", NEXT),
+    "squares of one part": ("next_norm", "(part < parts)", "(part < 1)", NEXT),
     "squares of columns that are not there": ("next_norm", "    y = tl.where(mask, y, 0.0)\n", "", NEXT),
     "contracted squares": ("next_norm", ', "enable_fp_fusion": False', "", NEXT),
     "a prefetch past the end": ("dependent_launch", "tl.minimum(first + tl.arange(0, 4) * LINE, stop - 1)",
