@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kThreads) linear_residual_fwd_kernel(const Lin
 
     if (!p.weight_settled) await_earlier_launches();
     for (int step = 0; step < kStages && step < steps; ++step) request_weight(step);
-    let_next_launch_begin();
     await_earlier_launches();
+    let_next_launch_begin();  // one waits behind a running one: more stand where that one could run
     // A group a step, empty ones behind the last, so that the same number may be pending at each wait.
     for (int step = 0; step < kStages; ++step) {
         if (step < steps) request_x(step);

@@ -233,8 +233,8 @@ __global__ void __launch_bounds__(kThreads) norm_products_fwd_kernel(const typen
     settle(x_from), settle(upper_from), settle(squares_at), pairs.settle_addresses();
     if (!p.weights_settled) await_earlier_launches();
     request_weights();
-    let_next_launch_begin();
     await_earlier_launches();
+    let_next_launch_begin();  // one waits behind a running one: more stand where that one could run
 
     constexpr int kAtOnce = 4;  // of each lane's parts of the squares: 16 a row
     float some[kAtOnce];
