@@ -52,7 +52,7 @@ class Choice:
     candidates  by name, the first the one that serves whatever the others cannot
     rule        shape class -> name of the default, or None: the first
     plan        "op shape class" -> name
-    served      what was decided so far      refused  libraries that had nothing for a call after all, by key
+    served      what was decided so far      refused  what had nothing for a call after all, by key
     """
 
     def __init__(self, op: str, candidates: Candidates, rule: Rule | None, plan: Mapping[str, str]) -> None:
@@ -68,16 +68,16 @@ class Choice:
         if serve is None:
             self.served[shape] = name = self.chosen(shape)
             serve = self._serves[shape] = self.function(name)
-            if name in LIBRARIES:
+            if name in LIBRARIES or (name == "cuda" and "triton" in self.candidates):
                 return self._tried(shape, serve, args, kwargs)
         return serve(*args, **kwargs)
 
     def _tried(self, shape: Shape, serve: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The first call of a library, which may have nothing for these sizes after all: then the backend's own serves. A
-        capture has run once before, so it happens outside of it."""
+        """The first call of a library, or of a kernel in the place of Triton's: it may have nothing for these operands after
+        all, and then the backend's own serves. A capture has run once before, so it happens outside of it."""
         try:
             return serve(*args, **kwargs)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
             own = next(iter(self.candidates))
@@ -185,7 +185,7 @@ def choose(ops: Ops, device: torch.device, wish: str, plan: Plan | None, fixed: 
     fixed  ops that nobody else has, such as products of packed integers
     """
     chosen: Mapping[str, str] = {} if plan is None else plan.choices
-    beside = beside_triton(device) if ops.backend == "triton" else {}
+    beside, unserved = beside_triton(device) if ops.backend == "triton" else ({}, {})
     rules = {**default_rules(ops.backend, device), **_measured_rules(beside, device)}
     backends = (ops.backend, *(others(device, wish) if plan is not None else ()))
     found: dict[str, Any] = {
@@ -200,6 +200,8 @@ def choose(ops: Ops, device: torch.device, wish: str, plan: Plan | None, fixed: 
         rule = rules["attention_residual"]
         found["attention_residual"] = Choice("attention_residual", fused, rule, chosen)
         found["prepares_norms"] = True
+        for op, reason in unserved.items() if _is_hopper(device) else ():
+            found[op].refused[op] = f"cuda, the default on this GPU, does not serve: {reason}; triton does"
         found["layer_launches"] = partial(_layer_launches, {op: found[op] for op in STAGES["denoise"]})
     if chosen.get(LOOP) == "cuda" and "cuda" in backends:
         from .cuda import ops as cuda
@@ -233,7 +235,7 @@ def _layer_launches(choices: dict[str, Choice], rows: int) -> int | None:
 
 
 def refused(ops: Ops) -> dict[str, str]:
-    """What libraries had nothing for after all, by op and shape class."""
+    """What libraries and kernels beside Triton's had nothing for after all, by op and shape class."""
     choices = (getattr(ops, op) for op in CLASSES)
     return {key: why for each in choices if isinstance(each, Choice) for key, why in each.refused.items()}
 
@@ -243,13 +245,22 @@ def others(device: torch.device, wish: str) -> list[str]:
     return [name for name in ("cpu", "cuda") if wish == "auto" and why_not(name, device) is None]
 
 
-def beside_triton(device: torch.device) -> Beside:
-    """What serves in the chain of Triton's kernels on this device; nothing where it does not take CUDA C++."""
-    if why_not("cuda", device) is not None:
-        return {}
-    from .cuda import beside_triton as kernels
+def beside_triton(device: torch.device) -> tuple[Beside, dict[str, str]]:
+    """What serves in the chain of Triton's kernels on this device, and of the ops that nothing does, why."""
+    reason = why_not("cuda", device)
+    if reason is None:
+        from .cuda import beside_triton as kernels
 
-    return kernels.beside_triton(device)
+        try:
+            return kernels.beside_triton(device)
+        except RuntimeError as error:  # in CUDA's own words
+            reason = str(error)
+    return {}, dict.fromkeys(BESIDE_TRITON, reason)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return there and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _measured_rules(beside: Beside, device: torch.device) -> dict[str, Rule]:

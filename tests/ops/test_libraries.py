@@ -25,8 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from smolvla_fast.cli import main
 from smolvla_fast.model.weights import Affine, LayerNorm, VisionLayer
+from smolvla_fast.ops import choice as choices
 from smolvla_fast.ops.availability import why_not_library
-from smolvla_fast.ops.choice import Choice, _torch, choose
+from smolvla_fast.ops.choice import Choice, _torch, choose, refused
+from smolvla_fast.ops.defaults import BESIDE_TRITON
 from smolvla_fast.ops.select import backend_ops, reference_ops
 from smolvla_fast.ops.shape_class import Attention, Product
 from smolvla_fast.ops.stream_offset import StreamOffset
@@ -447,3 +449,48 @@ def test_flash_attention_is_a_candidate_where_it_is_installed(
     assert ["flash" in attention.names(each) for each in fits] == [True, False, False]
     monkeypatch.delitem(sys.modules, name)
     assert "flash" not in dict(_torch(reference_ops(), torch.device("cuda")))
+
+
+# Kernels of CUDA C++ in the place of Triton's
+
+
+@pytest.mark.parametrize("error", [RuntimeError("invalid argument"), ValueError("x is strided")], ids=str)
+def test_a_kernel_that_fails_leaves_its_op_to_tritons(error: Exception) -> None:
+    """At its first call, and with a receipt: not the whole chunk to stock."""
+    calls: list[str] = []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append("cuda")
+        raise error
+
+    def serving(*args: Any, **kwargs: Any) -> str:
+        calls.append("triton")
+        return "triton's"
+
+    op = Choice("linear_residual", {"triton": serving, "cuda": failing}, lambda shape: "cuda", {})
+    given = [torch.zeros(*size, dtype=BF16) for size in ((5, 16), (8, 16), (5, 8))]
+    assert [op(*given) for _ in range(2)] == ["triton's"] * 2 and calls == ["cuda", "triton", "triton"]
+    assert list(op.served.values()) == ["triton"]
+    assert list(op.refused.values()) == [f"cuda refused: {error}; triton serves"]
+
+
+def test_a_device_that_cannot_be_asked_has_tritons_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smolvla_fast.ops.cuda import beside_triton
+
+    def failing(device: torch.device) -> Any:
+        raise RuntimeError("cudaOccupancyMaxActiveClusters: out of memory")
+
+    monkeypatch.setattr(choices, "why_not", lambda name, device: None)
+    monkeypatch.setattr(beside_triton, "why_no_clusters", failing)
+    found, unserved = choices.beside_triton(CUDA)
+    assert not found and set(unserved) == set(BESIDE_TRITON)
+    assert all("out of memory" in reason for reason in unserved.values())
+
+
+def test_a_hopper_without_them_says_why(nvidia: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ``status``, as what its default does without; another GPU never had them by default."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(choices, "beside_triton", lambda device: ({}, {"norm_swiglu": "not compiled"}))
+    for capability, said in (((9, 0), True), ((8, 0), False)):
+        nvidia(capability)
+        assert ("not compiled" in str(refused(on_a_gpu()))) is said

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smolvla_fast.ops.cuda.norm_qkv_rope import norm_qkv_rope
 from smolvla_fast.ops.cuda.norm_swiglu import norm_swiglu
@@ -23,13 +23,20 @@ def prepared(x: Tensor, weight: Tensor, part: int = 64) -> NextNorm:
     return hint
 
 
-def by_prepared_rows(ops: Ops) -> Ops:
-    """The table with both kernels in it, each behind the preparation."""
+def by_prepared_rows(ops: Ops, settled: bool = False) -> Ops:
+    """The table with both kernels in it, each behind the preparation.
+
+    settled  weights are parameters, as a model's: kernels ask for them before the launches ahead have ended
+    """
+
+    def own(weight: Tensor | None) -> Tensor | None:
+        return nn.Parameter(weight, requires_grad=False) if settled and weight is not None else weight
 
     def swiglu(x: Tensor, norm: tuple[Tensor, float], gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-        return norm_swiglu(x, norm, gate_weight, up_weight, normed=prepared(x, norm[0]))
+        return norm_swiglu(x, norm, own(gate_weight), own(up_weight), normed=prepared(x, norm[0]))
 
     def qkv_rope(x: Tensor, norm: tuple[Tensor, float], weights: Any, rope: Any, slots: Any) -> Any:
-        return norm_qkv_rope(x, norm, weights, rope, slots, normed=prepared(x, norm[0]))
+        given = tuple(map(own, weights))
+        return norm_qkv_rope(x, norm, given, rope, slots, normed=prepared(x, norm[0]))  # type: ignore[arg-type]
 
     return replace(ops, norm_swiglu=swiglu, norm_qkv_rope=qkv_rope)

@@ -18,15 +18,19 @@ MEASURED = 9
 from what memory allows: an H200, docs/gpu-account.md."""
 
 
-def beside_triton(device: torch.device) -> dict[str, Callable[..., Callable[..., Any]]]:
-    """Of each op that this device has code for: Triton's kernel, which serves other operands -> the op. For a device that
-    takes this library's code."""
-    found: dict[str, Callable[..., Callable[..., Any]]] = {}
-    if why_no_clusters(device) is None:
-        found["linear_residual"] = linear_residual_or_fallback
-    if why_no_norm_products(device) is None:
-        found |= {"norm_qkv_rope": norm_qkv_rope_or_fallback, "norm_swiglu": norm_swiglu_or_fallback}
-    return found
+def beside_triton(
+    device: torch.device,
+) -> tuple[dict[str, Callable[..., Callable[..., Any]]], dict[str, str]]:
+    """Of each op that this device has code for: Triton's kernel, which serves other operands -> the op. Of the others, why
+    it has none. For a device that takes this library's code; raises RuntimeError in CUDA's own words."""
+    no_clusters, no_products = why_no_clusters(device), why_no_norm_products(device)
+    kernels: dict[str, tuple[Callable[..., Callable[..., Any]], str | None]] = {
+        "linear_residual": (linear_residual_or_fallback, no_clusters),
+        "norm_qkv_rope": (norm_qkv_rope_or_fallback, no_products),
+        "norm_swiglu": (norm_swiglu_or_fallback, no_products),
+    }
+    found = {op: made for op, (made, reason) in kernels.items() if reason is None}
+    return found, {op: reason for op, (_, reason) in kernels.items() if reason is not None}
 
 
 def measured(device: torch.device) -> bool:

@@ -40,6 +40,11 @@ def why_not_linear_residual(x: Tensor, weight: Any, residual: Tensor) -> str | N
         return f"residual is {residual.dtype}; accepted are float32 and bfloat16"
     if weight.shape[1] % 8 or not weight.shape[1]:
         return f"{weight.shape[1]} inputs; accepted are multiples of 8"
+    if weight.stride(1) != 1 or weight.stride(0) % 8 or weight.data_ptr() % 16:
+        return (
+            f"weight has strides {weight.stride()}; accepted are elements of a row side by side, and rows at multiples of "
+            "16 bytes"
+        )
     return None
 
 
@@ -73,14 +78,9 @@ def linear_residual(
     if stream.stride(1) != 1:
         stream = stream.contiguous()
     library.check("linear_residual", "x", rows, (lead.numel(), inputs), _BF16, contiguous=False)
-    library.check(
-        "linear_residual", "weight", weight, (outputs, inputs), _BF16, like=x, contiguous=False, aligned=16
-    )
-    if weight.stride(1) != 1 or weight.stride(0) % 8 or lead.numel() > _MAX_ROWS:
-        raise ValueError(
-            f"linear_residual: weight has strides {weight.stride()}, x {lead.numel()} rows; accepted are elements of a row "
-            f"side by side, rows at multiples of 8, and at most {_MAX_ROWS} rows of x"
-        )
+    library.check("linear_residual", "weight", weight, (outputs, inputs), _BF16, like=x, contiguous=False)
+    if lead.numel() > _MAX_ROWS:
+        raise ValueError(f"linear_residual: x has {lead.numel()} rows; accepted are at most {_MAX_ROWS}")
     kernels = library.library(x.device)
     y = torch.empty(*lead, outputs, dtype=residual.dtype, device=x.device)
     norm_weight = None

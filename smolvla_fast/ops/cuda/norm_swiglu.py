@@ -35,7 +35,7 @@ def norm_swiglu(
     normed   ``ops.next_norm.NextNorm`` of x and this norm, filled in with bf16 rows
     returns  [..., F]  bf16, fresh
     numerics products of bf16 with fp32 sums, 1/rms applied to them, one rounding; parts of K are added in their order, so
-             bits are equal in every run; exponential, division and 1/rms within two units of fp32 each
+             bits are equal in every run; exponential, division and 1/rms by one instruction each
     errors   ValueError for other shapes, strides, dtypes or devices; ``why_not_norm_swiglu`` tells beforehand.
              RuntimeError for a device that does not run it (``why_no_norm_products``), or with CUDA's own words
     replaces ``post_attention_layernorm`` and ``mlp`` up to its ``down_proj``
