@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -117,17 +118,19 @@ def kill_once_saved(command: list[str], run: Path) -> bool:
     Prints the reason and returns False where it ended by itself, which leaves nothing to resume.
     """
     start = time.monotonic()
-    with subprocess.Popen(command) as process:
+    # Kept back: processes that read data for a killed one end with tracebacks of their own.
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stderr=errors) as process:
         while process.poll() is None and Checkpoints(run).last() is None:
             time.sleep(0.05)
         if process.poll() is None:
             time.sleep(min(3, 0.1 * (time.monotonic() - start)))  # some steps on, and far from the last
         process.kill()
-    if process.returncode != -signal.SIGKILL:
-        print(
-            f"the run was to be killed and ended by itself, with status {process.returncode}", file=sys.stderr
-        )
-        return False
+        process.wait()
+        if process.returncode != -signal.SIGKILL:
+            errors.seek(0)
+            said = f"the run was to be killed and ended by itself, with status {process.returncode}"
+            print(f"{errors.read()}{said}", file=sys.stderr)
+            return False
     print(f"killed; the last whole checkpoint is {Checkpoints(run).last()}", flush=True)
     return True
 
