@@ -139,7 +139,7 @@ def gemm_tiles(
                         ends = SPLIT_CLOCKS + parts * (L2_CLOCKS + tile_bytes / device.port_bytes)
                 large = block_rows * block_cols * products > 64 * 128
                 for warps in (4, 8) if counted and not large else (8 if large else 4,):
-                    step, program = STEP_CLOCKS, PROGRAM_CLOCKS
+                    step, program = float(STEP_CLOCKS), float(PROGRAM_CLOCKS)
                     if counted:
                         shape = (block_rows, block_cols, depth, products)
                         step, program = _instructions(*shape, parts, warps, x_bytes, weight_bytes)

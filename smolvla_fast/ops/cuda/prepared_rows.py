@@ -59,8 +59,9 @@ def prepared_rows(
     library.check(op, "norm.weight", norm[0], (inputs,), like=x)
     for weight in weights:
         library.check(op, "a weight", weight, (weight.shape[0], inputs), like=x, contiguous=False)
-    found = normed and normed.prepared(x, norm[0], weights[0])
-    assert found is not None  # why_not_prepared has asked
+    assert normed is not None  # why_not_prepared has asked
+    found = normed.prepared(x, norm[0], weights[0])
+    assert found is not None
     rows, squares = found
     library.check(op, "normed.rows", rows, (len(rows), inputs), (torch.bfloat16,), like=x, aligned=16)
     library.check(op, "normed.squares", squares, (len(squares), len(rows)), (torch.float32,), like=x)
