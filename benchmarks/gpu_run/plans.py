@@ -71,7 +71,7 @@ def contact(args: argparse.Namespace) -> list[Part]:
         stage("trace", 30, 0, "triton", rehearse=dry),
         stage("stages", 30, 0, "triton", rehearse=dry),
         stage("lerobot", 40, 15, rehearse=dry),
-        stage("tune", 80, 0, "triton", rehearse=dry),
+        stage("tune", 80, 0, rehearse=dry),
         stage("profile", 60, 0, "triton", rehearse=dry),
         build("cuda", 60, 0, NOT_COMPILED if dry else brought),
         stage("loop", 40, 0, "full", label="loop", rehearse=dry),

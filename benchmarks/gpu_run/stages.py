@@ -287,12 +287,13 @@ def loop(stage: Stage, size: str) -> None:
     stage.add(verified=report.passed, rel_l2=report.rel_l2, bound=report.bound)
 
 
-def tune(stage: Stage, backend: str) -> None:
+def tune(stage: Stage) -> None:
     """What `smolvla-fast tune` does: every candidate of every op at the shapes of a chunk, checked and timed, then whole
     chunks: by what was chosen, with launches in their order, with the first step behind the prefix, with the loop in one
     launch."""
     chunks = Chunks(stage, own_policy(stage))
-    precision, backend = ("fp32", "torch") if stage.rehearsal else ("bf16", backend)
+    # By "auto" kernels of every backend compete.
+    precision, backend = ("fp32", "torch") if stage.rehearsal else ("bf16", "auto")
     smolvla_fast.patch(chunks.policy, precision=precision, backend=backend)
     seconds = 2.0 if stage.rehearsal else TUNING_SECONDS
     found = tune_policy(
