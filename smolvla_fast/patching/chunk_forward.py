@@ -44,6 +44,13 @@ class Accelerated:
         cls = type(self)
         return hasattr(getattr(cls, "stock_class", cls), "takes_bytes")
 
+    def train(self: Any, mode: bool = True) -> Any:
+        """As the stock method. LeRobot calls ``eval()`` before every action, which writes to 544 modules, some of them three
+        times; where all evaluate already, asking them takes a sixth of that."""
+        if not mode and not any(module.training for module in self.modules()):
+            return self
+        return super().train(mode)  # type: ignore[misc]
+
     # Not torch.compiler.disable: that imports dynamo, and with it Triton, as soon as it decorates.
     @_disable_dynamo
     def sample_actions(
