@@ -230,6 +230,7 @@ def test_what_was_cached_elsewhere_is_found_here(tmp_path: Path, monkeypatch: py
     assert environment == {"TRITON_CACHE_DIR": str(here)} and bring.compiled_kernels(here) == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_kernels_to_bring_are_compiled_without_a_gpu(tmp_path: Path) -> None:
     """A chunk's, and those of the constants, with programmatic dependent launch too."""

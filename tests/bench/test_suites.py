@@ -89,6 +89,7 @@ def test_what_openvino_is_given_computes_stocks_chunk(config: dict[str, Any]) ->
     assert error(ours, act(policy, inputs))["rel_l2"] <= FP32_BOUND
 
 
+@pytest.mark.long
 def test_openvino_computes_stocks_chunk() -> None:
     if openvino_peer.why_missing():
         pytest.skip(str(openvino_peer.why_missing()))

@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"], autouse=True)
+@pytest.fixture(params=[pytest.param(80, marks=pytest.mark.long), 90], ids=["sm_80", "sm_90"], autouse=True)
 def architecture(request: pytest.FixtureRequest) -> Any:
     with launcher.machine(request.param):
         yield request.param

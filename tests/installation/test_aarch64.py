@@ -77,7 +77,7 @@ def built() -> dict[str, Path]:
     return {}
 
 
-@pytest.fixture(params=COMPILERS)
+@pytest.fixture(params=["gcc", pytest.param("clang", marks=pytest.mark.long)])
 def program(
     request: pytest.FixtureRequest, built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
@@ -108,7 +108,11 @@ def test_levels_are_those_of_the_processor(program: tuple[str, Path], processor:
 @RUNS
 @pytest.mark.parametrize(
     ("program", "processor"),
-    [("gcc", "max"), ("gcc", "cortex-a72"), ("clang", "cortex-a76")],
+    [
+        ("gcc", "max"),
+        pytest.param("gcc", "cortex-a72", marks=pytest.mark.long),
+        pytest.param("clang", "cortex-a76", marks=pytest.mark.long),
+    ],
     indirect=["program"],
 )
 def test_ops_keep_their_contract(program: tuple[str, Path], processor: str) -> None:

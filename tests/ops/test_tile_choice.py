@@ -485,6 +485,7 @@ for op in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_candidates_compile() -> None:
     """The second of each op for sm_80, the last for sm_90, at SmolVLA's sizes in bf16."""

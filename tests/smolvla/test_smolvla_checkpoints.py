@@ -195,6 +195,7 @@ def test_standalone_example_is_ten_lines():
     assert len(code) <= 10
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_standalone_example_on_other_pythons(lerobot_checkpoint, tmp_path):
     """The same with interpreters that have no LeRobot at all, named in SMOLVLA_FAST_PYTHONS (separated by

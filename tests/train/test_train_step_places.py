@@ -169,6 +169,7 @@ print("same", rank)
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ddp_of_two_processes(tmp_path: Path) -> None:
     """Gradients averaged over two gloo processes with different batches, against stock's; no unused parameter is left."""

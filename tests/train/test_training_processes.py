@@ -56,7 +56,7 @@ def losses(folder) -> dict[tuple[int, str], float]:
 @pytest.mark.parametrize(
     ("launcher", "rank", "point", "kept", "steps"),
     [
-        pytest.param(TORCHRUN, "1", "step:8", "000006", 6, id="torchrun, in a step"),
+        pytest.param(TORCHRUN, "1", "step:8", "000006", 6, id="torchrun, in a step", marks=pytest.mark.long),
         # The log has the step whose checkpoint was begun.
         pytest.param(ACCELERATE, "0", "save:2", "000003", 6, id="accelerate, in a checkpoint"),
     ],
