@@ -63,6 +63,7 @@ def test_report_rehearsed(tmp_path: Path) -> None:
     assert "**A rehearsal**" in text and "## Parts" in text and "## Ops" in text
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_peers_rehearsed_with_a_broken_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stock keeps its figures, what is wrong has none, the others go on."""

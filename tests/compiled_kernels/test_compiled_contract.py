@@ -14,7 +14,10 @@ pytestmark = pytest.mark.compiled_kernels
 CALLS = [call for capability in calls.CAPABILITIES for call in calls.calls(capability)]
 
 
-@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [pytest.param(call, marks=[pytest.mark.long] * (call.capability < 90), id=str(call)) for call in CALLS],
+)
 def test_contract(call: calls.Call) -> None:
     """Equal bits in two orders, no memory unwritten, and at most twice eager's error against fp64."""
     before = launcher.launched.total()

@@ -116,7 +116,12 @@ NARROW = ("linear_residual", "attention", "masked_attention", "masked_attention_
 
 
 @pytest.mark.parametrize(
-    ("op", "dtype"), [*((op, F32) for op in CASES), *((op, F16) for op in NARROW)], ids=str
+    ("op", "dtype"),
+    [
+        *((op, F32) for op in CASES),
+        *(pytest.param(op, F16, marks=pytest.mark.long) for op in NARROW),
+    ],
+    ids=str,
 )
 def test_every_candidate_keeps_the_contract(op: str, dtype: torch.dtype) -> None:
     here = {F32: 80, F16: 90}[dtype] if DEVICE == "cpu" else capability(torch.device(DEVICE))

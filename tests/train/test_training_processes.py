@@ -85,6 +85,7 @@ def test_two_processes_train_as_one_and_one_goes_on_from_a_kill(
     assert read_run(parts / "checkpoints" / "last")["processes"] == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_accelerates_launcher_starts_one_process_on_a_cpu_and_the_command_says_so(bench_top, tmp_path):
     flags = bench_top.flags(tmp_path / "run", "--steps=1")
