@@ -295,7 +295,8 @@ def markdown(account: Account) -> str:
     parts = [
         "# Where the time of a chunk should go on an H100",
         f"Made by `make gpu-account` with torch {torch.__version__.partition('+')[0]}, without a GPU: **predictions**; "
-        "what was measured stands beside the stages. One chunk of SmolVLA at full size: tier `bf16` by Triton's table, two cameras, ten steps, batch "
+        "what was measured stands beside the stages. One chunk of SmolVLA at full size: tier `bf16` by Triton's table, "
+        "two cameras, ten steps, batch "
         "1, weights in the dtypes of smolvla_base. The engine runs on tensors without memory; every launch and every ATen "
         "call is noted. What a node should take follows from its sizes by one formula, in "
         "`benchmarks/gpu_account/price.py`, and the constants below. \"Before\" is the first version of this page, \"by "
