@@ -54,7 +54,8 @@ L2_CLOCKS = 290
 MEASURED_BYTES = 31
 """A clock, of one multiprocessor from L2 when all read: of an H200, in the place of both shares where instructions count."""
 FEW_ROWS = 256
-"""Above, multiprocessors have several blocks, or large ones: there the tiles as they were took as long as cuBLAS."""
+"""Above, multiprocessors have several blocks, or large ones: there the tiles as they were took 1.0 to 1.4 times what cuBLAS
+did (benchmarks/results/contacts)."""
 PREFETCHED = 90
 """From this capability on weights are on their way before a program asks for them (``dependent_launch``)."""
 

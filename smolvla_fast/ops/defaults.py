@@ -110,7 +110,8 @@ def _hopper_product(shape: Product) -> str:
 
 
 def _hopper_attention_residual(shape: Product) -> str:
-    """Masked attention and the cluster's sum, one behind the other, took less than the one launch: docs/gpu-account.md."""
+    """Masked attention alone took a third of the one launch, and the cluster's sum over twice as many inputs two fifths of
+    it; not measured one behind the other: benchmarks/results/contacts."""
     return "apart" if shape.dtype is shape.x is torch.bfloat16 else _attention_residual(shape)
 
 

@@ -45,8 +45,8 @@ class Accelerated:
         return hasattr(getattr(cls, "stock_class", cls), "takes_bytes")
 
     def train(self: Any, mode: bool = True) -> Any:
-        """As the stock method. LeRobot calls ``eval()`` before every action, which writes to 544 modules, some of them three
-        times; where all evaluate already, asking them takes a sixth of that."""
+        """As the stock method. LeRobot calls ``eval()`` before every action, which writes to every module, to some three
+        times; where all evaluate already, they are only asked."""
         if not mode and not any(module.training for module in self.modules()):
             return self
         return super().train(mode)  # type: ignore[misc]

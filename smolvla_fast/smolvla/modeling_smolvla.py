@@ -153,7 +153,7 @@ class SmolVLAPolicy(nn.Module):
         return aloha.encode_actions(actions) if self.config.adapt_to_pi_aloha else actions
 
     def _evaluate(self) -> None:
-        """As ``eval()``, which takes six times as long as to ask all modules whether one still trains."""
+        """As ``eval()``, which takes longer than to ask all modules whether one still trains: it writes to each."""
         if any(module.training for module in self.modules()):
             self.eval()
 

@@ -15,7 +15,7 @@ from .prepared_rows import why_no_norm_products
 
 MEASURED = 9
 """The generation on which linear_residual was measured ahead of Triton's, and Triton's norm_qkv_rope and norm_swiglu far
-from what memory allows: an H200, docs/gpu-account.md."""
+from what memory allows: an H200, docs/gpu.md. Theirs here were not measured."""
 
 
 def beside_triton(

@@ -15,8 +15,8 @@ from . import library
 _STREAMS = (torch.float32, torch.bfloat16)
 _BF16 = (torch.bfloat16,)
 FEW_ROWS = 256
-"""Rows of a chunk and of its prefix: the chunk's an H200 did in half of the time of Triton's kernel (docs/gpu-account.md).
-Each tile of 64 reads the weight again, which larger tiles do less often."""
+"""Rows of a chunk and of its prefix: the chunk's an H200 did in half of the time of Triton's kernel (docs/gpu.md), the
+prefix's were not measured. Each tile of 64 reads the weight again, which larger tiles do less often."""
 # What CUDA accepts as the second extent of a grid, in tiles.
 _MAX_ROWS = 65535 * 64
 
