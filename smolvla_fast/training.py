@@ -42,6 +42,7 @@ from .train.disk import check_output_dir, make_folder
 from .train.errors import TrainingError
 from .train.evaluation import held_out_loss
 from .train.finite import not_finite, refuse_nonfinite_weights
+from .train.known_frames import KnownFrames, kept, open_known_frames
 from .train.log import Log
 from .train.policy import check_policy, make_policy, make_processors, speed_up
 from .train.processes import (
@@ -81,6 +82,8 @@ class Run:
     step: int
     path: str
     """How steps are computed, in words: patched or plain, and why."""
+    known: KnownFrames
+    """Image tokens that are kept from step to step."""
     place: tuple[int, int]
     """Number of this process, and how many there are. Process 0 writes and says what is written and said."""
 
@@ -91,7 +94,8 @@ class Run:
 
     def prepared(self, raw: dict[str, Any]) -> dict[str, Any]:
         """A batch as the policy takes it."""
-        return self.preprocess(to_floats(raw, self.settings.policy.device or "cpu"))
+        device = self.settings.policy.device or "cpu"
+        return {**self.preprocess(to_floats(raw, device)), **kept(raw, device)}
 
 
 def train(
@@ -134,7 +138,7 @@ def train(
                 log.close()
         finally:
             finish_trackers(run.accelerator)
-            run.accelerator, run.model = Ended(), run.policy
+            run.accelerator, run.model, run.known.store = Ended(), run.policy, None
     return run
 
 
@@ -179,7 +183,7 @@ def _steps(run: Run, log: Log | None, on_step: Callable[[int, dict[str, float]],
     """log  None in all processes but one, which writes"""
     settings, checkpoints = run.settings, Checkpoints(run.settings.output_dir)
     first = run.step * settings.gradient_accumulation_steps
-    batches = training_batches(settings, run.data.train, first, run.place)
+    batches = training_batches(settings, run.data.train, first, run.place, run.known.store)
     while run.step < settings.steps:
         facts = update(run, batches)
         run.step += 1
@@ -202,7 +206,8 @@ def _held_out_loss(run: Run) -> float:
     frames = held_out_frames(settings, run.data.held_out)
 
     def losses() -> Iterator[tuple[int, Tensor]]:
-        for number, raw in enumerate(held_out_batches(settings, run.data.held_out, run.place)):
+        batches = held_out_batches(settings, run.data.held_out, run.place, run.known.store)
+        for number, raw in enumerate(batches):
             samples = frames_of(settings, frames, number, run.place[1])
             yield samples, loss_of(run, run.policy, run.prepared(raw), samples)
 
@@ -241,6 +246,7 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
     if trial:  # before the patch, whose counters and image cache would keep the trial
         try_step(settings, data, policy, preprocess, accelerator.autocast())
     fused, path = speed_up(policy, settings)
+    known, words = open_known_frames(settings, data, policy, preprocess, accelerator.autocast())
     if place[0] == 0:
         make_folder(settings.output_dir)
     # With frozen parameters, as in LeRobot: a checkpoint numbers the states by their place in this list.
@@ -249,7 +255,7 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
     scheduler = settings.policy.get_scheduler_preset().build(optimizer, settings.steps)
     run = Run(
         settings, asked, data, policy, accelerator, on_processes(accelerator, policy), preprocess, postprocess,
-        optimizer, scheduler, 0, path, place,
+        optimizer, scheduler, 0, path + words, known, place,
     )  # fmt: skip
     if resume:
         run.step = files.load_state(resume, optimizer, scheduler)
@@ -303,7 +309,7 @@ def loss_of(run: Run, model: Any, batch: dict[str, Any], samples: int) -> Tensor
     """
     several = run.place[1] > 1
     drawn = noise_of_share(run.policy, samples, run.place) if several else {}
-    with run.accelerator.autocast():
+    with run.accelerator.autocast(), run.known.given(batch):
         loss, _ = model(batch, **drawn)
     return loss * weight_of_share(run.accelerator, batch, samples, run.place) if several else loss
 

@@ -1,4 +1,4 @@
-"""The command line: ``smolvla-fast doctor | demo | tune | verify | train | bench | serve``."""
+"""The command line: ``smolvla-fast doctor | demo | tune | verify | encode | train | bench | serve``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib import import_module
 from ..measure.console import CommandError, Console
 
 DEBUG = "SMOLVLA_FAST_DEBUG"
-NEEDS = {"train": "train", "serve": "callers", "bench": "bench,lerobot"}
+NEEDS = {"train": "train", "encode": "train", "serve": "callers", "bench": "bench,lerobot"}
 """The extra to install for a command; the others need "cli" at most."""
 
 COMMANDS = {
@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": "run SmolVLA stock and patched on one observation; times, error, chart",
     "tune": "measure who computes what fastest on this machine, and keep it for the next patch",
     "verify": "check the patched policy against stock, on recorded frames in the robot's units; exit status 1 if it fails",
+    "encode": "fill a folder with the image tokens of a dataset, so that training does not decode its frames",
     "train": "train or fine-tune SmolVLA on a LeRobotDataset, with LeRobot's flags",
     "bench": "run the benchmark suites; JSON, Markdown, HTML and chart",
     "serve": "LeRobot's policy server with its SmolVLA policies patched",

@@ -40,6 +40,7 @@ class LossEngine:
 
     fallback_reasons  what the tier does without, with the reasons: as the last look and the last loss had it
     cache             of image tokens, or None
+    keeps_tokens      whether the caller keeps image tokens by ``encode``: then, too, there is a receipt where they cannot be
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class LossEngine:
         self.tier = tier
         self.ops = select(backend, device, False, None)
         self.cache = cache
+        self.keeps_tokens = False
         self.fallback_reasons: dict[str, str] = {}
         self.not_frozen: str | None = None
         self._slow_bf16 = why_bf16_is_slow() if device.type == "cpu" else None
@@ -58,7 +60,7 @@ class LossEngine:
         self.not_frozen = not_frozen
         instead = f"{self.not_frozen}; the modules themselves compute it"
         self._note("frozen prefix", None if self.not_frozen is None else instead)
-        self._note("image cache", self._no_cache(model))
+        self._no_cache(model)
 
     def _note(self, what: str, reason: str | None) -> None:
         """A receipt goes when its cause does."""
@@ -68,19 +70,30 @@ class LossEngine:
             self.fallback_reasons[what] = reason
 
     def _no_cache(self, model: Any) -> str | None:
-        """Why a cache that was asked for cannot serve, or None. Without gradients too: weights that learn move."""
-        vlm = model.vlm_with_expert.get_vlm_model()
-        if self.cache is None:
-            return None
+        """Why image tokens cannot be kept, or None. Without gradients too: weights that learn move."""
+        vlm, reason = model.vlm_with_expert.get_vlm_model(), None
         if any(each.requires_grad for each in (*vlm.vision_model.parameters(), *vlm.connector.parameters())):
-            return "vision tower or connector learn; tokens are made at every step"
-        if self.not_frozen is not None:
-            return f"{self.not_frozen}; the modules themselves make the tokens, at every step"
-        return None
+            reason = "vision tower or connector learn; tokens are made at every step"
+        elif self.not_frozen is not None:
+            reason = f"{self.not_frozen}; the modules themselves make the tokens, at every step"
+        self._note("image cache", reason if self.keeps_tokens or self.cache is not None else None)
+        return reason
 
     def after_fork(self) -> None:
         if self.cache is not None:
             self.cache.renew_lock()
+
+    def encode(self, model: Any, images: Tensor) -> Tensor:
+        """Image tokens that ``losses`` takes in place of images, of a frozen vision tower. One by one: the order of a
+        product's sums depends on how many rows it has, and tokens must not depend on which frames are beside them.
+
+        images    [n, 3, side, side] in [-1, 1]
+        returns   [n, tokens, M] without a graph, in the dtype that this thread multiplies in now
+        replaces  ``embed_image`` of LeRobot's ``SmolVLMWithExpertModel``
+        """
+        one = partial(self._encoded, model, read_dims(model), self._products(images.device.type))
+        with _frozen(images.device):
+            return torch.cat([one(image) for image in images.split(1)])
 
     def losses(
         self,
@@ -97,8 +110,8 @@ class LossEngine:
         """Squared error of the velocity, ``(noise - actions - v(x_t))²`` at ``x_t = t·noise + (1 - t)·actions``.
 
         model     a ``VLAFlowMatching``, LeRobot's or ours
-        images    C of [B, 3, side, side] in [-1, 1]      image_masks  C of [B] bool
-        tokens    [B, T] token ids      token_masks  [B, T] bool      state  [B, R]
+        images    C of [B, 3, side, side] in [-1, 1], or C of [B, tokens, M] as ``encode`` makes them
+        tokens    [B, T] token ids      token_masks  [B, T] bool      state  [B, R]      image_masks  C of [B] bool
         actions   [B, S, A] fp32      noise  [B, S, A] fp32      time  [B] fp32
         returns   [B, S, A] fp32, unreduced, with a graph where gradients are on
         replaces  ``forward`` of LeRobot's ``VLAFlowMatching``
@@ -154,18 +167,18 @@ class LossEngine:
         if not observation.frames:
             return []
         no_cache = self._no_cache(model)
-        self._note("image cache", no_cache)
+        if observation.frames[0].ndim == 3:
+            if no_cache is not None:
+                raise ValueError(f"image tokens are given: {no_cache}; give images")
+            return list(observation.frames)
         (frames,) = prepare_images(self.ops, observation.frames, dims.image_side, together=True)
         if vision_learns or self.not_frozen is not None:
             out = pair.embed_image(frames)
         else:
             learns = _learns(vlm.connector)
-
-            def encode(images: Tensor) -> Tensor:
-                cast, positions = partial(_cast, dtype), self._patch_positions(vlm, images)
-                given = (self.ops, vlm, cast, dims, images, positions)
-                return encode_patches(*given) if learns else encode_images(*given)
-
+            encode = partial(
+                self._encoded, model, dims, dtype, upto=encode_patches if learns else encode_images
+            )
             with _frozen(frames.device):
                 if self.cache is None or no_cache is not None:
                     out = encode(frames)
@@ -175,6 +188,12 @@ class LossEngine:
             if learns:
                 out = vlm.connector(out.to(vlm.connector.modality_projection.proj.weight.dtype))
         return list(out.split(batch))
+
+    def _encoded(
+        self, model: Any, dims: Dims, dtype: torch.dtype | None, images: Tensor, upto: Any = encode_images
+    ) -> Tensor:
+        vlm = model.vlm_with_expert.get_vlm_model()
+        return upto(self.ops, vlm, partial(_cast, dtype), dims, images, self._patch_positions(vlm, images))
 
     def _prefix(
         self,

@@ -19,6 +19,7 @@ class Call(NamedTuple):
     """What ``sample_actions`` or ``forward`` of LeRobot's ``VLAFlowMatching`` was given.
 
     images       C of [B, 3, side, side] in [-1, 1]      image_masks  C of [B] bool
+                 of a loss also C of [B, tokens, M], what ``LossEngine.encode`` made of them
     tokens       [B, T] token ids      token_masks  [B, T] bool      state  [B, R] fp32
     noise        [B, S, A] fp32 or None
     actions      [B, S, A] fp32 and time [B] fp32 or None: of a loss
@@ -36,6 +37,11 @@ class Call(NamedTuple):
     time: Tensor | None = None
     kwargs: dict[str, Any] | None = None
     takes_bytes: bool = False
+
+    @property
+    def has_image_tokens(self) -> bool:
+        kinds = {getattr(image, "ndim", None) for image in self.images}
+        return self.actions is not None and kinds == {3}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of it by the name that reasons use."""
@@ -134,6 +140,8 @@ def images(model: Any, call: Call) -> str | None:
                 "floating point and uint8 are accepted" if call.takes_bytes else "floating point is accepted"
             )
             return f"images of dtype {image.dtype}; {accepted}"
+        elif call.has_image_tokens and len(image) == size:
+            pass
         elif tuple(image.shape) != (size, 3, side, side):
             wanted = (size, 3, side, side)
             return f"images of shape {tuple(image.shape)}; the vision tower is for {wanted}"

@@ -37,15 +37,21 @@ class TrainingMixin:
         noise: Tensor | None = None,
         time: Tensor | None = None,
     ) -> Tensor:
-        """As the stock method, computed by ``LossEngine`` where ``Eligibility`` allows it."""
+        """As the stock method, computed by ``LossEngine`` where ``Eligibility`` allows it.
+
+        images  may be tokens that the engine made, see ``Call``; ValueError where it may not compute the loss
+        """
         given = (list(images), list(img_masks), lang_tokens, lang_masks, state)
         cls: Any = type(self)  # read once: another thread may unpatch meanwhile, or have done so by now
         if not issubclass(cls, TrainingMixin):
             return cls.forward(self, *given, actions, noise, time)
         runtime = runtime_of(self).training
         engine, reason = runtime.look(self)
-        reason = reason or TRAINING.call_reason(self, Call(*given, noise, actions, time))
+        call = Call(*given, noise, actions, time)
+        reason = reason or TRAINING.call_reason(self, call)
         if reason is not None or engine is None:
+            if call.has_image_tokens:
+                raise ValueError(f"image tokens are given, which stock does not take: {reason}; give images")
             runtime.fell_back(str(reason))
             with stock_layers():
                 return cls.stock_class.forward(self, *given, actions, noise, time)

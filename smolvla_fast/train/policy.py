@@ -112,7 +112,7 @@ def speed_up(policy: Any, settings: TrainSettings) -> tuple[bool, str]:
 
     if settings.fast == "off":
         return False, "plain, as asked for"
-    patch(policy, training=True, image_cache=settings.image_cache)
+    patch(policy, training=True)
     now = status(policy)
     reason = f"{DISABLE} is set" if disabled() else now.training_fallback
     if reason is None:
@@ -124,13 +124,6 @@ def speed_up(policy: Any, settings: TrainSettings) -> tuple[bool, str]:
             parts.append("AdamW fused")
         if settings.bf16 and device == "cpu" and (slow := why_bf16_is_slow()):
             parts.append(f"products in fp32 ({slow})")
-        if settings.image_cache:
-            refused = now.training_fallback_reasons.get("image cache")
-            parts.append(
-                f"image_cache without effect ({refused})"
-                if refused
-                else f"{settings.image_cache / 1e9:.3g} GB for image tokens"
-            )
         return fused, ", ".join(parts)
     unpatch(policy)
     if settings.fast == "on":

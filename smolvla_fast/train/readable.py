@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .dataset_files import AGAIN, first_line, other_backend, video_fault
 from .errors import TrainingError
+from .token_store import TokenStore
+
+KNOWN, TOKENS = "image_tokens_known", "image_tokens"
+"""Of a sample, bool and [C, tokens, M]; of a batch [B] and, for those that are known, [known, C, tokens, M]."""
 
 
 @dataclass
@@ -27,26 +32,42 @@ class Unreadable:
 
 
 class Readable(Dataset):
-    """A ``LeRobotDataset`` that returns ``Unreadable`` where it would raise."""
+    """A ``LeRobotDataset`` that returns ``Unreadable`` where it would raise.
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    store  with it, a sample whose ``TOKENS`` are known has these in place of images; ``KNOWN`` says which
+    """
+
+    def __init__(self, dataset: Any, store: TokenStore | None = None) -> None:
+        self.dataset, self.store = dataset, store
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, row: int) -> Any:
         try:
-            return self.dataset[row]
+            return self.dataset[row] if self.store is None else self._with_tokens(self.store, row)
         except (
             Exception
         ) as error:  # PIL, PyAV, torchcodec, pyarrow, datasets and LeRobot each raise their own
             return Unreadable(describe(self.dataset, row, error))
 
+    def _with_tokens(self, store: TokenStore, row: int) -> dict[str, Any]:
+        tokens = store.read(int(self.dataset.hf_dataset.data.column("index")[row].as_py()))
+        if tokens is None:
+            return {**self.dataset[row], KNOWN: False}
+        return {**self._without_cameras.get_item(row), TOKENS: tokens, KNOWN: True}
+
+    @cached_property  # made by whoever reads: workers get the dataset once
+    def _without_cameras(self) -> Any:
+        return self.dataset.reader.without_cameras()
+
 
 @dataclass
 class Collate:
-    """Frames to a batch by ``collate`` (None: torch's own), or to the first ``Unreadable`` among them."""
+    """Frames to a batch by ``collate`` (None: torch's own), or to the first ``Unreadable`` among them.
+
+    Where some frames are ``KNOWN``, images are those of the others, and tokens theirs.
+    """
 
     collate: Callable[[list[Any]], Any] | None
 
@@ -55,7 +76,7 @@ class Collate:
             if isinstance(frame, Unreadable):
                 return frame
         try:
-            return (self.collate or default_collate)(frames)
+            return self._collated(frames)
         except Exception as error:
             where = ", ".join(
                 f"{int(frame['frame_index'])} of episode {int(frame['episode_index'])}" for frame in frames
@@ -73,6 +94,19 @@ class Collate:
                 f"the frames {where} make no batch: {unlike or first_line(error)}; {AGAIN}, or leave episodes out with "
                 "--dataset.episodes"
             )
+
+    def _collated(self, frames: list[dict[str, Any]]) -> dict[str, Any]:
+        collate = self.collate or default_collate
+        if KNOWN not in frames[0]:
+            return collate(frames)
+        shared = set.intersection(*map(set, frames))
+        batch = collate([{key: frame[key] for key in frame if key in shared} for frame in frames])
+        for known in (False, True):
+            own = [frame for frame in frames if frame[KNOWN] is known]
+            batch |= (
+                default_collate([{k: v for k, v in f.items() if k not in shared} for f in own]) if own else {}
+            )
+        return batch
 
 
 class Batches:

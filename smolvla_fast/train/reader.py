@@ -6,6 +6,8 @@ over 100 images. Here numbers come from a table in memory, and only the images o
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,11 +27,20 @@ class ColumnReader(DatasetReader):
         found = {}
         place = self._absolute_to_relative_idx
         for key, wanted in query_indices.items():
-            if key not in self._meta.video_keys:
+            if key in self.hf_dataset.column_names:  # videos have no column
                 rows = wanted if place is None else [place[index] for index in wanted]
                 column = self._column(key)
                 found[key] = column[rows] if isinstance(column, Tensor) else torch.stack(column[rows][key])
         return found
+
+    def without_cameras(self) -> ColumnReader:
+        """A reader of the same samples that decodes nothing: of cameras they have ``CAMERA_is_pad`` alone."""
+        twin, twin._meta = copy(self), copy(self._meta)
+        features = {k: f for k, f in self._meta.features.items() if k not in self._meta.camera_keys}
+        twin._meta.info = replace(self._meta.info, features=features)
+        twin.hf_dataset = self.hf_dataset.remove_columns(self._meta.image_keys)
+        twin._image_transforms = None
+        return twin
 
     def _column(self, key: str) -> Any:
         columns = self.__dict__.setdefault("_columns", {})

@@ -16,7 +16,7 @@ FREE_ON_RESUME = {
     "steps",
     "log_freq", "save_freq", "save_checkpoint", "eval_steps", "max_eval_samples",  # what is measured and kept
     "output_dir", "dataset.root", "dataset.video_backend", "num_workers",  # where and how it reads and writes
-    "fast", "image_cache", "policy.device",  # how a step is computed
+    "fast", "image_cache", "image_cache_dir", "policy.device",  # how a step is computed
     "log_with", "wandb.enable", "wandb.project", "wandb.entity", "wandb.notes", "wandb.run_id", "wandb.mode",
 }  # fmt: skip
 """What a resumed run may change."""

@@ -125,8 +125,9 @@ class TrainSettings:
     implementation               whose ``SmolVLAPolicy`` is trained, "ours" or "lerobot"; both write the same files
     fast                         "auto": patch for training where possible, with fused AdamW; "on": the same, or an error;
                                  "off": do not patch
-    image_cache                  bytes for the tokens of frames under a frozen vision tower, so that later epochs do not
-                                 encode them again (``patch(image_cache=)``); 0: none
+    image_cache                  bytes for the tokens of frames under a frozen vision tower, so that later epochs neither
+                                 decode nor encode them; 0: none, or with ``image_cache_dir`` as many as it takes
+    image_cache_dir              folder that keeps the tokens for other runs; None: they are in memory
     dtype                        "bf16": matrix products under autocast; "auto": bf16 if ``policy.use_amp``, else fp32
     seed                         of weights, data order and noise; None: the process's random state, and the data order of
                                  seed 0, as in LeRobot
@@ -149,6 +150,7 @@ class TrainSettings:
     implementation: str = "ours"
     fast: str = "auto"
     image_cache: int = 0
+    image_cache_dir: str | None = None
     dtype: str = "auto"
     seed: int | None = 1000
     batch_size: int = 8
@@ -194,8 +196,8 @@ class TrainSettings:
                 "no dataset: give --dataset.repo_id (a Hub id such as lerobot/svla_so101_pickplace), and --dataset.root "
                 "for a local folder"
             )
-        if self.image_cache and self.fast == "off":
-            raise TrainingError("--image_cache needs the fast path: give --fast=auto, or --image_cache=0")
+        if (self.image_cache or self.image_cache_dir) and self.fast == "off":
+            raise TrainingError("--image_cache needs the fast path: give --fast=auto, or leave out the cache")
         if self.eval_steps and not self.dataset.eval_split:
             raise TrainingError(
                 f"--eval_steps={self.eval_steps} needs held-out episodes: begin a new run with --dataset.eval_split, for "

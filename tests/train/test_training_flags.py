@@ -22,7 +22,15 @@ from smolvla_fast.train.settings import CHOICES
 
 pytestmark = pytest.mark.training
 
-OWN = ("implementation", "fast", "image_cache", "dtype", "gradient_accumulation_steps", "log_with")
+OWN = (
+    "implementation",
+    "fast",
+    "image_cache",
+    "image_cache_dir",
+    "dtype",
+    "gradient_accumulation_steps",
+    "log_with",
+)
 """Settings that LeRobot has not."""
 HOSTILE = (
     "abc", "-1", "0", "0.5", "1e3", "", "null", "true", "nan", ".nan", "-.inf", "[1, 2, 3]", "[", "{a: b}", "{a: b",

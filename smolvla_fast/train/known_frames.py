@@ -1,0 +1,127 @@
+"""Steps on frames of which a ``TokenStore`` may know the tokens: opens the store, encodes what is new, gives the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..patch import find_policy
+from ..patching.runtime import runtime_of
+from ..patching.training_forward import TrainingMixin
+from .data import Data, few_samples, to_floats
+from .readable import KNOWN, TOKENS
+from .settings import TrainSettings
+from .token_store import RESULT, digest, fingerprint, open_store
+
+
+@dataclass
+class KnownFrames:
+    """The store of a run, and what fills it. Without a store nothing is kept.
+
+    cameras  of the policy that the dataset has, in the policy's order
+    """
+
+    policy: Any
+    engine: Any = None
+    cameras: Sequence[str] = ()
+    store: Any = None
+
+    def encoded(self, batch: dict[str, Tensor]) -> Tensor:
+        """[n, C, tokens, M] of a prepared batch's frames."""
+        images, _ = self.policy.prepare_images({camera: batch[camera] for camera in self.cameras})
+        flat = torch.stack(images[: len(self.cameras)], 1).flatten(0, 1)
+        tokens = self.engine.encode(self.policy.model, flat)
+        return tokens.unflatten(0, (-1, len(self.cameras)))
+
+    def tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, C, tokens, M] of a prepared batch: those it has, and of new frames those made now, which are kept."""
+        known = batch[KNOWN]
+        if known.all():
+            return batch[TOKENS]
+        new = self.encoded(batch)
+        for frame, tokens in zip(batch["index"][~known].tolist(), new.cpu(), strict=True):
+            self.store.write(frame, tokens)
+        if not known.any():
+            return new
+        found = new.new_empty(len(known), *new.shape[1:])
+        found[known], found[~known] = batch[TOKENS], new
+        return found
+
+    @contextmanager
+    def given(self, batch: dict[str, Tensor]) -> Iterator[None]:
+        """Inside, the policy's loss of this batch takes its tokens, where it has some, in place of images."""
+        if KNOWN not in batch:
+            yield
+            return
+        tokens, config = self.tokens(batch), self.policy.config
+        present = tokens.new_ones(len(tokens), dtype=torch.bool)
+        masks = [batch.get(f"{camera}_padding_mask", present).bool() for camera in self.cameras]
+        empty = [key for key in config.image_features if key not in self.cameras][: config.empty_cameras]
+        images = [*tokens.unbind(1), *(torch.zeros_like(tokens[:, 0]) for _ in empty)]
+        self.policy.prepare_images = lambda _: (images, masks + [~present for _ in empty])
+        try:
+            yield
+        finally:
+            del self.policy.prepare_images
+
+
+def kept(raw: dict[str, Any], device: Any) -> dict[str, Tensor]:
+    """What a batch has beside what processors know."""
+    found = {key: raw[key] for key in (KNOWN, TOKENS) if key in raw}
+    return {k: value.to(device, non_blocking=True) if k == TOKENS else value for k, value in found.items()}
+
+
+def open_known_frames(
+    settings: TrainSettings, data: Data, policy: Any, preprocess: Any, autocast: AbstractContextManager
+) -> tuple[KnownFrames, str]:
+    """What ``image_cache`` and ``image_cache_dir`` ask for, and in words its size, or the reason why there is none.
+
+    raises  TrainingError where there is no room
+    """
+    known, meta = KnownFrames(find_policy(policy)), data.meta
+    if not (settings.image_cache or settings.image_cache_dir):
+        return known, ""
+    model = known.policy.model
+    engine = runtime_of(model).training.look(model)[0] if isinstance(model, TrainingMixin) else None
+    if engine is None:
+        return known, ", image_cache without effect (the policy is not patched)"
+    engine.keeps_tokens = True
+    engine.look(model, engine.not_frozen)  # writes the receipt
+    reason = engine.fallback_reasons.get("image cache")
+    if not hasattr(data.train.reader, "without_cameras"):
+        reason = "this LeRobot reads datasets in another way"
+    if reason is not None:
+        return known, f", image_cache without effect ({reason})"
+
+    names = {new: old for old, new in data.names.items() if old in meta.camera_keys}
+    known.engine, known.cameras = engine, [key for key in settings.policy.image_features if key in names]
+    # What resizes, scales and multiplies shows in the tokens of noise, whatever the dataset.
+    raw, noise = few_samples(settings, data.train), torch.Generator().manual_seed(0)
+    for key in (names[key] for key in known.cameras):
+        pixels = torch.randint(0, 256, raw[key].shape, generator=noise)
+        raw[key] = pixels.byte() if raw[key].dtype is torch.uint8 else (pixels / 255).to(raw[key].dtype)
+    batch = preprocess(to_floats(raw, settings.policy.device or "cpu"))
+    with autocast:
+        tokens = known.encoded({key: batch[key][:1] for key in known.cameras})
+    vlm = model.vlm_with_expert.get_vlm_model()
+    tower = [*vlm.vision_model.parameters(), *vlm.connector.parameters()]
+    about = {
+        "dataset": [settings.dataset.repo_id, str(meta.revision), fingerprint(meta.root)],
+        "cameras": [names[key] for key in known.cameras],
+        "video decoder": data.train.reader._video_backend if meta.video_keys else None,
+        "vision tower": digest(tower),
+        "dtype": str(tokens.dtype),
+        RESULT: digest([tokens]),
+    }
+    parts = filter(None, (data.train, data.held_out))
+    frames = np.unique(np.concatenate([part.hf_dataset.data.column("index").to_numpy() for part in parts]))
+    known.store, words = open_store(
+        settings.image_cache_dir, settings.image_cache, frames, tuple(tokens.shape[1:]), tokens.dtype, about
+    )
+    return known, f", image tokens of {words}"
