@@ -138,7 +138,8 @@ def train(
                 log.close()
         finally:
             finish_trackers(run.accelerator)
-            run.accelerator, run.model, run.known.store = Ended(), run.policy, None
+            run.known.close()
+            run.accelerator, run.model = Ended(), run.policy
     return run
 
 
@@ -183,7 +184,7 @@ def _steps(run: Run, log: Log | None, on_step: Callable[[int, dict[str, float]],
     """log  None in all processes but one, which writes"""
     settings, checkpoints = run.settings, Checkpoints(run.settings.output_dir)
     first = run.step * settings.gradient_accumulation_steps
-    batches = training_batches(settings, run.data.train, first, run.place, run.known.store)
+    batches = training_batches(settings, run.data.train, first, run.place)
     while run.step < settings.steps:
         facts = update(run, batches)
         run.step += 1
@@ -206,8 +207,7 @@ def _held_out_loss(run: Run) -> float:
     frames = held_out_frames(settings, run.data.held_out)
 
     def losses() -> Iterator[tuple[int, Tensor]]:
-        batches = held_out_batches(settings, run.data.held_out, run.place, run.known.store)
-        for number, raw in enumerate(batches):
+        for number, raw in enumerate(held_out_batches(settings, run.data.held_out, run.place)):
             samples = frames_of(settings, frames, number, run.place[1])
             yield samples, loss_of(run, run.policy, run.prepared(raw), samples)
 

@@ -76,7 +76,7 @@ def fill(settings: TrainSettings, data: Data, preprocess: Any, known: KnownFrame
     with tqdm(total=total, unit="frame", disable=None, dynamic_ncols=True) as bar:
         for part, rows in parts:
             batches = BatchSampler(rows, settings.batch_size, drop_last=False)
-            for raw in loader_of(settings, Readable(part, known.store), part.meta, batches):
+            for raw in loader_of(settings, Readable(part), part.meta, batches):
                 if not raw[KNOWN].all():
                     known.tokens({**preprocess(to_floats(raw, device)), **kept(raw, device)})
                 new += int((~raw[KNOWN]).sum())

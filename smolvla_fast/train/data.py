@@ -22,7 +22,6 @@ from .errors import TrainingError
 from .features import fill_features, policy_names
 from .readable import Batches, Collate, Readable
 from .settings import TrainSettings
-from .token_store import TokenStore
 
 logger = logging.getLogger(__name__)
 
@@ -253,16 +252,12 @@ def frames_of(settings: TrainSettings, frames: int, number: int, processes: int)
 
 
 def training_batches(
-    settings: TrainSettings,
-    dataset: Any,
-    first: int,
-    place: tuple[int, int] = (0, 1),
-    store: TokenStore | None = None,
+    settings: TrainSettings, dataset: Any, first: int, place: tuple[int, int] = (0, 1)
 ) -> Iterator[dict[str, Any]]:
     """Endless batches, in an order per epoch that seed and epoch number decide.
 
     first  number of batches to skip: those that a resumed run has seen
-    place  as of ``Shares``      store  as of ``Readable``
+    place  as of ``Shares``
     """
     from lerobot.datasets import EpisodeAwareSampler
 
@@ -274,8 +269,7 @@ def training_batches(
     size = settings.batch_size * place[1]
     epoch, batches = divmod(first, math.ceil(len(sampler) / size))
     sampler.load_state_dict({"epoch": epoch, "start_index": batches * size})
-    shares = Shares(sampler, settings.batch_size, place)
-    loader = loader_of(settings, Readable(dataset, store), dataset.meta, shares)
+    loader = loader_of(settings, Readable(dataset), dataset.meta, Shares(sampler, settings.batch_size, place))
     while True:
         yield from loader
 
@@ -286,15 +280,11 @@ def few_samples(settings: TrainSettings, dataset: Any) -> dict[str, Any]:
     return next(iter(loader_of(replace(settings, num_workers=0), Readable(dataset), dataset.meta, rows)))
 
 
-def held_out_batches(
-    settings: TrainSettings, dataset: Any, place: tuple[int, int] = (0, 1), store: TokenStore | None = None
-) -> Batches:
+def held_out_batches(settings: TrainSettings, dataset: Any, place: tuple[int, int] = (0, 1)) -> Batches:
     """Batches of the held-out frames in order: all, or ``max_eval_samples`` of them evenly spread."""
     count = held_out_frames(settings, dataset)
     rows = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
-    return loader_of(
-        settings, Readable(dataset, store), dataset.meta, Shares(rows, settings.batch_size, place)
-    )
+    return loader_of(settings, Readable(dataset), dataset.meta, Shares(rows, settings.batch_size, place))
 
 
 def held_out_frames(settings: TrainSettings, dataset: Any) -> int:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..loss.token_store import RESULT, open_store
 from ..patch import find_policy
 from ..patching.runtime import runtime_of
 from ..patching.training_forward import TrainingMixin
 from .data import Data, few_samples, to_floats
+from .dataset_files import EPISODES, INFO
+from .disk import advice
+from .errors import TrainingError
 from .readable import KNOWN, TOKENS
 from .settings import TrainSettings
-from .token_store import RESULT, digest, fingerprint, open_store
 
 
 @dataclass
@@ -31,6 +37,12 @@ class KnownFrames:
     engine: Any = None
     cameras: Sequence[str] = ()
     store: Any = None
+    readers: Sequence[Any] = ()
+
+    def close(self) -> None:
+        """From now on samples have images again."""
+        for each in (self, *self.readers):
+            each.store = None
 
     def encoded(self, batch: dict[str, Tensor]) -> Tensor:
         """[n, C, tokens, M] of a prepared batch's frames."""
@@ -94,7 +106,7 @@ def open_known_frames(
     engine.keeps_tokens = True
     engine.look(model, engine.not_frozen)  # writes the receipt
     reason = engine.fallback_reasons.get("image cache")
-    if not hasattr(data.train.reader, "without_cameras"):
+    if not hasattr(data.train.reader, "store"):
         reason = "this LeRobot reads datasets in another way"
     if reason is not None:
         return known, f", image_cache without effect ({reason})"
@@ -112,16 +124,43 @@ def open_known_frames(
     vlm = model.vlm_with_expert.get_vlm_model()
     tower = [*vlm.vision_model.parameters(), *vlm.connector.parameters()]
     about = {
-        "dataset": [settings.dataset.repo_id, str(meta.revision), fingerprint(meta.root)],
+        "dataset": [settings.dataset.repo_id, str(meta.revision), _fingerprint(meta.root)],
         "cameras": [names[key] for key in known.cameras],
         "video decoder": data.train.reader._video_backend if meta.video_keys else None,
-        "vision tower": digest(tower),
+        "vision tower": _digest(tower),
         "dtype": str(tokens.dtype),
-        RESULT: digest([tokens]),
+        RESULT: _digest([tokens]),
     }
-    parts = filter(None, (data.train, data.held_out))
+    parts = [part for part in (data.train, data.held_out) if part is not None]
     frames = np.unique(np.concatenate([part.hf_dataset.data.column("index").to_numpy() for part in parts]))
-    known.store, words = open_store(
-        settings.image_cache_dir, settings.image_cache, frames, tuple(tokens.shape[1:]), tokens.dtype, about
-    )
+    folder, limit, shape = settings.image_cache_dir, settings.image_cache, tuple(tokens.shape[1:])
+    try:
+        known.store, words = open_store(
+            Path(folder) if folder else None, limit, frames, shape, tokens.dtype, about
+        )
+    except (OSError, ValueError) as error:
+        flag = f"--image_cache_dir={folder}" if folder else f"--image_cache={limit}"
+        raise TrainingError(
+            f"{flag} cannot hold the image tokens: {getattr(error, 'strerror', None) or error}; {advice(error)}, give "
+            "another --image_cache_dir, or another --image_cache for the first frames alone"
+        ) from error
+    known.readers = [part.reader for part in parts]
+    for reader in known.readers:
+        reader.store = known.store
     return known, f", image tokens of {words}"
+
+
+def _fingerprint(root: Path) -> str:
+    """Of the files of a dataset that frames are read from: names, sizes, times of change."""
+    found = [path for part in (EPISODES, "data", "videos") for path in (root / part).rglob("*")]
+    files = [root / INFO, *sorted(path for path in found if path.is_file())]
+    facts = [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    """Of all bytes of some tensors."""
+    found = blake2b(digest_size=12)
+    for each in tensors:
+        found.update(each.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .dataset_files import AGAIN, first_line, other_backend, video_fault
 from .errors import TrainingError
-from .token_store import TokenStore
 
 KNOWN, TOKENS = "image_tokens_known", "image_tokens"
 """Of a sample, bool and [C, tokens, M]; of a batch [B] and, for those that are known, [known, C, tokens, M]."""
@@ -32,34 +30,21 @@ class Unreadable:
 
 
 class Readable(Dataset):
-    """A ``LeRobotDataset`` that returns ``Unreadable`` where it would raise.
+    """A ``LeRobotDataset`` that returns ``Unreadable`` where it would raise."""
 
-    store  with it, a sample whose ``TOKENS`` are known has these in place of images; ``KNOWN`` says which
-    """
-
-    def __init__(self, dataset: Any, store: TokenStore | None = None) -> None:
-        self.dataset, self.store = dataset, store
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, row: int) -> Any:
         try:
-            return self.dataset[row] if self.store is None else self._with_tokens(self.store, row)
+            return self.dataset[row]
         except (
             Exception
         ) as error:  # PIL, PyAV, torchcodec, pyarrow, datasets and LeRobot each raise their own
             return Unreadable(describe(self.dataset, row, error))
-
-    def _with_tokens(self, store: TokenStore, row: int) -> dict[str, Any]:
-        tokens = store.read(int(self.dataset.hf_dataset.data.column("index")[row].as_py()))
-        if tokens is None:
-            return {**self.dataset[row], KNOWN: False}
-        return {**self._without_cameras.get_item(row), TOKENS: tokens, KNOWN: True}
-
-    @cached_property  # made by whoever reads: workers get the dataset once
-    def _without_cameras(self) -> Any:
-        return self.dataset.reader.without_cameras()
 
 
 @dataclass
@@ -102,10 +87,8 @@ class Collate:
         shared = set.intersection(*map(set, frames))
         batch = collate([{key: frame[key] for key in frame if key in shared} for frame in frames])
         for known in (False, True):
-            own = [frame for frame in frames if frame[KNOWN] is known]
-            batch |= (
-                default_collate([{k: v for k, v in f.items() if k not in shared} for f in own]) if own else {}
-            )
+            if own := [frame for frame in frames if frame[KNOWN] is known]:
+                batch |= default_collate([{k: v for k, v in f.items() if k not in shared} for f in own])
         return batch
 
 

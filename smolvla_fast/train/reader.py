@@ -8,19 +8,35 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from lerobot.datasets.dataset_reader import DatasetReader
 from torch import Tensor
 
+from ..loss.token_store import TokenStore
 from .dataset_files import flat_values
 from .errors import TrainingError
 from .features import how_to_remove
+from .readable import KNOWN, TOKENS
 
 
 class ColumnReader(DatasetReader):
-    """LeRobot's reader with its ``_query_hf_dataset`` replaced; it returns the same bits."""
+    """LeRobot's reader with its ``_query_hf_dataset`` replaced; it returns the same bits.
+
+    store  with it, a sample says whether it is ``KNOWN``, and has ``TOKENS`` then in place of images: none is decoded
+    """
+
+    store: TokenStore | None = None
+
+    def get_item(self, row: int) -> dict[str, Any]:
+        if self.store is None:
+            return super().get_item(row)
+        tokens = self.store.read(int(self._column("index")[row]))
+        if tokens is None:
+            return {**super().get_item(row), KNOWN: False}
+        return {**self._without_cameras.get_item(row), TOKENS: tokens, KNOWN: True}
 
     def _query_hf_dataset(self, query_indices: dict[str, list[int]]) -> dict[str, Tensor]:
         """{key: [times, ...]}: of each column but videos, the rows that its delta timestamps select."""
@@ -33,9 +49,10 @@ class ColumnReader(DatasetReader):
                 found[key] = column[rows] if isinstance(column, Tensor) else torch.stack(column[rows][key])
         return found
 
-    def without_cameras(self) -> ColumnReader:
-        """A reader of the same samples that decodes nothing: of cameras they have ``CAMERA_is_pad`` alone."""
-        twin, twin._meta = copy(self), copy(self._meta)
+    @cached_property
+    def _without_cameras(self) -> ColumnReader:
+        """A reader of the same samples whose cameras have ``CAMERA_is_pad`` alone."""
+        twin, twin._meta, twin.store = copy(self), copy(self._meta), None
         features = {k: f for k, f in self._meta.features.items() if k not in self._meta.camera_keys}
         twin._meta.info = replace(self._meta.info, features=features)
         twin.hf_dataset = self.hf_dataset.remove_columns(self._meta.image_keys)

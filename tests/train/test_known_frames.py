@@ -23,6 +23,7 @@ from smolvla_fast.loss import engine as loss_engine
 from smolvla_fast.testing.dataset import write_dataset
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.data import training_batches
+from smolvla_fast.train.known_frames import _fingerprint as fingerprint
 from smolvla_fast.train.readable import KNOWN, TOKENS, Readable
 from smolvla_fast.training import loss_of, update
 
@@ -67,7 +68,7 @@ def prepared(top, output, *more):
 
 
 def steps(run, count):
-    batches = training_batches(run.settings, run.data.train, 0, store=run.known.store)
+    batches = training_batches(run.settings, run.data.train, 0)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return [(facts["loss"], facts["grad_norm"]) for facts in (update(run, batches) for _ in range(count))]
@@ -127,12 +128,14 @@ def test_known_tokens_are_those_the_step_would_make(top, tmp_path):
     steps(run, -(-len(run.data.train) // 7))
     smolvla_fast.patch(run.policy, training=True, image_cache=10**8)
     engine = smolvla_fast.patching.runtime.runtime_of(run.policy.model).training.look(run.policy.model)[0]
+    store = run.known.store
+    run.known.close()
     for row in range(0, len(run.data.train), 9):
         sample = run.data.train[row]
         raw = torch.utils.data.default_collate([sample])
         loss_of(run, run.policy, run.prepared(raw), 1)
         made = list(engine.cache._tokens.values())[-2:]
-        assert torch.equal(run.known.store.read(int(sample["index"])), torch.stack(made))
+        assert torch.equal(store.read(int(sample["index"])), torch.stack(made))
 
 
 def test_known_samples_have_the_bits_of_decoded_ones(top, tmp_path, decoded):
@@ -140,10 +143,11 @@ def test_known_samples_have_the_bits_of_decoded_ones(top, tmp_path, decoded):
     last = 1 if top.frames < 80 else 3
     run = prepared(top, tmp_path / "run", f"--dataset.episodes=[{last}]", "--image_cache=100000000")
     dataset, store = run.data.train, run.known.store
-    reads = Readable(dataset, store)
+    reads = Readable(dataset)
     assert not reads[0][KNOWN] and TOKENS not in reads[0]
     for row in range(len(dataset)):
         whole = dataset[row]
+        assert whole.pop(KNOWN) is False
         store.write(int(whole["index"]), torch.full(store.shape, float(row)))
         decoded.clear()
         found = reads[row]
@@ -177,7 +181,7 @@ def test_a_batch_of_known_and_new_frames_has_the_bits_of_new_ones(top, tmp_path)
     """Whichever of four frames are known: one loss, and one batch order."""
     run = prepared(top, tmp_path / "run", "--image_cache=100000000")
     batches, rows = {}, [3, 11, 0, 7]
-    sampled = [Readable(run.data.train, run.known.store)[row] for row in rows]
+    sampled = [Readable(run.data.train)[row] for row in rows]
     whole = dict(zip(rows, sampled, strict=True))
     collate = smolvla_fast.train.readable.Collate(None)
 
@@ -190,7 +194,7 @@ def test_a_batch_of_known_and_new_frames_has_the_bits_of_new_ones(top, tmp_path)
 
     plain = loss(sampled)
     for known in ({3}, {0, 7}, {11, 0}, {3, 11, 0, 7}):
-        reads = Readable(run.data.train, run.known.store)
+        reads = Readable(run.data.train)
         mixed = [reads[row] if row in known else whole[row] for row in rows]
         assert [sample[KNOWN] for sample in mixed] == [row in known for row in rows]
         assert loss(mixed) == plain
@@ -223,7 +227,7 @@ def test_workers_read_what_the_trainer_has_written(video_top, tmp_path):
     run = prepared(
         video_top, tmp_path / "run", "--image_cache=100000000", "--num_workers=1", "--dataset.episodes=[0]"
     )
-    batches = training_batches(run.settings, run.data.train, 0, store=run.known.store)
+    batches = training_batches(run.settings, run.data.train, 0)
     count = -(-len(run.data.train) // 4)
     seen = []
 
@@ -307,7 +311,7 @@ def test_a_full_disk_is_said_before_a_frame_is_encoded(video_top, tmp_path, caps
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said = capsys.readouterr()
-    assert "cannot hold image tokens" in said.err and "(File too large); free some space" in said.err
+    assert "cannot hold the image tokens: " in said.err and "File too large; free some space" in said.err
     assert not said.out
 
 
@@ -315,8 +319,11 @@ def test_a_full_disk_is_said_before_a_frame_is_encoded(video_top, tmp_path, caps
     ("more", "says"),
     [
         (("--image_cache_dir=",), "no --image_cache_dir: give the folder"),
-        (("--image_cache_dir=/proc/version/x",), "cannot hold image tokens.*give another --image_cache_dir"),
-        (("--image_cache=100",), "not one frame fits into 100 bytes"),
+        (
+            ("--image_cache_dir=/proc/version/x",),
+            "cannot hold the image tokens: Not a directory; .*give another --image_cache_dir",
+        ),
+        (("--image_cache=100",), "not one fits into 100 bytes"),
         (("--dataset.root=/nowhere",), "there is no such folder"),
         (
             ("--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false"),
@@ -357,7 +364,7 @@ def test_a_cache_that_cannot_serve_has_a_receipt(bench_top, tmp_path):
 def test_image_tokens_are_refused_where_stock_computes_the_loss(bench_top, tmp_path):
     """And where the tower learns: given tokens would leave it as it is."""
     run = prepared(bench_top, tmp_path / "run", "--image_cache=1000000")
-    raw = next(training_batches(run.settings, run.data.train, 0, store=run.known.store))
+    raw = next(training_batches(run.settings, run.data.train, 0))
     with (
         pytest.raises(ValueError, match="image tokens are given.*float16; accepted is bfloat16; give images"),
         torch.autocast("cpu", torch.float16),
@@ -368,3 +375,22 @@ def test_image_tokens_are_refused_where_stock_computes_the_loss(bench_top, tmp_p
     tower.requires_grad_(True)
     with pytest.raises(ValueError, match="image tokens are given: vision tower or connector learn"):
         loss_of(run, run.policy, run.prepared(raw), 4)
+
+
+def test_a_fingerprint_moves_with_every_file(tmp_path):
+    names = ("meta/info.json", "meta/episodes/a/b.parquet", "data/a/b.parquet", "videos/c/a/b.mp4")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+        os.utime(tmp_path / name, ns=(0, 10**18))
+    seen = {fingerprint(tmp_path)}
+    for name in names:
+        (tmp_path / name).write_text("2")
+        os.utime(tmp_path / name, ns=(0, 10**18 + 1))
+        assert fingerprint(tmp_path) not in seen
+        seen.add(fingerprint(tmp_path))
+    (tmp_path / "data/a/c.parquet").write_text("")
+    assert fingerprint(tmp_path) not in seen
+    (tmp_path / "data/a/c.parquet").unlink()
+    (tmp_path / "meta/stats.json").write_text("")  # frames are not read from it
+    assert fingerprint(tmp_path) in seen

@@ -18,19 +18,15 @@ import shutil
 import zlib
 from hashlib import blake2b
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .disk import advice, replace
-from .errors import TrainingError
-
 logger = logging.getLogger(__name__)
 
-ABOUT, TOKENS = "about.json", "tokens"
+ABOUT, ROWS = "about.json", "tokens"
 RESULT = "arithmetic or image size"
 """Of ``about``: a digest of tokens, which all else moves too."""
 
@@ -82,78 +78,51 @@ def _sum(data: np.ndarray) -> int:
 
 
 def open_store(
-    folder: str | None, limit: int, frames: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype,
+    folder: Path | None, limit: int, frames: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype,
     about: dict[str, Any],
 ) -> tuple[TokenStore, str]:  # fmt: skip
     """A store with room for frames, and its size in words.
 
-    folder  ``--image_cache_dir``, in which each key has a folder; None: memory
+    folder  in which each key has a folder; None: memory
     limit   bytes to use, for the first frames that fit; 0: as many as all need
     frames  indices in the dataset, ascending
-    about   what the tokens depend on, in words: its digest is the key
-    raises  TrainingError where there is no room, or no file can be made
+    about   what the tokens depend on, by names for a message: its digest is the key
+    raises  OSError where there is no room, before a large part of it is taken, or where no file can be made
     """
+    import psutil  # of the extra "train", as all callers
+
     width = row_of(shape, dtype).itemsize
     kept = frames[: limit // width] if limit else frames
     words = (
         f"{len(frames):,} frames of {shape[0]} cameras x {width:,} bytes = {len(frames) * width / 1e9:.3g} GB"
         + (f", room for the first {len(kept):,}" if len(kept) < len(frames) else "")
     )
-    flag = f"--image_cache_dir={folder}" if folder else f"--image_cache={limit}"
     if not len(kept):
-        raise TrainingError(f"{flag}: not one frame fits into {limit} bytes, {width} are needed; give more")
+        raise OSError(errno.ENOSPC, f"{words}; not one fits into {limit} bytes")
+    place = None if folder is None else _place(folder, about)
+    held = os.fdopen(os.memfd_create(ROWS), "r+b") if place is None else (place / ROWS).open("ab")
+    free = psutil.virtual_memory().available if place is None else shutil.disk_usage(place).free
+    if len(kept) * width - os.fstat(held.fileno()).st_blocks * 512 > free:
+        raise OSError(errno.ENOSPC, f"{words}; {free / 1e9:.3g} GB are free")
     try:
-        if folder is None:
-            held: Any = _memory(len(kept) * width)
-            path = Path(
-                f"/proc/{os.getpid()}/fd/{held.fileno()}" if isinstance(held.name, int) else held.name
-            )
-        else:
-            path = _folder(Path(folder), about) / TOKENS
-            held = path.open("ab")
-        _reserve(held.fileno(), path if folder else None, kept, width)
-    except (OSError, ValueError) as error:
-        raise TrainingError(
-            f"{flag} cannot hold image tokens, {words} ({getattr(error, 'strerror', None) or error}); "
-            f"{advice(error)}, give another --image_cache_dir, or a smaller --image_cache for the first frames alone"
-        ) from error
-    return TokenStore(
-        path, int(kept[-1]) + 1, shape, dtype, held
-    ), f"{words}, in {path.parent if folder else 'memory'}"
+        for run in np.split(kept, np.flatnonzero(np.diff(kept) != 1) + 1):
+            # A full disk would kill a process that writes to a map of what it has no room for.
+            os.posix_fallocate(held.fileno(), int(run[0]) * width, len(run) * width)
+    except OSError as error:
+        raise OSError(error.errno, f"{words}; {error.strerror}") from error
+    path = Path(f"/proc/{os.getpid()}/fd/{held.fileno()}") if place is None else place / ROWS
+    return TokenStore(path, int(kept[-1]) + 1, shape, dtype, held), f"{words}, in {place or 'memory'}"
 
 
-def _memory(needed: int) -> Any:
-    """An open file in memory; where there are none, a temporary one."""
-    import psutil  # accelerate brings it
-
-    if needed > psutil.virtual_memory().available:
-        raise OSError(errno.ENOMEM, f"{psutil.virtual_memory().available / 1e9:.3g} GB of memory are free")
-    return os.fdopen(os.memfd_create(TOKENS), "r+b") if hasattr(os, "memfd_create") else NamedTemporaryFile()
-
-
-def _reserve(file: int, path: Path | None, frames: np.ndarray, width: int) -> None:
-    """Takes the space of these rows, for a full disk would kill a process that writes to a map. Rows that are there stay."""
-    begun = os.fstat(file).st_blocks * 512
-    if path and len(frames) * width - begun > (free := shutil.disk_usage(path).free):
-        raise OSError(errno.ENOSPC, f"{free / 1e9:.3g} GB are free there")
-    for run in np.split(frames, np.flatnonzero(np.diff(frames) != 1) + 1):
-        at, length = int(run[0]) * width, len(run) * width
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file, at, length)
-        elif os.fstat(file).st_size < at + length:
-            os.truncate(file, at + length)
-
-
-def _folder(folder: Path, about: dict[str, Any]) -> Path:
+def _place(folder: Path, about: dict[str, Any]) -> Path:
     """The folder of these tokens. A warning says why those of another folder are not taken."""
-    key = blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12).hexdigest()
-    place = folder / key
+    place = folder / blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12).hexdigest()
     if not (place / ABOUT).exists():
         place.mkdir(parents=True, exist_ok=True)
         others = [(_differences(other, about), other.parent) for other in sorted(folder.glob(f"*/{ABOUT}"))]
         aside = place / f".{ABOUT}.{os.getpid()}"
         aside.write_text(json.dumps(about, indent=4), encoding="utf-8")
-        replace(aside, place / ABOUT)
+        os.replace(aside, place / ABOUT)
         if others:
             unlike, other = min(others, key=lambda each: len(each[0]))
             causes = [name for name in unlike if name != RESULT] or unlike
@@ -167,20 +136,3 @@ def _differences(path: Path, about: dict[str, Any]) -> list[str]:
         return [name for name, value in about.items() if found.get(name) != value]
     except (OSError, ValueError, AttributeError):
         return list(about)
-
-
-def fingerprint(root: Path) -> str:
-    """Of the files of a dataset that frames are read from: names, sizes, times of change."""
-    files = [root / "meta/info.json"]
-    for part in ("meta/episodes", "data", "videos"):
-        files += sorted(path for path in (root / part).rglob("*") if path.is_file())
-    facts = [(str(path.relative_to(root)), (at := path.stat()).st_size, at.st_mtime_ns) for path in files]
-    return blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
-
-
-def digest(tensors: list[Tensor]) -> str:
-    """Of all bytes of some tensors."""
-    found = blake2b(digest_size=12)
-    for each in tensors:
-        found.update(each.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
