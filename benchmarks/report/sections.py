@@ -22,6 +22,12 @@ TRAINING = (
     "time by the one beside it. The floor is the least time of a step's parts (vision, prefix, expert with "
     "its update) under this machine's roof, for whichever of arithmetic and memory takes longer."
 )
+TRAINER = (
+    "A step as `smolvla-fast train` takes it, on LeRobot's class of the policy; behind each time how many times faster than "
+    "LeRobot's it is. LeRobot's: its policy, optimizer and reader of datasets. Data: reading a batch, in the process that "
+    "trains, and preparing it. Update: forward, backward, clipping, AdamW. Peak memory is the process's in a step, with "
+    "the runs before it; of it new is what that step added."
+)
 TIERS = (
     "Rounds are taken in turn; the ratio is the median over rounds of stock's time by the time beside it. Of the roof: "
     "the least time for the matrix products at the fastest measured product that is no narrower than the tier, by p50. "
@@ -153,6 +159,10 @@ SECTIONS: dict[str, Callable[[Data], str]] = {
     "Training step": Section(
         "train", f"p50 ms | best ms | samples/s | ratio | {ROOF} | gradients, rel L2 | allowed | loss | peak GiB | rounds",
         note=lambda benches: TRAINING,
+    ),
+    "Training run": Section(
+        "trainer", "data ms | update ms | p50 ms | ratio | gradients, rel L2 | allowed | peak GiB | of it new GiB | rounds",
+        note=lambda benches: TRAINER,
     ),
     "Ops": Section(
         "ops", "op | case | dtype | backend | p50 µs | best µs | ratio | GFLOP/s | GB/s | of the roof", labels=(),

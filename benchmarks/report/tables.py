@@ -85,7 +85,7 @@ ERRORS = {
 }  # fmt: skip
 COLUMNS: dict[str, Callable[[Bench], Any]] = {
     **{name: itemgetter(name) for name in ("rounds", "op", "dtype", "backend", "stage")},
-    **{f"{name} ms": partial(of_stage, stage=name) for name in ("vision", "prefix", "denoise")},
+    **{f"{name} ms": partial(of_stage, stage=name) for name in ("vision", "prefix", "denoise", "data", "update")},
     **{name: partial(ms, key=key) for name, key in MILLISECONDS.items()},
     **{name: f"{{0[{key}]:.1e}}".format for name, key in ERRORS.items()},
     "p50 ms": lambda b: ms(b, "p50_ms") + MARK * ("min_ms" in b and b.get("suite") != "cpu" and unsteady(b)),
@@ -96,6 +96,7 @@ COLUMNS: dict[str, Callable[[Bench], Any]] = {
     "ratio to stock": lambda b: ratio(b) + MARK * unsteady(b),
     "of the roof": lambda b: f"{b['share_of_floor']:.0%}" if "share_of_floor" in b else NONE,
     "peak GiB": lambda b: of(b, "peak_bytes", 2**30, 2),
+    "of it new GiB": lambda b: of(b, "added_bytes", 2**30, 2),
     "peak MiB": lambda b: of(b, "peak_bytes", 2**20),
     "share": lambda b: f"{b['p50_ms'] / b['of']['total']['p50_ms']:.0%}",
     "target": target,

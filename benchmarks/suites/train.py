@@ -3,12 +3,17 @@
 The policy is LeRobot's with its defaults: expert, heads and state projection learn, the VLM is frozen. The learning rate is
 0, so that every round computes the same step. Stock's loss and gradients in fp32 are compared with the plain PyTorch
 implementation's, each other variant's with stock's.
+
+Then whole steps of ``smolvla_fast.training`` on a video dataset, its reading apart: LeRobot's policy, optimizer and reader,
+ours, and ours where the frames' image tokens are known.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +30,14 @@ from benchmarks.harness.setup import BenchmarkSetup, Case, twin
 from smolvla_fast.cli.subject import resolve_device
 from smolvla_fast.measure.rounds import PeakMemory, synchronize
 from smolvla_fast.ops.processor import why_bf16_is_slow
+from smolvla_fast.smolvla import SmolVLAConfig
+from smolvla_fast.testing.backbone import FULL_VISION, TINY_TEXT, TINY_VISION, TINY_VOCAB, make_vlm_folder
+from smolvla_fast.testing.dataset import REPO_ID, write_dataset
+from smolvla_fast.testing.policies import FULL_FRAME, TINY_FRAME
+from smolvla_fast.train import DatasetSettings, TrainSettings
+from smolvla_fast.train.data import training_batches
+from smolvla_fast.train.processes import own_accelerate
+from smolvla_fast.training import loss_of, prepare, update
 
 CAMERAS = 2
 BATCHES = {"cpu": (1, 2), "cuda": (8,)}
@@ -183,9 +196,84 @@ def distance(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, fl
     return {"gradient_rel_l2": rel_l2(truth.keys() - {"loss"}), "loss_rel": rel_l2(["loss"])}
 
 
+TRAINERS = {"LeRobot": ("off", 0), "train": ("on", 0), "train, frames known": ("on", 2**28)}
+"""``fast`` and ``image_cache`` of each."""
+AHEAD = 2
+"""Batches that a check takes before the rounds."""
+
+
+class Trainer:
+    """A run on the dataset in ``root``, which reads in its own process; its rate is too low to move a weight.
+
+    weights  of another run, taken in place of its own      side  of the images      rounds  whose frames are made known
+    """
+
+    def __init__(
+        self, variant: str, root: Path, device: str, side: int, size: int, rounds: int, weights: Any
+    ) -> None:
+        self.variant, self.rounds = variant, rounds
+        fast, image_cache = TRAINERS[variant]
+        config = SmolVLAConfig(
+            vlm_model_name=str(root / "vlm"), load_vlm_weights=False, device=device, optimizer_lr=1e-30,
+            resize_imgs_with_padding=(side, side), scheduler_warmup_steps=0,
+        )  # fmt: skip
+        data = DatasetSettings(REPO_ID, str(root / "data"), video_backend="pyav")
+        settings = TrainSettings(
+            data, config, root / variant, implementation="lerobot", fast=fast, image_cache=image_cache, batch_size=size,
+            num_workers=0,
+        )  # fmt: skip
+        self.run = prepare(settings)
+        if weights is not None:
+            for own, other in zip(self.run.policy.parameters(), weights.parameters(), strict=True):
+                own.data = other.data
+        if variant == "LeRobot":
+            reader = self.run.data.train.reader
+            reader.__class__ = type(reader).__base__
+        self.batches = training_batches(self.run.settings, self.run.data.train, 0)
+
+    def check(self, stock: Trainer) -> dict[str, Any]:
+        """Distances of the first batch's gradients from LeRobot's; memory of a step."""
+        run, error = self.run, distance(self.found, stock.found)
+        if not (apart := error["gradient_rel_l2"]) <= GRADIENT_BOUND:
+            raise CheckFailed(f"gradients are {apart:.3g} from LeRobot's, allowed {GRADIENT_BOUND:.3g}")
+        if run.known.store:
+            ahead = training_batches(run.settings, run.data.train, 0)
+            for _ in range(AHEAD + self.rounds):
+                run.known.tokens(run.prepared(next(ahead)))
+        memory = PeakMemory(run.policy.config.device)
+        before = memory.bytes
+        self.step()
+        peak = memory.bytes
+        return {
+            **error,
+            "bound": GRADIENT_BOUND,
+            "added_bytes": before and peak and peak - before,
+            "peak_bytes": peak,
+        }
+
+    @cached_property
+    def found(self) -> dict[str, Tensor]:
+        """Loss and gradients of the first batch, in noise of its own."""
+        run, raw = self.run, next(self.batches)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            loss = loss_of(run, run.model, run.prepared(raw), run.samples)
+        loss.backward()
+        grads = {name: each.grad for name, each in run.policy.named_parameters() if each.grad is not None}
+        found = {name: each.detach().to("cpu", copy=True) for name, each in {"loss": loss, **grads}.items()}
+        run.optimizer.zero_grad()
+        return found
+
+    def step(self) -> dict[str, float]:
+        facts = update(self.run, self.batches)
+        self.run.step += 1
+        return {"data": 1e3 * facts["data_s"], "update": 1e3 * facts["update_s"]}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.option
     sizes = counts(option.batch, "--batch", BATCHES[resolve_device(option.device or "auto").type])
+    sizes = sizes[:1] if "tmp_path" in metafunc.fixturenames else sizes
     metafunc.parametrize("size", sizes, ids=lambda size: f"batch{size}")
 
 
@@ -196,3 +284,30 @@ def test_train_step(measure: Any, make_setup: Any, pytestconfig: Any, size: int)
         measure(case.setup.named("train", Case(CAMERAS, size)), variants, rounds(pytestconfig), suite="train")
     finally:
         case.setup.policy.eval()
+
+
+def test_trainer(measure: Any, device: Any, pytestconfig: Any, tmp_path: Path, size: int) -> None:
+    tiny = pytestconfig.getoption("--size") == "tiny"
+    sizes = dict(text=TINY_TEXT, vision=TINY_VISION, vocab_size=TINY_VOCAB) if tiny else {}
+    make_vlm_folder(tmp_path / "vlm", images=True, **sizes)
+    data = write_dataset(
+        tmp_path / "data", episodes=2 if tiny else 12, frame=TINY_FRAME if tiny else FULL_FRAME, videos=True
+    )
+    side = (TINY_VISION if tiny else FULL_VISION)["image_size"]
+    many, found = rounds(pytestconfig), dict[str, Trainer]()
+
+    def variant(name: str) -> Variant:
+        def check() -> dict[str, Any]:
+            weights = found["LeRobot"].run.policy if found else None
+            own = found[name] = Trainer(name, tmp_path, str(device), side, size, many, weights)
+            if name != "LeRobot":
+                made.policy = own.run.policy
+            return own.check(found["LeRobot"])
+
+        facts = dict(variant=name, ratio_to="LeRobot", batch=size, cameras=CAMERAS, frames=len(data))
+        made = Variant(name, check, lambda: found[name].step(), facts=facts)
+        return made
+
+    group = f"trainer: {'tiny' if tiny else 'full'} size, {device.type}, {len(data)} frames as video, batch {size}"
+    with own_accelerate():
+        measure(group, [variant(name) for name in TRAINERS], many, suite="trainer")

@@ -25,7 +25,7 @@ from smolvla_fast.train import TrainingError
 from smolvla_fast.train.data import training_batches
 from smolvla_fast.train.known_frames import _fingerprint as fingerprint
 from smolvla_fast.train.readable import KNOWN, TOKENS, Readable
-from smolvla_fast.training import loss_of, update
+from smolvla_fast.training import loss_of, train, update
 
 pytestmark = pytest.mark.training
 
@@ -219,6 +219,17 @@ def test_a_resumed_run_ends_at_the_same_bits(video_top, filled, tmp_path):
     go_on(parts)
     one, two = (each / "checkpoints" / "000005" for each in (whole, parts))
     assert same(weights(one), weights(two)) and state_files(one) == state_files(two)
+
+
+def test_a_run_that_has_ended_reads_images_again(video_top, filled, tmp_path):
+    settings = video_top.settings(
+        tmp_path / "run", "--dataset.video_backend=pyav", f"--image_cache_dir={filled}"
+    )
+    within = []
+    done = train(settings, on_begin=lambda run: within.append(run.data.train[0].keys()))
+    ended = done.data.train[0].keys()
+    assert TOKENS in within[0] and "observation.images.front" not in within[0]
+    assert TOKENS not in ended and "observation.images.front" in ended
 
 
 @pytest.mark.slow

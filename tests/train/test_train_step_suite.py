@@ -41,10 +41,15 @@ def test_the_suite_writes_its_figures(tmp_path: Path) -> None:
         command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    found = {
-        each["extra_info"]["variant"]: each["extra_info"]
-        for each in json.loads(path.read_text())["benchmarks"]
-    }
+    suites: dict[str, Any] = {"train": {}, "trainer": {}}
+    for each in json.loads(path.read_text())["benchmarks"]:
+        suites[each["extra_info"]["suite"]][each["extra_info"]["variant"]] = each["extra_info"]
+    found, runs = suites["train"], suites["trainer"]
+    assert set(runs) == set(train_step.TRAINERS)
+    for each in runs.values():
+        assert each["gradient_rel_l2"] <= train_step.GRADIENT_BOUND and each["frames"] > 40
+        data, update = (each["stages"][part]["p50_ms"] for part in ("data", "update"))
+        assert data > 0 < update and data + update <= each["p50_ms"]
     assert set(found) == set(train_step.VARIANTS) - {train_step.COMPILED}
     assert all(each["gradient_rel_l2"] <= each["bound"] and each["p50_ms"] > 0 for each in found.values())
     for name, each in found.items():
@@ -62,7 +67,12 @@ def test_the_suite_writes_its_figures(tmp_path: Path) -> None:
         found[train_step.CACHED]["floor_ms"] < found[train_step.NEW]["floor_ms"] == found["stock"]["floor_ms"]
     )
     report = path.with_suffix(".md").read_text()
-    assert "## Training step" in report and train_step.CACHED in report and "| of the roof |" in report
+    assert (
+        "| data ms | update ms |" in report
+        and "## Training step" in report
+        and train_step.CACHED in report
+        and "| of the roof |" in report
+    )
 
 
 @pytest.fixture
