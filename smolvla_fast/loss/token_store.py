@@ -100,17 +100,19 @@ def open_store(
     if not len(kept):
         raise OSError(errno.ENOSPC, f"{words}; not one fits into {limit} bytes")
     place = None if folder is None else _place(folder, about)
-    held = os.fdopen(os.memfd_create(ROWS), "r+b") if place is None else (place / ROWS).open("ab")
+    # Not for appending: where a file system has no call for it, glibc reserves space by writing in places.
+    file = os.memfd_create(ROWS) if place is None else os.open(place / ROWS, os.O_RDWR | os.O_CREAT, 0o666)
+    held = os.fdopen(file, "r+b")
     free = psutil.virtual_memory().available if place is None else shutil.disk_usage(place).free
-    if len(kept) * width - os.fstat(held.fileno()).st_blocks * 512 > free:
+    if len(kept) * width - os.fstat(file).st_blocks * 512 > free:
         raise OSError(errno.ENOSPC, f"{words}; {free / 1e9:.3g} GB are free")
     try:
         for run in np.split(kept, np.flatnonzero(np.diff(kept) != 1) + 1):
             # A full disk would kill a process that writes to a map of what it has no room for.
-            os.posix_fallocate(held.fileno(), int(run[0]) * width, len(run) * width)
+            os.posix_fallocate(file, int(run[0]) * width, len(run) * width)
     except OSError as error:
         raise OSError(error.errno, f"{words}; {error.strerror}") from error
-    path = Path(f"/proc/{os.getpid()}/fd/{held.fileno()}") if place is None else place / ROWS
+    path = Path(f"/proc/{os.getpid()}/fd/{file}") if place is None else place / ROWS
     return TokenStore(path, int(kept[-1]) + 1, shape, dtype, held), f"{words}, in {place or 'memory'}"
 
 

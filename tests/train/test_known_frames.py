@@ -122,6 +122,18 @@ def test_a_run_ends_at_the_bits_of_one_that_encodes_at_every_epoch(top, tmp_path
     assert "prepare_images" not in vars(keeps.policy)
 
 
+def test_adapters_train_on_known_frames(bench_top, finished, tmp_path):
+    """Adapters on the expert leave the tower as it is; PEFT's wrapper is called, the policy inside it is given tokens."""
+    source = f"--policy.path={finished / 'checkpoints' / 'last' / 'pretrained_model'}"
+    more = (source, "--peft.r=4", "--dataset.episodes=[0]")
+    looks_up = prepared(bench_top, tmp_path / "a", *more)
+    smolvla_fast.patch(looks_up.policy, training=True, image_cache=10**8)
+    keeps = prepared(bench_top, tmp_path / "b", *more, "--image_cache=100000000")
+    count = 2 * -(-len(keeps.data.train) // 4)
+    assert steps(keeps, count) == steps(looks_up, count)
+    assert all(known_rows(keeps)) and smolvla_fast.status(keeps.policy).training_stock == 0
+
+
 def test_known_tokens_are_those_the_step_would_make(top, tmp_path):
     """Each row, to the bit, against the frame read by LeRobot and encoded by the cache of ``patch``."""
     run = prepared(top, tmp_path / "run", "--image_cache=100000000", "--batch_size=7")
@@ -324,6 +336,16 @@ def test_a_full_disk_is_said_before_a_frame_is_encoded(video_top, tmp_path, caps
     said = capsys.readouterr()
     assert "cannot hold the image tokens: " in said.err and "File too large; free some space" in said.err
     assert not said.out
+
+
+def test_a_run_that_goes_on_can_be_encoded_ahead(finished, tmp_path, capsys):
+    """By the flags of the resume, and from the checkpoint's own weights."""
+    again = ["--resume=true", f"--output_dir={finished}", f"--image_cache_dir={tmp_path / 'tokens'}"]
+    assert main(["encode", *again]) == 0 and "0 were known" in capsys.readouterr().out
+    weights_of = f"--policy.path={finished / 'checkpoints' / '000002' / 'pretrained_model'}"
+    run = ["--dataset.repo_id=smolvla_fast/pick", f"--dataset.root={finished.parent / 'data'}", weights_of]
+    assert main(["encode", *run, "--policy.device=cpu", "--num_workers=0", again[-1]]) == 0
+    assert "encoded 0 frames" in capsys.readouterr().out, "the tower of an earlier step is the same"
 
 
 @pytest.mark.parametrize(

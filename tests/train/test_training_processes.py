@@ -64,10 +64,11 @@ def losses(folder) -> dict[tuple[int, str], float]:
 def test_two_processes_train_as_one_and_one_goes_on_from_a_kill(
     bench_top, tmp_path, caplog, launcher, rank, point, kept, steps
 ):
-    """Two gloo processes on a CPU, of which one dies by kill -9."""
+    """Two gloo processes on a CPU, of which one dies by kill -9; those of accelerate share a folder of image tokens."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     bench_top.train(whole, *RUN, "--batch_size=8")
-    flags = bench_top.flags(parts, *RUN, "--batch_size=4", "--log_freq=1")
+    shared = [f"--image_cache_dir={tmp_path / 'tokens'}"] if launcher == ACCELERATE else []
+    flags = bench_top.flags(parts, *RUN, "--batch_size=4", "--log_freq=1", *shared)
     status, said = launch(*launcher, DYING, rank, point, "train", *flags)
     assert status != 0 and "SIGKILL" in said, said[-4000:]
     last = Checkpoints(parts).last()
