@@ -27,7 +27,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 ABOUT, ROWS = "about.json", "tokens"
-RESULT = "arithmetic or image size"
+RESULT = "preparation of frames or arithmetic"
 """Of ``about``: a digest of tokens, which all else moves too."""
 
 

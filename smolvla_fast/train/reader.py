@@ -53,8 +53,7 @@ class ColumnReader(DatasetReader):
     def _without_cameras(self) -> ColumnReader:
         """A reader of the same samples whose cameras have ``CAMERA_is_pad`` alone."""
         twin, twin._meta, twin.store = copy(self), copy(self._meta), None
-        features = {k: f for k, f in self._meta.features.items() if k not in self._meta.camera_keys}
-        twin._meta.info = replace(self._meta.info, features=features)
+        twin._meta.info = replace(self._meta.info, features={})  # which a reader asks for cameras alone
         twin.hf_dataset = self.hf_dataset.remove_columns(self._meta.image_keys)
         twin._image_transforms = None
         return twin

@@ -20,6 +20,7 @@ from support.training_runs import BenchTop, go_on, same, state_files, weights
 import smolvla_fast
 from smolvla_fast.cli import main
 from smolvla_fast.loss import engine as loss_engine
+from smolvla_fast.loss.token_store import RESULT
 from smolvla_fast.testing.dataset import write_dataset
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.data import training_batches
@@ -265,7 +266,7 @@ def test_workers_read_what_the_trainer_has_written(video_top, tmp_path):
     assert seen[0] == 0 and seen[-1] == 4
 
 
-@pytest.mark.parametrize("change", ["dataset", "vision tower", "dtype"])
+@pytest.mark.parametrize("change", ["dataset", "vision tower", "dtype", RESULT])
 def test_what_has_changed_is_encoded_anew_and_said(video_top, filled, tmp_path, monkeypatch, caplog, change):
     folder, data = copied(filled, tmp_path), tmp_path / "data"
     shutil.copytree(video_top.data, data, copy_function=shutil.copy2)
@@ -278,6 +279,8 @@ def test_what_has_changed_is_encoded_anew_and_said(video_top, filled, tmp_path, 
     elif change == "dtype":
         monkeypatch.setattr(loss_engine, "why_bf16_is_slow", lambda: None)
         again.append("--dtype=bf16")
+    elif change == RESULT:
+        again.append("--policy.normalization_mapping={VISUAL: MEAN_STD, STATE: MEAN_STD, ACTION: MEAN_STD}")
     else:
         again.append("--seed=7")  # the weights are fresh
     assert main(again) == 0

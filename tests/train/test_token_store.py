@@ -237,7 +237,7 @@ def test_what_cannot_be_a_folder_is_refused(tmp_path):
         ({"dataset": "x"}, "dataset"),
         ({"dtype": "x", token_store.RESULT: "x"}, "dtype"),
         ({"dtype": "x", "vision tower": "x"}, "vision tower and dtype"),
-        ({token_store.RESULT: "x"}, "arithmetic or image size"),
+        ({token_store.RESULT: "x"}, "preparation of frames or arithmetic"),
     ],
 )
 def test_other_tokens_have_another_key_and_a_line_says_why(tmp_path, caplog, changed, said):
