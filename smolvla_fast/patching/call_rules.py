@@ -140,10 +140,9 @@ def images(model: Any, call: Call) -> str | None:
                 "floating point and uint8 are accepted" if call.takes_bytes else "floating point is accepted"
             )
             return f"images of dtype {image.dtype}; {accepted}"
-        elif call.has_image_tokens and len(image) == size:
-            pass
-        elif tuple(image.shape) != (size, 3, side, side):
-            wanted = (size, 3, side, side)
+        elif tuple(image.shape) != (wanted := (size, 3, side, side)) and not (
+            call.has_image_tokens and len(image) == size
+        ):
             return f"images of shape {tuple(image.shape)}; the vision tower is for {wanted}"
         if mask.dtype is not torch.bool or tuple(mask.shape) != (size,):
             return f"image masks {tuple(mask.shape)} {mask.dtype}; accepted is ({size},) bool"
