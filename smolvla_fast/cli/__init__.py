@@ -12,7 +12,7 @@ from importlib import import_module
 from ..measure.console import CommandError, Console
 
 DEBUG = "SMOLVLA_FAST_DEBUG"
-NEEDS = {"train": "train", "serve": "callers", "bench": "bench,lerobot"}
+NEEDS = {"train": "train", "serve": "fleet", "bench": "bench,lerobot"}
 """The extra to install for a command; the others need "cli" at most."""
 
 COMMANDS = {
@@ -67,7 +67,7 @@ def _main(argv: Sequence[str] | None) -> int:
         if os.environ.get(DEBUG):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
-        if isinstance(error, ModuleNotFoundError):
+        if isinstance(error, ImportError):
             reason += f'; run `pip install "smolvla_fast[{NEEDS.get(name, "cli")}]"`'
         else:
             reason += f". This command did not foresee it; {DEBUG}=1 shows where it came from"

@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import functools
 import secrets
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import grpc
-import numpy as np
-from lerobot.async_inference.configs import PolicyServerConfig
 from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import TransferState
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from .messages import MAX_OBSERVATION, Refused, read_observation
+from .replica import Answer
 from .session import Session
 
 RECEIVE_S = 10.0
@@ -54,12 +54,10 @@ class Front(services_pb2_grpc.AsyncInferenceServicer):
     """LeRobot's four calls, for clients that are known by their connection.
 
     replicas   handle of a deployment of ``Replica``      path, config  of the policy that it holds
-    server     flags of LeRobot's server                  seed          of every client's noise; None: each one's is drawn
+    server     LeRobot's ``PolicyServerConfig``           seed          of every client's noise; None: each one's is drawn
     """
 
-    def __init__(
-        self, replicas: Any, path: str, config: Any, server: PolicyServerConfig, seed: int | None
-    ) -> None:
+    def __init__(self, replicas: Any, path: str, config: Any, server: Any, seed: int | None) -> None:
         self.replicas, self.path, self.config, self.server, self.seed = replicas, path, config, server, seed
         self.sessions: dict[str, Session] = {}
 
@@ -67,7 +65,7 @@ class Front(services_pb2_grpc.AsyncInferenceServicer):
     async def Ready(self, request: Any, context: Any) -> Any:
         silent = time.monotonic() - IDLE_S
         for peer, known in [*self.sessions.items()]:
-            if known.seen < silent and not known.turn.locked():
+            if known.seen < silent and not known.answering.locked():
                 del self.sessions[peer]
         if context.peer() in self.sessions:
             # Nothing in LeRobot's messages says which of two clients has sent one.
@@ -90,29 +88,26 @@ class Front(services_pb2_grpc.AsyncInferenceServicer):
     @_call
     async def SendObservations(self, request_iterator: Any, context: Any) -> Any:
         session = self._session(context, instructed=True)
-        if session.receiving:
+        if session.receiving.locked():
             raise Refused("comes before the last one has arrived", "RESOURCE_EXHAUSTED")
-        session.receiving = True
-        try:
-            data = await asyncio.wait_for(_received(request_iterator), RECEIVE_S)
+        async with session.receiving:
+            try:
+                data = await asyncio.wait_for(_received(request_iterator), RECEIVE_S)
+            except asyncio.TimeoutError as error:
+                raise Refused(f"takes more than {RECEIVE_S:g} s to arrive", "ABORTED") from error
             # Copying frames takes milliseconds, in which the others' messages are read.
             session.offer(await asyncio.to_thread(read_observation, data))
-        except asyncio.TimeoutError as error:
-            raise Refused(f"takes more than {RECEIVE_S:g} s to arrive", "ABORTED") from error
-        finally:
-            session.receiving = False
         return services_pb2.Empty()
 
     @_call
     async def GetActions(self, request: Any, context: Any) -> Any:
         session = self._session(context, instructed=True)
         try:
-            async with session.turn:
+            async with session.answering:
                 return await self._answer(session)
         except asyncio.CancelledError:  # what Ray computes for it is cancelled with this task
-            left = context.time_remaining()
-            gone = left is None or left > 0  # else the client has only set a deadline
-            if gone and self.sessions.get(context.peer()) is session:
+            left = context.time_remaining()  # none where it was the client's deadline
+            if (left is None or left > 0) and self.sessions.get(context.peer()) is session:
                 del self.sessions[context.peer()]
             raise
 
@@ -125,29 +120,29 @@ class Front(services_pb2_grpc.AsyncInferenceServicer):
         try:
             with session.taking() as observation:
                 asked = await asyncio.to_thread(session.prepare, observation)
-                actions = await asyncio.wait_for(self._ask(*asked), ANSWER_S)
+                answer = await asyncio.wait_for(self._ask(*asked), ANSWER_S)
+                if isinstance(answer, str):
+                    raise Refused(f"finds an observation on which the policy fails: {answer}", "INTERNAL")
         except (asyncio.TimeoutError, DeploymentUnavailableError) as error:
-            reason = f"has no answer of a replica within {ANSWER_S:g} s; ask again"
-            raise Refused(reason, "UNAVAILABLE") from error
-        took = time.monotonic() - began
-        await asyncio.sleep(max(0.0, self.server.inference_latency - took))  # as LeRobot's server
+            raise Refused(
+                f"has no answer of a replica in {ANSWER_S:g} s; ask again", "UNAVAILABLE"
+            ) from error
+        rest = began + self.server.inference_latency - time.monotonic()
+        await asyncio.sleep(max(0.0, rest))  # as LeRobot's server
         session.seen = time.monotonic()
-        return services_pb2.Actions(data=session.pack(observation, actions))
+        return services_pb2.Actions(data=session.pack(observation, answer))
 
-    async def _ask(self, *asked: Any) -> np.ndarray:
+    async def _ask(self, *asked: Any) -> Answer:
         """Asks again where a replica has died meanwhile: the seed makes it the same chunk."""
         while True:
             try:
                 return await self.replicas.remote(*asked)
             except RayActorError:
                 await asyncio.sleep(0.1)
-            except RayTaskError as error:
-                why = f"{type(error.cause).__name__}: {error.cause}"
-                raise Refused(f"finds an observation on which the policy fails: {why}", "INTERNAL") from error
 
     def _session(self, context: Any, instructed: bool = False) -> Session:
         session = self.sessions.get(context.peer())
-        if session is None or (instructed and session.instructions is None):
+        if session is None or (instructed and session.lerobot_features is None):
             raise Refused(
                 "needs Ready and SendPolicyInstructions before it, and both again after a connection was lost: start the "
                 "client anew",
@@ -181,5 +176,15 @@ async def listen(front: Front, address: str, ready: Callable[[int], Any]) -> Non
         ready(port)
         await server.wait_for_termination()
     finally:
-        with suppress(asyncio.CancelledError):
-            await server.stop(grace=1)
+        await server.stop(grace=1)
+
+
+def serve(front: Front, address: str, ready: Callable[[int], Any]) -> None:
+    """``listen`` until this process is interrupted or asked to end."""
+    # Not asyncio.run, which closes the loop: gRPC's own thread then still calls it.
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(listen(front, address, ready))
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(stop, task.cancel)
+    with suppress(asyncio.CancelledError):
+        loop.run_until_complete(task)
