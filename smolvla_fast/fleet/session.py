@@ -43,7 +43,7 @@ class Session(PolicyServer):
         features, (width,) = wanted.lerobot_features, policy.robot_state_feature.shape
         state, cameras = features.get(OBS_STATE), features.keys() - {OBS_STATE}
         names = state.get("names") if isinstance(state, dict) else None
-        fits = isinstance(names, list | tuple) and len(names) == width
+        fits = isinstance(names, list | tuple) and [*map(type, names)] == [str] * width
         if not fits or not cameras or cameras - policy.image_features.keys():
             raise Refused(
                 f"has a state of {names} and cameras {sorted(map(str, cameras))}; accepted are {width} names and some "

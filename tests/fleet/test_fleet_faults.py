@@ -208,7 +208,10 @@ def test_instructions_for_another_policy_are_refused(fleet: Fleet, connect: Any)
 
     own = dict(pretrained_name_or_path=str(fleet.checkpoint.path))
     features = wanted.lerobot_features
-    narrow = {**features, "observation.state": {**features["observation.state"], "names": ["joint0.pos"]}}
+
+    def named(names: Any) -> dict[str, Any]:
+        return {**features, "observation.state": {**features["observation.state"], "names": names}}
+
     another = {
         "observation.state": features["observation.state"],
         "observation.images.wrist": {"dtype": "image"},
@@ -217,7 +220,10 @@ def test_instructions_for_another_policy_are_refused(fleet: Fleet, connect: Any)
         ({}, "served is smolvla"),
         ({**own, "policy_type": "act"}, "asks for act"),
         ({**own, "rename_map": {"a": "b"}}, "names mapped by"),
-        ({**own, "lerobot_features": narrow}, "accepted are 6 names"),
+        *(
+            ({**own, "lerobot_features": named(names)}, "accepted are 6 names")
+            for names in (["joint0.pos"], 6, [["joint0.pos"]] * 6)
+        ),
         ({**own, "lerobot_features": another}, "observation.images.wrist"),
     ):
         code, text = asks(**changed)
