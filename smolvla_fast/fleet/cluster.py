@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
 from ..measure.console import CommandError
 from .replica import Replica
@@ -34,15 +35,16 @@ def connected(address: str | None = None, metrics_port: int | None = None) -> It
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray of its own else reports to Ray's makers
     own = {**OWN, "_metrics_export_port": metrics_port}
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    host, colon, port = (address or "").rpartition(":")
     try:
         if colon:  # where nothing listens, Ray itself goes on trying for minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         here = ray.init(**({"address": address} if address else own))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CannotDeploy(f"no Ray at {address or 'this machine'}: {error}; see `ray status`") from error
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise CannotDeploy(f"no Ray at {address or 'this machine'}: {error}") from error
     with here:
-        node = ray.nodes()[0]
+        me = ray.get_runtime_context().get_node_id()
+        (node,) = (each for each in ray.nodes() if each["NodeID"] == me)
         yield f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
@@ -54,10 +56,11 @@ def deployed(path: str, replicas: int, max_batch: int, wait_s: float, *how: str 
     """
     free, there = ray.available_resources(), ray.cluster_resources()
     gpus, cpus = int(free.get("GPU", 0)), free.get("CPU", 0.0)
-    if (replicas > gpus and "GPU" in there) or cpus <= 0:  # else Ray waits for room without end
+    # Else Ray waits for room without end.
+    if cpus <= 0 or ("GPU" in there and replicas > min(gpus, cpus)):
         room = f"{gpus} GPUs (one a replica) and {cpus:g} CPUs"
         raise CannotDeploy(f"{replicas} replicas, and free are {room}; lower --replicas, or free some")
-    share = min(cpus / replicas, max(node["Resources"].get("CPU", 0.0) for node in ray.nodes()))
+    share = min(cpus / replicas, *(node["Resources"].get("CPU", cpus) for node in ray.nodes()))
     resources = {"num_cpus": 1, "num_gpus": 1} if gpus else {"num_cpus": int(share) or share}
     deployment: Any = serve.deployment(
         Replica, num_replicas=replicas, ray_actor_options=resources, max_constructor_retry_count=3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections import defaultdict
 from typing import Any
@@ -22,6 +23,8 @@ from ..patch import status
 
 # Ray's types know batched methods of one argument alone.
 batched: Any = serve.batch
+
+logger = logging.getLogger("ray.serve")
 
 Arrays = dict[str, np.ndarray]
 """Of one observation: the state [1, R] fp32 and each camera's frame [3, H, W] uint8, resized as the policy has it.
@@ -82,8 +85,14 @@ class Replica:
         try:
             return self._compute(group)
         except Exception as error:  # goes to whom it concerns
-            reason = f"{type(error).__name__}: {error}"
-            return [reason] if len(group) == 1 else [self._each([one])[0] for one in group]
+            logger.exception("a batch of %d has failed", len(group))
+            if len(group) > 1:
+                return [self._each([one])[0] for one in group]
+            try:
+                self._compute([self._example()])
+            except Exception:  # not the observation's fault, such as a GPU that is gone
+                os._exit(1)  # Ray starts another; the front asks that one
+            return [f"{type(error).__name__}: {error}"]
 
     def _compute(self, group: list[tuple[Arrays, str, int]]) -> list[Answer]:
         batch: dict[str, Any] = {"task": [task for _, task, _ in group]}

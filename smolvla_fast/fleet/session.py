@@ -14,10 +14,13 @@ import torch
 from lerobot.async_inference.configs import PolicyServerConfig
 from lerobot.async_inference.helpers import TimedObservation, prepare_raw_observation
 from lerobot.async_inference.policy_server import PolicyServer
-from lerobot.utils.constants import OBS_STATE
+from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
 
 from .messages import Refused, read_instructions
 from .replica import Arrays
+
+MAX_TASK = 10_000
+"""Characters; SmolVLA reads the first tokens alone."""
 
 
 class Session(PolicyServer):
@@ -30,8 +33,7 @@ class Session(PolicyServer):
 
     def __init__(self, server: PolicyServerConfig, path: str, config: Any, seed: int) -> None:
         super().__init__(server)
-        self.path, self.policy_config, self.seed = path, config, seed
-        self.answered = 0
+        self.path, self.policy_config, self.seed, self.answered = path, config, seed, 0
         self.arrived, self.receiving, self.answering = asyncio.Event(), asyncio.Lock(), asyncio.Lock()
         self.seen = time.monotonic()
 
@@ -44,20 +46,24 @@ class Session(PolicyServer):
         state, cameras = features.get(OBS_STATE), features.keys() - {OBS_STATE}
         names = state.get("names") if isinstance(state, dict) else None
         fits = isinstance(names, list | tuple) and [*map(type, names)] == [str] * width
-        if not fits or not cameras or cameras - policy.image_features.keys():
+        if not fits or not cameras or cameras - policy.image_features.keys() or wanted.actions_per_chunk < 1:
             raise Refused(
-                f"has a state of {names} and cameras {sorted(map(str, cameras))}; accepted are {width} names and some "
-                f"of {sorted(policy.image_features)}"
+                f"has a state of {names}, cameras {sorted(map(str, cameras))}, {wanted.actions_per_chunk} actions; accepted "
+                f"are {width} names, some of {sorted(policy.image_features)}, 1 action and more"
             )
         self.lerobot_features, self.actions_per_chunk = features, wanted.actions_per_chunk
 
     def offer(self, observation: TimedObservation) -> None:
         """Keeps the observation, in place of an older one, if LeRobot's rules want it answered. Raises ``Refused``."""
+        seen = observation.get_observation()
+        # A frame in place of a number is stacked, and one of many channels resized, into something enormous.
         for name in self.lerobot_features[OBS_STATE]["names"]:
-            value = observation.get_observation().get(name)
-            # A frame in place of a number would be stacked into something enormous.
-            if not isinstance(value, int | float | np.number):
-                raise Refused(f"has {name} of {type(value).__name__}; accepted is a number")
+            if not isinstance(seen.get(name), int | float | np.number):
+                raise Refused(f"has {name} of {type(seen.get(name)).__name__}; accepted is a number")
+        for key in self.lerobot_features.keys() - {OBS_STATE}:
+            shape = np.shape(seen.get(key.removeprefix(f"{OBS_IMAGES}.")))
+            if len(shape) != 3 or shape[2] != 3:
+                raise Refused(f"has {key} of {shape}; accepted is a frame [height, width, 3]")
         if _lerobots(self._enqueue_observation, observation):
             self.arrived.set()
 
@@ -83,13 +89,12 @@ class Session(PolicyServer):
         seen, cameras = observation.get_observation(), self.policy_config.image_features
         found = _lerobots(prepare_raw_observation, seen, self.lerobot_features, cameras)
         task = found.pop("task", None)
-        if not isinstance(task, str):
-            raise Refused(f"has a task of {type(task).__name__}; accepted is a text")
+        if not isinstance(task, str) or len(task) > MAX_TASK:
+            raise Refused(f"has the task {task!r:.40}; accepted is a text of at most {MAX_TASK} characters")
         arrays = {name: value.numpy() for name, value in found.items()}
         for name, value in arrays.items():
-            shape = tuple(cameras[name].shape) if name in cameras else value.shape
-            if value.shape != shape or not np.isfinite(value).all():
-                raise Refused(f"has {name} of {value.shape}; accepted are finite numbers of {shape}")
+            if not np.isfinite(value).all():
+                raise Refused(f"has a {name} that is not finite; accepted are finite numbers")
         # The noise depends on the session's seed and the number of its chunks, not on a batch or a replica.
         return arrays, task, int(np.random.SeedSequence([self.seed, self.answered]).generate_state(1)[0])
 

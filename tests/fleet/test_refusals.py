@@ -16,7 +16,7 @@ COMMANDS = """
 import json, sys
 from smolvla_fast.cli import main
 for words in json.loads(sys.argv[1]):
-    print("status:", main(["serve", "--fleet", "--port=50051", *words]), file=sys.stderr, flush=True)
+    print("status:", main(["serve", "--fleet", "--port=0", *words]), file=sys.stderr, flush=True)
 """
 A_RAY = """
 import sys, ray

@@ -84,6 +84,24 @@ def test_an_observation_that_fails_takes_no_other_with_it(replica: Any) -> None:
         assert rel_l2(tensor(got), tensor(one._answers([observation(number)])[0])) <= SERVED_EXACTLY
 
 
+def test_a_replica_that_computes_nothing_any_more_ends(replica: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an error of a GPU, which stays: Ray starts another in its place."""
+    from smolvla_fast.fleet import replica as module
+
+    one = replica()
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def ends(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(one._policy, "predict_action_chunk", fails)
+    monkeypatch.setattr(module.os, "_exit", ends)
+    with pytest.raises(SystemExit):
+        one._answers([observation(0)])
+
+
 @pytest.mark.parametrize(
     ("precision", "disabled", "why"), [("fp4", "", "'fp4'"), (None, "1", "DISABLE is set")]
 )
