@@ -20,62 +20,50 @@ from tqdm import tqdm
 
 from ..measure.console import CommandError, Console
 from ..train.errors import TrainingError
-from ..train.flags import LEROBOTS, NESTED, SETTINGS, read_settings
+from ..train.flags import LEROBOTS, SETTINGS, read_settings
 from ..train.log import Window, read_log
-from ..train.settings import CHOICES, TrainSettings, accepted, shown
+from ..train.settings import CHOICES, GROUPS, TrainSettings, accepted, shown
 from ..training import Run, train
 
 logger = logging.getLogger(__name__)
 
-HELP = {
-    "policy.optimizer_lr": "peak learning rate", "policy.scheduler_warmup_steps": "steps of linear warm-up",
-    "policy.scheduler_decay_steps": "steps of the cosine", "policy.scheduler_decay_lr": "where the cosine ends",
+NOTES = {
+    "resume": "go on from the last checkpoint of --output_dir, or from that of --config_path",
+    "config_path": "a file of settings, as LeRobot's; with --resume: a checkpoint's train_config.json",
+    "policy.path": "checkpoint to start from: folder or Hub id; without it, fresh weights",
+    "policy.type": "smolvla, as in LeRobot",
     "policy.device": "cpu, cuda, cuda:N, mps (default: the best there is)",
-}  # fmt: skip
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = {
-        "": parser.add_argument_group("run"),
-        "dataset": parser.add_argument_group("dataset"),
-        "policy": parser.add_argument_group("policy", "every field of LeRobot's SmolVLAConfig"),
-        "wandb": parser.add_argument_group("wandb", "LeRobot's, through accelerate's trackers"),
-        "peft": parser.add_argument_group("peft", "adapters, as LeRobot adds them"),
-        "lerobot": parser.add_argument_group(
-            "lerobot-train's", "accepted where they ask for nothing, refused otherwise"
-        ),
-    }
-
-    def add(place: str, name: str, text: str, **options: Any) -> None:
+    titles = {"policy": "every field of LeRobot's SmolVLAConfig", "peft": "adapters, as LeRobot adds them"}
+    group = {name: parser.add_argument_group(name, titles.get(name)) for name in ("run", *GROUPS)}
+    for name in (*NOTES, *(name for name in (*SETTINGS, *LEROBOTS) if name not in NOTES)):
+        place = group.get(name.partition(".")[0], group["run"])
+        options: dict[str, Any] = {"nargs": "?", "const": "true"} if name == "resume" else {}
         # Absent unless given, so that a resumed run knows which flags are new.
-        group[place].add_argument(
-            f"--{name}", dest=name, metavar="", default=argparse.SUPPRESS, help=text, **options
-        )
+        options |= {"default": argparse.SUPPRESS, "help": NOTES.get(name) or _note(name)}
+        place.add_argument(f"--{name}", dest=name, metavar="", **options)
 
-    add(
-        "", "resume", "go on from the last checkpoint of --output_dir, or from that of --config_path",
-        nargs="?", const="true",
-    )  # fmt: skip
-    add(
-        "", "config_path", "a file of settings, as LeRobot's; with --resume: a checkpoint's train_config.json"
-    )
-    add("policy", "policy.path", "checkpoint to start from: folder or Hub id; without it, fresh weights")
-    add("policy", "policy.type", "smolvla, as in LeRobot")
-    for name, entry in SETTINGS.items():
-        text = HELP.get(name) or (
-            " or ".join(map(str, CHOICES[name])) if name in CHOICES else accepted(entry)
+
+def _note(name: str) -> str:
+    if name in LEROBOTS:
+        values = LEROBOTS[name][0]
+        return "lerobot-train's, " + (
+            "ignored" if values is None else f"{' or '.join(map(shown, values))} only"
         )
-        text += f" (default: {entry.default})" if isinstance(entry.default, (str, int, float, tuple)) else ""
-        add(name.partition(".")[0] if "." in name else "", name, text)
-    for name in (*LEROBOTS, *NESTED):
-        values = LEROBOTS.get(name, (None,))[0]
-        add("lerobot", name, "ignored" if values is None else f"{' or '.join(map(shown, values))} only")
+    entry = SETTINGS[name]
+    text = " or ".join(map(str, CHOICES[name])) if name in CHOICES else accepted(entry)
+    return text + (
+        f" (default: {entry.default})" if isinstance(entry.default, (str, int, float, tuple)) else ""
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     progress: Progress | None = None
     try:
-        settings, checkpoint = read_settings(vars(args))
+        settings, checkpoint = read_settings({k: v for k, v in vars(args).items() if k != "passed_on"})
         with Progress(settings, console) as progress:
             done = train(settings, resume=checkpoint, on_begin=progress.begin, on_step=progress.step)
     except BaseException as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import operator
 import re
 import typing
 from collections.abc import Callable
@@ -20,6 +22,10 @@ CHOICES = {
     "implementation": ("ours", "lerobot"), "dtype": ("auto", "fp32", "bf16"), "fast": ("auto", "on", "off"),
     "dataset.video_backend": (None, "torchcodec", "pyav", "video_reader"),
 }  # fmt: skip
+OWN = (
+    "policy_path", "implementation", "fast", "image_cache", "dtype", "gradient_accumulation_steps", "log_with",
+)  # fmt: skip
+"""Settings that LeRobot has not."""
 TRACKERS = {"wandb", "trackio", "tensorboard"}
 Rule = tuple[Callable[[Any], bool], str]
 """Whether a value is accepted, and which ones are: "must be ..."."""
@@ -113,7 +119,8 @@ class WandbSettings:
     mode: str | None = None
 
 
-GROUPS = ("dataset", "policy", "wandb", "peft")
+GROUPS = {"dataset": "repo_id: me/pick", "policy": "type: smolvla", "wandb": "enable: true", "peft": "r: 16"}
+"""The groups of settings, each with an example."""
 
 
 @dataclass
@@ -233,10 +240,8 @@ class TrainSettings:
 
         raises  TrainingError naming a setting that is unknown or of another type, or another policy
         """
-        try:
-            import draccus
-        except ImportError as error:
-            raise TrainingError(f'{error}; run `pip install "smolvla_fast[train]"`') from error
+        import draccus
+
         policy = dict(values["policy"])
         if (kind := policy.pop("type", "smolvla")) != "smolvla":
             raise TrainingError(f"--policy.type={kind}: this command trains smolvla only; use lerobot-train")
@@ -251,16 +256,10 @@ class TrainSettings:
         LeRobot takes one forward pass per step, so its batch size is all the samples of one of our steps.
         """
         optimizer, scheduler = self.policy.get_optimizer_preset(), self.policy.get_scheduler_preset()
-        same = ("seed", "num_workers", "steps", "log_freq", "save_freq", "save_checkpoint", "eval_steps")
+        values = {name: value for name, value in self.to_dict().items() if name not in OWN}
         return {
-            **{
-                name: getattr(self, name) for name in (*same, "max_eval_samples", "tolerance_s", "rename_map")
-            },
-            "dataset": {k: v for k, v in dataclasses.asdict(self.dataset).items() if v is not None},
-            "policy": self.policy.to_dict(),
-            "output_dir": str(self.output_dir),
-            "wandb": dataclasses.asdict(self.wandb),
-            "peft": dataclasses.asdict(self.peft) if self.peft else None,
+            **values,
+            "dataset": {name: value for name, value in values["dataset"].items() if value is not None},
             "job_name": "smolvla",
             "batch_size": self.batch_size * self.gradient_accumulation_steps,
             "use_policy_training_preset": True,
@@ -293,24 +292,20 @@ def shown(value: Any) -> str:
 
 def _refusal(error: Exception, values: dict[str, Any]) -> str:
     """The message of draccus, or of a class's own check, with the flag, its value and what is accepted."""
-    path = [str(part) for part in getattr(error, "key_path", ())]
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        if "instantiate" in str(
-            cause
-        ):  # the class's own check knows better than draccus which field is wrong
+    path: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        path = [str(part) for part in getattr(cause, "key_path", path)]
+        if "instantiate" in str(cause):  # the class's own check knows better which field is wrong
             path = []
-        cause = cause.__cause__
-        deeper = [str(part) for part in getattr(cause, "key_path", ())]
-        path = deeper if deeper[: len(path)] == path else path
-    known, value = flags(), values
+        error, cause = cause, cause.__cause__
+    known = flags()
     while path and ".".join(path) not in known:
         path.pop()
     name = ".".join(path)
     if name in ("", *GROUPS):
         # The message names fields of the policy; the user gave flags.
         names = "|".join(entry.name for entry in dataclasses.fields(SmolVLAConfig))
-        return re.sub(rf"\b({names})\b", r"--policy.\1", str(cause))
-    for part in path:
-        value = value[part]
+        return re.sub(rf"\b({names})\b", r"--policy.\1", str(error))
+    value = functools.reduce(operator.getitem, path, values)
     return f"--{name}={shown(value)}: accepted is {accepted(known[name])}"
