@@ -80,50 +80,63 @@ def find_fault(root: Path, episodes: list[int] | None) -> str | None:
 
 
 def _faults(root: Path, episodes: list[int] | None) -> Iterator[str]:
-    from lerobot.datasets import io_utils
+    from lerobot.datasets import LeRobotDatasetMetadata, io_utils
 
     if not root.is_dir():
         yield "it is no folder" if root.exists() else "there is no such folder"
-        return
-    if not (root / INFO).exists():
+    elif not (root / INFO).exists():
         held = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
         yield f"{INFO} is missing, so it is not known to be a LeRobotDataset; it holds {held}"
-        return
-    yield from _version(root / INFO)
-    info, fault = _read(root, INFO, lambda: io_utils.load_info(root))
-    yield from fault
-    if fault:
-        return
+    yield from _read(root, INFO, lambda: int(_version(root).lstrip("v").split(".")[0]))
+    version = _version(root)
+    if version.startswith(("v1.", "v2.")):
+        yield (
+            f"it is a LeRobotDataset {version}, and v3.0 is read; convert it with `python -m lerobot.scripts."
+            f"convert_dataset_v21_to_v30 --repo-id=ID --root={root} --push-to-hub=false`"
+        )
+    elif not version.startswith("v3."):
+        yield f"it is a LeRobotDataset {version}, and v3.0 is read; install a newer LeRobot"
+    yield from _read(root, INFO, lambda: io_utils.load_info(root))
+    info = io_utils.load_info(root)
     if info.total_episodes < 1:
         yield f"{INFO} says that it has no episodes; record some"
-    yield from _read(root, TASKS, lambda: io_utils.load_tasks(root))[1]
-    yield from _read(root, STATS, lambda: io_utils.load_stats(root))[1]
+    yield from _read(root, TASKS, lambda: io_utils.load_tasks(root))
+    yield from _read(root, STATS, lambda: io_utils.load_stats(root))
     yield from _tables(root, EPISODES)
-    table, fault = _read(root, EPISODES, lambda: io_utils.load_episodes(root))
-    yield from fault
-    if fault:
-        return
-    if len(table) != info.total_episodes:
-        yield f"{EPISODES} describes {len(table)} episodes and {INFO} {info.total_episodes}; {AGAIN}"
-    yield from _features(info.features)
-    videos = [key for key, feature in info.features.items() if feature.get("dtype") == "video"]
-    wanted = range(len(table)) if episodes is None else episodes
-    files: dict[str, list[int]] = {}
-    for index in wanted:
-        for path in (
-            _data_file(info, table[index]),
-            *(_video_file(info, table[index], key) for key in videos),
-        ):
-            files.setdefault(path, []).append(index)
-    for name, held_in in sorted(files.items()):
-        if not (root / name).is_file():
-            yield f"{name} of the {_episodes(held_in)} is missing; {_ways_out(held_in, len(table))}"
-        elif name.endswith(".mp4") and (fault_of := video_fault(root / name)):
-            yield f"{name} of the {_episodes(held_in)} {fault_of}; {_ways_out(held_in, len(table))}"
+    yield from _read(root, EPISODES, lambda: io_utils.load_episodes(root))
+    # All that it reads is there, so that it does not ask the Hub.
+    meta = LeRobotDatasetMetadata("local/dataset", root)
+    if len(meta.episodes) != meta.total_episodes:
+        yield f"{EPISODES} describes {len(meta.episodes)} episodes and {INFO} {meta.total_episodes}; {AGAIN}"
+    yield from _features(meta.features)
+    yield from _missing_files(meta, range(meta.total_episodes) if episodes is None else episodes)
     yield from _tables(root, "data")
     for parquet in sorted((root / "data").glob("*/*.parquet")):
-        for unlike in _columns(parquet, info.features):
+        for unlike in _columns(parquet, meta.features):
             yield f"{parquet.relative_to(root)} does not fit {INFO}: {unlike}; mend {INFO}, or {AGAIN}"
+
+
+def _missing_files(meta: Any, episodes: Iterable[int]) -> Iterator[str]:
+    """Faults of the files of these episodes that show without reading them."""
+    files: dict[Path, list[int]] = {}
+    for index in episodes:
+        videos = [meta.get_video_file_path(index, key) for key in meta.video_keys]
+        for path in (meta.get_data_file_path(index), *videos):
+            files.setdefault(path, []).append(index)
+    for path, held_in in sorted(files.items()):
+        exists = (meta.root / path).is_file()
+        if (
+            fault := video_fault(meta.root / path)
+            if path.suffix == ".mp4"
+            else None
+            if exists
+            else "is missing"
+        ):
+            which = f"episode{'s' if len(held_in) > 1 else ''} {spans(held_in)}"
+            leave_out = (
+                ", or leave them out with --dataset.episodes" if len(held_in) < meta.total_episodes else ""
+            )
+            yield f"{path} of the {which} {fault}; {AGAIN}{leave_out}"
 
 
 def _features(features: dict[str, Any]) -> Iterator[str]:
@@ -179,49 +192,18 @@ def flat_values(column: Any) -> tuple[Any, list[int]]:
     return column, shape
 
 
-def _data_file(info: Any, episode: dict[str, Any]) -> str:
-    chunk, file = episode["data/chunk_index"], episode["data/file_index"]
-    return str(info.data_path.format(chunk_index=chunk, file_index=file))
+def _version(root: Path) -> str:
+    return str(json.loads((root / INFO).read_text(encoding="utf-8"))["codebase_version"])
 
 
-def _video_file(info: Any, episode: dict[str, Any], key: str) -> str:
-    chunk, file = (episode[f"videos/{key}/{what}_index"] for what in ("chunk", "file"))
-    return str(info.video_path.format(video_key=key, chunk_index=chunk, file_index=file))
-
-
-def _episodes(indices: list[int]) -> str:
-    return f"episode{'s' if len(indices) > 1 else ''} {spans(indices)}"
-
-
-def _ways_out(indices: list[int], of: int) -> str:
-    leave_out = ", or leave them out with --dataset.episodes" if len(indices) < of else ""
-    return AGAIN + leave_out
-
-
-def _version(path: Path) -> Iterator[str]:
+def _read(root: Path, name: str, read: Callable[[], Any]) -> Iterator[str]:
+    """The fault of the file that ``read`` reads, if there is one."""
     try:
-        version = json.loads(path.read_text(encoding="utf-8"))["codebase_version"]
-        major = int(str(version).lstrip("v").split(".")[0])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        yield f"{INFO} cannot be read ({first_line(error)}); {AGAIN}"
-        return
-    if major < 3:
-        yield (
-            f"it is a LeRobotDataset {version}, and v3.0 is read; convert it with `python -m lerobot.scripts."
-            f"convert_dataset_v21_to_v30 --repo-id=ID --root={path.parent.parent} --push-to-hub=false`"
-        )
-    elif major > 3:
-        yield f"it is a LeRobotDataset {version}, and v3.0 is read; install a newer LeRobot"
-
-
-def _read(root: Path, name: str, read: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What ``read`` returns, and the faults of the file it reads."""
-    try:
-        return read(), []
+        read()
     except Exception as error:  # of json, pandas, pyarrow, datasets and LeRobot
         missing = not (root / name).exists()
         state = "is missing" if missing else f"cannot be read ({first_line(error)})"
-        return None, [f"{name} {state}; {AGAIN}"]
+        yield f"{name} {state}; {AGAIN}"
 
 
 def _tables(root: Path, folder: str) -> Iterator[str]:
@@ -278,13 +260,16 @@ def check_files(dataset: Any) -> None:
     meta, columns = dataset.meta, dataset.hf_dataset.data
     chosen = sorted(dataset.episodes if dataset.episodes is not None else range(meta.total_episodes))
     begins, ends = (np.asarray(meta.episodes[f"dataset_{side}_index"]) for side in ("from", "to"))
-    wanted = np.concatenate([np.arange(begins[index], ends[index]) for index in chosen])
     found = columns.column("index").to_numpy()
-    if not np.array_equal(np.sort(found), wanted) or (dataset.episodes is None and found[0] != 0):
-        episode, counts = next(_miscounted(found, chosen, begins, ends), (chosen[0], "other rows"))
+    rows = np.sort(found)
+    wanted = np.concatenate([np.arange(begins[index], ends[index]) for index in chosen])
+    if not np.array_equal(rows, wanted) or (dataset.episodes is None and found[0] != 0):
+        counts, declared = np.searchsorted(rows, ends) - np.searchsorted(rows, begins), ends - begins
+        episode = next((index for index in chosen if counts[index] != declared[index]), chosen[0])
+        has = f"{counts[episode]} rows instead of {declared[episode]}"
         raise TrainingError(
             f"{meta.get_data_file_path(episode)} of {meta.root} does not hold what {EPISODES} says: episode {episode} has "
-            f"{counts}; {AGAIN}"
+            f"{has if counts[episode] != declared[episode] else 'other rows'}; {AGAIN}"
         )
     tasks = columns.column("task_index").to_numpy()
     if tasks.min() < 0 or tasks.max() >= len(meta.tasks):
@@ -292,15 +277,8 @@ def check_files(dataset: Any) -> None:
             f"{TASKS} of {meta.root} has {len(meta.tasks)} tasks, the data names task {tasks.max()}; {AGAIN}"
         )
     _check_nulls(meta, columns)
-    files: dict[tuple[str, Path], list[int]] = {}
-    for index in chosen:
-        for key in meta.video_keys:
-            files.setdefault((key, meta.get_video_file_path(index, key)), []).append(index)
-    for (_, name), held_in in files.items():
-        if fault := video_fault(meta.root / name):
-            raise TrainingError(
-                f"{name} of the {_episodes(held_in)} in {meta.root} {fault}; {_ways_out(held_in, meta.total_episodes)}"
-            )
+    for fault in _missing_files(meta, chosen):
+        raise TrainingError(f"in {meta.root}, {fault}")
 
 
 def _check_nulls(meta: Any, columns: Any) -> None:
@@ -321,10 +299,3 @@ def _check_nulls(meta: Any, columns: Any) -> None:
                 f"{key} at frame {frame} of episode {episode} is null in {meta.get_data_file_path(episode)} of {meta.root}, "
                 f"as {column.null_count} are; {AGAIN}, or leave such episodes out with --dataset.episodes"
             )
-
-
-def _miscounted(found: Any, chosen: list[int], begins: Any, ends: Any) -> Iterator[tuple[int, str]]:
-    for index in chosen:
-        count = int(((found >= begins[index]) & (found < ends[index])).sum())
-        if count != ends[index] - begins[index]:
-            yield index, f"{count} rows instead of {ends[index] - begins[index]}"
