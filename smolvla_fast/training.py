@@ -40,12 +40,11 @@ from .train.data import (
 from .train.dataset_files import first_line
 from .train.disk import check_output_dir, make_folder
 from .train.errors import TrainingError
-from .train.evaluation import held_out_loss
+from .train.evaluation import SEED
 from .train.finite import not_finite, refuse_nonfinite_weights
 from .train.log import Log
 from .train.policy import check_policy, make_policy, make_processors, speed_up
 from .train.processes import (
-    Ended,
     finish_trackers,
     make_accelerator,
     noise_of_share,
@@ -134,7 +133,7 @@ def train(
                 log.close()
         finally:
             finish_trackers(run.accelerator)
-            run.accelerator, run.model = Ended(), run.policy
+            run.accelerator, run.model = None, run.policy
     return run
 
 
@@ -149,14 +148,8 @@ def _told_how_to_go_on(output_dir: Path) -> Iterator[None]:
         if isinstance(error, TrainingError) and not fixed:
             raise
         last = Checkpoints(output_dir).last()
-        new = (
-            f"a new run, with --policy.path={last / files.PRETRAINED} and another --output_dir"
-            if last
-            else ""
-        )
-        if isinstance(error, TrainingError):
-            if last is None:
-                raise
+        new = f"a new run, with --policy.path={last and last / files.PRETRAINED} and another --output_dir"
+        if isinstance(error, TrainingError) and last:
             message = f"{said.rstrip('.')}. With the data mended, --resume=true goes on; {' and '.join(fixed)} need {new}"
         elif "DataLoader worker" in said:  # torch's signal handler raises it wherever the run is
             again = "go on with --resume=true and" if last else "run again with"
@@ -197,17 +190,19 @@ def _steps(run: Run, log: Log | None, on_step: Callable[[int, dict[str, float]],
             run.accelerator.wait_for_everyone()
 
 
+@torch.no_grad()
 def _held_out_loss(run: Run) -> float:
-    settings = run.settings
+    """Mean flow-matching loss over the held-out samples, at the same noise and times on every call."""
+    settings, total = run.settings, 0.0
     frames = held_out_frames(settings, run.data.held_out)
-
-    def losses() -> Iterator[tuple[int, Tensor]]:
+    run.policy.eval()
+    with seeded(SEED):
         for number, raw in enumerate(held_out_batches(settings, run.data.held_out, run.place)):
             samples = frames_of(settings, frames, number, run.place[1])
-            yield samples, loss_of(run, run.policy, run.prepared(raw), samples)
-
-    loss = held_out_loss(run.policy, losses())
-    return run.accelerator.reduce(torch.tensor(loss, device=run.policy.config.device), "mean").item()
+            total += samples * loss_of(run, run.policy, run.prepared(raw), samples).item()
+    run.policy.train()
+    mean = torch.tensor(total / frames, device=run.policy.config.device)
+    return run.accelerator.reduce(mean, "mean").item()
 
 
 def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool = False) -> Run:
@@ -253,7 +248,12 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
     )  # fmt: skip
     if resume:
         run.step = files.load_state(resume, optimizer, scheduler)
-        _check_same_data(run, resume)
+        before, now = saved["frames"], len(data.train)
+        if before != now:
+            raise TrainingError(
+                f"the dataset has {now} frames to train on, {before} when {resume} was written, so their order would "
+                f"differ. Resume on the same data, or start a new run with --policy.path={resume / files.PRETRAINED}"
+            )
     return run
 
 
@@ -265,6 +265,11 @@ def update(run: Run, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
     raises   TrainingError, with the weights as before, when loss or gradient is not finite
     """
     settings, parts, accelerator = run.settings, run.settings.gradient_accumulation_steps, run.accelerator
+    if accelerator is None:
+        raise TrainingError(
+            "this run has ended, and with it what its steps ran on; go on from its checkpoint with "
+            "train(settings, resume=CHECKPOINT), or begin with prepare(settings), whose run takes more steps"
+        )
     losses: list[Tensor] = []
     seen: list[dict[str, Any]] = []  # raw batches in the host's memory, for the message of an error
     data_s = 0.0
@@ -316,26 +321,12 @@ def write_checkpoint(run: Run, folder: Path) -> None:
         run.policy.config.save_pretrained(pretrained)
     run.preprocess.save_pretrained(pretrained)
     run.postprocess.save_pretrained(pretrained)
-    files.write_train_config(pretrained, run.settings.to_lerobot())
+    files.write_json(pretrained / "train_config.json", run.settings.to_lerobot())
     processes = run.place[1]
-    facts = {
-        "settings": run.settings.to_dict(),
-        "asked": run.asked,
-        "frames": len(run.data.train),
-        "processes": processes,
-    }
-    own = run.samples // processes
-    files.save_state(folder, run.step, own, processes, run.optimizer, run.scheduler, facts)
+    place = {"step": run.step, "num_processes": processes, "batch_size": run.samples // processes}
+    facts = {"settings": run.settings.to_dict(), "asked": run.asked, "frames": len(run.data.train)}
+    files.save_state(folder, run.optimizer, run.scheduler, place, {**facts, "processes": processes})
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _check_same_data(run: Run, checkpoint: Path) -> None:
-    before, now = files.read_run(checkpoint)["frames"], len(run.data.train)
-    if before != now:
-        raise TrainingError(
-            f"the dataset has {now} frames to train on, {before} when {checkpoint} was written, so their order would "
-            f"differ. Resume on the same data, or start a new run with --policy.path={checkpoint / files.PRETRAINED}"
-        )

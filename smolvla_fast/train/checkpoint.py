@@ -121,7 +121,9 @@ class Checkpoints:
     def last(self) -> Path | None:
         """The newest whole checkpoint: the one `last` names or, where a kill left it dangling, the highest step."""
         link, note = self.folder / LAST, self.folder / NOTE
-        name = os.readlink(link) if link.is_symlink() else _text(note).strip()
+        name = os.readlink(link) if link.is_symlink() else ""
+        with suppress(OSError, ValueError):
+            name = name or note.read_text(encoding="utf-8").strip()
         if name and (self.folder / name / STATE).is_dir():
             return self.folder / name
         steps = [p for p in self.folder.glob("[0-9]*") if p.name.isdigit() and (p / STATE).is_dir()]
@@ -132,26 +134,13 @@ class Checkpoints:
         return max(steps, key=lambda p: int("".join(filter(str.isdigit, p.name))), default=copied)
 
 
-def _text(path: Path) -> str:
-    """The text of a file; empty where there is none."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
-
-
 def save_state(
-    folder: Path,
-    step: int,
-    samples: int,
-    processes: int,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    run: dict[str, Any],
+    folder: Path, optimizer: Optimizer, scheduler: LRScheduler, place: dict[str, int], run: Any
 ) -> None:
-    """Writes ``training_state``: the files that LeRobot's ``load_training_state`` reads, and ``run.json``.
+    """Writes ``training_state``: the files that LeRobot's ``load_training_state`` reads, and ``run`` as ``run.json``.
 
-    samples  per optimizer step and process: LeRobot computes its place in the data from it
+    place  step, num_processes and batch_size (of a process and optimizer step), of which LeRobot computes its place in the
+           data
     """
     folder = folder / STATE
     folder.mkdir()
@@ -162,10 +151,10 @@ def save_state(
     save_file({name: value.contiguous() for name, value in tensors.items()}, str(folder / OPTIMIZER))
     save_file(random_state.collect(), str(folder / RANDOM))
     # How an update is computed belongs to the run, not to the checkpoint, as in LeRobot's file.
-    _write(folder / GROUPS, [{**group, "fused": None} for group in state["param_groups"]])
-    _write(folder / SCHEDULER, scheduler.state_dict())
-    _write(folder / STEP, {"step": step, "num_processes": processes, "batch_size": samples})
-    _write(folder / RUN, run)
+    write_json(folder / GROUPS, [{**group, "fused": None} for group in state["param_groups"]])
+    write_json(folder / SCHEDULER, scheduler.state_dict())
+    write_json(folder / STEP, place)
+    write_json(folder / RUN, run)
 
 
 def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -> int:
@@ -177,9 +166,7 @@ def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -
             _, index, name = key.split("/", 2)
             entries.setdefault(int(index), {})[name] = value
         groups = _read(folder / GROUPS)
-        for group, own in zip(
-            groups, optimizer.param_groups, strict=False
-        ):  # torch itself refuses another number of groups
+        for group, own in zip(groups, optimizer.param_groups, strict=False):  # torch refuses another number
             group["fused"] = own["fused"]
         optimizer.load_state_dict({"state": entries, "param_groups": groups})
         scheduler.load_state_dict(_read(folder / SCHEDULER))
@@ -205,11 +192,7 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
-def write_train_config(folder: Path, values: dict[str, Any]) -> None:
-    _write(folder / "train_config.json", values)
-
-
-def _write(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=4), encoding="utf-8")
 
 

@@ -6,28 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..smolvla.features import ACTION, OBS_IMAGES
 from .data import to_floats
 from .random_state import seeded
 
 SEED = 7
-
-
-@torch.no_grad()
-def held_out_loss(policy: Any, losses: Iterable[tuple[int, Tensor]]) -> float:
-    """Mean flow-matching loss over the samples, at the same noise and times on every call.
-
-    losses  samples and mean loss of each batch, computed as they are asked for
-    """
-    total, count = 0.0, 0
-    policy.eval()
-    with seeded(SEED):
-        for samples, loss in losses:
-            total, count = total + samples * loss.item(), count + samples
-    policy.train()
-    return total / count
+"""Of the noise and times of every evaluation."""
 
 
 @torch.no_grad()
@@ -49,11 +34,8 @@ def action_error(
     target = torch.cat([batch[ACTION].float().cpu() for batch in inputs])
     valid = ~torch.cat([batch["action_is_pad"].cpu() for batch in inputs])
     constant = target[valid].mean(dim=0)
-    return _mean_square((predicted - target)[valid]), _mean_square(target[valid] - constant)
-
-
-def _mean_square(x: Tensor) -> float:
-    return x.square().mean().item()
+    errors = (predicted - target)[valid], target[valid] - constant
+    return errors[0].square().mean().item(), errors[1].square().mean().item()
 
 
 def _with_other_images(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -38,11 +38,13 @@ def policy_names(features: Mapping[str, Any], rename_map: dict[str, str]) -> dic
                 )
             spare = next((name for name in both if name not in rename_map), None)
             flag = (
-                as_flag({**rename_map, spare: f"{spare}_unused"}) if spare else "a name of its own for each"
+                as_flag({**rename_map, spare: f"{spare}_unused"}) + f" to leave {spare!r} out"
+                if spare
+                else ""
             )
             raise TrainingError(
-                f"both {both[0]!r} and {both[1]!r} of the dataset would be the policy's {new!r}; give --rename_map {flag}"
-                + (f" to leave {spare!r} out" if spare else "")
+                f"both {both[0]!r} and {both[1]!r} of the dataset would be the policy's {new!r}; give --rename_map "
+                + (flag or "a name of its own for each")
             )
     return renamed
 
@@ -64,7 +66,7 @@ def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict
         (OBS_STATE, config.robot_state_feature, "max_state_dim"),
     ):
         if key not in found:
-            raise TrainingError(_missing(settings, found, names, key, declared))
+            raise TrainingError(_missing(settings, found, names, key))
         shape = found[key].shape
         size, field = size_of(shape), "output_features" if key == ACTION else "input_features"
         if key == ACTION and (len(shape) > 1 or shape == (1,)):
@@ -87,12 +89,12 @@ def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict
 
 
 def _missing(
-    settings: TrainSettings, found: dict[str, PolicyFeature], names: dict[str, str], key: str,
-    declared: PolicyFeature | None,
-) -> str:  # fmt: skip
+    settings: TrainSettings, found: dict[str, PolicyFeature], names: dict[str, str], key: str
+) -> str:
     """The message for a missing state or action, with another state to rename instead, of the same size if possible."""
     has = [name for name, new in names.items() if new in found]
     states = [name for name in has if found[names[name]].type in (FeatureType.STATE, FeatureType.ENV)]
+    declared = settings.policy.robot_state_feature
     states.sort(key=lambda name: declared is None or found[names[name]].shape != declared.shape)
     advice = ""
     if key == OBS_STATE and states and settings.policy_path:
@@ -104,13 +106,10 @@ def _missing(
 def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], names: dict[str, str]) -> None:
     """TrainingError unless the dataset has all cameras of the policy, or ``rename_map`` gives each of its own a place."""
     config = settings.policy
-    cameras = {
-        old: new for old, new in names.items() if new in found and found[new].type is FeatureType.VISUAL
-    }
+    is_camera = {name for name, feature in found.items() if feature.type is FeatureType.VISUAL}
+    cameras = {old: new for old, new in names.items() if new in is_camera}
     if not cameras:
-        raise TrainingError(
-            f"the dataset has no camera, SmolVLA needs at least one; its features are {sorted(names)}"
-        )
+        raise TrainingError(f"the dataset has no camera, SmolVLA needs one; its features are {sorted(names)}")
     expected = [key for key in config.image_features if "empty_camera" not in key]
     missing = [key for key in expected if key not in cameras.values()]
     left_out = missing[config.empty_cameras :]
@@ -131,19 +130,16 @@ def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], nam
     if missing and settings.policy_path:
         unplaced = [old for old, new in cameras.items() if new not in expected] or list(cameras)
         flag = as_flag({**settings.rename_map, **dict(zip(unplaced, missing, strict=False))})
-        ways.insert(
-            0,
-            f"--rename_map {flag} if cameras have other names (with each of them renamed, the policy is trained without "
-            "the rest)",
+        if_named = (
+            "if cameras have other names (with each of them renamed, the policy is trained without the rest)"
         )
-    raise TrainingError(
-        (
-            f"the dataset lacks the cameras {missing} of the policy"
-            if missing
-            else "the policy declares no camera"
-        )
-        + f"; the dataset has {list(cameras)}. Give {', or '.join(ways)}"
+        ways.insert(0, f"--rename_map {flag} {if_named}")
+    what = (
+        f"the dataset lacks the cameras {missing} of the policy"
+        if missing
+        else "the policy declares no camera"
     )
+    raise TrainingError(f"{what}; the dataset has {list(cameras)}. Give {', or '.join(ways)}")
 
 
 def how_to_remove(names: list[str]) -> str:

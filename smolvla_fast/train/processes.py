@@ -41,18 +41,6 @@ def own_accelerate() -> Iterator[None]:
             state.update(before)
 
 
-class Ended:
-    """In place of the accelerator of a run that has ended."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # of copy and pickle, which ask for what need not be there
-            raise AttributeError(name)
-        raise TrainingError(
-            "this run has ended, and with it what its steps ran on; go on from its checkpoint with "
-            "train(settings, resume=CHECKPOINT), or begin with prepare(settings), whose run takes more steps"
-        )
-
-
 def make_accelerator(settings: TrainSettings) -> Any:
     """An ``Accelerator`` in a fresh state of accelerate. TrainingError for a tracker that is not installed, for a device
     other than the policy's, for several processes without a seed, and for FSDP, DeepSpeed and other launches that split a
