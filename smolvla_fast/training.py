@@ -48,7 +48,6 @@ from .train.processes import (
     finish_trackers,
     make_accelerator,
     noise_of_share,
-    on_processes,
     own_accelerate,
     start_trackers,
     weight_of_share,
@@ -242,8 +241,10 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
     preset = settings.policy.get_optimizer_preset()
     optimizer = preset.build(policy.get_optim_params(), fused=fused or None)
     scheduler = settings.policy.get_scheduler_preset().build(optimizer, settings.steps)
+    several = accelerator.num_processes > 1
+    model = accelerator.prepare_model(policy, device_placement=False) if several else policy
     run = Run(
-        settings, asked, data, policy, accelerator, on_processes(accelerator, policy), preprocess, postprocess,
+        settings, asked, data, policy, accelerator, model, preprocess, postprocess,
         optimizer, scheduler, 0, path, place,
     )  # fmt: skip
     if resume:

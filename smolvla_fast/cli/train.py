@@ -61,26 +61,19 @@ def _note(name: str) -> str:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    progress: Progress | None = None
     try:
         settings, checkpoint = read_settings({k: v for k, v in vars(args).items() if k != "passed_on"})
         with Progress(settings, console) as progress:
             done = train(settings, resume=checkpoint, on_begin=progress.begin, on_step=progress.step)
-    except BaseException as error:
-        # The curve matters most for a run that stopped, by an error or by hand.
-        if progress is not None and progress.bar is not None:
-            draw(progress.settings, console)
-        if isinstance(error, TrainingError):
-            raise CommandError(str(error)) from error
-        raise
+    except TrainingError as error:
+        raise CommandError(str(error)) from error
     if done.place[0] == 0:
         console.line(f"trained to step {done.step}; checkpoints and log are in {settings.output_dir}")
-        draw(settings, console)
     return 0
 
 
 class Progress:
-    """A bar on a terminal, or a line every ``log_freq`` steps elsewhere."""
+    """A bar on a terminal, or a line every ``log_freq`` steps elsewhere, and in the end the curve."""
 
     def __init__(self, settings: TrainSettings, console: Console) -> None:
         self.settings, self.console = settings, console
@@ -91,8 +84,10 @@ class Progress:
         return self
 
     def __exit__(self, *reason: Any) -> None:
+        # The curve matters most for a run that stopped, by an error or by hand.
         if self.bar is not None:
             self.bar.close()
+            draw(self.settings, self.console)
 
     def begin(self, run: Run) -> None:
         held_out = run.data.held_out
@@ -108,49 +103,42 @@ class Progress:
             f"steps {run.step + 1} to {self.settings.steps}, {run.samples} samples each, "
             f"{run.step * run.samples / len(run.data.train):.1f} epochs done"
         )
-        self.bar = tqdm(
-            initial=run.step, total=self.settings.steps, unit="step", disable=None, dynamic_ncols=True
-        )
+        steps = {"initial": run.step, "total": self.settings.steps, "unit": "step"}
+        self.bar = tqdm(**steps, disable=None, dynamic_ncols=True)
         self.samples = run.samples
 
     def step(self, step: int, facts: dict[str, float]) -> None:
         self.window.add(self.samples, **facts)
         means = self.window.means()
+        due = self.settings.log_freq and step % self.settings.log_freq == 0
         if not self.bar.disable:
-            rate = f"{means['samples_per_s']:.3g}"
-            self.bar.set_postfix(
-                {"loss": f"{facts['loss']:.4f}", "grad norm": f"{facts['grad_norm']:.3g}", "samples/s": rate},
-                refresh=False,
-            )
+            shown = {"loss": f"{facts['loss']:.4f}", "grad norm": f"{facts['grad_norm']:.3g}"}
+            self.bar.set_postfix({**shown, "samples/s": f"{means['samples_per_s']:.3g}"}, refresh=False)
             self.bar.update()
-        every = self.settings.log_freq
-        if every and step % every == 0:
-            if self.bar.disable:
-                left = (self.settings.steps - step) * self.samples / means["samples_per_s"]
-                self.console.line(
-                    f"step {step:>6,} of {self.settings.steps:,}  loss {means['loss']:.4f}  "
-                    f"grad norm {means['grad_norm']:.3g}  lr {facts['lr']:.2e}  "
-                    f"{means['samples_per_s']:.3g} samples/s  {timedelta(seconds=round(left))} left"
-                )
+        elif due:
+            left = (self.settings.steps - step) * self.samples / means["samples_per_s"]
+            self.console.line(
+                f"step {step:>6,} of {self.settings.steps:,}  loss {means['loss']:.4f}  "
+                f"grad norm {means['grad_norm']:.3g}  lr {facts['lr']:.2e}  "
+                f"{means['samples_per_s']:.3g} samples/s  {timedelta(seconds=round(left))} left"
+            )
+        if due:
             self.window = Window()
 
 
 def draw(settings: TrainSettings, console: Console) -> None:
     """Saves the loss curve beside the log, or prints why there is none."""
-    try:
-        from ..measure.plot import loss_curve
-    except ImportError:
-        console.line('no curve: matplotlib is not installed; run `pip install "smolvla_fast[cli]"`')
-        return
     path = settings.output_dir / "train_log.png"
     try:
+        from ..measure.plot import loss_curve
+
         log = read_log(settings.output_dir)
         if not any("loss" in entry for entry in log):
-            raise ValueError(
-                "no step was logged" + ("" if settings.log_freq else ", as --log_freq=0 asks for")
-            )
+            why = "" if settings.log_freq else ", as --log_freq=0 asks for"
+            raise ValueError(f"no step was logged{why}")
         loss_curve(log, f"SmolVLA, {settings.output_dir.name}", path)
+        console.line(f"wrote {path}")
+    except ImportError:
+        console.line('no curve: matplotlib is not installed; run `pip install "smolvla_fast[cli]"`')
     except (OSError, ValueError) as error:
         console.line(f"no curve: {error}")
-        return
-    console.line(f"wrote {path}")

@@ -66,11 +66,21 @@ def other_backend(name: str | None) -> str | None:
     return other
 
 
-def find_fault(root: Path, episodes: list[int] | None) -> str | None:
-    """The first fault of a dataset that cannot be opened, and what to do; None where none is found.
+def not_opened(repo_id: str, root: str | None, episodes: list[int] | None, error: Exception) -> str:
+    """The message for a dataset that LeRobot cannot open: the first fault of its files, or ``error``, and what to do."""
+    from lerobot.utils.constants import HF_LEROBOT_HOME
 
-    episodes  indices that the run reads; None: all
-    """
+    folder = Path(root or HF_LEROBOT_HOME / repo_id).expanduser()
+    # LeRobot asks the Hub for a missing file, so its own error may be one of the network.
+    fault = _find_fault(folder, episodes) if root or folder.is_dir() else None
+    return (
+        f"cannot open the dataset {repo_id} ({root or 'no --dataset.root'}): "
+        + (f"in {folder}, {fault}" if fault else first_line(error))
+        + ". Accepted is the Hub id of a LeRobotDataset v3.0, or its folder (the one that holds meta/) as --dataset.root"
+    )
+
+
+def _find_fault(root: Path, episodes: list[int] | None) -> str | None:
     try:
         return next(_faults(root, episodes), None)
     except OSError as error:

@@ -62,11 +62,8 @@ def check_output_dir(folder: Path, new: bool) -> None:
 
 def advice(error: BaseException) -> str:
     """What to do about a disk that refuses to write."""
-    number = getattr(error, "errno", None)
-    if number is None and (
-        said := re.search(r"os error (\d+)", str(error))
-    ):  # safetensors has it in its text alone
-        number = int(said[1])
+    said = re.search(r"os error (\d+)", str(error))  # safetensors has it in its text alone
+    number = getattr(error, "errno", None) or (said and int(said[1]))
     if number in READ_ONLY:
         return "make it writable"
     return "free some space" if number in FULL else "mend that"
@@ -77,14 +74,11 @@ def replace(source: Path, target: Path) -> None:
     try:
         os.replace(source, target)
     except OSError as error:
-        if error.errno not in LACKING | {errno.EEXIST, errno.EACCES} or _is_folder(target):
+        folder = target.is_dir() and not target.is_symlink()
+        if folder or error.errno not in LACKING | {errno.EEXIST, errno.EACCES}:
             raise
         target.unlink(missing_ok=True)
         os.rename(source, target)
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def flush(folder: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,20 @@ from .errors import TrainingError
 NAME = "train_log.jsonl"
 
 
-@dataclass
 class Window:
     """Means since the last line, over optimizer steps; ``data_s`` and ``update_s`` are seconds a step."""
 
-    sums: dict[str, float] = field(default_factory=dict)
-    count: int = 0
-    samples: int = 0
+    def __init__(self) -> None:
+        self.sums, self.count = Counter[str](), 0
 
     def add(self, samples: int, **values: float) -> None:
         self.count += 1
-        self.samples += samples
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.sums.update({"samples": samples, **values})
 
     def means(self) -> dict[str, float]:
         means = {name: value / self.count for name, value in self.sums.items()}
-        return {**means, "samples_per_s": self.samples / (self.sums["data_s"] + self.sums["update_s"])}
+        samples = means.pop("samples")
+        return {**means, "samples_per_s": samples / (means["data_s"] + means["update_s"])}
 
 
 class Log:
@@ -86,12 +84,8 @@ class Log:
 
 def read_log(output_dir: Path) -> list[dict[str, Any]]:
     """All entries; none without a log. A line that a kill cut short is skipped."""
-    entries: list[dict[str, Any]] = []
-    if not (output_dir / NAME).exists():
-        return entries
-    for line in (output_dir / NAME).read_text(encoding="utf-8").splitlines():
-        try:
+    path, entries = output_dir / NAME, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
             entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return entries

@@ -57,12 +57,13 @@ def make_accelerator(settings: TrainSettings) -> Any:
     for name in sorted({*trackers} - {*map(str, get_available_trackers())}):
         raise TrainingError(f"{trackers[name]}: {name} is not installed; run `pip install {name}`")
     device = torch.device(settings.policy.device or "cpu").type
+    accumulation = GradientAccumulationPlugin(
+        settings.gradient_accumulation_steps, sync_with_dataloader=False
+    )
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision="bf16" if settings.bf16 else "no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            settings.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
+        gradient_accumulation_plugin=accumulation,
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=True),  # as LeRobot: some get no gradient
             InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while the first downloads
@@ -105,10 +106,8 @@ def start_trackers(accelerator: Any, settings: TrainSettings) -> None:
     if not accelerator.log_with:
         return
     wandb, folder = settings.wandb, settings.output_dir / TRACKERS
-    given = {
-        "dir": folder, "entity": wandb.entity, "notes": wandb.notes, "mode": wandb.mode, "id": wandb.run_id,
-        "resume": "allow",
-    }  # fmt: skip
+    given = {name: getattr(wandb, name) for name in ("entity", "notes", "mode")}
+    given |= {"dir": folder, "id": wandb.run_id, "resume": "allow"}
     flat = {name: value for name, value in settings.to_dict().items() if isinstance(value, (int, float, str))}
     make_folder(folder)
     try:
@@ -154,10 +153,3 @@ def weight_of_share(accelerator: Any, batch: dict[str, Any], samples: int, place
     valid = (~padded).sum() if mine.stop > mine.start else padded.new_zeros((), dtype=torch.int64)
     total = accelerator.reduce(valid, "sum").clamp_min(1)
     return valid.float() * place[1] / total
-
-
-def on_processes(accelerator: Any, policy: Any) -> Any:
-    """The policy under DistributedDataParallel, or itself where there is one process."""
-    return (
-        accelerator.prepare_model(policy, device_placement=False) if accelerator.num_processes > 1 else policy
-    )

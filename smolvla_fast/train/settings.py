@@ -227,12 +227,8 @@ class TrainSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, for a checkpoint's ``run.json``."""
-        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        values |= {
-            name: dataclasses.asdict(values[name]) for name in ("dataset", "wandb", "peft") if values[name]
-        }
-        values["policy"] = self.policy.to_dict()
-        return {**values, "output_dir": str(self.output_dir)}
+        own = {"policy": self.policy.to_dict(), "output_dir": str(self.output_dir)}
+        return {**dataclasses.asdict(self), **own}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainSettings:
