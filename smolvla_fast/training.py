@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .ops.memory import is_out_of_memory
 from .train import checkpoint as files
+from .train import processes
 from .train.checkpoint import Checkpoints
 from .train.data import (
     Data,
@@ -40,24 +40,13 @@ from .train.data import (
 from .train.dataset_files import first_line
 from .train.disk import check_output_dir, make_folder
 from .train.errors import TrainingError
-from .train.evaluation import SEED
 from .train.finite import not_finite, refuse_nonfinite_weights
 from .train.log import Log
 from .train.policy import check_policy, make_policy, make_processors, speed_up
-from .train.processes import (
-    finish_trackers,
-    make_accelerator,
-    noise_of_share,
-    own_accelerate,
-    start_trackers,
-    weight_of_share,
-)
 from .train.random_state import seed_all, seeded
 from .train.resume import batch_size_of
 from .train.settings import TrainSettings
 from .train.trial import try_step
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -110,28 +99,27 @@ def train(
     The caller's random state is restored. Processes that accelerate or torchrun has started train together. The run has
     ended: ``update`` on it is a TrainingError; a loop of your own begins with ``prepare``.
     """
-    with seeded(settings.seed), _told_how_to_go_on(settings.output_dir), own_accelerate():
+    with seeded(settings.seed), _told_how_to_go_on(settings.output_dir), processes.own_accelerate():
         run = prepare(settings, resume, trial=True)
         if resume is None:
             seed_all(settings.seed)  # the noise must not depend on how many numbers the constructors drew
         log = None
         try:
             if run.place[0] == 0:
-                start_trackers(run.accelerator, run.settings)
+                processes.start_trackers(run.accelerator, run.settings)
                 on_begin(run)
                 log = Log(settings.output_dir, run.step, settings.log_freq, run.accelerator.log)
             _steps(run, log, on_step)
+            if log:
+                log.close()
         except BaseException:
             # The error that stopped the run matters, not a disk too full for one more line.
             with suppress(TrainingError):
                 if log:
                     log.close()
             raise
-        else:
-            if log:
-                log.close()
         finally:
-            finish_trackers(run.accelerator)
+            processes.finish_trackers(run.accelerator)
             run.accelerator, run.model = None, run.policy
     return run
 
@@ -195,7 +183,7 @@ def _held_out_loss(run: Run) -> float:
     settings, total = run.settings, 0.0
     frames = held_out_frames(settings, run.data.held_out)
     run.policy.eval()
-    with seeded(SEED):
+    with seeded(7):
         for number, raw in enumerate(held_out_batches(settings, run.data.held_out, run.place)):
             samples = frames_of(settings, frames, number, run.place[1])
             total += samples * loss_of(run, run.policy, run.prepared(raw), samples).item()
@@ -214,7 +202,7 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
 
     accelerate's state of this process is replaced; ``train`` puts it back.
     """
-    accelerator = make_accelerator(settings)
+    accelerator = processes.make_accelerator(settings)
     place = accelerator.process_index, accelerator.num_processes
     if place[0] == 0:
         check_output_dir(settings.output_dir, resume is None)
@@ -230,6 +218,12 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
     source = resume / files.PRETRAINED if resume else settings.policy_path
     with accelerator.main_process_first():  # which downloads
         data = open_data(settings)
+        before, now = saved.get("frames"), len(data.train)
+        if resume and before != now:
+            raise TrainingError(
+                f"the dataset has {now} frames to train on, {before} when {resume} was written, so their order would "
+                f"differ. Resume on the same data, or start a new run with --policy.path={source}"
+            )
         policy = make_policy(settings, source)
     preprocess, postprocess = make_processors(settings, data.stats, source, resume is not None)
     if trial:  # before the patch, whose counters and image cache would keep the trial
@@ -249,12 +243,6 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
     )  # fmt: skip
     if resume:
         run.step = files.load_state(resume, optimizer, scheduler)
-        before, now = saved["frames"], len(data.train)
-        if before != now:
-            raise TrainingError(
-                f"the dataset has {now} frames to train on, {before} when {resume} was written, so their order would "
-                f"differ. Resume on the same data, or start a new run with --policy.path={resume / files.PRETRAINED}"
-            )
     return run
 
 
@@ -267,10 +255,8 @@ def update(run: Run, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
     """
     settings, parts, accelerator = run.settings, run.settings.gradient_accumulation_steps, run.accelerator
     if accelerator is None:
-        raise TrainingError(
-            "this run has ended, and with it what its steps ran on; go on from its checkpoint with "
-            "train(settings, resume=CHECKPOINT), or begin with prepare(settings), whose run takes more steps"
-        )
+        way = "train(settings, resume=CHECKPOINT), or begin with prepare(settings)"
+        raise TrainingError(f"this run has ended; go on from its checkpoint with {way}")
     losses: list[Tensor] = []
     seen: list[dict[str, Any]] = []  # raw batches in the host's memory, for the message of an error
     data_s = 0.0
@@ -308,10 +294,10 @@ def loss_of(run: Run, model: Any, batch: dict[str, Any], samples: int) -> Tensor
     model    the policy, or what is around it      samples  in the batch, over all processes
     """
     several = run.place[1] > 1
-    drawn = noise_of_share(run.policy, samples, run.place) if several else {}
+    drawn = processes.noise_of_share(run.policy, samples, run.place) if several else {}
     with run.accelerator.autocast():
         loss, _ = model(batch, **drawn)
-    return loss * weight_of_share(run.accelerator, batch, samples, run.place) if several else loss
+    return loss * processes.weight_of_share(run.accelerator, batch, samples, run.place) if several else loss
 
 
 def write_checkpoint(run: Run, folder: Path) -> None:
@@ -323,10 +309,10 @@ def write_checkpoint(run: Run, folder: Path) -> None:
     run.preprocess.save_pretrained(pretrained)
     run.postprocess.save_pretrained(pretrained)
     files.write_json(pretrained / "train_config.json", run.settings.to_lerobot())
-    processes = run.place[1]
-    place = {"step": run.step, "num_processes": processes, "batch_size": run.samples // processes}
+    count = run.place[1]
+    place = {"step": run.step, "num_processes": count, "batch_size": run.samples // count}
     facts = {"settings": run.settings.to_dict(), "asked": run.asked, "frames": len(run.data.train)}
-    files.save_state(folder, run.optimizer, run.scheduler, place, {**facts, "processes": processes})
+    files.save_state(folder, run, place, {**facts, "processes": count})
 
 
 def _due(step: int, every: int) -> bool:

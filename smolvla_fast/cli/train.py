@@ -12,7 +12,6 @@ Started as `-m smolvla_fast.cli train` by `accelerate launch --multi_gpu` or tor
 from __future__ import annotations
 
 import argparse
-import logging
 from datetime import timedelta
 from typing import Any
 
@@ -24,8 +23,6 @@ from ..train.flags import LEROBOTS, SETTINGS, read_settings
 from ..train.log import Window, read_log
 from ..train.settings import CHOICES, GROUPS, TrainSettings, accepted, shown
 from ..training import Run, train
-
-logger = logging.getLogger(__name__)
 
 NOTES = {
     "resume": "go on from the last checkpoint of --output_dir, or from that of --config_path",
@@ -50,14 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _note(name: str) -> str:
     if name in LEROBOTS:
         values = LEROBOTS[name][0]
-        return "lerobot-train's, " + (
-            "ignored" if values is None else f"{' or '.join(map(shown, values))} only"
-        )
+        return f"lerobot-train's: {'ignored' if values is None else ' or '.join(map(shown, values))}"
     entry = SETTINGS[name]
     text = " or ".join(map(str, CHOICES[name])) if name in CHOICES else accepted(entry)
-    return text + (
-        f" (default: {entry.default})" if isinstance(entry.default, (str, int, float, tuple)) else ""
-    )
+    plain = isinstance(entry.default, (str, int, float, tuple))
+    return f"{text} (default: {entry.default})" if plain else text
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import random_state
-from .disk import advice, flush, flush_entry, replace
+from .disk import advice, flush, replace
 from .errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ class Checkpoints:
             self._clear()
             aside.mkdir()
             write(aside)
-            flush(aside)
+            for path in (*aside.rglob("*"), aside, self.folder):
+                flush(path)  # or the rename may reach the disk before the bytes
             self._put(aside, final)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -73,7 +74,7 @@ class Checkpoints:
             os.rename(final, old)
         os.rename(aside, final)
         self._point_at(final.name)
-        flush_entry(self.folder)
+        flush(self.folder)
         shutil.rmtree(old, ignore_errors=True)
 
     def _point_at(self, name: str) -> None:
@@ -86,7 +87,7 @@ class Checkpoints:
         except OSError as error:
             aside.unlink(missing_ok=True)
             aside.write_text(name, encoding="utf-8")
-            flush_entry(aside)
+            flush(aside)
             replace(aside, note)
             with suppress(OSError):
                 if link.is_symlink():
@@ -98,8 +99,7 @@ class Checkpoints:
                     "other programs want the folder of a step", link, error.strerror or error, note,
                 )  # fmt: skip
         else:
-            if note.exists():
-                note.unlink()
+            note.unlink(missing_ok=True)
 
     def _clear(self) -> None:
         """Removes what a killed process left half written, and moves back a checkpoint that it moved aside."""
@@ -134,27 +134,24 @@ class Checkpoints:
         return max(steps, key=lambda p: int("".join(filter(str.isdigit, p.name))), default=copied)
 
 
-def save_state(
-    folder: Path, optimizer: Optimizer, scheduler: LRScheduler, place: dict[str, int], run: Any
-) -> None:
-    """Writes ``training_state``: the files that LeRobot's ``load_training_state`` reads, and ``run`` as ``run.json``.
+def save_state(folder: Path, run: Any, place: dict[str, int], facts: dict[str, Any]) -> None:
+    """Writes ``training_state`` of a ``Run``: the files that LeRobot's ``load_training_state`` reads, and ``run.json``.
 
-    place  step, num_processes and batch_size (of a process and optimizer step), of which LeRobot computes its place in the
-           data
+    place  step, num_processes and batch_size (per process and step), of which LeRobot computes its place in the data
+    facts  what ``run.json`` holds
     """
     folder = folder / STATE
     folder.mkdir()
-    state = optimizer.state_dict()
-    tensors = {
-        f"state/{i}/{name}": value for i, entry in state["state"].items() for name, value in entry.items()
-    }
-    save_file({name: value.contiguous() for name, value in tensors.items()}, str(folder / OPTIMIZER))
+    state = run.optimizer.state_dict()
+    entries = state["state"].items()
+    tensors = {f"state/{i}/{name}": t.contiguous() for i, entry in entries for name, t in entry.items()}
+    save_file(tensors, str(folder / OPTIMIZER))
     save_file(random_state.collect(), str(folder / RANDOM))
     # How an update is computed belongs to the run, not to the checkpoint, as in LeRobot's file.
     write_json(folder / GROUPS, [{**group, "fused": None} for group in state["param_groups"]])
-    write_json(folder / SCHEDULER, scheduler.state_dict())
+    write_json(folder / SCHEDULER, run.scheduler.state_dict())
     write_json(folder / STEP, place)
-    write_json(folder / RUN, run)
+    write_json(folder / RUN, facts)
 
 
 def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -> int:
@@ -187,8 +184,8 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
         return _read(path)
     except (OSError, ValueError) as error:
         raise TrainingError(
-            f"{path} cannot be read ({error}), so it is not known how this run was configured. A checkpoint written by "
-            f"LeRobot can be started from with --policy.path={checkpoint / PRETRAINED} and a new --output_dir"
+            f"{path} cannot be read ({error}), so this run's settings are unknown. From a checkpoint of LeRobot's begin a "
+            f"new run, with --policy.path={checkpoint / PRETRAINED} and a new --output_dir"
         ) from error
 
 

@@ -46,14 +46,10 @@ class Data:
     def stats(self) -> dict[str, Any]:
         """The dataset's numeric statistics, under the policy's names."""
         return {
-            self.names[key]: {name: value for name, value in entry.items() if _are_numbers(value)}
+            self.names[key]: {n: v for n, v in entry.items() if np.asarray(v).dtype.kind in "biuf"}
             for key, entry in (self.meta.stats or {}).items()
             if key in self.names and isinstance(entry, Mapping)
         }
-
-
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, Tensor) or np.asarray(value).dtype.kind in "biuf"
 
 
 def open_data(settings: TrainSettings) -> Data:
@@ -109,9 +105,8 @@ def split_episodes(settings: TrainSettings, meta: Any) -> tuple[list[int] | None
     chosen = settings.dataset.episodes
     unknown = [index for index in chosen or [] if not 0 <= index < meta.total_episodes]
     if unknown:
-        raise TrainingError(
-            f"dataset.episodes={chosen}: the dataset has episodes 0 to {meta.total_episodes - 1}, not {unknown}"
-        )
+        last = meta.total_episodes - 1
+        raise TrainingError(f"--dataset.episodes={chosen}: there are episodes 0 to {last}, not {unknown}")
     if not settings.dataset.eval_split:
         return chosen, []
     by_task: dict[str, list[int]] = {}
@@ -124,12 +119,9 @@ def split_episodes(settings: TrainSettings, meta: Any) -> tuple[list[int] | None
         held_out += episodes[kept:]
     if not train:
         alone = all(len(episodes) == 1 for episodes in by_task.values())
-        what = (
-            "leave it out, for no task has a second episode to hold out" if alone else "give a smaller share"
-        )
-        raise TrainingError(
-            f"dataset.eval_split={settings.dataset.eval_split} leaves no episode to train on; {what}"
-        )
+        advice = "leave it out: no task has a second episode" if alone else "give a smaller share"
+        share = settings.dataset.eval_split
+        raise TrainingError(f"--dataset.eval_split={share} leaves no episode to train on; {advice}")
     return train, held_out
 
 
@@ -144,15 +136,11 @@ def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, names:
             continue
         if fault := statistics_fault(source, features[key], mode, stats, "meta/stats.json"):
             raise TrainingError(
-                f"meta/stats.json: {fault}; normalisation {mode.value} of {key!r} needs it. Compute it with "
-                "`lerobot-edit-dataset --operation.type recompute_stats` (see its --help), or switch normalisation off "
-                "with --policy.normalization_mapping"
+                f"meta/stats.json: {fault}; normalisation {mode.value} of {key!r} needs it. Compute it with `lerobot-edit-"
+                "dataset --operation.type recompute_stats`, or switch it off with --policy.normalization_mapping"
             )
         if key != source:
-            logger.warning(
-                "%s, renamed, is normalised by its statistics, as under the policy's own name; lerobot-train 0.6.1 looks "
-                "for them under the new name, and trains on such features as they are", source,
-            )  # fmt: skip
+            logger.warning("%s, renamed, is normalised by its statistics, not in lerobot-train 0.6.1", source)
 
 
 def check_values(dataset: Any, names: dict[str, str]) -> None:
@@ -176,8 +164,7 @@ def check_values(dataset: Any, names: dict[str, str]) -> None:
             episode, frame = (held.column(name)[row].as_py() for name in ("episode_index", "frame_index"))
             raise TrainingError(
                 f"{key!r} is {values[row, column].item()} at frame {frame} of episode {episode} (value {column}), and "
-                f"{len(bad[:, 0].unique())} frames have such values. Repair the recording, or leave the episodes out with "
-                "--dataset.episodes"
+                f"{len(bad[:, 0].unique())} frames have such values. Repair them, or leave them out with --dataset.episodes"
             )
 
 
@@ -282,9 +269,6 @@ def _loader(settings: TrainSettings, dataset: Any, meta: Any, batches: Any) -> B
 def to_floats(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
     """Moves uint8 camera frames to the device, a quarter of fp32's traffic, and converts them there to fp32 in [0, 1]."""
 
-    return {
-        key: value.to(device, non_blocking=True).to(torch.float32) / 255.0
-        if isinstance(value, Tensor) and value.dtype is torch.uint8
-        else value
-        for key, value in batch.items()
-    }
+    frames = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.dtype is torch.uint8}
+    floats = {k: v.to(device, non_blocking=True).to(torch.float32) / 255.0 for k, v in frames.items()}
+    return {**batch, **floats}

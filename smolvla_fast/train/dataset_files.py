@@ -35,13 +35,9 @@ def first_line(error: BaseException) -> str:
 
 def spans(numbers: Iterable[int]) -> str:
     """``0 to 3, 7``"""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in found)
+    inside = np.sort([*numbers])
+    runs = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def check_backend(name: str | None, videos: bool) -> None:
@@ -99,13 +95,11 @@ def _faults(root: Path, episodes: list[int] | None) -> Iterator[str]:
         yield f"{INFO} is missing, so it is not known to be a LeRobotDataset; it holds {held}"
     yield from _read(root, INFO, lambda: int(_version(root).lstrip("v").split(".")[0]))
     version = _version(root)
-    if version.startswith(("v1.", "v2.")):
-        yield (
-            f"it is a LeRobotDataset {version}, and v3.0 is read; convert it with `python -m lerobot.scripts."
-            f"convert_dataset_v21_to_v30 --repo-id=ID --root={root} --push-to-hub=false`"
-        )
-    elif not version.startswith("v3."):
-        yield f"it is a LeRobotDataset {version}, and v3.0 is read; install a newer LeRobot"
+    convert = f"convert_dataset_v21_to_v30 --repo-id=ID --root={root} --push-to-hub=false"
+    old = version.startswith(("v1.", "v2."))
+    way = f"convert it with `python -m lerobot.scripts.{convert}`" if old else "install a newer LeRobot"
+    if not version.startswith("v3."):
+        yield f"it is a LeRobotDataset {version}, and v3.0 is read; {way}"
     yield from _read(root, INFO, lambda: io_utils.load_info(root))
     info = io_utils.load_info(root)
     if info.total_episodes < 1:
@@ -120,10 +114,7 @@ def _faults(root: Path, episodes: list[int] | None) -> Iterator[str]:
         yield f"{EPISODES} describes {len(meta.episodes)} episodes and {INFO} {meta.total_episodes}; {AGAIN}"
     yield from _features(meta.features)
     yield from _missing_files(meta, range(meta.total_episodes) if episodes is None else episodes)
-    yield from _tables(root, "data")
-    for parquet in sorted((root / "data").glob("*/*.parquet")):
-        for unlike in _columns(parquet, meta.features):
-            yield f"{parquet.relative_to(root)} does not fit {INFO}: {unlike}; mend {INFO}, or {AGAIN}"
+    yield from _tables(root, "data", meta.features)
 
 
 def _missing_files(meta: Any, episodes: Iterable[int]) -> Iterator[str]:
@@ -143,33 +134,27 @@ def _missing_files(meta: Any, episodes: Iterable[int]) -> Iterator[str]:
             else "is missing"
         ):
             which = f"episode{'s' if len(held_in) > 1 else ''} {spans(held_in)}"
-            leave_out = (
-                ", or leave them out with --dataset.episodes" if len(held_in) < meta.total_episodes else ""
-            )
+            part = len(held_in) < meta.total_episodes
+            leave_out = ", or leave them out with --dataset.episodes" if part else ""
             yield f"{path} of the {which} {fault}; {AGAIN}{leave_out}"
 
 
 def _features(features: dict[str, Any]) -> Iterator[str]:
     """Faults of the declared features that show without the data."""
     for key, feature in features.items():
-        if not isinstance(feature.get("shape"), (list, tuple)) or not feature["shape"]:
-            yield f"{INFO} has shape {json.dumps(feature.get('shape'))} for {key!r}; accepted is a list such as [6]"
-        if feature.get("dtype") not in ("image", "video"):
-            continue
-        for what in ("shape", "names"):
-            if not isinstance(feature.get(what), (list, tuple)) or len(feature[what]) != 3:
+        camera = feature.get("dtype") in ("image", "video")
+        examples = {"shape": "[480, 640, 3]" if camera else "[6]", "names": '["height", "width", "channels"]'}
+        for what in ("shape", "names") if camera else ("shape",):
+            value = feature.get(what)
+            if not isinstance(value, (list, tuple)) or not value or (camera and len(value) != 3):
                 yield (
-                    f"{INFO} has {what} {json.dumps(feature.get(what))} for the camera {key!r}; accepted are three, such as "
-                    + ("[480, 640, 3]" if what == "shape" else '["height", "width", "channels"]')
+                    f"{INFO} has {what} {json.dumps(value)} for {'the camera ' if camera else ''}{key!r}; accepted is a "
+                    f"list such as {examples[what]}"
                 )
 
 
-def _columns(path: Path, features: dict[str, Any]) -> Iterator[str]:
-    """Features that a data file lacks, or holds in another shape than is declared."""
-    import pyarrow.parquet as pq
-
-    with path.open("rb") as file:
-        table = pq.read_table(file)
+def _columns(table: Any, features: dict[str, Any]) -> Iterator[str]:
+    """Features that a table lacks, or holds in another shape than is declared."""
     for key, feature in features.items():
         dtype, declared = feature.get("dtype"), feature.get("shape")
         if dtype == "video":
@@ -211,13 +196,15 @@ def _read(root: Path, name: str, read: Callable[[], Any]) -> Iterator[str]:
     try:
         read()
     except Exception as error:  # of json, pandas, pyarrow, datasets and LeRobot
-        missing = not (root / name).exists()
-        state = "is missing" if missing else f"cannot be read ({first_line(error)})"
+        state = f"cannot be read ({first_line(error)})" if (root / name).exists() else "is missing"
         yield f"{name} {state}; {AGAIN}"
 
 
-def _tables(root: Path, folder: str) -> Iterator[str]:
-    """Faults of all parquet files of a folder: LeRobot reads every one, whichever episodes are wanted."""
+def _tables(root: Path, folder: str, features: dict[str, Any] | None = None) -> Iterator[str]:
+    """Faults of all parquet files of a folder: LeRobot reads every one, whichever episodes are wanted.
+
+    features  as they are declared, where the files hold them
+    """
     import pyarrow.parquet as pq
 
     paths = sorted((root / folder).glob("*/*.parquet"))
@@ -226,9 +213,12 @@ def _tables(root: Path, folder: str) -> Iterator[str]:
     for path in paths:
         try:
             with path.open("rb") as file:  # given a path, pyarrow would accept a folder of files
-                pq.read_table(file)
+                table = pq.read_table(file)
         except Exception as error:
             yield f"{path.relative_to(root)} cannot be read ({first_line(error)}); {AGAIN}"
+            continue
+        for unlike in _columns(table, features or {}):
+            yield f"{path.relative_to(root)} does not fit {INFO}: {unlike}; mend {INFO}, or {AGAIN}"
 
 
 def video_fault(path: Path) -> str | None:
@@ -283,9 +273,8 @@ def check_files(dataset: Any) -> None:
         )
     tasks = columns.column("task_index").to_numpy()
     if tasks.min() < 0 or tasks.max() >= len(meta.tasks):
-        raise TrainingError(
-            f"{TASKS} of {meta.root} has {len(meta.tasks)} tasks, the data names task {tasks.max()}; {AGAIN}"
-        )
+        named = f"{len(meta.tasks)} tasks, the data names task {tasks.max()}"
+        raise TrainingError(f"{TASKS} of {meta.root} has {named}; {AGAIN}")
     _check_nulls(meta, columns)
     for fault in _missing_files(meta, chosen):
         raise TrainingError(f"in {meta.root}, {fault}")
@@ -302,9 +291,7 @@ def _check_nulls(meta: Any, columns: Any) -> None:
             )
         if column.null_count and key in meta.image_keys:
             row = int(np.asarray(column.is_null()).argmax())
-            episode, frame = (
-                int(columns.column(name)[row].as_py()) for name in ("episode_index", "frame_index")
-            )
+            episode, frame = (columns.column(name)[row].as_py() for name in ("episode_index", "frame_index"))
             raise TrainingError(
                 f"{key} at frame {frame} of episode {episode} is null in {meta.get_data_file_path(episode)} of {meta.root}, "
                 f"as {column.null_count} are; {AGAIN}, or leave such episodes out with --dataset.episodes"

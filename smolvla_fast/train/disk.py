@@ -39,7 +39,6 @@ def make_folder(folder: Path) -> None:
 
 def check_output_dir(folder: Path, new: bool) -> None:
     """TrainingError for a folder that a ``new`` run would overwrite, or that refuses files. Leaves nothing behind."""
-    made: list[Path] = []
     try:
         # Trackers begin before the first step; should that fail, the same command may run again.
         used = folder.is_dir() and any(entry.name != TRACKERS for entry in folder.iterdir())
@@ -48,10 +47,9 @@ def check_output_dir(folder: Path, new: bool) -> None:
         raise TrainingError(f"--output_dir={folder} cannot be read ({error}); give another") from error
     if used and new:
         resumes = any(folder.glob("checkpoints/[0-9]*"))
-        raise TrainingError(
-            f"--output_dir={folder} is there already and would be overwritten; give another"
-            + (", or --resume=true to go on" if resumes else " (it holds no checkpoint to resume)")
-        )
+        way = ", or --resume=true to go on" if resumes else " (it holds no checkpoint to resume)"
+        used_by = f"--output_dir={folder} is there already and would be overwritten"
+        raise TrainingError(f"{used_by}; give another{way}")
     try:
         make_folder(folder)
     finally:
@@ -81,13 +79,7 @@ def replace(source: Path, target: Path) -> None:
         os.rename(source, target)
 
 
-def flush(folder: Path) -> None:
-    """Writes everything below a folder to the disk: a rename may otherwise reach it before the bytes do."""
-    for path in [*folder.rglob("*"), folder, folder.parent]:
-        flush_entry(path)
-
-
-def flush_entry(path: Path) -> None:
+def flush(path: Path) -> None:
     """Writes a file, or the names in a folder, to the disk, where the file system supports it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

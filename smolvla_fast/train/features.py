@@ -37,14 +37,11 @@ def policy_names(features: Mapping[str, Any], rename_map: dict[str, str]) -> dic
                     f"{wrong!r} out of it" + (f": --rename_map {as_flag(left)}" if left else "")
                 )
             spare = next((name for name in both if name not in rename_map), None)
-            flag = (
-                as_flag({**rename_map, spare: f"{spare}_unused"}) + f" to leave {spare!r} out"
-                if spare
-                else ""
-            )
+            advice = "a name of its own for each"
+            if spare:
+                advice = f"{as_flag({**rename_map, spare: f'{spare}_unused'})} to leave {spare!r} out"
             raise TrainingError(
-                f"both {both[0]!r} and {both[1]!r} of the dataset would be the policy's {new!r}; give --rename_map "
-                + (flag or "a name of its own for each")
+                f"{both[0]!r} and {both[1]!r} would be the policy's {new!r}; give --rename_map {advice}"
             )
     return renamed
 
@@ -76,9 +73,8 @@ def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict
             )
         if declared is not None and declared.shape != shape:
             raise TrainingError(
-                f"{key!r} has {size} values in the dataset and {size_of(declared.shape)} in the policy's configuration. To "
-                f"train for another robot than the checkpoint's, give --policy.{field}=null, which takes the dataset's "
-                "features"
+                f"{key!r} has {size} values in the dataset and {size_of(declared.shape)} in the policy's configuration; for "
+                f"another robot than the checkpoint's give --policy.{field}=null, which takes the dataset's features"
             )
         if shape[-1] > getattr(config, limit):
             fresh = "; this needs fresh weights: leave out --policy.path" if settings.policy_path else ""
@@ -88,9 +84,7 @@ def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict
             )
 
 
-def _missing(
-    settings: TrainSettings, found: dict[str, PolicyFeature], names: dict[str, str], key: str
-) -> str:
+def _missing(settings: TrainSettings, found: dict[str, Any], names: dict[str, str], key: str) -> str:
     """The message for a missing state or action, with another state to rename instead, of the same size if possible."""
     has = [name for name, new in names.items() if new in found]
     states = [name for name in has if found[names[name]].type in (FeatureType.STATE, FeatureType.ENV)]
@@ -120,8 +114,7 @@ def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], nam
         # Every camera of the dataset has its place. LeRobot trains so too, without the policy's other cameras.
         logger.warning(
             "the dataset lacks the cameras %s of the policy, which is trained without them; --policy.empty_cameras=%d puts "
-            "masked blank frames in their place",
-            left_out, len(missing),
+            "masked blank frames in their place", left_out, len(missing),
         )  # fmt: skip
         return
     ways = ["--policy.input_features=null to take the dataset's features"]
@@ -130,24 +123,15 @@ def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], nam
     if missing and settings.policy_path:
         unplaced = [old for old, new in cameras.items() if new not in expected] or list(cameras)
         flag = as_flag({**settings.rename_map, **dict(zip(unplaced, missing, strict=False))})
-        if_named = (
-            "if cameras have other names (with each of them renamed, the policy is trained without the rest)"
-        )
-        ways.insert(0, f"--rename_map {flag} {if_named}")
-    what = (
-        f"the dataset lacks the cameras {missing} of the policy"
-        if missing
-        else "the policy declares no camera"
-    )
+        ways.insert(0, f"--rename_map {flag} if names differ (with all renamed, the rest is left out)")
+    what = f"the dataset lacks the policy's cameras {missing}" if missing else "the policy declares no camera"
     raise TrainingError(f"{what}; the dataset has {list(cameras)}. Give {', or '.join(ways)}")
 
 
 def how_to_remove(names: list[str]) -> str:
     """Advice to remove features from the dataset."""
-    return (
-        "take it out of the dataset with `lerobot-edit-dataset --operation.type remove_feature "
-        f'--operation.feature_names "{names}"` (see its --help)'
-    )
+    edit = f'lerobot-edit-dataset --operation.type remove_feature --operation.feature_names "{names}"'
+    return f"take it out of the dataset with `{edit}` (see its --help)"
 
 
 def size_of(shape: tuple[int, ...]) -> str:
@@ -163,8 +147,5 @@ def policy_features(features: dict[str, Any], names: dict[str, str]) -> dict[str
     """The dataset's features under the policy's names, cameras as (channels, height, width)."""
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
-    renamed = {names[key]: feature for key, feature in features.items()}
-    return {
-        key: PolicyFeature(FeatureType(feature.type.value), tuple(feature.shape))
-        for key, feature in dataset_to_policy_features(renamed).items()
-    }
+    found = dataset_to_policy_features({names[key]: feature for key, feature in features.items()})
+    return {k: PolicyFeature(FeatureType(f.type.value), tuple(f.shape)) for k, f in found.items()}

@@ -29,10 +29,7 @@ def not_finite(run: Any, loss: float, grad_norm: float, batches: list[dict[str, 
     cause = f"the data of the step, {run.samples} samples, are finite: {CALMER}"
     if causes:
         cause = f"{'; '.join(causes)}: repair the data or its statistics"
-    return (
-        f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}; {cause}. The step was not taken, and the "
-        "checkpoints before it are as they were"
-    )
+    return f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}; {cause}. The step was not taken"
 
 
 def refuse_nonfinite_weights(run: Any, last: Path | None) -> None:

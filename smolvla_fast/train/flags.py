@@ -21,20 +21,19 @@ from .settings import CHOICES, GROUPS, TrainSettings, accepted, flags, shown
 
 # Flags of lerobot-train without a counterpart here: the values that are accepted, since they ask for nothing (None: any),
 # and the advice for other values. A name covers all names below it.
-IGNORED = (None, "")
+IGNORED = (
+    "job_name", "checkpoint_path", "prefetch_factor", "persistent_workers", "dataloader_multiprocessing_context", "job",
+    "wandb.disable_artifact", "wandb.add_tags", "env_eval_freq", "eval", "eval.n_episodes", "eval.batch_size",
+    "eval.use_async_envs", "eval.recording", "dataset.image_transforms", "dataset.return_uint8",
+    "dataset.depth_output_unit",
+)  # fmt: skip
 LEROBOTS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
-    "job_name": IGNORED, "checkpoint_path": IGNORED,
-    "prefetch_factor": IGNORED, "persistent_workers": IGNORED, "dataloader_multiprocessing_context": IGNORED,
+    **dict.fromkeys(IGNORED, (None, "")),
     "cudnn_deterministic": ((False,), "set torch.backends.cudnn.deterministic in a loop of your own"),
-    "wandb.disable_artifact": IGNORED, "wandb.add_tags": IGNORED, "env_eval_freq": IGNORED, "job": IGNORED,
-    "eval": IGNORED, "eval.n_episodes": IGNORED, "eval.batch_size": IGNORED, "eval.use_async_envs": IGNORED,
-    "eval.recording": IGNORED,
     "job.target": ((None, "local"), "run this command on the machine that is to train"),
     "env": ((None,), "evaluate a checkpoint with lerobot-eval"),
-    "reward_model": ((None,), "use lerobot-train"),
-    "sample_weighting": ((None,), "use lerobot-train"),
+    **dict.fromkeys(("reward_model", "sample_weighting"), ((None,), "use lerobot-train")),
     "save_checkpoint_to_hub": ((False,), "upload a checkpoint's pretrained_model"),
-    "dataset.image_transforms": IGNORED, "dataset.return_uint8": IGNORED, "dataset.depth_output_unit": IGNORED,
     "dataset.image_transforms.enable": ((False,), "leave it out, or train with lerobot-train, which has them"),
     "dataset.streaming": ((False,), "download the dataset, or name its folder with --dataset.root"),
     "dataset.repo_type": (("dataset",), "download the dataset, or name its folder with --dataset.root"),
@@ -43,11 +42,7 @@ LEROBOTS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "optimizer": ((None,), "set --policy.optimizer_*"), "scheduler": ((None,), "set --policy.scheduler_*"),
 }  # fmt: skip
 SETTINGS = {name: entry for name, entry in flags().items() if name not in (*GROUPS, "policy_path", *LEROBOTS)}
-TEXTS = {
-    name
-    for name, entry in SETTINGS.items()
-    if name not in CHOICES and str(entry.type).startswith(("str", "Path"))
-}
+TEXTS = {name for name, entry in SETTINGS.items() if str(entry.type).startswith(("str", "Path"))} - {*CHOICES}
 
 
 def read_settings(given: dict[str, str]) -> tuple[TrainSettings, Path | None]:
@@ -80,9 +75,7 @@ def read_settings(given: dict[str, str]) -> tuple[TrainSettings, Path | None]:
     if source is None:
         source = policy.get("pretrained_path")
     elif not str(source):
-        raise TrainingError(
-            "--policy.path is empty: give a checkpoint's folder or Hub id, or leave the flag out for fresh weights"
-        )
+        raise TrainingError("--policy.path is empty: give a folder or Hub id; without it, weights are fresh")
     elif typed:
         raise TrainingError("--policy.path and --policy.type: give one; a checkpoint says its own type")
     else:
@@ -169,9 +162,7 @@ def _refuse_absent(name: str, value: Any) -> None:
         raise TrainingError(f"no setting --{name}" + (f"; did you mean --{near[0]}?" if near else ""))
     values, instead = LEROBOTS[rule]
     if values is not None and value not in values:
-        raise TrainingError(
-            f"--{name}={shown(value)}: this command accepts {' or '.join(map(shown, values))} only; {instead}"
-        )
+        raise TrainingError(f"--{name}={shown(value)}: must be {' or '.join(map(shown, values))}; {instead}")
 
 
 def _check_device(name: Any) -> None:
@@ -194,15 +185,12 @@ def _checkpoint(asked: dict[str, Any], config_path: str | None) -> Path:
             )
         return checkpoint
     if "output_dir" not in asked:
-        raise TrainingError(
-            "--resume=true needs the run's --output_dir, or the --config_path of a checkpoint"
-        )
+        raise TrainingError("--resume=true needs --output_dir, or the --config_path of a checkpoint")
+    folder = Path(str(asked["output_dir"]))
     try:
-        found = Checkpoints(Path(str(asked["output_dir"]))).last()
+        found = Checkpoints(folder).last()
     except (OSError, ValueError) as error:  # of a name that the system does not take
-        raise TrainingError(f"--output_dir={asked['output_dir']} cannot be read ({error})") from error
+        raise TrainingError(f"--output_dir={folder} cannot be read ({error})") from error
     if found is None:
-        raise TrainingError(
-            f"--output_dir={asked['output_dir']} holds no whole checkpoint to resume; leave out --resume for a new run"
-        )
+        raise TrainingError(f"--output_dir={folder} holds no whole checkpoint; leave out --resume to begin")
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,19 +37,12 @@ class Log:
     track  called with the values and the step of each line, for other trackers
     """
 
-    def __init__(
-        self, output_dir: Path, step: int, every: int, track: Callable[..., None] = lambda values, step: None
-    ) -> None:
+    def __init__(self, output_dir: Path, step: int, every: int, track: Any = lambda *_, **__: None) -> None:
         self.path, self.step, self.every, self.track = output_dir / NAME, step, every, track
         self.window = Window()
         if self.path.exists():
             kept = [entry for entry in read_log(output_dir) if entry["step"] <= step]
-            aside = self.path.with_suffix(".partial")
-            self._write(aside, "w", kept)
-            try:
-                replace(aside, self.path)
-            except OSError as error:
-                raise self._refused(self.path, error) from error
+            self._write(self.path.with_suffix(".partial"), "w", kept)
 
     def add(self, step: int, samples: int, **facts: float) -> None:
         """Records a step, and writes the means since the last line when one is due."""
@@ -73,13 +65,11 @@ class Log:
         try:
             with path.open(mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            if path != self.path:
+                replace(path, self.path)
         except OSError as error:
-            raise self._refused(path, error) from error
-
-    def _refused(self, path: Path, error: OSError) -> TrainingError:
-        return TrainingError(
-            f"cannot write the log {path}: {error.strerror or error}; {advice(error)} and resume"
-        )
+            said = f"cannot write {path}: {error.strerror or error}; {advice(error)} and resume"
+            raise TrainingError(said) from error
 
 
 def read_log(output_dir: Path) -> list[dict[str, Any]]:

@@ -35,8 +35,7 @@ def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
         adapted = config.use_peft
         if adapted and settings.peft and source == settings.policy_path:  # a resumed run goes on with its own
             raise ValueError(
-                "it holds adapters already, which --peft.* would not change; leave those out to train them further, or "
-                "give --policy.path the policy that they adapt"
+                "it holds adapters already, which --peft.* would not change; leave those out, or start from their base"
             )
         config.use_peft = adapted or settings.peft is not None
         policy_class: Any = SmolVLAPolicy
@@ -66,26 +65,20 @@ def check_policy(settings: TrainSettings) -> None:
 
     raises  TrainingError for a missing backbone, and for sizes that are impossible or beyond this machine's memory
     """
-    config = replace(
-        settings.policy, input_features={}, output_features={}, load_vlm_weights=False, compile_model=False,
-        device="cpu",
-    )  # fmt: skip
+    plain: dict[str, Any] = {"load_vlm_weights": False, "compile_model": False, "device": "cpu"}
+    config = replace(settings.policy, input_features={}, output_features={}, **plain)
     try:
         with torch.device("meta"):
             sizes = [parameter.numel() for parameter in SmolVLAPolicy(config).parameters()]
         if not all(sizes):
             raise ValueError("some of its layers would have no weights")
-        needed, there = 4 * sum(sizes), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > there:
-            raise ValueError(
-                f"its weights need {needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}"
-            )
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        if (needed := 4 * sum(sizes) / 2**30) > there:
+            raise ValueError(f"its weights need {needed:,.0f} GiB, this machine has {there:,.0f}")
     except Exception as error:  # torch, transformers and the Hub each raise their own
-        sizes_of = (
-            "vlm_model_name", "num_vlm_layers", "num_expert_layers", "expert_width_multiplier", "max_state_dim",
-            "max_action_dim",
-        )  # fmt: skip
-        given = ", ".join(f"--policy.{name}={getattr(config, name)}" for name in sizes_of)
+        names = ["vlm_model_name", "num_vlm_layers", "num_expert_layers", "expert_width_multiplier"]
+        names += ["max_state_dim", "max_action_dim"]
+        given = ", ".join(f"--policy.{name}={getattr(config, name)}" for name in names)
         raise TrainingError(f"no policy can be made of {given}: {error}") from error
 
 
@@ -147,10 +140,7 @@ def make_processors(
             feature although the configuration says so
     """
     if source is not None and not resume and is_absent(source, f"{PREPROCESSOR_NAME}.json"):
-        logger.warning(
-            "%s has no %s.json: processors are made from its configuration and the dataset's statistics",
-            source, PREPROCESSOR_NAME,
-        )  # fmt: skip
+        logger.warning("%s has no %s.json: processors are made from the dataset", source, PREPROCESSOR_NAME)
         source = None
     try:
         preprocess, postprocess = _processors(settings, stats, source, resume)

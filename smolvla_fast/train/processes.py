@@ -57,13 +57,11 @@ def make_accelerator(settings: TrainSettings) -> Any:
     for name in sorted({*trackers} - {*map(str, get_available_trackers())}):
         raise TrainingError(f"{trackers[name]}: {name} is not installed; run `pip install {name}`")
     device = torch.device(settings.policy.device or "cpu").type
-    accumulation = GradientAccumulationPlugin(
-        settings.gradient_accumulation_steps, sync_with_dataloader=False
-    )
+    parts = settings.gradient_accumulation_steps
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision="bf16" if settings.bf16 else "no",
-        gradient_accumulation_plugin=accumulation,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(parts, sync_with_dataloader=False),
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=True),  # as LeRobot: some get no gradient
             InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while the first downloads
@@ -80,14 +78,12 @@ def make_accelerator(settings: TrainSettings) -> Any:
         )
     if accelerator.device.type != device:
         raise TrainingError(
-            f"--policy.device={device}, and accelerate was launched for {accelerator.device.type}; give "
-            f"--policy.device={accelerator.device.type}, or launch without --cpu (`accelerate config` may hold it)"
+            f"--policy.device={device}, and accelerate was launched for {accelerator.device.type}; give that device, or "
+            "launch without --cpu (`accelerate config` may hold it)"
         )
     if accelerator.num_processes > 1 and settings.seed is None:
-        raise TrainingError(
-            f"--seed=null: {accelerator.num_processes} processes need one seed to share weights and noise; give a number, "
-            "0 or more, or leave it out"
-        )
+        count = accelerator.num_processes
+        raise TrainingError(f"--seed=null: {count} processes need one seed for weights and noise; give one")
     # Set by accelerate's launcher for several processes, which on a CPU starts them by MPI alone.
     if accelerator.num_processes == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
         logger.warning(

@@ -44,7 +44,7 @@ def collect() -> dict[str, Tensor]:
     from lerobot.utils.random_utils import serialize_numpy_rng_state
 
     version, words, held = random.getstate()
-    gauss = np.random.get_state(legacy=True)[4]  # noqa: NPY002
+    *_, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     state = {
         **serialize_numpy_rng_state(), "np_rng_cached_gaussian": torch.tensor([gauss], dtype=torch.float64),
         "py_rng_version": torch.tensor([version]), "py_rng_state": torch.tensor(words),

@@ -71,10 +71,7 @@ def go_on(asked: dict[str, Any], checkpoint: Path) -> TrainSettings:
     settings = TrainSettings.from_dict(saved)
     before = was["steps"]
     if settings.steps != before and min(settings.steps, before) < settings.policy.scheduler_decay_steps:
-        logger.warning(
-            "the run was to have %d steps and now %d: its learning rates go on along the new schedule",
-            before, settings.steps,
-        )  # fmt: skip
+        logger.warning("steps: %d, not %d: learning rates follow the new schedule", settings.steps, before)
     return settings
 
 
@@ -88,7 +85,7 @@ def batch_size_of(settings: TrainSettings, before: int, processes: int) -> int:
         )
     if processes != before:
         logger.warning(
-            "processes: %d now, %d at the checkpoint: batch_size is %d now, for the same samples and noise a step; sums "
-            "are in another order", processes, before, samples // processes,
+            "processes: %d now, %d at the checkpoint: batch_size is %d now, for as many samples a step",
+            processes, before, samples // processes,
         )  # fmt: skip
     return samples // processes

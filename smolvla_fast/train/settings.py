@@ -20,7 +20,7 @@ from .errors import TrainingError
 
 CHOICES = {
     "implementation": ("ours", "lerobot"), "dtype": ("auto", "fp32", "bf16"), "fast": ("auto", "on", "off"),
-    "dataset.video_backend": (None, "torchcodec", "pyav", "video_reader"),
+    "dataset.video_backend": ("torchcodec", "pyav", "video_reader"),
 }  # fmt: skip
 OWN = (
     "policy_path", "implementation", "fast", "image_cache", "dtype", "gradient_accumulation_steps", "log_with",
@@ -58,6 +58,7 @@ RULES: dict[str, Rule] = {
     "policy.scheduler_decay_lr": _within(0),
     "peft.r": _within(1, 2**16),
     "log_with": (lambda names: {*names} <= TRACKERS, f"a list out of {sorted(TRACKERS)}"),
+    **{name: (choices.__contains__, " or ".join(choices)) for name, choices in CHOICES.items()},
 }  # fmt: skip
 """What a setting must satisfy unless it is None."""
 WORDS = {
@@ -185,41 +186,26 @@ class TrainSettings:
                 raise TrainingError(f"--{prefix}{error}") from error
         for name in ("log_freq", "save_freq", "eval_steps", "max_eval_samples"):
             setattr(self, name, max(0, getattr(self, name)))  # below 0 is 0, as in LeRobot
-        for name, accepted in CHOICES.items():
-            if (value := self._value(name)) not in accepted:
-                words = ", ".join(map(shown, accepted))
-                raise TrainingError(f"--{name}={shown(value)}: accepted are {words}")
         for name, (accepts, words) in RULES.items():
-            if (value := self._value(name)) is not None and not accepts(value):
+            group, _, key = name.rpartition(".")
+            value = getattr(getattr(self, group) if group else self, key, None)
+            if value is not None and not accepts(value):
                 raise TrainingError(f"--{name}={shown(value)}: must be {words}")
         self._check_together()
 
     def _check_together(self) -> None:
         """TrainingError for settings of which one needs another."""
-        if not self.dataset.repo_id:
-            raise TrainingError(
-                "no dataset: give --dataset.repo_id (a Hub id such as lerobot/svla_so101_pickplace), and --dataset.root "
-                "for a local folder"
-            )
-        if self.image_cache and self.fast == "off":
-            raise TrainingError("--image_cache needs the fast path: give --fast=auto, or --image_cache=0")
-        if self.eval_steps and not self.dataset.eval_split:
-            raise TrainingError(
-                f"--eval_steps={self.eval_steps} needs held-out episodes: begin a new run with --dataset.eval_split, for "
-                "instance 0.1; it cannot be added with --resume"
-            )
-        if (self.peft or self.policy.use_peft) and not self.policy_path:
-            raise TrainingError(
-                "--peft.* and --policy.use_peft need --policy.path: adapters change a policy that was trained"
-            )
-        if self.rename_map and not self.policy_path:
-            raise TrainingError(
-                "--rename_map needs --policy.path: a fresh policy takes the dataset's names, so there is nothing to rename"
-            )
-
-    def _value(self, name: str) -> Any:
-        group, _, key = name.rpartition(".")
-        return getattr(getattr(self, group) if group else self, key, None)
+        data, adapted, fresh = self.dataset, self.peft or self.policy.use_peft, not self.policy_path
+        unlike = {
+            "no dataset: give --dataset.repo_id, a Hub id, and --dataset.root for a local folder": not data.repo_id,
+            "--image_cache needs the fast path: give --fast=auto": self.image_cache and self.fast == "off",
+            f"--eval_steps={self.eval_steps} needs held-out episodes: begin a new run with --dataset.eval_split=0.1, it "
+            "cannot be added with --resume": self.eval_steps and not data.eval_split,
+            "--peft.* and --policy.use_peft need --policy.path: adapters change a trained policy": adapted and fresh,
+            "--rename_map needs --policy.path: a fresh policy takes the dataset's names": self.rename_map and fresh,
+        }  # fmt: skip
+        for message in (message for message, wrong in unlike.items() if wrong):
+            raise TrainingError(message)
 
     @property
     def bf16(self) -> bool:
@@ -289,12 +275,12 @@ def shown(value: Any) -> str:
 def _refusal(error: Exception, values: dict[str, Any]) -> str:
     """The message of draccus, or of a class's own check, with the flag, its value and what is accepted."""
     path: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
+    causes: list[BaseException] = [error]
+    for cause in causes:
         path = [str(part) for part in getattr(cause, "key_path", path)]
         if "instantiate" in str(cause):  # the class's own check knows better which field is wrong
             path = []
-        error, cause = cause, cause.__cause__
+        causes += [cause.__cause__] if cause.__cause__ else []
     known = flags()
     while path and ".".join(path) not in known:
         path.pop()
@@ -302,6 +288,6 @@ def _refusal(error: Exception, values: dict[str, Any]) -> str:
     if name in ("", *GROUPS):
         # The message names fields of the policy; the user gave flags.
         names = "|".join(entry.name for entry in dataclasses.fields(SmolVLAConfig))
-        return re.sub(rf"\b({names})\b", r"--policy.\1", str(error))
+        return re.sub(rf"\b({names})\b", r"--policy.\1", str(causes[-1]))
     value = functools.reduce(operator.getitem, path, values)
     return f"--{name}={shown(value)}: accepted is {accepted(known[name])}"
