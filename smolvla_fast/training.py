@@ -99,7 +99,7 @@ def train(
     The caller's random state is restored. Processes that accelerate or torchrun has started train together. The run has
     ended: ``update`` on it is a TrainingError; a loop of your own begins with ``prepare``.
     """
-    with seeded(settings.seed), _told_how_to_go_on(settings.output_dir), processes.own_accelerate():
+    with _told_how_to_go_on(settings.output_dir), seeded(settings.seed), processes.own_accelerate():
         run = prepare(settings, resume, trial=True)
         if resume is None:
             seed_all(settings.seed)  # the noise must not depend on how many numbers the constructors drew
@@ -126,9 +126,11 @@ def train(
 
 @contextmanager
 def _told_how_to_go_on(output_dir: Path) -> Iterator[None]:
-    """Adds to errors of data and of memory, raised anywhere in a run, what a run with checkpoints can do."""
+    """Adds what to do to errors of data, of memory and of missing packages, raised anywhere in a run."""
     try:
         yield
+    except ImportError as error:
+        raise TrainingError(f'{error}; run `pip install "smolvla_fast[train]"`') from error
     except (TrainingError, RuntimeError, MemoryError) as error:
         said = str(error)
         fixed = [flag for flag in ("--dataset.episodes", "--tolerance_s") if flag in said]

@@ -120,8 +120,8 @@ def split_episodes(settings: TrainSettings, meta: Any) -> tuple[list[int] | None
     if not train:
         alone = all(len(episodes) == 1 for episodes in by_task.values())
         advice = "leave it out: no task has a second episode" if alone else "give a smaller share"
-        share = settings.dataset.eval_split
-        raise TrainingError(f"--dataset.eval_split={share} leaves no episode to train on; {advice}")
+        given = settings.dataset.eval_split
+        raise TrainingError(f"--dataset.eval_split={given} leaves no episode to train on; {advice}")
     return train, held_out
 
 
@@ -140,7 +140,7 @@ def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, names:
                 "dataset --operation.type recompute_stats`, or switch it off with --policy.normalization_mapping"
             )
         if key != source:
-            logger.warning("%s, renamed, is normalised by its statistics, not in lerobot-train 0.6.1", source)
+            logger.warning("%s, renamed, is normalised by its statistics; lerobot-train does not", source)
 
 
 def check_values(dataset: Any, names: dict[str, str]) -> None:

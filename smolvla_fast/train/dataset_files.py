@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,10 @@ def check_backend(name: str | None, videos: bool) -> None:
 def other_backend(name: str | None) -> str | None:
     """A decoder other than ``name`` that can be loaded here, if there is one."""
     other = "pyav" if name == "torchcodec" else "torchcodec"
-    try:
+    with suppress(TrainingError):
         check_backend(other, videos=True)
-    except TrainingError:
-        return None
-    return other
+        return other
+    return None
 
 
 def not_opened(repo_id: str, root: str | None, episodes: list[int] | None, error: Exception) -> str:
@@ -93,12 +93,11 @@ def _faults(root: Path, episodes: list[int] | None) -> Iterator[str]:
     elif not (root / INFO).exists():
         held = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
         yield f"{INFO} is missing, so it is not known to be a LeRobotDataset; it holds {held}"
-    yield from _read(root, INFO, lambda: int(_version(root).lstrip("v").split(".")[0]))
-    version = _version(root)
+    yield from _read(root, INFO, lambda: _version(root))
+    version, major = _version(root)
     convert = f"convert_dataset_v21_to_v30 --repo-id=ID --root={root} --push-to-hub=false"
-    old = version.startswith(("v1.", "v2."))
-    way = f"convert it with `python -m lerobot.scripts.{convert}`" if old else "install a newer LeRobot"
-    if not version.startswith("v3."):
+    way = f"convert it with `python -m lerobot.scripts.{convert}`" if major < 3 else "install a newer LeRobot"
+    if major != 3:
         yield f"it is a LeRobotDataset {version}, and v3.0 is read; {way}"
     yield from _read(root, INFO, lambda: io_utils.load_info(root))
     info = io_utils.load_info(root)
@@ -187,8 +186,9 @@ def flat_values(column: Any) -> tuple[Any, list[int]]:
     return column, shape
 
 
-def _version(root: Path) -> str:
-    return str(json.loads((root / INFO).read_text(encoding="utf-8"))["codebase_version"])
+def _version(root: Path) -> tuple[str, int]:
+    version = str(json.loads((root / INFO).read_text(encoding="utf-8"))["codebase_version"])
+    return version, int(version.lstrip("v").split(".")[0])
 
 
 def _read(root: Path, name: str, read: Callable[[], Any]) -> Iterator[str]:

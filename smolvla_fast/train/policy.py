@@ -161,9 +161,7 @@ def make_processors(
     return preprocess, postprocess
 
 
-def _processors(
-    settings: TrainSettings, stats: dict[str, Any], source: str | Path | None, resume: bool
-) -> tuple[Any, Any]:
+def _processors(settings: TrainSettings, stats: dict[str, Any], source: Any, resume: bool) -> tuple[Any, Any]:
     config = settings.policy
     if source is None:
         preprocess, postprocess = make_pre_post_processors(config, dataset_stats=stats)

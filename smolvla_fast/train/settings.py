@@ -201,7 +201,7 @@ class TrainSettings:
             "--image_cache needs the fast path: give --fast=auto": self.image_cache and self.fast == "off",
             f"--eval_steps={self.eval_steps} needs held-out episodes: begin a new run with --dataset.eval_split=0.1, it "
             "cannot be added with --resume": self.eval_steps and not data.eval_split,
-            "--peft.* and --policy.use_peft need --policy.path: adapters change a trained policy": adapted and fresh,
+            "--peft.* and --policy.use_peft need --policy.path: adapters change a policy that exists": adapted and fresh,
             "--rename_map needs --policy.path: a fresh policy takes the dataset's names": self.rename_map and fresh,
         }  # fmt: skip
         for message in (message for message, wrong in unlike.items() if wrong):
