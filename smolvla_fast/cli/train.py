@@ -56,7 +56,7 @@ def _note(name: str) -> str:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     try:
-        settings, checkpoint = read_settings({k: v for k, v in vars(args).items() if k != "passed_on"})
+        settings, checkpoint = read_settings(vars(args))
         with Progress(settings, console) as progress:
             done = train(settings, resume=checkpoint, on_begin=progress.begin, on_step=progress.step)
     except TrainingError as error:

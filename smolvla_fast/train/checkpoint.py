@@ -48,7 +48,7 @@ class Checkpoints:
         self.folder = output_dir / "checkpoints"
         self._warned = False
 
-    def save(self, step: int, total_steps: int, write: Callable[[Path], None]) -> Path:
+    def save(self, step: int, total_steps: int, write: Callable[[Path], None]) -> None:
         """Lets ``write(folder)`` fill a folder, makes it the checkpoint of ``step`` and points `last` at it.
 
         raises  TrainingError where the disk is full or refuses; then earlier checkpoints stay and nothing of this one does
@@ -66,7 +66,6 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise TrainingError(self._refused(final, error)) from error
-        return final
 
     def _put(self, aside: Path, final: Path) -> None:
         old = final.with_name(f".{final.name}{OLD}")

@@ -51,7 +51,8 @@ def read_settings(given: dict[str, str]) -> tuple[TrainSettings, Path | None]:
     given  name -> text of every flag on the command line
     """
     config_path = given.get("config_path")
-    values = {name: _value(name, text) for name, text in given.items() if name != "config_path"}
+    others = ("config_path", "passed_on")  # the latter is of every command's arguments
+    values = {name: _value(name, text) for name, text in given.items() if name not in others}
     asked = _ours(deflatten(dict(sorted(values.items()))))
     _check_device(asked.get("policy", {}).get("device"))
     if not asked.get("output_dir"):
