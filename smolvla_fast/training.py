@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .ops.memory import is_out_of_memory
 from .train import checkpoint as files
+from .train import processes
 from .train.checkpoint import Checkpoints
 from .train.data import (
     Data,
@@ -40,27 +40,14 @@ from .train.data import (
 from .train.dataset_files import first_line
 from .train.disk import check_output_dir, make_folder
 from .train.errors import TrainingError
-from .train.evaluation import held_out_loss
 from .train.finite import not_finite, refuse_nonfinite_weights
 from .train.known_frames import KnownFrames, kept, open_known_frames
 from .train.log import Log
 from .train.policy import check_policy, make_policy, make_processors, speed_up
-from .train.processes import (
-    Ended,
-    finish_trackers,
-    make_accelerator,
-    noise_of_share,
-    on_processes,
-    own_accelerate,
-    start_trackers,
-    weight_of_share,
-)
 from .train.random_state import seed_all, seeded
 from .train.resume import batch_size_of
 from .train.settings import TrainSettings
 from .train.trial import try_step
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -116,52 +103,47 @@ def train(
     The caller's random state is restored. Processes that accelerate or torchrun has started train together. The run has
     ended: ``update`` on it is a TrainingError; a loop of your own begins with ``prepare``.
     """
-    with seeded(settings.seed), _told_how_to_go_on(settings.output_dir), own_accelerate():
+    with _told_how_to_go_on(settings.output_dir), seeded(settings.seed), processes.own_accelerate():
         run = prepare(settings, resume, trial=True)
         if resume is None:
             seed_all(settings.seed)  # the noise must not depend on how many numbers the constructors drew
         log = None
         try:
             if run.place[0] == 0:
-                start_trackers(run.accelerator, run.settings)
+                processes.start_trackers(run.accelerator, run.settings)
                 on_begin(run)
                 log = Log(settings.output_dir, run.step, settings.log_freq, run.accelerator.log)
             _steps(run, log, on_step)
+            if log:
+                log.close()
         except BaseException:
             # The error that stopped the run matters, not a disk too full for one more line.
             with suppress(TrainingError):
                 if log:
                     log.close()
             raise
-        else:
-            if log:
-                log.close()
         finally:
-            finish_trackers(run.accelerator)
+            processes.finish_trackers(run.accelerator)
             run.known.close()
-            run.accelerator, run.model = Ended(), run.policy
+            run.accelerator, run.model = None, run.policy
     return run
 
 
 @contextmanager
 def _told_how_to_go_on(output_dir: Path) -> Iterator[None]:
-    """Adds to errors of data and of memory, raised anywhere in a run, what a run with checkpoints can do."""
+    """Adds what to do to errors of data, of memory and of missing packages, raised anywhere in a run."""
     try:
         yield
+    except ImportError as error:
+        raise TrainingError(f'{error}; run `pip install "smolvla_fast[train]"`') from error
     except (TrainingError, RuntimeError, MemoryError) as error:
         said = str(error)
         fixed = [flag for flag in ("--dataset.episodes", "--tolerance_s") if flag in said]
         if isinstance(error, TrainingError) and not fixed:
             raise
         last = Checkpoints(output_dir).last()
-        new = (
-            f"a new run, with --policy.path={last / files.PRETRAINED} and another --output_dir"
-            if last
-            else ""
-        )
-        if isinstance(error, TrainingError):
-            if last is None:
-                raise
+        new = f"a new run, with --policy.path={last and last / files.PRETRAINED} and another --output_dir"
+        if isinstance(error, TrainingError) and last:
             message = f"{said.rstrip('.')}. With the data mended, --resume=true goes on; {' and '.join(fixed)} need {new}"
         elif "DataLoader worker" in said:  # torch's signal handler raises it wherever the run is
             again = "go on with --resume=true and" if last else "run again with"
@@ -202,17 +184,19 @@ def _steps(run: Run, log: Log | None, on_step: Callable[[int, dict[str, float]],
             run.accelerator.wait_for_everyone()
 
 
+@torch.no_grad()
 def _held_out_loss(run: Run) -> float:
-    settings = run.settings
+    """Mean flow-matching loss over the held-out samples, at the same noise and times on every call."""
+    settings, total = run.settings, 0.0
     frames = held_out_frames(settings, run.data.held_out)
-
-    def losses() -> Iterator[tuple[int, Tensor]]:
+    run.policy.eval()
+    with seeded(7):
         for number, raw in enumerate(held_out_batches(settings, run.data.held_out, run.place)):
             samples = frames_of(settings, frames, number, run.place[1])
-            yield samples, loss_of(run, run.policy, run.prepared(raw), samples)
-
-    loss = held_out_loss(run.policy, losses())
-    return run.accelerator.reduce(torch.tensor(loss, device=run.policy.config.device), "mean").item()
+            total += samples * loss_of(run, run.policy, run.prepared(raw), samples).item()
+    run.policy.train()
+    mean = torch.tensor(total / frames, device=run.policy.config.device)
+    return run.accelerator.reduce(mean, "mean").item()
 
 
 def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool = False) -> Run:
@@ -225,7 +209,7 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
 
     accelerate's state of this process is replaced; ``train`` puts it back.
     """
-    accelerator = make_accelerator(settings)
+    accelerator = processes.make_accelerator(settings)
     place = accelerator.process_index, accelerator.num_processes
     if place[0] == 0:
         check_output_dir(settings.output_dir, resume is None)
@@ -241,6 +225,12 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
     source = resume / files.PRETRAINED if resume else settings.policy_path
     with accelerator.main_process_first():  # which downloads
         data = open_data(settings)
+        before, now = saved.get("frames"), len(data.train)
+        if resume and before != now:
+            raise TrainingError(
+                f"the dataset has {now} frames to train on, {before} when {resume} was written, so their order would "
+                f"differ. Resume on the same data, or start a new run with --policy.path={source}"
+            )
         policy = make_policy(settings, source)
     preprocess, postprocess = make_processors(settings, data.stats, source, resume is not None)
     if trial:  # before the patch, whose counters and image cache would keep the trial
@@ -253,13 +243,14 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
     preset = settings.policy.get_optimizer_preset()
     optimizer = preset.build(policy.get_optim_params(), fused=fused or None)
     scheduler = settings.policy.get_scheduler_preset().build(optimizer, settings.steps)
+    several = accelerator.num_processes > 1
+    model = accelerator.prepare_model(policy, device_placement=False) if several else policy
     run = Run(
-        settings, asked, data, policy, accelerator, on_processes(accelerator, policy), preprocess, postprocess,
+        settings, asked, data, policy, accelerator, model, preprocess, postprocess,
         optimizer, scheduler, 0, path + words, known, place,
     )  # fmt: skip
     if resume:
         run.step = files.load_state(resume, optimizer, scheduler)
-        _check_same_data(run, resume)
     return run
 
 
@@ -271,6 +262,9 @@ def update(run: Run, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
     raises   TrainingError, with the weights as before, when loss or gradient is not finite
     """
     settings, parts, accelerator = run.settings, run.settings.gradient_accumulation_steps, run.accelerator
+    if accelerator is None:
+        way = "train(settings, resume=CHECKPOINT), or begin with prepare(settings)"
+        raise TrainingError(f"this run has ended; go on from its checkpoint with {way}")
     losses: list[Tensor] = []
     seen: list[dict[str, Any]] = []  # raw batches in the host's memory, for the message of an error
     data_s = 0.0
@@ -308,10 +302,10 @@ def loss_of(run: Run, model: Any, batch: dict[str, Any], samples: int) -> Tensor
     model    the policy, or what is around it      samples  in the batch, over all processes
     """
     several = run.place[1] > 1
-    drawn = noise_of_share(run.policy, samples, run.place) if several else {}
+    drawn = processes.noise_of_share(run.policy, samples, run.place) if several else {}
     with run.accelerator.autocast(), run.known.given(batch):
         loss, _ = model(batch, **drawn)
-    return loss * weight_of_share(run.accelerator, batch, samples, run.place) if several else loss
+    return loss * processes.weight_of_share(run.accelerator, batch, samples, run.place) if several else loss
 
 
 def write_checkpoint(run: Run, folder: Path) -> None:
@@ -322,26 +316,12 @@ def write_checkpoint(run: Run, folder: Path) -> None:
         run.policy.config.save_pretrained(pretrained)
     run.preprocess.save_pretrained(pretrained)
     run.postprocess.save_pretrained(pretrained)
-    files.write_train_config(pretrained, run.settings.to_lerobot())
-    processes = run.place[1]
-    facts = {
-        "settings": run.settings.to_dict(),
-        "asked": run.asked,
-        "frames": len(run.data.train),
-        "processes": processes,
-    }
-    own = run.samples // processes
-    files.save_state(folder, run.step, own, processes, run.optimizer, run.scheduler, facts)
+    files.write_json(pretrained / "train_config.json", run.settings.to_lerobot())
+    count = run.place[1]
+    place = {"step": run.step, "num_processes": count, "batch_size": run.samples // count}
+    facts = {"settings": run.settings.to_dict(), "asked": run.asked, "frames": len(run.data.train)}
+    files.save_state(folder, run, place, {**facts, "processes": count})
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _check_same_data(run: Run, checkpoint: Path) -> None:
-    before, now = files.read_run(checkpoint)["frames"], len(run.data.train)
-    if before != now:
-        raise TrainingError(
-            f"the dataset has {now} frames to train on, {before} when {checkpoint} was written, so their order would "
-            f"differ. Resume on the same data, or start a new run with --policy.path={checkpoint / files.PRETRAINED}"
-        )

@@ -39,6 +39,11 @@ OUTSIDE = (
     "at widths that hardly cost arithmetic, so all Python, dispatch and starts of parallel work, the ops' own too: an "
     "upper bound. Allocations: what a denoise step more asks of torch's allocator."
 )
+LATENCY = (
+    "Each round is one chunk, begun when the one before has ended; both loads take their rounds in turn. Beside cameras: "
+    "a thread a camera decodes 30 JPEG frames of 640 x 480 a second and turns them to RGB. The ratio is to the tier alone: "
+    "the median over rounds of its time by the time beside it."
+)
 
 
 def joined(*parts: str) -> str:
@@ -177,4 +182,5 @@ SECTIONS: dict[str, Callable[[Data], str]] = {
         lambda bench: [{**bench["overhead"], "variant": bench["variant"]}], having="overhead", note=targets,
     ),
     "CPU, scaling": cpu_scaling,
+    "Latency": Section("latency", "p50 ms | p95 ms | p99 ms | longest ms | ratio | rounds", note=lambda benches: LATENCY),
 }  # fmt: skip

@@ -78,7 +78,8 @@ def of_stage(bench: Bench, stage: str) -> str:
 
 
 MILLISECONDS = {
-    "best ms": "min_ms", "floor ms": "floor_ms", "wall p50 ms": "p50_ms", "sample_actions ms": "sample_actions_ms",
+    "best ms": "min_ms", "longest ms": "max_ms", "floor ms": "floor_ms", "wall p50 ms": "p50_ms",
+    "sample_actions ms": "sample_actions_ms",
 }  # fmt: skip
 ERRORS = {
     "rel L2": "rel_l2", "max abs": "max_abs", "gradients, rel L2": "gradient_rel_l2", "allowed": "bound", "loss": "loss_rel",

@@ -11,6 +11,8 @@ using V = S::V;
 constexpr int kWidth = S::kWidth;
 // Accumulators plus one column of operands fit the 32 or 16 vector registers.
 constexpr int kRows = S::kRegisters == 32 ? 5 : 4, kOuts = S::kRegisters == 32 ? 5 : 3;
+// Sums of a tile, which are added up a vector full at a time.
+constexpr int kSums = (kRows * kOuts + kWidth - 1) / kWidth * kWidth;
 constexpr int kChunk = kOuts * kUnits;
 constexpr int kChunkStride = (kChunk + kWidth - 1) / kWidth * kWidth;
 
@@ -41,25 +43,6 @@ SMOLVLA_TARGET SMOLVLA_INLINE V load_last_words(const T* p, int64_t count) {
 #endif
 }
 
-#if SMOLVLA_LEVEL_IS_512
-// Lane i of the result is the sum of the lanes of v[i]: each step adds halves and joins two vectors in one.
-SMOLVLA_TARGET SMOLVLA_INLINE V sum_lanes(const V* v) {
-    V t[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-        t[i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        const __m512d low = _mm512_castps_pd(t[2 * i]), high = _mm512_castps_pd(t[2 * i + 1]);
-        t[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high)) + _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i)
-        t[i] = _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0x88) + _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0xdd);
-    return _mm512_shuffle_f32x4(t[0], t[1], 0x88) + _mm512_shuffle_f32x4(t[0], t[1], 0xdd);
-}
-#endif
-
 // c[row, out] = x[row, :] · w[out, :]. Rows and outputs beyond the last repeat it; their results are not wanted.
 template <bool kPairs, class T>
 SMOLVLA_TARGET __attribute__((noinline)) void tile(const T* x, int last_row, const T* w, int last_out, int64_t inputs,
@@ -70,9 +53,9 @@ SMOLVLA_TARGET __attribute__((noinline)) void tile(const T* x, int last_row, con
 #pragma GCC unroll 5
     for (int o = 0; o < kOuts; ++o) ws[o] = w + (o < last_out ? o : last_out) * inputs;
 
-    V sums[kRows * kOuts];
+    V sums[kSums];
 #pragma GCC unroll 32
-    for (int i = 0; i < kRows * kOuts; ++i) sums[i] = S::broadcast(0);
+    for (int i = 0; i < kSums; ++i) sums[i] = S::broadcast(0);
     constexpr int64_t step = kPairs ? 2 * kWidth : kWidth;
     int64_t i = 0;
     for (; i + step <= inputs; i += step) {
@@ -98,21 +81,13 @@ SMOLVLA_TARGET __attribute__((noinline)) void tile(const T* x, int last_row, con
             for (int o = 0; o < kOuts; ++o) sums[r * kOuts + o] = dot<kPairs>(row, columns[o], sums[r * kOuts + o]);
         }
     }
-#if SMOLVLA_LEVEL_IS_512
-    V rest[16];
-#pragma GCC unroll 16
-    for (int j = 0; j < 16; ++j) rest[j] = 16 + j < kRows * kOuts ? sums[16 + j] : S::broadcast(0);
-    alignas(64) float flat[32];
-    S::store(flat, sum_lanes(sums));
-    S::store(flat + 16, sum_lanes(rest));
+    alignas(64) float flat[kSums];
+#pragma GCC unroll 8
+    for (int j = 0; j < kSums; j += kWidth) S::store(flat + j, S::sum_each(sums + j));
 #pragma GCC unroll 5
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 5
         for (int o = 0; o < kOuts; ++o) c[r * kChunkStride + o] = flat[r * kOuts + o];
-#else
-    for (int r = 0; r < kRows; ++r)
-        for (int o = 0; o < kOuts; ++o) c[r * kChunkStride + o] = sum_lanes(sums[r * kOuts + o]);
-#endif
 }
 
 // c[row, 0:outs] = x · wᵀ for a chunk of outputs; `after` are the weights that will be wanted next.

@@ -37,17 +37,6 @@ struct NoPairs {
     static float load_pairs_first(const void* p, int64_t count);
 };
 
-// The lanes of a vector added up, halves first.
-template <class V>
-SMOLVLA_INLINE float sum_lanes(V v) {
-    constexpr int count = sizeof(V) / sizeof(float);
-    float lanes[count];
-    std::memcpy(lanes, &v, sizeof v);
-    for (int half = count / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    return lanes[0];
-}
-
 struct Baseline : NoPairs {
     static constexpr int kWidth = 4;
     // Vectors in a row of a register tile: six rows of these, one column of operands and a broadcast fit the registers.
@@ -66,6 +55,12 @@ struct Baseline : NoPairs {
     }
     static SMOLVLA_INLINE void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
     static SMOLVLA_INLINE V fma(V a, V b, V c) { return a * b + c; }
+    // Lane i of the result is the sum of the lanes of v[i].
+    static SMOLVLA_INLINE V sum_each(const V* v) {
+        V sums;
+        for (int i = 0; i < kWidth; ++i) sums[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
+        return sums;
+    }
     // Of a number and a NaN, the second argument.
     static SMOLVLA_INLINE V max(V a, V b) { return a > b ? a : b; }
     static SMOLVLA_INLINE V min(V a, V b) { return a < b ? a : b; }
@@ -103,6 +98,11 @@ struct Avx2 : NoPairs {
     }
     static SMOLVLA_AVX2_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
     static SMOLVLA_AVX2_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+    static SMOLVLA_AVX2_INLINE V sum_each(const V* v) {
+        const V low = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+        const V high = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+        return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+    }
     static SMOLVLA_AVX2_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
     static SMOLVLA_AVX2_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
     template <int kDegree>
@@ -141,6 +141,24 @@ struct Avx512 : NoPairs {
     }
     static SMOLVLA_AVX512_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
     static SMOLVLA_AVX512_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+    // Each step adds halves and joins two vectors in one.
+    static SMOLVLA_AVX512_INLINE V sum_each(const V* v) {
+        V t[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i)
+            t[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const __m512d low = _mm512_castps_pd(t[2 * i]), high = _mm512_castps_pd(t[2 * i + 1]);
+            const V first = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            t[i] = _mm512_add_ps(first, _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i)
+            t[i] = _mm512_add_ps(_mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0x88),
+                                 _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0xdd));
+        return _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x88), _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
+    }
     static SMOLVLA_AVX512_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
     static SMOLVLA_AVX512_INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }
     template <int kDegree>

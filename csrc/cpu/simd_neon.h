@@ -20,6 +20,9 @@ struct Neon : NoPairs {
     }
     static SMOLVLA_INLINE void store(float* p, V v) { vst1q_f32(p, v); }
     static SMOLVLA_INLINE V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+    static SMOLVLA_INLINE V sum_each(const V* v) {
+        return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3]));
+    }
     static SMOLVLA_INLINE V max(V a, V b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
     static SMOLVLA_INLINE V min(V a, V b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
     template <int kDegree>

@@ -12,7 +12,7 @@ from importlib import import_module
 from ..measure.console import CommandError, Console
 
 DEBUG = "SMOLVLA_FAST_DEBUG"
-NEEDS = {"train": "train", "encode": "train", "serve": "callers", "bench": "bench,lerobot"}
+NEEDS = {"train": "train", "encode": "train", "serve": "fleet", "bench": "bench,lerobot"}
 """The extra to install for a command; the others need "cli" at most."""
 
 COMMANDS = {

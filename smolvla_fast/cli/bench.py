@@ -3,6 +3,7 @@
 chunk: whole action chunks, stock and every tier, by cameras. stages: where their time goes. ops: single ops.
 train: training steps, stock and patched, by batch size; it runs only when named.
 cpu: stock, every CPU tier, OpenVINO and compiled stock, and time against cameras, steps, threads and batch; only when named.
+latency: 200 chunks of each tier one after the other, alone and beside threads that read cameras; only when named.
 Each is checked before it is timed, and a red check leaves no number. Stock, tiers and peers take their rounds in turn. A
 suite ends within ten minutes; what there is no time for is left out by name, and an interrupted run keeps what it has.
 """
@@ -23,7 +24,7 @@ from .subject import resolve_device
 
 DEFAULT_SUITES = ("chunk", "stages", "ops")
 """Those that run when none is named."""
-SUITES = (*DEFAULT_SUITES, "train", "cpu")
+SUITES = (*DEFAULT_SUITES, "train", "cpu", "latency")
 CPU_THREADS = 2
 
 

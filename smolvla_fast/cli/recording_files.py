@@ -170,19 +170,9 @@ class _Reader:
 
 
 def _not_opened(args: argparse.Namespace, episodes: list[int] | None, error: Exception) -> str:
-    from lerobot.utils.constants import HF_LEROBOT_HOME
+    from ..train.dataset_files import not_opened
 
-    from ..train.dataset_files import find_fault, first_line
-
-    source, _ = _where(args)
-    root = Path(args.root or HF_LEROBOT_HOME / source).expanduser()
-    # LeRobot asks the Hub for a missing file, so its own error may be one of the network.
-    fault = find_fault(root, episodes) if args.root or root.is_dir() else None
-    return (
-        f"cannot open the dataset {source} ({args.root or 'no --dataset.root'}): "
-        + (f"in {root}, {fault}" if fault else first_line(error))
-        + ". Accepted is the Hub id of a LeRobotDataset v3.0, or its folder (the one that holds meta/) as --dataset.root"
-    )
+    return not_opened(_where(args)[0], args.root, episodes, error)
 
 
 def open_folder(args: argparse.Namespace) -> Recorded:

@@ -8,19 +8,16 @@ Flags not listed here go to the server, such as --host=0.0.0.0 --port=8080 --fps
 from __future__ import annotations
 
 import argparse
-import asyncio
 import errno
 import os
-import signal
 import socket
-from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any
 
 from .. import auto_patch
 from ..measure.console import CommandError, Console
 from ..model.precision import TIERS
 from ..ops.select import BACKENDS
-from .subject import check_checkpoint, positive, seed, up_to
+from . import serve_fleet
 
 PASSES_ON = True
 """Unknown flags are the server's."""
@@ -35,33 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", *BACKENDS),
         help=f"who computes (default: {auto_patch.BACKEND}, or auto)",
     )
-    fleet = parser.add_argument_group("many clients")
-    fleet.add_argument("--fleet", action="store_true", help="serve many clients; needs --policy.path")
-    for flag, kind, text in FLEET:
-        fleet.add_argument(flag, type=kind, help=text)
-
-
-FLEET = (
-    ("--policy.path", str, "what all clients are served and have to ask for: a folder or a Hub id"),
-    ("--replicas", positive, "copies of the policy, one a GPU (default: 1)"),
-    ("--max-batch", positive, "observations in one batch at most (default: 8)"),
-    ("--batch-wait-ms", up_to(1000), "how long an observation waits for others (default: 3)"),
-    ("--ray-address", str, "of a Ray cluster that this machine is in (default: a Ray of its own)"),
-    ("--metrics-port", positive, "of its own Ray's metrics (default: a free one)"),
-    ("--seed", seed, "of every client's noise (default: each client's is drawn)"),
-)
-"""Flags that mean nothing without --fleet."""
+    serve_fleet.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    flags = {flag: getattr(args, flag[2:].replace("-", "_")) for flag, *_ in FLEET}
-    given = [flag for flag, value in flags.items() if value is not None]
-    if given and not args.fleet:
-        raise CommandError(f"{given[0]} is for many clients; add --fleet, or leave it out")
-    if args.fleet:
-        if flags["--policy.path"] is None:
-            raise CommandError("--fleet: no --policy.path; give the one policy that all clients are served")
-        check_checkpoint(flags["--policy.path"])
+    fleet = serve_fleet.given(args)
     try:
         import draccus
         from lerobot.async_inference import policy_server
@@ -82,48 +57,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
         ) from error
     check_address(config.host, config.port)
     if args.fleet:
-        run_fleet(config, flags, args.precision, args.backend, console)
+        serve_fleet.run(fleet, config, args.precision, args.backend, console=console)
     for name, wish in ((auto_patch.PRECISION, args.precision), (auto_patch.BACKEND, args.backend)):
         if wish is not None:
             os.environ[name] = wish
     auto_patch.patch_as_loaded(SmolVLAPolicy)
     policy_server.serve(config)
     return 0
-
-
-def run_fleet(
-    config: Any, flags: dict[str, Any], precision: str | None, backend: str | None, console: Console
-) -> NoReturn:
-    try:
-        from lerobot.configs.policies import PreTrainedConfig
-
-        from ..fleet.cluster import CannotDeploy, connected, deployed
-        from ..fleet.front import Front, listen
-    except ImportError as missing:
-        raise CommandError(f'{missing}; `pip install "smolvla_fast[fleet]"`') from missing
-    path, count, most = flags["--policy.path"], flags["--replicas"] or 1, flags["--max-batch"] or 8
-    address = f"{config.host}:{config.port}"
-    try:
-        with (
-            connected(flags["--ray-address"], flags["--metrics-port"]) as metrics,
-            deployed(
-                path, count, most, (flags["--batch-wait-ms"] or 3) / 1000, precision, backend
-            ) as replicas,
-        ):
-            console.line(
-                f"{path}: {replicas.report.remote().result()}; replicas: {count}; metrics: {metrics}"
-            )
-            front = Front(replicas, path, PreTrainedConfig.from_pretrained(path), config, flags["--seed"])
-            # Not asyncio.run, which closes the loop: gRPC's own thread then still calls it.
-            loop = asyncio.new_event_loop()
-            task = loop.create_task(listen(front, address, lambda _: console.line(f"ready: {address}")))
-            for stop in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(stop, task.cancel)
-            with suppress(asyncio.CancelledError):
-                loop.run_until_complete(task)
-            raise KeyboardInterrupt
-    except CannotDeploy as error:
-        raise CommandError(" ".join(str(error).split())) from error
 
 
 def check_address(host: str, port: int) -> None:

@@ -12,7 +12,6 @@ Started as `-m smolvla_fast.cli train` by `accelerate launch --multi_gpu` or tor
 from __future__ import annotations
 
 import argparse
-import logging
 from datetime import timedelta
 from typing import Any
 
@@ -20,79 +19,55 @@ from tqdm import tqdm
 
 from ..measure.console import CommandError, Console
 from ..train.errors import TrainingError
-from ..train.flags import LEROBOTS, NESTED, SETTINGS, read_settings
+from ..train.flags import LEROBOTS, SETTINGS, read_settings
 from ..train.log import Window, read_log
-from ..train.settings import CHOICES, TrainSettings, accepted, shown
+from ..train.settings import CHOICES, GROUPS, TrainSettings, accepted, shown
 from ..training import Run, train
 
-logger = logging.getLogger(__name__)
-
-HELP = {
-    "policy.optimizer_lr": "peak learning rate", "policy.scheduler_warmup_steps": "steps of linear warm-up",
-    "policy.scheduler_decay_steps": "steps of the cosine", "policy.scheduler_decay_lr": "where the cosine ends",
+NOTES = {
+    "resume": "go on from the last checkpoint of --output_dir, or from that of --config_path",
+    "config_path": "a file of settings, as LeRobot's; with --resume: a checkpoint's train_config.json",
+    "policy.path": "checkpoint to start from: folder or Hub id; without it, fresh weights",
+    "policy.type": "smolvla, as in LeRobot",
     "policy.device": "cpu, cuda, cuda:N, mps (default: the best there is)",
-}  # fmt: skip
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = {
-        "": parser.add_argument_group("run"),
-        "dataset": parser.add_argument_group("dataset"),
-        "policy": parser.add_argument_group("policy", "every field of LeRobot's SmolVLAConfig"),
-        "wandb": parser.add_argument_group("wandb", "LeRobot's, through accelerate's trackers"),
-        "peft": parser.add_argument_group("peft", "adapters, as LeRobot adds them"),
-        "lerobot": parser.add_argument_group(
-            "lerobot-train's", "accepted where they ask for nothing, refused otherwise"
-        ),
-    }
-
-    def add(place: str, name: str, text: str, **options: Any) -> None:
+    titles = {"policy": "every field of LeRobot's SmolVLAConfig", "peft": "adapters, as LeRobot adds them"}
+    group = {name: parser.add_argument_group(name, titles.get(name)) for name in ("run", *GROUPS)}
+    for name in (*NOTES, *(name for name in (*SETTINGS, *LEROBOTS) if name not in NOTES)):
+        place = group.get(name.partition(".")[0], group["run"])
+        options: dict[str, Any] = {"nargs": "?", "const": "true"} if name == "resume" else {}
         # Absent unless given, so that a resumed run knows which flags are new.
-        group[place].add_argument(
-            f"--{name}", dest=name, metavar="", default=argparse.SUPPRESS, help=text, **options
-        )
+        options |= {"default": argparse.SUPPRESS, "help": NOTES.get(name) or _note(name)}
+        place.add_argument(f"--{name}", dest=name, metavar="", **options)
 
-    add(
-        "", "resume", "go on from the last checkpoint of --output_dir, or from that of --config_path",
-        nargs="?", const="true",
-    )  # fmt: skip
-    add(
-        "", "config_path", "a file of settings, as LeRobot's; with --resume: a checkpoint's train_config.json"
-    )
-    add("policy", "policy.path", "checkpoint to start from: folder or Hub id; without it, fresh weights")
-    add("policy", "policy.type", "smolvla, as in LeRobot")
-    for name, entry in SETTINGS.items():
-        text = HELP.get(name) or (
-            " or ".join(map(str, CHOICES[name])) if name in CHOICES else accepted(entry)
-        )
-        text += f" (default: {entry.default})" if isinstance(entry.default, (str, int, float, tuple)) else ""
-        add(name.partition(".")[0] if "." in name else "", name, text)
-    for name in (*LEROBOTS, *NESTED):
-        values = LEROBOTS.get(name, (None,))[0]
-        add("lerobot", name, "ignored" if values is None else f"{' or '.join(map(shown, values))} only")
+
+def _note(name: str) -> str:
+    if name in LEROBOTS:
+        values = LEROBOTS[name][0]
+        return f"lerobot-train's: {'ignored' if values is None else ' or '.join(map(shown, values))}"
+    entry = SETTINGS[name]
+    text = " or ".join(map(str, CHOICES[name])) if name in CHOICES else accepted(entry)
+    plain = isinstance(entry.default, (str, int, float, tuple))
+    return f"{text} (default: {entry.default})" if plain else text
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    progress: Progress | None = None
     try:
         settings, checkpoint = read_settings(vars(args))
         with Progress(settings, console) as progress:
             done = train(settings, resume=checkpoint, on_begin=progress.begin, on_step=progress.step)
-    except BaseException as error:
-        # The curve matters most for a run that stopped, by an error or by hand.
-        if progress is not None and progress.bar is not None:
-            draw(progress.settings, console)
-        if isinstance(error, TrainingError):
-            raise CommandError(str(error)) from error
-        raise
+    except TrainingError as error:
+        raise CommandError(str(error)) from error
     if done.place[0] == 0:
         console.line(f"trained to step {done.step}; checkpoints and log are in {settings.output_dir}")
-        draw(settings, console)
     return 0
 
 
 class Progress:
-    """A bar on a terminal, or a line every ``log_freq`` steps elsewhere."""
+    """A bar on a terminal, or a line every ``log_freq`` steps elsewhere, and in the end the curve."""
 
     def __init__(self, settings: TrainSettings, console: Console) -> None:
         self.settings, self.console = settings, console
@@ -103,8 +78,10 @@ class Progress:
         return self
 
     def __exit__(self, *reason: Any) -> None:
+        # The curve matters most for a run that stopped, by an error or by hand.
         if self.bar is not None:
             self.bar.close()
+            draw(self.settings, self.console)
 
     def begin(self, run: Run) -> None:
         held_out = run.data.held_out
@@ -120,49 +97,42 @@ class Progress:
             f"steps {run.step + 1} to {self.settings.steps}, {run.samples} samples each, "
             f"{run.step * run.samples / len(run.data.train):.1f} epochs done"
         )
-        self.bar = tqdm(
-            initial=run.step, total=self.settings.steps, unit="step", disable=None, dynamic_ncols=True
-        )
+        steps = {"initial": run.step, "total": self.settings.steps, "unit": "step"}
+        self.bar = tqdm(**steps, disable=None, dynamic_ncols=True)
         self.samples = run.samples
 
     def step(self, step: int, facts: dict[str, float]) -> None:
         self.window.add(self.samples, **facts)
         means = self.window.means()
+        due = self.settings.log_freq and step % self.settings.log_freq == 0
         if not self.bar.disable:
-            rate = f"{means['samples_per_s']:.3g}"
-            self.bar.set_postfix(
-                {"loss": f"{facts['loss']:.4f}", "grad norm": f"{facts['grad_norm']:.3g}", "samples/s": rate},
-                refresh=False,
-            )
+            shown = {"loss": f"{facts['loss']:.4f}", "grad norm": f"{facts['grad_norm']:.3g}"}
+            self.bar.set_postfix({**shown, "samples/s": f"{means['samples_per_s']:.3g}"}, refresh=False)
             self.bar.update()
-        every = self.settings.log_freq
-        if every and step % every == 0:
-            if self.bar.disable:
-                left = (self.settings.steps - step) * self.samples / means["samples_per_s"]
-                self.console.line(
-                    f"step {step:>6,} of {self.settings.steps:,}  loss {means['loss']:.4f}  "
-                    f"grad norm {means['grad_norm']:.3g}  lr {facts['lr']:.2e}  "
-                    f"{means['samples_per_s']:.3g} samples/s  {timedelta(seconds=round(left))} left"
-                )
+        elif due:
+            left = (self.settings.steps - step) * self.samples / means["samples_per_s"]
+            self.console.line(
+                f"step {step:>6,} of {self.settings.steps:,}  loss {means['loss']:.4f}  "
+                f"grad norm {means['grad_norm']:.3g}  lr {facts['lr']:.2e}  "
+                f"{means['samples_per_s']:.3g} samples/s  {timedelta(seconds=round(left))} left"
+            )
+        if due:
             self.window = Window()
 
 
 def draw(settings: TrainSettings, console: Console) -> None:
     """Saves the loss curve beside the log, or prints why there is none."""
-    try:
-        from ..measure.plot import loss_curve
-    except ImportError:
-        console.line('no curve: matplotlib is not installed; run `pip install "smolvla_fast[cli]"`')
-        return
     path = settings.output_dir / "train_log.png"
     try:
+        from ..measure.plot import loss_curve
+
         log = read_log(settings.output_dir)
         if not any("loss" in entry for entry in log):
-            raise ValueError(
-                "no step was logged" + ("" if settings.log_freq else ", as --log_freq=0 asks for")
-            )
+            why = "" if settings.log_freq else ", as --log_freq=0 asks for"
+            raise ValueError(f"no step was logged{why}")
         loss_curve(log, f"SmolVLA, {settings.output_dir.name}", path)
+        console.line(f"wrote {path}")
+    except ImportError:
+        console.line('no curve: matplotlib is not installed; run `pip install "smolvla_fast[cli]"`')
     except (OSError, ValueError) as error:
         console.line(f"no curve: {error}")
-        return
-    console.line(f"wrote {path}")

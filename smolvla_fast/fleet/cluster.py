@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,15 +11,20 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
+from ..measure.console import CommandError
 from .replica import Replica
 
-OBJECT_STORE = 256 * 2**20
-"""Bytes of shared memory for a Ray of its own: observations on their way, a few hundred KB each."""
+OWN: dict[str, Any] = dict(address="local", include_dashboard=False, object_store_memory=256 * 2**20)
+"""A Ray of its own, whatever RAY_ADDRESS says. Its shared memory holds observations on their way, a few hundred KB each."""
 
 
-class CannotDeploy(RuntimeError):
+class CannotDeploy(CommandError):
     """Ray has no place for the replicas, or none of them has started."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(" ".join(reason.split()))  # Ray's own reasons may have many lines
 
 
 @contextmanager
@@ -27,21 +33,19 @@ def connected(address: str | None = None, metrics_port: int | None = None) -> It
 
     raises  ``CannotDeploy``
     """
-    if address is None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray else reports to its makers
-    own: dict[str, Any] = dict(
-        include_dashboard=False, object_store_memory=OBJECT_STORE, _metrics_export_port=metrics_port
-    )
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray of its own else reports to Ray's makers
+    own = {**OWN, "_metrics_export_port": metrics_port}
+    host, colon, port = (address or "").rpartition(":")
     try:
-        # Not None, which is whatever RAY_ADDRESS says.
-        ray.init(address or "local", **({} if address else own))
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        if colon:  # where nothing listens, Ray itself goes on trying for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        here = ray.init(**({"address": address} if address else own))
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         raise CannotDeploy(f"no Ray at {address or 'this machine'}: {error}") from error
-    try:
-        node = ray.nodes()[0]
+    with here:
+        me = ray.get_runtime_context().get_node_id()
+        (node,) = (each for each in ray.nodes() if each["NodeID"] == me)
         yield f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    finally:
-        ray.shutdown()
 
 
 @contextmanager
@@ -52,9 +56,11 @@ def deployed(path: str, replicas: int, max_batch: int, wait_s: float, *how: str 
     """
     free, there = ray.available_resources(), ray.cluster_resources()
     gpus, cpus = int(free.get("GPU", 0)), free.get("CPU", 0.0)
-    if (replicas > gpus and "GPU" in there) or cpus <= 0:  # else Ray waits for room without end
-        raise CannotDeploy(f"{replicas} replicas, and free are {gpus} GPUs (one a replica) and {cpus:g} CPUs")
-    share = min(cpus / replicas, max(node["Resources"].get("CPU", 0.0) for node in ray.nodes()))
+    # Else Ray waits for room without end.
+    if cpus <= 0 or ("GPU" in there and replicas > min(gpus, cpus)):
+        room = f"{gpus} GPUs (one a replica) and {cpus:g} CPUs"
+        raise CannotDeploy(f"{replicas} replicas, and free are {room}; lower --replicas, or free some")
+    share = min(cpus / replicas, *(node["Resources"].get("CPU", cpus) for node in ray.nodes()))
     resources = {"num_cpus": 1, "num_gpus": 1} if gpus else {"num_cpus": int(share) or share}
     deployment: Any = serve.deployment(
         Replica, num_replicas=replicas, ray_actor_options=resources, max_constructor_retry_count=3,
@@ -67,7 +73,7 @@ def deployed(path: str, replicas: int, max_batch: int, wait_s: float, *how: str 
         try:
             handle = serve.run(bound, name=name, route_prefix=None)
         except RuntimeError as error:
-            raise CannotDeploy(f"no replica has started: {error}") from error
+            raise CannotDeploy(f"no replica has started, for the reason above: {error}") from error
         yield handle
     finally:
         with suppress(Exception):  # Ray may be gone

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from lerobot.async_inference.helpers import prepare_image
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from lerobot.utils.constants import OBS_STATE
 from ray import serve
 from ray.util import metrics
 from torch import Tensor
@@ -21,86 +24,77 @@ from ..patch import status
 # Ray's types know batched methods of one argument alone.
 batched: Any = serve.batch
 
+logger = logging.getLogger("ray.serve")
+
 Arrays = dict[str, np.ndarray]
 """Of one observation: the state [1, R] fp32 and each camera's frame [3, H, W] uint8, resized as the policy has it.
 
 Arrays, not tensors: Ray sends arrays beside the pickle of a call, without copying them into it."""
 
+Answer = np.ndarray | str
+"""The chunk [S, A] fp32 of one observation, postprocessed; or why the policy fails on it, and on it alone."""
+
 
 def noise_of(seed: int, config: Any) -> Tensor:
     """[S, A] fp32: what a chunk starts from, by its own seed alone, whatever else is in the batch and on any device."""
-    return torch.randn(
-        config.chunk_size, config.max_action_dim, generator=torch.Generator().manual_seed(seed)
-    )
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.randn(config.chunk_size, config.max_action_dim, generator=drawn)
 
 
 class Replica:
     """A policy, its processors, and batches. The constructor returns when a chunk has been computed.
 
     path        of the checkpoint, as ``from_pretrained`` takes it      device  "cpu" or "cuda"
-    precision, backend  as ``patch_or_stock`` takes them; where stock serves, ``report`` says why
+    how         precision and backend, as ``patch_or_stock`` takes them; where stock serves, ``report`` says why
     max_batch   observations in one batch      wait_s  seconds that the first of a batch waits for others
     """
 
-    def __init__(
-        self, path: str, device: str, max_batch: int, wait_s: float,
-        precision: str | None = None, backend: str | None = None,
-    ) -> None:  # fmt: skip
-        self._answer_batch.set_max_batch_size(max_batch)
-        self._answer_batch.set_batch_wait_timeout_s(wait_s)
+    def __init__(self, path: str, device: str, max_batch: int, wait_s: float, *how: str | None) -> None:
+        self.__call__.set_max_batch_size(max_batch)
+        self.__call__.set_batch_wait_timeout_s(wait_s)
         self._policy = SmolVLAPolicy.from_pretrained(path).to(device).eval()
-        self._device = device
-        self._config = self._policy.config
-        self._not_patched = patch_or_stock(self._policy, precision, backend)
-        on_device = {"device_processor": {"device": device}}
+        self._device, self._config = device, self._policy.config
+        self._not_patched = patch_or_stock(self._policy, *how)
         self._preprocess, self._postprocess = make_pre_post_processors(
-            self._config, pretrained_path=path, preprocessor_overrides=on_device
+            self._config, path, preprocessor_overrides={"device_processor": {"device": device}}
         )
-        self._chunks = metrics.Counter(
-            "smolvla_fast_chunks", description="Chunks computed.", tag_keys=("served_by",)
-        )
+        self._chunks = metrics.Counter("smolvla_fast_chunks", "Chunks computed.", ("served_by",))
         # On a GPU a chunk of each batch size is captured once, which takes longer than many chunks.
         for batch in range(1, max_batch + 1) if device == "cuda" else [1]:
             self._compute([self._example()] * batch)
 
-    async def __call__(self, arrays: Arrays, task: str, seed: int) -> np.ndarray:
-        """The chunk [S, A] fp32 of one observation, postprocessed: what the policy answers to it alone from this noise.
-
-        raises  what went wrong with this observation; others of its batch are answered
-        """
-        answer = await self._answer_batch(arrays, task, seed)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
     @batched
-    async def _answer_batch(self, arrays: list[Arrays], tasks: list[str], seeds: list[int]) -> list[Any]:
+    async def __call__(self, arrays: list[Arrays], tasks: list[str], seeds: list[int]) -> list[Answer]:
+        """For one observation, as it is called, its chunk: what the policy answers to it alone from this noise."""
         # Not in the event loop, in which Ray asks whether the replica is alive. One batch at a time: serve.batch has it so,
         # and LeRobot's processor steps keep what they are working on.
         return await asyncio.to_thread(self._answers, list(zip(arrays, tasks, seeds, strict=True)))
 
-    def _answers(self, asked: list[tuple[Arrays, str, int]]) -> list[Any]:
+    def _answers(self, asked: list[tuple[Arrays, str, int]]) -> list[Answer]:
         """In the order of ``asked``. One batch for all that have the same cameras, of one size."""
-        groups: dict[Any, list[int]] = {}
+        groups: dict[Any, list[int]] = defaultdict(list)
         for place, (arrays, _, _) in enumerate(asked):
-            fit = tuple(sorted((name, each.shape, each.dtype.str) for name, each in arrays.items()))
-            groups.setdefault(fit, []).append(place)
-        answers: list[Any] = [None] * len(asked)
+            groups[frozenset((name, each.shape, each.dtype) for name, each in arrays.items())].append(place)
+        answers: dict[int, Answer] = {}
         for places in groups.values():
-            for place, answer in zip(places, self._each([asked[i] for i in places]), strict=True):
-                answers[place] = answer
-        return answers
+            answers |= zip(places, self._each([asked[i] for i in places]), strict=True)
+        return [answers[place] for place in range(len(asked))]
 
-    def _each(self, group: list[tuple[Arrays, str, int]]) -> list[Any]:
+    def _each(self, group: list[tuple[Arrays, str, int]]) -> list[Answer]:
         """A group's chunks; where it cannot be computed, those of its members one by one."""
         try:
             return self._compute(group)
         except Exception as error:  # goes to whom it concerns
-            if len(group) == 1:
-                return [error]
-            return [answer for one in group for answer in self._each([one])]
+            logger.exception("a batch of %d has failed", len(group))
+            if len(group) > 1:
+                return [self._each([one])[0] for one in group]
+            try:
+                self._compute([self._example()])
+            except Exception:  # not the observation's fault, such as a GPU that is gone
+                os._exit(1)  # Ray starts another; the front asks that one
+            return [f"{type(error).__name__}: {error}"]
 
-    def _compute(self, group: list[tuple[Arrays, str, int]]) -> list[np.ndarray]:
+    def _compute(self, group: list[tuple[Arrays, str, int]]) -> list[Answer]:
         batch: dict[str, Any] = {"task": [task for _, task, _ in group]}
         for name in group[0][0]:
             stacked = torch.from_numpy(np.stack([arrays[name] for arrays, _, _ in group]))
@@ -116,11 +110,9 @@ class Replica:
         return list(actions.detach().cpu().float().numpy())
 
     def _example(self) -> tuple[Arrays, str, int]:
-        frames = {
-            name: np.zeros(feature.shape, np.uint8) for name, feature in self._config.image_features.items()
-        }
-        state = np.zeros((1, *self._config.robot_state_feature.shape), np.float32)
-        return {"observation.state": state, **frames}, "wait", 0
+        cameras, state = self._config.image_features, self._config.robot_state_feature
+        frames = {name: np.zeros(camera.shape, np.uint8) for name, camera in cameras.items()}
+        return {OBS_STATE: np.zeros((1, *state.shape), np.float32), **frames}, "wait", 0
 
     def report(self) -> str:
         """Who computes in this replica, and why stock does where it does."""

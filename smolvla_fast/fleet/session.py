@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from lerobot.async_inference.configs import PolicyServerConfig
-from lerobot.async_inference.helpers import RemotePolicyConfig, TimedObservation, prepare_raw_observation
+from lerobot.async_inference.helpers import TimedObservation, prepare_raw_observation
 from lerobot.async_inference.policy_server import PolicyServer
-from lerobot.utils.constants import OBS_STATE
+from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
 
 from .messages import Refused, read_instructions
 from .replica import Arrays
+
+MAX_TASK = 10_000
+"""Characters; SmolVLA reads the first tokens alone."""
 
 
 class Session(PolicyServer):
@@ -30,44 +33,39 @@ class Session(PolicyServer):
 
     def __init__(self, server: PolicyServerConfig, path: str, config: Any, seed: int) -> None:
         super().__init__(server)
-        self.path, self.policy_config, self.seed = path, config, seed
-        self.answered = 0
-        self.instructions: RemotePolicyConfig | None = None
-        self.arrived, self.turn = asyncio.Event(), asyncio.Lock()
-        self.receiving = False
+        self.path, self.policy_config, self.seed, self.answered = path, config, seed, 0
+        self.arrived, self.receiving, self.answering = asyncio.Event(), asyncio.Lock(), asyncio.Lock()
         self.seen = time.monotonic()
 
     def instruct(self, data: bytes) -> None:
-        wanted, config = read_instructions(data), self.policy_config
-        asked = f"{wanted.policy_type} {wanted.pretrained_name_or_path}"
-        if asked != f"smolvla {self.path}" or wanted.rename_map:
+        wanted, policy = read_instructions(data), self.policy_config
+        asked, served = f"{wanted.policy_type} {wanted.pretrained_name_or_path}", f"smolvla {self.path}"
+        if asked != served or wanted.rename_map:
+            raise Refused(f"asks for {asked}, names mapped by {wanted.rename_map}; served is {served}")
+        features, (width,) = wanted.lerobot_features, policy.robot_state_feature.shape
+        state, cameras = features.get(OBS_STATE), features.keys() - {OBS_STATE}
+        names = state.get("names") if isinstance(state, dict) else None
+        fits = isinstance(names, list | tuple) and [*map(type, names)] == [str] * width
+        if not fits or not cameras or cameras - policy.image_features.keys() or wanted.actions_per_chunk < 1:
             raise Refused(
-                f"asks for {asked}, names mapped by {wanted.rename_map}; served is smolvla {self.path}"
+                f"has a state of {names}, cameras {sorted(map(str, cameras))}, {wanted.actions_per_chunk} actions; accepted "
+                f"are {width} names, some of {sorted(policy.image_features)}, 1 action and more"
             )
-        state, cameras = wanted.lerobot_features.get(OBS_STATE), wanted.lerobot_features.keys() - {OBS_STATE}
-        names, (width,) = (
-            state.get("names") if isinstance(state, dict) else None,
-            config.robot_state_feature.shape,
-        )
-        if not cameras or cameras - config.image_features.keys() or len(names or ()) != width:
-            raise Refused(
-                f"has a state of {names} and cameras {sorted(map(str, cameras))}; accepted are {width} names and some "
-                f"of {sorted(config.image_features)}"
-            )
-        self.instructions, self.lerobot_features = wanted, wanted.lerobot_features
+        self.lerobot_features, self.actions_per_chunk = features, wanted.actions_per_chunk
 
     def offer(self, observation: TimedObservation) -> None:
         """Keeps the observation, in place of an older one, if LeRobot's rules want it answered. Raises ``Refused``."""
+        seen = observation.get_observation()
+        # A frame in place of a number is stacked, and one of many channels resized, into something enormous.
         for name in self.lerobot_features[OBS_STATE]["names"]:
-            value = observation.get_observation().get(name)
-            # A frame in place of a number would be stacked into something enormous.
-            if not isinstance(value, int | float | np.number):
-                raise Refused(f"has {name} of {type(value).__name__}; accepted is a number")
-        try:
-            if self._enqueue_observation(observation):
-                self.arrived.set()
-        except Exception as error:  # of LeRobot's code, for whatever the client has sent
-            raise Refused(f"does not fit its features: {type(error).__name__}: {error}") from error
+            if not isinstance(seen.get(name), int | float | np.number):
+                raise Refused(f"has {name} of {type(seen.get(name)).__name__}; accepted is a number")
+        for key in self.lerobot_features.keys() - {OBS_STATE}:
+            shape = np.shape(seen.get(key.removeprefix(f"{OBS_IMAGES}.")))
+            if len(shape) != 3 or shape[2] != 3:
+                raise Refused(f"has {key} of {shape}; accepted is a frame [height, width, 3]")
+        if _lerobots(self._enqueue_observation, observation):
+            self.arrived.set()
 
     @contextmanager
     def taking(self) -> Iterator[TimedObservation]:
@@ -88,30 +86,30 @@ class Session(PolicyServer):
 
     def prepare(self, observation: TimedObservation) -> tuple[Arrays, str, int]:
         """What a replica is sent, checked: in a batch it stands beside other clients'. Raises ``Refused``."""
-        features = self.policy_config.image_features
-        try:
-            found = prepare_raw_observation(observation.get_observation(), self.lerobot_features, features)
-            task = found.pop("task")
-            arrays = {name: value.numpy() for name, value in found.items()}
-        except Exception as error:  # of LeRobot's code, for whatever the client has sent
-            raise Refused(f"does not fit its features: {type(error).__name__}: {error}") from error
+        seen, cameras = observation.get_observation(), self.policy_config.image_features
+        found = _lerobots(prepare_raw_observation, seen, self.lerobot_features, cameras)
+        task = found.pop("task", None)
+        if not isinstance(task, str) or len(task) > MAX_TASK:
+            raise Refused(f"has the task {task!r:.40}; accepted is a text of at most {MAX_TASK} characters")
+        arrays = {name: value.numpy() for name, value in found.items()}
         for name, value in arrays.items():
-            shape = tuple(features[name].shape) if name in features else value.shape
-            if value.shape != shape or not np.isfinite(value).all():
-                raise Refused(f"has {name} of {value.shape}; accepted are finite numbers of {shape}")
-        if not isinstance(task, str):
-            raise Refused(f"has a task of {type(task).__name__}; accepted is a text")
+            if not np.isfinite(value).all():
+                raise Refused(f"has a {name} that is not finite; accepted are finite numbers")
         # The noise depends on the session's seed and the number of its chunks, not on a batch or a replica.
         return arrays, task, int(np.random.SeedSequence([self.seed, self.answered]).generate_state(1)[0])
 
     def pack(self, observation: TimedObservation, actions: np.ndarray) -> bytes:
         """The answer as LeRobot's clients read it."""
-        assert self.instructions is not None
         # Copies: pickle else writes the whole chunk once for each action.
-        rows = [
-            row.clone() for row in torch.from_numpy(np.array(actions[: self.instructions.actions_per_chunk]))
-        ]
+        rows = [torch.tensor(row) for row in actions[: self.actions_per_chunk]]
         self.answered += 1
-        return pickle.dumps(
-            self._time_action_chunk(observation.get_timestamp(), rows, observation.get_timestep())
-        )
+        timestamp, timestep = observation.get_timestamp(), observation.get_timestep()
+        return pickle.dumps(self._time_action_chunk(timestamp, rows, timestep))
+
+
+def _lerobots(rule: Callable[..., Any], *asked: Any) -> Any:
+    """What LeRobot's code makes of an observation. Raises ``Refused`` for any error of it."""
+    try:
+        return rule(*asked)
+    except Exception as error:  # depends on what the client has sent
+        raise Refused(f"does not fit its features: {type(error).__name__}: {error}") from error

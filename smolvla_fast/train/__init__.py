@@ -1,4 +1,4 @@
-"""The components of ``smolvla_fast/training.py``: settings, data, policy, random state, checkpoints, log, evaluation."""
+"""The components of ``smolvla_fast/training.py``: settings, data, policy, random state, checkpoints, log."""
 
 from .errors import TrainingError
 from .settings import DatasetSettings, TrainSettings

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import random_state
-from .disk import advice, flush, flush_entry, replace
+from .disk import advice, flush, replace
 from .errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Checkpoints:
         self.folder = output_dir / "checkpoints"
         self._warned = False
 
-    def save(self, step: int, total_steps: int, write: Callable[[Path], None]) -> Path:
+    def save(self, step: int, total_steps: int, write: Callable[[Path], None]) -> None:
         """Lets ``write(folder)`` fill a folder, makes it the checkpoint of ``step`` and points `last` at it.
 
         raises  TrainingError where the disk is full or refuses; then earlier checkpoints stay and nothing of this one does
@@ -60,12 +60,12 @@ class Checkpoints:
             self._clear()
             aside.mkdir()
             write(aside)
-            flush(aside)
+            for path in (*aside.rglob("*"), aside, self.folder):
+                flush(path)  # or the rename may reach the disk before the bytes
             self._put(aside, final)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise TrainingError(self._refused(final, error)) from error
-        return final
 
     def _put(self, aside: Path, final: Path) -> None:
         old = final.with_name(f".{final.name}{OLD}")
@@ -73,7 +73,7 @@ class Checkpoints:
             os.rename(final, old)
         os.rename(aside, final)
         self._point_at(final.name)
-        flush_entry(self.folder)
+        flush(self.folder)
         shutil.rmtree(old, ignore_errors=True)
 
     def _point_at(self, name: str) -> None:
@@ -86,7 +86,7 @@ class Checkpoints:
         except OSError as error:
             aside.unlink(missing_ok=True)
             aside.write_text(name, encoding="utf-8")
-            flush_entry(aside)
+            flush(aside)
             replace(aside, note)
             with suppress(OSError):
                 if link.is_symlink():
@@ -98,8 +98,7 @@ class Checkpoints:
                     "other programs want the folder of a step", link, error.strerror or error, note,
                 )  # fmt: skip
         else:
-            if note.exists():
-                note.unlink()
+            note.unlink(missing_ok=True)
 
     def _clear(self) -> None:
         """Removes what a killed process left half written, and moves back a checkpoint that it moved aside."""
@@ -121,7 +120,9 @@ class Checkpoints:
     def last(self) -> Path | None:
         """The newest whole checkpoint: the one `last` names or, where a kill left it dangling, the highest step."""
         link, note = self.folder / LAST, self.folder / NOTE
-        name = os.readlink(link) if link.is_symlink() else _text(note).strip()
+        name = os.readlink(link) if link.is_symlink() else ""
+        with suppress(OSError, ValueError):
+            name = name or note.read_text(encoding="utf-8").strip()
         if name and (self.folder / name / STATE).is_dir():
             return self.folder / name
         steps = [p for p in self.folder.glob("[0-9]*") if p.name.isdigit() and (p / STATE).is_dir()]
@@ -132,40 +133,24 @@ class Checkpoints:
         return max(steps, key=lambda p: int("".join(filter(str.isdigit, p.name))), default=copied)
 
 
-def _text(path: Path) -> str:
-    """The text of a file; empty where there is none."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
+def save_state(folder: Path, run: Any, place: dict[str, int], facts: dict[str, Any]) -> None:
+    """Writes ``training_state`` of a ``Run``: the files that LeRobot's ``load_training_state`` reads, and ``run.json``.
 
-
-def save_state(
-    folder: Path,
-    step: int,
-    samples: int,
-    processes: int,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    run: dict[str, Any],
-) -> None:
-    """Writes ``training_state``: the files that LeRobot's ``load_training_state`` reads, and ``run.json``.
-
-    samples  per optimizer step and process: LeRobot computes its place in the data from it
+    place  step, num_processes and batch_size (per process and step), of which LeRobot computes its place in the data
+    facts  what ``run.json`` holds
     """
     folder = folder / STATE
     folder.mkdir()
-    state = optimizer.state_dict()
-    tensors = {
-        f"state/{i}/{name}": value for i, entry in state["state"].items() for name, value in entry.items()
-    }
-    save_file({name: value.contiguous() for name, value in tensors.items()}, str(folder / OPTIMIZER))
+    state = run.optimizer.state_dict()
+    entries = state["state"].items()
+    tensors = {f"state/{i}/{name}": t.contiguous() for i, entry in entries for name, t in entry.items()}
+    save_file(tensors, str(folder / OPTIMIZER))
     save_file(random_state.collect(), str(folder / RANDOM))
     # How an update is computed belongs to the run, not to the checkpoint, as in LeRobot's file.
-    _write(folder / GROUPS, [{**group, "fused": None} for group in state["param_groups"]])
-    _write(folder / SCHEDULER, scheduler.state_dict())
-    _write(folder / STEP, {"step": step, "num_processes": processes, "batch_size": samples})
-    _write(folder / RUN, run)
+    write_json(folder / GROUPS, [{**group, "fused": None} for group in state["param_groups"]])
+    write_json(folder / SCHEDULER, run.scheduler.state_dict())
+    write_json(folder / STEP, place)
+    write_json(folder / RUN, facts)
 
 
 def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -> int:
@@ -177,9 +162,7 @@ def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -
             _, index, name = key.split("/", 2)
             entries.setdefault(int(index), {})[name] = value
         groups = _read(folder / GROUPS)
-        for group, own in zip(
-            groups, optimizer.param_groups, strict=False
-        ):  # torch itself refuses another number of groups
+        for group, own in zip(groups, optimizer.param_groups, strict=False):  # torch refuses another number
             group["fused"] = own["fused"]
         optimizer.load_state_dict({"state": entries, "param_groups": groups})
         scheduler.load_state_dict(_read(folder / SCHEDULER))
@@ -200,16 +183,12 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
         return _read(path)
     except (OSError, ValueError) as error:
         raise TrainingError(
-            f"{path} cannot be read ({error}), so it is not known how this run was configured. A checkpoint written by "
-            f"LeRobot can be started from with --policy.path={checkpoint / PRETRAINED} and a new --output_dir"
+            f"{path} cannot be read ({error}), so this run's settings are unknown. From a checkpoint of LeRobot's begin a "
+            f"new run, with --policy.path={checkpoint / PRETRAINED} and a new --output_dir"
         ) from error
 
 
-def write_train_config(folder: Path, values: dict[str, Any]) -> None:
-    _write(folder / "train_config.json", values)
-
-
-def _write(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=4), encoding="utf-8")
 
 

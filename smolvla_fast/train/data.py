@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,14 @@ from torch.utils.data import BatchSampler, DataLoader
 from ..smolvla import NormalizationMode, SmolVLAConfig
 from ..smolvla.features import ACTION, OBS_PREFIX, OBS_STATE
 from ..smolvla.normalization import statistics_fault
-from .dataset_files import check_backend, check_files, find_fault, first_line
+from .dataset_files import check_backend, check_files, not_opened
 from .errors import TrainingError
 from .features import fill_features, policy_names
 from .readable import Batches, Collate, Readable
 from .settings import TrainSettings
 
 logger = logging.getLogger(__name__)
+IDENTITY = NormalizationMode.IDENTITY
 
 
 @dataclass
@@ -46,14 +46,10 @@ class Data:
     def stats(self) -> dict[str, Any]:
         """The dataset's numeric statistics, under the policy's names."""
         return {
-            self.names[key]: {name: value for name, value in entry.items() if _are_numbers(value)}
+            self.names[key]: {n: v for n, v in entry.items() if np.asarray(v).dtype.kind in "biuf"}
             for key, entry in (self.meta.stats or {}).items()
             if key in self.names and isinstance(entry, Mapping)
         }
-
-
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, Tensor) or np.asarray(value).dtype.kind in "biuf"
 
 
 def open_data(settings: TrainSettings) -> Data:
@@ -62,9 +58,15 @@ def open_data(settings: TrainSettings) -> Data:
     raises  TrainingError: no LeRobot, no such dataset, another camera or size than the policy's, missing statistics,
             values that are not finite
     """
-    LeRobotDataset, LeRobotDatasetMetadata, resolve_delta_timestamps = _lerobot()
-    from .reader import read_by_column
+    try:
+        from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata, resolve_delta_timestamps
 
+        from .reader import read_by_column
+    except ImportError as error:
+        raise TrainingError(
+            f"LeRobot 0.6's datasets are needed to train and cannot be imported ({error}); on Python 3.12 or later run "
+            '`pip install "smolvla_fast[train]"`'
+        ) from error
     wanted, policy = settings.dataset, settings.policy
     where = dict(root=wanted.root, revision=wanted.revision)
     try:
@@ -90,38 +92,12 @@ def open_data(settings: TrainSettings) -> Data:
             if wanted.use_imagenet_stats:
                 _take_imagenet_stats(part.meta)
         check_statistics(policy, meta.stats, names)
-        _say_what_is_scaled(policy, names)
     except TrainingError:
         raise
     except Exception as error:
         # The Hub, datasets, pyarrow and LeRobot each raise their own.
-        raise TrainingError(_not_opened(settings, error)) from error
+        raise TrainingError(not_opened(wanted.repo_id, wanted.root, wanted.episodes, error)) from error
     return data
-
-
-def _not_opened(settings: TrainSettings, error: Exception) -> str:
-    from lerobot.utils.constants import HF_LEROBOT_HOME
-
-    wanted = settings.dataset
-    root = Path(wanted.root or HF_LEROBOT_HOME / wanted.repo_id).expanduser()
-    # LeRobot asks the Hub for a missing file, so its own error may be one of the network.
-    fault = find_fault(root, wanted.episodes) if wanted.root or root.is_dir() else None
-    return (
-        f"cannot open the dataset {wanted.repo_id} ({wanted.root or 'no --dataset.root'}): "
-        + (f"in {root}, {fault}" if fault else first_line(error))
-        + ". Accepted is the Hub id of a LeRobotDataset v3.0, or its folder (the one that holds meta/) as --dataset.root"
-    )
-
-
-def _lerobot() -> tuple[Any, Any, Any]:
-    try:
-        from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata, resolve_delta_timestamps
-    except ImportError as error:
-        raise TrainingError(
-            f"LeRobot 0.6's datasets are needed to train and cannot be imported ({error}); on Python 3.12 or later run "
-            '`pip install "smolvla_fast[train]"`'
-        ) from error
-    return LeRobotDataset, LeRobotDatasetMetadata, resolve_delta_timestamps
 
 
 def split_episodes(settings: TrainSettings, meta: Any) -> tuple[list[int] | None, list[int]]:
@@ -129,62 +105,42 @@ def split_episodes(settings: TrainSettings, meta: Any) -> tuple[list[int] | None
     chosen = settings.dataset.episodes
     unknown = [index for index in chosen or [] if not 0 <= index < meta.total_episodes]
     if unknown:
-        raise TrainingError(
-            f"dataset.episodes={chosen}: the dataset has episodes 0 to {meta.total_episodes - 1}, not {unknown}"
-        )
+        last = meta.total_episodes - 1
+        raise TrainingError(f"--dataset.episodes={chosen}: there are episodes 0 to {last}, not {unknown}")
     if not settings.dataset.eval_split:
         return chosen, []
     by_task: dict[str, list[int]] = {}
-    for index in chosen if chosen is not None else range(meta.total_episodes):
+    for index in range(meta.total_episodes) if chosen is None else chosen:
         by_task.setdefault((meta.episodes["tasks"][index] or [""])[0], []).append(index)
-    train: list[int] = []
-    held_out: list[int] = []
+    train, held_out = list[int](), list[int]()
     for episodes in by_task.values():
         kept = len(episodes) - math.ceil(len(episodes) * settings.dataset.eval_split)
         train += episodes[:kept]
         held_out += episodes[kept:]
     if not train:
-        several = any(len(episodes) > 1 for episodes in by_task.values())
-        raise TrainingError(
-            f"dataset.eval_split={settings.dataset.eval_split} leaves no episode to train on; "
-            + (
-                "give a smaller share"
-                if several
-                else "leave it out, for no task has a second episode to hold out"
-            )
-        )
+        alone = all(len(episodes) == 1 for episodes in by_task.values())
+        advice = "leave it out: no task has a second episode" if alone else "give a smaller share"
+        given = settings.dataset.eval_split
+        raise TrainingError(f"--dataset.eval_split={given} leaves no episode to train on; {advice}")
     return train, held_out
 
 
 def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, names: dict[str, str]) -> None:
-    """TrainingError unless every normalised feature of the dataset has finite statistics of its size."""
-    sources = {new: old for old, new in names.items()}
-    for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
-        mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
-        if mode is NormalizationMode.IDENTITY or key not in sources:
+    """TrainingError unless every normalised feature has finite statistics of its size; a warning for a renamed one."""
+    features = {**(config.input_features or {}), **(config.output_features or {})}
+    for source, key in names.items():
+        mode = IDENTITY
+        if key in features:
+            mode = config.normalization_mapping.get(features[key].type.value, IDENTITY)
+        if mode is IDENTITY:
             continue
-        fault = statistics_fault(sources[key], feature, mode, stats, "meta/stats.json")
-        if fault:
+        if fault := statistics_fault(source, features[key], mode, stats, "meta/stats.json"):
             raise TrainingError(
-                f"meta/stats.json: {fault}; normalisation {mode.value} of {key!r} needs it. Compute it with "
-                "`lerobot-edit-dataset --operation.type recompute_stats` (see its --help), or switch normalisation off "
-                "with --policy.normalization_mapping"
+                f"meta/stats.json: {fault}; normalisation {mode.value} of {key!r} needs it. Compute it with `lerobot-edit-"
+                "dataset --operation.type recompute_stats`, or switch it off with --policy.normalization_mapping"
             )
-
-
-def _say_what_is_scaled(config: SmolVLAConfig, names: dict[str, str]) -> None:
-    """Warns of renamed features: LeRobot 0.6.1 looks for their statistics under the new name, and does not scale them."""
-    features, modes = config.input_features or {}, config.normalization_mapping
-    scaled = [
-        old
-        for old, new in names.items()
-        if old != new and new in features and modes.get(features[new].type.value, "IDENTITY") != "IDENTITY"
-    ]
-    if scaled:
-        logger.warning(
-            "%s, renamed, are normalised by their statistics, as under the policy's own names; lerobot-train 0.6.1 trains "
-            "on renamed features as they are", scaled,
-        )  # fmt: skip
+        if key != source:
+            logger.warning("%s, renamed, is normalised by its statistics; lerobot-train does not", source)
 
 
 def check_values(dataset: Any, names: dict[str, str]) -> None:
@@ -204,22 +160,20 @@ def check_values(dataset: Any, names: dict[str, str]) -> None:
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             row, column = bad[0].tolist()
-            episode, frame = (
-                dataset.hf_dataset.data.column(name)[row].as_py() for name in ("episode_index", "frame_index")
-            )
+            held = dataset.hf_dataset.data
+            episode, frame = (held.column(name)[row].as_py() for name in ("episode_index", "frame_index"))
             raise TrainingError(
                 f"{key!r} is {values[row, column].item()} at frame {frame} of episode {episode} (value {column}), and "
-                f"{len(bad[:, 0].unique())} frames have such values. Repair the recording, or leave the episodes out with "
-                "--dataset.episodes"
+                f"{len(bad[:, 0].unique())} frames have such values. Repair them, or leave them out with --dataset.episodes"
             )
 
 
 def _take_imagenet_stats(meta: Any) -> None:
     from lerobot.utils.constants import IMAGENET_STATS
 
+    imagenet = {name: torch.tensor(value, dtype=torch.float32) for name, value in IMAGENET_STATS.items()}
     for key in (set(meta.camera_keys) - set(meta.depth_keys)) & set(meta.stats or {}):
         own = meta.stats[key] if isinstance(meta.stats[key], Mapping) else {}
-        imagenet = {name: torch.tensor(v, dtype=torch.float32) for name, v in IMAGENET_STATS.items()}
         meta.stats[key] = {**own, **imagenet}
 
 
@@ -315,9 +269,6 @@ def loader_of(settings: TrainSettings, dataset: Any, meta: Any, batches: Any) ->
 def to_floats(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
     """Moves uint8 camera frames to the device, a quarter of fp32's traffic, and converts them there to fp32 in [0, 1]."""
 
-    def convert(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dtype is not torch.uint8:
-            return value
-        return value.to(device, non_blocking=True).to(torch.float32) / 255.0
-
-    return {key: convert(value) for key, value in batch.items()}
+    frames = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.dtype is torch.uint8}
+    floats = {k: v.to(device, non_blocking=True).to(torch.float32) / 255.0 for k, v in frames.items()}
+    return {**batch, **floats}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,9 @@ def first_line(error: BaseException) -> str:
 
 def spans(numbers: Iterable[int]) -> str:
     """``0 to 3, 7``"""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in found)
+    inside = np.sort([*numbers])
+    runs = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def check_backend(name: str | None, videos: bool) -> None:
@@ -59,18 +56,27 @@ def check_backend(name: str | None, videos: bool) -> None:
 def other_backend(name: str | None) -> str | None:
     """A decoder other than ``name`` that can be loaded here, if there is one."""
     other = "pyav" if name == "torchcodec" else "torchcodec"
-    try:
+    with suppress(TrainingError):
         check_backend(other, videos=True)
-    except TrainingError:
-        return None
-    return other
+        return other
+    return None
 
 
-def find_fault(root: Path, episodes: list[int] | None) -> str | None:
-    """The first fault of a dataset that cannot be opened, and what to do; None where none is found.
+def not_opened(repo_id: str, root: str | None, episodes: list[int] | None, error: Exception) -> str:
+    """The message for a dataset that LeRobot cannot open: the first fault of its files, or ``error``, and what to do."""
+    from lerobot.utils.constants import HF_LEROBOT_HOME
 
-    episodes  indices that the run reads; None: all
-    """
+    folder = Path(root or HF_LEROBOT_HOME / repo_id).expanduser()
+    # LeRobot asks the Hub for a missing file, so its own error may be one of the network.
+    fault = _find_fault(folder, episodes) if root or folder.is_dir() else None
+    return (
+        f"cannot open the dataset {repo_id} ({root or 'no --dataset.root'}): "
+        + (f"in {folder}, {fault}" if fault else first_line(error))
+        + ". Accepted is the Hub id of a LeRobotDataset v3.0, or its folder (the one that holds meta/) as --dataset.root"
+    )
+
+
+def _find_fault(root: Path, episodes: list[int] | None) -> str | None:
     try:
         return next(_faults(root, episodes), None)
     except OSError as error:
@@ -80,73 +86,74 @@ def find_fault(root: Path, episodes: list[int] | None) -> str | None:
 
 
 def _faults(root: Path, episodes: list[int] | None) -> Iterator[str]:
-    from lerobot.datasets import io_utils
+    from lerobot.datasets import LeRobotDatasetMetadata, io_utils
 
     if not root.is_dir():
         yield "it is no folder" if root.exists() else "there is no such folder"
-        return
-    if not (root / INFO).exists():
+    elif not (root / INFO).exists():
         held = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
         yield f"{INFO} is missing, so it is not known to be a LeRobotDataset; it holds {held}"
-        return
-    yield from _version(root / INFO)
-    info, fault = _read(root, INFO, lambda: io_utils.load_info(root))
-    yield from fault
-    if fault:
-        return
+    yield from _read(root, INFO, lambda: _version(root))
+    version, major = _version(root)
+    convert = f"convert_dataset_v21_to_v30 --repo-id=ID --root={root} --push-to-hub=false"
+    way = f"convert it with `python -m lerobot.scripts.{convert}`" if major < 3 else "install a newer LeRobot"
+    if major != 3:
+        yield f"it is a LeRobotDataset {version}, and v3.0 is read; {way}"
+    yield from _read(root, INFO, lambda: io_utils.load_info(root))
+    info = io_utils.load_info(root)
     if info.total_episodes < 1:
         yield f"{INFO} says that it has no episodes; record some"
-    yield from _read(root, TASKS, lambda: io_utils.load_tasks(root))[1]
-    yield from _read(root, STATS, lambda: io_utils.load_stats(root))[1]
+    yield from _read(root, TASKS, lambda: io_utils.load_tasks(root))
+    yield from _read(root, STATS, lambda: io_utils.load_stats(root))
     yield from _tables(root, EPISODES)
-    table, fault = _read(root, EPISODES, lambda: io_utils.load_episodes(root))
-    yield from fault
-    if fault:
-        return
-    if len(table) != info.total_episodes:
-        yield f"{EPISODES} describes {len(table)} episodes and {INFO} {info.total_episodes}; {AGAIN}"
-    yield from _features(info.features)
-    videos = [key for key, feature in info.features.items() if feature.get("dtype") == "video"]
-    wanted = range(len(table)) if episodes is None else episodes
-    files: dict[str, list[int]] = {}
-    for index in wanted:
-        for path in (
-            _data_file(info, table[index]),
-            *(_video_file(info, table[index], key) for key in videos),
-        ):
+    yield from _read(root, EPISODES, lambda: io_utils.load_episodes(root))
+    # All that it reads is there, so that it does not ask the Hub.
+    meta = LeRobotDatasetMetadata("local/dataset", root)
+    if len(meta.episodes) != meta.total_episodes:
+        yield f"{EPISODES} describes {len(meta.episodes)} episodes and {INFO} {meta.total_episodes}; {AGAIN}"
+    yield from _features(meta.features)
+    yield from _missing_files(meta, range(meta.total_episodes) if episodes is None else episodes)
+    yield from _tables(root, "data", meta.features)
+
+
+def _missing_files(meta: Any, episodes: Iterable[int]) -> Iterator[str]:
+    """Faults of the files of these episodes that show without reading them."""
+    files: dict[Path, list[int]] = {}
+    for index in episodes:
+        videos = [meta.get_video_file_path(index, key) for key in meta.video_keys]
+        for path in (meta.get_data_file_path(index), *videos):
             files.setdefault(path, []).append(index)
-    for name, held_in in sorted(files.items()):
-        if not (root / name).is_file():
-            yield f"{name} of the {_episodes(held_in)} is missing; {_ways_out(held_in, len(table))}"
-        elif name.endswith(".mp4") and (fault_of := video_fault(root / name)):
-            yield f"{name} of the {_episodes(held_in)} {fault_of}; {_ways_out(held_in, len(table))}"
-    yield from _tables(root, "data")
-    for parquet in sorted((root / "data").glob("*/*.parquet")):
-        for unlike in _columns(parquet, info.features):
-            yield f"{parquet.relative_to(root)} does not fit {INFO}: {unlike}; mend {INFO}, or {AGAIN}"
+    for path, held_in in sorted(files.items()):
+        exists = (meta.root / path).is_file()
+        if (
+            fault := video_fault(meta.root / path)
+            if path.suffix == ".mp4"
+            else None
+            if exists
+            else "is missing"
+        ):
+            which = f"episode{'s' if len(held_in) > 1 else ''} {spans(held_in)}"
+            part = len(held_in) < meta.total_episodes
+            leave_out = ", or leave them out with --dataset.episodes" if part else ""
+            yield f"{path} of the {which} {fault}; {AGAIN}{leave_out}"
 
 
 def _features(features: dict[str, Any]) -> Iterator[str]:
     """Faults of the declared features that show without the data."""
     for key, feature in features.items():
-        if not isinstance(feature.get("shape"), (list, tuple)) or not feature["shape"]:
-            yield f"{INFO} has shape {json.dumps(feature.get('shape'))} for {key!r}; accepted is a list such as [6]"
-        if feature.get("dtype") not in ("image", "video"):
-            continue
-        for what in ("shape", "names"):
-            if not isinstance(feature.get(what), (list, tuple)) or len(feature[what]) != 3:
+        camera = feature.get("dtype") in ("image", "video")
+        examples = {"shape": "[480, 640, 3]" if camera else "[6]", "names": '["height", "width", "channels"]'}
+        for what in ("shape", "names") if camera else ("shape",):
+            value = feature.get(what)
+            if not isinstance(value, (list, tuple)) or not value or (camera and len(value) != 3):
                 yield (
-                    f"{INFO} has {what} {json.dumps(feature.get(what))} for the camera {key!r}; accepted are three, such as "
-                    + ("[480, 640, 3]" if what == "shape" else '["height", "width", "channels"]')
+                    f"{INFO} has {what} {json.dumps(value)} for {'the camera ' if camera else ''}{key!r}; accepted is a "
+                    f"list such as {examples[what]}"
                 )
 
 
-def _columns(path: Path, features: dict[str, Any]) -> Iterator[str]:
-    """Features that a data file lacks, or holds in another shape than is declared."""
-    import pyarrow.parquet as pq
-
-    with path.open("rb") as file:
-        table = pq.read_table(file)
+def _columns(table: Any, features: dict[str, Any]) -> Iterator[str]:
+    """Features that a table lacks, or holds in another shape than is declared."""
     for key, feature in features.items():
         dtype, declared = feature.get("dtype"), feature.get("shape")
         if dtype == "video":
@@ -179,53 +186,25 @@ def flat_values(column: Any) -> tuple[Any, list[int]]:
     return column, shape
 
 
-def _data_file(info: Any, episode: dict[str, Any]) -> str:
-    chunk, file = episode["data/chunk_index"], episode["data/file_index"]
-    return str(info.data_path.format(chunk_index=chunk, file_index=file))
+def _version(root: Path) -> tuple[str, int]:
+    version = str(json.loads((root / INFO).read_text(encoding="utf-8"))["codebase_version"])
+    return version, int(version.lstrip("v").split(".")[0])
 
 
-def _video_file(info: Any, episode: dict[str, Any], key: str) -> str:
-    chunk, file = (episode[f"videos/{key}/{what}_index"] for what in ("chunk", "file"))
-    return str(info.video_path.format(video_key=key, chunk_index=chunk, file_index=file))
-
-
-def _episodes(indices: list[int]) -> str:
-    return f"episode{'s' if len(indices) > 1 else ''} {spans(indices)}"
-
-
-def _ways_out(indices: list[int], of: int) -> str:
-    leave_out = ", or leave them out with --dataset.episodes" if len(indices) < of else ""
-    return AGAIN + leave_out
-
-
-def _version(path: Path) -> Iterator[str]:
+def _read(root: Path, name: str, read: Callable[[], Any]) -> Iterator[str]:
+    """The fault of the file that ``read`` reads, if there is one."""
     try:
-        version = json.loads(path.read_text(encoding="utf-8"))["codebase_version"]
-        major = int(str(version).lstrip("v").split(".")[0])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        yield f"{INFO} cannot be read ({first_line(error)}); {AGAIN}"
-        return
-    if major < 3:
-        yield (
-            f"it is a LeRobotDataset {version}, and v3.0 is read; convert it with `python -m lerobot.scripts."
-            f"convert_dataset_v21_to_v30 --repo-id=ID --root={path.parent.parent} --push-to-hub=false`"
-        )
-    elif major > 3:
-        yield f"it is a LeRobotDataset {version}, and v3.0 is read; install a newer LeRobot"
-
-
-def _read(root: Path, name: str, read: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What ``read`` returns, and the faults of the file it reads."""
-    try:
-        return read(), []
+        read()
     except Exception as error:  # of json, pandas, pyarrow, datasets and LeRobot
-        missing = not (root / name).exists()
-        state = "is missing" if missing else f"cannot be read ({first_line(error)})"
-        return None, [f"{name} {state}; {AGAIN}"]
+        state = f"cannot be read ({first_line(error)})" if (root / name).exists() else "is missing"
+        yield f"{name} {state}; {AGAIN}"
 
 
-def _tables(root: Path, folder: str) -> Iterator[str]:
-    """Faults of all parquet files of a folder: LeRobot reads every one, whichever episodes are wanted."""
+def _tables(root: Path, folder: str, features: dict[str, Any] | None = None) -> Iterator[str]:
+    """Faults of all parquet files of a folder: LeRobot reads every one, whichever episodes are wanted.
+
+    features  as they are declared, where the files hold them
+    """
     import pyarrow.parquet as pq
 
     paths = sorted((root / folder).glob("*/*.parquet"))
@@ -234,9 +213,12 @@ def _tables(root: Path, folder: str) -> Iterator[str]:
     for path in paths:
         try:
             with path.open("rb") as file:  # given a path, pyarrow would accept a folder of files
-                pq.read_table(file)
+                table = pq.read_table(file)
         except Exception as error:
             yield f"{path.relative_to(root)} cannot be read ({first_line(error)}); {AGAIN}"
+            continue
+        for unlike in _columns(table, features or {}):
+            yield f"{path.relative_to(root)} does not fit {INFO}: {unlike}; mend {INFO}, or {AGAIN}"
 
 
 def video_fault(path: Path) -> str | None:
@@ -278,29 +260,24 @@ def check_files(dataset: Any) -> None:
     meta, columns = dataset.meta, dataset.hf_dataset.data
     chosen = sorted(dataset.episodes if dataset.episodes is not None else range(meta.total_episodes))
     begins, ends = (np.asarray(meta.episodes[f"dataset_{side}_index"]) for side in ("from", "to"))
-    wanted = np.concatenate([np.arange(begins[index], ends[index]) for index in chosen])
     found = columns.column("index").to_numpy()
-    if not np.array_equal(np.sort(found), wanted) or (dataset.episodes is None and found[0] != 0):
-        episode, counts = next(_miscounted(found, chosen, begins, ends), (chosen[0], "other rows"))
+    rows = np.sort(found)
+    wanted = np.concatenate([np.arange(begins[index], ends[index]) for index in chosen])
+    if not np.array_equal(rows, wanted) or (dataset.episodes is None and found[0] != 0):
+        counts, declared = np.searchsorted(rows, ends) - np.searchsorted(rows, begins), ends - begins
+        episode = next((index for index in chosen if counts[index] != declared[index]), chosen[0])
+        has = f"{counts[episode]} rows instead of {declared[episode]}"
         raise TrainingError(
             f"{meta.get_data_file_path(episode)} of {meta.root} does not hold what {EPISODES} says: episode {episode} has "
-            f"{counts}; {AGAIN}"
+            f"{has if counts[episode] != declared[episode] else 'other rows'}; {AGAIN}"
         )
     tasks = columns.column("task_index").to_numpy()
     if tasks.min() < 0 or tasks.max() >= len(meta.tasks):
-        raise TrainingError(
-            f"{TASKS} of {meta.root} has {len(meta.tasks)} tasks, the data names task {tasks.max()}; {AGAIN}"
-        )
+        named = f"{len(meta.tasks)} tasks, the data names task {tasks.max()}"
+        raise TrainingError(f"{TASKS} of {meta.root} has {named}; {AGAIN}")
     _check_nulls(meta, columns)
-    files: dict[tuple[str, Path], list[int]] = {}
-    for index in chosen:
-        for key in meta.video_keys:
-            files.setdefault((key, meta.get_video_file_path(index, key)), []).append(index)
-    for (_, name), held_in in files.items():
-        if fault := video_fault(meta.root / name):
-            raise TrainingError(
-                f"{name} of the {_episodes(held_in)} in {meta.root} {fault}; {_ways_out(held_in, meta.total_episodes)}"
-            )
+    for fault in _missing_files(meta, chosen):
+        raise TrainingError(f"in {meta.root}, {fault}")
 
 
 def _check_nulls(meta: Any, columns: Any) -> None:
@@ -314,17 +291,8 @@ def _check_nulls(meta: Any, columns: Any) -> None:
             )
         if column.null_count and key in meta.image_keys:
             row = int(np.asarray(column.is_null()).argmax())
-            episode, frame = (
-                int(columns.column(name)[row].as_py()) for name in ("episode_index", "frame_index")
-            )
+            episode, frame = (columns.column(name)[row].as_py() for name in ("episode_index", "frame_index"))
             raise TrainingError(
                 f"{key} at frame {frame} of episode {episode} is null in {meta.get_data_file_path(episode)} of {meta.root}, "
                 f"as {column.null_count} are; {AGAIN}, or leave such episodes out with --dataset.episodes"
             )
-
-
-def _miscounted(found: Any, chosen: list[int], begins: Any, ends: Any) -> Iterator[tuple[int, str]]:
-    for index in chosen:
-        count = int(((found >= begins[index]) & (found < ends[index])).sum())
-        if count != ends[index] - begins[index]:
-            yield index, f"{count} rows instead of {ends[index] - begins[index]}"

@@ -39,7 +39,6 @@ def make_folder(folder: Path) -> None:
 
 def check_output_dir(folder: Path, new: bool) -> None:
     """TrainingError for a folder that a ``new`` run would overwrite, or that refuses files. Leaves nothing behind."""
-    made: list[Path] = []
     try:
         # Trackers begin before the first step; should that fail, the same command may run again.
         used = folder.is_dir() and any(entry.name != TRACKERS for entry in folder.iterdir())
@@ -48,10 +47,9 @@ def check_output_dir(folder: Path, new: bool) -> None:
         raise TrainingError(f"--output_dir={folder} cannot be read ({error}); give another") from error
     if used and new:
         resumes = any(folder.glob("checkpoints/[0-9]*"))
-        raise TrainingError(
-            f"--output_dir={folder} is there already and would be overwritten; give another"
-            + (", or --resume=true to go on" if resumes else " (it holds no checkpoint to resume)")
-        )
+        way = ", or --resume=true to go on" if resumes else " (it holds no checkpoint to resume)"
+        used_by = f"--output_dir={folder} is there already and would be overwritten"
+        raise TrainingError(f"{used_by}; give another{way}")
     try:
         make_folder(folder)
     finally:
@@ -62,11 +60,8 @@ def check_output_dir(folder: Path, new: bool) -> None:
 
 def advice(error: BaseException) -> str:
     """What to do about a disk that refuses to write."""
-    number = getattr(error, "errno", None)
-    if number is None and (
-        said := re.search(r"os error (\d+)", str(error))
-    ):  # safetensors has it in its text alone
-        number = int(said[1])
+    said = re.search(r"os error (\d+)", str(error))  # safetensors has it in its text alone
+    number = getattr(error, "errno", None) or (said and int(said[1]))
     if number in READ_ONLY:
         return "make it writable"
     return "free some space" if number in FULL else "mend that"
@@ -77,23 +72,14 @@ def replace(source: Path, target: Path) -> None:
     try:
         os.replace(source, target)
     except OSError as error:
-        if error.errno not in LACKING | {errno.EEXIST, errno.EACCES} or _is_folder(target):
+        folder = target.is_dir() and not target.is_symlink()
+        if folder or error.errno not in LACKING | {errno.EEXIST, errno.EACCES}:
             raise
         target.unlink(missing_ok=True)
         os.rename(source, target)
 
 
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
-def flush(folder: Path) -> None:
-    """Writes everything below a folder to the disk: a rename may otherwise reach it before the bytes do."""
-    for path in [*folder.rglob("*"), folder, folder.parent]:
-        flush_entry(path)
-
-
-def flush_entry(path: Path) -> None:
+def flush(path: Path) -> None:
     """Writes a file, or the names in a folder, to the disk, where the file system supports it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

@@ -37,12 +37,11 @@ def policy_names(features: Mapping[str, Any], rename_map: dict[str, str]) -> dic
                     f"{wrong!r} out of it" + (f": --rename_map {as_flag(left)}" if left else "")
                 )
             spare = next((name for name in both if name not in rename_map), None)
-            flag = (
-                as_flag({**rename_map, spare: f"{spare}_unused"}) if spare else "a name of its own for each"
-            )
+            advice = "a name of its own for each"
+            if spare:
+                advice = f"{as_flag({**rename_map, spare: f'{spare}_unused'})} to leave {spare!r} out"
             raise TrainingError(
-                f"both {both[0]!r} and {both[1]!r} of the dataset would be the policy's {new!r}; give --rename_map {flag}"
-                + (f" to leave {spare!r} out" if spare else "")
+                f"{both[0]!r} and {both[1]!r} would be the policy's {new!r}; give --rename_map {advice}"
             )
     return renamed
 
@@ -64,7 +63,7 @@ def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict
         (OBS_STATE, config.robot_state_feature, "max_state_dim"),
     ):
         if key not in found:
-            raise TrainingError(_missing(settings, found, names, key, declared))
+            raise TrainingError(_missing(settings, found, names, key))
         shape = found[key].shape
         size, field = size_of(shape), "output_features" if key == ACTION else "input_features"
         if key == ACTION and (len(shape) > 1 or shape == (1,)):
@@ -74,9 +73,8 @@ def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict
             )
         if declared is not None and declared.shape != shape:
             raise TrainingError(
-                f"{key!r} has {size} values in the dataset and {size_of(declared.shape)} in the policy's configuration. To "
-                f"train for another robot than the checkpoint's, give --policy.{field}=null, which takes the dataset's "
-                "features"
+                f"{key!r} has {size} values in the dataset and {size_of(declared.shape)} in the policy's configuration; for "
+                f"another robot than the checkpoint's give --policy.{field}=null, which takes the dataset's features"
             )
         if shape[-1] > getattr(config, limit):
             fresh = "; this needs fresh weights: leave out --policy.path" if settings.policy_path else ""
@@ -86,13 +84,11 @@ def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict
             )
 
 
-def _missing(
-    settings: TrainSettings, found: dict[str, PolicyFeature], names: dict[str, str], key: str,
-    declared: PolicyFeature | None,
-) -> str:  # fmt: skip
+def _missing(settings: TrainSettings, found: dict[str, Any], names: dict[str, str], key: str) -> str:
     """The message for a missing state or action, with another state to rename instead, of the same size if possible."""
     has = [name for name, new in names.items() if new in found]
     states = [name for name in has if found[names[name]].type in (FeatureType.STATE, FeatureType.ENV)]
+    declared = settings.policy.robot_state_feature
     states.sort(key=lambda name: declared is None or found[names[name]].shape != declared.shape)
     advice = ""
     if key == OBS_STATE and states and settings.policy_path:
@@ -104,13 +100,10 @@ def _missing(
 def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], names: dict[str, str]) -> None:
     """TrainingError unless the dataset has all cameras of the policy, or ``rename_map`` gives each of its own a place."""
     config = settings.policy
-    cameras = {
-        old: new for old, new in names.items() if new in found and found[new].type is FeatureType.VISUAL
-    }
+    is_camera = {name for name, feature in found.items() if feature.type is FeatureType.VISUAL}
+    cameras = {old: new for old, new in names.items() if new in is_camera}
     if not cameras:
-        raise TrainingError(
-            f"the dataset has no camera, SmolVLA needs at least one; its features are {sorted(names)}"
-        )
+        raise TrainingError(f"the dataset has no camera, SmolVLA needs one; its features are {sorted(names)}")
     expected = [key for key in config.image_features if "empty_camera" not in key]
     missing = [key for key in expected if key not in cameras.values()]
     left_out = missing[config.empty_cameras :]
@@ -121,8 +114,7 @@ def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], nam
         # Every camera of the dataset has its place. LeRobot trains so too, without the policy's other cameras.
         logger.warning(
             "the dataset lacks the cameras %s of the policy, which is trained without them; --policy.empty_cameras=%d puts "
-            "masked blank frames in their place",
-            left_out, len(missing),
+            "masked blank frames in their place", left_out, len(missing),
         )  # fmt: skip
         return
     ways = ["--policy.input_features=null to take the dataset's features"]
@@ -131,27 +123,15 @@ def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], nam
     if missing and settings.policy_path:
         unplaced = [old for old, new in cameras.items() if new not in expected] or list(cameras)
         flag = as_flag({**settings.rename_map, **dict(zip(unplaced, missing, strict=False))})
-        ways.insert(
-            0,
-            f"--rename_map {flag} if cameras have other names (with each of them renamed, the policy is trained without "
-            "the rest)",
-        )
-    raise TrainingError(
-        (
-            f"the dataset lacks the cameras {missing} of the policy"
-            if missing
-            else "the policy declares no camera"
-        )
-        + f"; the dataset has {list(cameras)}. Give {', or '.join(ways)}"
-    )
+        ways.insert(0, f"--rename_map {flag} if names differ (with all renamed, the rest is left out)")
+    what = f"the dataset lacks the policy's cameras {missing}" if missing else "the policy declares no camera"
+    raise TrainingError(f"{what}; the dataset has {list(cameras)}. Give {', or '.join(ways)}")
 
 
 def how_to_remove(names: list[str]) -> str:
     """Advice to remove features from the dataset."""
-    return (
-        "take it out of the dataset with `lerobot-edit-dataset --operation.type remove_feature "
-        f'--operation.feature_names "{names}"` (see its --help)'
-    )
+    edit = f'lerobot-edit-dataset --operation.type remove_feature --operation.feature_names "{names}"'
+    return f"take it out of the dataset with `{edit}` (see its --help)"
 
 
 def size_of(shape: tuple[int, ...]) -> str:
@@ -167,8 +147,5 @@ def policy_features(features: dict[str, Any], names: dict[str, str]) -> dict[str
     """The dataset's features under the policy's names, cameras as (channels, height, width)."""
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
-    renamed = {names[key]: feature for key, feature in features.items()}
-    return {
-        key: PolicyFeature(FeatureType(feature.type.value), tuple(feature.shape))
-        for key, feature in dataset_to_policy_features(renamed).items()
-    }
+    found = dataset_to_policy_features({names[key]: feature for key, feature in features.items()})
+    return {k: PolicyFeature(FeatureType(f.type.value), tuple(f.shape)) for k, f in found.items()}

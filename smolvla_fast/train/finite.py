@@ -13,6 +13,8 @@ from torch import Tensor
 from ..smolvla.features import ACTION
 from .errors import TrainingError
 
+CALMER = "try a lower --policy.optimizer_lr, more --policy.scheduler_warmup_steps"
+
 
 def not_finite(run: Any, loss: float, grad_norm: float, batches: list[dict[str, Any]]) -> str:
     """The message for a loss or gradient that is not finite: which frames hold such values, or what to try."""
@@ -24,16 +26,10 @@ def not_finite(run: Any, loss: float, grad_norm: float, batches: list[dict[str, 
         if bad := [key for key, value in floats.items() if not value.isfinite().all()]:
             frames = batch["index"].tolist() if isinstance(batch.get("index"), Tensor) else len(batch[ACTION])
             causes.append(f"{bad} of the frames {frames} hold such values")
-    cause = (
-        f"{'; '.join(causes)}: repair the data or its statistics"
-        if causes
-        else f"the data of the step, {run.samples} samples, are finite: try a lower --policy.optimizer_lr, more "
-        "--policy.scheduler_warmup_steps"
-    )
-    return (
-        f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}; {cause}. The step was not taken, and the "
-        "checkpoints before it are as they were"
-    )
+    cause = f"the data of the step, {run.samples} samples, are finite: {CALMER}"
+    if causes:
+        cause = f"{'; '.join(causes)}: repair the data or its statistics"
+    return f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}; {cause}. The step was not taken"
 
 
 def refuse_nonfinite_weights(run: Any, last: Path | None) -> None:
@@ -44,6 +40,5 @@ def refuse_nonfinite_weights(run: Any, last: Path | None) -> None:
         kept = f"the last checkpoint, {last}, is as it was" if last else "there is no checkpoint before it"
         raise TrainingError(
             f"step {run.step}: {len(bad)} of {len(trained)} trained weights are not finite, the first is {bad[0]}. Nothing "
-            f"was saved, {kept}. Try a lower --policy.optimizer_lr, more --policy.scheduler_warmup_steps, or a larger "
-            "--policy.optimizer_eps"
+            f"was saved, {kept}. {CALMER.capitalize()}, or a larger --policy.optimizer_eps"
         )

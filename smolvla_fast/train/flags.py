@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import logging
 from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from draccus.cfgparsing import load_config, parse_string
+from draccus.utils import deflatten
+from mergedeep import merge
+
 from ..smolvla import SmolVLAConfig
 from ..smolvla.devices import best_device, device_is_available
 from ..smolvla.hub import find_file
-from .checkpoint import STATE, Checkpoints, read_run
+from .checkpoint import STATE, Checkpoints
 from .errors import TrainingError
 from .resume import go_on
 from .settings import CHOICES, GROUPS, TrainSettings, accepted, flags, shown
 
-logger = logging.getLogger(__name__)
-
 # Flags of lerobot-train without a counterpart here: the values that are accepted, since they ask for nothing (None: any),
 # and the advice for other values. A name covers all names below it.
-IGNORED = (None, "")
+IGNORED = (
+    "job_name", "checkpoint_path", "prefetch_factor", "persistent_workers", "dataloader_multiprocessing_context", "job",
+    "wandb.disable_artifact", "wandb.add_tags", "env_eval_freq", "eval", "eval.n_episodes", "eval.batch_size",
+    "eval.use_async_envs", "eval.recording", "dataset.image_transforms", "dataset.return_uint8",
+    "dataset.depth_output_unit",
+)  # fmt: skip
 LEROBOTS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
-    "job_name": IGNORED, "checkpoint_path": IGNORED,
-    "prefetch_factor": IGNORED, "persistent_workers": IGNORED, "dataloader_multiprocessing_context": IGNORED,
+    **dict.fromkeys(IGNORED, (None, "")),
     "cudnn_deterministic": ((False,), "set torch.backends.cudnn.deterministic in a loop of your own"),
-    "wandb.disable_artifact": IGNORED, "wandb.add_tags": IGNORED, "eval": IGNORED, "env_eval_freq": IGNORED, "job": IGNORED,
     "job.target": ((None, "local"), "run this command on the machine that is to train"),
     "env": ((None,), "evaluate a checkpoint with lerobot-eval"),
-    "reward_model": ((None,), "use lerobot-train"),
-    "sample_weighting": ((None,), "use lerobot-train"),
+    **dict.fromkeys(("reward_model", "sample_weighting"), ((None,), "use lerobot-train")),
     "save_checkpoint_to_hub": ((False,), "upload a checkpoint's pretrained_model"),
-    "dataset.image_transforms": IGNORED, "dataset.return_uint8": IGNORED, "dataset.depth_output_unit": IGNORED,
     "dataset.image_transforms.enable": ((False,), "leave it out, or train with lerobot-train, which has them"),
     "dataset.streaming": ((False,), "download the dataset, or name its folder with --dataset.root"),
     "dataset.repo_type": (("dataset",), "download the dataset, or name its folder with --dataset.root"),
@@ -39,86 +41,51 @@ LEROBOTS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "use_policy_training_preset": ((True,), "set --policy.optimizer_* and --policy.scheduler_*"),
     "optimizer": ((None,), "set --policy.optimizer_*"), "scheduler": ((None,), "set --policy.scheduler_*"),
 }  # fmt: skip
-EXAMPLES = {
-    "dataset": "repo_id: me/pick",
-    "policy": "type: smolvla",
-    "wandb": "enable: true",
-    "peft": "r: 16",
-}
 SETTINGS = {name: entry for name, entry in flags().items() if name not in (*GROUPS, "policy_path", *LEROBOTS)}
-NESTED = (
-    "eval.n_episodes", "eval.batch_size", "eval.use_async_envs", "eval.recording",
-)  # fmt: skip
-"""Flags below those of ``LEROBOTS`` that are ignored too."""
+TEXTS = {name for name, entry in SETTINGS.items() if str(entry.type).startswith(("str", "Path"))} - {*CHOICES}
 
 
-def read_settings(given: dict[str, Any]) -> tuple[TrainSettings, Path | None]:
+def read_settings(given: dict[str, str]) -> tuple[TrainSettings, Path | None]:
     """The settings of a run, and the checkpoint to resume from (None: a new run). TrainingError names the flag at fault.
 
     given  name -> text of every flag on the command line
     """
-    try:
-        from draccus.utils import deflatten
-        from mergedeep import merge
-    except ImportError as error:
-        raise TrainingError(f'{error}; run `pip install "smolvla_fast[train]"`') from error
-    names = {*SETTINGS, *LEROBOTS, *NESTED, "resume", "policy.path", "policy.type"}
-    values = {name: _value(name, text) for name, text in given.items() if name in names}
+    config_path = given.get("config_path")
+    others = ("config_path", "passed_on")  # the latter is of every command's arguments
+    values = {name: _value(name, text) for name, text in given.items() if name not in others}
     asked = _ours(deflatten(dict(sorted(values.items()))))
-    wish = asked.get("policy", {})
-    config_path, resume = given.get("config_path"), asked.pop("resume", False)
+    _check_device(asked.get("policy", {}).get("device"))
+    if not asked.get("output_dir"):
+        asked.pop("output_dir", None)
+    resume = asked.pop("resume", False)
     if not isinstance(resume, bool):
         raise TrainingError(f"--resume={given['resume']}: accepted is true or false")
-    _check_device(wish.get("device"))
-    if asked.get("output_dir", "") in ("", None):
-        asked.pop("output_dir", None)
     if resume:
         checkpoint = _checkpoint(asked, config_path)
-        facts = read_run(checkpoint)
-        saved = facts["settings"]
-        if "path" in wish:  # under the name that a run keeps it by
-            asked["policy_path"] = wish.pop("path")
-        # Compared with the flags as first given, too: by now the dataset has filled in its features.
-        settings = go_on(saved, facts.get("asked", saved), asked, checkpoint)
-        if (
-            settings.steps != saved["steps"]
-            and min(settings.steps, saved["steps"]) < settings.policy.scheduler_decay_steps
-        ):
-            logger.warning(
-                "the run was to have %d steps and now %d: its learning rates go on along the new schedule",
-                saved["steps"], settings.steps,
-            )  # fmt: skip
-        return settings, checkpoint
+        return go_on(asked, checkpoint), checkpoint
     file = _load(config_path) if config_path is not None else {}
-    if file.get("output_dir", "") is None:
-        del file["output_dir"]
     if file.pop("resume", False):
         raise TrainingError(f"--config_path={config_path} is of a run that goes on; add --resume=true")
-    merged = merge({}, file, asked)
-    policy = merged.setdefault("policy", {})
-    base: dict[str, Any] = {"device": best_device()}
+    typed = "type" in asked.get("policy", {})
+    merged = merge({"policy": {}, "dataset": {}}, file, asked)
+    if merged.get("output_dir") is None:
+        merged["output_dir"] = f"outputs/train/{datetime.now():%Y-%m-%d/%H-%M-%S}_smolvla"
+    policy, base = merged["policy"], {"device": best_device()}
+    # LeRobot's other name is of weights to start from, under the configuration given by the flags.
     source = policy.pop("path", None)
-    if (
-        source is None
-    ):  # LeRobot's other name: weights to start from, under the configuration given by the flags
+    if source is None:
         source = policy.get("pretrained_path")
     elif not str(source):
-        raise TrainingError(
-            "--policy.path is empty: give a checkpoint's folder or Hub id, or leave the flag out for fresh weights"
-        )
-    elif "type" in wish:
+        raise TrainingError("--policy.path is empty: give a folder or Hub id; without it, weights are fresh")
+    elif typed:
         raise TrainingError("--policy.path and --policy.type: give one; a checkpoint says its own type")
     else:
         try:
             base = SmolVLAConfig.from_pretrained(str(source)).to_dict()
         except (OSError, ValueError, NotImplementedError) as error:
             raise TrainingError(f"--policy.path={source}: {error}") from error
-    fixed = {"push_to_hub": False, "pretrained_path": source}
-    merged = {
-        "dataset": {}, "output_dir": f"outputs/train/{datetime.now():%Y-%m-%d/%H-%M-%S}_smolvla", **merged,
-        "policy": {**merge({}, base, policy), **fixed}, "policy_path": source,
-    }  # fmt: skip
-    return TrainSettings.from_dict(merged), None
+    merged["policy"] = {**merge({}, base, policy), "push_to_hub": False, "pretrained_path": source}
+    return TrainSettings.from_dict({**merged, "policy_path": source}), None
 
 
 def _value(name: str, text: str) -> Any:
@@ -126,28 +93,21 @@ def _value(name: str, text: str) -> Any:
 
     A text or path is taken as typed where YAML makes something else of it, as the date that ``2024-05-01`` is.
     """
-    from draccus.cfgparsing import parse_string
-
     if name == "policy.path":  # which LeRobot takes literally
         return text
-    is_text = (
-        name in SETTINGS and name not in CHOICES and str(SETTINGS[name].type).startswith(("str", "Path"))
-    )
     try:
         value = parse_string(text)
-        return value if not is_text or value is None or isinstance(value, str) else text
     except Exception as error:  # pyyaml's errors, and those of its tags
-        if is_text:
+        if name in TEXTS:
             return text
         words = f"; accepted is {accepted(SETTINGS[name])}" if name in SETTINGS else ""
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TrainingError(f"--{name}={text}: cannot be read as YAML ({reason}){words}") from error
+    return value if name not in TEXTS or value is None or isinstance(value, str) else text
 
 
 def _load(config_path: str) -> dict[str, Any]:
     """The settings in a YAML, JSON or TOML file of LeRobot's, or in the train_config.json of a folder or Hub id."""
-    from draccus.cfgparsing import load_config
-
     try:
         path = Path(config_path)
         path = path if path.is_file() else find_file(config_path, "train_config.json")
@@ -156,13 +116,13 @@ def _load(config_path: str) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError(f"holds {type(values).__name__}, not names and values")
     except Exception as error:  # each of the three parsers raises its own
-        cause = error.__cause__ or error
         raise TrainingError(
-            f"--config_path={config_path}: {cause}; accepted is a YAML, JSON or TOML file of settings under LeRobot's names"
+            f"--config_path={config_path}: {error.__cause__ or error}; accepted is a YAML, JSON or TOML file of settings "
+            "under LeRobot's names"
         ) from error
     # LeRobot writes presets that follow from the policy, and its upload flag, into the file of every run.
-    for name in ("optimizer", "scheduler"):
-        values.pop(name, None)
+    values.pop("optimizer", None)
+    values.pop("scheduler", None)
     if isinstance(values.get("policy"), dict):
         values["policy"].pop("push_to_hub", None)
     return _ours(values)
@@ -173,14 +133,18 @@ def _ours(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     kept = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if name in GROUPS and (value is not None or name != "peft"):
-            if not isinstance(value, dict):
-                raise TrainingError(
-                    f"{name} is {shown(value)}: {name} must hold names and values, such as {name}: {{{EXAMPLES[name]}}}"
-                )
+        if name in GROUPS and isinstance(value, dict):
             kept[key] = _ours(value, f"{name}.")
-        elif name == "peft" or name in SETTINGS or name in ("resume", "policy.path", "policy.type"):
+        elif (
+            name in SETTINGS
+            or name in ("resume", "policy.path", "policy.type")
+            or (name, value) == ("peft", None)
+        ):
             kept[key] = value
+        elif name in GROUPS:
+            raise TrainingError(
+                f"{name} is {shown(value)}: {name} must hold names and values, such as {name}: {{{GROUPS[name]}}}"
+            )
         else:
             _refuse_absent(name, value)
     return kept
@@ -199,23 +163,16 @@ def _refuse_absent(name: str, value: Any) -> None:
         raise TrainingError(f"no setting --{name}" + (f"; did you mean --{near[0]}?" if near else ""))
     values, instead = LEROBOTS[rule]
     if values is not None and value not in values:
-        raise TrainingError(
-            f"--{name}={shown(value)}: this command accepts {' or '.join(map(shown, values))} only; {instead}"
-        )
+        raise TrainingError(f"--{name}={shown(value)}: must be {' or '.join(map(shown, values))}; {instead}")
 
 
 def _check_device(name: Any) -> None:
     """TrainingError for a device that is not here. A checkpoint's device would be replaced; one named by a flag is not."""
-    if not isinstance(name, str):
-        return
     try:
-        there = device_is_available(name)
+        if isinstance(name, str) and not device_is_available(name):
+            raise ValueError(f"torch has none here; leave it out for the best there is, {best_device()}")
     except ValueError as error:
         raise TrainingError(f"--policy.device={name}: {error}") from error
-    if not there:
-        raise TrainingError(
-            f"--policy.device={name}: torch has none here; leave it out for the best there is, {best_device()}"
-        )
 
 
 def _checkpoint(asked: dict[str, Any], config_path: str | None) -> Path:
@@ -229,15 +186,12 @@ def _checkpoint(asked: dict[str, Any], config_path: str | None) -> Path:
             )
         return checkpoint
     if "output_dir" not in asked:
-        raise TrainingError(
-            "--resume=true needs the run's --output_dir, or the --config_path of a checkpoint"
-        )
+        raise TrainingError("--resume=true needs --output_dir, or the --config_path of a checkpoint")
+    folder = Path(str(asked["output_dir"]))
     try:
-        found = Checkpoints(Path(str(asked["output_dir"]))).last()
+        found = Checkpoints(folder).last()
     except (OSError, ValueError) as error:  # of a name that the system does not take
-        raise TrainingError(f"--output_dir={asked['output_dir']} cannot be read ({error})") from error
+        raise TrainingError(f"--output_dir={folder} cannot be read ({error})") from error
     if found is None:
-        raise TrainingError(
-            f"--output_dir={asked['output_dir']} holds no whole checkpoint to resume; leave out --resume for a new run"
-        )
+        raise TrainingError(f"--output_dir={folder} holds no whole checkpoint; leave out --resume to begin")
     return found

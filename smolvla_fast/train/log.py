@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,20 @@ from .errors import TrainingError
 NAME = "train_log.jsonl"
 
 
-@dataclass
 class Window:
     """Means since the last line, over optimizer steps; ``data_s`` and ``update_s`` are seconds a step."""
 
-    sums: dict[str, float] = field(default_factory=dict)
-    count: int = 0
-    samples: int = 0
+    def __init__(self) -> None:
+        self.sums, self.count = Counter[str](), 0
 
     def add(self, samples: int, **values: float) -> None:
         self.count += 1
-        self.samples += samples
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.sums.update({"samples": samples, **values})
 
     def means(self) -> dict[str, float]:
         means = {name: value / self.count for name, value in self.sums.items()}
-        return {**means, "samples_per_s": self.samples / (self.sums["data_s"] + self.sums["update_s"])}
+        samples = means.pop("samples")
+        return {**means, "samples_per_s": samples / (means["data_s"] + means["update_s"])}
 
 
 class Log:
@@ -40,19 +37,12 @@ class Log:
     track  called with the values and the step of each line, for other trackers
     """
 
-    def __init__(
-        self, output_dir: Path, step: int, every: int, track: Callable[..., None] = lambda values, step: None
-    ) -> None:
+    def __init__(self, output_dir: Path, step: int, every: int, track: Any = lambda *_, **__: None) -> None:
         self.path, self.step, self.every, self.track = output_dir / NAME, step, every, track
         self.window = Window()
         if self.path.exists():
             kept = [entry for entry in read_log(output_dir) if entry["step"] <= step]
-            aside = self.path.with_suffix(".partial")
-            self._write(aside, "w", kept)
-            try:
-                replace(aside, self.path)
-            except OSError as error:
-                raise self._refused(self.path, error) from error
+            self._write(self.path.with_suffix(".partial"), "w", kept)
 
     def add(self, step: int, samples: int, **facts: float) -> None:
         """Records a step, and writes the means since the last line when one is due."""
@@ -75,23 +65,17 @@ class Log:
         try:
             with path.open(mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            if path != self.path:
+                replace(path, self.path)
         except OSError as error:
-            raise self._refused(path, error) from error
-
-    def _refused(self, path: Path, error: OSError) -> TrainingError:
-        return TrainingError(
-            f"cannot write the log {path}: {error.strerror or error}; {advice(error)} and resume"
-        )
+            said = f"cannot write {path}: {error.strerror or error}; {advice(error)} and resume"
+            raise TrainingError(said) from error
 
 
 def read_log(output_dir: Path) -> list[dict[str, Any]]:
     """All entries; none without a log. A line that a kill cut short is skipped."""
-    entries: list[dict[str, Any]] = []
-    if not (output_dir / NAME).exists():
-        return entries
-    for line in (output_dir / NAME).read_text(encoding="utf-8").splitlines():
-        try:
+    path, entries = output_dir / NAME, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
             entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return entries

@@ -33,18 +33,14 @@ def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
     config: Any = settings.policy
     try:
         adapted = config.use_peft
-        if (
-            adapted and settings.peft and source == settings.policy_path
-        ):  # no resume, which goes on with its own
+        if adapted and settings.peft and source == settings.policy_path:  # a resumed run goes on with its own
             raise ValueError(
-                "it holds adapters already, which --peft.* would not change; leave those out to train them further, or "
-                "give --policy.path the policy that they adapt"
+                "it holds adapters already, which --peft.* would not change; leave those out, or start from their base"
             )
         config.use_peft = adapted or settings.peft is not None
+        policy_class: Any = SmolVLAPolicy
         if settings.implementation == "lerobot" or config.use_peft:
             config, policy_class = _lerobot(config)
-        else:
-            policy_class = SmolVLAPolicy
         base = source
         if adapted:
             from peft import PeftConfig, PeftModel
@@ -69,27 +65,21 @@ def check_policy(settings: TrainSettings) -> None:
 
     raises  TrainingError for a missing backbone, and for sizes that are impossible or beyond this machine's memory
     """
-    config = replace(
-        settings.policy, input_features={}, output_features={}, load_vlm_weights=False, compile_model=False,
-        device="cpu",
-    )  # fmt: skip
+    plain: dict[str, Any] = {"load_vlm_weights": False, "compile_model": False, "device": "cpu"}
+    config = replace(settings.policy, input_features={}, output_features={}, **plain)
     try:
         with torch.device("meta"):
             sizes = [parameter.numel() for parameter in SmolVLAPolicy(config).parameters()]
         if not all(sizes):
             raise ValueError("some of its layers would have no weights")
-        needed, there = 4 * sum(sizes), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > there:
-            raise ValueError(
-                f"its weights need {needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}"
-            )
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        if (needed := 4 * sum(sizes) / 2**30) > there:
+            raise ValueError(f"its weights need {needed:,.0f} GiB, this machine has {there:,.0f}")
     except Exception as error:  # torch, transformers and the Hub each raise their own
-        raise TrainingError(
-            f"no policy can be made of --policy.vlm_model_name={config.vlm_model_name}, "
-            f"--policy.num_vlm_layers={config.num_vlm_layers}, --policy.num_expert_layers={config.num_expert_layers}, "
-            f"--policy.expert_width_multiplier={config.expert_width_multiplier}, "
-            f"--policy.max_state_dim={config.max_state_dim}, --policy.max_action_dim={config.max_action_dim}: {error}"
-        ) from error
+        names = ["vlm_model_name", "num_vlm_layers", "num_expert_layers", "expert_width_multiplier"]
+        names += ["max_state_dim", "max_action_dim"]
+        given = ", ".join(f"--policy.{name}={getattr(config, name)}" for name in names)
+        raise TrainingError(f"no policy can be made of {given}: {error}") from error
 
 
 def _lerobot(config: SmolVLAConfig) -> tuple[Any, Any]:
@@ -142,7 +132,19 @@ def make_processors(
     raises  TrainingError for unreadable files, on resume for missing ones, and for processors that do not normalise a
             feature although the configuration says so
     """
-    preprocess, postprocess = _processors(settings, stats, source, resume)
+    if source is not None and not resume and is_absent(source, f"{PREPROCESSOR_NAME}.json"):
+        logger.warning("%s has no %s.json: processors are made from the dataset", source, PREPROCESSOR_NAME)
+        source = None
+    try:
+        preprocess, postprocess = _processors(settings, stats, source, resume)
+    except (OSError, ValueError, KeyError) as error:
+        if source is None:
+            raise
+        way_out = f"copy or download them again, or remove {PREPROCESSOR_NAME}.json to have them made from the dataset"
+        if resume:
+            config_path = "--config_path=CHECKPOINT/pretrained_model/train_config.json"
+            way_out = f"take another checkpoint of {Path(source).parent.parent} with {config_path}"
+        raise TrainingError(f"cannot read the processors of {source}: {error}; {way_out}") from error
     if faults := unnormalized(settings.policy, preprocess.steps, postprocess.steps):
         raise TrainingError(
             f"the processors of {source} leave values as they are, {not_normalised(faults)}; take another checkpoint, "
@@ -152,43 +154,21 @@ def make_processors(
     return preprocess, postprocess
 
 
-def _processors(
-    settings: TrainSettings, stats: dict[str, Any], source: str | Path | None, resume: bool
-) -> tuple[Any, Any]:
+def _processors(settings: TrainSettings, stats: dict[str, Any], source: Any, resume: bool) -> tuple[Any, Any]:
     config = settings.policy
-    if source is not None and not resume and is_absent(source, f"{PREPROCESSOR_NAME}.json"):
-        logger.warning(
-            "%s has no %s.json: processors are made from its configuration and the dataset's statistics",
-            source, PREPROCESSOR_NAME,
-        )  # fmt: skip
-        source = None
     if source is None:
         preprocess, postprocess = make_pre_post_processors(config, dataset_stats=stats)
         rename = next(step for step in preprocess.steps if isinstance(step, RenameObservationsProcessorStep))
         rename.rename_map = settings.rename_map
         return preprocess, postprocess
-    overrides = {} if resume else _overrides(settings)
-    try:
-        return make_pre_post_processors(config, source, dataset_stats=None if resume else stats, **overrides)
-    except (OSError, ValueError, KeyError) as error:
-        way_out = (
-            f"take another checkpoint of {Path(source).parent.parent} with --config_path=CHECKPOINT/pretrained_model/"
-            "train_config.json"
-            if resume
-            else f"copy or download them again, or remove {PREPROCESSOR_NAME}.json to have them made from the dataset"
-        )
-        raise TrainingError(f"cannot read the processors of {source}: {error}; {way_out}") from error
-
-
-def _overrides(settings: TrainSettings) -> dict[str, Any]:
-    """The settings that a checkpoint's processors take from this run."""
-    config = settings.policy
-    inputs, outputs = config.input_features or {}, config.output_features or {}
-    scaling = {"norm_map": config.normalization_mapping}
-    return {
-        "preprocessor_overrides": {
-            "rename_observations_processor": {"rename_map": settings.rename_map},
-            "normalizer_processor": {"features": {**inputs, **outputs}, **scaling},
+    if resume:
+        return make_pre_post_processors(config, source)
+    outputs, norm_map = config.output_features or {}, config.normalization_mapping
+    scaled = {"features": {**(config.input_features or {}), **outputs}, "norm_map": norm_map}
+    return make_pre_post_processors(
+        config, source, dataset_stats=stats,
+        preprocessor_overrides={
+            "rename_observations_processor": {"rename_map": settings.rename_map}, "normalizer_processor": scaled,
         },
-        "postprocessor_overrides": {"unnormalizer_processor": {"features": outputs, **scaling}},
-    }
+        postprocessor_overrides={"unnormalizer_processor": {"features": outputs, "norm_map": norm_map}},
+    )  # fmt: skip

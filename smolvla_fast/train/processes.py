@@ -41,18 +41,6 @@ def own_accelerate() -> Iterator[None]:
             state.update(before)
 
 
-class Ended:
-    """In place of the accelerator of a run that has ended."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # of copy and pickle, which ask for what need not be there
-            raise AttributeError(name)
-        raise TrainingError(
-            "this run has ended, and with it what its steps ran on; go on from its checkpoint with "
-            "train(settings, resume=CHECKPOINT), or begin with prepare(settings), whose run takes more steps"
-        )
-
-
 def make_accelerator(settings: TrainSettings) -> Any:
     """An ``Accelerator`` in a fresh state of accelerate. TrainingError for a tracker that is not installed, for a device
     other than the policy's, for several processes without a seed, and for FSDP, DeepSpeed and other launches that split a
@@ -69,12 +57,11 @@ def make_accelerator(settings: TrainSettings) -> Any:
     for name in sorted({*trackers} - {*map(str, get_available_trackers())}):
         raise TrainingError(f"{trackers[name]}: {name} is not installed; run `pip install {name}`")
     device = torch.device(settings.policy.device or "cpu").type
+    parts = settings.gradient_accumulation_steps
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision="bf16" if settings.bf16 else "no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            settings.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(parts, sync_with_dataloader=False),
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=True),  # as LeRobot: some get no gradient
             InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while the first downloads
@@ -91,14 +78,12 @@ def make_accelerator(settings: TrainSettings) -> Any:
         )
     if accelerator.device.type != device:
         raise TrainingError(
-            f"--policy.device={device}, and accelerate was launched for {accelerator.device.type}; give "
-            f"--policy.device={accelerator.device.type}, or launch without --cpu (`accelerate config` may hold it)"
+            f"--policy.device={device}, and accelerate was launched for {accelerator.device.type}; give that device, or "
+            "launch without --cpu (`accelerate config` may hold it)"
         )
     if accelerator.num_processes > 1 and settings.seed is None:
-        raise TrainingError(
-            f"--seed=null: {accelerator.num_processes} processes need one seed to share weights and noise; give a number, "
-            "0 or more, or leave it out"
-        )
+        count = accelerator.num_processes
+        raise TrainingError(f"--seed=null: {count} processes need one seed for weights and noise; give one")
     # Set by accelerate's launcher for several processes, which on a CPU starts them by MPI alone.
     if accelerator.num_processes == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
         logger.warning(
@@ -117,10 +102,8 @@ def start_trackers(accelerator: Any, settings: TrainSettings) -> None:
     if not accelerator.log_with:
         return
     wandb, folder = settings.wandb, settings.output_dir / TRACKERS
-    given = {
-        "dir": folder, "entity": wandb.entity, "notes": wandb.notes, "mode": wandb.mode, "id": wandb.run_id,
-        "resume": "allow",
-    }  # fmt: skip
+    given = {name: getattr(wandb, name) for name in ("entity", "notes", "mode")}
+    given |= {"dir": folder, "id": wandb.run_id, "resume": "allow"}
     flat = {name: value for name, value in settings.to_dict().items() if isinstance(value, (int, float, str))}
     make_folder(folder)
     try:
@@ -166,10 +149,3 @@ def weight_of_share(accelerator: Any, batch: dict[str, Any], samples: int, place
     valid = (~padded).sum() if mine.stop > mine.start else padded.new_zeros((), dtype=torch.int64)
     total = accelerator.reduce(valid, "sum").clamp_min(1)
     return valid.float() * place[1] / total
-
-
-def on_processes(accelerator: Any, policy: Any) -> Any:
-    """The policy under DistributedDataParallel, or itself where there is one process."""
-    return (
-        accelerator.prepare_model(policy, device_placement=False) if accelerator.num_processes > 1 else policy
-    )

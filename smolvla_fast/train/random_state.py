@@ -41,13 +41,13 @@ def collect() -> dict[str, Tensor]:
     and each under its number. The normal numbers that python and numpy hold back are kept in fp64 (LeRobot rounds numpy's
     to fp32 and drops python's). LeRobot ignores names it does not know.
     """
+    from lerobot.utils.random_utils import serialize_numpy_rng_state
+
     version, words, held = random.getstate()
-    _, keys, index, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    *_, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     state = {
+        **serialize_numpy_rng_state(), "np_rng_cached_gaussian": torch.tensor([gauss], dtype=torch.float64),
         "py_rng_version": torch.tensor([version]), "py_rng_state": torch.tensor(words),
-        "np_rng_state_values": torch.tensor(np.asarray(keys, dtype=np.int64)),
-        "np_rng_state_index": torch.tensor([index]), "np_rng_has_gauss": torch.tensor([has_gauss]),
-        "np_rng_cached_gaussian": torch.tensor([gauss], dtype=torch.float64),
         "torch_rng_state": torch.get_rng_state(),
     }  # fmt: skip
     if held is not None:
@@ -68,17 +68,11 @@ def restore(state: dict[str, Tensor], *, here: bool = False) -> None:
     here  of this process: each device gets its own. Else the current one gets what was the current one's, for each of
           several processes has a device of its own, and all share the state that one of them has written
     """
+    from lerobot.utils.random_utils import deserialize_numpy_rng_state
+
     held = float(state["py_rng_gauss"]) if "py_rng_gauss" in state else None
     random.setstate((int(state["py_rng_version"]), tuple(state["py_rng_state"].tolist()), held))
-    np.random.set_state(  # noqa: NPY002
-        (
-            "MT19937",
-            state["np_rng_state_values"].numpy().astype(np.uint32),
-            int(state["np_rng_state_index"]),
-            int(state["np_rng_has_gauss"]),
-            float(state["np_rng_cached_gaussian"]),
-        )
-    )
+    deserialize_numpy_rng_state(state)
     torch.set_rng_state(state["torch_rng_state"])
     kind, module = _accelerator()
     if kind == "mps" and "torch_mps_rng_state" in state:

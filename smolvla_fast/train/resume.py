@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import PRETRAINED, read_run
 from .errors import TrainingError
 from .settings import GROUPS, TrainSettings
 
@@ -26,32 +27,30 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
     """``{"dataset": {"root": ...}}`` as ``{"dataset.root": ...}``, one level deep."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if name in GROUPS and value is not None:
-            flat.update({f"{name}.{key}": entry for key, entry in value.items()})
-        else:
-            flat[name] = value
+        inside = value if name in GROUPS else None
+        flat |= {f"{name}.{key}": entry for key, entry in inside.items()} if inside else {name: value}
     return flat
 
 
-def go_on(
-    saved: dict[str, Any], before: dict[str, Any], asked: dict[str, Any], checkpoint: Path
-) -> TrainSettings:
+def go_on(asked: dict[str, Any], checkpoint: Path) -> TrainSettings:
     """The settings of a resumed run: the checkpoint's, with those of ``asked`` that ``FREE_ON_RESUME`` allows.
 
-    saved   ``to_dict`` of the checkpoint's settings
-    before  ``to_dict`` of the settings that began the run: empty where the dataset filled them in later
     asked   nested values of the flags given now
-    raises  TrainingError naming every setting that is not free, and differs from ``saved`` and from ``before``
+    raises  TrainingError naming every setting that is not free, and differs from the checkpoint's and from those that
+            began the run: features are empty there, where the dataset filled them in later
     """
     from mergedeep import merge
 
-    saved = TrainSettings.from_dict(saved).to_dict()  # an older one lacks newer settings
+    facts = read_run(checkpoint)
+    saved = TrainSettings.from_dict(facts["settings"]).to_dict()  # an older one lacks newer settings
     wished, refused = merge({}, saved, asked), None
+    if "path" in wished["policy"]:  # under the name that a run keeps it by
+        wished["policy_path"] = wished["policy"].pop("path")
     try:
         wished = TrainSettings.from_dict(wished).to_dict()
     except TrainingError as error:  # raised below: a setting that may not change at all is the better message
         refused = error
-    now, was, first = flatten(wished), flatten(saved), flatten(before)
+    now, was, first = map(flatten, (wished, saved, facts.get("asked", facts["settings"])))
     changed = [name for name in {**was, **now} if now.get(name) != was.get(name)]
     other = [
         f"{name} ({was.get(name)!r} in the checkpoint, {now.get(name)!r} asked for)"
@@ -62,15 +61,18 @@ def go_on(
         raise TrainingError(
             f"cannot resume {checkpoint} with another configuration: {'; '.join(other)}. Leave these flags out to go on as "
             f"it was (free are {', '.join(sorted(FREE_ON_RESUME))}), or start a new run from its weights with "
-            f"--policy.path={checkpoint / 'pretrained_model'} and a new --output_dir"
+            f"--policy.path={checkpoint / PRETRAINED} and a new --output_dir"
         )
     if refused is not None:
         raise refused
-    kept = merge({}, saved)
     for name in set(changed) & FREE_ON_RESUME:
         group, _, key = name.rpartition(".")
-        (kept[group] if group else kept)[key] = now[name]
-    return TrainSettings.from_dict(kept)
+        (saved[group] if group else saved)[key] = now[name]
+    settings = TrainSettings.from_dict(saved)
+    before = was["steps"]
+    if settings.steps != before and min(settings.steps, before) < settings.policy.scheduler_decay_steps:
+        logger.warning("steps: %d, not %d: learning rates follow the new schedule", settings.steps, before)
+    return settings
 
 
 def batch_size_of(settings: TrainSettings, before: int, processes: int) -> int:
@@ -83,7 +85,7 @@ def batch_size_of(settings: TrainSettings, before: int, processes: int) -> int:
         )
     if processes != before:
         logger.warning(
-            "processes: %d now, %d at the checkpoint: batch_size is %d now, for the same samples and noise a step; sums "
-            "are in another order", processes, before, samples // processes,
+            "processes: %d now, %d at the checkpoint: batch_size is %d now, for as many samples a step",
+            processes, before, samples // processes,
         )  # fmt: skip
     return samples // processes

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import operator
 import re
 import typing
 from collections.abc import Callable
@@ -18,8 +20,12 @@ from .errors import TrainingError
 
 CHOICES = {
     "implementation": ("ours", "lerobot"), "dtype": ("auto", "fp32", "bf16"), "fast": ("auto", "on", "off"),
-    "dataset.video_backend": (None, "torchcodec", "pyav", "video_reader"),
+    "dataset.video_backend": ("torchcodec", "pyav", "video_reader"),
 }  # fmt: skip
+OWN = (
+    "policy_path", "implementation", "fast", "image_cache", "dtype", "gradient_accumulation_steps", "log_with",
+)  # fmt: skip
+"""Settings that LeRobot has not."""
 TRACKERS = {"wandb", "trackio", "tensorboard"}
 Rule = tuple[Callable[[Any], bool], str]
 """Whether a value is accepted, and which ones are: "must be ..."."""
@@ -52,6 +58,7 @@ RULES: dict[str, Rule] = {
     "policy.scheduler_decay_lr": _within(0),
     "peft.r": _within(1, 2**16),
     "log_with": (lambda names: {*names} <= TRACKERS, f"a list out of {sorted(TRACKERS)}"),
+    **{name: (choices.__contains__, " or ".join(choices)) for name, choices in CHOICES.items()},
 }  # fmt: skip
 """What a setting must satisfy unless it is None."""
 WORDS = {
@@ -113,7 +120,8 @@ class WandbSettings:
     mode: str | None = None
 
 
-GROUPS = ("dataset", "policy", "wandb", "peft")
+GROUPS = {"dataset": "repo_id: me/pick", "policy": "type: smolvla", "wandb": "enable: true", "peft": "r: 16"}
+"""The groups of settings, each with an example."""
 
 
 @dataclass
@@ -180,41 +188,27 @@ class TrainSettings:
                 raise TrainingError(f"--{prefix}{error}") from error
         for name in ("log_freq", "save_freq", "eval_steps", "max_eval_samples"):
             setattr(self, name, max(0, getattr(self, name)))  # below 0 is 0, as in LeRobot
-        for name, accepted in CHOICES.items():
-            if (value := self._value(name)) not in accepted:
-                words = ", ".join(map(shown, accepted))
-                raise TrainingError(f"--{name}={shown(value)}: accepted are {words}")
         for name, (accepts, words) in RULES.items():
-            if (value := self._value(name)) is not None and not accepts(value):
+            group, _, key = name.rpartition(".")
+            value = getattr(getattr(self, group) if group else self, key, None)
+            if value is not None and not accepts(value):
                 raise TrainingError(f"--{name}={shown(value)}: must be {words}")
         self._check_together()
 
     def _check_together(self) -> None:
         """TrainingError for settings of which one needs another."""
-        if not self.dataset.repo_id:
-            raise TrainingError(
-                "no dataset: give --dataset.repo_id (a Hub id such as lerobot/svla_so101_pickplace), and --dataset.root "
-                "for a local folder"
-            )
-        if (self.image_cache or self.image_cache_dir) and self.fast == "off":
-            raise TrainingError("--image_cache needs the fast path: give --fast=auto, or leave out the cache")
-        if self.eval_steps and not self.dataset.eval_split:
-            raise TrainingError(
-                f"--eval_steps={self.eval_steps} needs held-out episodes: begin a new run with --dataset.eval_split, for "
-                "instance 0.1; it cannot be added with --resume"
-            )
-        if (self.peft or self.policy.use_peft) and not self.policy_path:
-            raise TrainingError(
-                "--peft.* and --policy.use_peft need --policy.path: adapters change a policy that was trained"
-            )
-        if self.rename_map and not self.policy_path:
-            raise TrainingError(
-                "--rename_map needs --policy.path: a fresh policy takes the dataset's names, so there is nothing to rename"
-            )
-
-    def _value(self, name: str) -> Any:
-        group, _, key = name.rpartition(".")
-        return getattr(getattr(self, group) if group else self, key, None)
+        data, adapted, fresh = self.dataset, self.peft or self.policy.use_peft, not self.policy_path
+        cached = self.image_cache or self.image_cache_dir
+        unlike = {
+            "no dataset: give --dataset.repo_id, a Hub id, and --dataset.root for a local folder": not data.repo_id,
+            "--image_cache needs the fast path: give --fast=auto": cached and self.fast == "off",
+            f"--eval_steps={self.eval_steps} needs held-out episodes: begin a new run with --dataset.eval_split=0.1, it "
+            "cannot be added with --resume": self.eval_steps and not data.eval_split,
+            "--peft.* and --policy.use_peft need --policy.path: adapters change a policy that exists": adapted and fresh,
+            "--rename_map needs --policy.path: a fresh policy takes the dataset's names": self.rename_map and fresh,
+        }  # fmt: skip
+        for message in (message for message, wrong in unlike.items() if wrong):
+            raise TrainingError(message)
 
     @property
     def bf16(self) -> bool:
@@ -222,12 +216,8 @@ class TrainSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, for a checkpoint's ``run.json``."""
-        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        values |= {
-            name: dataclasses.asdict(values[name]) for name in ("dataset", "wandb", "peft") if values[name]
-        }
-        values["policy"] = self.policy.to_dict()
-        return {**values, "output_dir": str(self.output_dir)}
+        own = {"policy": self.policy.to_dict(), "output_dir": str(self.output_dir)}
+        return {**dataclasses.asdict(self), **own}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainSettings:
@@ -235,10 +225,8 @@ class TrainSettings:
 
         raises  TrainingError naming a setting that is unknown or of another type, or another policy
         """
-        try:
-            import draccus
-        except ImportError as error:
-            raise TrainingError(f'{error}; run `pip install "smolvla_fast[train]"`') from error
+        import draccus
+
         policy = dict(values["policy"])
         if (kind := policy.pop("type", "smolvla")) != "smolvla":
             raise TrainingError(f"--policy.type={kind}: this command trains smolvla only; use lerobot-train")
@@ -253,16 +241,10 @@ class TrainSettings:
         LeRobot takes one forward pass per step, so its batch size is all the samples of one of our steps.
         """
         optimizer, scheduler = self.policy.get_optimizer_preset(), self.policy.get_scheduler_preset()
-        same = ("seed", "num_workers", "steps", "log_freq", "save_freq", "save_checkpoint", "eval_steps")
+        values = {name: value for name, value in self.to_dict().items() if name not in OWN}
         return {
-            **{
-                name: getattr(self, name) for name in (*same, "max_eval_samples", "tolerance_s", "rename_map")
-            },
-            "dataset": {k: v for k, v in dataclasses.asdict(self.dataset).items() if v is not None},
-            "policy": self.policy.to_dict(),
-            "output_dir": str(self.output_dir),
-            "wandb": dataclasses.asdict(self.wandb),
-            "peft": dataclasses.asdict(self.peft) if self.peft else None,
+            **values,
+            "dataset": {name: value for name, value in values["dataset"].items() if value is not None},
             "job_name": "smolvla",
             "batch_size": self.batch_size * self.gradient_accumulation_steps,
             "use_policy_training_preset": True,
@@ -295,24 +277,20 @@ def shown(value: Any) -> str:
 
 def _refusal(error: Exception, values: dict[str, Any]) -> str:
     """The message of draccus, or of a class's own check, with the flag, its value and what is accepted."""
-    path = [str(part) for part in getattr(error, "key_path", ())]
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        if "instantiate" in str(
-            cause
-        ):  # the class's own check knows better than draccus which field is wrong
+    path: list[str] = []
+    causes: list[BaseException] = [error]
+    for cause in causes:
+        path = [str(part) for part in getattr(cause, "key_path", path)]
+        if "instantiate" in str(cause):  # the class's own check knows better which field is wrong
             path = []
-        cause = cause.__cause__
-        deeper = [str(part) for part in getattr(cause, "key_path", ())]
-        path = deeper if deeper[: len(path)] == path else path
-    known, value = flags(), values
+        causes += [cause.__cause__] if cause.__cause__ else []
+    known = flags()
     while path and ".".join(path) not in known:
         path.pop()
     name = ".".join(path)
     if name in ("", *GROUPS):
         # The message names fields of the policy; the user gave flags.
         names = "|".join(entry.name for entry in dataclasses.fields(SmolVLAConfig))
-        return re.sub(rf"\b({names})\b", r"--policy.\1", str(cause))
-    for part in path:
-        value = value[part]
+        return re.sub(rf"\b({names})\b", r"--policy.\1", str(causes[-1]))
+    value = functools.reduce(operator.getitem, path, values)
     return f"--{name}={shown(value)}: accepted is {accepted(known[name])}"

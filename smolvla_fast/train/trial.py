@@ -52,28 +52,27 @@ def try_step(
             raise TrainingError(_message(settings, data.names, policy, raw, error)) from error
 
 
-def _message(
-    settings: TrainSettings, names: dict[str, str], policy: Any, raw: dict[str, Any], error: Exception
-) -> str:
+def _message(settings: TrainSettings, names: dict[str, str], policy: Any, raw: dict, error: Exception) -> str:
     given = {names.get(key, key): value for key, value in raw.items() if isinstance(value, Tensor)}
     causes = [*_features(settings, names, given), *_frames(settings.policy, policy, given)]
     if not causes:
         wanted = [*(settings.policy.input_features or {}), ACTION]
-        shapes = [f"{k!r} {list(v.shape)} {_name(v.dtype)}" for k, v in given.items() if k in wanted]
+        shapes = [f"{k!r} {list(v.shape)} {str(v.dtype)[6:]}" for k, v in given.items() if k in wanted]
         read = f"Read were {', '.join(shapes)}; accepted are {ACCEPTED}" if raw else "No sample could be read"
         causes = [f"{read}. Mend the dataset, or set --policy.* to fit it"]
     said = (str(error).splitlines() or [""])[0].rstrip(".")
-    return (
-        f"a step on this dataset fails with {type(error).__name__}: {said}. {'; '.join(causes)}. Nothing was trained or "
-        "written"
-    )
+    return f"a step on this dataset fails with {type(error).__name__}: {said}. {'; '.join(causes)}. Nothing was written"
 
 
 def _features(settings: TrainSettings, names: dict[str, str], given: dict[str, Tensor]) -> Iterator[str]:
     """Faults of the features that the policy declares, and how to train without them."""
     config = settings.policy
     declared = {**(config.input_features or {}), **(config.output_features or {})}
-    bad = dict(_bad_features(config, declared, given))
+    bad = {
+        key: fault
+        for key, feature in declared.items()
+        if key in given and (fault := _fault(config, key, feature, given[key]))
+    }
     yield from bad.values()
     left = {key: feature for key, feature in (config.input_features or {}).items() if key not in bad}
     cameras = [key for key in left if left[key].type is FeatureType.VISUAL and key in given]
@@ -87,33 +86,18 @@ def _features(settings: TrainSettings, names: dict[str, str], given: dict[str, T
         yield f"give --policy.input_features={as_flag(features)} to train without {', '.join(map(repr, bad))}"
 
 
-def _bad_features(
-    config: SmolVLAConfig, declared: dict[str, PolicyFeature], given: dict[str, Tensor]
-) -> Iterator[tuple[str, str]]:
-    for key, feature in declared.items():
-        value = given.get(key)
-        if value is None:
-            continue
-        mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
-        if feature.type is FeatureType.VISUAL:
-            if value.shape[-3] != 3:
-                yield key, f"{key!r} is a camera of {value.shape[-3]} channel(s), SmolVLA reads 3 (RGB)"
-        elif mode is not NormalizationMode.IDENTITY and value.dtype is torch.bool:
-            yield (
-                key,
-                f"{key!r} is of truth values, normalisation {mode.value} is for numbers: record it as float32",
-            )
-        elif (
-            key in (OBS_STATE, ACTION)
-            and not value.is_floating_point()
-            and mode is NormalizationMode.IDENTITY
-        ):
-            yield key, f"{key!r} is {_name(value.dtype)}, and without normalisation the policy needs float32"
-        elif key == OBS_STATE and value.ndim > 4:
-            yield (
-                key,
-                f"{key!r} has the shape {list(feature.shape)}, the policy reads vectors [n] or matrices [m, n]",
-            )
+def _fault(config: SmolVLAConfig, key: str, feature: PolicyFeature, value: Tensor) -> str | None:
+    mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
+    as_it_is = mode is NormalizationMode.IDENTITY
+    if feature.type is FeatureType.VISUAL and value.shape[-3] != 3:
+        return f"{key!r} is a camera of {value.shape[-3]} channel(s), SmolVLA reads 3 (RGB)"
+    if value.dtype is torch.bool and not as_it_is:
+        return f"{key!r} is of truth values, normalisation {mode.value} is for numbers: record it as float32"
+    if key in (OBS_STATE, ACTION) and as_it_is and not value.is_floating_point():
+        return f"{key!r} is {str(value.dtype)[6:]}, and without normalisation the policy needs float32"
+    if key == OBS_STATE and value.ndim > 4:
+        return f"{key!r} has the shape {list(feature.shape)}, the policy reads vectors [n] or matrices [m, n]"
+    return None
 
 
 def _frames(config: SmolVLAConfig, policy: Any, given: dict[str, Tensor]) -> Iterator[str]:
@@ -130,7 +114,3 @@ def _frames(config: SmolVLAConfig, policy: Any, given: dict[str, Tensor]) -> Ite
             f"resize_imgs_with_padding={size} makes frames of width x height: {frames}; the vision tower takes squares "
             f"whose side is a multiple of {step}, such as --policy.resize_imgs_with_padding=[{side},{side}]"
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -8,6 +8,7 @@ import pickle
 import secrets
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,10 +66,8 @@ def fleet(ray_here: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
         from smolvla_fast.fleet.cluster import deployed
         from smolvla_fast.fleet.front import Front
 
-        deadline = time.monotonic() + PATIENCE
-        while not ray.available_resources().get("CPU"):  # another test's replicas may just have ended
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        # Another test's replicas may just have ended.
+        eventually(lambda: ray.available_resources().get("CPU"))
         patched.setattr(offline, "TinyRobot", TinyRobot, raising=False)  # where LeRobot looks for it
         server = PolicyServerConfig(inference_latency=0.0, obs_queue_timeout=1)
         with deployed(str(checkpoint.path), 1, 8, WAIT_S) as replicas:
@@ -195,6 +194,21 @@ class Alone:
 @pytest.fixture(scope="session")
 def alone(fleet: Fleet) -> Alone:
     return Alone(fleet)
+
+
+def metrics(url: str, name: str, *having: str) -> list[float]:
+    """The values of a metric's lines, as Prometheus would read them."""
+    with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+        lines = answer.read().decode().splitlines()
+    found = [line for line in lines if line.startswith(f"{name}{{") and all(each in line for each in having)]
+    return [float(line.rsplit(" ", 1)[1]) for line in found]
+
+
+def eventually(look: Any) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not look():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def stacked(actions: list[Any]) -> Tensor:

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from fleet.conftest import PATIENCE, ROOT
+from fleet.conftest import PATIENCE, ROOT, eventually, metrics
 from offline.checkpoints import save_checkpoint
 
 from smolvla_fast.cli import main
@@ -22,7 +22,7 @@ from smolvla_fast.cli import main
 def test_the_command_serves_the_examples_arms_until_it_is_interrupted(
     ray_here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a Ray that is there: it takes its replicas with it and leaves the Ray."""
+    """Two replicas on a Ray that is there: both answer, and the command takes them with it and leaves the Ray."""
     import ray
     from ray import serve
 
@@ -30,7 +30,7 @@ def test_the_command_serves_the_examples_arms_until_it_is_interrupted(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     flags = [f"--policy.path={path}", "--host=127.0.0.1", f"--port={port}", "--inference_latency=0"]
-    flags += [f"--ray-address={ray.get_runtime_context().gcs_address}"]
+    flags += [f"--ray-address={ray.get_runtime_context().gcs_address}", "--replicas=2"]
     server = subprocess.Popen(
         [sys.executable, "-m", "smolvla_fast.cli", "serve", "--fleet", *flags], cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -50,13 +50,18 @@ def test_the_command_serves_the_examples_arms_until_it_is_interrupted(
     try:
         assert up.wait(PATIENCE) and server.poll() is None, "".join(said)
         assert re.search(
-            rf"fp32 by \w+ on cpu, process \d+; replicas: 1; metrics: {ray_here}\n", "".join(said)
+            rf"fp32 by \w+ on cpu, process \d+; replicas: 2; metrics: {ray_here}\n", "".join(said)
         )
         example = str(ROOT / "examples" / "fleet_client.py")
         words = [f"--policy.path={path}", f"--address=127.0.0.1:{port}", "--clients=2,3", "--chunks=4"]
         monkeypatch.setattr(sys, "argv", [example, *words])
         runpy.run_path(example, run_name="__main__")
         assert re.search(r"\| 2 \| 8 \| .*\n\| 3 \| 12 \| ", capsys.readouterr().out)
+        (application,) = serve.status().applications
+        served = "ray_serve_deployment_request_counter_total"
+        eventually(lambda: sum(metrics(ray_here, served, f'application="{application}"')) > 20)
+        # The command has asked one of them who it is; chunks came from both.
+        assert len(each := metrics(ray_here, served, f'application="{application}"')) == 2 and min(each) > 1
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(PATIENCE)
@@ -73,6 +78,7 @@ def test_the_command_serves_the_examples_arms_until_it_is_interrupted(
         (["--fleet"], "no --policy.path"),
         (["--fleet", "--policy.path=./nowhere"], "./nowhere"),
         (["--fleet", "--max-batch=0"], "--max-batch"),
+        (["--fleet", "--ray-address=auto", "--metrics-port=8081"], "--metrics-port is of a Ray of its own"),
         (["--fleet", "--batch-wait-ms=2000"], "--batch-wait-ms"),
     ],
 )

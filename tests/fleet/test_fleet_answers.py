@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
-import urllib.request
 from typing import Any
 
 import pytest
-from fleet.conftest import PATIENCE, Alone, Client, Fleet, stacked
+from fleet.conftest import PATIENCE, Alone, Client, Fleet, eventually, metrics, stacked
 from offline.checkpoints import rel_l2
 
 SERVED_EXACTLY = (
@@ -59,37 +57,25 @@ def test_each_client_gets_the_single_clients_answer(
             assert not others or min(others) > 100 * SERVED_EXACTLY
 
 
-def metric(fleet: Fleet, name: str, *having: str) -> float:
-    """The sum of a metric's lines, as Prometheus would read them."""
-    with urllib.request.urlopen(fleet.metrics, timeout=PATIENCE) as answer:
-        lines = answer.read().decode().splitlines()
-    found = [line for line in lines if line.startswith(f"{name}{{") and all(each in line for each in having)]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
-
-
-def eventually(look: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not look():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def test_metrics_name_chunks_batches_and_waits(fleet: Fleet, connect: Any) -> None:
     """Batches above one have happened, says Ray's own count of them; ours say who computed the chunks."""
     clients = [connect(number) for number in range(8)]
     at_once(clients, lambda _, client: client.ask(client.observe()))
 
+    def metric(*asked: str) -> float:
+        return sum(metrics(fleet.metrics, *asked))
+
     def counted() -> bool:
         return (
-            metric(fleet, "ray_smolvla_fast_chunks_total", 'served_by="engine"') >= 8
-            and metric(fleet, "ray_serve_batch_wait_time_ms_count") > 0
+            metric("ray_smolvla_fast_chunks_total", 'served_by="engine"') >= 8
+            and metric("ray_serve_batch_wait_time_ms_count") > 0
             # Every batch is counted in the last bucket, those of one observation in the first.
-            and metric(fleet, "ray_serve_actual_batch_size_bucket", 'le="+Inf"')
-            > metric(fleet, "ray_serve_actual_batch_size_bucket", 'le="1.0"')
+            and metric("ray_serve_actual_batch_size_bucket", 'le="+Inf"')
+            > metric("ray_serve_actual_batch_size_bucket", 'le="1.0"')
         )
 
     eventually(counted)
-    assert metric(fleet, "ray_smolvla_fast_chunks_total", 'served_by="stock"') == 0
+    assert metric("ray_smolvla_fast_chunks_total", 'served_by="stock"') == 0
 
 
 def test_lerobots_control_loop_drives_a_robot(fleet: Fleet, connect: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import re
@@ -9,12 +10,13 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from fleet.conftest import PATIENCE, WAIT_S, Alone, Client, Fleet, stacked
-from fleet.test_fleet_answers import SERVED_EXACTLY, at_once, eventually
+from fleet.test_fleet_answers import SERVED_EXACTLY, at_once
 from fleet.test_messages import ATTACKS, timed
 from offline.checkpoints import rel_l2
 
@@ -80,7 +82,31 @@ def process(handle: Any) -> int:
     return int(found[1])
 
 
+def test_an_observation_with_which_replicas_die_is_given_up(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import RayActorError
+
+    from smolvla_fast.fleet import front
+
+    async def dies(*asked: Any) -> Any:
+        died.append(asked)
+        raise RayActorError
+
+    async def at_once(seconds: float) -> None:
+        pass
+
+    died: list[Any] = []
+    one = front.Front(SimpleNamespace(remote=dies), "", None, None, None)
+    monkeypatch.setattr(front.asyncio, "sleep", at_once)
+    with pytest.raises(front.Refused, match="5 replicas have died"):
+        asyncio.run(one._ask("an observation"))
+    assert died == [("an observation",)] * front.TRIES
+
+
 def test_a_client_gone_in_mid_chunk_ends_its_session_alone(fleet: Fleet, connect: Any, alone: Alone) -> None:
+    from smolvla_fast.fleet import front
+
     stays, goes = connect(0), connect(1)
     seen = stays.observe()
     assert stays.send(seen) and goes.send(goes.observe())
@@ -91,7 +117,10 @@ def test_a_client_gone_in_mid_chunk_ends_its_session_alone(fleet: Fleet, connect
     goes.client.channel.close()
     assert rel_l2(stacked(stays.receive()), alone.answer(seen, 0)) <= SERVED_EXACTLY
     lost.join(PATIENCE)
-    eventually(lambda: len(fleet.front.sessions) == 1)
+    peer = next(each for each in fleet.front.sessions if fleet.front.sessions[each].answered == 0)
+    fleet.front.sessions[peer].seen -= front.IDLE_S
+    fleet.front.sweep()
+    assert len(fleet.front.sessions) == 1
 
 
 def test_bad_messages_are_refused_while_others_are_answered(
@@ -119,16 +148,19 @@ def test_bad_messages_are_refused_while_others_are_answered(
     for changed, says in (
         ({**state, "joint0.pos": state["camera1"]}, "joint0.pos of ndarray; accepted is a number"),
         ({"joint0.pos": 1.0, "task": "go"}, "joint1.pos of NoneType"),
+        ({**state, "camera1": np.zeros((24, 32), np.uint8)}, "observation.images.camera1 of (24, 32)"),
+        # LeRobot would make it as large as the policy's frames: of 3 KB 150 MB, or of more all the memory there is.
+        ({**state, "camera1": np.zeros((1, 1, 3000), np.uint8)}, "accepted is a frame [height, width, 3]"),
+        ({**state, "camera1": "a picture"}, "observation.images.camera1 of ()"),
     ):
         code, text = refusal(sends(bad, pickle.dumps(timed(changed, timestep=1))))
         assert code == "INVALID_ARGUMENT" and says in text
     for changed, says in (
         ({**state, "joint0.pos": float("nan")}, "accepted are finite numbers"),
-        ({**state, "camera1": np.zeros((24, 32), np.uint8)}, "does not fit its features"),
-        ({**state, "camera1": np.zeros((24, 32, 4), np.uint8)}, "has observation.images.camera1 of (4, 24, 32)"),
-        ({**state, "camera1": "a picture"}, "does not fit its features"),
-        ({**state, "task": 5}, "has a task of int"),
-        (no_task, "KeyError: 'task'"),
+        ({**state, "camera1": np.zeros((0, 0, 3), np.uint8)}, "does not fit its features"),
+        ({**state, "task": 5}, "has the task 5; accepted is a text"),
+        ({**state, "task": "go" * 5001}, "has the task 'gogo"),
+        (no_task, "has the task None"),
     ):  # fmt: skip
         assert bad.send(changed)
         code, text = refusal(bad.receive)
@@ -208,16 +240,23 @@ def test_instructions_for_another_policy_are_refused(fleet: Fleet, connect: Any)
 
     own = dict(pretrained_name_or_path=str(fleet.checkpoint.path))
     features = wanted.lerobot_features
-    narrow = {**features, "observation.state": {**features["observation.state"], "names": ["joint0.pos"]}}
+
+    def named(names: Any) -> dict[str, Any]:
+        return {**features, "observation.state": {**features["observation.state"], "names": names}}
+
     another = {
         "observation.state": features["observation.state"],
         "observation.images.wrist": {"dtype": "image"},
     }
     for changed, says in (
         ({}, "served is smolvla"),
+        ({**own, "actions_per_chunk": 0}, ", 0 actions; accepted"),
         ({**own, "policy_type": "act"}, "asks for act"),
         ({**own, "rename_map": {"a": "b"}}, "names mapped by"),
-        ({**own, "lerobot_features": narrow}, "accepted are 6 names"),
+        *(
+            ({**own, "lerobot_features": named(names)}, "accepted are 6 names")
+            for names in (["joint0.pos"], 6, [["joint0.pos"]] * 6)
+        ),
         ({**own, "lerobot_features": another}, "observation.images.wrist"),
     ):
         code, text = asks(**changed)

@@ -77,6 +77,12 @@ def stack_global(module: str, name: str) -> bytes:
     return text(module) + text(name) + b"\x93"
 
 
+def with_a_step(value: bytes) -> bytes:
+    """An observation whose step is what these opcodes make; without a frame, whose length would tell."""
+    data = pickle.dumps(timed(timestep=77), 4)
+    return (data[:2] + data[11:]).replace(b"timestep\x94KM", b"timestep\x94" + value)
+
+
 HELPERS = "lerobot.async_inference.helpers"
 ATTACKS: dict[str, Any] = {
     "os.system": lambda: pickle.dumps(Calls(os.system, "touch ran")),
@@ -102,6 +108,7 @@ ATTACKS: dict[str, Any] = {
     ),
     "a shape that its bytes do not fill": lambda: pickle.dumps(timed()).replace(b"K\x18K K\x03\x87", b"K\xffK\xffK\xff\x87"),
     "a million nested tuples": lambda: b"\x80\x04}N" + b"\x85" * 10**6 + b"Ns.",
+    "fifteen thousand nested tuples": lambda: with_a_step(b")" + b"\x85" * 15_000),
     "nothing": lambda: b"",
     "noise": lambda: bytes(np.random.default_rng(0).integers(0, 256, 1000, np.uint8)),
     "half a message": lambda: pickle.dumps(timed())[:2000],
@@ -122,6 +129,12 @@ def test_anything_else_is_refused_and_nothing_is_run(messages: Any, attack: str,
             read(data)
     assert not (tmp_path / "ran").exists()
     assert before == {name: dict(vars(each)) for name, each in messages.NAMES.items()}
+
+
+def test_a_message_of_another_release_is_told_the_fields(messages: Any) -> None:
+    data = pickle.dumps(timed()).replace(b"must_go", b"must_do")
+    with pytest.raises(messages.Refused, match=r"'must_do'\].* LeRobot's Observation of .*'must_go'"):
+        messages.read_observation(data)
 
 
 def test_the_attacks_run_code_where_pickle_reads_them(tmp_path: Path) -> None:

@@ -79,9 +79,27 @@ def test_an_observation_that_fails_takes_no_other_with_it(replica: Any) -> None:
     sick = observation(1)
     sick = sick[0], None, sick[2]  # no task: LeRobot's tokenizer raises for the whole batch
     first, error, last = one._answers([observation(0), sick, observation(2)])
-    assert isinstance(error, Exception)
+    assert isinstance(error, str) and "Error: " in error
     for got, number in ((first, 0), (last, 2)):
         assert rel_l2(tensor(got), tensor(one._answers([observation(number)])[0])) <= SERVED_EXACTLY
+
+
+def test_a_replica_that_computes_nothing_any_more_ends(replica: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an error of a GPU, which stays: Ray starts another in its place."""
+    from smolvla_fast.fleet import replica as module
+
+    one = replica()
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def ends(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(one._policy, "predict_action_chunk", fails)
+    monkeypatch.setattr(module.os, "_exit", ends)
+    with pytest.raises(SystemExit):
+        one._answers([observation(0)])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -57,3 +58,13 @@ def finished(bench_top):
     with _one_thread():
         assert bench_top.command(folder, "--steps=4", "--save_freq=2", "--log_freq=1") == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The example ``train_demo.py`` as a module."""
+    path = Path(__file__).parents[2] / "examples" / "train_demo.py"
+    spec = spec_from_file_location("train_demo", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

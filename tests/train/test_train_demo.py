@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 pytestmark = pytest.mark.training
-
-
-@pytest.fixture(scope="module")
-def demo():
-    path = Path(__file__).parents[2] / "examples" / "train_demo.py"
-    spec = importlib.util.spec_from_file_location("train_demo", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_only_a_folder_of_its_own_is_emptied(demo, tmp_path, capsys):

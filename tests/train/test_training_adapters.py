@@ -13,7 +13,6 @@ import smolvla_fast
 from smolvla_fast.cli import main
 from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.train import TrainingError, resume
-from smolvla_fast.train.checkpoint import read_run
 from smolvla_fast.train.log import read_log
 from smolvla_fast.training import train
 
@@ -95,6 +94,5 @@ def test_flags_that_an_adapter_checkpoint_would_ignore_are_refused(bench_top, fi
     assert main(["train", *flags, f"--policy.path={source}", "--peft.r=8"]) == 2
     assert "it holds adapters already, which --peft.* would not change" in capsys.readouterr().err
     assert not (tmp_path / "more").exists()
-    saved = read_run(source.parent)["settings"]
     with pytest.raises(TrainingError, match=r"peft\.r \(4 in the checkpoint, None asked for\)"):
-        resume.go_on(saved, {}, {"peft": None}, source.parent)
+        resume.go_on({"peft": None}, source.parent)

@@ -16,7 +16,6 @@ from smolvla_fast.smolvla.features import ACTION
 from smolvla_fast.testing.dataset import REPO_ID, write_dataset
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.data import held_out_batches, open_data, training_batches
-from smolvla_fast.train.evaluation import action_error
 from smolvla_fast.train.log import read_log
 from smolvla_fast.train.reader import ColumnReader
 from smolvla_fast.training import update
@@ -229,7 +228,7 @@ def test_the_dataset_tells_by_images_alone_where_the_cube_is(bench_top, tmp_path
             write_dataset(tmp_path / "wrong", **wrong)
 
 
-def test_action_error_measures_chunks_and_the_best_constant(bench_top, tmp_path):
+def test_action_error_measures_chunks_and_the_best_constant(bench_top, demo, tmp_path):
     """A policy that answers with the right chunk has no error, one that answers with a constant at least the constant's."""
     run = bench_top.prepare(tmp_path / "run", "--dataset.eval_split=0.25")
     batches = list(held_out_batches(run.settings, run.data.held_out))
@@ -238,9 +237,9 @@ def test_action_error_measures_chunks_and_the_best_constant(bench_top, tmp_path)
         def __init__(self, answer):
             self.config, self.predict_action_chunk = run.policy.config, answer
 
-    error, constant = action_error(Answers(lambda batch: batch[ACTION].clone()), run.preprocess, batches)
+    error, constant = demo.action_error(Answers(lambda batch: batch[ACTION].clone()), run.preprocess, batches)
     assert error == 0 and constant > 0
-    zero, again = action_error(
+    zero, again = demo.action_error(
         Answers(lambda batch: torch.zeros_like(batch[ACTION])), run.preprocess, batches
     )
     assert again == constant and zero >= constant
@@ -250,7 +249,7 @@ def test_action_error_measures_chunks_and_the_best_constant(bench_top, tmp_path)
         watch = Answers(
             lambda batch, images=images: images.append(batch["observation.images.front"]) or batch[ACTION]
         )
-        action_error(watch, run.preprocess, batches, wrong_images=wrong)
+        demo.action_error(watch, run.preprocess, batches, wrong_images=wrong)
         seen[wrong] = torch.cat(images)
     assert torch.equal(seen[True], seen[False].roll(len(seen[False]) // 2, 0))
     once, twice = (training._held_out_loss(run) for _ in range(2))

@@ -8,7 +8,6 @@ import torch
 import smolvla_fast
 from smolvla_fast.smolvla import SmolVLAPolicy, make_pre_post_processors
 from smolvla_fast.train.data import held_out_batches, open_data
-from smolvla_fast.train.evaluation import action_error
 
 pytestmark = [pytest.mark.training, pytest.mark.slow, pytest.mark.long]
 
@@ -20,7 +19,7 @@ more than the constant does, by its noise alone.
 """
 
 
-def test_a_trained_policy_beats_the_mean_action_and_is_the_same_when_patched(bench_top, tmp_path):
+def test_a_trained_policy_beats_the_mean_action_and_is_the_same_when_patched(bench_top, demo, tmp_path):
     flags = (
         "--dataset.eval_split=0.25", "--batch_size=16", "--steps=300", "--policy.num_vlm_layers=2",
         "--policy.chunk_size=4", "--policy.n_action_steps=4", "--policy.optimizer_lr=0.003",
@@ -39,12 +38,12 @@ def test_a_trained_policy_beats_the_mean_action_and_is_the_same_when_patched(ben
                 torch.manual_seed(0)
                 policy = bench_top.prepare(tmp_path / "fresh", *flags).policy.eval()
         preprocess, _ = make_pre_post_processors(policy.config, checkpoint)
-        errors[steps], constant = action_error(policy, preprocess, batches)
+        errors[steps], constant = demo.action_error(policy, preprocess, batches)
     print(f"constant {constant:.3f}, untrained {errors[0]:.3f}, trained {errors[300]:.3f}")
     assert errors[300] <= MARGIN * constant < errors[0]
 
     smolvla_fast.patch(policy)
-    patched, _ = action_error(policy, preprocess, batches)
+    patched, _ = demo.action_error(policy, preprocess, batches)
     status = smolvla_fast.status(policy)
     assert status.calls_fast == len(batches) and status.calls_stock == 0
     # `fp32` errs by 1e-5 of a chunk at most; the error of a policy is some of its size
