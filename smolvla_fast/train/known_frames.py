@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ def open_known_frames(
     reason = engine.fallback_reasons.get("image cache")
     if not hasattr(data.train.reader, "store"):
         reason = "this LeRobot reads datasets in another way"
+    if not hasattr(os, "posix_fallocate") or not hasattr(os, "memfd_create"):
+        reason = "it needs Linux, which can reserve room for a file before it is mapped"
     if reason is not None:
         return known, f", image_cache without effect ({reason})"
 

@@ -397,6 +397,13 @@ def test_a_cache_that_cannot_serve_has_a_receipt(bench_top, tmp_path):
         bench_top.settings(tmp_path / "refused", "--image_cache_dir=x", "--fast=off")
 
 
+def test_without_linuxs_calls_frames_are_encoded_at_every_step(bench_top, tmp_path, monkeypatch):
+    """As on macOS: a file with room that is not reserved would kill a process where the disk is full."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    run = prepared(bench_top, tmp_path / "run", "--image_cache=1000000")
+    assert run.known.store is None and "image_cache without effect (it needs Linux" in run.path
+
+
 def test_image_tokens_are_refused_where_stock_computes_the_loss(bench_top, tmp_path):
     """And where the tower learns: given tokens would leave it as it is."""
     run = prepared(bench_top, tmp_path / "run", "--image_cache=1000000")
