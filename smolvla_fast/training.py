@@ -134,7 +134,9 @@ def _told_how_to_go_on(output_dir: Path) -> Iterator[None]:
     """Adds what to do to errors of data, of memory and of missing packages, raised anywhere in a run."""
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("accelerate", "draccus", "lerobot", "psutil"):
+            raise  # of the caller's own code
         raise TrainingError(f'{error}; run `pip install "smolvla_fast[train]"`') from error
     except (TrainingError, RuntimeError, MemoryError) as error:
         said = str(error)

@@ -28,6 +28,7 @@ from ..train.policy import check_policy, make_policy, make_processors, speed_up
 from ..train.random_state import seeded
 from ..train.readable import KNOWN, Readable
 from ..train.settings import TrainSettings
+from ..train.trial import try_step
 from .train import add_arguments
 
 __all__ = ["add_arguments", "run"]
@@ -51,9 +52,10 @@ def encode(settings: TrainSettings, checkpoint: Path | None, console: Console) -
     data = open_data(settings)
     policy = make_policy(settings, source)
     preprocess, _ = make_processors(settings, data.stats, source, checkpoint is not None)
-    _, path = speed_up(policy, settings)
     device = torch.device(settings.policy.device or "cpu")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
+    try_step(settings, data, policy, preprocess, autocast)
+    _, path = speed_up(policy, settings)
     known, words = open_known_frames(settings, data, policy, preprocess, autocast)
     if known.store is None:
         raise TrainingError(f"no image tokens can be kept: {path}{words}")

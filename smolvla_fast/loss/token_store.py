@@ -27,6 +27,8 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 ABOUT, ROWS = "about.json", "tokens"
+LEFT = 2**30
+"""Bytes of a disk that are left for checkpoints and logs."""
 RESULT = "preparation of frames or arithmetic"
 """Of ``about``: a digest of tokens, which all else moves too."""
 
@@ -89,8 +91,6 @@ def open_store(
     about   what the tokens depend on, by names for a message: its digest is the key
     raises  OSError where there is no room, before a large part of it is taken, or where no file can be made
     """
-    import psutil  # of the extra "train", as all callers
-
     width = row_of(shape, dtype).itemsize
     kept = frames[: limit // width] if limit else frames
     words = (
@@ -102,8 +102,8 @@ def open_store(
     place = None if folder is None else _place(folder, about)
     # Not for appending: where a file system has no call for it, glibc reserves space by writing in places.
     file = os.memfd_create(ROWS) if place is None else os.open(place / ROWS, os.O_RDWR | os.O_CREAT, 0o666)
-    held = os.fdopen(file, "r+b")
-    free = psutil.virtual_memory().available if place is None else shutil.disk_usage(place).free
+    held, before = os.fdopen(file, "r+b"), os.fstat(file).st_size
+    free = _free_memory() if place is None else shutil.disk_usage(place).free - LEFT
     if len(kept) * width - os.fstat(file).st_blocks * 512 > free:
         raise OSError(errno.ENOSPC, f"{words}; {free / 1e9:.3g} GB are free")
     try:
@@ -111,9 +111,22 @@ def open_store(
             # A full disk would kill a process that writes to a map of what it has no room for.
             os.posix_fallocate(file, int(run[0]) * width, len(run) * width)
     except OSError as error:
+        os.ftruncate(file, before)
         raise OSError(error.errno, f"{words}; {error.strerror}") from error
     path = Path(f"/proc/{os.getpid()}/fd/{file}") if place is None else place / ROWS
     return TokenStore(path, int(kept[-1]) + 1, shape, dtype, held), f"{words}, in {place or 'memory'}"
+
+
+def _free_memory() -> int:
+    """Bytes, of the machine or what a container may still take."""
+    import psutil  # of the extra "train", as all callers
+
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / f"memory.{each}").read_text() for each in ("max", "current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no such group, or one without a limit
+        return free
 
 
 def _place(folder: Path, about: dict[str, Any]) -> Path:
@@ -121,7 +134,8 @@ def _place(folder: Path, about: dict[str, Any]) -> Path:
     place = folder / blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12).hexdigest()
     if not (place / ABOUT).exists():
         place.mkdir(parents=True, exist_ok=True)
-        others = [(_differences(other, about), other.parent) for other in sorted(folder.glob(f"*/{ABOUT}"))]
+        found = [other for other in sorted(folder.glob(f"*/{ABOUT}")) if other.parent != place]
+        others = [(_differences(other, about), other.parent) for other in found]
         aside = place / f".{ABOUT}.{os.getpid()}"
         aside.write_text(json.dumps(about, indent=4), encoding="utf-8")
         os.replace(aside, place / ABOUT)

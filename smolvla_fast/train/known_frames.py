@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,14 +124,24 @@ def open_known_frames(
         pixels = torch.randint(0, 256, raw[key].shape, generator=noise)
         raw[key] = pixels.byte() if raw[key].dtype is torch.uint8 else (pixels / 255).to(raw[key].dtype)
     batch = preprocess(to_floats(raw, settings.policy.device or "cpu"))
-    with autocast:
+    known.store, none = (
+        SimpleNamespace(write=lambda *_: None),
+        torch.zeros(len(batch["index"]), dtype=torch.bool),
+    )
+    with autocast, torch.no_grad(), torch.random.fork_rng():
         tokens = known.encoded({key: batch[key][:1] for key in known.cameras})
+        try:  # stock, which may have to compute the loss of such batches, takes no tokens
+            with known.given(batch | {KNOWN: none}):
+                known.policy.forward(batch)
+        except ValueError as error:
+            known.store = None
+            return known, f", image_cache without effect ({error})"
     vlm = model.vlm_with_expert.get_vlm_model()
     tower = [*vlm.vision_model.parameters(), *vlm.connector.parameters()]
     about = {
-        "dataset": [settings.dataset.repo_id, str(meta.revision), _fingerprint(meta.root)],
+        "dataset": [settings.dataset.repo_id, str(meta.revision), _fingerprint(meta)],
         "cameras": [names[key] for key in known.cameras],
-        "video decoder": data.train.reader._video_backend if meta.video_keys else None,
+        "image decoder": _decoder(data.train.reader, bool(meta.video_keys)),
         "vision tower": _digest(tower),
         "dtype": str(tokens.dtype),
         RESULT: _digest([tokens]),
@@ -153,12 +165,23 @@ def open_known_frames(
     return known, f", image tokens of {words}"
 
 
-def _fingerprint(root: Path) -> str:
+def _fingerprint(meta: Any) -> str:
     """Of the files of a dataset that frames are read from: names, sizes, times of change."""
-    found = [path for part in (EPISODES, "data", "videos") for path in (root / part).rglob("*")]
-    files = [root / INFO, *sorted(path for path in found if path.is_file())]
-    facts = [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    found = {INFO, *(path.relative_to(meta.root) for path in (meta.root / EPISODES).rglob("*.parquet"))}
+    for index in range(meta.total_episodes):
+        found |= {
+            meta.get_data_file_path(index),
+            *(meta.get_video_file_path(index, k) for k in meta.video_keys),
+        }
+    files = [(name, meta.root / name) for name in sorted(map(str, found))]
+    facts = [(name, p.stat().st_size, p.stat().st_mtime_ns) for name, p in files if p.exists()]
     return blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
+
+
+def _decoder(reader: Any, videos: bool) -> str:
+    """Which package makes pixels of files, and its release: another may make others."""
+    name: Any = getattr(reader, "_video_backend", None) if videos else "pillow"
+    return f"{name} {version({'pyav': 'av', 'video_reader': 'torchvision'}.get(name, name))}"
 
 
 def _digest(tensors: list[Tensor]) -> str:

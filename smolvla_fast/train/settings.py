@@ -23,7 +23,8 @@ CHOICES = {
     "dataset.video_backend": ("torchcodec", "pyav", "video_reader"),
 }  # fmt: skip
 OWN = (
-    "policy_path", "implementation", "fast", "image_cache", "dtype", "gradient_accumulation_steps", "log_with",
+    "policy_path", "implementation", "fast", "image_cache", "image_cache_dir", "dtype", "gradient_accumulation_steps",
+    "log_with",
 )  # fmt: skip
 """Settings that LeRobot has not."""
 TRACKERS = {"wandb", "trackio", "tensorboard"}
@@ -178,6 +179,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         self.output_dir = Path(self.output_dir)
+        if self.image_cache_dir:  # a resumed run may be started elsewhere
+            self.image_cache_dir = str(Path(self.image_cache_dir).expanduser().absolute())
         self.fast = {"True": "on", "False": "off"}.get(self.fast, self.fast)  # as YAML reads these words
         # LeRobot's default is the integer 10, and draccus reads it back as 10.0: a resumed run must write the same file.
         self.policy.optimizer_grad_clip_norm = float(self.policy.optimizer_grad_clip_norm)
@@ -201,7 +204,8 @@ class TrainSettings:
         cached = self.image_cache or self.image_cache_dir
         unlike = {
             "no dataset: give --dataset.repo_id, a Hub id, and --dataset.root for a local folder": not data.repo_id,
-            "--image_cache needs the fast path: give --fast=auto": cached and self.fast == "off",
+            "--image_cache needs the fast path: give --fast=auto, or --image_cache=0 and --image_cache_dir=null":
+                cached and self.fast == "off",
             f"--eval_steps={self.eval_steps} needs held-out episodes: begin a new run with --dataset.eval_split=0.1, it "
             "cannot be added with --resume": self.eval_steps and not data.eval_split,
             "--peft.* and --policy.use_peft need --policy.path: adapters change a policy that exists": adapted and fresh,

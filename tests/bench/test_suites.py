@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch as patched
@@ -354,3 +355,23 @@ def test_the_whole_cpu_suite_on_a_tiny_policy(tmp_path: Path, monkeypatch: pytes
     points = [b["extra_info"] for b in data["benchmarks"] if b["extra_info"]["suite"] == "scaling"]
     values = {(each["axis"], each["value"]) for each in points if each["variant"] == "fp32"}
     assert {("cameras", 4), ("steps", 10), ("threads", 1), ("batch", 8)} <= values
+
+
+def test_latency_alone_and_beside_cameras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round beside cameras decodes frames, and ends its threads."""
+    from benchmarks.suites import latency
+
+    decoded: list[int] = []
+    decode = latency.cv2.imdecode
+    monkeypatch.setattr(latency.cv2, "imdecode", lambda *given: decoded.append(1) or decode(*given))
+    before = threading.active_count()
+    flags = ("-k", "latency", "--choose", "fp32")
+    status, data = run_suites(tmp_path / "a.json", monkeypatch, "benchmarks/suites/latency.py", *flags)
+    rows = {each["extra_info"]["variant"]: each["extra_info"] for each in data["benchmarks"]}
+    assert status == 0 and rows.keys() == {"fp32", "fp32 beside 2 cameras"}
+    assert rows["fp32 beside 2 cameras"]["ratio_to"] == "fp32" and all(
+        each["rounds"] == 2 for each in rows.values()
+    )
+    assert len(decoded) >= 4, "of two cameras in two rounds, which begin with a frame"
+    assert threading.active_count() == before
+    assert "## Latency" in markdown.markdown(data)

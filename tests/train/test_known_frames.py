@@ -14,7 +14,7 @@ import time
 import datasets
 import pytest
 import torch
-from lerobot.datasets import dataset_reader
+from lerobot.datasets import LeRobotDatasetMetadata, dataset_reader
 from support.training_runs import BenchTop, go_on, same, state_files, weights
 
 import smolvla_fast
@@ -420,20 +420,25 @@ def test_image_tokens_are_refused_where_stock_computes_the_loss(bench_top, tmp_p
         loss_of(run, run.policy, run.prepared(raw), 4)
 
 
-def test_a_fingerprint_moves_with_every_file(tmp_path):
-    names = ("meta/info.json", "meta/episodes/a/b.parquet", "data/a/b.parquet", "videos/c/a/b.mp4")
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("1")
-        os.utime(tmp_path / name, ns=(0, 10**18))
-    seen = {fingerprint(tmp_path)}
-    for name in names:
-        (tmp_path / name).write_text("2")
-        os.utime(tmp_path / name, ns=(0, 10**18 + 1))
-        assert fingerprint(tmp_path) not in seen
-        seen.add(fingerprint(tmp_path))
-    (tmp_path / "data/a/c.parquet").write_text("")
-    assert fingerprint(tmp_path) not in seen
-    (tmp_path / "data/a/c.parquet").unlink()
-    (tmp_path / "meta/stats.json").write_text("")  # frames are not read from it
-    assert fingerprint(tmp_path) in seen
+def test_a_fingerprint_moves_with_every_file_that_is_read(video_top, tmp_path):
+    """Also with one behind a link: a large disk may hold the videos."""
+    data = shutil.copytree(video_top.data, tmp_path / "data", copy_function=shutil.copy2)
+    elsewhere = shutil.move(data / "videos", tmp_path / "videos")
+    (data / "videos").symlink_to(elsewhere, target_is_directory=True)
+    meta = LeRobotDatasetMetadata("local/dataset", data)
+    seen = {fingerprint(meta)}
+    for name in ("meta/info.json", "meta/episodes/*/*.parquet", "data/*/*.parquet", "videos/*/*/*.mp4"):
+        [file, *_] = data.glob(name)
+        os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+        assert fingerprint(meta) not in seen, name
+        seen.add(fingerprint(meta))
+    os.utime(data / "meta/stats.json", ns=(0, 0))  # frames are not read from it
+    assert fingerprint(meta) in seen
+
+
+def test_cameras_that_changed_places_have_other_tokens(bench_top, finished, tmp_path, caplog):
+    folder, front, wrist = tmp_path / "tokens", "observation.images.front", "observation.images.wrist"
+    source = f"--policy.path={finished / 'checkpoints' / 'last' / 'pretrained_model'}"
+    for more in ((), (f"--rename_map={{{front}: {wrist}, {wrist}: {front}}}",)):
+        assert main(["encode", *flags(bench_top, folder, source, *more)]) == 0
+    assert "not the same cameras as in" in caplog.text and len([*folder.glob("*/tokens")]) == 2

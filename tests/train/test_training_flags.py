@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,10 @@ from support.training_runs import read, refused, resume
 from smolvla_fast.cli import main
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.flags import LEROBOTS, SETTINGS
-from smolvla_fast.train.settings import CHOICES
+from smolvla_fast.train.settings import CHOICES, OWN
 
 pytestmark = pytest.mark.training
 
-OWN = (
-    "implementation",
-    "fast",
-    "image_cache",
-    "image_cache_dir",
-    "dtype",
-    "gradient_accumulation_steps",
-    "log_with",
-)
-"""Settings that LeRobot has not."""
 HOSTILE = (
     "abc", "-1", "0", "0.5", "1e3", "", "null", "true", "nan", ".nan", "-.inf", "[1, 2, 3]", "[", "{a: b}", "{a: b",
     "{a: 1}",
@@ -372,3 +363,11 @@ def test_train_accepts_lerobots_usual_flags(bench_top, tmp_path: Path, capsys) -
     assert "--dataset.episodes=0,1: accepted is a list of whole numbers" in refused(
         bench_top, tmp_path / "other", capsys, "--dataset.episodes=0,1"
     )
+
+
+def test_train_config_has_lerobots_fields_alone(bench_top, tmp_path: Path) -> None:
+    """With one more `lerobot-train --resume=true` could not read a checkpoint."""
+    from lerobot.configs.train import TrainPipelineConfig
+
+    theirs = {each.name for each in fields(TrainPipelineConfig)}
+    assert bench_top.settings(tmp_path / "run").to_lerobot().keys() <= theirs
