@@ -17,7 +17,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--seconds": dict(type=positive, help=f"the most a suite may take (default: {SECONDS:.0f})"),
     "--with-compile": dict(action="store_true", help="also time stock under torch.compile (minutes)"),
     "--compile-mode": dict(metavar="MODE", help="its mode (default: max-autotune on a GPU, default elsewhere)"),
-    "--cameras": dict(metavar="N,N", help="camera counts of suite chunk (default: 1,2,3); of cpu one, up to 4 (2)"),
+    "--cameras": dict(metavar="N,N", help="counts of suite chunk (default: 1,2,3); of cpu and latency one, up to 4 (2)"),
     "--batch": dict(metavar="N,N", help="batch sizes of suite chunk (default: 1), of train (CPU: 1,2, GPU: 8)"),
     "--layers": dict(metavar="N,N", help="VLM layers of suite chunk (default: the configuration's)"),
     "--scaling": dict(action=argparse.BooleanOptionalAction, default=True, help="cpu suite: time by cameras, steps, ..."),

@@ -57,6 +57,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise CommandError(f"no suite {', '.join(map(repr, unknown))}; accepted are {', '.join(SUITES)}")
     if "cpu" in suites:
         _check_cpu(args)
+    for name in sorted({"cpu", "latency"} & {*suites}):
+        if args.cameras is not None and args.cameras.strip() not in ("1", "2", "3", "4"):
+            wants = f"suite {name} takes one count from 1 to 4; run the other suites apart"
+            raise CommandError(f"--cameras {args.cameras}: {wants}")
     # In a test run these would fail one benchmark after the other, each with a traceback.
     if args.device is not None:
         args.device = str(resolve_device(args.device))
@@ -111,10 +115,6 @@ def _check_cpu(args: argparse.Namespace) -> None:
         raise CommandError(f"--device {args.device}: suite cpu runs on the CPU; accepted are auto and cpu")
     if args.layout not in (None, "fp32"):
         raise CommandError(f"--layout {args.layout}: suite cpu compares with stock in fp32; accepted is fp32")
-    if args.cameras is not None and args.cameras.strip() not in ("1", "2", "3", "4"):
-        raise CommandError(
-            f"--cameras {args.cameras}: suite cpu takes one count from 1 to 4; run the other suites apart"
-        )
 
 
 def _checkout() -> Path:

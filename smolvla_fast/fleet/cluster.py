@@ -21,7 +21,7 @@ OWN: dict[str, Any] = dict(address="local", include_dashboard=False, object_stor
 
 
 class CannotDeploy(CommandError):
-    """Ray has no place for the replicas, or none of them has started."""
+    """No Ray at the address, no room in it for the replicas, or none of them has started."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(" ".join(reason.split()))  # Ray's own reasons may have many lines
@@ -50,7 +50,7 @@ def connected(address: str | None = None, metrics_port: int | None = None) -> It
 
 @contextmanager
 def deployed(path: str, replicas: int, max_batch: int, wait_s: float, *how: str | None) -> Iterator[Any]:
-    """A deployment of ``Replica``, warm, which ends here. Yields its handle. Arguments as there; raises ``CannotDeploy``.
+    """A deployment of ``Replica``, with its arguments, warm, which ends here. Yields its handle; raises ``CannotDeploy``.
 
     Each replica has a GPU, or where there are none its share of the CPUs.
     """

@@ -32,7 +32,7 @@ OPCODES = frozenset(_WRITTEN.split())
 
 
 class Refused(ValueError):
-    """A message or call that is not served. Its text goes on from the name of the call; ``code`` is gRPC's."""
+    """A message or call that is not served. Its text follows the call's name; ``code`` is gRPC's."""
 
     def __init__(self, reason: str, code: str = "INVALID_ARGUMENT") -> None:
         super().__init__(reason)

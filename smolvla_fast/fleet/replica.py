@@ -32,7 +32,7 @@ Arrays = dict[str, np.ndarray]
 Arrays, not tensors: Ray sends arrays beside the pickle of a call, without copying them into it."""
 
 Answer = np.ndarray | str
-"""The chunk [S, A] fp32 of one observation, postprocessed; or why the policy fails on it, and on it alone."""
+"""The chunk [S, robot's actions] fp32 of one observation, postprocessed; or why the policy fails on it, and on it alone."""
 
 
 def noise_of(seed: int, config: Any) -> Tensor:
@@ -65,7 +65,7 @@ class Replica:
 
     @batched
     async def __call__(self, arrays: list[Arrays], tasks: list[str], seeds: list[int]) -> list[Answer]:
-        """For one observation, as it is called, its chunk: what the policy answers to it alone from this noise."""
+        """Called with one observation, its task and seed; ``serve.batch`` makes lists of these. Answers each as if alone."""
         # Not in the event loop, in which Ray asks whether the replica is alive. One batch at a time: serve.batch has it so,
         # and LeRobot's processor steps keep what they are working on.
         return await asyncio.to_thread(self._answers, list(zip(arrays, tasks, seeds, strict=True)))

@@ -69,7 +69,8 @@ class Session(PolicyServer):
 
     @contextmanager
     def taking(self) -> Iterator[TimedObservation]:
-        """The observation to answer. After an error it is as if it had not come; unless it was refused, it comes again."""
+        """The observation to answer. After an error it counts as not answered, and waits again unless it was refused or a
+        newer one has come."""
         before, taken = self.last_processed_obs, self.observation_queue.get_nowait()
         self.arrived.clear()
         self.last_processed_obs = taken
@@ -90,11 +91,11 @@ class Session(PolicyServer):
         found = _lerobots(prepare_raw_observation, seen, self.lerobot_features, cameras)
         task = found.pop("task", None)
         if not isinstance(task, str) or len(task) > MAX_TASK:
-            raise Refused(f"has the task {task!r:.40}; accepted is a text of at most {MAX_TASK} characters")
+            raise Refused(f"finds the task {task!r:.40}; accepted is a text of at most {MAX_TASK} characters")
         arrays = {name: value.numpy() for name, value in found.items()}
         for name, value in arrays.items():
             if not np.isfinite(value).all():
-                raise Refused(f"has a {name} that is not finite; accepted are finite numbers")
+                raise Refused(f"finds {name} not finite; accepted are finite numbers")
         # The noise depends on the session's seed and the number of its chunks, not on a batch or a replica.
         return arrays, task, int(np.random.SeedSequence([self.seed, self.answered]).generate_state(1)[0])
 

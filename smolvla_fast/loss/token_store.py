@@ -4,7 +4,7 @@
     DIR/KEY/tokens       rows of a checksum (0: not known) and the tokens of all cameras
 
 A checksum is written after its tokens. So a process killed at any point leaves rows that are not known, never wrong ones;
-several processes may write at once, for a row has the same bytes whoever makes it.
+several processes may write at once, for a row has the same bytes whoever makes it; each reserves room by itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ ABOUT, ROWS = "about.json", "tokens"
 LEFT = 2**30
 """Bytes of a disk that are left for checkpoints and logs."""
 RESULT = "preparation of frames or arithmetic"
-"""Of ``about``: a digest of tokens, which all else moves too."""
+"""Of ``about``: a digest of the tokens of a fixed noise frame, which resizing, scaling, weights and arithmetic decide. So a
+warning names it only where nothing else differs."""
 
 
 class TokenStore:
@@ -57,7 +58,7 @@ class TokenStore:
         """The tokens of a frame, or None where they are not known, torn or damaged."""
         if frame >= len(self._rows) or not (checksum := int(self._rows[frame]["checksum"])):
             return None
-        data = self._rows[frame]["tokens"].copy()  # first: another process may be writing
+        data = self._rows[frame]["tokens"].copy()  # then summed: another process may be writing this row
         return torch.from_numpy(data).view(self.dtype).view(self.shape) if _sum(data) == checksum else None
 
     def write(self, frame: int, tokens: Tensor) -> None:
@@ -94,15 +95,15 @@ def open_store(
     width = row_of(shape, dtype).itemsize
     kept = frames[: limit // width] if limit else frames
     words = (
-        f"{len(frames):,} frames of {shape[0]} cameras x {width:,} bytes = {len(frames) * width / 1e9:.3g} GB"
+        f"{len(frames):,} frames x {width:,} bytes ({shape[0]} cameras) = {len(frames) * width / 1e9:.3g} GB"
         + (f", room for the first {len(kept):,}" if len(kept) < len(frames) else "")
     )
     if not len(kept):
         raise OSError(errno.ENOSPC, f"{words}; not one fits into {limit} bytes")
     place = None if folder is None else _place(folder, about)
-    # Not for appending: where a file system has no call for it, glibc reserves space by writing in places.
+    # Without O_APPEND: where a file system cannot reserve space, glibc writes in places, which would then be its end.
     file = os.memfd_create(ROWS) if place is None else os.open(place / ROWS, os.O_RDWR | os.O_CREAT, 0o666)
-    held, before = os.fdopen(file, "r+b"), os.fstat(file).st_size
+    held = os.fdopen(file, "r+b")
     free = _free_memory() if place is None else shutil.disk_usage(place).free - LEFT
     if len(kept) * width - os.fstat(file).st_blocks * 512 > free:
         raise OSError(errno.ENOSPC, f"{words}; {free / 1e9:.3g} GB are free")
@@ -111,7 +112,6 @@ def open_store(
             # A full disk would kill a process that writes to a map of what it has no room for.
             os.posix_fallocate(file, int(run[0]) * width, len(run) * width)
     except OSError as error:
-        os.ftruncate(file, before)
         raise OSError(error.errno, f"{words}; {error.strerror}") from error
     path = Path(f"/proc/{os.getpid()}/fd/{file}") if place is None else place / ROWS
     return TokenStore(path, int(kept[-1]) + 1, shape, dtype, held), f"{words}, in {place or 'memory'}"
@@ -130,7 +130,7 @@ def _free_memory() -> int:
 
 
 def _place(folder: Path, about: dict[str, Any]) -> Path:
-    """The folder of these tokens. A warning says why those of another folder are not taken."""
+    """The folder of these tokens. Warns of what differs from the nearest other folder."""
     place = folder / blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12).hexdigest()
     if not (place / ABOUT).exists():
         place.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,8 @@ class KnownFrames:
         return tokens.unflatten(0, (-1, len(self.cameras)))
 
     def tokens(self, batch: dict[str, Tensor]) -> Tensor:
-        """[B, C, tokens, M] of a prepared batch: those it has, and of new frames those made now, which are kept."""
+        """[B, C, tokens, M] of a prepared batch: those it has where ``KNOWN``. The other frames, whose images alone are
+        in the batch, are encoded and kept."""
         known = batch[KNOWN]
         if known.all():
             return batch[TOKENS]
@@ -70,7 +71,7 @@ class KnownFrames:
 
     @contextmanager
     def given(self, batch: dict[str, Tensor]) -> Iterator[None]:
-        """Inside, the policy's loss of this batch takes its tokens, where it has some, in place of images."""
+        """Inside, the policy's loss of this batch takes tokens in place of images: its ``prepare_images`` gives them."""
         if KNOWN not in batch:
             yield
             return
@@ -87,7 +88,7 @@ class KnownFrames:
 
 
 def kept(raw: dict[str, Any], device: Any) -> dict[str, Tensor]:
-    """What a batch has beside what processors know."""
+    """``KNOWN`` and ``TOKENS`` of a raw batch, which LeRobot's processors drop; the tokens on ``device``."""
     found = {key: raw[key] for key in (KNOWN, TOKENS) if key in raw}
     return {k: value.to(device, non_blocking=True) if k == TOKENS else value for k, value in found.items()}
 
@@ -118,7 +119,7 @@ def open_known_frames(
 
     names = {new: old for old, new in data.names.items() if old in meta.camera_keys}
     known.engine, known.cameras = engine, [key for key in settings.policy.image_features if key in names]
-    # What resizes, scales and multiplies shows in the tokens of noise, whatever the dataset.
+    # Part of the key: tokens of a fixed noise frame, which change with resizing, scaling and arithmetic.
     raw, noise = few_samples(settings, data.train), torch.Generator().manual_seed(0)
     for key in (names[key] for key in known.cameras):
         pixels = torch.randint(0, 256, raw[key].shape, generator=noise)
@@ -130,7 +131,7 @@ def open_known_frames(
     )
     with autocast, torch.no_grad(), torch.random.fork_rng():
         tokens = known.encoded({key: batch[key][:1] for key in known.cameras})
-        try:  # stock, which may have to compute the loss of such batches, takes no tokens
+        try:  # where stock has to compute the loss of such a batch, forward refuses tokens
             with known.given(batch | {KNOWN: none}):
                 known.policy.forward(batch)
         except ValueError as error:

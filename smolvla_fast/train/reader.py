@@ -25,7 +25,7 @@ from .readable import KNOWN, TOKENS
 class ColumnReader(DatasetReader):
     """LeRobot's reader with its ``_query_hf_dataset`` replaced; it returns the same bits.
 
-    store  with it, a sample says whether it is ``KNOWN``, and has ``TOKENS`` then in place of images: none is decoded
+    store  where set, a sample says whether it is ``KNOWN``; one that is has ``TOKENS``, and its images are not decoded
     """
 
     store: TokenStore | None = None
@@ -51,7 +51,7 @@ class ColumnReader(DatasetReader):
 
     @cached_property
     def _without_cameras(self) -> ColumnReader:
-        """A reader of the same samples whose cameras have ``CAMERA_is_pad`` alone."""
+        """A reader of the same samples without frames of cameras; ``CAMERA_is_pad`` stays."""
         twin, twin._meta, twin.store = copy(self), copy(self._meta), None
         twin._meta.info = replace(self._meta.info, features={})  # which a reader asks for cameras alone
         twin.hf_dataset = self.hf_dataset.remove_columns(self._meta.image_keys)

@@ -158,9 +158,9 @@ def test_bad_messages_are_refused_while_others_are_answered(
     for changed, says in (
         ({**state, "joint0.pos": float("nan")}, "accepted are finite numbers"),
         ({**state, "camera1": np.zeros((0, 0, 3), np.uint8)}, "does not fit its features"),
-        ({**state, "task": 5}, "has the task 5; accepted is a text"),
-        ({**state, "task": "go" * 5001}, "has the task 'gogo"),
-        (no_task, "has the task None"),
+        ({**state, "task": 5}, "finds the task 5; accepted is a text"),
+        ({**state, "task": "go" * 5001}, "finds the task 'gogo"),
+        (no_task, "finds the task None"),
     ):  # fmt: skip
         assert bad.send(changed)
         code, text = refusal(bad.receive)

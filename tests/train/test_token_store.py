@@ -183,7 +183,7 @@ def test_two_processes_at_once_leave_right_rows(tmp_path):
 
 def test_a_limit_keeps_the_first_frames_that_are_read(tmp_path):
     store, words = open_store(tmp_path, 3 * WIDTH, np.array([2, 3, 8, 9]), SHAPE, DTYPE, dict(ABOUT_THIS))
-    assert "4 frames of 2 cameras x 68 bytes = 2.72e-07 GB, room for the first 3" in words
+    assert "4 frames x 68 bytes (2 cameras) = 2.72e-07 GB, room for the first 3" in words
     for frame in (2, 3, 8, 9):
         store.write(frame, tokens(frame))
     assert states(store, (2, 3, 8, 9)) == [True, True, True, False]
@@ -195,7 +195,7 @@ def test_a_limit_keeps_the_first_frames_that_are_read(tmp_path):
 
 @pytest.mark.parametrize("folder", [True, False])
 def test_less_than_one_row_is_refused(tmp_path, folder):
-    with pytest.raises(OSError, match="6 frames of 2 cameras x 68 bytes = .* not one fits into 20 bytes"):
+    with pytest.raises(OSError, match=r"6 frames x 68 bytes \(2 cameras\) = .* not one fits into 20 bytes"):
         opened(tmp_path if folder else None, limit=20)
 
 
