@@ -20,7 +20,7 @@ import torch
 from offline.checkpoints import TASK, Checkpoint, save_checkpoint
 from torch import Tensor
 
-PATIENCE = 120  # seconds: a bound for what takes a few on an idle machine
+PATIENCE = 300  # seconds: a bound for what takes a few on an idle machine
 WAIT_S = 0.25  # a batch's: long enough to do something to a replica while a request is in it
 SEED = 7
 ROOT = Path(__file__).resolve().parents[2]

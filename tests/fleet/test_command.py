@@ -64,7 +64,10 @@ def test_the_command_serves_the_examples_arms_until_it_is_interrupted(
         assert len(each := metrics(ray_here, served, f'application="{application}"')) == 2 and min(each) > 1
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(PATIENCE)
+        try:
+            server.wait(PATIENCE)
+        finally:
+            server.kill()  # or its replicas would hold the CPUs that the next tests need
         reader.join(PATIENCE)
     assert server.returncode == 130 and "Traceback" not in "".join(said), "".join(said)
     assert not serve.status().applications

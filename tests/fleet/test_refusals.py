@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fleet.conftest import Fleet
+from fleet.conftest import PATIENCE, Fleet
 
 # Each command is a user's; they share a process, which imports LeRobot and Ray once.
 COMMANDS = """
@@ -50,7 +50,7 @@ def test_the_command_says_where_ray_has_no_place(fleet: Fleet, ray_with_a_gpu: s
     words = [[f"--policy.path={fleet.checkpoint.path}", *each] for each in expected]
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, json.dumps(words)], cwd=tmp_path, text=True, capture_output=True,
-        timeout=120,  # seconds: a bound for what takes about ten on an idle machine
+        timeout=PATIENCE,
     )  # fmt: skip
     assert "Traceback" not in done.stderr and done.returncode == 0, done.stderr
     said = [

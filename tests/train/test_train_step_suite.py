@@ -204,7 +204,7 @@ def test_a_cache_that_knows_other_frames_is_red(trainee: Any, variant: str, byte
 
 def test_the_documented_figures_are_of_the_committed_run() -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    [report] = re.findall(r"\(\.\./(benchmarks/results/[^)]*)\.md\)", text)
+    [report] = re.findall(r"\(\.\./(benchmarks/results/[^)]*-train-[^)]*)\.md\)", text)
     data = json.loads((ROOT / f"{report}.json").read_text(encoding="utf-8"))
     found = {
         (each["extra_info"]["variant"], each["extra_info"]["batch"]): each["extra_info"]
@@ -224,6 +224,27 @@ def test_the_documented_figures_are_of_the_committed_run() -> None:
     assert f"is {least / 1e3:.2f} s a sample" in text
     assert f"at most {most / least:.2f}x on stock's {most / 1e3:.2f} s" in text
     assert found["stock", 2]["floor_ms"] == pytest.approx(2 * least, rel=0.01)  # a sample
+
+
+def test_the_documented_steps_of_a_run_are_of_the_committed_run() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    [report] = re.findall(r"\(\.\./(benchmarks/results/[^)]*-trainer-[^)]*)\.md\)", text)
+    data = json.loads((ROOT / f"{report}.json").read_text(encoding="utf-8"))
+    found = {each["extra_info"]["variant"]: each["extra_info"] for each in data["benchmarks"]}
+    shown = {"LeRobot": "LeRobot", "ours": "train", "ours, frames known": "train, frames known"}
+    rows = re.findall(
+        r"^\| (LeRobot|ours[^|]*?) \| ([\d.]+) \| ([\d,]+) \(.*?\) \| ([\d.]+)x \| (\S+) \| ",
+        text,
+        re.MULTILINE,
+    )
+    assert {shown[name] for name, *_ in rows} == found.keys()
+    for name, data_ms, update_ms, ratio, error in rows:
+        each = found[shown[name]]
+        stages = each["stages"]
+        assert float(data_ms) == pytest.approx(stages["data"]["p50_ms"], rel=0.01)
+        assert float(update_ms.replace(",", "")) == round(stages["update"]["p50_ms"])
+        assert float(ratio) == pytest.approx(each["ratio"], abs=0.005)
+        assert float(error) == pytest.approx(each["gradient_rel_l2"], rel=0.05)
 
 
 def test_stock_in_the_place_of_ours_is_red(trainee: Any) -> None:
