@@ -87,7 +87,11 @@ def test_stage_times_cover_the_chunk(
     assert sum(times[name] for name in ("vision", "prefix", "denoise", "other")) == pytest.approx(
         times["total"]
     )
-    assert times["denoise"] > times["prefix"]  # ten steps against one pass
+    # Ten steps against one pass; of several rounds, since another process may take the core in the middle of one.
+    rounds = [
+        timing.stage_times(policy, observation, noise, stock_sampler=served == "layers") for _ in range(5)
+    ]
+    assert min(each["denoise"] for each in rounds) > min(each["prefix"] for each in rounds)
     assert (set(policy.model.__dict__), set(policy.model.vlm_with_expert.__dict__)) == attributes
 
 
