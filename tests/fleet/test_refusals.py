@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ COMMANDS = """
 import json, sys
 from smolvla_fast.cli import main
 for words in json.loads(sys.argv[1]):
-    print("status:", main(["serve", "--fleet", "--port=0", *words]), file=sys.stderr, flush=True)
+    print("status:", main(["serve", "--fleet", *words]), file=sys.stderr, flush=True)
 """
 A_RAY = """
 import sys, ray
@@ -47,7 +48,9 @@ def test_the_command_says_where_ray_has_no_place(fleet: Fleet, ray_with_a_gpu: s
         (f"--ray-address={taken}",): "1 replicas, and free are 0 GPUs (one a replica) and 0 CPUs",
         ("--ray-address=127.0.0.1:1",): "no Ray at 127.0.0.1:1: ",
     }  # fmt: skip
-    words = [[f"--policy.path={fleet.checkpoint.path}", *each] for each in expected]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = f"--port={free.getsockname()[1]}"
+    words = [[f"--policy.path={fleet.checkpoint.path}", port, *each] for each in expected]
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, json.dumps(words)], cwd=tmp_path, text=True, capture_output=True,
         timeout=PATIENCE,
