@@ -39,7 +39,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[Key, dict[str, str]]
     return read(out.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_fresh_run_is_what_is_committed(fresh: dict[Key, dict[str, str]]) -> None:
     """All kernels, and of the architectures ARCHS; the run itself is red where a kernel spills or lacks instructions."""
     text = COMMITTED.read_text()
@@ -49,7 +49,7 @@ def test_a_fresh_run_is_what_is_committed(fresh: dict[Key, dict[str, str]]) -> N
     assert fresh == wanted, "kernels have changed: run `make ptxas` and commit benchmarks/results/ptxas.md"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hot_kernels_multiply_in_tensor_cores(fresh: dict[Key, dict[str, str]]) -> None:
     """As the text says it, whatever the script's own check makes of it."""
     hot = {key: cells for key, cells in fresh.items() if ptxas.EXPECTED[key[0]]}

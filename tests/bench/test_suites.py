@@ -287,6 +287,7 @@ def test_heavy_tails_fail_only_8_bits() -> None:
         gate.check_heavy({"precision": "int8"}, nearly, stock, "full")
 
 
+@pytest.mark.long
 @pytest.mark.check(62)
 def test_chunk_stages_and_ops_on_a_tiny_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [f"benchmarks/suites/{name}.py" for name in ("chunk", "stages", "ops")]

@@ -81,6 +81,7 @@ def test_a_chunk(batch: int, guided: bool, precision: str, architecture: int) ->
         assert similar(found["kernels"].flatten(), found["fp32"].flatten(), dim=0) >= 0.99 and error > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.long)])
 def test_launches_in_the_order_of_a_graph(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a graph keeps are the addresses of its launches: run again on other inputs, they give what a plain run gives.

@@ -296,6 +296,7 @@ def start_encode(top, folder, *more):
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_encoders_at_once_fill_one_folder(video_top, filled, tmp_path):
     encoders = [start_encode(video_top, tmp_path / "both", "--batch_size=1") for _ in range(2)]
