@@ -43,8 +43,7 @@ def connected(address: str | None = None, metrics_port: int | None = None) -> It
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise CannotDeploy(f"no Ray at {address or 'this machine'}: {error}") from error
     with here:
-        me = ray.get_runtime_context().get_node_id()
-        (node,) = (each for each in ray.nodes() if each["NodeID"] == me)
+        node = {each["NodeID"]: each for each in ray.nodes()}[ray.get_runtime_context().get_node_id()]
         yield f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 

@@ -91,6 +91,7 @@ class Replica:
             try:
                 self._compute([self._example()])
             except Exception:  # not the observation's fault, such as a GPU that is gone
+                logger.critical("this replica fails on its own observation too, and ends")
                 os._exit(1)  # Ray starts another; the front asks that one
             return [f"{type(error).__name__}: {error}"]
 
