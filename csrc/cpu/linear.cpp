@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "cpu/bfloat16.h"
 #include "cpu/dispatch.h"
@@ -19,83 +20,31 @@ constexpr int64_t kBlockBytes = 256 * 1024, kLeastRows = 65;
 // Outputs are dealt to threads in whole register tiles of the largest level.
 constexpr int64_t kSplit = 5;
 
+// From so many rows on weights are packed, which takes about a tenth of a product of as many rows.
+constexpr int64_t kManyRows = 65;
+// Rows and words of x that stay in L2 while panels of weights pass by, and words that are summed up in one go: more of them
+// are a little faster and less exact.
+constexpr int64_t kPanelRows = 4 * kTileRows, kBlockWords = 768, kSumWords = 256;
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-#define SMOLVLA_LEVEL Baseline
-#define SMOLVLA_LEVEL_NAMESPACE baseline
-#define SMOLVLA_LEVEL_IS_512 0
-#define SMOLVLA_TARGET
-#include "cpu/linear_kernel.h"
-#undef SMOLVLA_LEVEL
-#undef SMOLVLA_LEVEL_NAMESPACE
-#undef SMOLVLA_TARGET
-
-#if defined(__x86_64__)
-#define SMOLVLA_LEVEL Avx2
-#define SMOLVLA_LEVEL_NAMESPACE avx2
-#define SMOLVLA_TARGET SMOLVLA_AVX2
-#include "cpu/linear_kernel.h"
-#undef SMOLVLA_LEVEL
-#undef SMOLVLA_LEVEL_NAMESPACE
-#undef SMOLVLA_LEVEL_IS_512
-#undef SMOLVLA_TARGET
-
-#define SMOLVLA_LEVEL Avx512
-#define SMOLVLA_LEVEL_NAMESPACE avx512
-#define SMOLVLA_LEVEL_IS_512 1
-#define SMOLVLA_TARGET SMOLVLA_AVX512
-#include "cpu/linear_kernel.h"
-#undef SMOLVLA_LEVEL
-#undef SMOLVLA_LEVEL_NAMESPACE
-#undef SMOLVLA_TARGET
-
-#define SMOLVLA_LEVEL Avx512Bf16
-#define SMOLVLA_LEVEL_NAMESPACE avx512_bf16
-#define SMOLVLA_TARGET SMOLVLA_AVX512_BF16
-#include "cpu/linear_kernel.h"
-#undef SMOLVLA_LEVEL
-#undef SMOLVLA_LEVEL_NAMESPACE
-#undef SMOLVLA_TARGET
-#endif
-#undef SMOLVLA_LEVEL_IS_512
-
-#if defined(__aarch64__)
-#define SMOLVLA_LEVEL_IS_512 0
-#define SMOLVLA_LEVEL Neon
-#define SMOLVLA_LEVEL_NAMESPACE neon
-#define SMOLVLA_TARGET
-#include "cpu/linear_kernel.h"
-#undef SMOLVLA_LEVEL
-#undef SMOLVLA_LEVEL_NAMESPACE
-#undef SMOLVLA_TARGET
-
-#if SMOLVLA_NEON_EXTENSIONS
-#define SMOLVLA_LEVEL NeonBf16
-#define SMOLVLA_LEVEL_NAMESPACE neon_bf16
-#define SMOLVLA_TARGET SMOLVLA_NEON_BF16
-#include "cpu/linear_kernel.h"
-#undef SMOLVLA_LEVEL
-#undef SMOLVLA_LEVEL_NAMESPACE
-#undef SMOLVLA_TARGET
-#endif
-#undef SMOLVLA_LEVEL_IS_512
-#endif
-
-template <class X, class T, class Out>
-auto kernel() {
-#if defined(__aarch64__)
-#if SMOLVLA_NEON_EXTENSIONS
-    if (level() == Level::neon_bf16) return neon_bf16::run<sizeof(T) == 2, X, T, Out>;
-#endif
-    return level() == Level::baseline ? baseline::run<false, X, T, Out> : neon::run<false, X, T, Out>;
-#elif defined(__x86_64__)
-    constexpr bool pairs = sizeof(T) == 2;
-    return pick(baseline::run<false, X, T, Out>, avx2::run<false, X, T, Out>, avx512::run<false, X, T, Out>,
-                avx512_bf16::run<pairs, X, T, Out>);
-#else
-    return baseline::run<false, X, T, Out>;
-#endif
+// Outputs that are packed together, whole panels at every level: enough that reading x again for each group does not count,
+// few enough that a thread's scratch stays small.
+constexpr int64_t kGroups[] = {192, 128, 64}, kPackedBytes = 5 * 1024 * 1024 / 2;
+int64_t group_outputs(const Linear& a) {
+    const int64_t bytes = a.inputs * static_cast<int64_t>(sizeof(float)) * (a.up_weight ? 2 : 1);
+    for (const int64_t outputs : kGroups)
+        if (outputs * bytes <= kPackedBytes) return outputs;
+    return kGroups[2];
 }
+
+// Rows of a block of at most kPanelRows: whole tiles, and blocks alike.
+int64_t block_rows(const Linear& a) {
+    return ceil_div(ceil_div(a.rows, ceil_div(a.rows, kPanelRows)), kTileRows) * kTileRows;
+}
+
+#define SMOLVLA_KERNEL "cpu/linear_kernel.h"
+#include "cpu/each_level.h"
 
 template <Activation kActivation>
 auto activation_kernel() {
@@ -113,7 +62,15 @@ auto activation_kernel() {
 
 template <class X, class T, class Out>
 void linear(const Linear& a, int num_threads) {
-    const auto run = kernel<X, T, Out>();
+    if (a.rows >= kManyRows) {
+        const auto run = SMOLVLA_AT_LEVEL(T, run_panels, X, T, Out);
+        const int64_t blocks = ceil_div(a.rows, block_rows(a)), group = group_outputs(a);
+        // A thread packs a group once where it meets all its rows.
+        parallel_ranges(ceil_div(a.outputs, group) * blocks, group * block_rows(a) * a.inputs / 16, 1, blocks, num_threads,
+                        [&](Ranges& ranges) { run(a, ranges); });
+        return;
+    }
+    const auto run = SMOLVLA_AT_LEVEL(T, run_lanes, X, T, Out);
     parallel_ranges(ceil_div(a.outputs, kSplit), kSplit * a.rows * a.inputs / 16, kUnits, kUnits, num_threads,
                     [&](Ranges& ranges) { run(a, ranges); });
 }
