@@ -17,8 +17,8 @@ namespace {
 constexpr int kUnits = 16;
 // Rows of x that stay in L2 while the weights pass by: as many as fit, and the 50 of an action chunk in any case.
 constexpr int64_t kBlockBytes = 256 * 1024, kLeastRows = 65;
-// Outputs are dealt to threads in whole register tiles of the largest level.
-constexpr int64_t kSplit = 5;
+// Outputs are dealt to threads in register tiles that are whole at every level, many at a time while there are many.
+constexpr int64_t kSplit = 15, kCoarseSplits = 16;
 
 // From so many rows on weights are packed, which takes about a tenth of a product of as many rows.
 constexpr int64_t kManyRows = 65;
@@ -71,7 +71,7 @@ void linear(const Linear& a, int num_threads) {
         return;
     }
     const auto run = SMOLVLA_AT_LEVEL(T, run_lanes, X, T, Out);
-    parallel_ranges(ceil_div(a.outputs, kSplit), kSplit * a.rows * a.inputs / 16, kUnits, kUnits, num_threads,
+    parallel_ranges(ceil_div(a.outputs, kSplit), kSplit * a.rows * a.inputs / 16, 1, kCoarseSplits, num_threads,
                     [&](Ranges& ranges) { run(a, ranges); });
 }
 
