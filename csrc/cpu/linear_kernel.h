@@ -115,18 +115,6 @@ SMOLVLA_TARGET void finish_row(const Linear& a, int64_t row, int64_t out, int64_
     }
 }
 
-// y = activation(y), elements [begin, end).
-template <Activation kActivation>
-SMOLVLA_TARGET void activate_range(float* y, int64_t begin, int64_t end) {
-    int64_t i = begin;
-    for (; i + kWidth <= end; i += kWidth) S::store(y + i, activate<kActivation>(S::load(y + i)));
-    if (i == end) return;
-    float last[kWidth] = {};
-    std::copy(y + i, y + end, last);
-    S::store(last, activate<kActivation>(S::load(last)));
-    std::copy(last, last + (end - i), y + i);
-}
-
 // Rows of x as T, normalised where there is a weight for that.
 template <class X, class T>
 SMOLVLA_TARGET void prepare_rows(const X* x, const float* norm_weight, float eps, int64_t rows, int64_t inputs, T* h) {

@@ -1,37 +1,30 @@
-// The linear kernel of many rows for one instruction level. No include guard: see each_level.h.
+// The linear kernel of many rows for one instruction level with 16 registers. No include guard: see each_level.h.
 //
-// Weights of a group of outputs are packed into panels, once for all the rows that a thread meets. A block of rows and words
-// of x stays in L2 while panels pass by.
+// Weights of a group of outputs are packed into panels, once for all the rows that a thread meets. A block of rows and
+// inputs of x stays in L2 while panels pass by.
 
 namespace SMOLVLA_LEVEL_NAMESPACE {
 
-// Rows of x as words of fp32 or of pairs of T, normalised where there is a weight for that.
-template <bool kPairs, class X, class T>
-SMOLVLA_TARGET void prepare_words(const X* x, const float* norm_weight, float eps, int64_t rows, int64_t inputs,
-                                  int64_t words, T* row, float* to) {
-    for (int64_t r = 0; r < rows; ++r, x += inputs, to += words) {
-        prepare_rows(x, norm_weight, eps, 1, inputs, row);
-        if constexpr (kPairs) {
-            to[words - 1] = 0.0f;
-            std::memcpy(to, row, inputs * sizeof(T));
-        } else {
-            for (int64_t i = 0; i < inputs; ++i) to[i] = load(row + i);
-        }
+// h as the kernel of many rows reads it: rows [begin, end), rounded to T, in fp32.
+template <class X, class T>
+SMOLVLA_TARGET void widen_rows(const Linear& a, int64_t begin, int64_t end, float* h) {
+    T* const rounded = reinterpret_cast<T*>(Scratch::reserve(a.inputs));
+    for (int64_t row = begin; row < end; ++row) {
+        prepare_rows(static_cast<const X*>(a.x) + row * a.inputs, static_cast<const float*>(a.norm_weight), a.eps, 1,
+                     a.inputs, rounded);
+        for (int64_t i = 0; i < a.inputs; ++i) h[row * a.inputs + i] = load(rounded + i);
     }
 }
 
-// Ranges of the flat list (group of outputs, block of rows).
-template <bool kPairs, class X, class T, class Out>
-SMOLVLA_TARGET void run_panels(const Linear& a, Ranges& ranges) {
+// Ranges of the flat list (group of outputs, block of rows); h is x in fp32, normalised.
+template <class T, class Out>
+SMOLVLA_TARGET void run_panels(const Linear& a, const float* h, Ranges& ranges) {
     int64_t begin, end;
     if (!ranges.next(begin, end)) return;
-    const int64_t words = ceil_div(a.inputs, kPairs ? 2 : 1), block = block_rows(a), blocks = ceil_div(a.rows, block);
-    const int64_t group = group_outputs(a), packed_words = group * words, products = a.up_weight ? 2 : 1;
-    const bool prepared = a.norm_weight || sizeof(X) != sizeof(float) || sizeof(T) != sizeof(float);
-    float* const packed = Scratch::reserve(products * (packed_words + block * group) +
-                                           (prepared ? block * words + a.inputs : 0));
+    const int64_t block = block_rows(a), blocks = ceil_div(a.rows, block), group = group_outputs(a);
+    const int64_t packed_words = group * a.inputs, sum_words = block * group, products = a.up_weight ? 2 : 1;
+    float* const packed = Scratch::reserve(products * (packed_words + sum_words));
     float* const c = packed + products * packed_words;
-    float* const h = c + products * block * group;
     const T* const weights[] = {static_cast<const T*>(a.weight), static_cast<const T*>(a.up_weight)};
     int64_t packed_out = -1;
     do for (; begin < end; ++begin) {
@@ -40,23 +33,18 @@ SMOLVLA_TARGET void run_panels(const Linear& a, Ranges& ranges) {
         if (out != packed_out)
             for (int64_t p = 0; p < products; ++p)
                 for (int64_t at = 0; at < outs; at += kPanel)
-                    pack_panel<kPairs>(weights[p] + (out + at) * a.inputs, a.inputs, std::min<int64_t>(outs - at, kPanel),
-                                       a.inputs, packed + p * packed_words + at * words);
+                    pack_panel<false>(weights[p] + (out + at) * a.inputs, a.inputs, outs - at, a.inputs,
+                                      packed + p * packed_words + at * a.inputs);
         packed_out = out;
-        const X* const from = static_cast<const X*>(a.x) + row * a.inputs;
-        const float* x = h;
-        if (prepared)
-            prepare_words<kPairs>(from, static_cast<const float*>(a.norm_weight), a.eps, rows, a.inputs, words,
-                                  reinterpret_cast<T*>(h + block * words), h);
-        else x = reinterpret_cast<const float*>(from);
-        for (int64_t w = 0; w < words; w += kBlockWords)
+        for (int64_t i = 0; i < a.inputs; i += kBlockInputs)
             for (int64_t p = 0; p < products; ++p)
                 for (int64_t at = 0; at < outs; at += kPanel)
-                    product<kPairs>(x + w, words, rows, packed + p * packed_words + at * words + w * kPanel, kPanel,
-                                    std::min(words - w, kBlockWords), kSumWords, c + p * block * group + at, group,
-                                    ceil_div(outs - at, kWidth), w > 0);
+                    product<false>(h + row * a.inputs + i, a.inputs, rows,
+                                   packed + p * packed_words + at * a.inputs + i * kPanel, kPanel,
+                                   std::min(a.inputs - i, kBlockInputs), kSumInputs, c + p * sum_words + at, group,
+                                   ceil_div(outs - at, kWidth), i > 0);
         for (int64_t r = 0; r < rows; ++r)
-            finish_row<T, Out>(a, row + r, out, outs, c + r * group, c + (block + r) * group);
+            finish_row<T, Out>(a, row + r, out, outs, c + r * group, c + sum_words + r * group);
     }
     while (ranges.next(begin, end));
 }

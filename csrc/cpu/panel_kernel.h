@@ -1,5 +1,5 @@
-// A product of packed panels for one instruction level, which attention_kernel.h and linear_panels_kernel.h share. Included
-// by them, so once per level.
+// A product of packed panels for one instruction level, which attention and linear share. No include guard:
+// see each_level.h.
 //
 // The right operand is packed: words of a column run down a panel of kPanel columns, so a register tile of the result is
 // a sum of outer products, and a vector of it belongs to one row.
