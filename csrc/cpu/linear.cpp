@@ -17,6 +17,8 @@ namespace {
 constexpr int kUnits = 16;
 // Rows of x that stay in L2 while the weights pass by: as many as fit, and the 50 of an action chunk in any case.
 constexpr int64_t kBlockBytes = 256 * 1024, kLeastRows = 65;
+// Inputs of the rows of a tile that stay in L1 from one tile to the next.
+constexpr int64_t kPartInputs = 768;
 // Outputs are dealt to threads in register tiles that are whole at every level, many at a time while there are many.
 constexpr int64_t kSplit = 15, kCoarseSplits = 16;
 

@@ -11,7 +11,7 @@ SMOLVLA_TARGET void widen_rows(const Linear& a, int64_t begin, int64_t end, floa
     T* const rounded = reinterpret_cast<T*>(Scratch::reserve(a.inputs));
     for (int64_t row = begin; row < end; ++row) {
         prepare_rows(static_cast<const X*>(a.x) + row * a.inputs, static_cast<const float*>(a.norm_weight), a.eps, 1,
-                     a.inputs, rounded);
+                     a.inputs, a.inputs, rounded);
         for (int64_t i = 0; i < a.inputs; ++i) h[row * a.inputs + i] = load(rounded + i);
     }
 }

@@ -46,7 +46,9 @@ def default_rules(backend: str, device: torch.device) -> dict[str, Rule]:
     if backend == "cpu":
         return {
             **dict.fromkeys(products, partial(_cpu_product, by_torch, _packed)),
-            **dict.fromkeys(decoder, partial(_cpu_product, by_torch, lambda shape: _packed(shape) or _few_rows(shape))),
+            **dict.fromkeys(
+                decoder, partial(_cpu_product, by_torch, lambda shape: _packed(shape) or _few_rows(shape))
+            ),
             "linear": partial(_cpu_product, by_torch, lambda shape: _packed(shape) or _epilogue_costs(shape)),
             "attention": lambda shape: "sdpa" if _on_tiles(shape.q) else "cpu",
         }
