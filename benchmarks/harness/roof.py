@@ -52,6 +52,14 @@ class Ceilings:
         return max(rate for name, rate in rates if getattr(torch, name).itemsize >= dtype.itemsize)
 
 
+def product_of_roof(device: torch.device, dtype: torch.dtype, small: bool) -> tuple[Callable[[], Any], float]:
+    """The large matrix product that a roof is the best of, and its operations."""
+    side = GEMM_SIDE[device.type] // (4 if small else 1)
+    x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    # torch's own fp32 path is MKL, far from the roof on other makers' processors; oneDNN is near it.
+    return partial(linear, x, weight), 2.0 * side**3
+
+
 def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
     """A large matrix product in fp32, bf16 and on a CPU in 8 bits, and a large copy; the best of a few seconds of rounds.
 
@@ -66,9 +74,8 @@ def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
 
     flops = {}
     for dtype in ("float32", "bfloat16"):
-        x, weight = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        # torch's own fp32 path is MKL, far from the roof on other makers' processors; oneDNN is near it.
-        flops[dtype] = rate(2.0 * side**3, partial(linear, x, weight))
+        product, work = product_of_roof(device, getattr(torch, dtype), small)
+        flops[dtype] = rate(work, product)
     if device.type == "cpu":
         # uint8 activations by a prepacked int8 weight, as oneDNN multiplies them fastest.
         x = torch.randint(0, 255, (side, side), dtype=torch.uint8)

@@ -22,13 +22,12 @@ from benchmarks.harness.flags import counts
 from benchmarks.harness.gate import Unavailable
 from benchmarks.harness.measure import ROOF, Variant
 from benchmarks.harness.plugin import rounds
-from benchmarks.harness.roof import GEMM_SIDE
+from benchmarks.harness.roof import product_of_roof
 from benchmarks.harness.setup import MOST_CAMERAS, Case, Inputs
 from benchmarks.peers import openvino as openvino_peer
 from smolvla_fast.engine.timing import stage_times
 from smolvla_fast.measure.rounds import median_stages, percentile, threads, timed_ms
 from smolvla_fast.ops import extension, table
-from smolvla_fast.ops.torch.linear import linear
 from smolvla_fast.patch import engine_of, patch
 from smolvla_fast.testing import policies
 from smolvla_fast.testing.outliers import heavy_tailed
@@ -37,7 +36,6 @@ MAIN_SHARE = 0.65
 """Of the suite's time, for tiers and peers; the rest is for the curves."""
 BY_STAGE_ROUNDS = 2
 AXES = {"cameras": range(1, MOST_CAMERAS + 1), "steps": (1, 2, 5, 10), "threads": None, "batch": (1, 2, 4, 8)}
-ROOF_CALLS = 4
 OFF_LOOP = 1
 """The fewest denoise steps: what a chunk of so many allocates is not the loop's."""
 ENDS: pytest.StashKey[list[str]] = pytest.StashKey()
@@ -92,20 +90,12 @@ def test_cpu(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
 
 
 def roof_in_turn(setup: Any) -> Variant:
-    """The product that the roof is the best of, in the rounds of the others: a shared machine may be slower for minutes than
-    it was for that second."""
-    side = GEMM_SIDE["cpu"] // (1 if setup.size == "full" else 4)
-    x, weight = (torch.randn(side, side) for _ in range(2))
-    best_ms = 2e3 * side**3 / setup.ceilings.best(torch.float32)
-    facts = dict(
-        variant=ROOF, kind="roof", ratio_to=ROOF, suite="roof", best_ms=best_ms, calls_a_round=ROOF_CALLS
-    )
-
-    def products() -> None:
-        for _ in range(ROOF_CALLS):
-            linear(x, weight)
-
-    return Variant(ROOF, lambda: facts, products, facts=facts)
+    """The fp32 product that its roof is the best of, in the rounds of the others: a shared machine may be slower for minutes
+    than it was for that second."""
+    product, work = product_of_roof(setup.device, torch.float32, setup.size == "tiny")
+    best_ms = 1e3 * work / setup.ceilings.gemm_flops["float32"]
+    facts = dict(variant=ROOF, kind="roof", ratio_to=ROOF, suite="roof", best_ms=best_ms)
+    return Variant(ROOF, lambda: facts, product, facts=facts)
 
 
 def two_ends(ready: list[Variant]) -> list[str]:

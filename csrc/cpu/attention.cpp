@@ -19,8 +19,6 @@ constexpr int kBlockRows = 4 * kTileRows;
 // Words of a head and of keys that are summed up in one go. Shorter chunks are more exact, longer ones hardly faster.
 constexpr int64_t kScoreWords = 64, kValueWords = 256;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 #define SMOLVLA_KERNEL "cpu/attention_kernel.h"
 #include "cpu/each_level.h"
 

@@ -2,7 +2,8 @@
 // SMOLVLA_LEVEL_NAMESPACE, SMOLVLA_LEVEL_IS_512 and SMOLVLA_TARGET (the attribute of its functions). No include guard: each
 // op's file includes this once, inside its own namespace.
 //
-// And `pick_level`, which returns of one function a level the one in use.
+// And SMOLVLA_AT_LEVEL, the function of the level in use. int8_attention.cpp includes its kernel by itself: its levels are
+// those of 8-bit products.
 
 #define SMOLVLA_LEVEL Baseline
 #define SMOLVLA_LEVEL_NAMESPACE baseline
@@ -63,7 +64,7 @@
 #undef SMOLVLA_LEVEL_IS_512
 #undef SMOLVLA_KERNEL
 
-// FUNCTION as a level has it. Of bf16, levels with an instruction for pairs multiply pairs, the others widen.
+// function<kPairs, ...> of the level in use. kPairs where T is bf16 and the level multiplies pairs of them; others widen.
 #if defined(__aarch64__)
 #if SMOLVLA_NEON_EXTENSIONS
 #define SMOLVLA_AT_LEVEL(T, function, ...)                                                                            \

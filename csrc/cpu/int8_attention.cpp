@@ -33,8 +33,6 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 // A query of zeros has equal scores whatever the factor, but what is masked must still be far below them.
 constexpr float kLeastFactor = 0x1p-100f;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // One kv head with its queries.
 struct Head {
     Head(const Attention& a, int64_t head)

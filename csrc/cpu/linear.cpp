@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 
 #include "cpu/bfloat16.h"
 #include "cpu/dispatch.h"
@@ -13,31 +14,32 @@
 namespace smolvla::cpu {
 namespace {
 
+// Of the kernel that packs no weights.
 // Register tiles of outputs between two epilogues.
 constexpr int kUnits = 16;
-// Rows of x that stay in L2 while the weights pass by: as many as fit, and the 50 of an action chunk in any case.
+// Rows of x that stay in L2 while the weights pass by: as many as fit, and those of an action chunk in any case.
 constexpr int64_t kBlockBytes = 256 * 1024, kLeastRows = 65;
 // Inputs of the rows of a tile that stay in L1 from one tile to the next.
 constexpr int64_t kPartInputs = 768;
 // Outputs are dealt to threads in register tiles that are whole at every level, many at a time while there are many.
 constexpr int64_t kSplit = 15, kCoarseSplits = 16;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// From so many rows on packing the weights is a small part of a product.
+// Of the kernel that packs weights.
+// From so many rows on it serves: one more than FEW_ROWS of smolvla_fast/ops/defaults.py.
 constexpr int64_t kManyRows = 65;
-// Rows and inputs of x that stay in L2 while panels of weights pass by, and inputs that are summed up in one go: more of
-// them are a little faster and less exact.
-constexpr int64_t kBlockRows = 4 * kTileRows, kBlockInputs = 768, kSumInputs = 256;
-// Outputs that are packed together, in whole panels. Many: x is read again for each group. Few: threads that share a group
-// at the end each pack it, which counts where there are few rows, and a thread's scratch stays small.
-constexpr int64_t kGroups[] = {192, 96, 48}, kPackedBytes = 5 * 1024 * 1024 / 2, kRowsOfLargeGroups = 512;
+// Fewer outputs are less than a panel, and eager sums them in more chains.
+constexpr int64_t kLeastOutputs = 16;
+// Rows and inputs of x that stay in L2 while panels of weights pass by.
+constexpr int64_t kBlockRows = 4 * kTileRows, kBlockInputs = 768;
+// Inputs that are summed up in one go, at most. Sums of sums are more exact than one long sum, and eager's are as short.
+constexpr int64_t kSumInputs = 192;
+// Outputs that are packed together, in whole panels: few where there are few rows, since threads that share a group at the
+// end each pack it, and where there are many inputs, since a thread keeps its memory.
+constexpr int64_t kLargeGroup = 192, kGroup = 48, kRowsOfLargeGroup = 512, kInputsOfLargeGroup = 3072;
 
 int64_t group_outputs(const Linear& a) {
-    const int64_t bytes = a.inputs * static_cast<int64_t>(sizeof(float)) * (a.up_weight ? 2 : 1);
-    for (const int64_t outputs : kGroups)
-        if (a.rows >= kRowsOfLargeGroups && outputs * bytes <= kPackedBytes) return outputs;
-    return kGroups[2];
+    const bool large = a.rows >= kRowsOfLargeGroup && a.inputs <= kInputsOfLargeGroup && !a.up_weight;
+    return large ? kLargeGroup : kGroup;
 }
 
 // Blocks of rows are whole tiles and alike.
@@ -48,43 +50,47 @@ int64_t block_rows(const Linear& a) {
 #define SMOLVLA_KERNEL "cpu/linear_kernel.h"
 #include "cpu/each_level.h"
 
-// The kernel of many rows. None where there are 32 registers: a tile of the other kernel uses an operand five times there,
-// and packing was not measured ahead of it.
-template <class X, class T, class Out>
-struct ManyRows {
-    void (*widen)(const Linear&, int64_t, int64_t, float*);
-    void (*run)(const Linear&, const float*, Ranges&);
-
-    static ManyRows kernel() {
+// Whether weights of many rows are packed: where there are 16 registers. With 32 a tile of the other kernel uses an operand
+// five times, and packing was not measured.
+bool packs_weights() {
 #if defined(__x86_64__)
-        if (level() == Level::avx2) return {avx2::widen_rows<X, T>, avx2::run_panels<T, Out>};
+    if (level() == Level::avx2) return true;
 #endif
-        if (level() == Level::baseline) return {baseline::widen_rows<X, T>, baseline::run_panels<T, Out>};
-        return {};
-    }
-};
+    return level() == Level::baseline;
+}
 
-template <class X, class T, class Out>
-void linear_many(const Linear& a, const ManyRows<X, T, Out>& kernel, int num_threads) {
+void linear_packed(const Linear& a, int num_threads) {
+#if defined(__x86_64__)
+    const bool avx2_level = level() == Level::avx2;
+    const auto prepare = avx2_level ? avx2::prepare_rows<float, float> : baseline::prepare_rows<float, float>;
+    const auto run = avx2_level ? avx2::run_panels<float> : baseline::run_panels<float>;
+#else
+    const auto prepare = baseline::prepare_rows<float, float>;
+    const auto run = baseline::run_panels<float>;
+#endif
     const float* x = static_cast<const float*>(a.x);
-    if (a.norm_weight || sizeof(X) != sizeof(float) || sizeof(T) != sizeof(float)) {
-        float* const h = Scratch::reserve<1>(a.rows * a.inputs);
-        parallel_rows(a.rows, a.inputs, num_threads,
-                      [&](int64_t begin, int64_t end) { kernel.widen(a, begin, end, h); });
-        x = h;
+    std::unique_ptr<float[]> normed;
+    if (a.norm_weight) {
+        normed.reset(new float[a.rows * a.inputs]);
+        parallel_rows(a.rows, a.inputs, num_threads, [&](int64_t begin, int64_t end) {
+            const int64_t at = begin * a.inputs;
+            prepare(x + at, static_cast<const float*>(a.norm_weight), a.eps, end - begin, a.inputs, a.inputs,
+                    normed.get() + at);
+        });
     }
+    const float* const h = normed ? normed.get() : x;
     const int64_t block = block_rows(a), blocks = ceil_div(a.rows, block), group = group_outputs(a);
-    // A thread packs a group once where it meets all its rows.
-    parallel_ranges(ceil_div(a.outputs, group) * blocks, group * block * a.inputs / 16, 1, blocks, num_threads,
-                    [&](Ranges& ranges) { kernel.run(a, x, ranges); });
+    // Most of a group's blocks go to one thread, which then packs it once.
+    parallel_ranges(ceil_div(a.outputs, group) * blocks, group * block * a.inputs / 16, ceil_div(blocks, 16), blocks,
+                    num_threads, [&](Ranges& ranges) { run(a, h, ranges); });
 }
 
 }  // namespace
 
 template <class X, class T, class Out>
 void linear(const Linear& a, int num_threads) {
-    const auto many = ManyRows<X, T, Out>::kernel();
-    if (a.rows >= kManyRows && many.run) return linear_many(a, many, num_threads);
+    if constexpr (sizeof(X) + sizeof(T) + sizeof(Out) == 3 * sizeof(float))
+        if (a.rows >= kManyRows && a.outputs >= kLeastOutputs && packs_weights()) return linear_packed(a, num_threads);
     const auto run = SMOLVLA_AT_LEVEL(T, run_lanes, X, T, Out);
     parallel_ranges(ceil_div(a.outputs, kSplit), kSplit * a.rows * a.inputs / 16, 1, kCoarseSplits, num_threads,
                     [&](Ranges& ranges) { run(a, ranges); });

@@ -16,6 +16,8 @@
 
 namespace smolvla::cpu {
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Waking a thread costs some microseconds, in which a core handles about this many elements of a row-wise op.
 constexpr int64_t kElementsPerThread = 16 * 1024;
 

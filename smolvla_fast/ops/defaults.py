@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import processor
+from . import extension, processor
 from .availability import why_not_library
 from .cuda.linear_residual import FEW_ROWS as CLUSTER_ROWS
 from .shape_class import Attention, Product
@@ -18,8 +18,11 @@ Rule = Callable[[Any], str]
 """shape class -> name of a candidate"""
 
 FEW_ROWS = 64
-"""Up to this many rows a product on a CPU goes to our kernel: oneDNN first rearranges each weight it reads. Above it oneDNN
-is near the processor's peak, and on 256-bit vectors in fp32 so are we."""
+"""Up to this many rows a product on a CPU goes to our kernel: oneDNN first rearranges each weight it reads. ``kManyRows`` of
+csrc/cpu/linear.cpp is one more."""
+PACKED_ROWS = 512
+"""Up to this many rows of plain fp32 products our kernel serves where it packs the weights; with an activation, any number.
+``smolvla-fast tune`` times both on a machine."""
 MANY_ROWS = 64
 """Above this many rows an fp32 product on a GPU goes to torch: without TF32 it runs outside the tensor cores, where a kernel
 of ours has nothing to win over the vendor's library. The 50 rows of an action chunk stay below."""
@@ -45,11 +48,16 @@ def default_rules(backend: str, device: torch.device) -> dict[str, Rule]:
     products = ("linear", "cross_kv", "pixel_shuffle_linear", *decoder)
     if backend == "cpu":
         return {
-            **dict.fromkeys(products, partial(_cpu_product, by_torch, _packed)),
             **dict.fromkeys(
-                decoder, partial(_cpu_product, by_torch, lambda shape: _packed(shape) or _few_rows(shape))
+                ("cross_kv", "pixel_shuffle_linear"),
+                lambda shape: "cpu" if _packs_weights(shape) else by_torch(shape),
             ),
-            "linear": partial(_cpu_product, by_torch, lambda shape: _packed(shape) or _epilogue_costs(shape)),
+            **dict.fromkeys(
+                decoder, lambda shape: "cpu" if _few_rows(shape) or _packs_weights(shape) else by_torch(shape)
+            ),
+            "linear": lambda shape: (
+                "cpu" if _packs_weights(shape) or _epilogue_costs(shape) else by_torch(shape)
+            ),
             "attention": lambda shape: "sdpa" if _on_tiles(shape.q) else "cpu",
         }
     if backend == "triton":
@@ -77,15 +85,11 @@ def _few_rows(shape: Product) -> bool:
     return shape.rows <= FEW_ROWS and not _on_tiles(shape.dtype)
 
 
-def _cpu_product(by_torch: Rule, ours: Callable[[Product], bool], shape: Product) -> str:
-    return "cpu" if ours(shape) else by_torch(shape)
-
-
-def _packed(shape: Product) -> bool:
-    """Whether our kernel packs the weights of many rows. Behind a norm or before a residual, at the rows of a prefix, it was
-    then ahead of oneDNN, and level at those of a vision tower, where it takes less fresh memory."""
-    on_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return on_avx2 and shape.dtype is torch.float32 and shape.rows > FEW_ROWS
+def _packs_weights(shape: Product) -> bool:
+    """Whether our kernel serves many rows: in fp32 on 256-bit vectors, where it packs the weights."""
+    if shape.dtype is not torch.float32 or shape.rows <= FEW_ROWS or extension.load("cpu").level() != "avx2":
+        return False
+    return shape.rows <= PACKED_ROWS or bool({"gelu_tanh", "silu"} & set(shape.end))
 
 
 def _epilogue_costs(shape: Product) -> bool:

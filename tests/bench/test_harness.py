@@ -163,7 +163,8 @@ def test_figures_follow_from_raw_rounds() -> None:
         bench("stock", [30, 20, 40]), bench("fp32", [10, 20, 40, 7], floor_ms=6.0),
         bench("op", [float(each) for each in range(1, 102)], calls_a_round=2, flops=1e6, bytes=1e3),
         bench("stages", [1], stage_rounds_ms=rounds, stage_floors={"vision": {"floor_ms": 1.0}}),
-        bench("gpu", [9], floor_ms=1.0, device_ms={"p50_ms": 4.0}), bench("roof", [4, 8, 12, 99], best_ms=2.0, calls_a_round=2),
+        bench("gpu", [9], floor_ms=1.0, device_ms={"p50_ms": 4.0}),
+        bench("roof", [4, 8, 12, 99], best_ms=2.0, calls_a_round=2),
     ]  # fmt: skip
     derive(found)
     stock, fp32, op, stages, gpu, _ = (each["extra_info"] for each in found)

@@ -21,6 +21,8 @@ from smolvla_fast.measure import system
 from smolvla_fast.model.precision import TIERS, resolve_tier
 from smolvla_fast.ops import availability, extension
 from smolvla_fast.ops import select as backends
+from smolvla_fast.ops.defaults import default_rules
+from smolvla_fast.ops.shape_class import Product
 from smolvla_fast.ops.torch import linear as aten_linear
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
@@ -122,6 +124,33 @@ def test_products_are_stocks_own_call_where_onednn_was_not_measured(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert not aten_linear.onednn_serves(torch.float32)
     assert not aten_linear.onednn_serves(torch.bfloat16)
+
+
+@needs_kernels
+@pytest.mark.parametrize("level", ["avx2", "avx512"])
+def test_fp32_products_of_many_rows_are_ours_where_weights_are_packed(
+    monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    """By the level of our kernels, whatever torch's own loops use."""
+    monkeypatch.setattr(extension.load("cpu"), "level", lambda: level)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    rules, packs = default_rules("cpu", CPU), level == "avx2"
+
+    def served(op: str, rows: int, dtype: torch.dtype = torch.float32, end: tuple[Any, ...] = ()) -> str:
+        return rules[op](Product(rows, 960, (960,), dtype, dtype, end))
+
+    for op in (
+        "linear",
+        "cross_kv",
+        "pixel_shuffle_linear",
+        "norm_swiglu",
+        "linear_residual",
+        "norm_qkv_rope",
+    ):
+        assert (served(op, 256) == "cpu") is packs, op
+        assert served(op, 2048) != "cpu", op
+    assert served("norm_swiglu", 64) == "cpu" and served("norm_swiglu", 256, torch.bfloat16) != "cpu"
+    assert served("linear", 2048, end=("gelu_tanh",)) == "cpu"
 
 
 @pytest.fixture(params=[(9, 4), (9, 0), (11, 0), (12, 0)], ids=["gfx942", "gfx90a", "gfx1100", "gfx1201"])

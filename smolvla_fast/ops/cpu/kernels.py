@@ -160,7 +160,7 @@ def linear(
     out: Tensor | None = None,
     memory: Memory | None = None,
 ) -> Tensor:
-    """``y = residual + act(h·weightᵀ + bias)``, of the few rows of an action chunk as of the many of images.
+    """``y = residual + act(h·weightᵀ + bias)``, for the rows of an action chunk, of a prefix and of images.
 
     x          [..., I]  dtype of weight, or fp32 with a bf16 weight: a residual stream, rounded on the way in
     weight     [O, I]  fp32 | bf16, as ``nn.Linear`` holds it, read where it lies      bias  [O], same dtype
@@ -172,7 +172,8 @@ def linear(
     out        where to write; may be ``residual`` itself, else overlapping no input
     memory     for a norm weight in fp32, where it is stored in another way; see ``ops.memory``
     returns    [..., O]  out_dtype
-    numerics   sums and epilogue in fp32, one rounding; bits independent of the number of threads, and of rows up to 64
+    numerics   sums and epilogue in fp32, one rounding; bits do not depend on the number of threads, nor on that of rows
+               among up to 64 rows, nor among more
     errors     as ``rms_norm``; ValueError for another activation
     replaces   q/k/v, ``o_proj``, ``down_proj`` of an expert layer, with the norm before or the addition after
     """
