@@ -319,10 +319,7 @@ def write_checkpoint(run: Run, folder: Path) -> None:
     run.preprocess.save_pretrained(pretrained)
     run.postprocess.save_pretrained(pretrained)
     files.write_json(pretrained / "train_config.json", run.settings.to_lerobot())
-    count = run.place[1]
-    place = {"step": run.step, "num_processes": count, "batch_size": run.samples // count}
-    facts = {"settings": run.settings.to_dict(), "asked": run.asked, "frames": len(run.data.train)}
-    files.save_state(folder, run, place, {**facts, "processes": count})
+    files.save_state(folder, run)
 
 
 def _due(step: int, every: int) -> bool:

@@ -19,7 +19,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
@@ -46,7 +45,6 @@ class Checkpoints:
 
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / "checkpoints"
-        self._warned = False
 
     def save(self, step: int, total_steps: int, write: Callable[[Path], None]) -> None:
         """Lets ``write(folder)`` fill a folder, makes it the checkpoint of ``step`` and points `last` at it.
@@ -84,6 +82,11 @@ class Checkpoints:
             aside.symlink_to(name)
             replace(aside, link)
         except OSError as error:
+            if not note.exists():
+                logger.warning(
+                    "%s cannot be made a symbolic link (%s); %s names the last checkpoint instead. --resume=true reads it, "
+                    "other programs want the folder of a step", link, error.strerror or error, note,
+                )  # fmt: skip
             aside.unlink(missing_ok=True)
             aside.write_text(name, encoding="utf-8")
             flush(aside)
@@ -91,12 +94,6 @@ class Checkpoints:
             with suppress(OSError):
                 if link.is_symlink():
                     link.unlink()
-            if not self._warned:
-                self._warned = True
-                logger.warning(
-                    "%s cannot be made a symbolic link (%s); %s names the last checkpoint instead. --resume=true reads it, "
-                    "other programs want the folder of a step", link, error.strerror or error, note,
-                )  # fmt: skip
         else:
             note.unlink(missing_ok=True)
 
@@ -133,41 +130,37 @@ class Checkpoints:
         return max(steps, key=lambda p: int("".join(filter(str.isdigit, p.name))), default=copied)
 
 
-def save_state(folder: Path, run: Any, place: dict[str, int], facts: dict[str, Any]) -> None:
-    """Writes ``training_state`` of a ``Run``: the files that LeRobot's ``load_training_state`` reads, and ``run.json``.
+def save_state(folder: Path, run: Any) -> None:
+    """Writes ``training_state`` of a ``Run``: the files that LeRobot's ``load_training_state`` reads, and ``run.json``."""
+    from lerobot.optim import save_optimizer_state, save_scheduler_state
 
-    place  step, num_processes and batch_size (per process and step), of which LeRobot computes its place in the data
-    facts  what ``run.json`` holds
-    """
-    folder = folder / STATE
+    folder, state, processes = folder / STATE, run.optimizer.state_dict(), run.place[1]
     folder.mkdir()
-    state = run.optimizer.state_dict()
-    entries = state["state"].items()
-    tensors = {f"state/{i}/{name}": t.contiguous() for i, entry in entries for name, t in entry.items()}
-    save_file(tensors, str(folder / OPTIMIZER))
-    save_file(random_state.collect(), str(folder / RANDOM))
     # How an update is computed belongs to the run, not to the checkpoint, as in LeRobot's file.
-    write_json(folder / GROUPS, [{**group, "fused": None} for group in state["param_groups"]])
-    write_json(folder / SCHEDULER, run.scheduler.state_dict())
+    groups = [{**group, "fused": None} for group in state["param_groups"]]
+    save_optimizer_state(run.optimizer, folder, {**state, "param_groups": groups})
+    save_scheduler_state(run.scheduler, folder)
+    save_file(random_state.collect(), folder / RANDOM)
+    place = {"step": run.step, "num_processes": processes, "batch_size": run.samples // processes}
     write_json(folder / STEP, place)
-    write_json(folder / RUN, facts)
+    facts = {"settings": run.settings.to_dict(), "asked": run.asked, "frames": len(run.data.train)}
+    write_json(folder / RUN, {**facts, "processes": processes})
 
 
 def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -> int:
     """Restores optimizer, scheduler and the process's random state; returns the step. TrainingError for broken files."""
+    from lerobot.utils.utils import unflatten_dict
+
     folder = checkpoint / STATE
     try:
-        entries: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in load_file(str(folder / OPTIMIZER)).items():
-            _, index, name = key.split("/", 2)
-            entries.setdefault(int(index), {})[name] = value
+        entries = unflatten_dict(load_file(folder / OPTIMIZER))["state"]
         groups = _read(folder / GROUPS)
         for group, own in zip(groups, optimizer.param_groups, strict=False):  # torch refuses another number
             group["fused"] = own["fused"]
-        optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        optimizer.load_state_dict({"state": {int(i): entries[i] for i in entries}, "param_groups": groups})
         scheduler.load_state_dict(_read(folder / SCHEDULER))
         step = int(_read(folder / STEP)["step"])
-        random_state.restore(load_file(str(folder / RANDOM)))
+        random_state.restore(load_file(folder / RANDOM))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(
             f"{folder} cannot be resumed from ({type(error).__name__}: {error}); take another checkpoint of "
