@@ -28,18 +28,9 @@ from .ops.memory import is_out_of_memory
 from .train import checkpoint as files
 from .train import processes
 from .train.checkpoint import Checkpoints
-from .train.data import (
-    Data,
-    frames_of,
-    held_out_batches,
-    held_out_frames,
-    open_data,
-    to_floats,
-    training_batches,
-)
-from .train.dataset_files import first_line
+from .train.data import Data, frames_of, held_out_batches, open_data, to_floats, training_batches
 from .train.disk import check_output_dir, make_folder
-from .train.errors import TrainingError
+from .train.errors import TrainingError, root_cause
 from .train.finite import not_finite, refuse_nonfinite_weights
 from .train.known_frames import KnownFrames, kept, open_known_frames
 from .train.log import Log
@@ -134,10 +125,11 @@ def _told_how_to_go_on(output_dir: Path) -> Iterator[None]:
     """Adds what to do to errors of data, of memory and of missing packages, raised anywhere in a run."""
     try:
         yield
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("accelerate", "draccus", "lerobot", "psutil"):
             raise  # of the caller's own code
-        raise TrainingError(f'{error}; run `pip install "smolvla_fast[train]"`') from error
+        way = 'run `pip install "smolvla_fast[train]"`, on Python 3.12 or later'
+        raise TrainingError(f"{error}; {way}") from error
     except (TrainingError, RuntimeError, MemoryError) as error:
         said = str(error)
         fixed = [flag for flag in ("--dataset.episodes", "--tolerance_s") if flag in said]
@@ -150,12 +142,12 @@ def _told_how_to_go_on(output_dir: Path) -> Iterator[None]:
         elif "DataLoader worker" in said:  # torch's signal handler raises it wherever the run is
             again = "go on with --resume=true and" if last else "run again with"
             message = (
-                f"a process that reads data died ({first_line(error)}), often for want of memory; {again} a smaller "
+                f"a process that reads data died ({root_cause(error)}), often for want of memory; {again} a smaller "
                 "--num_workers, 0 reads in the process that trains"
             )
         elif is_out_of_memory(error):
             message = (
-                f"a step needs more memory than there is ({first_line(error)}). Give a smaller --batch_size, with more "
+                f"a step needs more memory than there is ({root_cause(error)}). Give a smaller --batch_size, with more "
                 "--gradient_accumulation_steps for as many samples, or --dtype=bf16"
                 + (f", to {new}" if last else "")
             )
@@ -189,12 +181,11 @@ def _steps(run: Run, log: Log | None, on_step: Callable[[int, dict[str, float]],
 @torch.no_grad()
 def _held_out_loss(run: Run) -> float:
     """Mean flow-matching loss over the held-out samples, at the same noise and times on every call."""
-    settings, total = run.settings, 0.0
-    frames = held_out_frames(settings, run.data.held_out)
+    total, frames = 0.0, 0
     run.policy.eval()
     with seeded(7):
-        for number, raw in enumerate(held_out_batches(settings, run.data.held_out, run.place)):
-            samples = frames_of(settings, frames, number, run.place[1])
+        for samples, raw in held_out_batches(run.settings, run.data.held_out, run.place):
+            frames += samples
             total += samples * loss_of(run, run.policy, run.prepared(raw), samples).item()
     run.policy.train()
     mean = torch.tensor(total / frames, device=run.policy.config.device)
@@ -245,8 +236,7 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
     preset = settings.policy.get_optimizer_preset()
     optimizer = preset.build(policy.get_optim_params(), fused=fused or None)
     scheduler = settings.policy.get_scheduler_preset().build(optimizer, settings.steps)
-    several = accelerator.num_processes > 1
-    model = accelerator.prepare_model(policy, device_placement=False) if several else policy
+    model = accelerator.prepare_model(policy, device_placement=False) if place[1] > 1 else policy
     run = Run(
         settings, asked, data, policy, accelerator, model, preprocess, postprocess,
         optimizer, scheduler, 0, path + words, known, place,

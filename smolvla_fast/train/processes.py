@@ -15,7 +15,7 @@ from torch import Tensor
 from ..patch import find_policy
 from .data import share
 from .disk import TRACKERS, make_folder
-from .errors import TrainingError
+from .errors import TrainingError, root_cause
 from .settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def start_trackers(accelerator: Any, settings: TrainSettings) -> None:
     except Exception as error:  # each tracker raises its own
         names = " and ".join(map(str, accelerator.log_with))
         raise TrainingError(
-            f"{names} cannot start: {' '.join(str(error).split()) or type(error).__name__}; mend that (wandb: run `wandb "
+            f"{names} cannot start: {root_cause(error)}; mend that (wandb: run `wandb "
             "login`, or give --wandb.mode=offline), or leave out --wandb.enable and --log_with"
         ) from error
     for tracker in accelerator.trackers:

@@ -22,7 +22,7 @@ from support.training_runs import drop_episode_statistics, refused, resume, stat
 from smolvla_fast.testing.dataset import write_dataset
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.data import held_out_batches, open_data, training_batches
-from smolvla_fast.train.dataset_files import check_backend
+from smolvla_fast.train.dataset_files import check_backend, file_fault
 from smolvla_fast.train.readable import Readable
 
 pytestmark = pytest.mark.training
@@ -103,6 +103,13 @@ def test_a_damaged_file_is_named_before_the_first_step(name, damage, bench_top, 
     assert any(way in message for way in ("again", "recompute_stats", "that holds meta/")), message
     if name in (FRONT, WRIST):
         assert "episodes 0 to 2" in message
+
+
+def test_a_video_without_its_last_byte_is_cut_off(filmed, tmp_path):
+    whole = (filmed / FRONT).read_bytes()
+    (tmp_path / "short.mp4").write_bytes(whole[:-1])
+    assert file_fault(filmed / FRONT) is None
+    assert file_fault(tmp_path / "short.mp4") == f"is cut off at {len(whole) - 1} bytes"
 
 
 @pytest.mark.parametrize(
@@ -261,7 +268,9 @@ def test_another_decoder_is_advised_only_where_it_can_be_loaded(
     if not loads:
         monkeypatch.delitem(sys.modules, "torchcodec.decoders")
         monkeypatch.setattr(sys, "meta_path", [NoFFmpeg(), *sys.meta_path])
-    message = Readable(data.train)[0].message
+    with pytest.raises(TrainingError) as error:
+        Readable(data.train)[0]
+    message = str(error.value)
     assert "observation.images.front at frame 0 of episode 0" in message and "Invalid data" in message
     assert ("try --dataset.video_backend=torchcodec" in message) is loads
     if not loads:

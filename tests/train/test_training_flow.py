@@ -231,7 +231,7 @@ def test_the_dataset_tells_by_images_alone_where_the_cube_is(bench_top, tmp_path
 def test_action_error_measures_chunks_and_the_best_constant(bench_top, demo, tmp_path):
     """A policy that answers with the right chunk has no error, one that answers with a constant at least the constant's."""
     run = bench_top.prepare(tmp_path / "run", "--dataset.eval_split=0.25")
-    batches = list(held_out_batches(run.settings, run.data.held_out))
+    batches = [raw for _, raw in held_out_batches(run.settings, run.data.held_out)]
 
     class Answers:
         def __init__(self, answer):
