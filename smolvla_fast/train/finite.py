@@ -26,9 +26,8 @@ def not_finite(run: Any, loss: float, grad_norm: float, batches: list[dict[str, 
         if bad := [key for key, value in floats.items() if not value.isfinite().all()]:
             frames = batch["index"].tolist() if isinstance(batch.get("index"), Tensor) else len(batch[ACTION])
             causes.append(f"{bad} of the frames {frames} hold such values")
-    cause = f"the data of the step, {run.samples} samples, are finite: {CALMER}"
-    if causes:
-        cause = f"{'; '.join(causes)}: repair the data or its statistics"
+    finite = f"the data of the step, {run.samples} samples, are finite: {CALMER}"
+    cause = f"{'; '.join(causes)}: repair the data or its statistics" if causes else finite
     return f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}; {cause}. The step was not taken"
 
 

@@ -68,19 +68,15 @@ def _features(settings: TrainSettings, names: dict[str, str], given: dict[str, T
     """Faults of the features that the policy declares, and how to train without them."""
     config = settings.policy
     declared = {**(config.input_features or {}), **(config.output_features or {})}
-    bad = {
-        key: fault
-        for key, feature in declared.items()
-        if key in given and (fault := _fault(config, key, feature, given[key]))
-    }
+    faults = {key: _fault(config, key, declared[key], given[key]) for key in declared if key in given}
+    bad = {key: fault for key, fault in faults.items() if fault}
     yield from bad.values()
     left = {key: feature for key, feature in (config.input_features or {}).items() if key not in bad}
     cameras = [key for key in left if left[key].type is FeatureType.VISUAL and key in given]
     if not bad or OBS_STATE in bad or ACTION in bad or not cameras:
         return
     if settings.policy_path:  # a flag would add to the checkpoint's features, not replace them
-        sources = {new: old for old, new in names.items()}
-        yield f"to train without it, {how_to_remove([sources[key] for key in bad])}"
+        yield f"to train without it, {how_to_remove([old for old, new in names.items() if new in bad])}"
     else:
         features = {k: {"type": f.type.value, "shape": list(f.shape)} for k, f in left.items()}
         yield f"give --policy.input_features={as_flag(features)} to train without {', '.join(map(repr, bad))}"
