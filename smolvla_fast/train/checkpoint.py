@@ -35,6 +35,7 @@ OPTIMIZER, GROUPS = "optimizer_state.safetensors", "optimizer_param_groups.json"
 SCHEDULER, RANDOM = "scheduler_state.json", "rng_state.safetensors"
 STEP, RUN = "training_step.json", "run.json"
 PARTIAL, OLD = ".partial", ".old"
+ANOTHER = f"take another checkpoint, with --config_path=CHECKPOINT/{PRETRAINED}/train_config.json"
 
 
 class Checkpoints:
@@ -52,7 +53,7 @@ class Checkpoints:
         raises  TrainingError where the disk is full or refuses; then earlier checkpoints stay and nothing of this one does
         """
         final = self.folder / f"{step:0{max(6, len(str(total_steps)))}d}"
-        aside = final.with_name(f".{final.name}{PARTIAL}")
+        aside, old = (final.with_name(f".{final.name}{end}") for end in (PARTIAL, OLD))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clear()
@@ -60,27 +61,27 @@ class Checkpoints:
             write(aside)
             for path in (*aside.rglob("*"), aside, self.folder):
                 flush(path)  # or the rename may reach the disk before the bytes
-            self._put(aside, final)
+            if final.exists():  # a run resumed at an earlier step writes this one again
+                os.rename(final, old)
+            os.rename(aside, final)
+            self._point_at(final.name)
+            flush(self.folder)
+            shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
-            raise TrainingError(self._refused(final, error)) from error
-
-    def _put(self, aside: Path, final: Path) -> None:
-        old = final.with_name(f".{final.name}{OLD}")
-        if final.exists():  # a run resumed at an earlier step writes this one again
-            os.rename(final, old)
-        os.rename(aside, final)
-        self._point_at(final.name)
-        flush(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
+            free = shutil.disk_usage(next(p for p in self.folder.parents if p.exists())).free
+            raise TrainingError(
+                f"cannot write checkpoint {final}: {error} ({free / 2**20:,.0f} MiB free there); {self.kept()}. "
+                f"{advice(error).capitalize()} and go on with --resume=true and the same --output_dir"
+            ) from error
 
     def _point_at(self, name: str) -> None:
         """Makes `last` a link to a checkpoint, or `last.txt` a note where links are refused, never both."""
         link, note, aside = (self.folder / entry for entry in (LAST, NOTE, f".{LAST}{PARTIAL}"))
-        aside.unlink(missing_ok=True)
         try:
             aside.symlink_to(name)
             replace(aside, link)
+            note.unlink(missing_ok=True)
         except OSError as error:
             if not note.exists():
                 logger.warning(
@@ -91,11 +92,8 @@ class Checkpoints:
             aside.write_text(name, encoding="utf-8")
             flush(aside)
             replace(aside, note)
-            with suppress(OSError):
-                if link.is_symlink():
-                    link.unlink()
-        else:
-            note.unlink(missing_ok=True)
+            with suppress(OSError):  # there is none, or a folder in its place
+                link.unlink()
 
     def _clear(self) -> None:
         """Removes what a killed process left half written, and moves back a checkpoint that it moved aside."""
@@ -104,15 +102,6 @@ class Checkpoints:
             shutil.rmtree(path) if place.exists() else os.rename(path, place)
         for path in self.folder.glob(f".*{PARTIAL}"):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-    def _refused(self, final: Path, error: Exception) -> str:
-        last = self.last()
-        kept = f"the last checkpoint, {last}, is whole" if last else "there is no checkpoint before it"
-        free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
-        return (
-            f"cannot write checkpoint {final}: {error} ({free / 2**20:,.0f} MiB free there); {kept}. "
-            f"{advice(error).capitalize()} and go on with --resume=true and the same --output_dir"
-        )
 
     def last(self) -> Path | None:
         """The newest whole checkpoint: the one `last` names or, where a kill left it dangling, the highest step."""
@@ -123,11 +112,16 @@ class Checkpoints:
         if name and (self.folder / name / STATE).is_dir():
             return self.folder / name
         steps = [p for p in self.folder.glob("[0-9]*") if p.name.isdigit() and (p / STATE).is_dir()]
-        # A kill between the two renames of `_put` leaves a whole checkpoint moved aside; of equal steps the first wins.
+        # A kill between the two renames of `save` leaves a whole checkpoint moved aside; of equal steps the first wins.
         steps += [p for p in self.folder.glob(f".[0-9]*{OLD}") if (p / STATE).is_dir()]
         # A copy of the run that followed links has a folder instead of the link.
         copied = link if (link / STATE).is_dir() else None
         return max(steps, key=lambda p: int("".join(filter(str.isdigit, p.name))), default=copied)
+
+    def kept(self) -> str:
+        """In words, what is there after a save that failed."""
+        last = self.last()
+        return f"the last checkpoint, {last}, is whole" if last else "there is no checkpoint before it"
 
 
 def save_state(folder: Path, run: Any) -> None:
@@ -162,10 +156,8 @@ def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -
         step = int(_read(folder / STEP)["step"])
         random_state.restore(load_file(folder / RANDOM))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(
-            f"{folder} cannot be resumed from ({type(error).__name__}: {error}); take another checkpoint of "
-            f"{checkpoint.parent} with --config_path=CHECKPOINT/{PRETRAINED}/train_config.json"
-        ) from error
+        said = f"{folder} cannot be resumed from ({type(error).__name__}: {error}); {ANOTHER}"
+        raise TrainingError(said) from error
     return step
 
 

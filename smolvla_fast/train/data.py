@@ -56,7 +56,7 @@ def open_data(settings: TrainSettings) -> Data:
     """Opens the dataset, fills empty features of ``settings.policy`` from it, and checks both.
 
     raises  TrainingError: no such dataset, another camera or size than the policy's, missing statistics,
-            values that are not finite
+            values that are not finite; ImportError without LeRobot 0.6
     """
     from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata, resolve_delta_timestamps
 
@@ -238,20 +238,19 @@ def held_out_batches(
 def loader_of(settings: TrainSettings, dataset: Any, batches: Any) -> DataLoader:
     from lerobot.utils.collate import lerobot_collate_fn
 
-    workers, options = settings.num_workers, dict[str, Any]()
-    if workers:
-        options |= dict(persistent_workers=True, prefetch_factor=4)
-        if dataset.meta.video_keys:
-            options["multiprocessing_context"] = "spawn"  # video decoders do not survive a fork
+    workers = settings.num_workers
     return DataLoader(
         Readable(dataset),
         batch_sampler=batches,
         num_workers=workers,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        # Video decoders do not survive a fork.
+        multiprocessing_context="spawn" if workers and dataset.meta.video_keys else None,
         pin_memory=torch.device(settings.policy.device or "cpu").type == "cuda",
         collate_fn=Collate(lerobot_collate_fn if dataset.meta.has_language_columns else None),
         # Without a generator of its own, every epoch would take a number from the one that draws noise.
         generator=torch.Generator().manual_seed(settings.seed or 0),
-        **options,
     )
 
 

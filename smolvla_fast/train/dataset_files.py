@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,8 @@ def not_opened(repo_id: str, root: str | None, episodes: list[int] | None, error
         try:
             fault = next((f"in {folder}, {found}" for found in _faults(folder, episodes)), fault)
         except Exception as unlike:  # a file may hold values of any type where a dataset has another
-            fault = f"the files in {folder} cannot be read, or not together ({root_cause(unlike)}); {AGAIN}"
+            where = getattr(unlike, "filename", None) or f"the files in {folder}"
+            fault = f"{where} cannot be read, or not together ({root_cause(unlike)}); {AGAIN}"
     return (
         f"cannot open the dataset {repo_id} ({root or 'no --dataset.root'}): {fault}. Accepted is the Hub id of a "
         "LeRobotDataset v3.0, or its folder (the one that holds meta/) as --dataset.root"
@@ -110,8 +112,10 @@ def _missing_files(meta: Any, episodes: Iterable[int]) -> Iterator[str]:
     for path, held in sorted(files_of(meta, episodes).items()):
         if fault := file_fault(meta.root / path):
             way = f"{AGAIN}, or leave them out with --dataset.episodes"
-            which = f"{path} of the episodes {min(held)} to {max(held)}"
-            yield f"{which} {fault}; {way if len(held) < meta.total_episodes else AGAIN}"
+            which = shorten(
+                f"episode{'s' if held[1:] else ''} {', '.join(map(str, held))}", 80, placeholder=" ..."
+            )
+            yield f"{path} of {which} {fault}; {way if len(held) < meta.total_episodes else AGAIN}"
 
 
 def _undeclared(features: dict[str, Any]) -> Iterator[str]:

@@ -70,10 +70,9 @@ def replace(source: Path, target: Path) -> None:
     try:
         os.replace(source, target)
     except OSError as error:
-        folder = target.is_dir() and not target.is_symlink()
-        if folder or error.errno not in LACKING | {errno.EEXIST, errno.EACCES}:
+        if error.errno not in LACKING | {errno.EEXIST, errno.EACCES}:
             raise
-        target.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)  # not of a folder, which stays
         os.rename(source, target)
 
 

@@ -28,19 +28,16 @@ def policy_names(features: Mapping[str, Any], rename_map: dict[str, str]) -> dic
         if both[0] == old:
             continue
         cameras = [name for name in both if features[name].get("dtype") in ("image", "video")]
-        spare = next((name for name in both if name not in rename_map), None)
         what = f"{both[0]!r} and {both[1]!r} would be the policy's {new!r}"
         if len(cameras) == 1:
+            what += f", and only {cameras[0]!r} is a camera"
             # At fault is the one that was renamed; of two, the one that is not what the name says.
-            wrong = max(rename_map.keys() & both, key=lambda name: (name in cameras) != (".image" in new))
-            left = {name: to for name, to in rename_map.items() if name != wrong}
-            raise TrainingError(
-                f"{what}, and only {cameras[0]!r} is a camera; leave {wrong!r} out of --rename_map"
-                + (f": --rename_map {as_flag(left)}" if left else "")
-            )
-        advice = "a name of its own for each"
-        if spare:
-            advice = f"{as_flag({**rename_map, spare: f'{spare}_unused'})} to leave {spare!r} out"
+            out = max(rename_map.keys() & both, key=lambda name: (name in cameras) != (".image" in new))
+            left = {name: to for name, to in rename_map.items() if name != out}
+        else:
+            out = next((name for name in both if name not in rename_map), "")
+            left = {**rename_map, out: f"{out}_unused"}
+        advice = f"{as_flag(left)} to leave {out!r} out" if out else "a name of its own for each"
         raise TrainingError(f"{what}; give --rename_map {advice}")
     return renamed
 

@@ -62,10 +62,8 @@ class KnownFrames:
         new = self.encoded(batch)
         for frame, tokens in zip(batch["index"][~known].tolist(), new.cpu(), strict=True):
             self.store.write(frame, tokens)
-        if not known.any():
-            return new
         found = new.new_empty(len(known), *new.shape[1:])
-        found[known], found[~known] = batch[TOKENS], new
+        found[known], found[~known] = batch.get(TOKENS, new[:0]), new
         return found
 
     @contextmanager

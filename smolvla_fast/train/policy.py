@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from ..ops.processor import why_bf16_is_slow
-from ..smolvla import SmolVLAConfig, SmolVLAPolicy, make_pre_post_processors
+from ..smolvla import SmolVLAPolicy, make_pre_post_processors
 from ..smolvla.hub import is_absent
 from ..smolvla.processor_smolvla import PREPROCESSOR_NAME, not_normalised, unnormalized
 from ..smolvla.processor_steps import RenameObservationsProcessorStep
 from ..smolvla.weights_io import WeightsError
+from .checkpoint import ANOTHER
 from .errors import TrainingError
 from .settings import TrainSettings
 
@@ -38,7 +39,12 @@ def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
         config.use_peft = adapted or settings.peft is not None
         policy_class: Any = SmolVLAPolicy
         if settings.implementation == "lerobot" or config.use_peft:
-            config, policy_class = _lerobot(config)
+            import draccus
+            from lerobot.configs import PreTrainedConfig
+            from lerobot.policies.smolvla import modeling_smolvla
+
+            policy_class = modeling_smolvla.SmolVLAPolicy
+            config = draccus.decode(PreTrainedConfig, config.to_dict())
         base = source
         if adapted:
             from peft import PeftConfig, PeftModel
@@ -78,15 +84,6 @@ def check_policy(settings: TrainSettings) -> None:
         names += ["max_state_dim", "max_action_dim"]
         given = ", ".join(f"--policy.{name}={getattr(config, name)}" for name in names)
         raise TrainingError(f"no policy can be made of {given}: {error}") from error
-
-
-def _lerobot(config: SmolVLAConfig) -> tuple[Any, Any]:
-    """The configuration in LeRobot's class, and LeRobot's policy class."""
-    import draccus
-    from lerobot.configs import PreTrainedConfig
-    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy as LeRobotPolicy
-
-    return draccus.decode(PreTrainedConfig, config.to_dict()), LeRobotPolicy
 
 
 def speed_up(policy: Any, settings: TrainSettings) -> tuple[bool, str]:
@@ -144,11 +141,9 @@ def make_processors(
     except (OSError, ValueError, KeyError) as error:
         if source is None:
             raise
-        way_out = f"copy or download them again, or remove {PREPROCESSOR_NAME}.json to have them made from the dataset"
-        if resume:
-            config_path = "--config_path=CHECKPOINT/pretrained_model/train_config.json"
-            way_out = f"take another checkpoint of {Path(source).parent.parent} with {config_path}"
-        raise TrainingError(f"cannot read the processors of {source}: {error}; {way_out}") from error
+        again = f"copy or download them again, or remove {PREPROCESSOR_NAME}.json to have them made from the dataset"
+        said = f"cannot read the processors of {source}: {error}; {ANOTHER if resume else again}"
+        raise TrainingError(said) from error
     if source is None:
         rename = next(step for step in preprocess.steps if isinstance(step, RenameObservationsProcessorStep))
         rename.rename_map = settings.rename_map

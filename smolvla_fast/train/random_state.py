@@ -50,12 +50,10 @@ def collect() -> dict[str, Tensor]:
     if (held := random.getstate()[2]) is not None:
         state["py_rng_gauss"] = torch.tensor([held], dtype=torch.float64)
     kind, module = _accelerator()
-    if kind == "mps":
-        state["torch_mps_rng_state"] = module.get_rng_state()
-    elif kind is not None:
+    if module:
         for i in range(module.device_count()):
             state[f"torch_{kind}_rng_state_{i}"] = module.get_rng_state(i)
-        state[f"torch_{kind}_rng_state"] = state[f"torch_{kind}_rng_state_{module.current_device()}"].clone()
+        state[f"torch_{kind}_rng_state"] = module.get_rng_state(_current(module))
     return state
 
 
@@ -72,14 +70,10 @@ def restore(state: dict[str, Tensor], *, here: bool = False) -> None:
     deserialize_numpy_rng_state(state)
     torch.set_rng_state(state["torch_rng_state"])
     kind, module = _accelerator()
-    if kind == "mps" and "torch_mps_rng_state" in state:
-        module.set_rng_state(state["torch_mps_rng_state"])
-    elif kind not in (None, "mps"):
-        current = module.current_device()
-        for i in range(module.device_count()):
-            name = f"torch_{kind}_rng_state" + ("" if i == current and not here else f"_{i}")
-            if name in state:
-                module.set_rng_state(state[name], i)
+    for i in range(module.device_count() if module else 0):
+        name = f"torch_{kind}_rng_state" + ("" if i == _current(module) and not here else f"_{i}")
+        if name in state:
+            module.set_rng_state(state[name], i)
 
 
 def _accelerator() -> tuple[str | None, Any]:
@@ -88,3 +82,7 @@ def _accelerator() -> tuple[str | None, Any]:
     module = torch.get_device_module(device) if device else None
     in_use = module and getattr(module, "is_initialized", module.is_available)()
     return (device.type, module) if device and in_use else (None, None)
+
+
+def _current(module: Any) -> int:
+    return module.current_device() if hasattr(module, "current_device") else 0  # torch.mps has one alone

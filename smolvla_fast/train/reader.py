@@ -86,18 +86,14 @@ def numbers(hf_dataset: Any, key: str) -> Tensor:
     while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
         lengths = pc.list_value_length(column).unique().to_pylist()
         if len(lengths) != 1 or lengths[0] is None:
-            raise _not_numbers(key, f"lists of the lengths {lengths}")
+            break
         shape += lengths
         column = column.flatten()
     values = column.to_numpy(zero_copy_only=False)
     dtypes = {"f": torch.get_default_dtype(), "i": torch.int64, "u": torch.int64, "b": torch.bool}
     if values.dtype.kind not in dtypes:
-        raise _not_numbers(key, str(column.type))
+        raise TrainingError(
+            f"{key!r} holds {column.type}; accepted as observation or action are numbers, of one shape in all frames. To "
+            f"train without it, {how_to_remove([key])}"
+        )
     return torch.tensor(values).to(dtypes[values.dtype.kind]).reshape(-1, *shape)
-
-
-def _not_numbers(key: str, found: str) -> TrainingError:
-    return TrainingError(
-        f"{key!r} holds {found}; accepted as observation or action are numbers, of one shape in all frames. To train "
-        f"without it, {how_to_remove([key])}"
-    )

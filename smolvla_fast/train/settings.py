@@ -22,11 +22,6 @@ CHOICES = {
     "implementation": ("ours", "lerobot"), "dtype": ("auto", "fp32", "bf16"), "fast": ("auto", "on", "off"),
     "dataset.video_backend": ("torchcodec", "pyav", "video_reader"),
 }  # fmt: skip
-OWN = (
-    "policy_path", "implementation", "fast", "image_cache", "image_cache_dir", "dtype", "gradient_accumulation_steps",
-    "log_with",
-)  # fmt: skip
-"""Settings that LeRobot has not."""
 TRACKERS = {"wandb", "trackio", "tensorboard"}
 Rule = tuple[Callable[[Any], bool], str]
 """Whether a value is accepted, and which ones are: "must be ..."."""
@@ -243,8 +238,11 @@ class TrainSettings:
 
         LeRobot takes one forward pass per step, so its batch size is all the samples of one of our steps.
         """
+        from lerobot.configs.train import TrainPipelineConfig
+
+        theirs = {entry.name for entry in dataclasses.fields(TrainPipelineConfig)}
         optimizer, scheduler = self.policy.get_optimizer_preset(), self.policy.get_scheduler_preset()
-        values = {name: value for name, value in self.to_dict().items() if name not in OWN}
+        values = {name: value for name, value in self.to_dict().items() if name in theirs}
         return {
             **values,
             "dataset": {name: value for name, value in values["dataset"].items() if value is not None},

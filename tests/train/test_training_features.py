@@ -257,7 +257,7 @@ def test_the_advice_about_names_works(features, flags, bench_top, checkpoint, tm
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        ({OBS_STATE: FRONT}, [f"only {FRONT!r} is a camera", "leave 'observation.state' out"]),
+        ({OBS_STATE: FRONT}, [f"only {FRONT!r} is a camera", "'{}' to leave 'observation.state' out"]),
         ({FRONT: OBS_STATE}, [f"only {FRONT!r} is a camera", "leave 'observation.images.front' out"]),
         (
             {OBS_STATE: FRONT, WRIST: "observation.images.side"},

@@ -102,7 +102,7 @@ def test_a_damaged_file_is_named_before_the_first_step(name, damage, bench_top, 
     assert message.count("\n") == 1 and "Hub" not in message.split("Accepted is")[0], message
     assert any(way in message for way in ("again", "recompute_stats", "that holds meta/")), message
     if name in (FRONT, WRIST):
-        assert "episodes 0 to 2" in message
+        assert "of episodes 0, 1, 2 " in message
 
 
 def test_a_video_without_its_last_byte_is_cut_off(filmed, tmp_path):
@@ -125,7 +125,11 @@ def test_one_of_several_data_files_is_named_with_its_episodes(
     assert "data/chunk-000/file-001.parquet" in message
     assert ("--dataset.episodes" in message) is way_out
     if way_out:
-        assert "episodes 2 to 3" in message
+        assert "of episodes 2, 3 is missing" in message
+        one = refused(
+            bench_top, tmp_path / "run", capsys, f"--dataset.root={root}", "--dataset.episodes=[0,3]"
+        )
+        assert "of episode 3 is missing" in one
         flags = (f"--dataset.root={root}", "--dataset.episodes=[0,1]")
         assert bench_top.command(tmp_path / "run", *flags, "--steps=1") == 0
 
@@ -227,6 +231,20 @@ def test_train_names_an_unreadable_file(bench_top, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(builtins, "open", closed)
     message = refused(bench_top, tmp_path / "run", capsys, f"--dataset.root={root}")
     assert "meta/stats.json" in message and "Permission denied" in message
+
+
+def test_train_names_a_folder_that_cannot_be_listed(bench_top, tmp_path, capsys, monkeypatch):
+    root, listed = root_of(bench_top.data, tmp_path), os.listdir
+    (root / "meta/info.json").unlink()
+
+    def closed(path="."):
+        if Path(path) == root:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", closed)
+    message = refused(bench_top, tmp_path / "run", capsys, f"--dataset.root={root}")
+    assert f"{root} cannot be read" in message and "Permission denied" in message
 
 
 @pytest.mark.parametrize("backend", ["torchcodec", "gpu"])

@@ -219,9 +219,9 @@ CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.mk
 
 @pytest.mark.parametrize(
     "step, change",
-    # A new step: rename, link away, link made, link put in place. Again: two renames, the three of the link, and then
-    # the old one is removed file by file.
-    [(5, change) for change in range(4)] + [(4, change) for change in range(8)],
+    # A new step: rename, link made, link put in place. Again: two renames, the two of the link, and then the old one is
+    # removed file by file.
+    [(5, change) for change in range(3)] + [(4, change) for change in range(7)],
 )
 def test_kill_at_any_rename_loses_no_checkpoint(step, change, begun, finished, tmp_path):
     """Every change after the files were written, whichever function makes it, is once the one that does not happen."""
