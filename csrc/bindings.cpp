@@ -243,13 +243,6 @@ PYBIND11_MODULE(_cpu, m) {
     bind_quantize_rows<bfloat16>(m, "quantize_rows_bfloat16");
     bind_int8_matmul(m);
     bind_sums(m);
-    m.def(
-        "activate_float32",
-        [](uintptr_t y, int64_t count, int activation, int num_threads) {
-            activate(at<float>(y), count, static_cast<Activation>(activation), num_threads);
-        },
-        py::arg("y"), py::arg("count"), py::arg("activation"), py::arg("num_threads"),
-        py::call_guard<py::gil_scoped_release>());
     // linear, dtypes of x, weight and y
     bind_linear<float, float, float>(m, "linear_float32_float32_float32");
     bind_linear<float, bfloat16, float>(m, "linear_float32_bfloat16_float32");

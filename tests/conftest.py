@@ -1,5 +1,6 @@
 """What the whole suite shares: who runs Triton's kernels where there is no GPU, and packages built once a run."""
 
+import gc
 import logging
 import os
 import shutil
@@ -12,6 +13,7 @@ import torch
 from support import triton_by
 
 triton_by.prepare()  # before anything imports Triton
+gc.disable()  # until all is imported
 
 # Plans that were measured on this machine decide who computes what; tests have none but their own.
 os.environ["SMOLVLA_FAST_CACHE_DIR"] = str(Path(__file__).parent / "no-cache")
@@ -70,6 +72,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(NO_GPU)
         if item.get_closest_marker("long") and not os.environ.get("SMOLVLA_FAST_LONG"):
             item.add_marker(LONG)
+
+
+def pytest_collection_finish():
+    """Torch, transformers and LeRobot are millions of objects that stay: no collection of a test looks through them."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter):

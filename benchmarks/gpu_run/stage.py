@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ class Stage:
     """device, size  of what is measured      rehearsal  on a CPU, tiny, to prove the code alone      rounds  of a time"""
 
     def __init__(self, name: str, path: Path | None, rehearsal: bool) -> None:
-        import torch
-
         self.name, self.path, self.rehearsal = name, path, rehearsal
-        self.device = torch.device("cpu" if rehearsal else "cuda")
         self.size, self.rounds = ("tiny", 2) if rehearsal else ("full", 50)
         self.figures: dict[str, Any] = {}
         self.red: list[dict[str, str]] = []
+
+    @cached_property
+    def device(self) -> Any:
+        import torch  # seconds that a stage without a device does not take
+
+        return torch.device("cpu" if self.rehearsal else "cuda")
 
     def add(self, **figures: Any) -> None:
         """Keeps figures, whatever comes after."""

@@ -22,6 +22,8 @@ from smolvla_fast.measure.rounds import percentile, summary
 LEAST_ROUNDS = 3
 LEAST_SECONDS = 30.0
 """Of a case: the first imports and compiles for all, and how many of those to come -k leaves is not known."""
+ROOF = "roof"
+"""A variant: the product by which the roof is measured, with ``best_ms`` of it."""
 PREPARING = 0.6
 """Share of a case's time that preparations and checks may take."""
 
@@ -201,16 +203,23 @@ def limited(seconds: float) -> Iterator[None]:
 def derive(benchmarks: Sequence[dict[str, Any]]) -> None:
     """Adds to ``extra_info`` what follows from raw rounds: percentiles, the share of the roof, the ratio to ``ratio_to``."""
     taken: dict[tuple[str, str], list[float]] = {}
-    for bench in benchmarks:
+    roofs: dict[str, tuple[float, list[float]]] = {}
+    for bench in sorted(benchmarks, key=lambda each: each["extra_info"]["variant"] != ROOF):
         info = bench["extra_info"]
         ms = [1e3 * seconds / info.get("calls_a_round", 1) for seconds in bench["stats"]["data"]]
         taken[bench["group"], info["variant"]] = ms
+        if info["variant"] == ROOF:
+            roofs[bench["group"]] = info["best_ms"], ms
         info.update(summary(ms))
         if base := taken.get((bench["group"], info["ratio_to"])):
             info["ratio"] = percentile([a / b for a, b in zip(base, ms, strict=False)], 0.5)
         best = info.get("device_ms", info)["p50_ms"]
         if "floor_ms" in info:
             info["share_of_floor"] = info["floor_ms"] / best
+        if "floor_ms" in info and (in_turn := roofs.get(bench["group"])):
+            best_ms, rounds_ms = in_turn
+            shares = [info["floor_ms"] * now / best_ms / own for now, own in zip(rounds_ms, ms, strict=False)]
+            info["share_in_turn"] = percentile(shares, 0.5)
         if "flops" in info:
             info.update(gflops_per_s=info["flops"] / best / 1e6, gbytes_per_s=info["bytes"] / best / 1e6)
         rounds = info.get("stage_rounds_ms")

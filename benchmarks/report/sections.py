@@ -31,8 +31,9 @@ TRAINER = (
 TIERS = (
     "Rounds are taken in turn; the ratio is the median over rounds of stock's time by the time beside it. Of the roof: "
     "the least time for the matrix products at the fastest measured product that is no narrower than the tier, by p50. "
-    "Peak memory is the process's during the first chunk, in the order of the rows; of it new is what was not resident "
-    "before that chunk."
+    "In turn: the same by that product's time in each round, the median over rounds: a shared machine is slower for minutes "
+    "than in the second whose best is the roof. Peak memory is the process's during the first chunk, in the order of the "
+    "rows; of it new is what was not resident before that chunk."
 )
 OUTSIDE = (
     "Outside ops: the engine's Python and the small torch calls between ops. Narrow policy: the same sequence of calls "
@@ -174,7 +175,7 @@ SECTIONS: dict[str, Callable[[Data], str]] = {
     ),
     "CPU": Section(
         "cpu", "ratio to stock | target | accuracy against stock in fp32 | p50 ms | p95 ms | p99 ms | best ms | rounds"
-        " | of the roof | extra bytes | peak memory | of it new", note=beside,
+        " | of the roof | in turn | extra bytes | peak memory | of it new", note=beside,
     ),
     "CPU, by stage": Section("cpu", "vision ms | prefix ms | denoise ms", having="stages"),
     "CPU, overhead": Section(

@@ -96,6 +96,7 @@ COLUMNS: dict[str, Callable[[Bench], Any]] = {
     "ratio": ratio,
     "ratio to stock": lambda b: ratio(b) + MARK * unsteady(b),
     "of the roof": lambda b: f"{b['share_of_floor']:.0%}" if "share_of_floor" in b else NONE,
+    "in turn": lambda b: f"{b['share_in_turn']:.0%}" if "share_in_turn" in b else NONE,
     "peak GiB": lambda b: of(b, "peak_bytes", 2**30, 2),
     "of it new GiB": lambda b: of(b, "added_bytes", 2**30, 2),
     "peak MiB": lambda b: of(b, "peak_bytes", 2**20),

@@ -1,161 +1,12 @@
-// The attention kernel for one instruction level. No include guard: attention.cpp includes this once per level, with
-// SMOLVLA_LEVEL (the struct of simd.h, also the namespace) and SMOLVLA_TARGET (the attribute of its functions).
+// The attention kernel for one instruction level. No include guard: see each_level.h.
 //
 // One kv head is packed at a time: K transposed into panels, so that a register tile of scores is an outer product, and V
 // in consecutive rows. Both products then run in the same tile. A block of score rows stays whole in L2, so the softmax
 // knows its maximum before it starts and nothing is rescaled.
 
+#include "cpu/panel_kernel.h"
+
 namespace SMOLVLA_LEVEL_NAMESPACE {
-
-using S = SMOLVLA_LEVEL;
-using V = S::V;
-constexpr int kWidth = S::kWidth;
-constexpr int kPanel = S::kTileVectors * kWidth;
-
-template <bool kPairs>
-SMOLVLA_TARGET SMOLVLA_INLINE V dot(V a, V b, V c) {
-    if constexpr (kPairs) return S::dot_pairs(a, b, c);
-    else return S::fma(a, b, c);
-}
-
-// c[row, :] (+)= a[row, 0:words] · b[0:words, :] for six rows and kVectors vectors of columns.
-template <bool kPairs, int kVectors, bool kAccumulate>
-SMOLVLA_TARGET __attribute__((noinline)) void tile(const float* a, int64_t lda, int last_row, const float* b,
-                                                   int64_t ldb, int64_t words, float* c, int64_t ldc) {
-    // Rows beyond the last repeat it; their results land in scratch that nobody reads.
-    const float* rows[kTileRows];
-#pragma GCC unroll 6
-    for (int r = 0; r < kTileRows; ++r) rows[r] = a + (r < last_row ? r : last_row) * lda;
-    V sums[kTileRows][kVectors];
-#pragma GCC unroll 6
-    for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = S::broadcast(0);
-    for (int64_t w = 0; w < words; ++w) {
-        V columns[kVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) columns[v] = S::load(b + v * kWidth);
-        b += ldb;
-#pragma GCC unroll 6
-        for (int r = 0; r < kTileRows; ++r) {
-            const V row = S::broadcast(rows[r][w]);
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) sums[r][v] = dot<kPairs>(row, columns[v], sums[r][v]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-            // Added at the end, not the start: partial sums of a long row keep their rounding errors small.
-            float* const to = c + r * ldc + v * kWidth;
-            S::store(to, kAccumulate ? S::load(to) + sums[r][v] : sums[r][v]);
-        }
-}
-
-// The same for any number of rows and of vectors up to a panel.
-template <bool kPairs, bool kAccumulate>
-SMOLVLA_TARGET void tiles(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t words,
-                          float* c, int64_t ldc, int vectors) {
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-        const int last = static_cast<int>(std::min<int64_t>(rows - row, kTileRows)) - 1;
-        const float* a_rows = a + row * lda;
-        float* c_rows = c + row * ldc;
-        switch (vectors) {
-            case 1: tile<kPairs, 1, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc); break;
-            case 2: tile<kPairs, 2, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc); break;
-            default:
-                if constexpr (S::kTileVectors == 4) {
-                    if (vectors == 3) tile<kPairs, 3, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc);
-                    else tile<kPairs, 4, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc);
-                }
-        }
-    }
-}
-
-// c = a · b, summed up in registers over chunks of words whose sums are then added: a long chain of additions would lose
-// bits that a blocked matrix product keeps.
-template <bool kPairs>
-SMOLVLA_TARGET void product(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t words,
-                            int64_t chunk, float* c, int64_t ldc, int64_t vectors) {
-    const int count = static_cast<int>(std::min<int64_t>(vectors, S::kTileVectors));
-    tiles<kPairs, false>(a, lda, rows, b, ldb, std::min(words, chunk), c, ldc, count);
-    for (int64_t w = chunk; w < words; w += chunk)
-        tiles<kPairs, true>(a + w, lda, rows, b + w * ldb, ldb, std::min(words - w, chunk), c, ldc, count);
-}
-
-#if SMOLVLA_LEVEL_IS_512
-SMOLVLA_TARGET SMOLVLA_INLINE void transpose(V (&rows)[16]) {
-    V t[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
-        t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-            const __m512d low = _mm512_castps_pd(t[i + j]), high = _mm512_castps_pd(t[i + j + 2]);
-            rows[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-            rows[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-        }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        rows[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
-        rows[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
-        rows[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
-        rows[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
-#endif
-
-// [words, kPanel] of one panel: column s is key s, a word one element or a pair of it; missing keys and halves are zero.
-template <bool kPairs, class T>
-SMOLVLA_TARGET void pack_keys(const T* k, int64_t stride, int64_t keys, int64_t head_dim, float* panel) {
-    constexpr int64_t per_word = kPairs ? 2 : 1;
-    const int64_t words = (head_dim + per_word - 1) / per_word;
-#if SMOLVLA_LEVEL_IS_512
-    for (int64_t key = 0; key < keys; key += 16)
-        for (int64_t word = 0; word < words; word += 16) {
-            const int64_t elements = std::min<int64_t>(head_dim - word * per_word, 16 * per_word);
-            V rows[16];
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i) {
-                const T* from = k + (key + i) * stride + word * per_word;
-                if (key + i >= keys) rows[i] = S::broadcast(0);
-                else if constexpr (kPairs) rows[i] = S::load_pairs_first(from, elements);
-                else rows[i] = S::load_first(from, elements);
-            }
-            transpose(rows);
-            const int64_t count = std::min<int64_t>(words - word, 16);
-            float* to = panel + word * kPanel + key;
-            if (count == 16) {
-#pragma GCC unroll 16
-                for (int i = 0; i < 16; ++i) S::store(to + i * kPanel, rows[i]);
-            } else {
-                for (int64_t i = 0; i < count; ++i) S::store(to + i * kPanel, rows[i]);
-            }
-        }
-#else
-    for (int64_t key = 0; key < kPanel; ++key)
-        for (int64_t word = 0; word < words; ++word) {
-            float* const to = panel + word * kPanel + key;
-            *to = 0.0f;
-            if (key >= keys) continue;
-            const T* from = k + key * stride + word * per_word;
-            if constexpr (kPairs) std::memcpy(to, from, std::min(head_dim - 2 * word, per_word) * sizeof(T));
-            else *to = load(from);
-        }
-#endif
-}
 
 // [words of keys, columns], columns = head_dim rounded up to whole vectors with zeros.
 template <bool kPairs, class T>
@@ -272,7 +123,7 @@ SMOLVLA_TARGET void run(const Attention& a, Ranges& ranges) {
         if (head != packed_head) {
             const T* k = static_cast<const T*>(a.k) + b * a.k_strides[0] + kv_head * a.k_strides[2];
             for (int64_t p = 0; p < panels; ++p)
-                pack_keys<kPairs>(k + p * kPanel * a.k_strides[1], a.k_strides[1],
+                pack_panel<kPairs>(k + p * kPanel * a.k_strides[1], a.k_strides[1],
                                   std::min<int64_t>(a.keys - p * kPanel, kPanel), a.head_dim,
                                   packed_k + p * q_words * kPanel);
             const T* v = static_cast<const T*>(a.v) + b * a.v_strides[0] + kv_head * a.v_strides[2];

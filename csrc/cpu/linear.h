@@ -12,9 +12,10 @@ enum class Activation : int { none = 0, silu = 1, gelu_tanh = 2 };
 //   weight, up_weight  [outputs, inputs]    T           bias  [outputs]               T
 //   residual, y  [rows, outputs]            Out
 // All contiguous; up_weight, norm_weight, bias and residual may be null; y may be the residual itself and nothing else.
-// Weights are read as they lie, once per block of rows. h is rounded to T where x is not T already or is normalised; sums
-// and epilogue are fp32 and y is rounded once. At the levels avx512_bf16 and neon_bf16 subnormal bf16 operands count as
-// zero. The additions of an output have one order, whatever the number of threads and of rows.
+// Weights are read as they lie, once per block of rows; many rows may have them packed. h is rounded to T where x is not T
+// already or is normalised; sums and epilogue are fp32 and y is rounded once. At the levels avx512_bf16 and neon_bf16
+// subnormal bf16 operands count as zero. The additions of an output have one order whatever the number of threads, and of
+// rows up to 64; above that some levels have another.
 // Each of X, T, Out is float or bfloat16, neither X nor Out narrower than T.
 struct Linear {
     const void *x, *norm_weight, *weight, *up_weight, *bias, *residual;
@@ -26,8 +27,5 @@ struct Linear {
 
 template <class X, class T, class Out>
 void linear(const Linear& a, int num_threads);
-
-// y = activation(y) in place, for a product that somebody else computed; the same bits as linear's for the same sums.
-void activate(float* y, int64_t count, Activation activation, int num_threads);
 
 }  // namespace smolvla::cpu

@@ -1,4 +1,5 @@
-// Memory that a thread keeps between calls: it grows to the largest need seen and nothing is allocated after that.
+// Memory that a thread keeps between calls, one piece a slot: it grows to the largest need seen and nothing is allocated
+// after that.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@ namespace smolvla::cpu {
 
 class Scratch {
 public:
-    // At least `count` floats, aligned to a cache line, contents undefined; valid until the thread's next call.
+    // At least `count` floats, aligned to a cache line, contents undefined; valid until the thread's next call for the slot.
+    template <int kSlot = 0>
     static float* reserve(int64_t count) {
         thread_local Buffer buffer;
         if (buffer.count < count) {

@@ -28,6 +28,10 @@ constexpr float kExp2Degree6[] = {0.6931470632553101f,   0.2402293086051941f,   
 constexpr float kExp2Degree4[] = {0.6930448412895203f, 0.241280198097229f, 0.052242472767829895f,
                                   0.013426683843135834f};
 
+// Rows of a register tile whose row has a struct's kTileVectors: they, one row of the right operand and a broadcast fit the
+// registers.
+constexpr int kTileRows = 6;
+
 // Named, never called, at levels that cannot multiply pairs, so that the kernels are the same text for all.
 struct NoPairs {
     template <class V>
@@ -39,7 +43,6 @@ struct NoPairs {
 
 struct Baseline : NoPairs {
     static constexpr int kWidth = 4;
-    // Vectors in a row of a register tile: six rows of these, one column of operands and a broadcast fit the registers.
     static constexpr int kTileVectors = 2, kRegisters = 16;
     using V = float __attribute__((vector_size(16)));
     using I = int32_t __attribute__((vector_size(16)));
@@ -60,6 +63,15 @@ struct Baseline : NoPairs {
         V sums;
         for (int i = 0; i < kWidth; ++i) sums[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
         return sums;
+    }
+    // Lane j of the result's vector i is lane i of v[j].
+    static SMOLVLA_INLINE void transpose(V* v) {
+        for (int i = 0; i < kWidth; ++i)
+            for (int j = 0; j < i; ++j) {
+                const float held = v[i][j];
+                v[i][j] = v[j][i];
+                v[j][i] = held;
+            }
     }
     // Of a number and a NaN, the second argument.
     static SMOLVLA_INLINE V max(V a, V b) { return a > b ? a : b; }
@@ -102,6 +114,28 @@ struct Avx2 : NoPairs {
         const V low = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
         const V high = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
         return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+    }
+    static SMOLVLA_AVX2_INLINE void transpose(V* v) {
+        V t[8];
+#pragma GCC unroll 4
+        for (int i = 0; i < 8; i += 2) {
+            t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+            t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) {
+                const __m256d low = _mm256_castps_pd(t[i + j]), high = _mm256_castps_pd(t[i + j + 2]);
+                v[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+                v[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+            }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const V low = v[i], high = v[i + 4];
+            v[i] = _mm256_permute2f128_ps(low, high, 0x20);
+            v[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+        }
     }
     static SMOLVLA_AVX2_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
     static SMOLVLA_AVX2_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
@@ -158,6 +192,36 @@ struct Avx512 : NoPairs {
             t[i] = _mm512_add_ps(_mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0x88),
                                  _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0xdd));
         return _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x88), _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
+    }
+    static SMOLVLA_AVX512_INLINE void transpose(V* rows) {
+        V t[16];
+#pragma GCC unroll 8
+        for (int i = 0; i < 16; i += 2) {
+            t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+            t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) {
+                const __m512d low = _mm512_castps_pd(t[i + j]), high = _mm512_castps_pd(t[i + j + 2]);
+                rows[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+                rows[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+            }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            t[i] = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0x88);
+            t[i + 4] = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0xdd);
+            t[i + 8] = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0x88);
+            t[i + 12] = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0xdd);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            rows[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+            rows[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+            rows[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+            rows[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+        }
     }
     static SMOLVLA_AVX512_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
     static SMOLVLA_AVX512_INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }

@@ -23,6 +23,15 @@ struct Neon : NoPairs {
     static SMOLVLA_INLINE V sum_each(const V* v) {
         return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3]));
     }
+    static SMOLVLA_INLINE void transpose(V* v) {
+        const V a = vtrn1q_f32(v[0], v[1]), b = vtrn2q_f32(v[0], v[1]);
+        const V c = vtrn1q_f32(v[2], v[3]), d = vtrn2q_f32(v[2], v[3]);
+        const auto wide = [](V x) { return vreinterpretq_f64_f32(x); };
+        v[0] = vreinterpretq_f32_f64(vtrn1q_f64(wide(a), wide(c)));
+        v[1] = vreinterpretq_f32_f64(vtrn1q_f64(wide(b), wide(d)));
+        v[2] = vreinterpretq_f32_f64(vtrn2q_f64(wide(a), wide(c)));
+        v[3] = vreinterpretq_f32_f64(vtrn2q_f64(wide(b), wide(d)));
+    }
     static SMOLVLA_INLINE V max(V a, V b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
     static SMOLVLA_INLINE V min(V a, V b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
     template <int kDegree>

@@ -2,7 +2,7 @@
 
 Each op of a table that has several candidates becomes a ``Choice``. It looks a call's shape class up once and remembers
 the answer. Candidates are named after who computes: "cpu", "triton" and "cuda" (our kernels; of "cuda" those that the
-GPU runs), "onednn", "onednn-cpu" (its product, our activation), "aten" (``F.linear``), "cublaslt" (its GELU epilogue),
+GPU runs), "onednn", "aten" (``F.linear``), "cublaslt" (its GELU epilogue),
 "cublas" (a product into an fp32 residual stream), "torch", "sdpa" (whose torch likes), "flash-sdpa" (torch's
 FlashAttention), "cudnn", "flash" (the package flash-attn), "apart" (masked_attention, then linear_residual); a Triton
 kernel with another tile than its default has the tile behind its name.
@@ -135,9 +135,6 @@ def _can(op: str, name: str, shape: Shape) -> bool:
     if name == "cublas" and isinstance(shape, Product):
         narrow = shape.x is shape.dtype and shape.dtype in fused_attention.DTYPES
         return narrow and set(shape.end) == {torch.float32}
-    if name == "onednn-cpu" and isinstance(shape, Product):
-        alike = shape.dtype is torch.float32 and onednn_has(shape.dtype)
-        return alike and bool({"gelu_tanh", "silu"} & set(shape.end))
     if name not in ("aten", "onednn") or not isinstance(shape, Product):
         return True
     # Quantised weights, which have no torch dtype, are for our kernels.
@@ -325,10 +322,6 @@ def _torch(ops: Ops, device: torch.device) -> Iterator[tuple[str, dict[str, Any]
         more = dict(rms_norm=rms_norm, rotate=rotate)
     if device.type == "cpu":
         yield "onednn", over(onednn, **more)
-    if ops.backend == "cpu":
-        from .cpu.kernels import activate_
-
-        yield "onednn-cpu", {"linear": partial(onednn, activate_=activate_)}
     yield "aten", over(aten, **more)
     yield (
         "torch",

@@ -19,7 +19,7 @@ Rule = Callable[[Any], str]
 
 FEW_ROWS = 64
 """Up to this many rows a product on a CPU goes to our kernel: oneDNN first rearranges each weight it reads. Above it oneDNN
-is near the processor's peak."""
+is near the processor's peak, and on 256-bit vectors in fp32 so are we."""
 MANY_ROWS = 64
 """Above this many rows an fp32 product on a GPU goes to torch: without TF32 it runs outside the tensor cores, where a kernel
 of ours has nothing to win over the vendor's library. The 50 rows of an action chunk stay below."""
@@ -45,9 +45,11 @@ def default_rules(backend: str, device: torch.device) -> dict[str, Rule]:
     products = ("linear", "cross_kv", "pixel_shuffle_linear", *decoder)
     if backend == "cpu":
         return {
-            **dict.fromkeys(products, by_torch),
-            **dict.fromkeys(decoder, lambda shape: "cpu" if _few_rows(shape) else by_torch(shape)),
-            "linear": partial(_cpu_linear, by_torch),
+            **dict.fromkeys(products, partial(_cpu_product, by_torch, _packed)),
+            **dict.fromkeys(
+                decoder, partial(_cpu_product, by_torch, lambda shape: _packed(shape) or _few_rows(shape))
+            ),
+            "linear": partial(_cpu_product, by_torch, lambda shape: _packed(shape) or _epilogue_costs(shape)),
             "attention": lambda shape: "sdpa" if _on_tiles(shape.q) else "cpu",
         }
     if backend == "triton":
@@ -75,11 +77,15 @@ def _few_rows(shape: Product) -> bool:
     return shape.rows <= FEW_ROWS and not _on_tiles(shape.dtype)
 
 
-def _cpu_linear(by_torch: Rule, shape: Product) -> str:
-    activated = bool({"gelu_tanh", "silu"} & set(shape.end))
-    if activated and shape.rows > FEW_ROWS and shape.dtype is torch.float32 and linear.onednn_on_avx2():
-        return "onednn-cpu"
-    return "cpu" if _epilogue_costs(shape) else by_torch(shape)
+def _cpu_product(by_torch: Rule, ours: Callable[[Product], bool], shape: Product) -> str:
+    return "cpu" if ours(shape) else by_torch(shape)
+
+
+def _packed(shape: Product) -> bool:
+    """Whether our kernel packs the weights of many rows. Behind a norm or before a residual, at the rows of a prefix, it was
+    then ahead of oneDNN, and level at those of a vision tower, where it takes less fresh memory."""
+    on_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return on_avx2 and shape.dtype is torch.float32 and shape.rows > FEW_ROWS
 
 
 def _epilogue_costs(shape: Product) -> bool:

@@ -163,14 +163,16 @@ def test_figures_follow_from_raw_rounds() -> None:
         bench("stock", [30, 20, 40]), bench("fp32", [10, 20, 40, 7], floor_ms=6.0),
         bench("op", [float(each) for each in range(1, 102)], calls_a_round=2, flops=1e6, bytes=1e3),
         bench("stages", [1], stage_rounds_ms=rounds, stage_floors={"vision": {"floor_ms": 1.0}}),
-        bench("gpu", [9], floor_ms=1.0, device_ms={"p50_ms": 4.0}),
+        bench("gpu", [9], floor_ms=1.0, device_ms={"p50_ms": 4.0}), bench("roof", [4, 8, 12, 99], best_ms=2.0, calls_a_round=2),
     ]  # fmt: skip
     derive(found)
-    stock, fp32, op, stages, gpu = (each["extra_info"] for each in found)
+    stock, fp32, op, stages, gpu, _ = (each["extra_info"] for each in found)
     assert fp32["ratio"] == pytest.approx(1.0)  # 3, 1, 1 side by side; medians alone would say 2
     assert (
         fp32["share_of_floor"] == pytest.approx(0.4) and stock["ratio"] == 1 and "share_of_floor" not in stock
     )
+    # 6/10, 12/20, 18/40 and more: the roof's product took 2, 4, 6 ms a call in those rounds and 2 at best.
+    assert fp32["share_in_turn"] == pytest.approx(0.6) and "share_in_turn" not in stock
     assert [op[f"p{p}_ms"] for p in (50, 95, 99)] == pytest.approx([25.5, 48.0, 50.0])
     assert op["gflops_per_s"] == pytest.approx(1e6 / 25.5 / 1e6)
     assert stages["stages"]["vision"]["share_of_floor"] == 0.5 and stages["stages"]["total"]["p50_ms"] == 4.0

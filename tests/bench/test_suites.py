@@ -344,6 +344,7 @@ def test_the_whole_cpu_suite_on_a_tiny_policy(tmp_path: Path, monkeypatch: pytes
         for b in data["benchmarks"]
         if b["group"].startswith("cpu")
     }
+    assert found.pop("roof")["best_ms"] > 0 and all(each["share_in_turn"] > 0 for each in found.values())
     assert {"stock", "fp32", "bf16"} <= set(found) and found["stock"]["ratio"] == 1
     assert found["fp32"]["rel_l2"] <= FP32_BOUND and found["fp32"]["heavy_cosine"] > 0.9999
     assert found["bf16"]["rel_l2_to_stock_bf16"] <= gate.LOSS_OF_STOCK

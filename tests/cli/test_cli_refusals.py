@@ -395,60 +395,71 @@ import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in {names} else find(name, package)
 from smolvla_fast.cli import main
-sys.exit(main(sys.argv[1:]))
+import contextlib, io, json
+found = []
+for words in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(words)
+    found.append((status, out.getvalue(), err.getvalue()))
+print(json.dumps(found))
 """
 BARE = {"lerobot", "draccus", "mergedeep", "rich", "matplotlib", "datasets", "accelerate", "peft"}
 
 
 def without_lerobot(
-    folder: Path, *arguments: str, python: str = sys.executable
-) -> subprocess.CompletedProcess[str]:
-    """A command where LeRobot, and what only it brings, is not installed."""
+    folder: Path, *commands: list[str], python: str = sys.executable
+) -> list[tuple[int, str, str]]:
+    """Status, output and errors of commands, in one process, where LeRobot, and what only it brings, is not installed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    start = ["-c", ABSENT.format(names=BARE)] if python == sys.executable else ["-m", "smolvla_fast.cli"]
-    command = [python, *start, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def demonstrates(folder: Path, saved: Path, python: str) -> None:
-    options = ["--threads", "1", "--rounds", "1"]
-    done = without_lerobot(folder, "demo", *options, "--policy.path", str(saved), python=python)
+    code = ABSENT.format(names=BARE if python == sys.executable else ["lerobot"])
+    done = subprocess.run(
+        [python, "-c", code, json.dumps(commands)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
+    return [tuple(each) for each in json.loads(done.stdout)]
+
+
+def demo(saved: Path) -> list[str]:
+    return ["demo", "--threads", "1", "--rounds", "1", "--policy.path", str(saved)]
+
+
+def demonstrated(folder: Path, status: int, out: str, err: str, python: str = sys.executable) -> None:
+    assert status == 0, err
     found = json.loads((folder / "demo.json").read_text())
     assert found["policy"]["whose"] == "smolvla_fast" and found["status"]["calls_stock"] == 0
     assert found["lerobot_version"] is None or python == sys.executable  # there it is hidden, not absent
     # fp32 against fp32: sums in another order, as tests/cli/test_cli.py has it.
     assert 0 < found["rel_l2"] <= 1e-5
-    assert "LeRobot is not installed: stock is smolvla_fast's own SmolVLA" in done.stdout
-    assert "matplotlib is not installed" in done.stdout and not (folder / "demo.png").exists()
+    assert "LeRobot is not installed: stock is smolvla_fast's own SmolVLA" in out
+    assert "matplotlib is not installed" in out and not (folder / "demo.png").exists()
 
 
-def test_demo_runs_without_lerobot(saved: Path, tmp_path: Path) -> None:
-    demonstrates(tmp_path, saved, sys.executable)
-
-
-def test_a_made_policy_and_saved_observations_need_no_lerobot(saved: Path, tmp_path: Path) -> None:
-    """Our own class in demo; verify on a folder; a dataset is LeRobot's, and that is said."""
+def test_demo_and_verify_run_without_lerobot(saved: Path, tmp_path: Path) -> None:
+    """Our own class, made and loaded; verify on saved observations; a dataset is LeRobot's, and that is said."""
     from smolvla_fast.smolvla import SmolVLAPolicy
     from smolvla_fast.testing.observations import make_observation
 
-    done = without_lerobot(tmp_path, "demo", "--size", "tiny", "--threads", "1", "--rounds", "1")
-    assert done.returncode == 0 and "smolvla_fast's own SmolVLA" in done.stdout, done.stderr
     (tmp_path / "log").mkdir()
     drawn = make_observation(SmolVLAPolicy.from_pretrained(saved))
     torch.save(
         {key: value for key, value in drawn.items() if "language" not in key}, tmp_path / "log" / "0.pt"
     )
-    verify = ("verify", "--policy.path", str(saved), "--threads", "1")
-    done = without_lerobot(tmp_path, *verify, "--observations", "log")
-    assert done.returncode == 0 and "Passed: " in done.stdout and "no pictures: matplotlib" in done.stdout, (
-        done.stderr
+    verify = ["verify", "--policy.path", str(saved), "--threads", "1"]
+    own = ["demo", "--size", "tiny", "--threads", "1", "--rounds", "1", "--json", "own.json"]
+    loaded, made, verified, refused = without_lerobot(
+        tmp_path, demo(saved), own, [*verify, "--observations", "log"], [*verify, "--dataset.root", "log"]
     )
+    demonstrated(tmp_path, *loaded)
+    assert made[0] == 0 and "smolvla_fast's own SmolVLA" in made[1], made[2]
+    status, out, err = verified
+    assert status == 0 and "Passed: " in out and "no pictures: matplotlib" in out, err
     assert (tmp_path / "verify.json").is_file() and "Passed: " in (tmp_path / "verify.md").read_text()
-    done = without_lerobot(tmp_path, *verify, "--dataset.root", "log")
-    assert done.returncode == 2 and "smolvla_fast[train]" in done.stderr and "Traceback" not in done.stderr, (
-        done.stderr
-    )
+    assert refused[0] == 2 and "smolvla_fast[train]" in refused[2] and "Traceback" not in refused[2]
 
 
 @pytest.mark.long
@@ -456,21 +467,15 @@ def test_a_made_policy_and_saved_observations_need_no_lerobot(saved: Path, tmp_p
 def test_every_command_without_lerobot_runs_or_says_what_to_install(saved: Path, tmp_path: Path) -> None:
     """In the environment of `make venv-standalone`, and where LeRobot is hidden."""
     others = [python for python in os.environ.get("SMOLVLA_FAST_PYTHONS", "").split(os.pathsep) if python]
+    extras = {"train": "smolvla_fast[train]", "serve": "lerobot[smolvla,async]", "bench": "[bench"}
     for number, python in enumerate([sys.executable, *others]):
         folder = tmp_path / str(number)
         folder.mkdir()
-        if python != sys.executable:
-            demonstrates(folder, saved, python)
-        done = without_lerobot(folder, "verify", "--size", "tiny", "--threads", "1", python=python)
-        assert done.returncode == 0 and "smolvla_fast's own SmolVLA" in done.stdout, done.stderr
-        done = without_lerobot(folder, "doctor", python=python)
-        assert done.returncode == 0 and "backend='auto' takes" in done.stdout, done.stderr
-        for command, extra in (
-            ("train", "smolvla_fast[train]"),
-            ("serve", "lerobot[smolvla,async]"),
-            ("bench", "[bench"),
-        ):
-            done = without_lerobot(folder, command, python=python)
-            assert done.returncode == 2 and extra in done.stderr and "Traceback" not in done.stderr, (
-                done.stderr
-            )
+        made = ["verify", "--size", "tiny", "--threads", "1"]
+        commands = [demo(saved), made, ["doctor"], *([command] for command in extras)]
+        shown, verified, doctor, *refused = without_lerobot(folder, *commands, python=python)
+        demonstrated(folder, *shown, python=python)
+        assert verified[0] == 0 and "smolvla_fast's own SmolVLA" in verified[1], verified[2]
+        assert doctor[0] == 0 and "backend='auto' takes" in doctor[1], doctor[2]
+        for (status, _, said), extra in zip(refused, extras.values(), strict=True):
+            assert status == 2 and extra in said and "Traceback" not in said, said

@@ -42,8 +42,15 @@ def architecture(request: pytest.FixtureRequest) -> Any:
         yield request.param
 
 
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
-@pytest.mark.parametrize("batch", [1, 2])
+# Neither the second observation nor guidance asks for the other: apart they are for `make test-full`.
+@pytest.mark.parametrize(
+    ("batch", "guided"),
+    [
+        pytest.param(batch, guided, id=f"{batch}-{how}", marks=[pytest.mark.long] * (guided != (batch == 2)))
+        for batch in (1, 2)
+        for guided, how in ((False, "plain"), (True, "guided"))
+    ],
+)
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_a_chunk(batch: int, guided: bool, precision: str, architecture: int) -> None:
     """As far from fp32 as the torch backend in bf16, within 1.5: two orders of rounding scatter (``judge.SCATTER``)."""

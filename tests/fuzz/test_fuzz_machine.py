@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from support.copies import Original
 from support.fuzz_cases import CASES, QUICK, attempt, rel_l2
 
 import smolvla_fast
@@ -26,13 +27,13 @@ from smolvla_fast.testing.policies import make_noise, make_observation, make_pol
 from smolvla_fast.verify import FP32_BOUND
 
 TIERS = st.sampled_from(["exact", "fp32"])
-_made: dict[int, Any] = {}
+_made: dict[int, Original] = {}
 
 
 def _policy(seed: int) -> Any:
     if seed not in _made:
-        _made[seed] = make_policy("tiny", seed=seed, num_vlm_layers=2, num_steps=3)
-    return copy.deepcopy(_made[seed])
+        _made[seed] = Original(make_policy("tiny", seed=seed, num_vlm_layers=2, num_steps=3))
+    return _made[seed].copy()
 
 
 class PolicyMachine(RuleBasedStateMachine):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import chunk
+from support.policies import LEROBOT_ONLY, chunk
 from torch import Tensor
 
 import smolvla_fast
@@ -26,6 +26,7 @@ def test_percentile_interpolates() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak")
+@LEROBOT_ONLY  # no policy is asked
 def test_peak_memory_forgets_what_was_before() -> None:
     """In a process of its own: this one's allocator may serve a block from pages it has touched before."""
     code = (

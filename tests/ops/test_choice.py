@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.cpu_kernels,
     pytest.mark.skipif(not extension.available("cpu"), reason=extension.why_missing("cpu")),
 ]
-NAMES = ("cpu", "onednn", "onednn-cpu", "aten", "torch", "sdpa")
+NAMES = ("cpu", "onednn", "aten", "torch", "sdpa")
 MOST = 3e8
 """FLOP of a case: larger ones are seen under the default candidates (test_contract.py)."""
 

@@ -149,10 +149,13 @@ def test_bits_do_not_depend_on_threads_rows_or_runs(dtypes, level, threads):
             threads(count)
             y = cpu.linear(x, weight, bias, "silu", residual, norm=(norm_weight, 1e-5))
             results.append((y, cpu.swiglu(x, weight, up, out_dtype=dtypes[2])))
-        few = cpu.swiglu(x[90:93], weight, up, out_dtype=dtypes[2])
+        fewer = cpu.swiglu(x[20:93], weight, up, out_dtype=dtypes[2])
+        few, fewest = (cpu.swiglu(x[90:end], weight, up, out_dtype=dtypes[2]) for end in (154, 93))
     for y, gated in results[1:]:
         assert torch.equal(y, results[0][0]) and torch.equal(gated, results[0][1])
-    assert torch.equal(few, results[0][1][90:93])
+    # Above 64 rows weights may be packed, with sums in another order.
+    assert torch.equal(fewer, results[0][1][20:93])
+    assert torch.equal(fewest, few[:3])
 
 
 @AT_LEVELS
@@ -225,39 +228,3 @@ def test_wrong_arguments_are_named():
     refused(RuntimeError, "weight wants a gradient", weight=weight.clone().requires_grad_())
     with pytest.raises(ValueError, match=r"swiglu: up_weight has shape \[5, 8\]; accepted is \[6, 8\]"):
         cpu.swiglu(x, weight, up[:5])
-
-
-@AT_LEVELS
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("count", [1, 3, 4, 7, 8, 17, 40_001])
-def test_an_activation_alone_is_as_exact_as_eager_and_has_the_bits_of_the_epilogue(
-    level, activation, count, threads
-):
-    """Behind the product of another library. By the identity a product is x itself, so ``linear`` must give these bits."""
-    x = randn(count, scale=4.0)
-    x[0] = 88.0 if count % 2 else -88.0  # where exp(x) leaves fp32
-    truth = reference.linear(x.double()[:, None], torch.ones(1, 1).double(), None, activation)[:, 0]
-    eager = reference.linear(x[:, None], torch.ones(1, 1), None, activation)[:, 0]
-    threads(2)
-    with cpu.instruction_level(level):
-        got = cpu.activate_(x.clone(), activation)
-        behind = cpu.linear(x[:, None], torch.ones(1, 1), activation=activation)[:, 0]
-        threads(1)
-        assert torch.equal(cpu.activate_(x.clone(), activation), got)
-    assert torch.equal(got, behind)
-    # Twice eager's error; one value may be exact in eager by luck, so at least a unit in the last place of the largest.
-    allowed = max(2 * (eager - truth).abs().max(), float(truth.abs().max()) * 2**-23)
-    assert (got - truth).abs().max() <= allowed
-
-
-@AT_LEVELS
-def test_an_activation_keeps_nan_and_names_what_it_refuses(level):
-    x = torch.tensor([1.0, float("nan"), -2.0])
-    with cpu.instruction_level(level):
-        assert cpu.activate_(x, "gelu_tanh").isnan().tolist() == [False, True, False]
-    with pytest.raises(ValueError, match="'relu'; accepted are 'silu', 'gelu_tanh'"):
-        cpu.activate_(x, "relu")
-    with pytest.raises(TypeError, match="float64"):
-        cpu.activate_(x.double(), "silu")
-    with pytest.raises(ValueError, match="contiguous"):
-        cpu.activate_(torch.zeros(4, 4).t()[:2], "silu")

@@ -215,11 +215,11 @@ def _same(policy: Any, twin: Any, make: Callable[[], dict[str, Any]], undefined:
 
 
 def _twins(precision: str, guided: bool) -> tuple[Any, Any]:
-    twin = make_policy("tiny", num_steps=1)
-    if guided:
-        twin.config.rtc_config = rtc.RTCConfig(enabled=True, execution_horizon=6)
-        twin.init_rtc_processor()
-    return twin, smolvla_fast.patch(copy.deepcopy(twin), precision=precision)
+    twin, policy = make_policy("tiny", num_steps=1), make_policy("tiny", num_steps=1)
+    for each in (twin, policy) if guided else ():
+        each.config.rtc_config = rtc.RTCConfig(enabled=True, execution_horizon=6)
+        each.init_rtc_processor()
+    return twin, smolvla_fast.patch(policy, precision=precision)
 
 
 def _usual(policy: Any, batch: int) -> dict[str, Any]:
@@ -256,11 +256,12 @@ def test_guidance_arguments_are_answered_or_refused_as_by_stock(precision: str, 
 @pytest.mark.parametrize("precision", TIERS)
 def test_arguments_are_answered_or_refused_as_by_stock(precision: str, batch: int, guided: bool) -> None:
     twin, policy = _twins(precision, guided)
+    usual = _usual(twin, batch)
     wrong = []
     for name, change in ARGUMENTS.items():
 
         def make(change: Change = change) -> dict[str, Any]:
-            given = {**_usual(twin, batch), **(GUIDANCE["usual"](batch) if guided else {})}
+            given = {**copy.deepcopy(usual), **(GUIDANCE["usual"](batch) if guided else {})}
             change(given)
             return given
 

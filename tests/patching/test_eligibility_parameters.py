@@ -178,7 +178,7 @@ def test_a_parameter_that_is_not_dense_runs_stock(change: str, place: str) -> No
     """Before the policy is patched, and when chunks have been served."""
     twin = make_policy("tiny", num_steps=1)
     observation, noise = make_observation(twin), make_noise(twin)
-    before, after = copy.deepcopy(twin), smolvla_fast.patch(copy.deepcopy(twin))
+    before, after = make_policy("tiny", num_steps=1), smolvla_fast.patch(make_policy("tiny", num_steps=1))
     chunk(after, observation, noise)
     assert smolvla_fast.status(after).calls_fast == 1
     for each in (twin, before, after):
@@ -196,7 +196,7 @@ def test_a_parameter_that_is_not_dense_runs_stock(change: str, place: str) -> No
 def test_a_captured_policy_reads_no_parameter_that_is_not_dense(place: str, batch: int) -> None:
     """Where the look at the model hides behind the chunk, a chunk that is no replay must be looked at before."""
     twin = make_policy("tiny")
-    policy = smolvla_fast.patch(copy.deepcopy(twin), backend="torch")
+    policy = smolvla_fast.patch(make_policy("tiny"), backend="torch")
     chunk(policy, make_observation(twin), make_noise(twin))
     assert smolvla_fast.status(policy).graphs == 1
     for each in (twin, policy):
@@ -210,7 +210,7 @@ def test_a_captured_policy_reads_no_parameter_that_is_not_dense(place: str, batc
 def test_a_parameter_that_is_not_dense_trains_as_in_stock(change: str, place: str) -> None:
     twin = make_policy("tiny")
     batch = make_batch(twin, batch=1, cameras=1)
-    before, after = copy.deepcopy(twin), smolvla_fast.patch(copy.deepcopy(twin), training=True)
+    before, after = make_policy("tiny"), smolvla_fast.patch(make_policy("tiny"), training=True)
     step(after, batch)
     assert smolvla_fast.status(after).training_fast == 1
     for each in (twin, before, after):

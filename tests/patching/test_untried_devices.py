@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,17 +24,29 @@ HAS_PYTHON_DEVICES = hasattr(torch._C, "_acc") and hasattr(
 )
 
 
-@LEROBOT_ONLY  # our own class is what runs; the fixture of origins would run it twice
-@pytest.mark.skipif(not HAS_PYTHON_DEVICES, reason="this torch lets no device be written in Python")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "exact"])
-def test_a_policy_on_a_device_that_nobody_has_tried_runs_fast(precision: str) -> None:
-    """No float64, and torch's own operators alone, as on MPS; the numbers are real."""
+PRECISIONS = ["fp32", "bf16", "exact"]
+
+
+@pytest.fixture(scope="module")
+def on_the_device() -> dict[str, Any]:
+    """What came of a policy a precision there."""
     done = subprocess.run(
-        [sys.executable, "-m", "support.python_device", precision], text=True, capture_output=True, cwd=TESTS,
+        [sys.executable, "-m", "support.python_device", *PRECISIONS], text=True, capture_output=True, cwd=TESTS,
         env={**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    lines = done.stdout.splitlines()[-len(PRECISIONS) :]
+    return {precision: json.loads(line) for precision, line in zip(PRECISIONS, lines, strict=True)}
+
+
+@LEROBOT_ONLY  # our own class is what runs; the fixture of origins would run it twice
+@pytest.mark.skipif(not HAS_PYTHON_DEVICES, reason="this torch lets no device be written in Python")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_policy_on_a_device_that_nobody_has_tried_runs_fast(
+    precision: str, on_the_device: dict[str, Any]
+) -> None:
+    """No float64, and torch's own operators alone, as on MPS; the numbers are real."""
+    found = on_the_device[precision]
     if precision == "bf16":
         assert found["errors"][0] < 0.1, (
             "what bf16 loses on such a policy; a wrong chunk is off by one and more"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -29,7 +28,7 @@ class Captured:
 
     def __init__(self, precision: str = "exact", **settings: Any) -> None:
         self.plain = make_policy("tiny", **settings)
-        self.policy = copy.deepcopy(self.plain)
+        self.policy = make_policy("tiny", **settings)
         smolvla_fast.patch(self.policy, precision=precision, backend="torch")
         if precision != "exact":
             smolvla_fast.patch(self.plain, precision=precision, backend="torch")

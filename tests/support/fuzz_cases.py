@@ -17,6 +17,7 @@ import smolvla_fast
 from smolvla_fast.measure.rounding import FP32_BOUND, OtherSums, fp32_bound
 from smolvla_fast.model.weights import is_cross
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
+from support.copies import Original
 
 QUICK = 60
 CASES = int(os.environ.get("SMOLVLA_FAST_FUZZ", QUICK))
@@ -121,7 +122,7 @@ def lay_out(policy: Any, weights: str) -> None:
 
 @lru_cache(maxsize=16)
 def _made(key: str, settings: Any) -> Any:
-    return make_policy("tiny", **settings.value)
+    return Original(make_policy("tiny", **settings.value))
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class _Unhashed:
 
 
 def policy_of(settings: dict[str, Any]) -> Any:
-    return copy.deepcopy(_made(repr(settings), _Unhashed(settings)))
+    return _made(repr(settings), _Unhashed(settings)).copy()
 
 
 def twins(settings: dict[str, Any], weights: str) -> tuple[Any, Any]:

@@ -1,8 +1,8 @@
 """A device that no backend was made for, with numbers: torch's third-party device ("npu" here) written in Python over CPU
 tensors. As on MPS there is no float64, and only torch's own operators have anything for it.
 
-What it registers holds for the whole process, so this is a program: ``python -m support.python_device precision``. It
-patches a policy on the device, asks for three chunks, and prints what came of them as JSON.
+What it registers holds for the whole process, so this is a program: ``python -m support.python_device precision...``. It
+patches a policy a precision on the device, asks for three chunks, and prints what came of them as a line of JSON.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def moved(value: Any) -> Any:
     return OnDevice(value) if isinstance(value, Tensor) else value
 
 
-def main(precision: str) -> None:
+def main(precisions: list[str]) -> None:
     _setup_privateuseone_for_python_backend(NAME)
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: run(op, args, kwargs), "PrivateUse1")
@@ -108,22 +108,27 @@ def main(precision: str) -> None:
     # On a real device tensors are of torch's own class.
     dense.PLAIN = (*dense.PLAIN, OnDevice)  # type: ignore[assignment]
     torch.set_num_threads(1)
-    policy = make_policy("tiny", origin="ours", num_steps=2, num_vlm_layers=2)
-    given, noise = make_observation(policy), make_noise(policy)
-    stock = policy.predict_action_chunk(dict(given), noise=noise)
-    policy, given, noise = moved(policy), moved(given), moved(noise)
-    smolvla_fast.patch(policy, precision=precision)
-    if precision == "bf16":
-        # Without a trial: that judges by a copy of the model in another dtype, and such tensors cannot be cast in place.
-        inputs = chunk_inputs(policy, given)
-        with torch.no_grad():
-            chunks = [engine_of(policy.model).act(policy.model, *inputs, noise).cpu()]
-    else:
-        chunks = [policy.predict_action_chunk(dict(given), noise=noise).cpu() for _ in range(3)]
-    chunks = [each[..., : stock.shape[-1]] for each in chunks]  # without the padding of actions
-    errors = [float((each - stock).norm() / stock.norm()) for each in chunks]
-    print(json.dumps({"errors": errors, **smolvla_fast.status(policy).to_dict()}))
+
+    def chunks_of(precision: str) -> None:
+        policy = make_policy("tiny", origin="ours", num_steps=2, num_vlm_layers=2)
+        given, noise = make_observation(policy), make_noise(policy)
+        stock = policy.predict_action_chunk(dict(given), noise=noise)
+        policy, given, noise = moved(policy), moved(given), moved(noise)
+        smolvla_fast.patch(policy, precision=precision)
+        if precision == "bf16":
+            # Without a trial: that judges by a copy of the model in another dtype, and such tensors cannot be cast in place.
+            inputs = chunk_inputs(policy, given)
+            with torch.no_grad():
+                chunks = [engine_of(policy.model).act(policy.model, *inputs, noise).cpu()]
+        else:
+            chunks = [policy.predict_action_chunk(dict(given), noise=noise).cpu() for _ in range(3)]
+        chunks = [each[..., : stock.shape[-1]] for each in chunks]  # without the padding of actions
+        errors = [float((each - stock).norm() / stock.norm()) for each in chunks]
+        print(json.dumps({"errors": errors, **smolvla_fast.status(policy).to_dict()}))
+
+    for precision in precisions:
+        chunks_of(precision)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

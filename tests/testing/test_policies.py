@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the policies are LeRobot's")
+
+from support.copies import Original
 
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
@@ -111,6 +114,26 @@ def test_same_seed_same_policy_and_random_state_untouched() -> None:
         assert x.isfinite().all(), name
 
 
+@pytest.mark.parametrize("origin", ["lerobot", "ours"])
+def test_copies_of_the_tests_are_deep_copies(origin: str) -> None:
+    """support.copies: the same bits, types and sharing of memory, and none of it the original's."""
+    policy = make_policy("tiny", origin=origin, layout="mixed")
+    found, wanted = Original(policy).copy(), copy.deepcopy(policy)
+    assert type(found) is type(wanted) and found.config == wanted.config and found.config is not policy.config
+    mine, theirs, first = (dict(each.state_dict(keep_vars=True)) for each in (found, wanted, policy))
+    assert [*mine] == [*theirs]
+    for name, tensor in mine.items():
+        other = theirs[name]
+        assert torch.equal(tensor, other) and type(tensor) is type(other), name
+        assert (tensor.dtype, tensor.requires_grad) == (other.dtype, other.requires_grad), name
+        assert tensor.data_ptr() != first[name].data_ptr(), name
+
+    def shared(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
+        return [[b for b in tensors if tensors[a].data_ptr() == tensors[b].data_ptr()] for a in tensors]
+
+    assert shared(mine) == shared(theirs)
+
+
 def test_layouts_set_dtypes() -> None:
     mixed = make_policy("tiny", layout="mixed").model
     pair = mixed.vlm_with_expert
@@ -171,6 +194,8 @@ import sys
 for name in {names}:
     sys.modules[name] = None
 import torch
+from support.copies import Original
+
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 torch.set_num_threads(1)
 """

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -308,16 +308,19 @@ def test_two_encoders_at_once_fill_one_folder(video_top, filled, tmp_path):
     assert made == expected
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_an_encoder_goes_on_where_it_was_killed(video_top, filled, tmp_path, capsys):
     """Killed once some rows are known; the frames that are left are encoded, and the file is that of one run."""
     folder = tmp_path / "tokens"
-    encoder = start_encode(video_top, folder, "--batch_size=1")
+    # A fork, which has imported all.
+    command = (["encode", *flags(video_top, folder, "--batch_size=1")],)
+    encoder = multiprocessing.get_context("fork").Process(target=main, args=command)
+    encoder.start()
     until = time.monotonic() + PATIENCE
     while not any(any(path.read_bytes()) for path in folder.glob("*/tokens")) and time.monotonic() < until:
         time.sleep(0.01)
-    os.kill(encoder.pid, signal.SIGKILL)
-    encoder.communicate()
+    encoder.kill()
+    encoder.join()
     [tokens] = folder.glob("*/tokens")
     # A fast machine may be done by now; its last row then goes back to unknown.
     content = tokens.read_bytes()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -97,12 +99,23 @@ def test_accelerates_launcher_starts_one_process_on_a_cpu_and_the_command_says_s
     assert read_run(tmp_path / "run" / "checkpoints" / "last")["processes"] == 1
 
 
-@pytest.mark.slow
-def test_processes_without_a_common_seed_are_refused(bench_top, tmp_path):
-    flags = bench_top.flags(tmp_path / "run", "--seed=null")
-    status, said = launch(*ACCELERATE, "-m", "smolvla_fast.cli", "train", *flags)
-    assert status != 0 and "--seed=null: 2 processes need one seed" in said, said[-4000:]
-    assert not (tmp_path / "run").exists()
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_processes_without_a_common_seed_are_refused(bench_top, tmp_path, monkeypatch, capsys):
+    """This process and a fork of it, as a launcher's two."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def command(rank):
+        for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        return bench_top.command(tmp_path / "run", "--seed=null")
+
+    other = multiprocessing.get_context("fork").Process(target=lambda: os._exit(command(1)))
+    other.start()
+    assert command(0) == 2 and "--seed=null: 2 processes need one seed" in capsys.readouterr().err
+    other.join(PATIENCE)
+    assert other.exitcode == 2 and not (tmp_path / "run").exists()
 
 
 def test_a_launch_for_another_device_than_the_policys_is_refused(bench_top, tmp_path, monkeypatch):

@@ -289,6 +289,7 @@ def killed_in_a_save(run, finished, tmp_path, step, arm=None, arm_after_writing=
     return old, found, new
 
 
+@pytest.mark.long
 def test_a_process_killed_while_it_trains_goes_on_to_the_same_end(bench_top, tmp_path):
     """The command itself, killed from outside in the middle of a save that was made slow."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -160,7 +160,7 @@ def linear(
     out: Tensor | None = None,
     memory: Memory | None = None,
 ) -> Tensor:
-    """``y = residual + act(h·weightᵀ + bias)``, made for the 50 rows of an action chunk.
+    """``y = residual + act(h·weightᵀ + bias)``, of the few rows of an action chunk as of the many of images.
 
     x          [..., I]  dtype of weight, or fp32 with a bf16 weight: a residual stream, rounded on the way in
     weight     [O, I]  fp32 | bf16, as ``nn.Linear`` holds it, read where it lies      bias  [O], same dtype
@@ -172,27 +172,11 @@ def linear(
     out        where to write; may be ``residual`` itself, else overlapping no input
     memory     for a norm weight in fp32, where it is stored in another way; see ``ops.memory``
     returns    [..., O]  out_dtype
-    numerics   sums and epilogue in fp32, one rounding; bits independent of the number of threads and of rows
+    numerics   sums and epilogue in fp32, one rounding; bits independent of the number of threads, and of rows up to 64
     errors     as ``rms_norm``; ValueError for another activation
     replaces   q/k/v, ``o_proj``, ``down_proj`` of an expert layer, with the norm before or the addition after
     """
     return _linear("linear", x, weight, None, bias, activation, residual, out_dtype, norm, out, memory)
-
-
-def activate_(y: Tensor, activation: str) -> Tensor:
-    """``y = act(y)`` in place: what ``linear`` does to its sums, behind a product of another library.
-
-    y           [...]  fp32, contiguous
-    activation  "silu" | "gelu_tanh"
-    returns     y
-    errors      as ``rms_norm``; ValueError for another activation
-    """
-    if activation not in ("silu", "gelu_tanh"):
-        raise ValueError(f"activate_: unknown activation {activation!r}; accepted are 'silu', 'gelu_tanh'")
-    check("activate_", torch.float32, {"y": (y, y.shape)})
-    kernel = extension.load("cpu").activate_float32
-    kernel(y.data_ptr(), y.numel(), ACTIVATIONS[activation], torch.get_num_threads())
-    return y
 
 
 def swiglu(

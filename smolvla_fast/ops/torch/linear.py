@@ -27,12 +27,6 @@ def onednn_serves(dtype: torch.dtype) -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX") and onednn_has(dtype)
 
 
-def onednn_on_avx2() -> bool:
-    """Whether fp32 products are oneDNN's on 256-bit vectors. There its products are ahead of our kernel's, and its
-    GELU is behind ours; ``smolvla-fast tune`` says by how much on a machine."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2" and onednn_has(torch.float32)
-
-
 @cache
 def onednn_has(dtype: torch.dtype) -> bool:
     """Whether this torch build has oneDNN's fused linear for CPU tensors of this dtype on this CPU."""
@@ -73,13 +67,8 @@ def onednn(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
-    *,
-    activate_: Callable[[Tensor, str], Tensor] | None = None,
 ) -> Tensor:
-    """The same by oneDNN's product with what follows it, CPU tensors.
-
-    activate_  (y, activation) -> y, in place, behind the product; None: oneDNN's own, inside it
-    """
+    """The same by oneDNN's product with what follows it, CPU tensors."""
     x = x.to(weight.dtype)
     if activation not in _ATTR:
         return reference.linear(x, weight, bias, activation, residual)  # raises, naming what is accepted
@@ -87,9 +76,6 @@ def onednn(
     bias, residual = (None if each is None else each.contiguous() for each in (bias, residual))
     if residual is not None and activation is None and residual.dtype is weight.dtype:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
-    if activation is not None and activate_ is not None:
-        y = activate_(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""), activation)
-        return y if residual is None else y.add_(residual)
     attr, algorithm = _ATTR[activation]
     y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, [], algorithm)
     return y if residual is None else residual + y
