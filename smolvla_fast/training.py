@@ -168,11 +168,12 @@ def _steps(run: Run, log: Log | None, on_step: Callable[[int, dict[str, float]],
         if log:
             on_step(run.step, facts)
             log.add(run.step, run.samples, **facts)
-        if run.data.held_out is not None and _due(run.step, settings.eval_steps):
+        if run.data.held_out is not None and settings.eval_steps and run.step % settings.eval_steps == 0:
             loss = _held_out_loss(run)
             if log:
                 log.write(run.step, {"eval_loss": loss})
-        if settings.save_checkpoint and (_due(run.step, settings.save_freq) or run.step == settings.steps):
+        due = settings.save_freq and run.step % settings.save_freq == 0
+        if settings.save_checkpoint and (due or run.step == settings.steps):
             _refuse_nonfinite_weights(run, checkpoints.kept())
             if log:
                 checkpoints.save(run.step, settings.steps, lambda folder: write_checkpoint(run, folder))
@@ -337,7 +338,3 @@ def write_checkpoint(run: Run, folder: Path) -> None:
     run.postprocess.save_pretrained(pretrained)
     files.write_json(pretrained / "train_config.json", run.settings.to_lerobot())
     files.save_state(folder, run)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

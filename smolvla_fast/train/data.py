@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,15 +40,11 @@ class Data:
     names: dict[str, str]
 
     @property
-    def meta(self) -> Any:
-        return self.train.meta
-
-    @property
     def stats(self) -> dict[str, Any]:
         """The dataset's numeric statistics, under the policy's names."""
         return {
             self.names[key]: {n: v for n, v in entry.items() if np.asarray(v).dtype.kind in "biuf"}
-            for key, entry in (self.meta.stats or {}).items()
+            for key, entry in (self.train.meta.stats or {}).items()
             if key in self.names and isinstance(entry, Mapping)
         }
 
@@ -70,16 +67,14 @@ def open_data(settings: TrainSettings) -> Data:
         check_backend(wanted.video_backend, bool(meta.video_keys))
         backend = wanted.video_backend or (None if meta.video_keys else "pyav")
         train_episodes, eval_episodes = split_episodes(settings, meta)
-
-        def read(episodes: list[int] | None) -> Any:
-            return LeRobotDataset(
-                wanted.repo_id, **where, episodes=episodes, video_backend=backend, tolerance_s=settings.tolerance_s,
-                delta_timestamps=resolve_delta_timestamps(policy, meta), return_uint8=True,
-            )  # fmt: skip
-
         names = policy_names(meta.features, settings.rename_map)
         fill_features(settings, meta.features, names)
-        data = Data(read(train_episodes), read(eval_episodes) if eval_episodes else None, names)
+        read = partial(
+            LeRobotDataset, wanted.repo_id, **where, video_backend=backend, tolerance_s=settings.tolerance_s,
+            delta_timestamps=resolve_delta_timestamps(policy, meta), return_uint8=True,
+        )  # fmt: skip
+        held_out = read(episodes=eval_episodes) if eval_episodes else None
+        data = Data(read(episodes=train_episodes), held_out, names)
         for part in filter(None, (data.train, data.held_out)):
             check_files(part)
             check_values(part, names)

@@ -97,7 +97,7 @@ def open_known_frames(
 
     raises  TrainingError where there is no room
     """
-    known, meta = KnownFrames(find_policy(policy)), data.meta
+    known, meta = KnownFrames(find_policy(policy)), data.train.meta
     if not (settings.image_cache or settings.image_cache_dir):
         return known, ""
     model = known.policy.model
@@ -133,10 +133,12 @@ def open_known_frames(
             return known, f", image_cache without effect ({error})"
     vlm = model.vlm_with_expert.get_vlm_model()
     tower = [*vlm.vision_model.parameters(), *vlm.connector.parameters()]
+    decoder: Any = data.train.reader._video_backend if meta.video_keys else "pillow"
+    packages = {"pyav": "av", "video_reader": "torchvision"}
     about = {
         "dataset": [settings.dataset.repo_id, str(meta.revision), _fingerprint(meta)],
         "cameras": [names[key] for key in known.cameras],
-        "image decoder": _decoder(data.train.reader, bool(meta.video_keys)),
+        "image decoder": f"{decoder} {version(packages.get(decoder, decoder))}",  # another may make other pixels
         "vision tower": _digest(tower),
         "dtype": str(tokens.dtype),
         RESULT: _digest([tokens]),
@@ -166,12 +168,6 @@ def _fingerprint(meta: Any) -> str:
     found = [(name, (meta.root / name).stat()) for name in names if (meta.root / name).exists()]
     facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
     return blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
-
-
-def _decoder(reader: Any, videos: bool) -> str:
-    """Which package makes pixels of files, and its release: another may make others."""
-    name: Any = getattr(reader, "_video_backend", None) if videos else "pillow"
-    return f"{name} {version({'pyav': 'av', 'video_reader': 'torchvision'}.get(name, name))}"
 
 
 def _digest(tensors: list[Tensor]) -> str:

@@ -32,9 +32,6 @@ class Readable(Dataset):
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, row: int) -> Any:
         try:
             return self.dataset[row]

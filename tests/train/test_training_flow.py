@@ -194,7 +194,7 @@ def test_train_reads_video_frames(tmp_path, bench_top):
     run = bench_top.prepare(tmp_path / "run", *flags, steps=1)
     frame = next(training_batches(run.settings, run.data.train, 0))["observation.images.front"]
     assert frame.dtype is torch.uint8  # a quarter of the traffic; floats on the device
-    assert run.data.meta.video_keys == ["observation.images.front", "observation.images.wrist"]
+    assert run.data.train.meta.video_keys == ["observation.images.front", "observation.images.wrist"]
 
 
 def test_epochs_are_whole_and_in_another_order(bench_top, tmp_path):
