@@ -233,18 +233,19 @@ def test_train_names_an_unreadable_file(bench_top, tmp_path, capsys, monkeypatch
     assert "meta/stats.json" in message and "Permission denied" in message
 
 
-def test_train_names_a_folder_that_cannot_be_listed(bench_top, tmp_path, capsys, monkeypatch):
-    root, listed = root_of(bench_top.data, tmp_path), os.listdir
+@pytest.mark.parametrize("call, closed", [("listdir", ""), ("stat", "meta/info.json")])
+def test_train_names_a_folder_or_file_that_is_closed(call, closed, bench_top, tmp_path, capsys, monkeypatch):
+    root, original = root_of(bench_top.data, tmp_path), getattr(os, call)
     (root / "meta/info.json").unlink()
 
-    def closed(path="."):
-        if Path(path) == root:
+    def refusing(path, *arguments, **options):
+        if not isinstance(path, int) and Path(path) == root / closed:
             raise PermissionError(13, "Permission denied", str(path))
-        return listed(path)
+        return original(path, *arguments, **options)
 
-    monkeypatch.setattr(os, "listdir", closed)
+    monkeypatch.setattr(os, call, refusing)
     message = refused(bench_top, tmp_path / "run", capsys, f"--dataset.root={root}")
-    assert f"{root} cannot be read" in message and "Permission denied" in message
+    assert f"{root / closed} cannot be read" in message and "Permission denied" in message, message
 
 
 @pytest.mark.parametrize("backend", ["torchcodec", "gpu"])
