@@ -194,8 +194,6 @@ import sys
 for name in {names}:
     sys.modules[name] = None
 import torch
-from support.copies import Original
-
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 torch.set_num_threads(1)
 """
