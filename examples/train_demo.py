@@ -146,7 +146,7 @@ def evaluate(run: Path) -> bool:
     settings = TrainSettings.from_dict(
         {**read_run(checkpoint)["settings"], "num_workers": 0, "max_eval_samples": 0}
     )
-    batches = list(held_out_batches(settings, open_data(settings).held_out))
+    batches = [raw for _, raw in held_out_batches(settings, open_data(settings).held_out)]
     policy = SmolVLAPolicy.from_pretrained(checkpoint / "pretrained_model")
     preprocess, postprocess = make_pre_post_processors(policy.config, checkpoint / "pretrained_model")
 

@@ -25,22 +25,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .ops.memory import is_out_of_memory
+from .smolvla.features import ACTION
 from .train import checkpoint as files
 from .train import processes
 from .train.checkpoint import Checkpoints
-from .train.data import (
-    Data,
-    frames_of,
-    held_out_batches,
-    held_out_frames,
-    open_data,
-    to_floats,
-    training_batches,
-)
-from .train.dataset_files import first_line
+from .train.data import Data, frames_of, held_out_batches, open_data, to_floats, training_batches
 from .train.disk import check_output_dir, make_folder
-from .train.errors import TrainingError
-from .train.finite import not_finite, refuse_nonfinite_weights
+from .train.errors import TrainingError, root_cause
 from .train.known_frames import KnownFrames, kept, open_known_frames
 from .train.log import Log
 from .train.policy import check_policy, make_policy, make_processors, speed_up
@@ -48,6 +39,8 @@ from .train.random_state import seed_all, seeded
 from .train.resume import batch_size_of
 from .train.settings import TrainSettings
 from .train.trial import try_step
+
+CALMER = "try a lower --policy.optimizer_lr, more --policy.scheduler_warmup_steps"
 
 
 @dataclass
@@ -116,13 +109,11 @@ def train(
             _steps(run, log, on_step)
             if log:
                 log.close()
-        except BaseException:
+        finally:
             # The error that stopped the run matters, not a disk too full for one more line.
-            with suppress(TrainingError):
+            with suppress(Exception):
                 if log:
                     log.close()
-            raise
-        finally:
             processes.finish_trackers(run.accelerator)
             run.known.close()
             run.accelerator, run.model = None, run.policy
@@ -131,13 +122,15 @@ def train(
 
 @contextmanager
 def _told_how_to_go_on(output_dir: Path) -> Iterator[None]:
-    """Adds what to do to errors of data, of memory and of missing packages, raised anywhere in a run."""
+    """Adds what to do to errors of missing packages, of data and of memory, the latter raised anywhere in a run."""
+    try:  # before the run, whose callbacks may lack packages of their own
+        import accelerate  # noqa: F401
+
+        from .train import reader  # noqa: F401  which reads the datasets of LeRobot 0.6
+    except ImportError as error:
+        raise TrainingError(f'{error}; on Python 3.12 run `pip install "smolvla_fast[train]"`') from error
     try:
         yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("accelerate", "draccus", "lerobot", "psutil"):
-            raise  # of the caller's own code
-        raise TrainingError(f'{error}; run `pip install "smolvla_fast[train]"`') from error
     except (TrainingError, RuntimeError, MemoryError) as error:
         said = str(error)
         fixed = [flag for flag in ("--dataset.episodes", "--tolerance_s") if flag in said]
@@ -150,12 +143,12 @@ def _told_how_to_go_on(output_dir: Path) -> Iterator[None]:
         elif "DataLoader worker" in said:  # torch's signal handler raises it wherever the run is
             again = "go on with --resume=true and" if last else "run again with"
             message = (
-                f"a process that reads data died ({first_line(error)}), often for want of memory; {again} a smaller "
+                f"a process that reads data died ({root_cause(error)}), often for want of memory; {again} a smaller "
                 "--num_workers, 0 reads in the process that trains"
             )
         elif is_out_of_memory(error):
             message = (
-                f"a step needs more memory than there is ({first_line(error)}). Give a smaller --batch_size, with more "
+                f"a step needs more memory than there is ({root_cause(error)}). Give a smaller --batch_size, with more "
                 "--gradient_accumulation_steps for as many samples, or --dtype=bf16"
                 + (f", to {new}" if last else "")
             )
@@ -175,12 +168,13 @@ def _steps(run: Run, log: Log | None, on_step: Callable[[int, dict[str, float]],
         if log:
             on_step(run.step, facts)
             log.add(run.step, run.samples, **facts)
-        if run.data.held_out is not None and _due(run.step, settings.eval_steps):
+        if run.data.held_out is not None and settings.eval_steps and run.step % settings.eval_steps == 0:
             loss = _held_out_loss(run)
             if log:
                 log.write(run.step, {"eval_loss": loss})
-        if settings.save_checkpoint and (_due(run.step, settings.save_freq) or run.step == settings.steps):
-            refuse_nonfinite_weights(run, checkpoints.last())
+        due = settings.save_freq and run.step % settings.save_freq == 0
+        if settings.save_checkpoint and (due or run.step == settings.steps):
+            _refuse_nonfinite_weights(run, checkpoints.kept())
             if log:
                 checkpoints.save(run.step, settings.steps, lambda folder: write_checkpoint(run, folder))
             run.accelerator.wait_for_everyone()
@@ -189,12 +183,11 @@ def _steps(run: Run, log: Log | None, on_step: Callable[[int, dict[str, float]],
 @torch.no_grad()
 def _held_out_loss(run: Run) -> float:
     """Mean flow-matching loss over the held-out samples, at the same noise and times on every call."""
-    settings, total = run.settings, 0.0
-    frames = held_out_frames(settings, run.data.held_out)
+    total, frames = 0.0, 0
     run.policy.eval()
     with seeded(7):
-        for number, raw in enumerate(held_out_batches(settings, run.data.held_out, run.place)):
-            samples = frames_of(settings, frames, number, run.place[1])
+        for samples, raw in held_out_batches(run.settings, run.data.held_out, run.place):
+            frames += samples
             total += samples * loss_of(run, run.policy, run.prepared(raw), samples).item()
     run.policy.train()
     mean = torch.tensor(total / frames, device=run.policy.config.device)
@@ -245,8 +238,7 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
     preset = settings.policy.get_optimizer_preset()
     optimizer = preset.build(policy.get_optim_params(), fused=fused or None)
     scheduler = settings.policy.get_scheduler_preset().build(optimizer, settings.steps)
-    several = accelerator.num_processes > 1
-    model = accelerator.prepare_model(policy, device_placement=False) if several else policy
+    model = accelerator.prepare_model(policy, device_placement=False) if place[1] > 1 else policy
     run = Run(
         settings, asked, data, policy, accelerator, model, preprocess, postprocess,
         optimizer, scheduler, 0, path + words, known, place,
@@ -288,13 +280,39 @@ def update(run: Run, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
     facts = accelerator.reduce(torch.stack([torch.stack(losses).mean().float(), norm.float()]), "mean")
     mean, grad_norm = facts.tolist()
     if not (math.isfinite(mean) and math.isfinite(grad_norm)):
-        raise TrainingError(not_finite(run, mean, grad_norm, seen))
+        raise TrainingError(_not_finite(run, mean, grad_norm, seen))
     rate = run.optimizer.param_groups[0]["lr"]
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.scheduler.step()
     update_s = time.perf_counter() - begun - data_s
     return {"loss": mean, "grad_norm": grad_norm, "lr": rate, "data_s": data_s, "update_s": update_s}
+
+
+def _not_finite(run: Run, loss: float, grad_norm: float, batches: list[dict[str, Any]]) -> str:
+    """The message for a loss or gradient that is not finite: which frames hold such values, or what to try."""
+    causes = []
+    for raw in batches:
+        # Preprocessed again, since statistics can make NaN out of finite data.
+        batch = run.prepared(raw)
+        floats = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        if bad := [key for key, value in floats.items() if not value.isfinite().all()]:
+            frames = batch["index"].tolist() if isinstance(batch.get("index"), Tensor) else len(batch[ACTION])
+            causes.append(f"{bad} of the frames {frames} hold such values")
+    finite = f"the data of the step, {run.samples} samples, are finite: {CALMER}"
+    cause = f"{'; '.join(causes)}: repair the data or its statistics" if causes else finite
+    return f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}; {cause}. The step was not taken"
+
+
+def _refuse_nonfinite_weights(run: Run, kept: str) -> None:
+    """TrainingError for trained weights that are not finite: a checkpoint of them would be useless."""
+    trained = [(name, p) for name, p in run.policy.named_parameters() if p.requires_grad]
+    bad = [name for name, parameter in trained if not parameter.isfinite().all()]
+    if bad:
+        raise TrainingError(
+            f"step {run.step}: {len(bad)} of {len(trained)} trained weights are not finite, the first is {bad[0]}. Nothing "
+            f"was saved, {kept}. {CALMER.capitalize()}, or a larger --policy.optimizer_eps"
+        )
 
 
 def loss_of(run: Run, model: Any, batch: dict[str, Any], samples: int) -> Tensor:
@@ -319,11 +337,4 @@ def write_checkpoint(run: Run, folder: Path) -> None:
     run.preprocess.save_pretrained(pretrained)
     run.postprocess.save_pretrained(pretrained)
     files.write_json(pretrained / "train_config.json", run.settings.to_lerobot())
-    count = run.place[1]
-    place = {"step": run.step, "num_processes": count, "batch_size": run.samples // count}
-    facts = {"settings": run.settings.to_dict(), "asked": run.asked, "frames": len(run.data.train)}
-    files.save_state(folder, run, place, {**facts, "processes": count})
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    files.save_state(folder, run)

@@ -68,7 +68,7 @@ def _main(argv: Sequence[str] | None) -> int:
         if os.environ.get(DEBUG):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
-        if isinstance(error, ModuleNotFoundError):
+        if isinstance(error, ImportError):
             reason += f'; run `pip install "smolvla_fast[{NEEDS.get(name, "cli")}]"`'
         else:
             reason += f". This command did not foresee it; {DEBUG}=1 shows where it came from"

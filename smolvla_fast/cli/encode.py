@@ -26,7 +26,7 @@ from ..train.flags import read_settings
 from ..train.known_frames import KnownFrames, kept, open_known_frames
 from ..train.policy import check_policy, make_policy, make_processors, speed_up
 from ..train.random_state import seeded
-from ..train.readable import KNOWN, Readable
+from ..train.readable import KNOWN
 from ..train.settings import TrainSettings
 from ..train.trial import try_step
 from .train import add_arguments
@@ -78,7 +78,7 @@ def fill(settings: TrainSettings, data: Data, preprocess: Any, known: KnownFrame
     with tqdm(total=total, unit="frame", disable=None, dynamic_ncols=True) as bar:
         for part, rows in parts:
             batches = BatchSampler(rows, settings.batch_size, drop_last=False)
-            for raw in loader_of(settings, Readable(part), part.meta, batches):
+            for raw in loader_of(settings, part, batches):
                 if not raw[KNOWN].all():
                     known.tokens({**preprocess(to_floats(raw, device)), **kept(raw, device)})
                 new += int((~raw[KNOWN]).sum())

@@ -163,9 +163,12 @@ class _Reader:
         self.frames = Readable(dataset)
 
     def __call__(self, frame: Frame) -> dict[str, Any]:
-        item = self.frames[self.rows[int(frame.episode), frame.number]]
-        if not isinstance(item, dict):
-            raise CommandError(item.message)
+        from ..train.errors import TrainingError
+
+        try:
+            item = self.frames[self.rows[int(frame.episode), frame.number]]
+        except TrainingError as error:
+            raise CommandError(str(error)) from error
         return {key: value for key, value in item.items() if key.startswith(OBS_PREFIX) or key == "task"}
 
 

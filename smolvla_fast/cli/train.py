@@ -12,6 +12,7 @@ Started as `-m smolvla_fast.cli train` by `accelerate launch --multi_gpu` or tor
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from datetime import timedelta
 from typing import Any
 
@@ -57,7 +58,7 @@ def _note(name: str) -> str:
 def run(args: argparse.Namespace, console: Console) -> int:
     try:
         settings, checkpoint = read_settings(vars(args))
-        with Progress(settings, console) as progress:
+        with closing(Progress(settings, console)) as progress:
             done = train(settings, resume=checkpoint, on_begin=progress.begin, on_step=progress.step)
     except TrainingError as error:
         raise CommandError(str(error)) from error
@@ -74,17 +75,14 @@ class Progress:
         self.bar: Any = None
         self.window = Window()
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *reason: Any) -> None:
+    def close(self) -> None:
         # The curve matters most for a run that stopped, by an error or by hand.
         if self.bar is not None:
             self.bar.close()
             draw(self.settings, self.console)
 
     def begin(self, run: Run) -> None:
-        held_out = run.data.held_out
+        held_out, steps = run.data.held_out, self.settings.steps
         total = sum(p.numel() for p in run.policy.parameters())
         trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
         self.console.line(
@@ -94,30 +92,27 @@ class Progress:
             f"{'bf16 autocast' if self.settings.bf16 else 'fp32'}, {run.path}"
         )
         self.console.line(
-            f"steps {run.step + 1} to {self.settings.steps}, {run.samples} samples each, "
+            f"steps {run.step + 1} to {steps}, {run.samples} samples each, "
             f"{run.step * run.samples / len(run.data.train):.1f} epochs done"
         )
-        steps = {"initial": run.step, "total": self.settings.steps, "unit": "step"}
-        self.bar = tqdm(**steps, disable=None, dynamic_ncols=True)
+        self.bar = tqdm(initial=run.step, total=steps, unit="step", disable=None, dynamic_ncols=True)
         self.samples = run.samples
 
     def step(self, step: int, facts: dict[str, float]) -> None:
         self.window.add(self.samples, **facts)
-        means = self.window.means()
-        due = self.settings.log_freq and step % self.settings.log_freq == 0
-        if not self.bar.disable:
-            shown = {"loss": f"{facts['loss']:.4f}", "grad norm": f"{facts['grad_norm']:.3g}"}
-            self.bar.set_postfix({**shown, "samples/s": f"{means['samples_per_s']:.3g}"}, refresh=False)
-            self.bar.update()
-        elif due:
-            left = (self.settings.steps - step) * self.samples / means["samples_per_s"]
-            self.console.line(
-                f"step {step:>6,} of {self.settings.steps:,}  loss {means['loss']:.4f}  "
-                f"grad norm {means['grad_norm']:.3g}  lr {facts['lr']:.2e}  "
-                f"{means['samples_per_s']:.3g} samples/s  {timedelta(seconds=round(left))} left"
-            )
-        if due:
+        means, steps = self.window.means(), self.settings.steps
+        speed = f"{means['samples_per_s']:.3g}"
+        shown = {"loss": f"{facts['loss']:.4f}", "grad norm": f"{facts['grad_norm']:.3g}", "samples/s": speed}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        if self.settings.log_freq and step % self.settings.log_freq == 0:
             self.window = Window()
+            left = timedelta(seconds=round((steps - step) * self.samples / means["samples_per_s"]))
+            if self.bar.disable:
+                self.console.line(
+                    f"step {step:>6,} of {steps:,}  loss {means['loss']:.4f}  grad norm {means['grad_norm']:.3g}  "
+                    f"lr {facts['lr']:.2e}  {speed} samples/s  {left} left"
+                )
 
 
 def draw(settings: TrainSettings, console: Console) -> None:

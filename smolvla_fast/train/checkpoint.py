@@ -19,7 +19,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
@@ -36,6 +35,7 @@ OPTIMIZER, GROUPS = "optimizer_state.safetensors", "optimizer_param_groups.json"
 SCHEDULER, RANDOM = "scheduler_state.json", "rng_state.safetensors"
 STEP, RUN = "training_step.json", "run.json"
 PARTIAL, OLD = ".partial", ".old"
+ANOTHER = f"take another checkpoint, with --config_path=CHECKPOINT/{PRETRAINED}/train_config.json"
 
 
 class Checkpoints:
@@ -46,7 +46,6 @@ class Checkpoints:
 
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / "checkpoints"
-        self._warned = False
 
     def save(self, step: int, total_steps: int, write: Callable[[Path], None]) -> None:
         """Lets ``write(folder)`` fill a folder, makes it the checkpoint of ``step`` and points `last` at it.
@@ -54,7 +53,7 @@ class Checkpoints:
         raises  TrainingError where the disk is full or refuses; then earlier checkpoints stay and nothing of this one does
         """
         final = self.folder / f"{step:0{max(6, len(str(total_steps)))}d}"
-        aside = final.with_name(f".{final.name}{PARTIAL}")
+        aside, old = (final.with_name(f".{final.name}{end}") for end in (PARTIAL, OLD))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clear()
@@ -62,43 +61,39 @@ class Checkpoints:
             write(aside)
             for path in (*aside.rglob("*"), aside, self.folder):
                 flush(path)  # or the rename may reach the disk before the bytes
-            self._put(aside, final)
+            if final.exists():  # a run resumed at an earlier step writes this one again
+                os.rename(final, old)
+            os.rename(aside, final)
+            self._point_at(final.name)
+            flush(self.folder)
+            shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
-            raise TrainingError(self._refused(final, error)) from error
-
-    def _put(self, aside: Path, final: Path) -> None:
-        old = final.with_name(f".{final.name}{OLD}")
-        if final.exists():  # a run resumed at an earlier step writes this one again
-            os.rename(final, old)
-        os.rename(aside, final)
-        self._point_at(final.name)
-        flush(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
+            free = shutil.disk_usage(next(p for p in self.folder.parents if p.exists())).free
+            raise TrainingError(
+                f"cannot write checkpoint {final}: {error} ({free / 2**20:,.0f} MiB free there); {self.kept()}. "
+                f"{advice(error).capitalize()} and go on with --resume=true and the same --output_dir"
+            ) from error
 
     def _point_at(self, name: str) -> None:
         """Makes `last` a link to a checkpoint, or `last.txt` a note where links are refused, never both."""
         link, note, aside = (self.folder / entry for entry in (LAST, NOTE, f".{LAST}{PARTIAL}"))
-        aside.unlink(missing_ok=True)
         try:
             aside.symlink_to(name)
             replace(aside, link)
+            note.unlink(missing_ok=True)
         except OSError as error:
-            aside.unlink(missing_ok=True)
-            aside.write_text(name, encoding="utf-8")
-            flush(aside)
-            replace(aside, note)
-            with suppress(OSError):
-                if link.is_symlink():
-                    link.unlink()
-            if not self._warned:
-                self._warned = True
+            if not note.exists():
                 logger.warning(
                     "%s cannot be made a symbolic link (%s); %s names the last checkpoint instead. --resume=true reads it, "
                     "other programs want the folder of a step", link, error.strerror or error, note,
                 )  # fmt: skip
-        else:
-            note.unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
+            aside.write_text(name, encoding="utf-8")
+            flush(aside)
+            replace(aside, note)
+            with suppress(OSError):  # there is none, or a folder in its place
+                link.unlink()
 
     def _clear(self) -> None:
         """Removes what a killed process left half written, and moves back a checkpoint that it moved aside."""
@@ -107,15 +102,6 @@ class Checkpoints:
             shutil.rmtree(path) if place.exists() else os.rename(path, place)
         for path in self.folder.glob(f".*{PARTIAL}"):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-    def _refused(self, final: Path, error: Exception) -> str:
-        last = self.last()
-        kept = f"the last checkpoint, {last}, is whole" if last else "there is no checkpoint before it"
-        free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
-        return (
-            f"cannot write checkpoint {final}: {error} ({free / 2**20:,.0f} MiB free there); {kept}. "
-            f"{advice(error).capitalize()} and go on with --resume=true and the same --output_dir"
-        )
 
     def last(self) -> Path | None:
         """The newest whole checkpoint: the one `last` names or, where a kill left it dangling, the highest step."""
@@ -126,53 +112,52 @@ class Checkpoints:
         if name and (self.folder / name / STATE).is_dir():
             return self.folder / name
         steps = [p for p in self.folder.glob("[0-9]*") if p.name.isdigit() and (p / STATE).is_dir()]
-        # A kill between the two renames of `_put` leaves a whole checkpoint moved aside; of equal steps the first wins.
+        # A kill between the two renames of `save` leaves a whole checkpoint moved aside; of equal steps the first wins.
         steps += [p for p in self.folder.glob(f".[0-9]*{OLD}") if (p / STATE).is_dir()]
         # A copy of the run that followed links has a folder instead of the link.
         copied = link if (link / STATE).is_dir() else None
         return max(steps, key=lambda p: int("".join(filter(str.isdigit, p.name))), default=copied)
 
+    def kept(self) -> str:
+        """In words, what is there after a save that failed."""
+        last = self.last()
+        return f"the last checkpoint, {last}, is whole" if last else "there is no checkpoint before it"
 
-def save_state(folder: Path, run: Any, place: dict[str, int], facts: dict[str, Any]) -> None:
-    """Writes ``training_state`` of a ``Run``: the files that LeRobot's ``load_training_state`` reads, and ``run.json``.
 
-    place  step, num_processes and batch_size (per process and step), of which LeRobot computes its place in the data
-    facts  what ``run.json`` holds
-    """
-    folder = folder / STATE
+def save_state(folder: Path, run: Any) -> None:
+    """Writes ``training_state`` of a ``Run``: the files that LeRobot's ``load_training_state`` reads, and ``run.json``."""
+    from lerobot.optim import save_optimizer_state, save_scheduler_state
+
+    folder, state, processes = folder / STATE, run.optimizer.state_dict(), run.place[1]
     folder.mkdir()
-    state = run.optimizer.state_dict()
-    entries = state["state"].items()
-    tensors = {f"state/{i}/{name}": t.contiguous() for i, entry in entries for name, t in entry.items()}
-    save_file(tensors, str(folder / OPTIMIZER))
-    save_file(random_state.collect(), str(folder / RANDOM))
     # How an update is computed belongs to the run, not to the checkpoint, as in LeRobot's file.
-    write_json(folder / GROUPS, [{**group, "fused": None} for group in state["param_groups"]])
-    write_json(folder / SCHEDULER, run.scheduler.state_dict())
+    groups = [{**group, "fused": None} for group in state["param_groups"]]
+    save_optimizer_state(run.optimizer, folder, {**state, "param_groups": groups})
+    save_scheduler_state(run.scheduler, folder)
+    save_file(random_state.collect(), folder / RANDOM)
+    place = {"step": run.step, "num_processes": processes, "batch_size": run.samples // processes}
     write_json(folder / STEP, place)
-    write_json(folder / RUN, facts)
+    facts = {"settings": run.settings.to_dict(), "asked": run.asked, "frames": len(run.data.train)}
+    write_json(folder / RUN, {**facts, "processes": processes})
 
 
 def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -> int:
     """Restores optimizer, scheduler and the process's random state; returns the step. TrainingError for broken files."""
+    from lerobot.utils.utils import unflatten_dict
+
     folder = checkpoint / STATE
     try:
-        entries: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in load_file(str(folder / OPTIMIZER)).items():
-            _, index, name = key.split("/", 2)
-            entries.setdefault(int(index), {})[name] = value
+        entries = unflatten_dict(load_file(folder / OPTIMIZER))["state"]
         groups = _read(folder / GROUPS)
         for group, own in zip(groups, optimizer.param_groups, strict=False):  # torch refuses another number
             group["fused"] = own["fused"]
-        optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        optimizer.load_state_dict({"state": {int(i): entries[i] for i in entries}, "param_groups": groups})
         scheduler.load_state_dict(_read(folder / SCHEDULER))
         step = int(_read(folder / STEP)["step"])
-        random_state.restore(load_file(str(folder / RANDOM)))
+        random_state.restore(load_file(folder / RANDOM))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(
-            f"{folder} cannot be resumed from ({type(error).__name__}: {error}); take another checkpoint of "
-            f"{checkpoint.parent} with --config_path=CHECKPOINT/{PRETRAINED}/train_config.json"
-        ) from error
+        said = f"{folder} cannot be resumed from ({type(error).__name__}: {error}); {ANOTHER}"
+        raise TrainingError(said) from error
     return step
 
 

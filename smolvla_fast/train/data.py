@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ from torch.utils.data import BatchSampler, DataLoader
 from ..smolvla import NormalizationMode, SmolVLAConfig
 from ..smolvla.features import ACTION, OBS_PREFIX, OBS_STATE
 from ..smolvla.normalization import statistics_fault
-from .dataset_files import check_backend, check_files, not_opened
+from .dataset_files import check_backend, check_files, not_opened, place_of
 from .errors import TrainingError
 from .features import fill_features, policy_names
-from .readable import Batches, Collate, Readable
+from .readable import Collate, Readable
 from .settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -39,15 +40,11 @@ class Data:
     names: dict[str, str]
 
     @property
-    def meta(self) -> Any:
-        return self.train.meta
-
-    @property
     def stats(self) -> dict[str, Any]:
         """The dataset's numeric statistics, under the policy's names."""
         return {
             self.names[key]: {n: v for n, v in entry.items() if np.asarray(v).dtype.kind in "biuf"}
-            for key, entry in (self.meta.stats or {}).items()
+            for key, entry in (self.train.meta.stats or {}).items()
             if key in self.names and isinstance(entry, Mapping)
         }
 
@@ -55,18 +52,13 @@ class Data:
 def open_data(settings: TrainSettings) -> Data:
     """Opens the dataset, fills empty features of ``settings.policy`` from it, and checks both.
 
-    raises  TrainingError: no LeRobot, no such dataset, another camera or size than the policy's, missing statistics,
-            values that are not finite
+    raises  TrainingError: no such dataset, another camera or size than the policy's, missing statistics,
+            values that are not finite; ImportError without LeRobot 0.6
     """
-    try:
-        from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata, resolve_delta_timestamps
+    from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata, resolve_delta_timestamps
 
-        from .reader import read_by_column
-    except ImportError as error:
-        raise TrainingError(
-            f"LeRobot 0.6's datasets are needed to train and cannot be imported ({error}); on Python 3.12 or later run "
-            '`pip install "smolvla_fast[train]"`'
-        ) from error
+    from .reader import read_by_column
+
     wanted, policy = settings.dataset, settings.policy
     where = dict(root=wanted.root, revision=wanted.revision)
     try:
@@ -75,16 +67,14 @@ def open_data(settings: TrainSettings) -> Data:
         check_backend(wanted.video_backend, bool(meta.video_keys))
         backend = wanted.video_backend or (None if meta.video_keys else "pyav")
         train_episodes, eval_episodes = split_episodes(settings, meta)
-
-        def read(episodes: list[int] | None) -> Any:
-            return LeRobotDataset(
-                wanted.repo_id, **where, episodes=episodes, video_backend=backend, tolerance_s=settings.tolerance_s,
-                delta_timestamps=resolve_delta_timestamps(policy, meta), return_uint8=True,
-            )  # fmt: skip
-
         names = policy_names(meta.features, settings.rename_map)
         fill_features(settings, meta.features, names)
-        data = Data(read(train_episodes), read(eval_episodes) if eval_episodes else None, names)
+        read = partial(
+            LeRobotDataset, wanted.repo_id, **where, video_backend=backend, tolerance_s=settings.tolerance_s,
+            delta_timestamps=resolve_delta_timestamps(policy, meta), return_uint8=True,
+        )  # fmt: skip
+        held_out = read(episodes=eval_episodes) if eval_episodes else None
+        data = Data(read(episodes=train_episodes), held_out, names)
         for part in filter(None, (data.train, data.held_out)):
             check_files(part)
             check_values(part, names)
@@ -102,26 +92,24 @@ def open_data(settings: TrainSettings) -> Data:
 
 def split_episodes(settings: TrainSettings, meta: Any) -> tuple[list[int] | None, list[int]]:
     """Episodes to train on (None: all) and to hold out: the last ``ceil(n * eval_split)`` of each task, as in LeRobot."""
-    chosen = settings.dataset.episodes
-    unknown = [index for index in chosen or [] if not 0 <= index < meta.total_episodes]
-    if unknown:
+    chosen, share = settings.dataset.episodes, settings.dataset.eval_split
+    if unknown := [index for index in chosen or [] if index >= meta.total_episodes]:
         last = meta.total_episodes - 1
         raise TrainingError(f"--dataset.episodes={chosen}: there are episodes 0 to {last}, not {unknown}")
-    if not settings.dataset.eval_split:
+    if not share:
         return chosen, []
     by_task: dict[str, list[int]] = {}
     for index in range(meta.total_episodes) if chosen is None else chosen:
         by_task.setdefault((meta.episodes["tasks"][index] or [""])[0], []).append(index)
     train, held_out = list[int](), list[int]()
     for episodes in by_task.values():
-        kept = len(episodes) - math.ceil(len(episodes) * settings.dataset.eval_split)
+        kept = len(episodes) - math.ceil(len(episodes) * share)
         train += episodes[:kept]
         held_out += episodes[kept:]
     if not train:
         alone = all(len(episodes) == 1 for episodes in by_task.values())
         advice = "leave it out: no task has a second episode" if alone else "give a smaller share"
-        given = settings.dataset.eval_split
-        raise TrainingError(f"--dataset.eval_split={given} leaves no episode to train on; {advice}")
+        raise TrainingError(f"--dataset.eval_split={share} leaves no episode to train on; {advice}")
     return train, held_out
 
 
@@ -129,10 +117,8 @@ def check_statistics(config: SmolVLAConfig, stats: dict[str, Any] | None, names:
     """TrainingError unless every normalised feature has finite statistics of its size; a warning for a renamed one."""
     features = {**(config.input_features or {}), **(config.output_features or {})}
     for source, key in names.items():
-        mode = IDENTITY
-        if key in features:
-            mode = config.normalization_mapping.get(features[key].type.value, IDENTITY)
-        if mode is IDENTITY:
+        kind = features[key].type.value if key in features else ""
+        if (mode := config.normalization_mapping.get(kind, IDENTITY)) is IDENTITY:
             continue
         if fault := statistics_fault(source, features[key], mode, stats, "meta/stats.json"):
             raise TrainingError(
@@ -160,10 +146,8 @@ def check_values(dataset: Any, names: dict[str, str]) -> None:
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             row, column = bad[0].tolist()
-            held = dataset.hf_dataset.data
-            episode, frame = (held.column(name)[row].as_py() for name in ("episode_index", "frame_index"))
             raise TrainingError(
-                f"{key!r} is {values[row, column].item()} at frame {frame} of episode {episode} (value {column}), and "
+                f"{key!r} is {values[row, column].item()} at {place_of(dataset, row)[1]} (value {column}), and "
                 f"{len(bad[:, 0].unique())} frames have such values. Repair them, or leave them out with --dataset.episodes"
             )
 
@@ -223,7 +207,7 @@ def training_batches(
     size = settings.batch_size * place[1]
     epoch, batches = divmod(first, math.ceil(len(sampler) / size))
     sampler.load_state_dict({"epoch": epoch, "start_index": batches * size})
-    loader = loader_of(settings, Readable(dataset), dataset.meta, Shares(sampler, settings.batch_size, place))
+    loader = loader_of(settings, dataset, Shares(sampler, settings.batch_size, place))
     while True:
         yield from loader
 
@@ -231,44 +215,42 @@ def training_batches(
 def few_samples(settings: TrainSettings, dataset: Any) -> dict[str, Any]:
     """The first and the last frame as a batch, read in this process."""
     rows = [[0, len(dataset) - 1]]
-    return next(iter(loader_of(replace(settings, num_workers=0), Readable(dataset), dataset.meta, rows)))
+    return next(iter(loader_of(replace(settings, num_workers=0), dataset, rows)))
 
 
-def held_out_batches(settings: TrainSettings, dataset: Any, place: tuple[int, int] = (0, 1)) -> Batches:
-    """Batches of the held-out frames in order: all, or ``max_eval_samples`` of them evenly spread."""
-    count = held_out_frames(settings, dataset)
+def held_out_batches(
+    settings: TrainSettings, dataset: Any, place: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Batches of the held-out frames in order, all or ``max_eval_samples`` of them evenly spread, each behind how many
+    frames all processes read for it."""
+    count = min(len(dataset), settings.max_eval_samples or len(dataset))
     rows = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
-    return loader_of(settings, Readable(dataset), dataset.meta, Shares(rows, settings.batch_size, place))
+    loader = loader_of(settings, dataset, Shares(rows, settings.batch_size, place))
+    for number, raw in enumerate(loader):
+        yield frames_of(settings, count, number, place[1]), raw
 
 
-def held_out_frames(settings: TrainSettings, dataset: Any) -> int:
-    return min(len(dataset), settings.max_eval_samples or len(dataset))
-
-
-def loader_of(settings: TrainSettings, dataset: Any, meta: Any, batches: Any) -> Batches:
+def loader_of(settings: TrainSettings, dataset: Any, batches: Any) -> DataLoader:
     from lerobot.utils.collate import lerobot_collate_fn
 
-    workers, options = settings.num_workers, dict[str, Any]()
-    if workers:
-        options |= dict(persistent_workers=True, prefetch_factor=4)
-        if meta.video_keys:
-            options["multiprocessing_context"] = "spawn"  # video decoders do not survive a fork
-    loader = DataLoader(
-        dataset,
+    workers = settings.num_workers
+    return DataLoader(
+        Readable(dataset),
         batch_sampler=batches,
         num_workers=workers,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        # Video decoders do not survive a fork.
+        multiprocessing_context="spawn" if workers and dataset.meta.video_keys else None,
         pin_memory=torch.device(settings.policy.device or "cpu").type == "cuda",
-        collate_fn=Collate(lerobot_collate_fn if meta.has_language_columns else None),
+        collate_fn=Collate(lerobot_collate_fn if dataset.meta.has_language_columns else None),
         # Without a generator of its own, every epoch would take a number from the one that draws noise.
         generator=torch.Generator().manual_seed(settings.seed or 0),
-        **options,
     )
-    return Batches(loader)
 
 
 def to_floats(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
     """Moves uint8 camera frames to the device, a quarter of fp32's traffic, and converts them there to fp32 in [0, 1]."""
-
     frames = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.dtype is torch.uint8}
     floats = {k: v.to(device, non_blocking=True).to(torch.float32) / 255.0 for k, v in frames.items()}
     return {**batch, **floats}

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from .errors import TrainingError
+from .errors import TrainingError, root_cause
 
 LACKING = {errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 """Errors of a file system that lacks a call."""
@@ -31,10 +31,8 @@ def make_folder(folder: Path) -> None:
         with NamedTemporaryFile(dir=folder) as file:
             file.write(b"0")
     except (OSError, ValueError) as error:
-        raise TrainingError(
-            f"--output_dir={folder} cannot be written to ({getattr(error, 'strerror', None) or error}); "
-            f"{advice(error)}, or give another"
-        ) from error
+        said = f"--output_dir={folder} cannot be written to ({root_cause(error)}); {advice(error)}, or give another"
+        raise TrainingError(said) from error
 
 
 def check_output_dir(folder: Path, new: bool) -> None:
@@ -72,10 +70,9 @@ def replace(source: Path, target: Path) -> None:
     try:
         os.replace(source, target)
     except OSError as error:
-        folder = target.is_dir() and not target.is_symlink()
-        if folder or error.errno not in LACKING | {errno.EEXIST, errno.EACCES}:
+        if error.errno not in LACKING | {errno.EEXIST, errno.EACCES}:
             raise
-        target.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)  # not of a folder, which stays
         os.rename(source, target)
 
 

@@ -24,25 +24,21 @@ def policy_names(features: Mapping[str, Any], rename_map: dict[str, str]) -> dic
     renamed = {name: rename_map.get(name, name) if name.startswith(OBS_PREFIX) else name for name in features}
     sources: dict[str, str] = {}
     for old, new in renamed.items():
-        if sources.setdefault(new, old) != old:
-            both = (sources[new], old)
-            cameras = [name for name in both if features[name].get("dtype") in ("image", "video")]
-            if len(cameras) == 1:
-                camera, other = cameras[0], next(name for name in both if name not in cameras)
-                wrong, fits = (other, camera) if new == camera or ".image" in new else (camera, other)
-                wrong = wrong if wrong in rename_map else fits
-                left = {name: to for name, to in rename_map.items() if name != wrong}
-                raise TrainingError(
-                    f"--rename_map gives {camera!r}, a camera, and {other!r}, which is none, the same name {new!r}; leave "
-                    f"{wrong!r} out of it" + (f": --rename_map {as_flag(left)}" if left else "")
-                )
-            spare = next((name for name in both if name not in rename_map), None)
-            advice = "a name of its own for each"
-            if spare:
-                advice = f"{as_flag({**rename_map, spare: f'{spare}_unused'})} to leave {spare!r} out"
-            raise TrainingError(
-                f"{both[0]!r} and {both[1]!r} would be the policy's {new!r}; give --rename_map {advice}"
-            )
+        both = sources.setdefault(new, old), old
+        if both[0] == old:
+            continue
+        cameras = [name for name in both if features[name].get("dtype") in ("image", "video")]
+        what = f"{both[0]!r} and {both[1]!r} would be the policy's {new!r}"
+        if len(cameras) == 1:
+            what += f", and only {cameras[0]!r} is a camera"
+            # At fault is the one that was renamed; of two, the one that is not what the name says.
+            out = max(rename_map.keys() & both, key=lambda name: (name in cameras) != (".image" in new))
+            left = {name: to for name, to in rename_map.items() if name != out}
+        else:
+            out = next((name for name in both if name not in rename_map), "")
+            left = {**rename_map, out: f"{out}_unused"}
+        advice = f"{as_flag(left)} to leave {out!r} out" if out else "a name of its own for each"
+        raise TrainingError(f"{what}; give --rename_map {advice}")
     return renamed
 
 
@@ -87,14 +83,13 @@ def fill_features(settings: TrainSettings, features: dict[str, Any], names: dict
 def _missing(settings: TrainSettings, found: dict[str, Any], names: dict[str, str], key: str) -> str:
     """The message for a missing state or action, with another state to rename instead, of the same size if possible."""
     has = [name for name, new in names.items() if new in found]
+    said = f"the dataset has no {key!r}, which SmolVLA trains on; it has {has}"
     states = [name for name in has if found[names[name]].type in (FeatureType.STATE, FeatureType.ENV)]
+    if key == ACTION or not states or not settings.policy_path:
+        return said
     declared = settings.policy.robot_state_feature
-    states.sort(key=lambda name: declared is None or found[names[name]].shape != declared.shape)
-    advice = ""
-    if key == OBS_STATE and states and settings.policy_path:
-        flag = as_flag({**settings.rename_map, states[0]: key})
-        advice = f". Give --rename_map {flag} if that is the robot's state"
-    return f"the dataset has no {key!r}, which SmolVLA trains on; it has {has}{advice}"
+    near = min(states, key=lambda name: declared is None or found[names[name]].shape != declared.shape)
+    return f"{said}. Give --rename_map {as_flag({**settings.rename_map, near: key})} if that is the robot's state"
 
 
 def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], names: dict[str, str]) -> None:

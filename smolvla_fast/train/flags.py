@@ -15,9 +15,9 @@ from ..smolvla import SmolVLAConfig
 from ..smolvla.devices import best_device, device_is_available
 from ..smolvla.hub import find_file
 from .checkpoint import STATE, Checkpoints
-from .errors import TrainingError
+from .errors import TrainingError, root_cause
 from .resume import go_on
-from .settings import CHOICES, GROUPS, TrainSettings, accepted, flags, shown
+from .settings import CHOICES, GROUPS, TrainSettings, accepted, flags, nearest, shown
 
 # Flags of lerobot-train without a counterpart here: the values that are accepted, since they ask for nothing (None: any),
 # and the advice for other values. A name covers all names below it.
@@ -66,7 +66,6 @@ def read_settings(given: dict[str, str]) -> tuple[TrainSettings, Path | None]:
     file = _load(config_path) if config_path is not None else {}
     if file.pop("resume", False):
         raise TrainingError(f"--config_path={config_path} is of a run that goes on; add --resume=true")
-    typed = "type" in asked.get("policy", {})
     merged = merge({"policy": {}, "dataset": {}}, file, asked)
     if merged.get("output_dir") is None:
         merged["output_dir"] = f"outputs/train/{datetime.now():%Y-%m-%d/%H-%M-%S}_smolvla"
@@ -77,8 +76,6 @@ def read_settings(given: dict[str, str]) -> tuple[TrainSettings, Path | None]:
         source = policy.get("pretrained_path")
     elif not str(source):
         raise TrainingError("--policy.path is empty: give a folder or Hub id; without it, weights are fresh")
-    elif typed:
-        raise TrainingError("--policy.path and --policy.type: give one; a checkpoint says its own type")
     else:
         try:
             base = SmolVLAConfig.from_pretrained(str(source)).to_dict()
@@ -101,8 +98,8 @@ def _value(name: str, text: str) -> Any:
         if name in TEXTS:
             return text
         words = f"; accepted is {accepted(SETTINGS[name])}" if name in SETTINGS else ""
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise TrainingError(f"--{name}={text}: cannot be read as YAML ({reason}){words}") from error
+        said = f"cannot be read as YAML ({root_cause(error)})"
+        raise TrainingError(f"--{name}={text}: {said}{words}") from error
     return value if name not in TEXTS or value is None or isinstance(value, str) else text
 
 
@@ -133,37 +130,22 @@ def _ours(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     kept = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if name in GROUPS and isinstance(value, dict):
-            kept[key] = _ours(value, f"{name}.")
-        elif (
-            name in SETTINGS
-            or name in ("resume", "policy.path", "policy.type")
-            or (name, value) == ("peft", None)
-        ):
+        if name in (*SETTINGS, "resume", "policy.path", "policy.type") or (name, value) == ("peft", None):
             kept[key] = value
+        elif name in GROUPS and not isinstance(value, dict):
+            example = f"such as {name}: {{{GROUPS[name]}}}"
+            raise TrainingError(f"{name} is {shown(value)}: {name} must hold names and values, {example}")
         elif name in GROUPS:
-            raise TrainingError(
-                f"{name} is {shown(value)}: {name} must hold names and values, such as {name}: {{{GROUPS[name]}}}"
-            )
-        else:
-            _refuse_absent(name, value)
+            kept[key] = _ours(value, f"{name}.")
+        elif isinstance(value, dict) and value:
+            _ours(value, f"{name}.")
+        elif not (rule := nearest(name, LEROBOTS)):
+            near = get_close_matches(name, SETTINGS, 1)
+            raise TrainingError(f"no setting --{name}" + (f"; did you mean --{near[0]}?" if near else ""))
+        elif (accepts := LEROBOTS[rule][0]) is not None and value not in accepts:
+            words = f"must be {' or '.join(map(shown, accepts))}; {LEROBOTS[rule][1]}"
+            raise TrainingError(f"--{name}={shown(value)}: {words}")
     return kept
-
-
-def _refuse_absent(name: str, value: Any) -> None:
-    if isinstance(value, dict) and value:
-        for key, entry in value.items():
-            _refuse_absent(f"{name}.{key}", entry)
-        return
-    rule = name
-    while rule and rule not in LEROBOTS:
-        rule = rule.rpartition(".")[0]
-    if not rule:
-        near = get_close_matches(name, SETTINGS, 1)
-        raise TrainingError(f"no setting --{name}" + (f"; did you mean --{near[0]}?" if near else ""))
-    values, instead = LEROBOTS[rule]
-    if values is not None and value not in values:
-        raise TrainingError(f"--{name}={shown(value)}: must be {' or '.join(map(shown, values))}; {instead}")
 
 
 def _check_device(name: Any) -> None:

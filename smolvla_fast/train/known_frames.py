@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,9 @@ from ..patch import find_policy
 from ..patching.runtime import runtime_of
 from ..patching.training_forward import TrainingMixin
 from .data import Data, few_samples, to_floats
-from .dataset_files import EPISODES, INFO
+from .dataset_files import EPISODES, INFO, files_of
 from .disk import advice
-from .errors import TrainingError
+from .errors import TrainingError, root_cause
 from .readable import KNOWN, TOKENS
 from .settings import TrainSettings
 
@@ -63,10 +62,8 @@ class KnownFrames:
         new = self.encoded(batch)
         for frame, tokens in zip(batch["index"][~known].tolist(), new.cpu(), strict=True):
             self.store.write(frame, tokens)
-        if not known.any():
-            return new
         found = new.new_empty(len(known), *new.shape[1:])
-        found[known], found[~known] = batch[TOKENS], new
+        found[known], found[~known] = batch.get(TOKENS, new[:0]), new
         return found
 
     @contextmanager
@@ -100,7 +97,7 @@ def open_known_frames(
 
     raises  TrainingError where there is no room
     """
-    known, meta = KnownFrames(find_policy(policy)), data.meta
+    known, meta = KnownFrames(find_policy(policy)), data.train.meta
     if not (settings.image_cache or settings.image_cache_dir):
         return known, ""
     model = known.policy.model
@@ -125,24 +122,23 @@ def open_known_frames(
         pixels = torch.randint(0, 256, raw[key].shape, generator=noise)
         raw[key] = pixels.byte() if raw[key].dtype is torch.uint8 else (pixels / 255).to(raw[key].dtype)
     batch = preprocess(to_floats(raw, settings.policy.device or "cpu"))
-    known.store, none = (
-        SimpleNamespace(write=lambda *_: None),
-        torch.zeros(len(batch["index"]), dtype=torch.bool),
-    )
     with autocast, torch.no_grad(), torch.random.fork_rng():
         tokens = known.encoded({key: batch[key][:1] for key in known.cameras})
+        size = len(batch["index"])
+        all_known = {KNOWN: torch.ones(size, dtype=torch.bool), TOKENS: tokens.expand(size, -1, -1, -1)}
         try:  # where stock has to compute the loss of such a batch, forward refuses tokens
-            with known.given(batch | {KNOWN: none}):
+            with known.given(batch | all_known):
                 known.policy.forward(batch)
         except ValueError as error:
-            known.store = None
             return known, f", image_cache without effect ({error})"
     vlm = model.vlm_with_expert.get_vlm_model()
     tower = [*vlm.vision_model.parameters(), *vlm.connector.parameters()]
+    decoder: Any = data.train.reader._video_backend if meta.video_keys else "pillow"
+    packages = {"pyav": "av", "video_reader": "torchvision"}
     about = {
         "dataset": [settings.dataset.repo_id, str(meta.revision), _fingerprint(meta)],
         "cameras": [names[key] for key in known.cameras],
-        "image decoder": _decoder(data.train.reader, bool(meta.video_keys)),
+        "image decoder": f"{decoder} {version(packages.get(decoder, decoder))}",  # another may make other pixels
         "vision tower": _digest(tower),
         "dtype": str(tokens.dtype),
         RESULT: _digest([tokens]),
@@ -151,13 +147,12 @@ def open_known_frames(
     frames = np.unique(np.concatenate([part.hf_dataset.data.column("index").to_numpy() for part in parts]))
     folder, limit, shape = settings.image_cache_dir, settings.image_cache, tuple(tokens.shape[1:])
     try:
-        known.store, words = open_store(
-            Path(folder) if folder else None, limit, frames, shape, tokens.dtype, about
-        )
+        place = Path(folder) if folder else None
+        known.store, words = open_store(place, limit, frames, shape, tokens.dtype, about)
     except (OSError, ValueError) as error:
         flag = f"--image_cache_dir={folder}" if folder else f"--image_cache={limit}"
         raise TrainingError(
-            f"{flag} cannot hold the image tokens: {getattr(error, 'strerror', None) or error}; {advice(error)}, give "
+            f"{flag} cannot hold the image tokens: {root_cause(error)}; {advice(error)}, give "
             "another --image_cache_dir, or another --image_cache for the first frames alone"
         ) from error
     known.readers = [part.reader for part in parts]
@@ -168,21 +163,11 @@ def open_known_frames(
 
 def _fingerprint(meta: Any) -> str:
     """Of the files of a dataset that frames are read from: names, sizes, times of change."""
-    found = {INFO, *(path.relative_to(meta.root) for path in (meta.root / EPISODES).rglob("*.parquet"))}
-    for index in range(meta.total_episodes):
-        found |= {
-            meta.get_data_file_path(index),
-            *(meta.get_video_file_path(index, k) for k in meta.video_keys),
-        }
-    files = [(name, meta.root / name) for name in sorted(map(str, found))]
-    facts = [(name, p.stat().st_size, p.stat().st_mtime_ns) for name, p in files if p.exists()]
+    tables = {path.relative_to(meta.root) for path in (meta.root / EPISODES).rglob("*.parquet")}
+    names = sorted({INFO, *map(str, tables), *map(str, files_of(meta, range(meta.total_episodes)))})
+    found = [(name, (meta.root / name).stat()) for name in names if (meta.root / name).exists()]
+    facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
     return blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
-
-
-def _decoder(reader: Any, videos: bool) -> str:
-    """Which package makes pixels of files, and its release: another may make others."""
-    name: Any = getattr(reader, "_video_backend", None) if videos else "pillow"
-    return f"{name} {version({'pyav': 'av', 'video_reader': 'torchvision'}.get(name, name))}"
 
 
 def _digest(tensors: list[Tensor]) -> str:

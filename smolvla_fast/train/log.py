@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .disk import advice, replace
-from .errors import TrainingError
+from .errors import TrainingError, root_cause
 
 NAME = "train_log.jsonl"
 
@@ -68,7 +68,7 @@ class Log:
             if path != self.path:
                 replace(path, self.path)
         except OSError as error:
-            said = f"cannot write {path}: {error.strerror or error}; {advice(error)} and resume"
+            said = f"cannot write {path}: {root_cause(error)}; {advice(error)} and resume"
             raise TrainingError(said) from error
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,12 @@ from typing import Any
 import torch
 
 from ..ops.processor import why_bf16_is_slow
-from ..smolvla import SmolVLAConfig, SmolVLAPolicy, make_pre_post_processors
+from ..smolvla import SmolVLAPolicy, make_pre_post_processors
 from ..smolvla.hub import is_absent
 from ..smolvla.processor_smolvla import PREPROCESSOR_NAME, not_normalised, unnormalized
 from ..smolvla.processor_steps import RenameObservationsProcessorStep
 from ..smolvla.weights_io import WeightsError
+from .checkpoint import ANOTHER
 from .errors import TrainingError
 from .settings import TrainSettings
 
@@ -40,7 +39,12 @@ def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
         config.use_peft = adapted or settings.peft is not None
         policy_class: Any = SmolVLAPolicy
         if settings.implementation == "lerobot" or config.use_peft:
-            config, policy_class = _lerobot(config)
+            import draccus
+            from lerobot.configs import PreTrainedConfig
+            from lerobot.policies.smolvla import modeling_smolvla
+
+            policy_class = modeling_smolvla.SmolVLAPolicy
+            config = draccus.decode(PreTrainedConfig, config.to_dict())
         base = source
         if adapted:
             from peft import PeftConfig, PeftModel
@@ -82,16 +86,6 @@ def check_policy(settings: TrainSettings) -> None:
         raise TrainingError(f"no policy can be made of {given}: {error}") from error
 
 
-def _lerobot(config: SmolVLAConfig) -> tuple[Any, Any]:
-    """The configuration in LeRobot's class, through the JSON file that both read, and LeRobot's policy class."""
-    from lerobot.configs import PreTrainedConfig
-    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy as LeRobotPolicy
-
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
-        return PreTrainedConfig.from_pretrained(folder), LeRobotPolicy
-
-
 def speed_up(policy: Any, settings: TrainSettings) -> tuple[bool, str]:
     """Patches the policy for training where possible. Returns whether to fuse the optimizer, and the outcome in words.
 
@@ -104,21 +98,20 @@ def speed_up(policy: Any, settings: TrainSettings) -> tuple[bool, str]:
         return False, "plain, as asked for"
     patch(policy, training=True)
     now = status(policy)
-    reason = f"{DISABLE} is set" if disabled() else now.training_fallback
-    if reason is None:
-        device = torch.device(policy.config.device).type
-        parts = ["patched for training"]
-        if modules := now.training_fallback_reasons.get("frozen prefix"):
-            parts.append(f"but for the frozen prefix ({modules})")
-        if fused := device in ("cpu", "cuda"):
-            parts.append("AdamW fused")
-        if settings.bf16 and device == "cpu" and (slow := why_bf16_is_slow()):
-            parts.append(f"products in fp32 ({slow})")
-        return fused, ", ".join(parts)
-    unpatch(policy)
-    if settings.fast == "on":
-        raise TrainingError(f"--fast=on: {reason}; use --fast=auto, which then trains the plain policy")
-    return False, f"plain: {reason}"
+    if reason := f"{DISABLE} is set" if disabled() else now.training_fallback:
+        unpatch(policy)
+        if settings.fast == "on":
+            raise TrainingError(f"--fast=on: {reason}; use --fast=auto, which then trains the plain policy")
+        return False, f"plain: {reason}"
+    device = torch.device(policy.config.device).type
+    parts = ["patched for training"]
+    if modules := now.training_fallback_reasons.get("frozen prefix"):
+        parts.append(f"but for the frozen prefix ({modules})")
+    if fused := device in ("cpu", "cuda"):
+        parts.append("AdamW fused")
+    if settings.bf16 and device == "cpu" and (slow := why_bf16_is_slow()):
+        parts.append(f"products in fp32 ({slow})")
+    return fused, ", ".join(parts)
 
 
 def make_processors(
@@ -135,16 +128,25 @@ def make_processors(
     if source is not None and not resume and is_absent(source, f"{PREPROCESSOR_NAME}.json"):
         logger.warning("%s has no %s.json: processors are made from the dataset", source, PREPROCESSOR_NAME)
         source = None
+    config, outputs = settings.policy, settings.policy.output_features or {}
+    scaled = {"features": outputs, "norm_map": config.normalization_mapping}
+    before = {
+        "rename_observations_processor": {"rename_map": settings.rename_map},
+        "normalizer_processor": {**scaled, "features": {**(config.input_features or {}), **outputs}},
+    }
+    after = {"unnormalizer_processor": scaled}
+    given = dict(dataset_stats=stats, preprocessor_overrides=before, postprocessor_overrides=after)
     try:
-        preprocess, postprocess = _processors(settings, stats, source, resume)
+        preprocess, postprocess = make_pre_post_processors(config, source, **({} if resume else given))
     except (OSError, ValueError, KeyError) as error:
         if source is None:
             raise
-        way_out = f"copy or download them again, or remove {PREPROCESSOR_NAME}.json to have them made from the dataset"
-        if resume:
-            config_path = "--config_path=CHECKPOINT/pretrained_model/train_config.json"
-            way_out = f"take another checkpoint of {Path(source).parent.parent} with {config_path}"
-        raise TrainingError(f"cannot read the processors of {source}: {error}; {way_out}") from error
+        again = f"copy or download them again, or remove {PREPROCESSOR_NAME}.json to have them made from the dataset"
+        said = f"cannot read the processors of {source}: {error}; {ANOTHER if resume else again}"
+        raise TrainingError(said) from error
+    if source is None:
+        rename = next(step for step in preprocess.steps if isinstance(step, RenameObservationsProcessorStep))
+        rename.rename_map = settings.rename_map
     if faults := unnormalized(settings.policy, preprocess.steps, postprocess.steps):
         raise TrainingError(
             f"the processors of {source} leave values as they are, {not_normalised(faults)}; take another checkpoint, "
@@ -152,23 +154,3 @@ def make_processors(
             "off with --policy.normalization_mapping"
         )
     return preprocess, postprocess
-
-
-def _processors(settings: TrainSettings, stats: dict[str, Any], source: Any, resume: bool) -> tuple[Any, Any]:
-    config = settings.policy
-    if source is None:
-        preprocess, postprocess = make_pre_post_processors(config, dataset_stats=stats)
-        rename = next(step for step in preprocess.steps if isinstance(step, RenameObservationsProcessorStep))
-        rename.rename_map = settings.rename_map
-        return preprocess, postprocess
-    if resume:
-        return make_pre_post_processors(config, source)
-    outputs, norm_map = config.output_features or {}, config.normalization_mapping
-    scaled = {"features": {**(config.input_features or {}), **outputs}, "norm_map": norm_map}
-    return make_pre_post_processors(
-        config, source, dataset_stats=stats,
-        preprocessor_overrides={
-            "rename_observations_processor": {"rename_map": settings.rename_map}, "normalizer_processor": scaled,
-        },
-        postprocessor_overrides={"unnormalizer_processor": {"features": outputs, "norm_map": norm_map}},
-    )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..patch import find_policy
 from .data import share
 from .disk import TRACKERS, make_folder
-from .errors import TrainingError
+from .errors import TrainingError, root_cause
 from .settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def make_accelerator(settings: TrainSettings) -> Any:
     """An ``Accelerator`` in a fresh state of accelerate. TrainingError for a tracker that is not installed, for a device
     other than the policy's, for several processes without a seed, and for FSDP, DeepSpeed and other launches that split a
     model."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import GradientAccumulationPlugin
@@ -69,12 +69,10 @@ def make_accelerator(settings: TrainSettings) -> Any:
         log_with=[*trackers] or None,
         project_dir=settings.output_dir / TRACKERS,
     )
-    if accelerator.distributed_type not in (
-        DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
-    ):  # fmt: skip
+    if (kind := accelerator.distributed_type.value) not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU"):
         raise TrainingError(
-            f"accelerate was launched for {accelerator.distributed_type.value}; accepted are one process, and several "
-            "that each hold the whole policy (MULTI_CPU, MULTI_GPU); mend `accelerate config`, or use lerobot-train"
+            f"accelerate was launched for {kind}; accepted are one process, and several that each hold the whole policy "
+            "(MULTI_CPU, MULTI_GPU); mend `accelerate config`, or use lerobot-train"
         )
     if accelerator.device.type != device:
         raise TrainingError(
@@ -110,9 +108,12 @@ def start_trackers(accelerator: Any, settings: TrainSettings) -> None:
         accelerator.init_trackers(wandb.project, flat, {"wandb": given})
     except Exception as error:  # each tracker raises its own
         names = " and ".join(map(str, accelerator.log_with))
+        said = (
+            f"{' '.join(str(error).split())} ({root_cause(error)})" if error.__cause__ else root_cause(error)
+        )
         raise TrainingError(
-            f"{names} cannot start: {' '.join(str(error).split()) or type(error).__name__}; mend that (wandb: run `wandb "
-            "login`, or give --wandb.mode=offline), or leave out --wandb.enable and --log_with"
+            f"{names} cannot start: {said}; mend that (wandb: run `wandb login`, or give --wandb.mode=offline), or leave "
+            "out --wandb.enable and --log_with"
         ) from error
     for tracker in accelerator.trackers:
         if tracker.name == "wandb":

@@ -28,10 +28,10 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 def seed_all(seed: int | None) -> None:
     """Seeds the generators of python, numpy and torch; None leaves them as they are."""
+    from accelerate.utils import set_seed
+
     if seed is not None:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        torch.manual_seed(seed)
+        set_seed(seed)
 
 
 def collect() -> dict[str, Tensor]:
@@ -41,24 +41,19 @@ def collect() -> dict[str, Tensor]:
     and each under its number. The normal numbers that python and numpy hold back are kept in fp64 (LeRobot rounds numpy's
     to fp32 and drops python's). LeRobot ignores names it does not know.
     """
-    from lerobot.utils.random_utils import serialize_numpy_rng_state
+    from lerobot.utils.random_utils import serialize_numpy_rng_state, serialize_python_rng_state
 
-    version, words, held = random.getstate()
+    state = {**serialize_python_rng_state(), **serialize_numpy_rng_state()}
+    state["torch_rng_state"] = torch.get_rng_state()
     *_, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
-    state = {
-        **serialize_numpy_rng_state(), "np_rng_cached_gaussian": torch.tensor([gauss], dtype=torch.float64),
-        "py_rng_version": torch.tensor([version]), "py_rng_state": torch.tensor(words),
-        "torch_rng_state": torch.get_rng_state(),
-    }  # fmt: skip
-    if held is not None:
+    state["np_rng_cached_gaussian"] = torch.tensor([gauss], dtype=torch.float64)
+    if (held := random.getstate()[2]) is not None:
         state["py_rng_gauss"] = torch.tensor([held], dtype=torch.float64)
     kind, module = _accelerator()
-    if kind == "mps":
-        state["torch_mps_rng_state"] = module.get_rng_state()
-    elif kind is not None:
+    if module:
         for i in range(module.device_count()):
             state[f"torch_{kind}_rng_state_{i}"] = module.get_rng_state(i)
-        state[f"torch_{kind}_rng_state"] = state[f"torch_{kind}_rng_state_{module.current_device()}"].clone()
+        state[f"torch_{kind}_rng_state"] = module.get_rng_state(_current(module))
     return state
 
 
@@ -75,22 +70,19 @@ def restore(state: dict[str, Tensor], *, here: bool = False) -> None:
     deserialize_numpy_rng_state(state)
     torch.set_rng_state(state["torch_rng_state"])
     kind, module = _accelerator()
-    if kind == "mps" and "torch_mps_rng_state" in state:
-        module.set_rng_state(state["torch_mps_rng_state"])
-    elif kind not in (None, "mps"):
-        current = module.current_device()
-        for i in range(module.device_count()):
-            name = f"torch_{kind}_rng_state" + ("" if i == current and not here else f"_{i}")
-            if name in state:
-                module.set_rng_state(state[name], i)
+    for i in range(module.device_count() if module else 0):
+        name = f"torch_{kind}_rng_state" + ("" if i == _current(module) and not here else f"_{i}")
+        if name in state:
+            module.set_rng_state(state[name], i)
 
 
 def _accelerator() -> tuple[str | None, Any]:
     """Type and module of the accelerator, such as "cuda" and ``torch.cuda``; None where none is there or in use."""
-    if torch.backends.mps.is_available():
-        return "mps", torch.mps
-    for kind in ("cuda", "xpu"):
-        module = getattr(torch, kind, None)
-        if module is not None and module.is_available() and module.is_initialized():
-            return kind, module
-    return None, None
+    device = torch.accelerator.current_accelerator()
+    module = torch.get_device_module(device) if device else None
+    in_use = module and getattr(module, "is_initialized", module.is_available)()
+    return (device.type, module) if device and in_use else (None, None)
+
+
+def _current(module: Any) -> int:
+    return module.current_device() if hasattr(module, "current_device") else 0  # torch.mps has one alone

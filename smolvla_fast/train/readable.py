@@ -1,147 +1,102 @@
-"""Names the file, episode and frame that cannot be read, across worker processes.
-
-A ``DataLoader`` turns a worker's error into a text with its traceback. So a worker returns the message in place of the
-batch, and the training process raises it.
-"""
+"""Names the file, episode and frame that cannot be read, across worker processes."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
-from .dataset_files import AGAIN, first_line, other_backend, video_fault
-from .errors import TrainingError
+from .dataset_files import AGAIN, file_fault, other_backend, place_of
+from .errors import TrainingError, root_cause
 
 KNOWN, TOKENS = "image_tokens_known", "image_tokens"
 """Of a sample, bool and [C, tokens, M]; of a batch [B] and, for those that are known, [known, C, tokens, M]."""
 
 
-@dataclass
-class Unreadable:
-    """Returned instead of a frame or batch that cannot be read."""
+class Unreadable(TrainingError):
+    """A frame or batch cannot be read. Of the traceback, as which a ``DataLoader`` raises a worker's error anew, the last
+    part is kept: the message."""
 
-    message: str
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
 
 
 class Readable(Dataset):
-    """A ``LeRobotDataset`` that returns ``Unreadable`` where it would raise."""
+    """A ``LeRobotDataset`` that raises ``Unreadable`` for a frame that cannot be read."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, row: int) -> Any:
         try:
             return self.dataset[row]
-        except (
-            Exception
-        ) as error:  # PIL, PyAV, torchcodec, pyarrow, datasets and LeRobot each raise their own
-            return Unreadable(describe(self.dataset, row, error))
+        except Exception as error:  # of PIL, PyAV, torchcodec, pyarrow, datasets or LeRobot
+            raise Unreadable(describe(self.dataset, row, error)) from error
 
 
 @dataclass
 class Collate:
-    """Frames to a batch by ``collate`` (None: torch's own), or to the first ``Unreadable`` among them.
+    """Frames to a batch by ``collate`` (None: torch's own). Raises ``Unreadable`` for frames that do not fit together.
 
-    Where some frames are ``KNOWN``, images are those of the others, and tokens theirs.
+    What some frames alone have, as images those that are not ``KNOWN``, is collated of these.
     """
 
     collate: Callable[[list[Any]], Any] | None
 
     def __call__(self, frames: list[Any]) -> Any:
-        for frame in frames:
-            if isinstance(frame, Unreadable):
-                return frame
         try:
-            return self._collated(frames)
+            shared = set.intersection(*map(set, frames))
+            all_have = [{key: frame[key] for key in frame if key in shared} for frame in frames]
+            batch = (self.collate or default_collate)(all_have)
+            for key in sorted(set().union(*frames) - shared):
+                batch[key] = default_collate([frame[key] for frame in frames if key in frame])
+            return batch
         except Exception as error:
-            where = ", ".join(
-                f"{int(frame['frame_index'])} of episode {int(frame['episode_index'])}" for frame in frames
-            )
-            shapes = {
-                key: sorted(
-                    {str(list(frame[key].shape)) for frame in frames if hasattr(frame.get(key), "shape")}
-                )
-                for key in frames[0]
-            }
-            unlike = ", ".join(
-                f"{key} of {' and '.join(found)}" for key, found in shapes.items() if len(found) > 1
-            )
-            return Unreadable(
-                f"the frames {where} make no batch: {unlike or first_line(error)}; {AGAIN}, or leave episodes out with "
-                "--dataset.episodes"
-            )
-
-    def _collated(self, frames: list[dict[str, Any]]) -> dict[str, Any]:
-        collate = self.collate or default_collate
-        if KNOWN not in frames[0]:
-            return collate(frames)
-        shared = set.intersection(*map(set, frames))
-        batch = collate([{key: frame[key] for key in frame if key in shared} for frame in frames])
-        for known in (False, True):
-            if own := [frame for frame in frames if frame[KNOWN] is known]:
-                batch |= default_collate([{k: v for k, v in f.items() if k not in shared} for f in own])
-        return batch
-
-
-class Batches:
-    """The batches of a ``DataLoader`` over ``Readable`` frames, as often as they are iterated over.
-
-    raises  TrainingError for a frame or batch that cannot be read
-    """
-
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.loader:
-            if isinstance(batch, Unreadable):
-                raise TrainingError(batch.message)
-            yield batch
+            numbers = [(int(frame["frame_index"]), int(frame["episode_index"])) for frame in frames]
+            places = ", ".join(f"{frame} of episode {episode}" for frame, episode in numbers)
+            unlike = []
+            for key in frames[0]:
+                shapes = {str(list(frame[key].shape)) for frame in frames if hasattr(frame.get(key), "shape")}
+                unlike += [f"{key} of {' and '.join(sorted(shapes))}"] if len(shapes) > 1 else []
+            raise Unreadable(
+                f"the frames {places} make no batch: {', '.join(unlike) or root_cause(error)}; {AGAIN}, or leave episodes "
+                "out with --dataset.episodes"
+            ) from error
 
 
 def describe(dataset: Any, row: int, error: Exception) -> str:
     """The message for a frame that cannot be read: where it is, why, and what to do."""
-    meta, columns = dataset.meta, dataset.hf_dataset.data
-    episode, frame = (int(columns.column(name)[row].as_py()) for name in ("episode_index", "frame_index"))
+    meta, (episode, place) = dataset.meta, place_of(dataset, row)
     key, name, error = _culprit(dataset, row, episode, error)
-    what = (
-        f"{key or 'a value'} at frame {frame} of episode {episode} cannot be read from {name} in {meta.root}"
-    )
+    what = f"{key or 'a value'} at {place} cannot be read from {name} in {meta.root}"
     leave_out = f"leave episode {episode} out with --dataset.episodes"
-    fault = video_fault(Path(meta.root) / name) if key in meta.video_keys else None
-    if fault:
+    if fault := file_fault(meta.root / name):
         return f"{what}: it {fault}; {AGAIN}, or {leave_out}"
     if type(error).__name__ == "FrameTimestampError":
         return f"{what}: {_off(error, meta.fps, dataset.tolerance_s)}, or {leave_out}"
     other = other_backend(getattr(dataset.reader, "_video_backend", None)) if key in meta.video_keys else None
     decoder = f", try --dataset.video_backend={other}" if other else ""
-    return f"{what} ({first_line(error)}); {AGAIN}{decoder}, or {leave_out}"
+    return f"{what} ({root_cause(error)}); {AGAIN}{decoder}, or {leave_out}"
 
 
-def _culprit(dataset: Any, row: int, episode: int, error: Exception) -> tuple[str | None, str, Exception]:
+def _culprit(dataset: Any, row: int, episode: int, error: Exception) -> tuple[str | None, Path, Exception]:
     """The first camera that fails when read alone, its file and its error; None and the data file without one."""
-    meta = dataset.meta
-    for key in meta.image_keys:
-        try:
-            dataset.hf_dataset.select_columns([key])[row]
-        except Exception as own:
-            return key, str(meta.get_data_file_path(episode)), own
+    meta, data = dataset.meta, dataset.meta.get_data_file_path(episode)
     time = float(dataset.hf_dataset.data.column("timestamp")[row].as_py())
-    for key in meta.video_keys:
+    for key in meta.camera_keys:
         try:
-            dataset.reader._query_videos({key: [time]}, episode)
+            if key in meta.image_keys:
+                dataset.hf_dataset.select_columns([key])[row]
+            else:
+                dataset.reader._query_videos({key: [time]}, episode)
         except Exception as own:
-            return key, str(meta.get_video_file_path(episode, key)), own
-    return None, str(meta.get_data_file_path(episode)), error
+            return key, data if key in meta.image_keys else meta.get_video_file_path(episode, key), own
+    return None, data, error
 
 
 def _off(error: Exception, fps: float, tolerance: float) -> str:

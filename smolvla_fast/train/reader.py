@@ -11,12 +11,13 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from lerobot.datasets.dataset_reader import DatasetReader
 from torch import Tensor
 
 from ..loss.token_store import TokenStore
-from .dataset_files import flat_values
 from .errors import TrainingError
 from .features import how_to_remove
 from .readable import KNOWN, TOKENS
@@ -61,10 +62,8 @@ class ColumnReader(DatasetReader):
     def _column(self, key: str) -> Any:
         columns = self.__dict__.setdefault("_columns", {})
         if key not in columns:
-            pictures = key in self._meta.image_keys
-            columns[key] = (
-                self.hf_dataset.select_columns([key]) if pictures else numbers(self.hf_dataset, key)
-            )
+            image = key in self._meta.image_keys
+            columns[key] = self.hf_dataset.select_columns([key]) if image else numbers(self.hf_dataset, key)
         return columns[key]
 
 
@@ -80,19 +79,21 @@ def numbers(hf_dataset: Any, key: str) -> Tensor:
 
     raises  TrainingError for text, and for rows of several lengths
     """
-    try:
-        column, shape = flat_values(hf_dataset.data.column(key))
-    except ValueError as error:
-        raise TrainingError(_not_numbers(key, str(error))) from error
+    column, shape = hf_dataset.data.column(key), list[int]()
+    if isinstance(column.type, pa.BaseExtensionType):  # datasets keeps arrays of two and more dimensions so
+        column = column.cast(column.type.storage_type)
+    column = column.combine_chunks()
+    while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        lengths = pc.list_value_length(column).unique().to_pylist()
+        if len(lengths) != 1 or lengths[0] is None:
+            break
+        shape += lengths
+        column = column.flatten()
     values = column.to_numpy(zero_copy_only=False)
     dtypes = {"f": torch.get_default_dtype(), "i": torch.int64, "u": torch.int64, "b": torch.bool}
     if values.dtype.kind not in dtypes:
-        raise TrainingError(_not_numbers(key, str(column.type)))
+        raise TrainingError(
+            f"{key!r} holds {column.type}; accepted as observation or action are numbers, of one shape in all frames. To "
+            f"train without it, {how_to_remove([key])}"
+        )
     return torch.tensor(values).to(dtypes[values.dtype.kind]).reshape(-1, *shape)
-
-
-def _not_numbers(key: str, found: str) -> str:
-    return (
-        f"{key!r} holds {found}; accepted as observation or action are numbers, of one shape in all frames. To train "
-        f"without it, {how_to_remove([key])}"
-    )

@@ -39,6 +39,7 @@ def go_on(asked: dict[str, Any], checkpoint: Path) -> TrainSettings:
     raises  TrainingError naming every setting that is not free, and differs from the checkpoint's and from those that
             began the run: features are empty there, where the dataset filled them in later
     """
+    from draccus.utils import deflatten
     from mergedeep import merge
 
     facts = read_run(checkpoint)
@@ -65,10 +66,8 @@ def go_on(asked: dict[str, Any], checkpoint: Path) -> TrainSettings:
         )
     if refused is not None:
         raise refused
-    for name in set(changed) & FREE_ON_RESUME:
-        group, _, key = name.rpartition(".")
-        (saved[group] if group else saved)[key] = now[name]
-    settings = TrainSettings.from_dict(saved)
+    free = {name: now[name] for name in changed if name in FREE_ON_RESUME}
+    settings = TrainSettings.from_dict(merge(saved, deflatten(free)))
     before = was["steps"]
     if settings.steps != before and min(settings.steps, before) < settings.policy.scheduler_decay_steps:
         logger.warning("steps: %d, not %d: learning rates follow the new schedule", settings.steps, before)

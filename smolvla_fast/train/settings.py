@@ -9,7 +9,7 @@ import math
 import operator
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,6 @@ CHOICES = {
     "implementation": ("ours", "lerobot"), "dtype": ("auto", "fp32", "bf16"), "fast": ("auto", "on", "off"),
     "dataset.video_backend": ("torchcodec", "pyav", "video_reader"),
 }  # fmt: skip
-OWN = (
-    "policy_path", "implementation", "fast", "image_cache", "image_cache_dir", "dtype", "gradient_accumulation_steps",
-    "log_with",
-)  # fmt: skip
-"""Settings that LeRobot has not."""
 TRACKERS = {"wandb", "trackio", "tensorboard"}
 Rule = tuple[Callable[[Any], bool], str]
 """Whether a value is accepted, and which ones are: "must be ..."."""
@@ -38,13 +33,12 @@ def _within(least: float, most: float = math.inf) -> Rule:
 
 
 MANY = 2**31 - 1
-ANY = _within(-MANY, MANY)
 # The upper bounds catch typing errors that would fill the machine's memory before anything failed. AdamW divides by eps
 # alone where a gradient is 0, so eps must be above 0 in fp32 too.
 RULES: dict[str, Rule] = {
     "seed": _within(0, 2**32 - 1), "batch_size": _within(1, 2**20), "gradient_accumulation_steps": _within(1, 2**20),
-    "steps": _within(1, MANY), "num_workers": _within(0, 1024), "image_cache": _within(0, 2**50), "log_freq": ANY,
-    "save_freq": ANY, "eval_steps": ANY, "max_eval_samples": ANY, "tolerance_s": _within(0),
+    "steps": _within(1, MANY), "num_workers": _within(0, 1024), "image_cache": _within(0, 2**50),
+    "tolerance_s": _within(0),
     "dataset.episodes": (
         lambda indices: len(indices) == len({*indices}) > 0 <= min(indices),
         "at least one episode, each once and at least 0; null takes all",
@@ -244,8 +238,11 @@ class TrainSettings:
 
         LeRobot takes one forward pass per step, so its batch size is all the samples of one of our steps.
         """
+        from lerobot.configs.train import TrainPipelineConfig
+
+        theirs = {entry.name for entry in dataclasses.fields(TrainPipelineConfig)}
         optimizer, scheduler = self.policy.get_optimizer_preset(), self.policy.get_scheduler_preset()
-        values = {name: value for name, value in self.to_dict().items() if name not in OWN}
+        values = {name: value for name, value in self.to_dict().items() if name in theirs}
         return {
             **values,
             "dataset": {name: value for name, value in values["dataset"].items() if value is not None},
@@ -279,22 +276,25 @@ def shown(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
+def nearest(name: str, known: Container[str]) -> str:
+    """The name, or the group above it, that is known; "" without one."""
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return name
+
+
 def _refusal(error: Exception, values: dict[str, Any]) -> str:
     """The message of draccus, or of a class's own check, with the flag, its value and what is accepted."""
-    path: list[str] = []
-    causes: list[BaseException] = [error]
-    for cause in causes:
-        path = [str(part) for part in getattr(cause, "key_path", path)]
-        if "instantiate" in str(cause):  # the class's own check knows better which field is wrong
-            path = []
-        causes += [cause.__cause__] if cause.__cause__ else []
+    path: Sequence[Any] = ()
+    cause: BaseException = error
+    # The last place is the closest; a class's own check has none, and knows better what is wrong.
+    while cause.__cause__:
+        path, cause = getattr(cause, "key_path", ()), cause.__cause__
     known = flags()
-    while path and ".".join(path) not in known:
-        path.pop()
-    name = ".".join(path)
+    name = nearest(".".join(map(str, getattr(cause, "key_path", path))), known)
     if name in ("", *GROUPS):
         # The message names fields of the policy; the user gave flags.
         names = "|".join(entry.name for entry in dataclasses.fields(SmolVLAConfig))
-        return re.sub(rf"\b({names})\b", r"--policy.\1", str(causes[-1]))
-    value = functools.reduce(operator.getitem, path, values)
+        return re.sub(rf"\b({names})\b", r"--policy.\1", str(cause))
+    value = functools.reduce(operator.getitem, name.split("."), values)
     return f"--{name}={shown(value)}: accepted is {accepted(known[name])}"

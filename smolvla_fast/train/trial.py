@@ -23,11 +23,6 @@ from .features import as_flag, how_to_remove
 from .random_state import seeded
 from .settings import TrainSettings
 
-ACCEPTED = (
-    "cameras [batch, 1, 3, height, width], 'observation.state' [batch, 1, n] with n <= policy.max_state_dim and 'action' "
-    "[batch, policy.chunk_size, n] with n <= policy.max_action_dim, all of numbers"
-)
-
 
 @torch.no_grad()
 def try_step(
@@ -43,10 +38,8 @@ def try_step(
         try:
             raw = few_samples(settings, data.train)
             policy.forward(preprocess(to_floats(raw, settings.policy.device or "cpu")))
-        except TrainingError:
-            raise
         except Exception as error:
-            if is_out_of_memory(error):  # no fault of the dataset
+            if isinstance(error, TrainingError) or is_out_of_memory(error):  # no fault of the dataset's
                 raise
             # Reader, processors and both implementations of the policy each raise their own.
             raise TrainingError(_message(settings, data.names, policy, raw, error)) from error
@@ -58,7 +51,11 @@ def _message(settings: TrainSettings, names: dict[str, str], policy: Any, raw: d
     if not causes:
         wanted = [*(settings.policy.input_features or {}), ACTION]
         shapes = [f"{k!r} {list(v.shape)} {str(v.dtype)[6:]}" for k, v in given.items() if k in wanted]
-        read = f"Read were {', '.join(shapes)}; accepted are {ACCEPTED}" if raw else "No sample could be read"
+        accepted = (
+            "cameras [batch, 1, 3, height, width], 'observation.state' [batch, 1, n] with n <= policy.max_state_dim and "
+            "'action' [batch, policy.chunk_size, n] with n <= policy.max_action_dim, all of numbers"
+        )
+        read = f"Read were {', '.join(shapes)}; accepted are {accepted}" if raw else "No sample could be read"
         causes = [f"{read}. Mend the dataset, or set --policy.* to fit it"]
     said = (str(error).splitlines() or [""])[0].rstrip(".")
     return f"a step on this dataset fails with {type(error).__name__}: {said}. {'; '.join(causes)}. Nothing was written"
@@ -66,21 +63,17 @@ def _message(settings: TrainSettings, names: dict[str, str], policy: Any, raw: d
 
 def _features(settings: TrainSettings, names: dict[str, str], given: dict[str, Tensor]) -> Iterator[str]:
     """Faults of the features that the policy declares, and how to train without them."""
-    config = settings.policy
-    declared = {**(config.input_features or {}), **(config.output_features or {})}
-    bad = {
-        key: fault
-        for key, feature in declared.items()
-        if key in given and (fault := _fault(config, key, feature, given[key]))
-    }
+    config, inputs = settings.policy, settings.policy.input_features or {}
+    declared = {**inputs, **(config.output_features or {})}
+    faults = {key: _fault(config, key, declared[key], given[key]) for key in declared if key in given}
+    bad = {key: fault for key, fault in faults.items() if fault}
     yield from bad.values()
-    left = {key: feature for key, feature in (config.input_features or {}).items() if key not in bad}
+    left = {key: feature for key, feature in inputs.items() if key not in bad}
     cameras = [key for key in left if left[key].type is FeatureType.VISUAL and key in given]
     if not bad or OBS_STATE in bad or ACTION in bad or not cameras:
         return
     if settings.policy_path:  # a flag would add to the checkpoint's features, not replace them
-        sources = {new: old for old, new in names.items()}
-        yield f"to train without it, {how_to_remove([sources[key] for key in bad])}"
+        yield f"to train without it, {how_to_remove([old for old, new in names.items() if new in bad])}"
     else:
         features = {k: {"type": f.type.value, "shape": list(f.shape)} for k, f in left.items()}
         yield f"give --policy.input_features={as_flag(features)} to train without {', '.join(map(repr, bad))}"

@@ -116,7 +116,7 @@ def test_a_run_ends_at_the_bits_of_one_that_encodes_at_every_epoch(top, tmp_path
     decoded.clear()
     assert steps(keeps, count) == expected
     # Two cameras, each frame once; LeRobot decodes the image of a parquet file twice a sample.
-    assert len(decoded) == 2 * frames * (1 if keeps.data.meta.video_keys else 2)
+    assert len(decoded) == 2 * frames * (1 if keeps.data.train.meta.video_keys else 2)
     assert smolvla_fast.status(looks_up.policy).training_cache["hits"] > 0
     assert same(keeps.policy.state_dict(), looks_up.policy.state_dict())
     assert all(known_rows(keeps)) and smolvla_fast.status(keeps.policy).training_stock == 0

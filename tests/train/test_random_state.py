@@ -81,10 +81,13 @@ def test_the_names_are_lerobots_and_more(kind: str, monkeypatch: pytest.MonkeyPa
     )  # LeRobot's: the current one
 
 
-def test_mps_has_one_generator_and_no_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mps_has_one_generator_that_is_never_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.mps`` has no ``current_device``."""
     generator = torch.Generator().manual_seed(3)
     mps = SimpleNamespace(
-        get_rng_state=lambda: generator.get_state(), set_rng_state=lambda state: generator.set_state(state)
+        device_count=lambda: 1,
+        get_rng_state=lambda device="mps": generator.get_state(),
+        set_rng_state=lambda state, device="mps": generator.set_state(state),
     )
     monkeypatch.setattr(random_state, "_accelerator", lambda: ("mps", mps))
     state = collect()

@@ -15,6 +15,7 @@ from support.training_runs import resume
 
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.checkpoint import PRETRAINED, STATE, Checkpoints
+from smolvla_fast.train.disk import replace
 from smolvla_fast.train.log import Log, read_log
 
 pytestmark = pytest.mark.training
@@ -116,6 +117,19 @@ def test_a_disk_that_does_not_rename_onto_what_is_there_is_written_to(number, tm
         log = Log(tmp_path, step - 1, every=1)
         log.write(step, {})
     assert named(tmp_path) == "000002" and [entry["step"] for entry in read_log(tmp_path)] == [1, 2]
+
+
+def test_what_cannot_be_replaced_stays(tmp_path, lacks):
+    new, kept, folder = tmp_path / "new", tmp_path / "kept", tmp_path / "folder"
+    new.write_text("new")
+    folder.mkdir()
+    with pytest.raises(OSError):
+        replace(new, folder)
+    kept.write_text("kept")
+    lacks("replace", errno.ENOSPC)
+    with pytest.raises(OSError):
+        replace(new, kept)
+    assert kept.read_text() == "kept" and folder.is_dir() and new.read_text() == "new"
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,21 @@ def test_a_run_that_stops_keeps_its_log_and_curve(way, bench_top, tmp_path, monk
     assert (tmp_path / "run" / "train_log.png").exists()
 
 
+def test_a_module_that_a_callback_lacks_is_not_advised_to_be_installed(bench_top, tmp_path):
+    def lacks(run):
+        import lerobot.no_such_module  # noqa: F401
+
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        train(bench_top.settings(tmp_path / "run"), on_begin=lacks)
+
+
+def test_a_missing_package_is_said_with_what_installs_it(bench_top, tmp_path, monkeypatch):
+    settings = bench_top.settings(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(TrainingError, match=r'accelerate.*pip install "smolvla_fast\[train\]"'):
+        train(settings)
+
+
 def test_a_run_that_has_ended_says_so(bench_top, tmp_path):
     run = train(bench_top.settings(tmp_path / "run"))
     with pytest.raises(TrainingError, match=r"this run has ended.*prepare\(settings\)"):

@@ -11,6 +11,7 @@ from functools import cache
 import draccus
 import pytest
 import torch
+from datasets import Dataset
 from lerobot.scripts.lerobot_edit_dataset import EditDatasetConfig, handle_remove_feature
 from support.training_runs import (
     go_on,
@@ -25,8 +26,10 @@ from support.training_runs import (
 
 from smolvla_fast.smolvla.features import ACTION, OBS_STATE
 from smolvla_fast.testing.dataset import REPO_ID
+from smolvla_fast.train import TrainingError
 from smolvla_fast.train.log import read_log
 from smolvla_fast.train.random_state import collect
+from smolvla_fast.train.reader import numbers
 
 pytestmark = pytest.mark.training
 
@@ -257,8 +260,8 @@ def test_the_advice_about_names_works(features, flags, bench_top, checkpoint, tm
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        ({OBS_STATE: FRONT}, ["'observation.state', which is none", "leave 'observation.state' out"]),
-        ({FRONT: OBS_STATE}, ["'observation.images.front', a camera", "leave 'observation.images.front' out"]),
+        ({OBS_STATE: FRONT}, [f"only {FRONT!r} is a camera", "'{}' to leave 'observation.state' out"]),
+        ({FRONT: OBS_STATE}, [f"only {FRONT!r} is a camera", "leave 'observation.images.front' out"]),
         (
             {OBS_STATE: FRONT, WRIST: "observation.images.side"},
             ["leave 'observation.state' out", f'{{"{WRIST}": "observation.images.side"}}'],
@@ -309,6 +312,12 @@ def test_want_of_memory_is_no_fault_of_the_dataset(at, error, bench_top, tmp_pat
     message = capsys.readouterr().err
     assert str(error) in message and "--batch_size" in message and "--dtype=bf16" in message, message
     assert "dataset" not in message and "did not foresee" not in message
+
+
+@pytest.mark.parametrize("rows", [[[1.0, 2.0], [3.0]], [[1.0], None], [[[1.0], [2.0]], [[3.0], [4.0, 5.0]]]])
+def test_rows_of_several_lengths_are_no_numbers(rows):
+    with pytest.raises(TrainingError, match=r"'observation.pose' holds .*of one shape in all frames"):
+        numbers(Dataset.from_dict({"observation.pose": rows}), "observation.pose")
 
 
 def test_a_split_that_holds_every_episode_out_is_said_so(bench_top, blank, tmp_path, capsys):

@@ -22,7 +22,7 @@ from support.training_runs import drop_episode_statistics, refused, resume, stat
 from smolvla_fast.testing.dataset import write_dataset
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.data import held_out_batches, open_data, training_batches
-from smolvla_fast.train.dataset_files import check_backend
+from smolvla_fast.train.dataset_files import check_backend, file_fault
 from smolvla_fast.train.readable import Readable
 
 pytestmark = pytest.mark.training
@@ -102,7 +102,14 @@ def test_a_damaged_file_is_named_before_the_first_step(name, damage, bench_top, 
     assert message.count("\n") == 1 and "Hub" not in message.split("Accepted is")[0], message
     assert any(way in message for way in ("again", "recompute_stats", "that holds meta/")), message
     if name in (FRONT, WRIST):
-        assert "episodes 0 to 2" in message
+        assert "of episodes 0, 1, 2 " in message
+
+
+def test_a_video_without_its_last_byte_is_cut_off(filmed, tmp_path):
+    whole = (filmed / FRONT).read_bytes()
+    (tmp_path / "short.mp4").write_bytes(whole[:-1])
+    assert file_fault(filmed / FRONT) is None
+    assert file_fault(tmp_path / "short.mp4") == f"is cut off at {len(whole) - 1} bytes"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +125,11 @@ def test_one_of_several_data_files_is_named_with_its_episodes(
     assert "data/chunk-000/file-001.parquet" in message
     assert ("--dataset.episodes" in message) is way_out
     if way_out:
-        assert "episodes 2 to 3" in message
+        assert "of episodes 2, 3 is missing" in message
+        one = refused(
+            bench_top, tmp_path / "run", capsys, f"--dataset.root={root}", "--dataset.episodes=[0,3]"
+        )
+        assert "of episode 3 is missing" in one
         flags = (f"--dataset.root={root}", "--dataset.episodes=[0,1]")
         assert bench_top.command(tmp_path / "run", *flags, "--steps=1") == 0
 
@@ -222,6 +233,21 @@ def test_train_names_an_unreadable_file(bench_top, tmp_path, capsys, monkeypatch
     assert "meta/stats.json" in message and "Permission denied" in message
 
 
+@pytest.mark.parametrize("call, closed", [("listdir", ""), ("stat", "meta/info.json")])
+def test_train_names_a_folder_or_file_that_is_closed(call, closed, bench_top, tmp_path, capsys, monkeypatch):
+    root, original = root_of(bench_top.data, tmp_path), getattr(os, call)
+    (root / "meta/info.json").unlink()
+
+    def refusing(path, *arguments, **options):
+        if not isinstance(path, int) and Path(path) == root / closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, call, refusing)
+    message = refused(bench_top, tmp_path / "run", capsys, f"--dataset.root={root}")
+    assert f"{root / closed} cannot be read" in message and "Permission denied" in message, message
+
+
 @pytest.mark.parametrize("backend", ["torchcodec", "gpu"])
 def test_a_decoder_that_cannot_be_loaded_is_refused_with_another(
     backend, bench_top, filmed, tmp_path, capsys
@@ -261,7 +287,9 @@ def test_another_decoder_is_advised_only_where_it_can_be_loaded(
     if not loads:
         monkeypatch.delitem(sys.modules, "torchcodec.decoders")
         monkeypatch.setattr(sys, "meta_path", [NoFFmpeg(), *sys.meta_path])
-    message = Readable(data.train)[0].message
+    with pytest.raises(TrainingError) as error:
+        Readable(data.train)[0]
+    message = str(error.value)
     assert "observation.images.front at frame 0 of episode 0" in message and "Invalid data" in message
     assert ("try --dataset.video_backend=torchcodec" in message) is loads
     if not loads:

@@ -19,7 +19,7 @@ from support.training_runs import read, refused, resume
 from smolvla_fast.cli import main
 from smolvla_fast.train import TrainingError
 from smolvla_fast.train.flags import LEROBOTS, SETTINGS
-from smolvla_fast.train.settings import CHOICES, OWN
+from smolvla_fast.train.settings import CHOICES
 
 pytestmark = pytest.mark.training
 
@@ -102,6 +102,9 @@ def test_a_text_is_taken_as_typed_whatever_yaml_makes_of_it(name: str, text: str
 
 # Known to LeRobot's policy, and written into its files, but not read by its flag.
 ALSO = {("policy.resize_imgs_with_padding", "null")}
+OWN = (
+    "implementation", "fast", "image_cache", "image_cache_dir", "dtype", "gradient_accumulation_steps", "log_with",
+)  # fmt: skip
 THEIRS = [name for name in SETTINGS if name not in OWN]
 
 
@@ -357,6 +360,14 @@ def test_train_accepts_lerobots_usual_flags(bench_top, tmp_path: Path, capsys) -
     assert "--dataset.episodes=0,1: accepted is a list of whole numbers" in refused(
         bench_top, tmp_path / "other", capsys, "--dataset.episodes=0,1"
     )
+
+
+def test_the_type_of_a_checkpoint_s_policy_is_taken_if_it_is_smolvla(finished) -> None:
+    """LeRobot refuses --policy.type beside --policy.path, whichever it is."""
+    path = f"--policy.path={finished / 'checkpoints' / 'last' / 'pretrained_model'}"
+    assert read(["--dataset.repo_id=x/y", path, "--policy.type=smolvla"])[0].policy.chunk_size == 6
+    with pytest.raises(TrainingError, match="--policy.type=act: this command trains smolvla only"):
+        read(["--dataset.repo_id=x/y", path, "--policy.type=act"])
 
 
 def test_train_config_has_lerobots_fields_alone(bench_top, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_train_reads_video_frames(tmp_path, bench_top):
     run = bench_top.prepare(tmp_path / "run", *flags, steps=1)
     frame = next(training_batches(run.settings, run.data.train, 0))["observation.images.front"]
     assert frame.dtype is torch.uint8  # a quarter of the traffic; floats on the device
-    assert run.data.meta.video_keys == ["observation.images.front", "observation.images.wrist"]
+    assert run.data.train.meta.video_keys == ["observation.images.front", "observation.images.wrist"]
 
 
 def test_epochs_are_whole_and_in_another_order(bench_top, tmp_path):
@@ -231,7 +231,7 @@ def test_the_dataset_tells_by_images_alone_where_the_cube_is(bench_top, tmp_path
 def test_action_error_measures_chunks_and_the_best_constant(bench_top, demo, tmp_path):
     """A policy that answers with the right chunk has no error, one that answers with a constant at least the constant's."""
     run = bench_top.prepare(tmp_path / "run", "--dataset.eval_split=0.25")
-    batches = list(held_out_batches(run.settings, run.data.held_out))
+    batches = [raw for _, raw in held_out_batches(run.settings, run.data.held_out)]
 
     class Answers:
         def __init__(self, answer):

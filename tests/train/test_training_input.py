@@ -200,7 +200,7 @@ def test_the_checkpoint_before_weights_that_are_not_finite_stays_the_last(bench_
 
     settings = bench_top.settings(tmp_path / "run", "--save_freq=1", "--steps=3")
     with pytest.raises(
-        TrainingError, match=r"step 2: 1 of \d+ trained weights.*checkpoints/000001, is as it was"
+        TrainingError, match=r"step 2: 1 of \d+ trained weights.*checkpoints/000001, is whole"
     ):
         train(settings, on_begin=runs.append, on_step=spoil)
     assert Checkpoints(tmp_path / "run").last().name == "000001"

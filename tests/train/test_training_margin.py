@@ -28,7 +28,7 @@ def test_a_trained_policy_beats_the_mean_action_and_is_the_same_when_patched(ben
     bench_top.train(tmp_path / "run", *flags)
     checkpoint = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
     settings = bench_top.settings(tmp_path / "unused", *flags)
-    batches = list(held_out_batches(settings, open_data(settings).held_out))
+    batches = [raw for _, raw in held_out_batches(settings, open_data(settings).held_out)]
     errors = {}
     for steps in (0, 300):
         if steps:

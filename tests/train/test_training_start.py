@@ -117,7 +117,7 @@ def test_a_checkpoint_with_statistics_among_its_weights_trains(
     assert f"{old} has no policy_preprocessor.json" in caplog.text
     state = run.policy.state_dict()
     assert state.keys() <= tensors.keys() and all(torch.equal(tensors[key], state[key]) for key in state)
-    mean = torch.as_tensor(run.data.meta.stats["action"]["mean"], dtype=torch.float32)
+    mean = torch.as_tensor(run.data.train.meta.stats["action"]["mean"], dtype=torch.float32)
     # fp64 statistics, rounded once.
     assert torch.allclose(run.postprocess(torch.zeros(1, 6)), mean, atol=1e-6)
 

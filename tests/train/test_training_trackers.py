@@ -82,6 +82,22 @@ def test_a_tracker_that_cannot_start_says_so_and_may_be_tried_again(bench_top, t
     assert len(tensorboard(tmp_path)) == 2
 
 
+def test_a_tracker_s_own_sentence_is_said_beside_its_cause(bench_top, tmp_path, monkeypatch, tensorboard):
+    from accelerate.tracking import TensorBoardTracker
+
+    def start(tracker):
+        try:
+            raise ConnectionError("no route")
+        except ConnectionError as error:
+            raise RuntimeError("the account is\nclosed") from error
+
+    monkeypatch.setattr(TensorBoardTracker, "start", start)
+    with pytest.raises(
+        TrainingError, match=r"cannot start: the account is closed \(ConnectionError: no route\)"
+    ):
+        bench_top.train(tmp_path / "run", "--log_with=[tensorboard]")
+
+
 def test_the_id_that_wandb_made_goes_on(bench_top, tmp_path):
     pytest.importorskip("wandb")
     settings = bench_top.settings(tmp_path, "--wandb.enable=true", "--wandb.mode=offline")
