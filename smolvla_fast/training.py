@@ -98,8 +98,7 @@ def train(
     """
     with _told_how_to_go_on(settings.output_dir), seeded(settings.seed), processes.own_accelerate():
         run = prepare(settings, resume, trial=True)
-        if resume is None:
-            seed_all(settings.seed)  # the noise must not depend on how many numbers the constructors drew
+        seed_all(None if resume else settings.seed)  # noise must not depend on what the constructors drew
         log = None
         try:
             if run.place[0] == 0:
