@@ -69,23 +69,24 @@ int waits() {
     return visited == 64 ? 0 : 1;
 }
 
-// The thread that comes first keeps its first range until all the others have done the rest: how much it has done.
+// The thread of row 0 keeps its range, the first that is dealt and so the largest, until the others have done the rest: how much
+// it has done.
 int64_t one_waits() {
     std::mutex lock;
     std::condition_variable all_else;
-    int64_t done = 0, of_the_first = 0;
-    std::thread::id first;
+    int64_t done = 0, of_the_held = 0;
+    std::thread::id held;
     parallel_rows(kRows, kWidth, kThreads, [&](int64_t begin, int64_t end) {
         std::unique_lock<std::mutex> hold(lock);
-        if (first == std::thread::id()) {
-            first = std::this_thread::get_id();
+        if (begin == 0) {
+            held = std::this_thread::get_id();
             all_else.wait(hold, [&] { return done == kRows - (end - begin); });
         }
         done += end - begin;
-        if (first == std::this_thread::get_id()) of_the_first += end - begin;
+        if (held == std::this_thread::get_id()) of_the_held += end - begin;
         all_else.notify_all();
     });
-    return done == kRows ? of_the_first : -1;
+    return done == kRows ? of_the_held : -1;
 }
 
 int throws() {
