@@ -87,7 +87,8 @@ def draw(data: dict[str, Any], path: Path, lines: Path) -> list[Path]:
                 bars.setdefault(stage, {})[bench["variant"]] = found["p50_ms"]
                 floors.setdefault(stage, {})[bench["variant"]] = found["floor_ms"]
     for bench in [] if bars else chunks:
-        bars.setdefault(counted(bench["cameras"], "camera"), {})[bench["variant"]] = bench["p50_ms"]
+        place = ", ".join(filter(None, [counted(bench["cameras"], "camera"), bench.get("beside")]))
+        bars.setdefault(place, {})[bench["variant"]] = bench["p50_ms"]
     if bars:
         title = f"REHEARSAL on a CPU, tiny policy: {title}" if data.get("rehearsal") else title
         plot.grouped_bars(bars, title, subtitle, path, floors)

@@ -1,6 +1,8 @@
-"""The CPU backend beside stock and its peers: tiers, OpenVINO and compiled stock in turn; Python's share; curves.
+"""The CPU backend beside stock and its peers: tiers and OpenVINO in turn; Python's share; curves; compiled stock.
 
 Stock, every tier and every peer take their rounds in turn, so that whatever else the machine does hits all of them alike.
+Compiled stock comes last, beside stock and fp32 again: it compiles for minutes, and a compile that is broken off may end the
+process.
 """
 
 from __future__ import annotations
@@ -32,12 +34,15 @@ from smolvla_fast.patch import engine_of, patch
 from smolvla_fast.testing import policies
 from smolvla_fast.testing.outliers import heavy_tailed
 
-MAIN_SHARE = 0.65
-"""Of the suite's time, for tiers and peers; the rest is for the curves."""
+MAIN_SHARE = {False: 0.65, True: 0.4}
+"""Of the suite's time, for tiers and peers, without and with compiled stock; the rest is for the curves."""
+POINT_SHARE = {False: None, True: 0.04}
+"""Of the time that is left, for a point of a curve; None: alike."""
 BY_STAGE_ROUNDS = 2
 AXES = {"cameras": range(1, MOST_CAMERAS + 1), "steps": (1, 2, 5, 10), "threads": None, "batch": (1, 2, 4, 8)}
 OFF_LOOP = 1
 """The fewest denoise steps: what a chunk of so many allocates is not the loop's."""
+BESIDE = "beside compiled stock"
 ENDS: pytest.StashKey[list[str]] = pytest.StashKey()
 
 
@@ -57,12 +62,10 @@ def test_cpu(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
         torch_capability=torch.backends.cpu.get_cpu_capability(),
     )  # fmt: skip
     # Every tier but ``exact``, which is stock's own calls. bf16 comes before the peer that is held to its error.
-    variants = [each for each in setup.variants(case, option) if each.name != "exact"]
+    variants = [each for each in setup.variants(case) if each.name != "exact"]
     for name in ("fp32", "bf16", "int8"):
         variants.append(setup.peer(f"OpenVINO {name}", name, case, partial(openvino, precision=name)))
     variants.insert(1, roof_in_turn(setup))
-    # What compiles for minutes comes last, so that it costs no other its time.
-    variants.sort(key=lambda each: each.name.startswith("stock compiled"))
     group = f"{setup.named('cpu', case)}, {threads} threads"
 
     def on_heavy_tails(ready: list[Variant]) -> None:
@@ -73,14 +76,14 @@ def test_cpu(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
                 with measure.attempt(each, group):
                     gate.check_heavy(each.facts, setup.chunk(each.policy, case), truth, setup.size)
 
-    measured = measure(group, variants, rounds(pytestconfig, 20, 80), MAIN_SHARE, on_heavy_tails, suite="cpu")
+    share, many = MAIN_SHARE[option.with_compile], rounds(pytestconfig, 20, 80)
+    measured = measure(group, variants, many, share, on_heavy_tails, suite="cpu")
     ready = [each for each in measured if each.name != ROOF]
     pytestconfig.stash[ENDS] = two_ends(ready)
     for each in ready:
         with measure.attempt(each, group):
-            if not each.name.startswith("stock compiled"):
-                times = [stage_times(each.policy, *setup.inputs(cameras)) for _ in range(BY_STAGE_ROUNDS)]
-                each.facts["stage_rounds_ms"] = times
+            times = [stage_times(each.policy, *setup.inputs(cameras)) for _ in range(BY_STAGE_ROUNDS)]
+            each.facts["stage_rounds_ms"] = times
             if each.name in two_ends(ready):
                 few, inputs = min(3, rounds(pytestconfig)), setup.inputs(cameras)
                 outside = outside_ops(each.policy, inputs, few)
@@ -123,7 +126,18 @@ def test_scaling(measure: Any, make_setup: Any, pytestconfig: Any, axis: str, va
         # Stock computes a batch sample by sample at best; its curve would say nothing there.
         points = [] if axis == "batch" else [setup.stock(case, "point")]
         points += [setup.tier(name, case, kind="point") for name in tiers]
-        measure(f"scaling: {axis} {value}", points, few, suite="scaling", axis=axis, value=value)
+        share = POINT_SHARE[pytestconfig.getoption("--with-compile")]
+        measure(f"scaling: {axis} {value}", points, few, share, suite="scaling", axis=axis, value=value)
+
+
+def test_compiled(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
+    option, setup = pytestconfig.option, make_setup()
+    (cameras,) = counts(option.cameras, "--cameras", (2,))
+    case = Case(cameras, observations=2)
+    beside = [setup.stock(case), setup.tier("fp32", case)] if option.with_compile else []
+    group = f"{setup.named('cpu', case)}, {torch.get_num_threads()} threads, {BESIDE}"
+    variants = [*beside, setup.compiled(case, option)]
+    measure(group, variants, rounds(pytestconfig, 5, 20), 1.0, suite="cpu", beside=BESIDE)
 
 
 def recorded(function: Callable[..., Any], found: list[float]) -> Callable[..., Any]:
