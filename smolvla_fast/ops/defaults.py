@@ -20,9 +20,6 @@ Rule = Callable[[Any], str]
 FEW_ROWS = 64
 """Up to this many rows a product on a CPU goes to our kernel: oneDNN first rearranges each weight it reads. ``kManyRows`` of
 csrc/cpu/linear.cpp is one more."""
-PACKED_ROWS = 512
-"""Up to this many rows of plain fp32 products our kernel serves where it packs the weights; with an activation, any number.
-``smolvla-fast tune`` times both on a machine."""
 MANY_ROWS = 64
 """Above this many rows an fp32 product on a GPU goes to torch: without TF32 it runs outside the tensor cores, where a kernel
 of ours has nothing to win over the vendor's library. The 50 rows of an action chunk stay below."""
@@ -87,9 +84,7 @@ def _few_rows(shape: Product) -> bool:
 
 def _packs_weights(shape: Product) -> bool:
     """Whether our kernel serves many rows: in fp32 on 256-bit vectors, where it packs the weights."""
-    if shape.dtype is not torch.float32 or shape.rows <= FEW_ROWS or extension.load("cpu").level() != "avx2":
-        return False
-    return shape.rows <= PACKED_ROWS or bool({"gelu_tanh", "silu"} & set(shape.end))
+    return shape.dtype is torch.float32 and shape.rows > FEW_ROWS and extension.load("cpu").level() == "avx2"
 
 
 def _epilogue_costs(shape: Product) -> bool:

@@ -1,8 +1,9 @@
-"""Memory that the denoise loop uses again: the stage hands it to its ops, which write there in place of fresh memory.
+"""Memory that a stage uses again: it hands it to its ops, which write there in place of fresh memory.
 
 An op takes its result and what it needs on the way from the ``Memory`` it is given, and gives the same buffers out when it
 is called again. So a result holds until the next call of the same op with the same memory: what a loop wants that reads
-each result once. Without memory every result is fresh. A backend that makes its memory otherwise ignores what it is given.
+each result once. The denoise loop keeps its memory from chunk to chunk, the vision tower from layer to layer alone. Without
+memory every result is fresh. A backend that makes its memory otherwise ignores what it is given.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ class Memory:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._parts: dict[str, Memory] = {}
+
+    def part(self, name: str) -> Memory:
+        """Memory apart from the rest: for a call whose result is still read when the same op is called again."""
+        return self._parts.setdefault(name, Memory())
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The buffer of this name, of unspecified contents; made where there is none of this shape."""
@@ -27,17 +33,19 @@ class Memory:
         if found is None or found.shape != shape:
             # A tensor made under inference_mode could not be written by a later chunk outside it.
             with torch.inference_mode(False):
-                found = self._buffers[name, dtype] = torch.empty(shape, dtype=dtype)
+                found = self._buffers[name, dtype] = torch.empty(shape, dtype=dtype, device="cpu")
         return found
 
     @property
     def tensors(self) -> list[Tensor]:
-        return list(self._buffers.values())
+        return [*self._buffers.values(), *(each for part in self._parts.values() for each in part.tensors)]
 
 
 def empty(memory: Memory | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Where a CPU op writes: its buffer of this name in ``memory``, or fresh memory."""
-    return torch.empty(shape, dtype=dtype) if memory is None else memory.empty(name, shape, dtype)
+    return (
+        torch.empty(shape, dtype=dtype, device="cpu") if memory is None else memory.empty(name, shape, dtype)
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

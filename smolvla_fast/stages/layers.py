@@ -48,7 +48,7 @@ def next_norm(ops: Ops, norm: tuple[Tensor, float], weight: Any) -> NextNorm | N
     return NextNorm.of(norm, weight) if ops.prepares_norms else None
 
 
-def given(**hints: NextNorm | StreamOffset | None) -> dict[str, NextNorm | StreamOffset]:
+def given(**hints: NextNorm | StreamOffset | Memory | None) -> dict[str, NextNorm | StreamOffset | Memory]:
     """The keyword arguments of hints that there are: most backends know none."""
     return {name: hint for name, hint in hints.items() if hint is not None}
 

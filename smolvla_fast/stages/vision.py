@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..model.dims import Dims
 from ..model.weights import Cast, VisionLayer, read_patch_embedding, read_vision_end, read_vision_layers
+from ..ops.memory import Memory
 from ..ops.reference.quantize import operand_dtype
 from ..ops.stream_offset import StreamOffset
 from ..ops.table import Ops
@@ -36,26 +37,39 @@ def encode_patches(
     patch, position = read_patch_embedding(vlm, cast)
     x = ops.patch_embed(images, *patch, position, position_ids)
     offset = StreamOffset() if ops.prepares_norms else None
+    # Results of several MiB each, which the system would hand out page by page in every layer.
+    memory = Memory() if ops.backend == "cpu" else None
     for layer in read_vision_layers(vlm, cast):
-        x = vision_layer(ops, layer, x, dims.vision_heads, offset)
+        x = vision_layer(ops, layer, x, dims.vision_heads, offset, memory)
     norm, connector = read_vision_end(vlm, cast)
     return ops.layer_norm(x, *norm, connector.dtype, **given(offset=offset))
 
 
 def vision_layer(
-    ops: Ops, layer: VisionLayer, x: Tensor, heads: int, offset: StreamOffset | None = None
+    ops: Ops,
+    layer: VisionLayer,
+    x: Tensor,
+    heads: int,
+    offset: StreamOffset | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """One SigLIP layer: x [n, T, W] -> [n, T, W]; attention and MLP, each behind a norm and added to x.
 
     offset  of x, and afterwards of the result; x may then be overwritten
+    memory  the result is there until the next call
     """
-    beside = given(offset=offset)
-    h = ops.layer_norm(x, *layer.norm1, operand_dtype(layer.q.weight), **beside)
-    q, k, v = (ops.linear(h, *affine) for affine in (layer.q, layer.k, layer.v))
-    x = ops.linear(ops.attention(q, k, v, heads), *layer.out, residual=x, **beside)
-    h = ops.layer_norm(x, *layer.norm2, operand_dtype(layer.up.weight), **beside)
-    h = ops.linear(h, *layer.up, activation="gelu_tanh")
-    return ops.linear(h, *layer.down, residual=x, **beside)
+
+    def beside(place: str, offset: StreamOffset | None = None) -> dict[str, Any]:
+        return given(offset=offset, memory=memory and memory.part(place))
+
+    h = ops.layer_norm(x, *layer.norm1, operand_dtype(layer.q.weight), **beside("norm", offset))
+    affines = {"q": layer.q, "k": layer.k, "v": layer.v}
+    q, k, v = (ops.linear(h, *affine, **beside(name)) for name, affine in affines.items())
+    h = ops.attention(q, k, v, heads, **beside("attention"))
+    x = ops.linear(h, *layer.out, residual=x, **beside("out", offset))
+    h = ops.layer_norm(x, *layer.norm2, operand_dtype(layer.up.weight), **beside("norm", offset))
+    h = ops.linear(h, *layer.up, activation="gelu_tanh", **beside("up"))
+    return ops.linear(h, *layer.down, residual=x, **beside("down", offset))
 
 
 class _IndicesOfEmbedding(TorchDispatchMode):

@@ -1,11 +1,13 @@
-"""Nothing in the denoise loop of backend ``cpu`` asks torch for memory, and what it uses again is nobody else's."""
+"""Neither the denoise loop of backend ``cpu`` nor its vision layers ask torch for memory again and again, and what they use
+again is nobody else's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,10 +16,14 @@ from support.policies import LEROBOT_ONLY, chunk, make_policy
 
 import smolvla_fast
 from benchmarks.suites import cpu as cpu_suite
+from smolvla_fast.model.dims import read_dims
+from smolvla_fast.model.weights import read_vision_layers
 from smolvla_fast.ops import defaults, extension
 from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.memory import Memory, Workspace
+from smolvla_fast.ops.select import backend_ops
 from smolvla_fast.patch import engine_of
+from smolvla_fast.stages.vision import encode_patches, vision_layer
 from smolvla_fast.testing.policies import make_noise, make_observation
 
 pytestmark = [
@@ -78,6 +84,58 @@ def test_threads_have_memory_of_their_own() -> None:
         for _ in range(5):
             got = list(pool.map(lambda noise: chunk(policy, observation, noise), noises))
             assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+def allocated(work: Callable[[], object], least: int) -> int:
+    """How often ``work`` asks torch's CPU allocator for so many bytes or more."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    return sum(each.name() == "[memory]" and each.nbytes() >= least for each in events)
+
+
+@pytest.mark.parametrize("layout", ["fp32", "mixed"])
+def test_layers_of_the_vision_tower_share_memory(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bits of fresh memory, and no result of a tower is written over by the next one."""
+    policy = patched(layout=layout)
+    engine, vlm, dims = (
+        engine_of(policy.model),
+        policy.model.vlm_with_expert.get_vlm_model(),
+        read_dims(policy.model),
+    )
+    # Our kernels at any size, whatever leads on this processor.
+    ops, cast = backend_ops("cpu"), engine.products.cast
+    layers = list(read_vision_layers(vlm, cast))
+    x, memory = torch.randn(2, 16, len(layers[0].q.bias)), Memory()
+    assert len(layers) > 1
+    with torch.no_grad():
+        fresh, kept, held = x, x, []
+        for layer in layers:
+            fresh = vision_layer(ops, layer, fresh, dims.vision_heads)
+            kept = vision_layer(ops, layer, kept, dims.vision_heads, memory=memory)
+            assert torch.equal(fresh, kept)
+            held.append([each.data_ptr() for each in memory.tensors])
+            # What a layer finds there says nothing.
+            for each in memory.tensors:
+                if each.data_ptr() != kept.data_ptr():
+                    each.fill_(float("nan"))
+        assert held[0] == held[1]
+        work = partial(vision_layer, ops, layers[0], x, dims.vision_heads, memory=memory)
+        assert allocated(work, x[0].nbytes) == 0, "a result of a layer is fresh memory"
+        side = dims.image_side
+        images = torch.rand(2, 2, 3, side, side)
+        positions = torch.arange((side // vlm.vision_model.embeddings.patch_size) ** 2)[None]
+        first = encode_patches(ops, vlm, cast, dims, images[0], positions)
+        copy = first.clone()
+        encode = partial(encode_patches, ops, vlm, cast, dims, images[1], positions)
+        of_all = allocated(encode, first[0].nbytes)
+        assert torch.equal(first, copy)
+        if layout == "mixed":
+            return  # weights of bf16 are widened, layer by layer
+        monkeypatch.setattr(vlm.vision_model.encoder, "layers", vlm.vision_model.encoder.layers[:1])
+        assert of_all == allocated(encode, first[0].nbytes), "more layers take more memory"
 
 
 class _Taken(Workspace):

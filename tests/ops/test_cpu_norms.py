@@ -95,6 +95,17 @@ def test_layer_norm_has_equal_bits_at_every_level(
     assert_no_worse(first, eager, layer_norm(x.double(), weight.double(), bias.double(), 1e-6))
 
 
+def test_layer_norm_writes_where_it_is_told() -> None:
+    x, (weight, bias) = torch.randn(5, 33), torch.randn(2, 33)
+    out = torch.full((5, 33), float("nan"))
+    assert cpu.layer_norm(x, weight, bias, 1e-6, out=out) is out
+    assert torch.equal(out, cpu.layer_norm(x, weight, bias, 1e-6))
+    with pytest.raises(TypeError, match="layer_norm: out"):
+        cpu.layer_norm(x, weight, bias, 1e-6, out=out.bfloat16())
+    with pytest.raises(ValueError, match="layer_norm: out"):
+        cpu.layer_norm(x, weight, bias, 1e-6, out=x)
+
+
 def test_compiled_layer_norm_refuses_what_it_cannot_do() -> None:
     x, weight, bias = rows_of(4, 32, F32)
     with pytest.raises(TypeError, match="float16.*accepted are"):

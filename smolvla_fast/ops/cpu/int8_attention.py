@@ -220,11 +220,13 @@ class Chunk:
         self._heads, self._measures = heads, measures
         self.seen = Seen(generation, chunks=1)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: int, *, memory: Memory | None = None
+    ) -> Tensor:
         """See ``reference.attention``."""
-        in_fp32 = partial(self._heads.attention, q, k, v, heads)
+        in_fp32 = partial(self._heads.attention, q, k, v, heads, memory=memory)
         q, k, v = (cpu._heads(x).view(*x.shape[:2], heads, -1) for x in (q, k, v))
-        return self._attend(q, k, v, None, None, in_fp32)
+        return self._attend(q, k, v, None, memory, in_fp32)
 
     def masked_attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, memory: Memory | None = None

@@ -39,11 +39,19 @@ def _project(x: IntegerRows, weight: Packed) -> Tensor:
     return quantize.finish(_int8_matmul(x, weight), x.scale)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Next:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    *,
+    memory: Memory | None = None,
+) -> Next:
     """See ``reference.layer_norm``; for ``dtype`` uint8 straight to the rows of the next product."""
     if dtype is torch.uint8:
         return quantize.layer_norm_rows(x.contiguous(), weight, bias, eps)
-    return cpu.layer_norm(x, weight, bias, eps, dtype)
+    return cpu.layer_norm(x, weight, bias, eps, dtype, memory=memory)
 
 
 def linear(
@@ -52,11 +60,13 @@ def linear(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    *,
+    memory: Memory | None = None,
 ) -> Next:
     """See ``reference.linear``; with an activation and no residual, rows of 8 bits: the hidden layer of an MLP."""
     if not isinstance(weight, Packed):
         assert isinstance(x, Tensor), "rows of integers meet weights of integers"
-        return cpu.linear(x, weight, bias, activation, residual)
+        return cpu.linear(x, weight, bias, activation, residual, memory=memory)
     rows = _rows(x)
     if activation is not None and residual is None:
         return quantize.finish_rows(_int8_matmul(rows, weight), rows.scale, bias, activation)

@@ -54,12 +54,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``y = (x - mean(x)) / sqrt(var(x) + eps) · weight + bias`` on CPU tensors.
 
     x             [..., W]  fp32 | bf16, contiguous      weight, bias  [W]  fp32 | bf16
     out_dtype     fp32 or bf16 for fp32 x; bf16 for bf16 x; the dtype of x where None
+    out           where to write, overlapping no input; allocated where it is None
     returns       [..., W]  out_dtype
     numerics      all in fp32, one rounding; equal bits at every instruction level
     errors        as ``rms_norm``
@@ -76,12 +83,16 @@ def layer_norm(
         dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
         check_one("layer_norm", name, tensor, dtype, "a norm", x.shape[-1:])
     weight, bias = weight.float().contiguous(), bias.float().contiguous()
-    y = torch.empty_like(x, dtype=out_dtype)
+    if out is None:
+        out = torch.empty_like(x, dtype=out_dtype)
+    else:
+        check("layer_norm", out_dtype, {"out": (out, x.shape)})
+        check_apart("layer_norm", out, [x, weight, bias])
     if x.numel():
         kernel = getattr(extension.load("cpu"), f"layer_norm_{KERNELS[x.dtype]}_{KERNELS[out_dtype]}")
-        addresses = (x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr())
+        addresses = (x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr())
         kernel(*addresses, x.numel() // x.shape[-1], x.shape[-1], eps, torch.get_num_threads())
-    return y
+    return out
 
 
 def attention(

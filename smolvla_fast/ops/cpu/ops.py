@@ -51,22 +51,35 @@ def linear(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    *,
+    memory: Memory | None = None,
 ) -> Tensor:
     """See ``reference.linear``."""
-    return kernels.linear(_rows(x, weight), _dense(weight), _dense(bias), activation, _dense(residual))
+    dtype = weight.dtype if residual is None else residual.dtype
+    out = _empty(memory, "linear", (*x.shape[:-1], len(weight)), dtype)
+    return kernels.linear(
+        _rows(x, weight), _dense(weight), _dense(bias), activation, _dense(residual), out=out
+    )
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    *,
+    memory: Memory | None = None,
 ) -> Tensor:
     """See ``reference.layer_norm``; from the fp32 residual stream straight to the dtype of the next product."""
-    return kernels.layer_norm(_dense(x), weight, bias, eps, dtype)
+    out = _empty(memory, "layer norm", x.shape, x.dtype if dtype is None else dtype)
+    return kernels.layer_norm(_dense(x), weight, bias, eps, out.dtype, out=out)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, memory: Memory | None = None) -> Tensor:
     """See ``reference.attention``."""
     q, k, v = (_heads(x).view(*x.shape[:2], heads, -1) for x in (q, k, v))
-    return kernels.attention(q, k, v).flatten(2)
+    return kernels.attention(q, k, v, out=_empty(memory, "attention", q.shape, q.dtype)).flatten(2)
 
 
 def prepare_mask(mask: Tensor) -> Tensor:
