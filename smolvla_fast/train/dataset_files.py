@@ -188,7 +188,7 @@ def file_fault(path: Path) -> str | None:
             container.seek(stream.duration or 0, stream=stream)
             last = [packet for packet in container.demux(stream) if packet.size][-1:]
         return None if last and not last[0].is_corrupt else f"is cut off at {path.stat().st_size} bytes"
-    except (OSError, ValueError) as error:  # PyAV's are both
+    except (OSError, av.FFmpegError) as error:
         return f"cannot be read ({root_cause(error)})"
 
 
@@ -211,7 +211,7 @@ def _rows(dataset: Any, chosen: list[int]) -> Iterator[str]:
         episode = next((index for index in chosen if counts[index] != declared[index]), chosen[0])
         yield (
             f"{meta.get_data_file_path(episode)} does not hold what {EPISODES} says: episode {episode} has "
-            f"{counts[episode]} rows instead of the {declared[episode]} from {begins[episode]} on; {AGAIN}"
+            f"{counts[episode]} rows instead of rows {begins[episode]} to {ends[episode] - 1} in this order; {AGAIN}"
         )
     tasks = columns.column("task_index").to_numpy()
     if tasks.min() < 0 or tasks.max() >= len(meta.tasks):

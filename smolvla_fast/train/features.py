@@ -35,7 +35,7 @@ def policy_names(features: Mapping[str, Any], rename_map: dict[str, str]) -> dic
             out = max(rename_map.keys() & both, key=lambda name: (name in cameras) != (".image" in new))
             left = {name: to for name, to in rename_map.items() if name != out}
         else:
-            out = next((name for name in both if name not in rename_map), "")
+            out = next((name for name in both if name.startswith(OBS_PREFIX) and name not in rename_map), "")
             left = {**rename_map, out: f"{out}_unused"}
         advice = f"{as_flag(left)} to leave {out!r} out" if out else "a name of its own for each"
         raise TrainingError(f"{what}; give --rename_map {advice}")

@@ -79,13 +79,14 @@ def numbers(hf_dataset: Any, key: str) -> Tensor:
 
     raises  TrainingError for text, and for rows of several lengths
     """
-    column, shape = hf_dataset.data.column(key), list[int]()
+    column, shape, unlike = hf_dataset.data.column(key), list[int](), ""
     if isinstance(column.type, pa.BaseExtensionType):  # datasets keeps arrays of two and more dimensions so
         column = column.cast(column.type.storage_type)
     column = column.combine_chunks()
     while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
         lengths = pc.list_value_length(column).unique().to_pylist()
         if len(lengths) != 1 or lengths[0] is None:
+            unlike = f" of the lengths {lengths}"
             break
         shape += lengths
         column = column.flatten()
@@ -93,7 +94,7 @@ def numbers(hf_dataset: Any, key: str) -> Tensor:
     dtypes = {"f": torch.get_default_dtype(), "i": torch.int64, "u": torch.int64, "b": torch.bool}
     if values.dtype.kind not in dtypes:
         raise TrainingError(
-            f"{key!r} holds {column.type}; accepted as observation or action are numbers, of one shape in all frames. To "
-            f"train without it, {how_to_remove([key])}"
+            f"{key!r} holds {column.type}{unlike}; accepted as observation or action are numbers, of one shape in all "
+            f"frames. To train without it, {how_to_remove([key])}"
         )
     return torch.tensor(values).to(dtypes[values.dtype.kind]).reshape(-1, *shape)

@@ -274,6 +274,7 @@ def test_the_advice_about_names_works(features, flags, bench_top, checkpoint, tm
             {FRONT: "observation.q", OBS_STATE: "observation.q", WRIST: "observation.images.b"},
             [f"leave {FRONT!r} out", f'{{"{OBS_STATE}": "observation.q", "{WRIST}": "observation.images.b"}}'],
         ),
+        ({OBS_STATE: "action"}, ["a name of its own for each"]),  # an action is not renamed
     ],
 )  # fmt: skip
 def test_a_camera_and_a_state_under_one_name_are_not_told_to_change_places(
@@ -316,7 +317,9 @@ def test_want_of_memory_is_no_fault_of_the_dataset(at, error, bench_top, tmp_pat
 
 @pytest.mark.parametrize("rows", [[[1.0, 2.0], [3.0]], [[1.0], None], [[[1.0], [2.0]], [[3.0], [4.0, 5.0]]]])
 def test_rows_of_several_lengths_are_no_numbers(rows):
-    with pytest.raises(TrainingError, match=r"'observation.pose' holds .*of one shape in all frames"):
+    with pytest.raises(
+        TrainingError, match=r"'observation.pose' holds .* of the lengths \[.*of one shape in all frames"
+    ):
         numbers(Dataset.from_dict({"observation.pose": rows}), "observation.pose")
 
 
