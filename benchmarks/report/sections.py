@@ -102,11 +102,11 @@ def beside(benches: list[Bench]) -> str:
     """What the tiers fell back from, and each peer beside the tier of its precision."""
     text = [TIERS]
     for each in benches:
-        reasons = each.get("fallback_reasons", {}).items()
+        reasons = each.get("fallback_reasons", {}).items() if "beside" not in each else ()
         text += [f"{each['variant']}, {name}: {reason}" for name, reason in reasons]
-    ours = {each["precision"]: each["p50_ms"] for each in benches if each["kind"] == "tier"}
+    ours = {(each["group"], each["precision"]): each["p50_ms"] for each in benches if each["kind"] == "tier"}
     for each in benches:
-        if each["kind"] == "peer" and (own := ours.get(each["precision"])):
+        if each["kind"] == "peer" and (own := ours.get((each["group"], each["precision"]))):
             ratio = f"{each['p50_ms'] / own:.2f}x at {each['precision']}"
             text.append(f"Against {each['variant']}: {ratio}, medians of the same rounds.")
     return joined(*text)

@@ -36,8 +36,8 @@ from smolvla_fast.testing.outliers import heavy_tailed
 
 MAIN_SHARE = {False: 0.65, True: 0.4}
 """Of the suite's time, for tiers and peers, without and with compiled stock; the rest is for the curves."""
-POINT_SHARE = {False: None, True: 0.04}
-"""Of the time that is left, for a point of a curve; None: alike."""
+COMPILED_POINTS = 10
+"""Points of the curves that have as much time as compiled stock."""
 BY_STAGE_ROUNDS = 2
 AXES = {"cameras": range(1, MOST_CAMERAS + 1), "steps": (1, 2, 5, 10), "threads": None, "batch": (1, 2, 4, 8)}
 OFF_LOOP = 1
@@ -126,7 +126,7 @@ def test_scaling(measure: Any, make_setup: Any, pytestconfig: Any, axis: str, va
         # Stock computes a batch sample by sample at best; its curve would say nothing there.
         points = [] if axis == "batch" else [setup.stock(case, "point")]
         points += [setup.tier(name, case, kind="point") for name in tiers]
-        share = POINT_SHARE[pytestconfig.getoption("--with-compile")]
+        share = 1 / (measure.cases + COMPILED_POINTS * pytestconfig.getoption("--with-compile"))
         measure(f"scaling: {axis} {value}", points, few, share, suite="scaling", axis=axis, value=value)
 
 
@@ -134,9 +134,10 @@ def test_compiled(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
     option, setup = pytestconfig.option, make_setup()
     (cameras,) = counts(option.cameras, "--cameras", (2,))
     case = Case(cameras, observations=2)
-    beside = [setup.stock(case), setup.tier("fp32", case)] if option.with_compile else []
+    compiled = setup.compiled(case, option)
+    others = option.with_compile and measure.chosen(compiled.name)
+    variants = [*([setup.stock(case), setup.tier("fp32", case)] if others else []), compiled]
     group = f"{setup.named('cpu', case)}, {torch.get_num_threads()} threads, {BESIDE}"
-    variants = [*beside, setup.compiled(case, option)]
     measure(group, variants, rounds(pytestconfig, 5, 20), 1.0, suite="cpu", beside=BESIDE)
 
 

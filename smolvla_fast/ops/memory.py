@@ -2,8 +2,9 @@
 
 An op takes its result and what it needs on the way from the ``Memory`` it is given, and gives the same buffers out when it
 is called again. So a result holds until the next call of the same op with the same memory: what a loop wants that reads
-each result once. The denoise loop keeps its memory from chunk to chunk, the vision tower from layer to layer alone. Without
-memory every result is fresh. A backend that makes its memory otherwise ignores what it is given.
+each result once. The denoise loop keeps its memory from chunk to chunk; the vision tower, whose results are a hundred
+times as large, from layer to layer alone. Without memory every result is fresh. A backend that makes its memory otherwise
+ignores what it is given.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 
 class Memory:
-    """Buffers by name and dtype, of one chunk at a time."""
+    """Buffers by name and dtype, of one chunk or one run of the vision tower at a time."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -25,7 +26,9 @@ class Memory:
 
     def part(self, name: str) -> Memory:
         """Memory apart from the rest: for a call whose result is still read when the same op is called again."""
-        return self._parts.setdefault(name, Memory())
+        if name not in self._parts:
+            self._parts[name] = Memory()
+        return self._parts[name]
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The buffer of this name, of unspecified contents; made where there is none of this shape."""

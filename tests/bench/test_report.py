@@ -141,6 +141,11 @@ def cpu_sample() -> dict[str, Any]:
             bench("fp32", "tier", "fp32", 1154.0, heavy_cosine=0.99999, overhead=each),
             bench("bf16", "tier", "bf16", 750.0, fallback_reasons={"bf16 products": "too slow"}),
             bench("OpenVINO fp32", "peer", "fp32", 1500.0),
+            *({**each, "group": "cpu: full size, beside compiled stock"} for each in (
+                bench("stock", "stock", "stock", 3300.0, beside="compiled"),
+                bench("fp32", "tier", "fp32", 1400.0, beside="compiled"),
+                bench("stock compiled", "peer", "fp32", 2100.0, beside="compiled"),
+            )),
         ],
     }  # fmt: skip
     data["benchmarks"] += [{"group": "scaling", "extra_info": row} for row in rows]
@@ -159,6 +164,7 @@ def test_report_of_the_cpu_suite(tmp_path: Path) -> None:
     )
     assert "| bf16 | 4.00x | >= 4.5x, aim 5x: missed |" in text and "| OpenVINO fp32 | 2.00x | – |" in text
     assert "bf16, bf16 products: too slow" in text and "Against OpenVINO fp32: 1.30x at fp32" in text
+    assert "Against stock compiled: 1.50x at fp32" in text, "beside that which was timed beside it"
     assert "| fp32 | 577 (2.60x) | 288 (2.60x) | 288 (2.60x) |" in text
     assert "| fp32 | 1,000 | 20.0 (2.0%) | 50.0 (5.0%) | 900 | 70 | 2 MiB |" in text
     assert "met by the first, missed by the upper bound" in text and "loop: missed: 70 a step" in text

@@ -335,6 +335,24 @@ def test_a_wrong_engine_has_no_number(tmp_path: Path, monkeypatch: pytest.Monkey
     assert ("rel L2 1.0e-01" if scale == 1.1 else "not finite") in data["red"][0]["reason"]
 
 
+def test_compiled_stock_is_timed_beside_stock_and_fp32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how) or function)
+    monkeypatch.setattr(cpu_suite, "AXES", {"steps": (1,)})
+    files, flags = (
+        ["benchmarks/suites/cpu.py"],
+        ["--with-compile", "--choose=compiled or fp32 and not OpenVINO"],
+    )
+    status, data = run_suites(tmp_path / "a.json", monkeypatch, *files, *flags)
+    rows = [each for each in data["benchmarks"] if each["extra_info"].get("beside")]
+    assert status == 0 and asked == [{"mode": "default"}]
+    assert [each["extra_info"]["variant"] for each in rows] == ["stock", "fp32", "stock compiled"]
+    assert all(each["extra_info"]["ratio"] > 0 and each["group"] == rows[0]["group"] for each in rows)
+    assert len(data["benchmarks"]) == len(rows) + 2, "fp32 among the tiers, and a point"
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_the_whole_cpu_suite_on_a_tiny_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +360,7 @@ def test_the_whole_cpu_suite_on_a_tiny_policy(tmp_path: Path, monkeypatch: pytes
     found = {
         b["extra_info"]["variant"]: b["extra_info"]
         for b in data["benchmarks"]
-        if b["group"].startswith("cpu")
+        if b["group"].startswith("cpu") and "beside" not in b["extra_info"]
     }
     assert found.pop("roof")["best_ms"] > 0 and all(each["share_in_turn"] > 0 for each in found.values())
     assert {"stock", "fp32", "bf16"} <= set(found) and found["stock"]["ratio"] == 1

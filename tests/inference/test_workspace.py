@@ -124,6 +124,7 @@ def test_layers_of_the_vision_tower_share_memory(layout: str, monkeypatch: pytes
         assert held[0] == held[1]
         work = partial(vision_layer, ops, layers[0], x, dims.vision_heads, memory=memory)
         assert allocated(work, x[0].nbytes) == 0, "a result of a layer is fresh memory"
+        assert allocated(partial(vision_layer, ops, layers[0], x, dims.vision_heads), x[0].nbytes) >= 8
         side = dims.image_side
         images = torch.rand(2, 2, 3, side, side)
         positions = torch.arange((side // vlm.vision_model.embeddings.patch_size) ** 2)[None]
@@ -132,6 +133,7 @@ def test_layers_of_the_vision_tower_share_memory(layout: str, monkeypatch: pytes
         encode = partial(encode_patches, ops, vlm, cast, dims, images[1], positions)
         of_all = allocated(encode, first[0].nbytes)
         assert torch.equal(first, copy)
+        assert of_all > 0
         if layout == "mixed":
             return  # weights of bf16 are widened, layer by layer
         monkeypatch.setattr(vlm.vision_model.encoder, "layers", vlm.vision_model.encoder.layers[:1])

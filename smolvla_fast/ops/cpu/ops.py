@@ -55,8 +55,10 @@ def linear(
     memory: Memory | None = None,
 ) -> Tensor:
     """See ``reference.linear``."""
-    dtype = weight.dtype if residual is None else residual.dtype
-    out = _empty(memory, "linear", (*x.shape[:-1], len(weight)), dtype)
+    out = None
+    if memory is not None:
+        dtype = weight.dtype if residual is None else residual.dtype
+        out = memory.empty("linear", (*x.shape[:-1], weight.shape[0]), dtype)
     return kernels.linear(
         _rows(x, weight), _dense(weight), _dense(bias), activation, _dense(residual), out=out
     )
