@@ -34,7 +34,7 @@ from smolvla_fast.patch import engine_of, patch
 from smolvla_fast.testing import policies
 from smolvla_fast.testing.outliers import heavy_tailed
 
-MAIN_SHARE = {False: 0.65, True: 0.4}
+MAIN_SHARE = {False: 0.65, True: 0.3}
 """Of the suite's time, for tiers and peers, without and with compiled stock; the rest is for the curves."""
 COMPILED_POINTS = 10
 """Points of the curves that have as much time as compiled stock."""
