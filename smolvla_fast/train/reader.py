@@ -74,8 +74,7 @@ def read_by_column(dataset: Any) -> None:
 
 
 def numbers(hf_dataset: Any, key: str) -> Tensor:
-    """A column [frames, ...] in LeRobot's dtypes: floats of any width as fp32, integers as int64, bool. NaN where a number
-    is missing.
+    """A column [frames, ...] in LeRobot's dtypes: any float as fp32, integers as int64, bool; a missing number as NaN.
 
     raises  TrainingError for text, and for rows of several lengths
     """
