@@ -160,7 +160,9 @@ def test_bf16_text_layout_computes_vision_in_fp32(monkeypatch: pytest.MonkeyPatc
     seen: set[torch.dtype] = set()
     engine = smolvla_fast.patch.__globals__["engine_of"](policy.model)
     attention = engine.ops.attention
-    object.__setattr__(engine.ops, "attention", lambda q, *rest: (seen.add(q.dtype), attention(q, *rest))[1])
+    object.__setattr__(
+        engine.ops, "attention", lambda q, *rest, **more: (seen.add(q.dtype), attention(q, *rest, **more))[1]
+    )
     try:
         chunk(policy, make_observation(policy), make_noise(policy))
     finally:
