@@ -1,8 +1,7 @@
 """The CPU backend beside stock and its peers: tiers and OpenVINO in turn; Python's share; curves; compiled stock.
 
 Stock, every tier and every peer take their rounds in turn, so that whatever else the machine does hits all of them alike.
-Compiled stock comes last, beside stock and fp32 again: it compiles for minutes, and a compile that is broken off may end the
-process.
+Compiled stock comes last, beside stock and fp32 again: it compiles for minutes, which then cost no other its time.
 """
 
 from __future__ import annotations
