@@ -33,10 +33,10 @@ from smolvla_fast.patch import engine_of, patch
 from smolvla_fast.testing import policies
 from smolvla_fast.testing.outliers import heavy_tailed
 
-MAIN_SHARE = {False: 0.65, True: 0.3}
-"""Of the suite's time, for tiers and peers, without and with compiled stock; the rest is for the curves."""
+MAIN_SHARE, MAIN_SHARE_WITH_COMPILE = 0.65, 0.3
+"""Of the suite's time, for tiers and peers; the rest is for the curves and, if asked for, compiled stock."""
 COMPILED_POINTS = 10
-"""Points of the curves that have as much time as compiled stock."""
+"""Compiled stock has the time of so many points of a curve."""
 BY_STAGE_ROUNDS = 2
 AXES = {"cameras": range(1, MOST_CAMERAS + 1), "steps": (1, 2, 5, 10), "threads": None, "batch": (1, 2, 4, 8)}
 OFF_LOOP = 1
@@ -75,8 +75,8 @@ def test_cpu(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
                 with measure.attempt(each, group):
                     gate.check_heavy(each.facts, setup.chunk(each.policy, case), truth, setup.size)
 
-    share, many = MAIN_SHARE[option.with_compile], rounds(pytestconfig, 20, 80)
-    measured = measure(group, variants, many, share, on_heavy_tails, suite="cpu")
+    share = MAIN_SHARE_WITH_COMPILE if option.with_compile else MAIN_SHARE
+    measured = measure(group, variants, rounds(pytestconfig, 20, 80), share, on_heavy_tails, suite="cpu")
     ready = [each for each in measured if each.name != ROOF]
     pytestconfig.stash[ENDS] = two_ends(ready)
     for each in ready:
@@ -134,10 +134,10 @@ def test_compiled(measure: Any, make_setup: Any, pytestconfig: Any) -> None:
     (cameras,) = counts(option.cameras, "--cameras", (2,))
     case = Case(cameras, observations=2)
     compiled = setup.compiled(case, option)
-    others = option.with_compile and measure.chosen(compiled.name)
-    variants = [*([setup.stock(case), setup.tier("fp32", case)] if others else []), compiled]
+    timed = option.with_compile and measure.chosen(compiled.name)
+    others = [setup.stock(case), setup.tier("fp32", case)] if timed else []
     group = f"{setup.named('cpu', case)}, {torch.get_num_threads()} threads, {BESIDE}"
-    measure(group, variants, rounds(pytestconfig, 5, 20), 1.0, suite="cpu", beside=BESIDE)
+    measure(group, [*others, compiled], rounds(pytestconfig, 5, 20), 1.0, suite="cpu", beside=BESIDE)
 
 
 def recorded(function: Callable[..., Any], found: list[float]) -> Callable[..., Any]:
@@ -192,17 +192,23 @@ def narrow_ms(policy: Any, precision: str, cameras: int, repeats: int) -> float:
     return percentile([sample_ms(narrow, inputs) for _ in range(repeats + 1)][1:], 0.5)
 
 
+def allocations(work: Callable[[], object]) -> list[int]:
+    """Bytes of each request to torch's CPU allocator."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    return [each.nbytes() for each in events if each.name() == "[memory]" and each.nbytes() > 0]
+
+
 def step_allocations(policy: Any, inputs: Inputs) -> dict[str, float]:
     """How often one denoise step asks torch's CPU allocator for memory, and bytes in all: the difference of two chunks over
     the difference of their steps. Not seen: what oneDNN and the compiled kernels take from the system by themselves."""
-    steps, found, cpu = max(policy.config.num_steps, OFF_LOOP + 1), [], [torch.profiler.ProfilerActivity.CPU]
+    steps, found = max(policy.config.num_steps, OFF_LOOP + 1), []
     for count in (OFF_LOOP, steps):
         with patched.object(policy.config, "num_steps", count):
             gate.act(policy, inputs)  # so that what is made once for a number of steps is there
-            with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-                gate.act(policy, inputs)
-        events = profile.profiler.kineto_results.events()
-        taken = [each.nbytes() for each in events if each.name() == "[memory]" and each.nbytes() > 0]
+            taken = allocations(partial(gate.act, policy, inputs))
         found.append((len(taken), sum(taken)))
     count, size = ((high - low) / (steps - OFF_LOOP) for low, high in zip(*found, strict=True))
     return {"step_allocations": count, "step_bytes": size, "chunk_allocations": found[1][0]}

@@ -113,7 +113,8 @@ class Choice:
     def function(self, name: str) -> Callable[..., Any]:
         name, _, tile = name.partition(" ")
         function = self.candidates[name]
-        if "triton" in self.candidates and (unknown := _unknown_hints(function)):
+        known = frozenset[str]().union(*map(_hints, self.candidates.values()))
+        if unknown := known - _hints(function):
             function = partial(_without_hints, function, unknown)
         return partial(_with_tile, function, _tile(tile)) if tile else function
 
@@ -151,12 +152,12 @@ def _tile(text: str) -> Any:
         return None
 
 
-def _unknown_hints(function: Callable[..., Any]) -> frozenset[str]:
-    """The hints that a candidate takes no keyword argument for."""
+def _hints(function: Callable[..., Any]) -> frozenset[str]:
+    """The hints that a candidate takes, and whether memory to write into."""
     takes = signature(function).parameters.values()
     if any(each.kind is Parameter.VAR_KEYWORD for each in takes):
-        return frozenset()
-    return frozenset(HINTS).difference(each.name for each in takes)
+        return frozenset([*HINTS, "memory"])
+    return frozenset([*HINTS, "memory"]).intersection(each.name for each in takes)
 
 
 def _without_hints(function: Callable[..., Any], unknown: frozenset[str], *args: Any, **kwargs: Any) -> Any:

@@ -86,30 +86,17 @@ def test_threads_have_memory_of_their_own() -> None:
             assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
 
-def allocated(work: Callable[[], object], least: int) -> int:
-    """How often ``work`` asks torch's CPU allocator for so many bytes or more."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        work()
-    events = profile.profiler.kineto_results.events()
-    return sum(each.name() == "[memory]" and each.nbytes() >= least for each in events)
-
-
-@pytest.mark.parametrize("layout", ["fp32", "mixed"])
-def test_layers_of_the_vision_tower_share_memory(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_the_vision_tower_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the bits of fresh memory, and no result of a tower is written over by the next one."""
-    policy = patched(layout=layout)
-    engine, vlm, dims = (
-        engine_of(policy.model),
-        policy.model.vlm_with_expert.get_vlm_model(),
-        read_dims(policy.model),
-    )
-    # Our kernels at any size, whatever leads on this processor.
-    ops, cast = backend_ops("cpu"), engine.products.cast
-    layers = list(read_vision_layers(vlm, cast))
-    x, memory = torch.randn(2, 16, len(layers[0].q.bias)), Memory()
-    assert len(layers) > 1
+    model = patched().model
+    vlm, dims, cast = model.vlm_with_expert.get_vlm_model(), read_dims(model), engine_of(model).products.cast
+    ops = backend_ops("cpu")  # our kernels at any size, whatever leads on this processor
+    layers, memory = list(read_vision_layers(vlm, cast)), Memory()
+    x = torch.randn(2, 16, len(layers[0].q.bias))
+
+    def large(work: Callable[[], object]) -> int:
+        return sum(each >= x[0].nbytes for each in cpu_suite.allocations(work))
+
     with torch.no_grad():
         fresh, kept, held = x, x, []
         for layer in layers:
@@ -121,23 +108,18 @@ def test_layers_of_the_vision_tower_share_memory(layout: str, monkeypatch: pytes
             for each in memory.tensors:
                 if each.data_ptr() != kept.data_ptr():
                     each.fill_(float("nan"))
-        assert held[0] == held[1]
-        work = partial(vision_layer, ops, layers[0], x, dims.vision_heads, memory=memory)
-        assert allocated(work, x[0].nbytes) == 0, "a result of a layer is fresh memory"
-        assert allocated(partial(vision_layer, ops, layers[0], x, dims.vision_heads), x[0].nbytes) >= 8
-        side = dims.image_side
-        images = torch.rand(2, 2, 3, side, side)
-        positions = torch.arange((side // vlm.vision_model.embeddings.patch_size) ** 2)[None]
-        first = encode_patches(ops, vlm, cast, dims, images[0], positions)
-        copy = first.clone()
-        encode = partial(encode_patches, ops, vlm, cast, dims, images[1], positions)
-        of_all = allocated(encode, first[0].nbytes)
+        assert len(held) > 1 and held[0] == held[-1]
+        layer = partial(vision_layer, ops, layers[0], x, dims.vision_heads)
+        assert large(layer) >= 8 and large(partial(layer, memory=memory)) == 0, "each op's result is large"
+
+        images = torch.rand(2, 2, 3, dims.image_side, dims.image_side)
+        positions = torch.arange((dims.image_side // vlm.vision_model.embeddings.patch_size) ** 2)[None]
+        encode = partial(encode_patches, ops, vlm, cast, dims, position_ids=positions)
+        first = encode(images[0])
+        copy, of_all = first.clone(), large(partial(encode, images[1]))
         assert torch.equal(first, copy)
-        assert of_all > 0
-        if layout == "mixed":
-            return  # weights of bf16 are widened, layer by layer
         monkeypatch.setattr(vlm.vision_model.encoder, "layers", vlm.vision_model.encoder.layers[:1])
-        assert of_all == allocated(encode, first[0].nbytes), "more layers take more memory"
+        assert of_all == large(partial(encode, images[1])) > 0, "more layers take more memory"
 
 
 class _Taken(Workspace):

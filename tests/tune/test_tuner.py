@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,6 +69,7 @@ def chosen(tuning: Tuning, op: str) -> list[Choice]:
 
 
 def made(linear: Callable[..., Tensor], change: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
+    @wraps(linear)  # what it takes is part of it
     def changed(*args: Any, **kwargs: Any) -> Tensor:
         return change(linear(*args, **kwargs))
 

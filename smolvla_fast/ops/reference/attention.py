@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..memory import Memory
 from . import Cost, randn
 
 CASES = (
@@ -17,11 +16,10 @@ CASES = (
 )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, memory: Memory | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """``softmax(q·kᵀ / sqrt(D)) · v`` for every head; every patch sees every patch of its own image.
 
     q, k, v  [N, T, H·D]        returns  [N, T, H·D]  contiguous
-    memory   see ``ops.memory``
     replaces the attention of ``SmolVLMVisionAttention`` (transformers, sdpa)
     """
     q, k, v = (x.view(*x.shape[:-1], heads, -1).transpose(1, 2) for x in (q, k, v))

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..memory import Memory
 from . import Cost, randn
 
 CASES = (
@@ -18,19 +17,12 @@ CASES = (
 
 
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dtype: torch.dtype | None = None,
-    *,
-    memory: Memory | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> Tensor:
     """``y = (x - mean(x)) / sqrt(var(x) + eps) · weight + bias`` over the last dimension (arXiv 1607.06450).
 
     x        [..., W]  fp32 | bf16      weight, bias  [W]
     dtype    of the result, the dtype of the product that reads it; that of x where None, as in stock
-    memory   see ``ops.memory``
     returns  [..., W]
     numerics statistics in fp32
     replaces ``layer_norm1`` / ``layer_norm2`` / ``post_layernorm`` of SigLIP

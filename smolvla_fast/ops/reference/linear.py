@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..memory import Memory
 from . import Cost, randn
 from .quantize import product
 
@@ -25,14 +24,11 @@ def linear(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
-    *,
-    memory: Memory | None = None,
 ) -> Tensor:
     """``y = residual + act(x · weightᵀ + bias)``.
 
     x           [..., I]        weight  [O, I], the layout of ``nn.Linear``, or ``Quantized``        bias  [O]
     activation  None | "gelu_tanh" | "silu"        residual  [..., O]
-    memory      see ``ops.memory``
     returns     [..., O]  dtype of weight
     raises      ValueError for another activation
     replaces    the linears of SigLIP with what follows them, the connector's projection, ``state_proj``

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import Memory
 from ..reference import linear as reference
 
 _ATTR = {None: ("none", ""), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
@@ -45,11 +44,8 @@ def linear(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
-    *,
-    memory: Memory | None = None,
 ) -> Tensor:
-    """See ``reference.linear``; x is converted to the dtype of the weight, a residual keeps its own. torch's products write
-    into memory of their own."""
+    """See ``reference.linear``; x is converted to the dtype of the weight, a residual keeps its own."""
     serve = onednn if x.device.type == "cpu" and onednn_serves(weight.dtype) else aten
     return serve(x, weight, bias, activation, residual)
 
@@ -60,8 +56,6 @@ def aten(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
-    *,
-    memory: Memory | None = None,
 ) -> Tensor:
     """The same by ``F.linear``: MKL, cuBLAS, whatever this torch has for the device."""
     return reference.linear(x.to(weight.dtype), weight, bias, activation, residual)
@@ -73,8 +67,6 @@ def onednn(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
-    *,
-    memory: Memory | None = None,
 ) -> Tensor:
     """The same by oneDNN's product with what follows it, CPU tensors."""
     x = x.to(weight.dtype)

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..memory import Memory
 from .linear import Linear
 from .linear import linear as best_linear
 
@@ -22,13 +21,7 @@ def patch_embed(
 
 
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dtype: torch.dtype | None = None,
-    *,
-    memory: Memory | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> Tensor:
     """See ``reference.layer_norm``; statistics over the fp32 residual stream."""
     y = F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
