@@ -113,8 +113,7 @@ class Choice:
     def function(self, name: str) -> Callable[..., Any]:
         name, _, tile = name.partition(" ")
         function = self.candidates[name]
-        known = frozenset[str]().union(*map(_hints, self.candidates.values()))
-        if unknown := known - _hints(function):
+        if unknown := _unknown_hints(function):
             function = partial(_without_hints, function, unknown)
         return partial(_with_tile, function, _tile(tile)) if tile else function
 
@@ -152,12 +151,12 @@ def _tile(text: str) -> Any:
         return None
 
 
-def _hints(function: Callable[..., Any]) -> frozenset[str]:
-    """The hints that a candidate takes, and whether memory to write into."""
+def _unknown_hints(function: Callable[..., Any]) -> frozenset[str]:
+    """The hints that a candidate takes no keyword argument for, and memory where it makes its result itself."""
     takes = signature(function).parameters.values()
     if any(each.kind is Parameter.VAR_KEYWORD for each in takes):
-        return frozenset([*HINTS, "memory"])
-    return frozenset([*HINTS, "memory"]).intersection(each.name for each in takes)
+        return frozenset()
+    return frozenset([*HINTS, "memory"]).difference(each.name for each in takes)
 
 
 def _without_hints(function: Callable[..., Any], unknown: frozenset[str], *args: Any, **kwargs: Any) -> Any:
