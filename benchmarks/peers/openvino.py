@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +39,15 @@ NO_ISA = "OpenVINO does not start where ONEDNN_MAX_CPU_ISA is set"
 Call = Callable[..., tuple[Tensor, ...]]
 
 
+@cache
+def core() -> Any:
+    """OpenVINO's one core of this process, never let go of. Each gives the thread a stack for signals; the ends of several
+    leave it one that is freed, and the next signal, be it the alarm of a time limit, kills the process (2026.4)."""
+    import openvino as ov
+
+    return ov.Core()
+
+
 def why_missing(precision: str = "fp32") -> str | None:
     """Why OpenVINO is no peer at this precision, or None."""
     if precision not in HINTS:
@@ -65,7 +74,7 @@ def compile_for_cpu(precision: str, threads: int) -> Callable[[torch.nn.Module, 
         # A trace leaves shapes open; OpenVINO plans memory and kernels better for known ones.
         ports = zip(converted.inputs, example, strict=True)
         converted.reshape({port: list(each.shape) for port, each in ports})
-        compiled = ov.compile_model(converted, "CPU", settings)
+        compiled = core().compile_model(converted, "CPU", settings)
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
             given = [each.contiguous().numpy() for each in inputs]
