@@ -14,15 +14,17 @@
 namespace smolvla::cpu {
 namespace {
 
-// Of the kernel that packs no weights.
+// Of the kernels that pack no weights.
 // Register tiles of outputs between two epilogues.
 constexpr int kUnits = 16;
 // Rows of x that stay in L2 while the weights pass by: as many as fit, and those of an action chunk in any case.
 constexpr int64_t kBlockBytes = 256 * 1024, kLeastRows = 65;
 // Inputs of the rows of a tile that stay in L1 from one tile to the next.
 constexpr int64_t kPartInputs = 768;
-// Outputs are dealt to threads in register tiles that are whole at every level, many at a time while there are many.
-constexpr int64_t kSplit = 15, kCoarseSplits = 16;
+// Outputs are dealt to threads in whole register tiles, many at a time while there are many.
+template <bool kFewRegisters>
+constexpr int64_t kSplit = kFewRegisters ? 12 : 15;
+constexpr int64_t kCoarseSplits = 16;
 
 // Of the kernel that packs weights.
 // From so many rows on it serves: one more than FEW_ROWS of smolvla_fast/ops/defaults.py.
@@ -33,6 +35,7 @@ constexpr int64_t kLeastOutputs = 16;
 constexpr int64_t kBlockRows = 4 * kTileRows, kBlockInputs = 768;
 // Inputs that are summed up in one go, at most. Sums of sums are more exact than one long sum, and eager's are as short.
 constexpr int64_t kSumInputs = 192;
+constexpr int64_t sum_inputs(int64_t inputs) { return ceil_div(inputs, ceil_div(inputs, kSumInputs)); }
 // Outputs that are packed together, in whole panels: few where there are few rows, since threads that share a group at the
 // end each pack it, and where there are many inputs, since a thread keeps its memory.
 constexpr int64_t kLargeGroup = 192, kGroup = 48, kRowsOfLargeGroup = 512, kInputsOfLargeGroup = 3072;
@@ -50,9 +53,9 @@ int64_t block_rows(const Linear& a) {
 #define SMOLVLA_KERNEL "cpu/linear_kernel.h"
 #include "cpu/each_level.h"
 
-// Whether weights of many rows are packed: where there are 16 registers. With 32 a tile of the other kernel uses an operand
-// five times, and packing was not measured.
-bool packs_weights() {
+// Whether there are 16 vector registers: fp32 is packed then, weights of many rows, else the rows. With 32 a tile of lanes
+// uses an operand five times, and packing was not measured.
+bool few_registers() {
 #if defined(__x86_64__)
     if (level() == Level::avx2) return true;
 #endif
@@ -90,9 +93,10 @@ void linear_packed(const Linear& a, int num_threads) {
 template <class X, class T, class Out>
 void linear(const Linear& a, int num_threads) {
     if constexpr (sizeof(X) + sizeof(T) + sizeof(Out) == 3 * sizeof(float))
-        if (a.rows >= kManyRows && a.outputs >= kLeastOutputs && packs_weights()) return linear_packed(a, num_threads);
-    const auto run = SMOLVLA_AT_LEVEL(T, run_lanes, X, T, Out);
-    parallel_ranges(ceil_div(a.outputs, kSplit), kSplit * a.rows * a.inputs / 16, 1, kCoarseSplits, num_threads,
+        if (a.rows >= kManyRows && a.outputs >= kLeastOutputs && few_registers()) return linear_packed(a, num_threads);
+    const auto run = SMOLVLA_AT_LEVEL(T, run_few, X, T, Out);
+    const int64_t split = few_registers() ? kSplit<true> : kSplit<false>;
+    parallel_ranges(ceil_div(a.outputs, split), split * a.rows * a.inputs / 16, 1, kCoarseSplits, num_threads,
                     [&](Ranges& ranges) { run(a, ranges); });
 }
 

@@ -6,23 +6,23 @@
 namespace SMOLVLA_LEVEL_NAMESPACE {
 
 // Accumulators plus one column of operands fit the 32 or 16 vector registers.
-constexpr int kRows = S::kRegisters == 32 ? 5 : 4, kOuts = S::kRegisters == 32 ? 5 : 3;
-static_assert(kSplit % kOuts == 0, "what a thread is dealt is whole tiles");
-// Sums of a tile, which are added up a vector full at a time.
-constexpr int kSums = (kRows * kOuts + kWidth - 1) / kWidth * kWidth;
+constexpr bool kFewRegisters = S::kRegisters == 16;
+constexpr int kRows = kFewRegisters ? 4 : 5, kOuts = kFewRegisters ? 3 : 5;
 constexpr int kChunk = kOuts * kUnits;
 constexpr int kChunkStride = (kChunk + kWidth - 1) / kWidth * kWidth;
 
 // c[row, out] (+)= x[row, 0:inputs] · w[out, 0:inputs]. Rows and outputs beyond the last repeat it; their results are not
 // wanted.
-template <bool kPairs, bool kAccumulate, class T>
+template <bool kPairs, bool kAccumulate, int kRows, int kOuts, class T>
 SMOLVLA_TARGET __attribute__((noinline)) void lane_tile(const T* x, int64_t x_stride, int last_row, const T* w,
                                                         int64_t w_stride, int last_out, int64_t inputs, const T* ahead,
-                                                        float* c) {
+                                                        float* c, int64_t c_row, int64_t c_out) {
+    // They are added up a vector full at a time.
+    constexpr int kSums = (kRows * kOuts + kWidth - 1) / kWidth * kWidth;
     const T *xs[kRows], *ws[kOuts];
-#pragma GCC unroll 5
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) xs[r] = x + (r < last_row ? r : last_row) * x_stride;
-#pragma GCC unroll 5
+#pragma GCC unroll 6
     for (int o = 0; o < kOuts; ++o) ws[o] = w + (o < last_out ? o : last_out) * w_stride;
 
     V sums[kSums];
@@ -33,34 +33,34 @@ SMOLVLA_TARGET __attribute__((noinline)) void lane_tile(const T* x, int64_t x_st
     for (; i + step <= inputs; i += step) {
         __builtin_prefetch(ahead + i, 0, 2);
         V columns[kOuts];
-#pragma GCC unroll 5
+#pragma GCC unroll 6
         for (int o = 0; o < kOuts; ++o) columns[o] = load_words<kPairs>(ws[o] + i);
-#pragma GCC unroll 5
+#pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) {
             const V row = load_words<kPairs>(xs[r] + i);
-#pragma GCC unroll 5
+#pragma GCC unroll 6
             for (int o = 0; o < kOuts; ++o) sums[r * kOuts + o] = dot<kPairs>(row, columns[o], sums[r * kOuts + o]);
         }
     }
     if (i < inputs) {
         V columns[kOuts];
-#pragma GCC unroll 5
+#pragma GCC unroll 6
         for (int o = 0; o < kOuts; ++o) columns[o] = load_first_words<kPairs>(ws[o] + i, inputs - i);
-#pragma GCC unroll 5
+#pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) {
             const V row = load_first_words<kPairs>(xs[r] + i, inputs - i);
-#pragma GCC unroll 5
+#pragma GCC unroll 6
             for (int o = 0; o < kOuts; ++o) sums[r * kOuts + o] = dot<kPairs>(row, columns[o], sums[r * kOuts + o]);
         }
     }
     alignas(64) float flat[kSums];
 #pragma GCC unroll 8
     for (int j = 0; j < kSums; j += kWidth) S::store(flat + j, S::sum_each(sums + j));
-#pragma GCC unroll 5
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 5
+#pragma GCC unroll 6
         for (int o = 0; o < kOuts; ++o) {
-            float* const to = c + r * kChunkStride + o;
+            float* const to = c + r * c_row + o * c_out;
             *to = kAccumulate ? *to + flat[r * kOuts + o] : flat[r * kOuts + o];
         }
 }
@@ -69,63 +69,33 @@ SMOLVLA_TARGET __attribute__((noinline)) void lane_tile(const T* x, int64_t x_st
 // inputs, each with all its rows behind one another.
 template <bool kPairs, class T>
 SMOLVLA_TARGET void lane_products(const T* x, int64_t part, int64_t rows, const T* w, int64_t outs, int64_t inputs,
-                             const T* after, float* c) {
+                                  const T* after, float* c) {
+    // Of one or two rows six outputs are summed at a time: outputs are the rows of such a tile.
+    const bool few = kFewRegisters && rows <= 2;
+    const int unit_outs = few ? kTileRows : kOuts;
     for (int64_t i = 0; i < inputs; i += part) {
         const int64_t here = std::min(inputs - i, part);
-        const auto tile_of = i == 0 ? lane_tile<kPairs, false, T> : lane_tile<kPairs, true, T>;
+        const auto tile = i == 0 ? lane_tile<kPairs, false, kRows, kOuts, T> : lane_tile<kPairs, true, kRows, kOuts, T>;
+        const auto few_tile = i == 0 ? lane_tile<kPairs, false, kTileRows, 2, T> : lane_tile<kPairs, true, kTileRows, 2, T>;
         const T* const then = i + here < inputs ? w + i + here : after;
-        for (int64_t out = 0; out < outs; out += kOuts) {
+        for (int64_t out = 0; out < outs; out += unit_outs) {
             const T* const unit = w + out * inputs + i;
-            const T* const next = out + kOuts < outs ? unit + kOuts * inputs : then;
-            const int last_out = static_cast<int>(std::min<int64_t>(outs - out, kOuts)) - 1;
+            const T* const next = out + unit_outs < outs ? unit + unit_outs * inputs : then;
+            const int last_out = static_cast<int>(std::min<int64_t>(outs - out, unit_outs)) - 1;
+            if (few) {
+                few_tile(unit, inputs, last_out, x + i * rows, here, static_cast<int>(rows) - 1, here, next, c + out, 1,
+                         kChunkStride);
+                continue;
+            }
             for (int64_t row = 0; row < rows; row += kRows) {
                 // While this unit is in cache, each tile fetches one row of the next.
                 const T* const ahead = next + std::min<int64_t>(row / kRows, last_out) * inputs;
                 const int last_row = static_cast<int>(std::min<int64_t>(rows - row, kRows)) - 1;
-                tile_of(x + i * rows + row * here, here, last_row, unit, inputs, last_out, here, ahead,
-                        c + row * kChunkStride + out);
+                tile(x + i * rows + row * here, here, last_row, unit, inputs, last_out, here, ahead,
+                     c + row * kChunkStride + out, kChunkStride, 1);
             }
         }
     }
-}
-
-// Ranges of the outputs, in splits, of all rows.
-template <bool kPairs, class X, class T, class Out>
-SMOLVLA_TARGET void run_lanes(const Linear& a, Ranges& ranges) {
-    int64_t first, last;
-    if (!ranges.next(first, last)) return;
-    const T *weight = static_cast<const T*>(a.weight), *up_weight = static_cast<const T*>(a.up_weight);
-    const int64_t fitting = std::max<int64_t>(kBlockBytes / (a.inputs * static_cast<int64_t>(sizeof(T))), kLeastRows);
-    const int64_t block = std::min(fitting / kRows, ceil_div(a.rows, kRows)) * kRows;
-    const int64_t parts = ceil_div(a.inputs, kPartInputs), part = ceil_div(ceil_div(a.inputs, parts), 32) * 32;
-    const bool prepared = a.norm_weight || sizeof(X) != sizeof(T) || parts > 1;
-    float* const c = Scratch::reserve(2 * block * kChunkStride + (prepared ? block * a.inputs : 0));
-    float* const up = c + block * kChunkStride;
-    T* const h = reinterpret_cast<T*>(up + block * kChunkStride);
-    // The last tiles may leave columns unwritten that the activation then reads.
-    std::fill(c, up, 0.0f);
-    int64_t prepared_row = -1;
-    do for (int64_t row = 0; row < a.rows; row += block) {
-        const int64_t begin = first * kSplit, end = std::min(last * kSplit, a.outputs);
-        const int64_t rows = std::min(a.rows - row, block);
-        const X* const from = static_cast<const X*>(a.x) + row * a.inputs;
-        const T* x = h;
-        // Every thread prepares all rows for itself: microseconds, where a barrier would cost as much.
-        if (!prepared) x = reinterpret_cast<const T*>(from);
-        else if (row != prepared_row)
-            prepare_rows(from, static_cast<const float*>(a.norm_weight), a.eps, rows, a.inputs, part, h);
-        prepared_row = row;
-        for (int64_t out = begin; out < end; out += kChunk) {
-            const int64_t outs = std::min<int64_t>(end - out, kChunk);
-            const T* const w = weight + out * a.inputs;
-            const T* const next_w = out + outs < end ? w + outs * a.inputs : w;
-            const T* const up_w = up_weight ? up_weight + out * a.inputs : nullptr;
-            lane_products<kPairs>(x, part, rows, w, outs, a.inputs, up_w ? up_w : next_w, c);
-            if (up_w) lane_products<kPairs>(x, part, rows, up_w, outs, a.inputs, next_w, up);
-            for (int64_t r = 0; r < rows; ++r)
-                finish_row<T, Out>(a, row + r, out, outs, c + r * kChunkStride, up + r * kChunkStride);
-        }
-    } while (ranges.next(first, last));
 }
 
 }  // namespace SMOLVLA_LEVEL_NAMESPACE

@@ -29,7 +29,7 @@ SMOLVLA_TARGET void run_panels(const Linear& a, const T* h, Ranges& ranges) {
         packed_out = out;
         for (int64_t i = 0; i < a.inputs; i += kBlockInputs) {
             const int64_t inputs = std::min(a.inputs - i, kBlockInputs);
-            const int64_t in_one_go = ceil_div(inputs, ceil_div(inputs, kSumInputs));
+            const int64_t in_one_go = sum_inputs(inputs);
             for (int64_t m = 0; m < matrices; ++m)
                 for (int64_t at = 0; at < outs; at += kPanel)
                     product<false>(h + row * a.inputs + i, a.inputs, rows,

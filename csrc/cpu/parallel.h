@@ -40,6 +40,9 @@ public:
         return true;
     }
 
+    // Where the next range will begin, for what is fetched early; another thread may take it before.
+    int64_t upcoming() const { return std::min(next_.load(std::memory_order_relaxed), rows_ - 1); }
+
     // The first exception of a body, kept for the caller: it may not leave a thread. What is left is not handed out.
     void fail(std::exception_ptr error) {
         if (!failed_.exchange(true)) error_ = std::move(error);

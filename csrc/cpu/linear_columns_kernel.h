@@ -1,0 +1,109 @@
+// The linear kernel that packs x and no weights, fp32, for one instruction level: made for an action chunk's rows; and the
+// run over few rows, by it or by lanes. No include guard: see each_level.h.
+//
+// Rows of x are the columns of panels, and weights are broadcast as they lie: a tile is a sum of outer products, with no
+// lanes to be added up. A thread packs x once a call; the weights of a chunk of outputs stay in L2 while panels pass by.
+
+namespace SMOLVLA_LEVEL_NAMESPACE {
+
+// How many of the first rows are columns: whole panels, and what is left if it is more than a tile of lanes.
+constexpr int64_t column_rows(int64_t rows) {
+    const int64_t left = rows % kPanel;
+    return rows - (left > kRows ? 0 : left);
+}
+
+// c[row, 0:outs] = x · wᵀ for a chunk of outputs; `after` are the weights that will be wanted next, as many. `sums` are
+// [panel, kChunk, kPanel].
+template <class T>
+SMOLVLA_TARGET void column_products(const float* panels, int64_t rows, const T* w, int64_t outs, int64_t inputs,
+                                    const T* after, float* sums, float* c) {
+    // Each tile fetches its share of the next weights.
+    constexpr int64_t kLine = 64 / sizeof(float);
+    const int64_t tiles_here = ceil_div(rows, kPanel) * ceil_div(inputs, kSumInputs) * ceil_div(outs, kTileRows);
+    const int64_t share = ceil_div(outs * inputs, tiles_here * kLine) * kLine;
+    for (int64_t i = 0; i < inputs; i += kBlockInputs) {
+        // Sums are those of the kernel that packs weights: a row has the same bits by both.
+        const int64_t last = std::min(i + kBlockInputs, inputs), in_one_go = sum_inputs(last - i);
+        for (int64_t row = 0; row < rows; row += kPanel) {
+            const float* const panel = panels + row * inputs;
+            const int vectors = static_cast<int>(ceil_div(std::min<int64_t>(rows - row, kPanel), kWidth));
+            for (int64_t begin = i; begin < last; begin += in_one_go) {
+                const auto some = begin == 0 ? tiles<false, false> : tiles<false, true>;
+                for (int64_t out = 0; out < outs; out += kTileRows) {
+                    for (int64_t j = 0; j < share; j += kLine) __builtin_prefetch(after + j, 0, 2);
+                    after += share;
+                    some(w + out * inputs + begin, inputs, std::min<int64_t>(outs - out, kTileRows), panel + begin * kPanel,
+                         kPanel, std::min(in_one_go, last - begin), sums + row * kChunk + out * kPanel, kPanel, vectors);
+                }
+            }
+        }
+    }
+    for (int64_t row = 0; row < rows; row += kWidth)
+        for (int64_t out = 0; out < outs; out += kWidth) {
+            V square[kWidth];
+            const float* const from = sums + row / kPanel * kPanel * kChunk + out * kPanel + row % kPanel;
+#pragma GCC unroll 16
+            for (int i = 0; i < kWidth; ++i) square[i] = S::load(from + i * kPanel);
+            S::transpose(square);
+            const int64_t here = std::min<int64_t>(rows - row, kWidth);
+            for (int64_t i = 0; i < here; ++i) S::store(c + (row + i) * kChunkStride + out, square[i]);
+        }
+}
+
+// Ranges of the outputs, in splits, of all rows.
+template <bool kPairs, class X, class T, class Out>
+SMOLVLA_TARGET void run_few(const Linear& a, Ranges& ranges) {
+    int64_t first, last;
+    if (!ranges.next(first, last)) return;
+    // With 32 registers a tile of lanes uses an operand five times, and columns were not measured.
+    constexpr bool kColumns = kFewRegisters && sizeof(T) == sizeof(float);
+    const T *weight = static_cast<const T*>(a.weight), *up_weight = static_cast<const T*>(a.up_weight);
+    const float* const norm_weight = static_cast<const float*>(a.norm_weight);
+    const int64_t fitting = std::max<int64_t>(kBlockBytes / (a.inputs * static_cast<int64_t>(sizeof(T))), kLeastRows);
+    const int64_t block = std::min(fitting / kRows, ceil_div(a.rows, kRows)) * kRows;
+    const int64_t parts = ceil_div(a.inputs, kPartInputs), part = ceil_div(ceil_div(a.inputs, parts), 32) * 32;
+    const bool prepared = a.norm_weight || sizeof(X) != sizeof(T);
+    const int64_t in_panels = kColumns ? ceil_div(block, kPanel) * kPanel : 0;
+    float* const c = Scratch::reserve(2 * block * kChunkStride + in_panels * (kChunk + a.inputs) + block * a.inputs);
+    float *const up = c + block * kChunkStride, *const sums = up + block * kChunkStride;
+    float* const panels = sums + in_panels * kChunk;
+    T* const h = reinterpret_cast<T*>(panels + in_panels * a.inputs);
+    // The last tiles may leave outputs unwritten that the activation then reads.
+    std::fill(c, up, 0.0f);
+    int64_t prepared_row = -1;
+    do for (int64_t row = 0; row < a.rows; row += block) {
+        const int64_t begin = first * kSplit<kFewRegisters>, end = std::min(last * kSplit<kFewRegisters>, a.outputs);
+        const int64_t rows = std::min(a.rows - row, block), columns = kColumns ? column_rows(rows) : 0, left = rows - columns;
+        // Every thread prepares all rows for itself: microseconds, where a barrier would cost as much.
+        const X* from = static_cast<const X*>(a.x) + row * a.inputs;
+        if constexpr (kColumns) {
+            const T* x = reinterpret_cast<const T*>(from);
+            if (row != prepared_row && prepared) prepare_rows(from, norm_weight, a.eps, columns, a.inputs, a.inputs, h), x = h;
+            if (row != prepared_row)
+                for (int64_t at = 0; at < columns; at += kPanel)
+                    pack_panel<false>(x + at * a.inputs, a.inputs, columns - at, a.inputs, panels + at * a.inputs);
+        }
+        from += columns * a.inputs;
+        const T* x = h;
+        if (!prepared && parts == 1) x = reinterpret_cast<const T*>(from);
+        else if (row != prepared_row) prepare_rows(from, norm_weight, a.eps, left, a.inputs, part, h);
+        prepared_row = row;
+        const auto products = [&](const T* w, int64_t outs, const T* after, float* c) {
+            if constexpr (kColumns)
+                if (columns) column_products(panels, columns, w, outs, a.inputs, after, sums, c);
+            if (left) lane_products<kPairs>(x, part, left, w, outs, a.inputs, after, c + columns * kChunkStride);
+        };
+        for (int64_t out = begin; out < end; out += kChunk) {
+            const int64_t outs = std::min<int64_t>(end - out, kChunk);
+            const int64_t next_out = out + outs < end ? out + outs : ranges.upcoming() * kSplit<kFewRegisters>;
+            const T *const w = weight + out * a.inputs, *const next_w = weight + next_out * a.inputs;
+            const T* const up_w = up_weight ? up_weight + out * a.inputs : nullptr;
+            products(w, outs, up_w ? up_w : next_w, c);
+            if (up_w) products(up_w, outs, next_w, up);
+            for (int64_t r = 0; r < rows; ++r)
+                finish_row<T, Out>(a, row + r, out, outs, c + r * kChunkStride, up + r * kChunkStride);
+        }
+    } while (ranges.next(first, last));
+}
+
+}  // namespace SMOLVLA_LEVEL_NAMESPACE
