@@ -15,7 +15,7 @@ namespace smolvla::cpu {
 namespace {
 
 // Of the kernels that pack no weights.
-// Register tiles of outputs between two epilogues.
+// Register tiles of lanes, by their outputs, between two epilogues.
 constexpr int kUnits = 16;
 // Rows of x that stay in L2 while the weights pass by: as many as fit, and those of an action chunk in any case.
 constexpr int64_t kBlockBytes = 256 * 1024, kLeastRows = 65;
@@ -26,11 +26,12 @@ template <bool kFewRegisters>
 constexpr int64_t kSplit = kFewRegisters ? 12 : 15;
 constexpr int64_t kCoarseSplits = 16;
 
+// Fewer outputs are summed in lanes: they are less than a panel, and eager sums them in more chains than a panel does.
+constexpr int64_t kLeastOutputs = 16;
+
 // Of the kernel that packs weights.
 // From so many rows on it serves: one more than FEW_ROWS of smolvla_fast/ops/defaults.py.
 constexpr int64_t kManyRows = 65;
-// Fewer outputs are less than a panel, and eager sums them in more chains.
-constexpr int64_t kLeastOutputs = 16;
 // Rows and inputs of x that stay in L2 while panels of weights pass by.
 constexpr int64_t kBlockRows = 4 * kTileRows, kBlockInputs = 768;
 // Inputs that are summed up in one go, at most. Sums of sums are more exact than one long sum, and eager's are as short.
@@ -94,7 +95,7 @@ template <class X, class T, class Out>
 void linear(const Linear& a, int num_threads) {
     if constexpr (sizeof(X) + sizeof(T) + sizeof(Out) == 3 * sizeof(float))
         if (a.rows >= kManyRows && a.outputs >= kLeastOutputs && few_registers()) return linear_packed(a, num_threads);
-    const auto run = SMOLVLA_AT_LEVEL(T, run_few, X, T, Out);
+    const auto run = SMOLVLA_AT_LEVEL(T, run_unpacked, X, T, Out);
     const int64_t split = few_registers() ? kSplit<true> : kSplit<false>;
     parallel_ranges(ceil_div(a.outputs, split), split * a.rows * a.inputs / 16, 1, kCoarseSplits, num_threads,
                     [&](Ranges& ranges) { run(a, ranges); });

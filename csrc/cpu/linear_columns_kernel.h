@@ -1,10 +1,14 @@
-// The linear kernel that packs x and no weights, fp32, for one instruction level: made for an action chunk's rows; and the
-// run over few rows, by it or by lanes. No include guard: see each_level.h.
+// The linear kernel that packs x and no weights, fp32 with 16 registers, for one instruction level: made for an action chunk's
+// rows; and the run that packs no weights, by it and by lanes. No include guard: see each_level.h.
 //
 // Rows of x are the columns of panels, and weights are broadcast as they lie: a tile is a sum of outer products, with no
-// lanes to be added up. A thread packs x once a call; the weights of a chunk of outputs stay in L2 while panels pass by.
+// lanes to be added up. A thread packs x once a call. Weights of a chunk of outputs and a block of inputs stay in L2 while
+// panels pass by.
 
 namespace SMOLVLA_LEVEL_NAMESPACE {
+
+static_assert(!kFewRegisters || (kSplit<true> % kTileRows == 0 && kChunk % kTileRows == 0 && kChunk % kWidth == 0),
+              "a chunk is whole tiles and whole vectors");
 
 // How many of the first rows are columns: whole panels, and what is left if it is more than a tile of lanes.
 constexpr int64_t column_rows(int64_t rows) {
@@ -52,7 +56,7 @@ SMOLVLA_TARGET void column_products(const float* panels, int64_t rows, const T* 
 
 // Ranges of the outputs, in splits, of all rows.
 template <bool kPairs, class X, class T, class Out>
-SMOLVLA_TARGET void run_few(const Linear& a, Ranges& ranges) {
+SMOLVLA_TARGET void run_unpacked(const Linear& a, Ranges& ranges) {
     int64_t first, last;
     if (!ranges.next(first, last)) return;
     // With 32 registers a tile of lanes uses an operand five times, and columns were not measured.
@@ -63,17 +67,20 @@ SMOLVLA_TARGET void run_few(const Linear& a, Ranges& ranges) {
     const int64_t block = std::min(fitting / kRows, ceil_div(a.rows, kRows)) * kRows;
     const int64_t parts = ceil_div(a.inputs, kPartInputs), part = ceil_div(ceil_div(a.inputs, parts), 32) * 32;
     const bool prepared = a.norm_weight || sizeof(X) != sizeof(T);
-    const int64_t in_panels = kColumns ? ceil_div(block, kPanel) * kPanel : 0;
-    float* const c = Scratch::reserve(2 * block * kChunkStride + in_panels * (kChunk + a.inputs) + block * a.inputs);
+    const bool copied = prepared || parts > 1;
+    const bool by_columns = kColumns && a.outputs >= kLeastOutputs;
+    const int64_t in_panels = by_columns ? ceil_div(block, kPanel) * kPanel : 0;
+    float* const c = Scratch::reserve(2 * block * kChunkStride + in_panels * (kChunk + a.inputs) +
+                                      (copied ? block * a.inputs : 0));
     float *const up = c + block * kChunkStride, *const sums = up + block * kChunkStride;
     float* const panels = sums + in_panels * kChunk;
     T* const h = reinterpret_cast<T*>(panels + in_panels * a.inputs);
-    // The last tiles may leave outputs unwritten that the activation then reads.
-    std::fill(c, up, 0.0f);
+    // Tiles may leave outputs unwritten that whole vectors then read.
+    std::fill(c, panels, 0.0f);
     int64_t prepared_row = -1;
     do for (int64_t row = 0; row < a.rows; row += block) {
         const int64_t begin = first * kSplit<kFewRegisters>, end = std::min(last * kSplit<kFewRegisters>, a.outputs);
-        const int64_t rows = std::min(a.rows - row, block), columns = kColumns ? column_rows(rows) : 0, left = rows - columns;
+        const int64_t rows = std::min(a.rows - row, block), columns = by_columns ? column_rows(rows) : 0, left = rows - columns;
         // Every thread prepares all rows for itself: microseconds, where a barrier would cost as much.
         const X* from = static_cast<const X*>(a.x) + row * a.inputs;
         if constexpr (kColumns) {
@@ -85,7 +92,7 @@ SMOLVLA_TARGET void run_few(const Linear& a, Ranges& ranges) {
         }
         from += columns * a.inputs;
         const T* x = h;
-        if (!prepared && parts == 1) x = reinterpret_cast<const T*>(from);
+        if (!copied) x = reinterpret_cast<const T*>(from);
         else if (row != prepared_row) prepare_rows(from, norm_weight, a.eps, left, a.inputs, part, h);
         prepared_row = row;
         const auto products = [&](const T* w, int64_t outs, const T* after, float* c) {
@@ -95,8 +102,11 @@ SMOLVLA_TARGET void run_few(const Linear& a, Ranges& ranges) {
         };
         for (int64_t out = begin; out < end; out += kChunk) {
             const int64_t outs = std::min<int64_t>(end - out, kChunk);
-            const int64_t next_out = out + outs < end ? out + outs : ranges.upcoming() * kSplit<kFewRegisters>;
-            const T *const w = weight + out * a.inputs, *const next_w = weight + next_out * a.inputs;
+            // What is fetched meanwhile, and never past the last output: of this range, of its next block, of the next range.
+            int64_t next = out + outs < end ? out + outs : begin;
+            if (next == begin && row + block >= a.rows) next = ranges.upcoming() * kSplit<kFewRegisters>;
+            const T* const w = weight + out * a.inputs;
+            const T* const next_w = weight + std::max<int64_t>(std::min(next, a.outputs - outs), 0) * a.inputs;
             const T* const up_w = up_weight ? up_weight + out * a.inputs : nullptr;
             products(w, outs, up_w ? up_w : next_w, c);
             if (up_w) products(up_w, outs, next_w, up);

@@ -1,4 +1,4 @@
-// The linear kernels for one instruction level: what comes before and after their products, which both share. No include
+// The linear kernels for one instruction level: what comes before and after their products, which all share. No include
 // guard: see each_level.h.
 
 #include "cpu/panel_kernel.h"

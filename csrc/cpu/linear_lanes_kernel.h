@@ -1,4 +1,5 @@
-// The linear kernel that packs no weights, for one instruction level: made for few rows. No include guard: see each_level.h.
+// The linear kernel that packs nothing, for one instruction level: bf16, fp32 with 32 registers, and with 16 the last few
+// rows. No include guard: see each_level.h.
 //
 // x and nn.Linear's weight are both contiguous along the inputs, so a tile of outputs is summed with the inputs in the
 // vector's lanes, and the lanes are added up at the end: no operand is transposed.
@@ -10,20 +11,21 @@ constexpr bool kFewRegisters = S::kRegisters == 16;
 constexpr int kRows = kFewRegisters ? 4 : 5, kOuts = kFewRegisters ? 3 : 5;
 constexpr int kChunk = kOuts * kUnits;
 constexpr int kChunkStride = (kChunk + kWidth - 1) / kWidth * kWidth;
+static_assert(kSplit<kFewRegisters> % kOuts == 0, "what a thread is dealt is whole tiles");
 
 // c[row, out] (+)= x[row, 0:inputs] · w[out, 0:inputs]. Rows and outputs beyond the last repeat it; their results are not
 // wanted.
-template <bool kPairs, bool kAccumulate, int kRows, int kOuts, class T>
+template <bool kPairs, bool kAccumulate, int kTall, int kWide, class T>
 SMOLVLA_TARGET __attribute__((noinline)) void lane_tile(const T* x, int64_t x_stride, int last_row, const T* w,
                                                         int64_t w_stride, int last_out, int64_t inputs, const T* ahead,
                                                         float* c, int64_t c_row, int64_t c_out) {
-    // They are added up a vector full at a time.
-    constexpr int kSums = (kRows * kOuts + kWidth - 1) / kWidth * kWidth;
-    const T *xs[kRows], *ws[kOuts];
+    // Sums of the tile, in whole vectors: they are added up a vector full at a time.
+    constexpr int kSums = (kTall * kWide + kWidth - 1) / kWidth * kWidth;
+    const T *xs[kTall], *ws[kWide];
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) xs[r] = x + (r < last_row ? r : last_row) * x_stride;
+    for (int r = 0; r < kTall; ++r) xs[r] = x + (r < last_row ? r : last_row) * x_stride;
 #pragma GCC unroll 6
-    for (int o = 0; o < kOuts; ++o) ws[o] = w + (o < last_out ? o : last_out) * w_stride;
+    for (int o = 0; o < kWide; ++o) ws[o] = w + (o < last_out ? o : last_out) * w_stride;
 
     V sums[kSums];
 #pragma GCC unroll 32
@@ -32,36 +34,36 @@ SMOLVLA_TARGET __attribute__((noinline)) void lane_tile(const T* x, int64_t x_st
     int64_t i = 0;
     for (; i + step <= inputs; i += step) {
         __builtin_prefetch(ahead + i, 0, 2);
-        V columns[kOuts];
+        V columns[kWide];
 #pragma GCC unroll 6
-        for (int o = 0; o < kOuts; ++o) columns[o] = load_words<kPairs>(ws[o] + i);
+        for (int o = 0; o < kWide; ++o) columns[o] = load_words<kPairs>(ws[o] + i);
 #pragma GCC unroll 6
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kTall; ++r) {
             const V row = load_words<kPairs>(xs[r] + i);
 #pragma GCC unroll 6
-            for (int o = 0; o < kOuts; ++o) sums[r * kOuts + o] = dot<kPairs>(row, columns[o], sums[r * kOuts + o]);
+            for (int o = 0; o < kWide; ++o) sums[r * kWide + o] = dot<kPairs>(row, columns[o], sums[r * kWide + o]);
         }
     }
     if (i < inputs) {
-        V columns[kOuts];
+        V columns[kWide];
 #pragma GCC unroll 6
-        for (int o = 0; o < kOuts; ++o) columns[o] = load_first_words<kPairs>(ws[o] + i, inputs - i);
+        for (int o = 0; o < kWide; ++o) columns[o] = load_first_words<kPairs>(ws[o] + i, inputs - i);
 #pragma GCC unroll 6
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kTall; ++r) {
             const V row = load_first_words<kPairs>(xs[r] + i, inputs - i);
 #pragma GCC unroll 6
-            for (int o = 0; o < kOuts; ++o) sums[r * kOuts + o] = dot<kPairs>(row, columns[o], sums[r * kOuts + o]);
+            for (int o = 0; o < kWide; ++o) sums[r * kWide + o] = dot<kPairs>(row, columns[o], sums[r * kWide + o]);
         }
     }
     alignas(64) float flat[kSums];
 #pragma GCC unroll 8
     for (int j = 0; j < kSums; j += kWidth) S::store(flat + j, S::sum_each(sums + j));
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kTall; ++r)
 #pragma GCC unroll 6
-        for (int o = 0; o < kOuts; ++o) {
+        for (int o = 0; o < kWide; ++o) {
             float* const to = c + r * c_row + o * c_out;
-            *to = kAccumulate ? *to + flat[r * kOuts + o] : flat[r * kOuts + o];
+            *to = kAccumulate ? *to + flat[r * kWide + o] : flat[r * kWide + o];
         }
 }
 
@@ -70,7 +72,7 @@ SMOLVLA_TARGET __attribute__((noinline)) void lane_tile(const T* x, int64_t x_st
 template <bool kPairs, class T>
 SMOLVLA_TARGET void lane_products(const T* x, int64_t part, int64_t rows, const T* w, int64_t outs, int64_t inputs,
                                   const T* after, float* c) {
-    // Of one or two rows six outputs are summed at a time: outputs are the rows of such a tile.
+    // A tile of six outputs by one or two rows, in exchanged places: no row is computed twice over.
     const bool few = kFewRegisters && rows <= 2;
     const int unit_outs = few ? kTileRows : kOuts;
     for (int64_t i = 0; i < inputs; i += part) {

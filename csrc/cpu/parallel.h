@@ -41,7 +41,7 @@ public:
     }
 
     // Where the next range will begin, for what is fetched early; another thread may take it before.
-    int64_t upcoming() const { return std::min(next_.load(std::memory_order_relaxed), rows_ - 1); }
+    int64_t upcoming() const { return next_.load(std::memory_order_relaxed); }
 
     // The first exception of a body, kept for the caller: it may not leave a thread. What is left is not handed out.
     void fail(std::exception_ptr error) {

@@ -29,6 +29,9 @@ SHAPES = [
     (50, 720, 320),
     (1, 960, 7),
     (5, 33, 47),
+    (20, 33, 47),
+    (22, 33, 47),
+    (50, 2048, 47),
     (49, 31, 5),
     (51, 65, 81),
     (177, 2048, 6),
@@ -37,6 +40,15 @@ SHAPES = [
     (177, 1100, 64),
     (2, 1, 1),
     (3, 7, 2),
+]
+LONG_SUMS = [
+    (97, 256, 2),
+    (177, 960, 320),
+    (177, 960, 7),
+    (50, 960, 320),
+    (50, 2048, 47),
+    (50, 720, 32),
+    (50, 960, 2),
 ]
 
 
@@ -143,7 +155,7 @@ def test_norm_error_against_fp64(shape, dtypes, level):
 
 @AT_LEVELS
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("shape", [(97, 256, 2), (177, 960, 320)], ids=str)
+@pytest.mark.parametrize("shape", LONG_SUMS, ids=str)
 def test_long_sums_beside_an_outlier_column(shape, seed, level):
     """Where sums are long chains of additions, one large input costs the rest their last bits."""
     x, weight = randn(*shape[:2], seed=seed), randn(shape[2], shape[1], seed=seed + 9, scale=shape[1] ** -0.5)
@@ -156,24 +168,27 @@ def test_long_sums_beside_an_outlier_column(shape, seed, level):
 @AT_LEVELS
 @MIXED
 def test_bits_do_not_depend_on_threads_or_runs_nor_on_rows_of_one_kernel(dtypes, level, threads):
-    x, weight, up, bias, residual, norm_weight = make((177, 720, 163), dtypes)
+    x, weight, up, bias, residual, norm_weight = make((177, 1100, 163), dtypes)
     results = []
     with cpu.instruction_level(level):
         for count in (1, 2, 3, 7, 1, 2):
             threads(count)
             y = cpu.linear(x, weight, bias, "silu", residual, norm=(norm_weight, 1e-5))
-            results.append((y, cpu.swiglu(x, weight, up, out_dtype=dtypes[2])))
-        many, few, four, three = (
+            chunk = cpu.linear(x[90:140], weight, norm=(norm_weight, 1e-5), out_dtype=dtypes[2])
+            results.append((y, cpu.swiglu(x, weight, up, out_dtype=dtypes[2]), chunk))
+        whole = results[0][1]
+        many, few, some, chunk, four, two = (
             cpu.swiglu(x[begin:end], weight, up, out_dtype=dtypes[2])
-            for begin, end in ((20, 93), (90, 154), (90, 94), (91, 94))
+            for begin, end in ((20, 93), (90, 154), (90, 151), (90, 140), (90, 94), (92, 94))
         )
-    for y, gated in results[1:]:
-        assert torch.equal(y, results[0][0]) and torch.equal(gated, results[0][1])
-    assert torch.equal(many, results[0][1][20:93]) and torch.equal(few, results[0][1][90:154])
-    assert torch.equal(four[1:], three)
-    # Four fp32 rows at most are summed in lanes at these two levels, in another order than the rows of a panel.
+    for found in results[1:]:
+        assert all(map(torch.equal, found, results[0]))
+    assert torch.equal(many, whole[20:93]) and torch.equal(few, whole[90:154])
+    assert torch.equal(some, whole[90:151]) and torch.equal(chunk[:48], whole[90:138])
+    assert torch.equal(four[2:], two)
+    # Up to four fp32 rows that fill no panel are summed in lanes at these two levels, in another order.
     if level not in ("baseline", "avx2") or dtypes != (F32, F32, F32):
-        assert torch.equal(four, few[:4])
+        assert torch.equal(four, few[:4]) and torch.equal(chunk, whole[90:140])
 
 
 @AT_LEVELS

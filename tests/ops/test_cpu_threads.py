@@ -17,9 +17,9 @@ BUILDS = {"OpenMP": ["-fopenmp"], "pool": ["-pthread"]}
 
 # rows to deal, the finest and the coarse unit, as the ops ask for them at SmolVLA's sizes
 DEALS = {
-    "linear, 960 outputs": (192, 16, 16),
-    "linear, 720 outputs": (144, 16, 16),
-    "linear, 2048 outputs": (410, 16, 16),
+    "linear, 960 outputs": (80, 1, 16),
+    "linear, 720 outputs": (60, 1, 16),
+    "linear, 2048 outputs": (171, 1, 16),
     "attention of a chunk": (125, 4, 25),
     "attention of an image": (12 * 171, 4, 171),
     "rows of a norm": (1024, 6, 6),
