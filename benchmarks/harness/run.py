@@ -100,8 +100,8 @@ def execute(
 
     def read() -> None:
         for line in process.stdout or ():
-            tail.append(line.rstrip())
-            print(f"   {line.rstrip()}", flush=True)
+            tail.append(line.rstrip().replace(f"{ROOT}{os.sep}", ""))
+            print(f"   {tail[-1]}", flush=True)
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()

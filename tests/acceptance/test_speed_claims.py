@@ -153,7 +153,7 @@ def test_figures_are_of_committed_runs_and_say_what_is_not_measured() -> None:
     figures_page = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
     reports = re.findall(r"\(\.\./(benchmarks/results/[^/)]*)\.md\)", figures_page)
     measured = {}
-    for place, report in zip(("", ", older processor"), reports, strict=True):
+    for place, report in zip(("", ", AVX2 alone"), reports, strict=True):
         for each in json.loads((ROOT / f"{report}.json").read_text(encoding="utf-8"))["benchmarks"]:
             facts = each["extra_info"]
             # Those beside compiled stock are timed twice, there in few rounds.

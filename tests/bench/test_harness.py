@@ -139,6 +139,13 @@ def test_a_case_has_its_share_of_the_time_and_no_less_than_the_least() -> None:
     assert 0 < measure.next_case(None) < 10
 
 
+def test_a_result_names_files_from_the_repository_on() -> None:
+    ended = run.execute(
+        [sys.executable, "-c", "import os; print(os.getcwd() + '/benchmarks/a.py')"], 60, dict(os.environ)
+    )
+    assert ended.status == 0 and ended.tail == ["benchmarks/a.py"]
+
+
 def test_limits_nest_into_nothing_else() -> None:
     before = signal.getsignal(signal.SIGALRM)
     with limited(60):
