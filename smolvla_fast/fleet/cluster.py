@@ -63,7 +63,9 @@ def deployed(path: str, replicas: int, max_batch: int, wait_s: float, *how: str 
     resources = {"num_cpus": 1, "num_gpus": 1} if gpus else {"num_cpus": int(share) or share}
     deployment: Any = serve.deployment(
         Replica, num_replicas=replicas, ray_actor_options=resources, max_constructor_retry_count=3,
-        max_ongoing_requests=2 * max_batch,  # the next batch gathers while one is computed
+        # The next batch gathers while one is computed. When replicas end the front has ended: nothing is under way in them.
+        # One that has died is known to be dead, and replaced, after the next check.
+        max_ongoing_requests=2 * max_batch, graceful_shutdown_wait_loop_s=0.1, health_check_period_s=1,
     )  # fmt: skip
     name = f"smolvla_fast-{uuid.uuid4().hex[:8]}"
     bound = deployment.bind(path, "cuda" if gpus else "cpu", max_batch, wait_s, *how)
