@@ -1,7 +1,8 @@
-"""``smolvla-fast serve --fleet`` as a user starts it, and the example that drives it."""
+"""``smolvla-fast serve --fleet`` as a user starts it, the example that drives it, and what it says where it cannot serve."""
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,59 +19,117 @@ from offline.checkpoints import save_checkpoint
 
 from smolvla_fast.cli import main
 
+# Each line is the words of one command, a user's. They share a process, which imports LeRobot and Ray once; it ends as the
+# last of them.
+COMMANDS = """
+import json, sys
+from smolvla_fast.cli import main
+for line in sys.stdin:
+    status = main(["serve", "--fleet", *json.loads(line)])
+    print("status:", status, flush=True)
+sys.exit(status)
+"""
+A_RAY = """
+import sys, ray
+here = ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, object_store_memory=80 * 2**20)
+print(here.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def ray_with_a_gpu(ray_here: str) -> Iterator[str]:
+    """The address of another Ray, with a GPU by name: Ray believes what it is told."""
+    held = subprocess.Popen(
+        [sys.executable, "-c", A_RAY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with held:  # which closes its input, and waits for it
+        assert held.stdout is not None
+        yield held.stdout.readline().strip()
+
+
+class Commands:
+    """The process of ``COMMANDS``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", COMMANDS], cwd=folder, text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self, *words: str, until: str = "status: ") -> list[str]:
+        """Starts a command. Returns its lines up to the first that begins so."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(words), file=self.process.stdin)
+        late = threading.Timer(PATIENCE, self.process.kill)
+        late.start()
+        said: list[str] = []
+        try:
+            for line in self.process.stdout:
+                said.append(line)
+                if line.startswith(until):
+                    return said
+        finally:
+            late.cancel()
+        raise AssertionError("".join(said))
+
+    def interrupt(self) -> str:
+        """As Ctrl-C, once. Returns what it said until it had ended."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.communicate(timeout=PATIENCE)[0]
+
+
+@pytest.fixture
+def commands(ray_here: str, tmp_path: Path) -> Iterator[Commands]:
+    started = Commands(tmp_path)
+    yield started
+    started.process.kill()  # or its replicas would hold the CPUs that the next tests need
+    started.process.communicate()
+
 
 @pytest.mark.slow
 def test_the_command_serves_the_examples_arms_until_it_is_interrupted(
-    ray_here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Two replicas on a Ray that is there: both answer, and the command takes them with it and leaves the Ray."""
+    ray_here: str, commands: Commands, ray_with_a_gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Where Ray has no place it says so before it waits. Where it has, two replicas on a Ray that is there: both answer,
+    and the command takes them with it and leaves the Ray."""
     import ray
     from ray import serve
+    from ray.util import placement_group, remove_placement_group
 
     path = save_checkpoint(tmp_path / "checkpoint", num_steps=1).path
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     flags = [f"--policy.path={path}", "--host=127.0.0.1", f"--port={port}", "--inference_latency=0"]
-    flags += [f"--ray-address={ray.get_runtime_context().gcs_address}", "--replicas=2"]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "smolvla_fast.cli", "serve", "--fleet", *flags], cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    said: list[str] = []
-    up = threading.Event()
-
-    def read() -> None:
-        for line in server.stdout or ():
-            said.append(line)
-            if line.startswith("ready: "):
-                up.set()
-        up.set()
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        assert up.wait(PATIENCE) and server.poll() is None, "".join(said)
-        assert re.search(
-            rf"fp32 by \w+ on cpu, process \d+; replicas: 2; metrics: {ray_here}\n", "".join(said)
-        )
-        example = str(ROOT / "examples" / "fleet_client.py")
-        words = [f"--policy.path={path}", f"--address=127.0.0.1:{port}", "--clients=2,3", "--chunks=4"]
-        monkeypatch.setattr(sys, "argv", [example, *words])
-        runpy.run_path(example, run_name="__main__")
-        assert re.search(r"\| 2 \| 8 \| .*\n\| 3 \| 12 \| ", capsys.readouterr().out)
-        (application,) = serve.status().applications
-        served = "ray_serve_deployment_request_counter_total"
-        eventually(lambda: sum(metrics(ray_here, served, f'application="{application}"')) > 20)
-        # The command has asked one of them who it is; chunks came from both.
-        assert len(each := metrics(ray_here, served, f'application="{application}"')) == 2 and min(each) > 1
-    finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(PATIENCE)
-        finally:
-            server.kill()  # or its replicas would hold the CPUs that the next tests need
-        reader.join(PATIENCE)
-    assert server.returncode == 130 and "Traceback" not in "".join(said), "".join(said)
+    here = f"--ray-address={ray.get_runtime_context().gcs_address}"
+    taken = placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
+    assert taken.wait(PATIENCE)
+    for where, sentence in (
+        ([f"--ray-address={ray_with_a_gpu}", "--replicas=2"], "2 replicas, and free are 1 GPUs (one a replica) and 1 CPUs"),
+        ([here], "1 replicas, and free are 0 GPUs (one a replica) and 0 CPUs"),
+        (["--ray-address=127.0.0.1:1"], "no Ray at 127.0.0.1:1: "),
+    ):  # fmt: skip
+        said = commands.run(*flags, *where)
+        assert said[-1] == "status: 2\n" and "Traceback" not in "".join(said), said
+        (line,) = [each for each in said if each.startswith("smolvla-fast serve: ")]
+        assert line.startswith(f"smolvla-fast serve: {sentence}"), line
+    remove_placement_group(taken)
+    eventually(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+    said = commands.run(*flags, here, "--replicas=2", until="ready: ")
+    assert re.search(rf"fp32 by \w+ on cpu, process \d+; replicas: 2; metrics: {ray_here}\n", "".join(said))
+    example = str(ROOT / "examples" / "fleet_client.py")
+    words = [f"--policy.path={path}", f"--address=127.0.0.1:{port}", "--clients=2,3", "--chunks=4"]
+    monkeypatch.setattr(sys, "argv", [example, *words])
+    runpy.run_path(example, run_name="__main__")
+    assert re.search(r"\| 2 \| 8 \| .*\n\| 3 \| 12 \| ", capsys.readouterr().out)
+    (application,) = serve.status().applications
+    served = "ray_serve_deployment_request_counter_total"
+    eventually(lambda: sum(metrics(ray_here, served, f'application="{application}"')) > 20)
+    # The command has asked one of them who it is; chunks came from both.
+    assert len(each := metrics(ray_here, served, f'application="{application}"')) == 2 and min(each) > 1
+    ended = commands.interrupt()
+    assert commands.process.returncode == 130 and "Traceback" not in "".join([*said, ended]), ended
     assert not serve.status().applications
 
 
