@@ -6,9 +6,10 @@ The sizes keep what a compiler specialises on: multiples of 16 stay multiples of
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from benchmarks.compiled import aot
-from smolvla_fast.kernels.tuning import recording, using
+from smolvla_fast.kernels.tuning import Question, recording, using
 from smolvla_fast.ops.choice import choose, over
 from smolvla_fast.ops.reference.quantize import Quantized, dequantize
 from smolvla_fast.ops.select import backend_ops, reference_ops
@@ -42,7 +43,7 @@ MOST: dict[str, dict[str, int]] = {
     "attention": dict(N=1, T=208, H=2),
     "masked_attention": dict(T=48, S=160, H=3, K=1),
     "masked_attention_backward": dict(B=1, T=32, S=80, H=3, K=1),
-    "suffix_embed": dict(S=50, E=240, N=3),
+    "suffix_embed": dict(S=18, E=144, N=3),
     "euler_step": dict(S=5),
     "layer_norm": dict(rows=9),
     "prefix_embed": dict(T=3, L=5, M=272),
@@ -113,20 +114,27 @@ def calls(capability: int) -> Iterator[Call]:
                 yield Call(op, tuple(case.items()), label, dtypes, capability)
 
 
-@contextmanager
-def tiles_of(call: Call) -> Iterator[bool]:
-    """Inside, launchers take the tiles of the call at SmolVLA's own sizes; whether there is a kernel for these."""
+@cache
+def questions(call: Call) -> tuple[tuple[Question, ...], bool]:
+    """What the launchers ask at SmolVLA's own sizes; whether there is a kernel for these."""
     launched: list[str] = []
 
     def nothing(self: Any, *args: Any, **kwargs: Any) -> None:
         launched.append(self.__name__)
 
-    with recording() as asked, patch.object(JITFunction, "run", nothing):
+    with (
+        launcher.machine(call.capability), recording() as asked, patch.object(JITFunction, "run", nothing)
+    ):  # fmt: skip
         aot.call(call.op, call.inputs(small=False))
-    with ExitStack() as stack:
-        for question in reversed(asked):
-            stack.enter_context(using(question.tiles[0]))
-        yield bool(launched)
+    return tuple(asked), bool(launched)
+
+
+def run_of(call: Call) -> Hashable:
+    """All that a run depends on: where it is equal, calls of different sizes are one run at the sizes that are run."""
+    asked, has_kernel = questions(call)
+    sizes = smaller(call.op, dict(call.case))
+    tiles = tuple((type(each.tiles[0]), each.tiles[0]) for each in asked)
+    return call.op, tuple(sizes.items()), call.label, call.dtypes, call.capability, tiles, has_kernel
 
 
 def judged(call: Call) -> list[Figure]:
@@ -135,9 +143,12 @@ def judged(call: Call) -> list[Figure]:
     raises  AssertionError where bits differ, memory is left unwritten, or an error is more than twice eager's and what
             rounding alone may add
     """
-    with launcher.machine(call.capability), tiles_of(call) as has_kernel:
-        if not has_kernel:
-            return []
+    asked, has_kernel = questions(call)
+    if not has_kernel:
+        return []
+    with launcher.machine(call.capability), ExitStack() as stack:
+        for question in reversed(asked):
+            stack.enter_context(using(question.tiles[0]))
         inputs = call.inputs(small=True)
         wide = widened(changed(inputs, {n: dequantize(x, torch.float64) for n, x in _eight_bits(inputs)}))
         # Eager rounds rows that are wider than their weight to its dtype; of 8-bit weights the reference has the emulation.
