@@ -335,6 +335,8 @@ class SmolVLMForConditionalGeneration(nn.Module):
 
 def initialise_weights(module: nn.Module, std: float) -> None:
     """Normal weights of deviation ``std``, zero biases and padding row: how transformers starts this model."""
+    if next(module.parameters()).is_meta:  # no values, and torch takes long to say so
+        return
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d, nn.Embedding)):
             nn.init.normal_(part.weight, std=std)

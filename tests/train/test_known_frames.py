@@ -247,10 +247,11 @@ def test_a_run_that_has_ended_reads_images_again(video_top, filled, tmp_path):
 
 @pytest.mark.slow
 def test_workers_read_what_the_trainer_has_written(video_top, tmp_path):
-    """A spawned process maps the memory of this one: its second epoch has tokens alone."""
-    run = prepared(
-        video_top, tmp_path / "run", "--image_cache=100000000", "--num_workers=1", "--dataset.episodes=[0]"
-    )
+    """A spawned process maps the memory of this one: its second epoch has tokens alone. Once they are gone it reads files
+    again, and names the one that has been damaged meanwhile."""
+    data = shutil.copytree(video_top.data, tmp_path / "data")
+    more = (f"--dataset.root={data}", "--image_cache=100000000", "--num_workers=1", "--dataset.episodes=[0]")
+    run = prepared(video_top, tmp_path / "run", *more)
     batches = training_batches(run.settings, run.data.train, 0)
     count = -(-len(run.data.train) // 4)
     seen = []
@@ -264,6 +265,14 @@ def test_workers_read_what_the_trainer_has_written(video_top, tmp_path):
     for _ in range(2 * count + 1):
         update(run, source)
     assert seen[0] == 0 and seen[-1] == 4
+    [video] = data.glob("videos/observation.images.wrist/*/*.mp4")
+    video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    run.known.store._rows[:] = 0
+    with pytest.raises(TrainingError, match=r"observation\.images\.wrist at frame \d+ of episode 0") as error:
+        for _ in range(2 * count):
+            update(run, source)
+    assert str(video.relative_to(data)) in str(error.value) and "is cut off" in str(error.value)
+    assert "again" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("change", ["dataset", "vision tower", "dtype", RESULT])

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import sys
 import traceback
@@ -54,24 +55,25 @@ def damage(store: TokenStore, frame: int, at: int) -> None:
         file.write(bytes([byte ^ 4]))
 
 
-def in_a_process(work, kill_before: int = 0) -> int:
-    """Status of a forked process that does ``work``; it kills itself before its n-th line, or return, in token_store.py."""
+def in_a_process(work, before_line=None) -> int:
+    """Status of a forked process that does ``work``, and ``before_line(n)`` before its n-th line, or return, in
+    token_store.py."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    left = kill_before
+    number = 0
 
     def trace(frame, event, argument):
-        nonlocal left
+        nonlocal number
         if frame.f_code.co_filename != token_store.__file__:
             return None
-        left -= event in ("line", "return")
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if event in ("line", "return"):
+            number += 1
+            before_line(number)
         return trace
 
     try:
-        sys.settrace(trace if kill_before else None)
+        sys.settrace(trace if before_line else None)
         work()
         os._exit(0)
     except BaseException:
@@ -79,13 +81,32 @@ def in_a_process(work, kill_before: int = 0) -> int:
         os._exit(1)
 
 
-def killed_everywhere(work) -> int:
-    """Yields once for each line at which a process that does ``work`` was killed, until one ends."""
-    line = 1
-    while (status := in_a_process(work, line)) == -signal.SIGKILL:
-        yield line
-        line += 1
-    assert status == 0
+def killed_everywhere(work, folder, reset):
+    """Yields once for each state of the folder that a killed process can leave: killed before the first line that finds it.
+    A kill leaves what stands in the folder, mapped rows included, and nothing else: between two changes of it all kills are
+    one. ``reset`` makes the folder what it was before ``work``."""
+    reader, writer = os.pipe()
+    before = None
+
+    def tell_changes(number: int) -> None:
+        nonlocal before
+        now = [(path, path.is_file() and path.read_bytes()) for path in sorted(folder.rglob("*"))]
+        if now != before:
+            before = now
+            os.write(writer, b"%d\n" % number)
+
+    reset()
+    assert in_a_process(work, tell_changes) == 0
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        numbers = [int(each) for each in told]
+    for last in numbers:
+        reset()
+        status = in_a_process(
+            work, lambda number, last=last: number == last and os.kill(os.getpid(), signal.SIGKILL)
+        )
+        assert status == -signal.SIGKILL
+        yield last
 
 
 @pytest.mark.parametrize("where", ["folder", "memory"])
@@ -115,12 +136,10 @@ def test_a_kill_at_any_line_of_a_write_leaves_a_row_unknown_or_right(tmp_path, b
         if before == "damaged":
             damage(store, 3, 20)
 
-    reset()
-    for _ in killed_everywhere(lambda: store.write(3, tokens(3))):
+    for _ in killed_everywhere(lambda: store.write(3, tokens(3)), tmp_path, reset):
         seen.add(states(store)[3])
         store.write(3, tokens(3))
         assert states(store)[3]
-        reset()
     assert seen == {False, True}, "it was killed on both sides of the row's last byte"
 
 
@@ -139,18 +158,23 @@ def test_a_row_of_which_a_part_was_written_is_unknown(tmp_path, before, written)
     assert states(store)[3]
 
 
-def test_a_kill_at_any_line_of_opening_leaves_what_opens_again(tmp_path):
-    killed = 0
-    for line in killed_everywhere(lambda: opened(tmp_path / "all").write(1, tokens(1))):
-        killed = line
-        store = opened(tmp_path / "all")
-        states(store)
+@pytest.mark.parametrize(("before", "states_left"), [("nothing", 5), ("opened", 3)])
+def test_a_kill_at_any_line_of_opening_leaves_what_opens_again(tmp_path, before, states_left):
+    folder, killed = tmp_path / "all", []
+
+    def reset() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        if before == "opened":
+            opened(folder).write(0, tokens(0))
+
+    for line in killed_everywhere(lambda: opened(folder).write(1, tokens(1)), folder, reset):
+        killed.append(line)
+        store = opened(folder)
+        assert states(store)[0] is (before == "opened")
         store.write(0, tokens(0))
-        assert states(store)[0] and len(list((tmp_path / "all").glob(f"*/{ABOUT}"))) == 1
-        if line % 3 == 0:  # from nothing again
-            for path in sorted((tmp_path / "all").rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
-    assert killed > 30
+        assert states(store)[0] and len(list(folder.glob(f"*/{ABOUT}"))) == 1
+    assert len(killed) >= states_left, killed
 
 
 def test_a_damaged_row_is_unknown_and_written_again(tmp_path):
