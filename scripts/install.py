@@ -3,7 +3,7 @@
     python scripts/install.py lerobot cli
 
 pip chooses every release first and downloads nothing, so the size of the download is known before it begins; the extensions
-are compiled while it lasts.
+are compiled meanwhile.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ LARGE = 100e6
 
 def main(*extras: str) -> int:
     try:
-        missing = resolve(f"{ROOT}[{','.join(extras)}]")
         # A session of its own, so that its compilers can be ended with it.
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         compiler = subprocess.Popen(build, cwd=ROOT, start_new_session=True)
         try:
-            if missing:
+            if missing := resolve(f"{ROOT}[{','.join(extras)}]"):
                 names = [item["metadata"]["name"] for item in missing]
                 with ThreadPoolExecutor(16) as pool:
                     print(announcement(dict(zip(names, pool.map(size_of, missing), strict=True))), flush=True)
