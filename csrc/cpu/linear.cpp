@@ -28,6 +28,8 @@ constexpr int64_t kCoarseSplits = 16;
 
 // Fewer outputs are summed in lanes: they are less than a panel, and eager sums them in more chains than a panel does.
 constexpr int64_t kLeastOutputs = 16;
+// Of the kernel that packs rows. With fewer the weights come too late from memory, and lanes were faster.
+constexpr int64_t kLeastColumns = 48;
 
 // Of the kernel that packs weights.
 // From so many rows on it serves: one more than FEW_ROWS of smolvla_fast/ops/defaults.py.

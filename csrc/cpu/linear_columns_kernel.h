@@ -68,7 +68,7 @@ SMOLVLA_TARGET void run_unpacked(const Linear& a, Ranges& ranges) {
     const int64_t parts = ceil_div(a.inputs, kPartInputs), part = ceil_div(ceil_div(a.inputs, parts), 32) * 32;
     const bool prepared = a.norm_weight || sizeof(X) != sizeof(T);
     const bool copied = prepared || parts > 1;
-    const bool by_columns = kColumns && a.outputs >= kLeastOutputs;
+    const bool by_columns = kColumns && a.outputs >= kLeastOutputs && a.rows >= kLeastColumns;
     const int64_t in_panels = by_columns ? ceil_div(block, kPanel) * kPanel : 0;
     float* const c = Scratch::reserve(2 * block * kChunkStride + in_panels * (kChunk + a.inputs) +
                                       (copied ? block * a.inputs : 0));

@@ -184,8 +184,8 @@ def linear(
     memory     for a norm weight in fp32, where it is stored in another way; see ``ops.memory``
     returns    [..., O]  out_dtype
     numerics   sums and epilogue in fp32, one rounding; bits do not depend on the number of threads, nor on that of rows
-               except in fp32 at the levels baseline and avx2, where up to 64 rows end with up to four that are summed in
-               another order
+               except in fp32 at the levels baseline and avx2, where fewer than 48, and up to four at the end of 48 to 64,
+               are summed in another order
     errors     as ``rms_norm``; ValueError for another activation
     replaces   q/k/v, ``o_proj``, ``down_proj`` of an expert layer, with the norm before or the addition after
     """
