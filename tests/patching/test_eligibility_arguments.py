@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -230,12 +231,18 @@ def _usual(policy: Any, batch: int) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
-TIERS = ["exact", "fp32", pytest.param("bf16", marks=pytest.mark.long)]
+# What refuses an argument asks neither the tier for the batch nor the batch for the tier: each is met once.
+PAIRS = pytest.mark.parametrize(
+    ("precision", "batch"),
+    [
+        pytest.param(*pair, marks=[pytest.mark.long] * (pair not in {("exact", 2), ("fp32", 1)}))
+        for pair in product(("exact", "fp32", "bf16"), (1, 2))
+    ],
+)
 
 
 @LEROBOT_FIRST
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("precision", TIERS)
+@PAIRS
 def test_guidance_arguments_are_answered_or_refused_as_by_stock(precision: str, batch: int) -> None:
     twin, policy = _twins(precision, guided=True)
     given = _usual(twin, batch)
@@ -252,9 +259,9 @@ def test_guidance_arguments_are_answered_or_refused_as_by_stock(precision: str, 
 
 
 @LEROBOT_FIRST
-@pytest.mark.parametrize(("batch", "guided"), [(1, False), (2, True)], ids=["unguided", "guided"])
-@pytest.mark.parametrize("precision", TIERS)
-def test_arguments_are_answered_or_refused_as_by_stock(precision: str, batch: int, guided: bool) -> None:
+@PAIRS
+def test_arguments_are_answered_or_refused_as_by_stock(precision: str, batch: int) -> None:
+    guided = batch == 2
     twin, policy = _twins(precision, guided)
     usual = _usual(twin, batch)
     wrong = []
