@@ -52,15 +52,27 @@ def numbers(said: str, name: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_the_command_trains_alike_with_and_without(start: Any, bench_top: BenchTop, tmp_path: Path) -> None:
-    """A fresh policy, accelerate, an evaluation in an environment, a checkpoint: by the variable alone."""
-    runs, data = {}, record(tmp_path / "data", SCENE)
-    for name, variables in (("stock", {"SMOLVLA_FAST_DISABLE": "1"}), ("fast", FAST)):
-        flags = " ".join(f"'{flag}'" for flag in line(bench_top, tmp_path / name, data, *EVALUATE))
-        runs[name] = start(f"lerobot-train {flags}", **variables)
-    said = {name: process.communicate(timeout=PATIENCE)[0] for name, process in runs.items()}
-    for name, process in runs.items():
-        assert process.returncode == 0, said[name][-4000:]
+def test_the_command_trains_alike_with_and_without(
+    start: Any,
+    plugin: Any,
+    bench_top: BenchTop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A fresh policy, accelerate, an evaluation in an environment, a checkpoint: by the variable alone.
+
+    The command runs fast; without, its main function does, here.
+    """
+    import offline.lerobot_env_tiny  # noqa: F401  (registers --env.type=tiny)
+
+    data = record(tmp_path / "data", SCENE)
+    stock, fast = (line(bench_top, tmp_path / name, data, *EVALUATE) for name in ("stock", "fast"))
+    process = start(" ".join(["lerobot-train", *(f"'{flag}'" for flag in fast)]), **FAST)
+    monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
+    lerobot_command(monkeypatch, *stock)
+    said = {"stock": "".join(capfd.readouterr()), "fast": process.communicate(timeout=PATIENCE)[0]}
+    assert process.returncode == 0, said["fast"][-4000:]
     assert said["fast"].count("smolvla_fast: on") == 1 and "; training on" in said["fast"]
     assert re.search(
         r"computed 6 losses, left 0 to stock, image cache: \d+ frames known, \d+ new", said["fast"]
