@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -18,9 +19,9 @@ from smolvla_fast.ops.torch import linear as aten_linear
 pytestmark = pytest.mark.processor
 
 CPU = torch.device("cpu")
-# The references' largest cases take seconds in fp64 on one core; their shapes are covered by the whole-chunk tests.
+# The references' largest cases take seconds in fp64 or bf16 on one core; their shapes are covered by the whole-chunk tests.
 CASES = [
-    (op, case) for op in OPS for case in reference_module(op).CASES if reference_module(op).cost(case, 4).flops < 1.5e9
+    (op, case) for op in OPS for case in reference_module(op).CASES if reference_module(op).cost(case, 4).flops < 1e9
 ]  # fmt: skip
 
 
@@ -81,7 +82,9 @@ def test_contract_with_outliers(op: str, backend: str) -> None:
 
 
 WITH_EPS = [
-    (op, case) for op, case in CASES if {"eps", "norm"} & inputs_in(op, case, torch.float32, seed=0)[0].keys()
+    (op, case)
+    for op, case in CASES
+    if {"eps", "norm"} & signature(getattr(reference_module(op), op)).parameters.keys()
 ]
 
 

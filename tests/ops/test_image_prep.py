@@ -77,7 +77,7 @@ def cases() -> Any:
             dtypes = {"cpu": (F32, BF16), "triton": (F32, F16, BF16), "cuda": (F32, F16, BF16)}[
                 each.values[0][0]
             ]
-            real = {"cpu": (F32,), "triton": (F16, BF16), "cuda": (BF16,)}[each.values[0][0]]
+            real = {"cpu": (F32,), "triton": (F16,), "cuda": (BF16,)}[each.values[0][0]]
             for dtype in dtypes if small else real:
                 marks = [*each.marks, *(triton_by.BF16 if each is TRITON and dtype is BF16 else [])]
                 marks += [pytest.mark.slow] * (each is CUDA and not small)
