@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -296,14 +297,16 @@ def python(code: str) -> list[str]:
 
 def test_a_command_is_ended_with_all_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "GRACE", 0.5)
-    leaf = "import time, pathlib; time.sleep(3); pathlib.Path('left').write_text('')"
+    leaf = "import fcntl, pathlib, time; lock = open('lock', 'w'); fcntl.flock(lock, fcntl.LOCK_EX); "
+    leaf += "time.sleep(3); pathlib.Path('left').write_text('')"
     code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # it hangs, and does not end when it is asked to
     code += f"import subprocess, sys, os; print('begun', flush=True); os.chdir({str(tmp_path)!r}); "
     code += f"subprocess.run([sys.executable, '-c', {leaf!r}])"
     ended = run.execute(python(code), 1.0, dict(os.environ))
     assert (ended.status, ended.reason, ended.tail) == (None, "not done after 1 s", ["begun"])
     assert run.judged(Part("slow", 1, 1), ended, run.EMPTY) == ("red", "not done after 1 s")
-    time.sleep(2.5)
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # free when the leaf is gone
     assert not (tmp_path / "left").exists()
     good = run.execute(python("print('x')"), 30.0, dict(os.environ))
     assert (good.status, good.reason, good.tail) == (0, "", ["x"])
