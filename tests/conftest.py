@@ -35,6 +35,16 @@ def _triton_kernels_run():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _configurations_have_short_names():
+    """transformers writes whole configurations out for messages that nobody gets: a third of making a tiny policy."""
+    base = getattr(sys.modules.get("transformers"), "PreTrainedConfig", None)
+    with pytest.MonkeyPatch.context() as patched:
+        if base is not None:
+            patched.setattr(base, "__repr__", object.__repr__)
+        yield
+
+
 # Tests that share what one process holds: a tally, or a build that takes minutes. Any other file is a group of its own.
 TOGETHER = {
     "tests/smolvla/": "smolvla",
