@@ -6,12 +6,14 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from draccus.wrappers import docstring
 from safetensors.torch import load_file
 
 from smolvla_fast import training
@@ -22,6 +24,9 @@ from smolvla_fast.testing.policies import TINY_TEXT, TINY_VISION, TINY_VOCAB, ma
 from smolvla_fast.train import random_state
 from smolvla_fast.train.data import training_batches
 from smolvla_fast.training import Run, prepare, train, update
+
+# The parser of LeRobot's commands reads its sources for the help of every flag, in every command anew.
+docstring.get_attribute_docstring = cache(docstring.get_attribute_docstring)
 
 
 def drop_episode_statistics(root: Path) -> None:

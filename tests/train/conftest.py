@@ -60,6 +60,12 @@ def finished(bench_top):
     return folder
 
 
+@pytest.fixture
+def no_curve(monkeypatch):
+    """It takes longer than the run."""
+    monkeypatch.setattr("smolvla_fast.cli.train.draw", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def demo():
     """The example ``train_demo.py`` as a module."""

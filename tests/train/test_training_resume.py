@@ -25,7 +25,7 @@ from smolvla_fast.train.log import read_log
 from smolvla_fast.train.random_state import seeded
 from smolvla_fast.training import update, write_checkpoint
 
-pytestmark = pytest.mark.training
+pytestmark = [pytest.mark.training, pytest.mark.usefixtures("no_curve")]
 
 # One episode has 22 to 33 frames: with 10 samples a step, one of five steps begins another epoch.
 LONG = ("--dataset.episodes=[0]", "--batch_size=10", "--policy.scheduler_warmup_steps=2")
