@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import smolvla_fast
 from smolvla_fast.layers import caches
+from smolvla_fast.testing.policies import make_noise, make_observation
 
 
 @pytest.fixture
@@ -277,9 +278,9 @@ def test_arguments_by_place_and_by_name(policy: Any, inputs: Given, keywords: bo
 
 
 @LEROBOT_ONLY
-def test_a_pair_that_is_not_lerobots_is_left_alone(
-    policy: Any, observation: dict[str, Tensor], noise: Tensor
-) -> None:
+def test_a_pair_that_is_not_lerobots_is_left_alone() -> None:
+    policy = make_policy("tiny", num_steps=1, num_vlm_layers=1)  # torch.compile takes seconds for more
+    observation, noise = make_observation(policy), make_noise(policy)
     stock = chunk(policy, observation, noise)
     policy.model.vlm_with_expert = torch.compile(policy.model.vlm_with_expert, backend="eager")
     smolvla_fast.patch(policy)
