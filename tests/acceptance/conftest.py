@@ -8,15 +8,9 @@ from typing import Any
 import pytest
 from support.captured import recording
 from support.checks import NO_TEST, STATEMENTS, line_of, where
-from support.policies import bf16_products, few_threads, make_policy, noise, observation, origin
+from support.policies import bf16_products, few_threads, noise, observation, origin, policy
 
-__all__ = ["bf16_products", "few_threads", "noise", "observation", "origin", "recording"]
-
-
-@pytest.fixture
-def policy(origin: str) -> Any:
-    """LeRobot's and ours; three steps show whatever ten would."""
-    return make_policy("tiny", num_steps=3)
+__all__ = ["bf16_products", "few_threads", "noise", "observation", "origin", "policy", "recording"]
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +18,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny policy with its processors, as LeRobot saves them."""
     from offline.checkpoints import save_checkpoint
 
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), num_steps=3)
 
 
 _seen: dict[str, tuple[list[int], str]] = {}

@@ -18,7 +18,7 @@ from smolvla_fast.verify import StockServed, compare, passed_together, stock_in_
 @pytest.mark.parametrize("layout", ["fp32", "mixed"])
 @pytest.mark.parametrize("precision", ["exact", "fp32", "bf16", "auto"])
 def test_compare_judges_as_verify_does(layout: str, precision: str) -> None:
-    policy, copies = make_policy("tiny", layout=layout), {}
+    policy, copies = make_policy("tiny", layout=layout, num_steps=3), {}
     smolvla_fast.patch(policy, precision=precision)
     for seed in (0, 1):
         batch, noise = make_observation(policy, seed=seed), make_noise(policy, seed=seed)

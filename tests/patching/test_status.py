@@ -74,6 +74,7 @@ def test_verify_leaves_the_policy_alone(policy: Any, observation: dict[str, Tens
 def test_stage_times_cover_the_chunk(
     policy: Any, observation: dict[str, Tensor], noise: Tensor, served: str
 ) -> None:
+    policy.config.num_steps = 10
     if served != "stock":
         smolvla_fast.patch(policy)
     attributes = set(policy.model.__dict__), set(policy.model.vlm_with_expert.__dict__)

@@ -27,8 +27,7 @@ class Captured:
     """A patched policy whose engine captures, beside a plain one with the same weights."""
 
     def __init__(self, precision: str = "exact", **settings: Any) -> None:
-        self.plain = make_policy("tiny", **settings)
-        self.policy = make_policy("tiny", **settings)
+        self.plain, self.policy = (make_policy("tiny", **{"num_steps": 3, **settings}) for _ in range(2))
         smolvla_fast.patch(self.policy, precision=precision, backend="torch")
         if precision != "exact":
             smolvla_fast.patch(self.plain, precision=precision, backend="torch")
