@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from support.recordings import no_pictures
 
 from smolvla_fast.cli import main
 from smolvla_fast.measure.console import Console
 from smolvla_fast.model.precision import TIERS
 from smolvla_fast.ops.select import BACKENDS
 
-TINY = ["--size", "tiny", "--threads", "1"]
+__all__ = ["no_pictures"]
+
+TINY = ["--size", "tiny", "--steps", "3", "--threads", "1"]
 
 
 @pytest.fixture
@@ -153,7 +156,7 @@ def test_demo_measures_and_writes_its_figures(
 ) -> None:
     path, plot = tmp_path / "out" / "demo.json", tmp_path / "out" / "demo.png"
     before = torch.get_num_threads()
-    options = ["--precision", precision, "--rounds", "2", "--steps", "3", "--cameras", "1"]
+    options = ["--precision", precision, "--rounds", "2", "--cameras", "1"]
     assert main(["demo", *TINY, *options, "--json", str(path), "--plot", str(plot)]) == 0
     assert torch.get_num_threads() == before
     found = json.loads(path.read_text())
@@ -229,11 +232,12 @@ def save_unscaled(policy: Any, folder: Path) -> None:
     policy.save_pretrained(folder)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("layout", ["auto", "fp32"])
 def test_verify_reads_a_saved_policy(lerobot: None, tmp_path: Path, layout: str) -> None:
     from smolvla_fast.testing.policies import make_policy
 
-    save_unscaled(make_policy("tiny", folder=tmp_path / "vlm", cameras=3), tmp_path / "policy")
+    save_unscaled(make_policy("tiny", folder=tmp_path / "vlm", cameras=3, num_steps=3), tmp_path / "policy")
     path, options = tmp_path / "verify.json", ["--frames", "1", "--cameras", "2", "--layout", layout]
     command = ["verify", "--policy.path", str(tmp_path / "policy"), "--threads", "1", "--json", str(path)]
     assert main([*command, *options]) == 0

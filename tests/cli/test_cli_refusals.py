@@ -31,7 +31,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from smolvla_fast.testing.policies import make_policy
 
     root = tmp_path_factory.mktemp("policy")
-    policy = make_policy("tiny", origin="ours", folder=root / "vlm")
+    policy = make_policy("tiny", origin="ours", folder=root / "vlm", num_steps=3)
     policy.save_pretrained(root / "saved")
     sizes = {"observation.state": policy.config.robot_state_feature, "action": policy.config.action_feature}
     stats = {key: {"mean": [0.0] * f.shape[0], "std": [1.0] * f.shape[0]} for key, f in sizes.items()}

@@ -155,7 +155,7 @@ def first(found: dict[str, Any]) -> str:
     [
         (dict(cameras=("front",)), None, None),
         (dict(joints=7), None, "'observation.state' has the shape [7] there (['joint_0.pos'"),
-        ({}, cut, "episodes [1] have no frames; leave them out: --dataset.episodes"),
+        ({}, cut, "episodes [3] have no frames; leave them out: --dataset.episodes"),
         ({}, lambda root: (root / "meta/info.json").unlink(), "meta/info.json is missing"),
         ({}, lambda root: shutil.rmtree(root), "there is no such folder"),
         ({}, without_data, "is missing"),
@@ -173,6 +173,7 @@ def first(found: dict[str, Any]) -> str:
 )
 def test_a_dataset_that_does_not_fit_is_refused(
     saved: Path,
+    dataset: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     made: dict[str, Any],
@@ -180,7 +181,10 @@ def test_a_dataset_that_does_not_fit_is_refused(
     says: str | None,
 ) -> None:
     root = tmp_path / "pick"
-    writer()(root, episodes=2, **made)
+    if made:
+        writer()(root, episodes=2, **made)
+    else:
+        shutil.copytree(dataset, root)
     if damage:
         damage(root)
     if says is None:  # stock computes without a camera that is not there

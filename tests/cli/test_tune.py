@@ -21,7 +21,7 @@ from smolvla_fast.ops.plan import Plan
 from smolvla_fast.tune import tuner
 from smolvla_fast.tune.result import Choice, ChunkTime, Timed, Tuning
 
-TINY = ["tune", "--size", "tiny", "--threads", "1"]
+TINY = ["tune", "--size", "tiny", "--steps", "3", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ RENAMED = {
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny policy with statistics of its own, whose preprocessor renames the dataset's cameras."""
     root = tmp_path_factory.mktemp("policy")
-    policy = make_policy("tiny", origin="ours", folder=root / "vlm")
+    policy = make_policy("tiny", origin="ours", folder=root / "vlm", num_steps=3)
     policy.save_pretrained(root / "saved")
     stats = {
         "observation.state": {"mean": [0.1] * JOINTS, "std": [0.5] * JOINTS},
@@ -56,8 +56,11 @@ def writer() -> Any:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four short episodes."""
     write_dataset = writer()
+    from support.training_runs import drop_episode_statistics
+
     root = tmp_path_factory.mktemp("recorded") / "pick"
     write_dataset(root, episodes=4)
+    drop_episode_statistics(root)
     return root
 
 
