@@ -77,7 +77,7 @@ def made(linear: Callable[..., Tensor], change: Callable[[Tensor], Any]) -> Call
 
 
 def slow(y: Tensor) -> Tensor:
-    time.sleep(0.001)  # some twenty times what one call of these sizes takes
+    time.sleep(0.005)
     return y
 
 
