@@ -65,7 +65,7 @@ SMOLVLA_TARGET void run_unpacked(const Linear& a, Ranges& ranges) {
     const float* const norm_weight = static_cast<const float*>(a.norm_weight);
     const int64_t fitting = std::max<int64_t>(kBlockBytes / (a.inputs * static_cast<int64_t>(sizeof(T))), kLeastRows);
     const int64_t block = std::min(fitting / kRows, ceil_div(a.rows, kRows)) * kRows;
-    const int64_t parts = ceil_div(a.inputs, kPartInputs), part = ceil_div(ceil_div(a.inputs, parts), 32) * 32;
+    const int64_t parts = ceil_div(a.inputs, kPart), part = ceil_div(ceil_div(a.inputs, parts), 32) * 32;
     const bool prepared = a.norm_weight || sizeof(X) != sizeof(T);
     const bool copied = prepared || parts > 1;
     const bool by_columns = kColumns && a.outputs >= kLeastOutputs && a.rows >= kLeastColumns;

@@ -9,6 +9,8 @@ namespace SMOLVLA_LEVEL_NAMESPACE {
 // Accumulators plus one column of operands fit the 32 or 16 vector registers.
 constexpr bool kFewRegisters = S::kRegisters == 16;
 constexpr int kRows = kFewRegisters ? 4 : 5, kOuts = kFewRegisters ? 3 : 5;
+// Inputs that are summed in one go: fewer where there are four lanes, whose sums are longer and less exact than eager's.
+constexpr int64_t kPart = kWidth == 4 ? kPartInputs / 2 : kPartInputs;
 constexpr int kChunk = kOuts * kUnits;
 constexpr int kChunkStride = (kChunk + kWidth - 1) / kWidth * kWidth;
 static_assert(kSplit<kFewRegisters> % kOuts == 0, "what a thread is dealt is whole tiles");
