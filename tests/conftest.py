@@ -37,7 +37,7 @@ def _triton_kernels_run():
 
 @pytest.fixture(scope="session", autouse=True)
 def _configurations_have_short_names():
-    """transformers writes whole configurations out for messages that nobody gets: a third of making a tiny policy."""
+    """transformers writes whole configurations out, slowly, for messages that nobody gets."""
     base = getattr(sys.modules.get("transformers"), "PreTrainedConfig", None)
     with pytest.MonkeyPatch.context() as patched:
         if base is not None:

@@ -56,8 +56,8 @@ int64_t block_rows(const Linear& a) {
 #define SMOLVLA_KERNEL "cpu/linear_kernel.h"
 #include "cpu/each_level.h"
 
-// Whether there are 16 vector registers: fp32 is packed then, weights of many rows, else the rows. With 32 a tile of lanes
-// uses an operand five times, and packing was not measured.
+// Whether there are 16 vector registers: fp32 is packed then, the weights where there are many rows, an action chunk's rows
+// themselves. With 32 a tile of lanes uses an operand five times, and packing was not measured.
 bool few_registers() {
 #if defined(__x86_64__)
     if (level() == Level::avx2) return true;

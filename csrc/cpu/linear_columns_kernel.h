@@ -59,7 +59,6 @@ template <bool kPairs, class X, class T, class Out>
 SMOLVLA_TARGET void run_unpacked(const Linear& a, Ranges& ranges) {
     int64_t first, last;
     if (!ranges.next(first, last)) return;
-    // With 32 registers a tile of lanes uses an operand five times, and columns were not measured.
     constexpr bool kColumns = kFewRegisters && sizeof(T) == sizeof(float);
     const T *weight = static_cast<const T*>(a.weight), *up_weight = static_cast<const T*>(a.up_weight);
     const float* const norm_weight = static_cast<const float*>(a.norm_weight);

@@ -1,5 +1,5 @@
-// The linear kernel that packs nothing, for one instruction level: bf16, fp32 with 32 registers, and with 16 the last few
-// rows. No include guard: see each_level.h.
+// The linear kernel that packs nothing, for one instruction level: bf16, fp32 with 32 registers, and with 16 fewer than 48
+// rows, fewer than 16 outputs and the last rows beside columns. No include guard: see each_level.h.
 //
 // x and nn.Linear's weight are both contiguous along the inputs, so a tile of outputs is summed with the inputs in the
 // vector's lanes, and the lanes are added up at the end: no operand is transposed.
