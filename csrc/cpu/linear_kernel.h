@@ -72,6 +72,7 @@ SMOLVLA_TARGET void prepare_rows(const X* x, const float* norm_weight, float eps
 
 }  // namespace SMOLVLA_LEVEL_NAMESPACE
 
+#include "cpu/linear_blocks_kernel.h"
 #include "cpu/linear_lanes_kernel.h"
 #include "cpu/linear_columns_kernel.h"
 #include "cpu/linear_panels_kernel.h"

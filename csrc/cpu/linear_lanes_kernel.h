@@ -2,7 +2,8 @@
 // rows, fewer than 16 outputs and the last rows beside columns. No include guard: see each_level.h.
 //
 // x and nn.Linear's weight are both contiguous along the inputs, so a tile of outputs is summed with the inputs in the
-// vector's lanes, and the lanes are added up at the end: no operand is transposed.
+// vector's lanes, and the lanes are added up at the end: no operand is transposed. Levels that multiply blocks of bf16 have a
+// tile of their own, linear_blocks_kernel.h.
 
 namespace SMOLVLA_LEVEL_NAMESPACE {
 
@@ -14,6 +15,7 @@ constexpr int64_t kPart = kWidth == 4 ? kPartInputs / 2 : kPartInputs;
 constexpr int kChunk = kOuts * kUnits;
 constexpr int kChunkStride = (kChunk + kWidth - 1) / kWidth * kWidth;
 static_assert(kSplit<kFewRegisters> % kOuts == 0, "what a thread is dealt is whole tiles");
+static_assert(kChunk % kBlockWide + kChunk % kFewWide == 0 || !S::kBlocks, "a chunk is whole tiles of blocks");
 
 // c[row, out] (+)= x[row, 0:inputs] · w[out, 0:inputs]. Rows and outputs beyond the last repeat it; their results are not
 // wanted.
@@ -69,32 +71,43 @@ SMOLVLA_TARGET __attribute__((noinline)) void lane_tile(const T* x, int64_t x_st
         }
 }
 
+// The tile of few rows, one or two, and that of more.
+template <bool kPairs, bool kAccumulate, class T>
+auto lanes_tile(bool few) {
+    if constexpr (kPairs && S::kBlocks)
+        return few ? block_tile<kAccumulate, kFewTall, kFewWide, T> : block_tile<kAccumulate, kBlockTall, kBlockWide, T>;
+    else if constexpr (kFewRegisters)
+        return few ? lane_tile<kPairs, kAccumulate, kTileRows, 2, T> : lane_tile<kPairs, kAccumulate, kRows, kOuts, T>;
+    else return lane_tile<kPairs, kAccumulate, kRows, kOuts, T>;
+}
+
 // c[row, 0:outs] = x · wᵀ for a chunk of outputs; `after` are the weights that will be wanted next. x lies in parts of so many
 // inputs, each with all its rows behind one another.
 template <bool kPairs, class T>
 SMOLVLA_TARGET void lane_products(const T* x, int64_t part, int64_t rows, const T* w, int64_t outs, int64_t inputs,
                                   const T* after, float* c) {
-    // A tile of six outputs by one or two rows, in exchanged places: no row is computed twice over.
-    const bool few = kFewRegisters && rows <= 2;
-    const int unit_outs = few ? kTileRows : kOuts;
+    constexpr bool kBlocks = kPairs && S::kBlocks;
+    // With few registers a tile of six outputs by one or two rows, in exchanged places: no row is computed twice over.
+    const bool few = rows <= 2, exchanged = few && kFewRegisters;
+    const int unit_rows = kBlocks ? kBlockTall : kRows;
+    const int unit_outs = kBlocks ? (few ? kFewWide : kBlockWide) : exchanged ? kTileRows : kOuts;
     for (int64_t i = 0; i < inputs; i += part) {
         const int64_t here = std::min(inputs - i, part);
-        const auto tile = i == 0 ? lane_tile<kPairs, false, kRows, kOuts, T> : lane_tile<kPairs, true, kRows, kOuts, T>;
-        const auto few_tile = i == 0 ? lane_tile<kPairs, false, kTileRows, 2, T> : lane_tile<kPairs, true, kTileRows, 2, T>;
+        const auto tile = i == 0 ? lanes_tile<kPairs, false, T>(few) : lanes_tile<kPairs, true, T>(few);
         const T* const then = i + here < inputs ? w + i + here : after;
         for (int64_t out = 0; out < outs; out += unit_outs) {
             const T* const unit = w + out * inputs + i;
             const T* const next = out + unit_outs < outs ? unit + unit_outs * inputs : then;
             const int last_out = static_cast<int>(std::min<int64_t>(outs - out, unit_outs)) - 1;
-            if (few) {
-                few_tile(unit, inputs, last_out, x + i * rows, here, static_cast<int>(rows) - 1, here, next, c + out, 1,
-                         kChunkStride);
+            if (exchanged) {
+                tile(unit, inputs, last_out, x + i * rows, here, static_cast<int>(rows) - 1, here, next, c + out, 1,
+                     kChunkStride);
                 continue;
             }
-            for (int64_t row = 0; row < rows; row += kRows) {
+            for (int64_t row = 0; row < rows; row += unit_rows) {
                 // While this unit is in cache, each tile fetches one row of the next.
-                const T* const ahead = next + std::min<int64_t>(row / kRows, last_out) * inputs;
-                const int last_row = static_cast<int>(std::min<int64_t>(rows - row, kRows)) - 1;
+                const T* const ahead = next + std::min<int64_t>(row / unit_rows, last_out) * inputs;
+                const int last_row = static_cast<int>(std::min<int64_t>(rows - row, unit_rows)) - 1;
                 tile(x + i * rows + row * here, here, last_row, unit, inputs, last_out, here, ahead,
                      c + row * kChunkStride + out, kChunkStride, 1);
             }

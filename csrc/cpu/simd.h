@@ -32,8 +32,13 @@ constexpr float kExp2Degree4[] = {0.6930448412895203f, 0.241280198097229f, 0.052
 // registers.
 constexpr int kTileRows = 6;
 
-// Named, never called, at levels that cannot multiply pairs, so that the kernels are the same text for all.
+// Named, never called, at levels that cannot multiply pairs or blocks of them, so that the kernels are the same text for all.
 struct NoPairs {
+    static constexpr bool kBlocks = false;
+    template <class V>
+    static void join_halves(V a, V b, V* to);
+    template <class V>
+    static V dot_blocks(V a, V b, V c);
     template <class V>
     static V dot_pairs(V a, V b, V c);
     template <class V>

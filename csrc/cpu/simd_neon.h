@@ -49,11 +49,24 @@ struct Neon : NoPairs {
 };
 
 #if SMOLVLA_NEON_EXTENSIONS
-// Pairs of bf16 as words. The dot product treats subnormals as zero and rounds its sums to odd.
+// Pairs of bf16 as words, for attention's panels, and blocks of two rows by two pairs, for linear. Products treat subnormals
+// as zero and round their sums to odd.
 #define SMOLVLA_NEON_BF16_INLINE SMOLVLA_NEON_BF16 SMOLVLA_INLINE
 struct NeonBf16 : Neon {
     static SMOLVLA_NEON_BF16_INLINE V dot_pairs(V a, V b, V c) {
         __asm__("bfdot %0.4s, %1.8h, %2.8h" : "+w"(c) : "w"(a), "w"(b));
+        return c;
+    }
+    static constexpr bool kBlocks = true;
+    // to[i] is half i of a, then half i of b. Of two rows, each is a block.
+    static SMOLVLA_NEON_BF16_INLINE void join_halves(V a, V b, V* to) {
+        const auto wide = [](V x) { return vreinterpretq_f64_f32(x); };
+        to[0] = vreinterpretq_f32_f64(vzip1q_f64(wide(a), wide(b)));
+        to[1] = vreinterpretq_f32_f64(vzip2q_f64(wide(a), wide(b)));
+    }
+    // Lane 2i + j of c grows by row i of block a times row j of block b.
+    static SMOLVLA_NEON_BF16_INLINE V dot_blocks(V a, V b, V c) {
+        __asm__("bfmmla %0.4s, %1.8h, %2.8h" : "+w"(c) : "w"(a), "w"(b));
         return c;
     }
     // 2·kWidth values as kWidth words, in order.

@@ -24,6 +24,7 @@ from smolvla_fast.ops import extension
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEM = Path("/usr/aarch64-linux-gnu")
 CROSS = shutil.which("aarch64-linux-gnu-g++")
+OBJDUMP = shutil.which("aarch64-linux-gnu-objdump")
 CLANG = next(filter(None, map(shutil.which, ("clang++", "clang++-19", "clang++-16", "clang++-14"))), None)
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 # GCC with OpenMP, as on Linux; Clang without, as on Apple's: there the threads are our own.
@@ -32,6 +33,14 @@ COMPILERS = {
     "clang": [str(CLANG), "--target=aarch64-linux-gnu", "-pthread"],
 }
 HAS = {"max": LEVELS, "cortex-a76": LEVELS[:3], "neoverse-n1": LEVELS[:3], "cortex-a72": LEVELS[:2]}
+# Instructions of a level, and the functions that have them.
+INSTRUCTIONS = {
+    "sdot": "::Dotprod::tile(",
+    "smmla": "::I8mm::tile(",
+    "bfdot": "::neon_bf16::tile<true",
+    "bfmmla": "::neon_bf16::block_tile<",
+    "bfcvtn": "::neon_bf16::",
+}
 FILES = ("contract", "cpu_linear", "cpu_norms", "cpu_quantize", "cpu_rope", "image_prep", "masked_attention")
 # An emulator takes a hundred times as long: SmolVLA's own sizes, and many runs of one call, are left to whoever has minutes.
 QUICK = (
@@ -102,6 +111,25 @@ def test_levels_are_those_of_the_processor(program: tuple[str, Path], processor:
         guest.set_level("avx2")
     assert bool(guest.openmp_library()) == (program[0] == "gcc")
     guest.close()
+
+
+def test_each_instruction_is_in_its_kernel_and_nowhere_else(program: tuple[str, Path]) -> None:
+    """Without it a slower body served; elsewhere it would end the program of a processor that lacks it."""
+    listing = subprocess.run(
+        [str(OBJDUMP), "-d", "-C", "--no-show-raw-insn", str(program[1])],
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout
+    users: dict[str, set[str]] = {name: set() for name in INSTRUCTIONS}
+    function = ""
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            function = line
+        elif (found := re.match(r" *[0-9a-f]+:\t(\w+)", line)) and found[1] in users:
+            users[found[1]].add(function)
+    for name, place in INSTRUCTIONS.items():
+        assert users[name] and all(place in user for user in users[name]), f"{name}: {users[name]}"
 
 
 @pytest.mark.cpu_kernels

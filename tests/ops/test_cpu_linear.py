@@ -24,10 +24,13 @@ DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 # dtypes of x, weight, y
 MIXES = [(F32, F32, F32), (BF16, BF16, BF16), (BF16, BF16, F32), (F32, BF16, F32), (F32, BF16, BF16)]
 MIXED = pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(d)[6:] for d in mix))
-# rows, inputs, outputs: about the tile's rows, more than one block of them, odd inputs and outputs, single ones.
+# rows, inputs, outputs: about the tile's rows, more than one block of them, odd inputs and outputs, single ones, and sums in
+# parts of which the last fills no vector.
 SHAPES = [
     (50, 720, 320),
     (1, 960, 7),
+    (2, 795, 29),
+    (12, 1100, 10),
     (5, 33, 47),
     (52, 33, 47),
     (55, 33, 47),
