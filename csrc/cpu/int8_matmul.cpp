@@ -61,63 +61,54 @@ SMOLVLA_INLINE void row_pointers(const T* from, int64_t first, int64_t count, in
     for (int i = 0; i < kCount; ++i) to[i] = from + std::min(first + i, count - 1) * inputs;
 }
 
+// Inputs in the lanes, which are added up at the end.
+template <class Level>
+SMOLVLA_INLINE void lanes_tile(const Int8Matmul& a, int64_t row, int64_t out) {
+    constexpr int kRows = Level::kRows, kOuts = Level::kOuts;
+    const uint8_t* xs[kRows];
+    const int8_t* ws[kOuts];
+    row_pointers(a.data, row, a.rows, a.inputs, xs);
+    row_pointers(a.weight, out, a.outputs, a.inputs, ws);
+    int32x4_t lanes[kRows][kOuts] = {};
+    for (int64_t i = 0; i < a.inputs; i += 16) {
+        int8x16_t w[kOuts];
+#pragma GCC unroll 5
+        for (int o = 0; o < kOuts; ++o) w[o] = load_weight(ws[o] + i, a.inputs - i);
+#pragma GCC unroll 5
+        for (int r = 0; r < kRows; ++r) {
+            const int8x16_t x = load_row(xs[r] + i, a.inputs - i);
+#pragma GCC unroll 5
+            for (int o = 0; o < kOuts; ++o) lanes[r][o] = Level::dot(lanes[r][o], x, w[o]);
+        }
+    }
+    int32_t sums[kRows][kOuts];
+    for (int r = 0; r < kRows; ++r)
+        for (int o = 0; o < kOuts; ++o) sums[r][o] = vaddvq_s32(lanes[r][o]);
+    finish_tile(a, row, out, sums);
+}
+
 // Products of 16 bits, added in pairs to 32.
 struct Neon8 {
     static constexpr int kRows = 3, kOuts = 4;
-    static void tile(const Int8Matmul& a, int64_t row, int64_t out) {
-        const uint8_t* xs[kRows];
-        const int8_t* ws[kOuts];
-        row_pointers(a.data, row, a.rows, a.inputs, xs);
-        row_pointers(a.weight, out, a.outputs, a.inputs, ws);
-        int32x4_t lanes[kRows][kOuts] = {};
-        for (int64_t i = 0; i < a.inputs; i += 16) {
-            int8x16_t w[kOuts];
-            for (int o = 0; o < kOuts; ++o) w[o] = load_weight(ws[o] + i, a.inputs - i);
-            for (int r = 0; r < kRows; ++r) {
-                const int8x16_t x = load_row(xs[r] + i, a.inputs - i);
-                for (int o = 0; o < kOuts; ++o) {
-                    // One product at a time: 128·128 twice is more than 16 bits hold.
-                    lanes[r][o] = vpadalq_s16(lanes[r][o], vmull_s8(vget_low_s8(x), vget_low_s8(w[o])));
-                    lanes[r][o] = vpadalq_s16(lanes[r][o], vmull_high_s8(x, w[o]));
-                }
-            }
-        }
-        int32_t sums[kRows][kOuts];
-        for (int r = 0; r < kRows; ++r)
-            for (int o = 0; o < kOuts; ++o) sums[r][o] = vaddvq_s32(lanes[r][o]);
-        finish_tile(a, row, out, sums);
+    static SMOLVLA_INLINE int32x4_t dot(int32x4_t sum, int8x16_t x, int8x16_t w) {
+        // One product at a time: 128·128 twice is more than 16 bits hold.
+        sum = vpadalq_s16(sum, vmull_s8(vget_low_s8(x), vget_low_s8(w)));
+        return vpadalq_s16(sum, vmull_high_s8(x, w));
     }
+    static void tile(const Int8Matmul& a, int64_t row, int64_t out) { lanes_tile<Neon8>(a, row, out); }
 };
 
 #if SMOLVLA_NEON_EXTENSIONS
 // Four products a lane. 20 sums, 5 operands and 1 row fit the registers.
 struct Dotprod {
     static constexpr int kRows = 4, kOuts = 5;
-    SMOLVLA_NEON_DOTPROD static SMOLVLA_INLINE int32x4_t dot(int32x4_t sum, int8x16_t a, int8x16_t b) {
-        __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(a), "w"(b));
+    // Without a target of its own, so that it can be inlined in `lanes_tile`, and that in `tile`, which has one.
+    static SMOLVLA_INLINE int32x4_t dot(int32x4_t sum, int8x16_t x, int8x16_t w) {
+        __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(x), "w"(w));
         return sum;
     }
     SMOLVLA_NEON_DOTPROD static __attribute__((noinline)) void tile(const Int8Matmul& a, int64_t row, int64_t out) {
-        const uint8_t* xs[kRows];
-        const int8_t* ws[kOuts];
-        row_pointers(a.data, row, a.rows, a.inputs, xs);
-        row_pointers(a.weight, out, a.outputs, a.inputs, ws);
-        int32x4_t lanes[kRows][kOuts] = {};
-        for (int64_t i = 0; i < a.inputs; i += 16) {
-            int8x16_t w[kOuts];
-#pragma GCC unroll 5
-            for (int o = 0; o < kOuts; ++o) w[o] = load_weight(ws[o] + i, a.inputs - i);
-#pragma GCC unroll 5
-            for (int r = 0; r < kRows; ++r) {
-                const int8x16_t x = load_row(xs[r] + i, a.inputs - i);
-#pragma GCC unroll 5
-                for (int o = 0; o < kOuts; ++o) lanes[r][o] = dot(lanes[r][o], x, w[o]);
-            }
-        }
-        int32_t sums[kRows][kOuts];
-        for (int r = 0; r < kRows; ++r)
-            for (int o = 0; o < kOuts; ++o) sums[r][o] = vaddvq_s32(lanes[r][o]);
-        finish_tile(a, row, out, sums);
+        lanes_tile<Dotprod>(a, row, out);
     }
 };
 
