@@ -29,6 +29,7 @@ from smolvla_fast.testing.policies import make_noise, make_observation
 pytestmark = [
     LEROBOT_ONLY,
     pytest.mark.cpu_kernels,
+    pytest.mark.processor,
     pytest.mark.skipif(not cpu.supported(), reason=extension.why_missing("cpu") or "built"),
 ]
 # Steps enough that one allocation in each could not be taken for anything else.

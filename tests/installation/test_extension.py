@@ -48,6 +48,7 @@ def test_every_level_and_number_of_threads_gives_the_same_bits(kernels, dtype, r
 
 
 @pytest.mark.cpu_kernels
+@pytest.mark.processor
 def test_the_best_level_is_used_and_a_forced_one_is_given_back(kernels):
     assert kernels.level() == kernels.levels()[-1]
     if processor.is_known():

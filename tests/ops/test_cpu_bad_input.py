@@ -48,6 +48,7 @@ def spread(x: Tensor) -> Tensor:
     return view
 
 
+@pytest.mark.processor
 @AT_CASES
 @DTYPES
 def test_strides_do_not_matter(op: str, case: dict[str, int], dtype: torch.dtype, ops: Any) -> None:
@@ -61,6 +62,7 @@ def test_strides_do_not_matter(op: str, case: dict[str, int], dtype: torch.dtype
             assert ((got - want[key]).abs() <= close).all(), f"{op}.{key} with {name} spread out"
 
 
+@pytest.mark.processor
 @AT_CASES
 @DTYPES
 def test_nan_goes_where_it_goes_in_the_reference(
@@ -87,6 +89,7 @@ def test_nan_goes_where_it_goes_in_the_reference(
             assert (least <= here).all() and (here <= most).all(), f"{op}.{key} with NaN in {name}"
 
 
+@pytest.mark.processor
 @AT_CASES
 def test_subnormals_are_numbers(op: str, case: dict[str, int], ops: Any) -> None:
     """The first input, all its values subnormal; the processor's modes to flush them are nobody's to turn on."""

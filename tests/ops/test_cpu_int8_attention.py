@@ -78,6 +78,7 @@ def rel_l2(x: Tensor, truth: Tensor) -> float:
     return float((x.double() - truth).norm() / truth.norm())
 
 
+@pytest.mark.processor
 @SIZES
 def test_every_level_has_the_bits_of_the_scheme(attention: Any, sizes: tuple[int, ...]) -> None:
     """Sums of integers are exact and what is fp32 has one order, so nothing is allowed."""
@@ -437,6 +438,7 @@ def test_threads_lose_no_count_and_time_one_after_the_other(monkeypatch: pytest.
     assert timed == [[(3, 7, 4, 24), (3, 7, 96)]]
 
 
+@pytest.mark.processor
 def test_the_level_is_one_that_the_processor_has() -> None:
     """Under every mask of ``make test-cpus``: features are read from the system, the level from CPUID, both know limits."""
     here = int8_attention.level()

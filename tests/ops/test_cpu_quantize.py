@@ -49,6 +49,7 @@ def _same(found: IntegerRows, want: IntegerRows) -> bool:
     )
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(("rows", "width"), SIZES)
 def test_rows_have_the_bits_of_the_reference(rows: int, width: int, dtype: torch.dtype) -> None:
@@ -169,6 +170,7 @@ def test_quantising_refuses_what_it_cannot_do() -> None:
 PRODUCT_SIZES = [(130, 768, 320), (50, 3072, 33), (1, 1, 1), (3, 7, 5), (2, 64, 1), (5, 65, 17)]
 
 
+@pytest.mark.processor
 @PRODUCTS
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), PRODUCT_SIZES)
 @pytest.mark.parametrize("extreme", [False, True])
@@ -260,6 +262,7 @@ def test_heavy_tails_get_a_second_term(degrees: int | None, monkeypatch: pytest.
         assert two == one
 
 
+@pytest.mark.processor
 @PRODUCTS
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), PRODUCT_SIZES)
 def test_linear_is_the_reference(rows: int, inputs: int, outputs: int) -> None:
@@ -279,6 +282,7 @@ def test_linear_is_the_reference(rows: int, inputs: int, outputs: int) -> None:
     assert isinstance(hidden, IntegerRows) and _same(hidden, quantize_activations(whole))
 
 
+@pytest.mark.processor
 @PRODUCTS
 def test_a_row_that_is_not_finite_stays_alone() -> None:
     x, packed = _x(4, 40), int8.pack(_x(9, 40))
@@ -290,6 +294,7 @@ def test_a_row_that_is_not_finite_stays_alone() -> None:
     assert int8_ops.linear(_x(4, 40), int8.pack(broken)).isnan().any(0).nonzero().tolist() == [[4]]
 
 
+@pytest.mark.processor
 @PRODUCTS
 def test_smoothing_saves_digits_behind_a_loud_norm() -> None:
     """Three channels of the norm 50 times the others, and columns that take that back: without the scales moved from one to

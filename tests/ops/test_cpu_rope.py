@@ -31,6 +31,7 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Ten
     return (x, *rope_tables(positions, head_dim))
 
 
+@pytest.mark.processor
 @AT_LEVELS
 @DTYPES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -2,7 +2,8 @@
 
 ``ONEDNN_MAX_CPU_ISA`` limits oneDNN, our kernels and what a tier asks of the processor; torch's
 own loops and MKL have variables of their own. All are read when a process starts: ``make test-cpus`` runs the tests marked
-``cpu_kernels`` or ``processor`` once under each of MASKS that this processor carries, and says which these were.
+``processor`` once under each of MASKS that this processor carries, and says which these were. A kernel at a level that a
+test names computes the same under every mask, as do Triton's and CUDA's on the host: ``make test`` has these.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def carried() -> list[str]:
 
 
 def main() -> int:
-    """Run the tests that depend on the processor once under each mask; arguments are pytest's."""
+    """Run the tests marked ``processor`` once under each mask; arguments are pytest's."""
     names, failed, said = carried(), False, []
     for name in names:
         print(f"--- as a processor with {name}", flush=True)
@@ -112,7 +113,7 @@ def main() -> int:
             "pytest",
             "-q",
             "-m",
-            "(cpu_kernels or processor) and not gpu",
+            "processor and not (gpu or triton or simt)",
             *sys.argv[1:],
         ]
         with subprocess.Popen(

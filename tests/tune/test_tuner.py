@@ -168,6 +168,7 @@ def test_the_next_engine_uses_the_plan(subject: Any, monkeypatch: pytest.MonkeyP
     assert rel_l2(chunk, Engine(TIERS["exact"], "auto", CPU).act(model, *inputs)) < 1e-5
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("tier", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("name", ["cpu", "onednn", "aten", "torch", "sdpa", "in turn"])
 def test_a_chunk_is_within_its_tier_whatever_the_plan_says(subject: Any, tier: str, name: str) -> None:
