@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from simt import on_the_host
 from simt.emulator import build
+from support.backends import loaded
 
 ORDERING = (
     r"(?:__syncthreads\(\)|cp_async_wait<.*?>\(\)|cluster_(?:arrive|wait)\(\)|await_earlier_launches\(\));"
@@ -61,16 +62,7 @@ class LeftOut:
 
     def load(self) -> Any:
         """All kernels of the library, this one switched. Skips the test where it cannot be built."""
-        source = build.WORK / "switched" / self.source.name
-        source.parent.mkdir(parents=True, exist_ok=True)
-        if not source.exists() or source.read_text() != self.text:
-            source.write_text(self.text)
-        others = [path for path in sorted(self.source.parent.glob("*.cu")) if path.name != source.name]
-        try:
-            name = f"_simt_switched_{self.source.stem}"
-            return build.load(name, [*others, source], [build.CSRC / "bindings_cuda.cpp"])
-        except build.Unavailable as error:
-            pytest.skip(str(error))
+        return loaded(lambda: build.switched(self.source.stem, self.text))
 
     @contextmanager
     def serving(self, module: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.c_int]:

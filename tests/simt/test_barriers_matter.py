@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from simt import on_the_host
 from simt.emulator import build
+from support.backends import loaded
 from test_denoise_persistent import CASES, HEADS_BOUND, SHARED, errors, heads_error, inputs, ours
 
 from smolvla_fast.testing import denoise_loop as reference
@@ -97,15 +98,7 @@ FIRST_WRONG = FIRST_SMALL + len(SMALL)
 
 @pytest.fixture(scope="module")
 def switched() -> Any:
-    source = build.WORK / "switched" / "denoise_persistent.cu"
-    source.parent.mkdir(parents=True, exist_ok=True)
-    if not source.exists() or source.read_text() != SOURCE:
-        source.write_text(SOURCE)
-    others = [path for path in sorted(CUDA.glob("*.cu")) if path.name != source.name]
-    try:
-        return build.load("_simt_switched", [*others, source], [build.CSRC / "bindings_cuda.cpp"])
-    except build.Unavailable as error:
-        pytest.skip(str(error))
+    return loaded(lambda: build.switched("denoise_persistent", SOURCE))
 
 
 @pytest.fixture

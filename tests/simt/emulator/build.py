@@ -24,6 +24,8 @@ EMULATOR = Path(__file__).resolve().parent
 ROOT = EMULATOR.parents[2]
 CSRC = ROOT / "csrc"
 INCLUDES = [f"-I{path}" for path in (CSRC, EMULATOR.parent, EMULATOR / "include")]
+LIBRARY = "_simt"
+"""The name that the bindings of csrc give their module here."""
 WORK = ROOT / "build" / "simt" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
 
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"]
@@ -92,8 +94,8 @@ def ninja_text(name: str, kernels: Sequence[Path], bindings: Sequence[Path], cxx
     objects = []
 
     def build(rule: str, source: Path, flags: Sequence[str]) -> None:
-        # Modules share what does not depend on their name.
-        shared = {EMULATOR: "emulator", CSRC / "cuda": "kernels"}
+        # Libraries share what they do not have switched.
+        shared = {EMULATOR: "emulator", CSRC: "bindings", CSRC / "cuda": "kernels"}
         folder = WORK / shared.get(source.parent, name)
         target = folder / f"{source.stem}.{rule}.o"
         objects.append(str(target))
@@ -109,7 +111,7 @@ def ninja_text(name: str, kernels: Sequence[Path], bindings: Sequence[Path], cxx
         level = ["-O1"] if source.stem.startswith("bindings") else ["-O2"]
         # Its tables name functions by lambdas.
         standard = ["-std=c++20"] if source.parent.name == "ptx" else []
-        build("host", source, [*level, *standard, f"-DSMOLVLA_MODULE={name}", *system(python_includes())])
+        build("host", source, [*level, *standard, f"-DSMOLVLA_MODULE={LIBRARY}", *system(python_includes())])
     for source in kernels:
         build("kernel", source, KERNEL_FLAGS)
     lines.append(f"build {WORK / name}.so: link {' '.join(objects)}\n")
@@ -121,9 +123,12 @@ def system(includes: Sequence[str]) -> list[str]:
     return [word for include in includes for word in ("-isystem", include.removeprefix("-I"))]
 
 
-def load(name: str, kernels: Sequence[Path], bindings: Sequence[Path]) -> ModuleType:
+def load(name: str, kernels: Sequence[Path], bindings: Sequence[Path], module: str = "") -> ModuleType:
     """The module of these sources, compiled where it is not up to date. Raises Unavailable, or RuntimeError with the
-    compiler's words."""
+    compiler's words.
+
+    name  of the file    module  what its bindings call it, where that is another name
+    """
     found = tools()
     WORK.mkdir(parents=True, exist_ok=True)
     # Two test runs at once share the objects: one builds, the other waits, and each loads before the next may link.
@@ -137,11 +142,12 @@ def load(name: str, kernels: Sequence[Path], bindings: Sequence[Path]) -> Module
         done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
             raise RuntimeError(f"kernels do not compile for the emulator:\n{done.stdout[-6000:]}")
-        spec = importlib.util.spec_from_file_location(name, WORK / f"{name}.so")
+        # Python asks the file for what the last part names; pybind11 would give one full name one module.
+        spec = importlib.util.spec_from_file_location(f"{name}.{module or name}", WORK / f"{name}.so")
         assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    return loaded
 
 
 @cache
@@ -153,4 +159,18 @@ def ptx() -> ModuleType:
 
 def library() -> ModuleType:
     """All kernels of csrc/cuda with their bindings, as smolvla_fast._cuda has them, plus the emulator's own functions."""
-    return load("_simt", sorted((CSRC / "cuda").glob("*.cu")), [CSRC / "bindings_cuda.cpp"])
+    return _library(LIBRARY, {})
+
+
+def switched(name: str, text: str) -> ModuleType:
+    """The same with another text of csrc/cuda/<name>.cu, beside what ``library`` gives."""
+    source = WORK / "switched" / f"{name}.cu"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    if not source.exists() or source.read_text() != text:
+        source.write_text(text)
+    return _library(f"{LIBRARY}_switched_{name}", {name: source})
+
+
+def _library(name: str, others: dict[str, Path]) -> ModuleType:
+    kernels = [others.get(path.stem, path) for path in sorted((CSRC / "cuda").glob("*.cu"))]
+    return load(name, kernels, [CSRC / "bindings_cuda.cpp"], LIBRARY)
