@@ -42,17 +42,24 @@ def architecture(request: pytest.FixtureRequest) -> Any:
         yield request.param
 
 
-# Neither the second observation nor guidance asks for the other: apart they are for `make test-full`.
+# Neither the second observation nor guidance asks for the other, nor fp8 for one observation: apart they are for
+# `make test-full`.
 @pytest.mark.parametrize(
-    ("batch", "guided"),
+    ("precision", "batch", "guided"),
     [
-        pytest.param(batch, guided, id=f"{batch}-{how}", marks=[pytest.mark.long] * (guided != (batch == 2)))
+        pytest.param(
+            precision,
+            batch,
+            guided,
+            id=f"{precision}-{batch}-{how}",
+            marks=[pytest.mark.long] * (guided != (batch == 2) or (precision == "fp8" and batch == 1)),
+        )
+        for precision in ("bf16", "fp8")
         for batch in (1, 2)
         for guided, how in ((False, "plain"), (True, "guided"))
     ],
 )
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_a_chunk(batch: int, guided: bool, precision: str, architecture: int) -> None:
+def test_a_chunk(precision: str, batch: int, guided: bool, architecture: int) -> None:
     """As far from fp32 as the torch backend in bf16, within 1.5: two orders of rounding scatter (``judge.SCATTER``)."""
     if precision == "fp8" and architecture < 89:
         pytest.skip("8-bit floats are compiled from sm_89 on")
@@ -153,7 +160,7 @@ def test_the_first_step_beside_the_prefix(architecture: int, monkeypatch: pytest
         assert any(early for _, early in side[1:])
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_training_step(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast in bf16, as far from stock in fp32 as stock is, within 1.5."""
     monkeypatch.setattr(loss_module, "why_bf16_is_slow", lambda: None)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import triton_by
 from support.backends import CUDA, SEEDS, TRITON, device_of, with_dtypes
-from support.contract import changed, check, inputs_in, leaves, sizes, to_device, widened
+from support.contract import changed, check, in_dtypes, inputs_in, leaves, sizes, to_device, widened
 from support.guarded import guarded
 from torch import Tensor
 
@@ -72,7 +72,10 @@ def near(got: tuple[Tensor, Tensor], given: dict[str, Any], **tolerance: float) 
     ("backend", "dtype", "given"),
     [
         pytest.param(*each.values, given, marks=each.marks, id=f"{each.id}-{sizes(given)}")
-        for each in with_dtypes(([TRITON, CUDA], DTYPES)) for given in SIZES[each.values[0][0]]
+        for each in with_dtypes(([CUDA], DTYPES)) for given in SIZES["cuda"]
+    ] + [
+        pytest.param(*TRITON.values, *each.values[::-1], marks=[*TRITON.marks, *each.marks], id=f"triton-{each.id}")
+        for each in in_dtypes(SIZES["triton"], everywhere=SIZES["triton"][2:])
     ],
     indirect=["backend"],
 )  # fmt: skip

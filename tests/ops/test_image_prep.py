@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ F32, F16, BF16, EPS = torch.float32, torch.float16, torch.bfloat16, torch.finfo(
 # difference of two such sides is thus at most 3·2⁻²³; the result is twice that, and a quarter more for the subtraction
 # on each side. Positions and weights have equal bits: an error of one unit in those would be up to 512 times as much.
 BOUND = 6.5 * EPS
+FRAMES, ODD = [(100, 37), (37, 100), (7, 7), (1, 64), (129, 65), (1, 1)], [(40, 64), (45, 79)]
 ON_A_CPU = pytest.mark.parametrize("backend", CPU, indirect=True)
 ON_CUDA = pytest.mark.parametrize("backend", [CUDA], indirect=True)
 
@@ -95,8 +97,14 @@ def test_against_the_reference(
 
 
 @pytest.mark.processor
-@pytest.mark.parametrize("frame", [(100, 37), (37, 100), (7, 7), (1, 64), (129, 65), (1, 1)], ids=str)
-@pytest.mark.parametrize("size", [(40, 64), (45, 79)], ids=str)
+@pytest.mark.parametrize(
+    ("frame", "size"),
+    [
+        pytest.param(frame, size, marks=[pytest.mark.long] * (other is size), id=f"{frame}-{size}")
+        for frame, other in zip(FRAMES, itertools.cycle(ODD), strict=False)
+        for size in ODD
+    ],
+)
 def test_odd_sizes(frame: tuple[int, int], size: tuple[int, int], backend: str) -> None:
     """Up and down, wide and high; in the kernel's own tiles; rows of 79 columns are written one by one."""
     image_prep = guarded(launcher(backend), device_of(backend))

@@ -10,7 +10,7 @@ import torch
 from support import triton_by
 
 pytest.importorskip("triton")
-from support.contract import check, inputs_in, reference_module, run, sizes, to_device
+from support.contract import check, in_dtypes, inputs_in, reference_module, run, sizes, to_device
 from support.guarded import DEVICE, guarded
 
 from smolvla_fast.ops.reference.rope_masks import rope_masks
@@ -39,8 +39,7 @@ PREFIXES = [
 ]
 
 
-@DTYPES
-@pytest.mark.parametrize("case", PREFIXES, ids=sizes)
+@pytest.mark.parametrize(("case", "dtype"), in_dtypes(PREFIXES, everywhere=PREFIXES[-2:]))
 def test_prefix_embed(case: dict[str, int], dtype: torch.dtype) -> None:
     """Absent cameras, shorter prompts, special tokens; no camera at all."""
     check(reference_ops(), OPS, "prefix_embed", case, dtype)
@@ -195,8 +194,7 @@ FOLDS = (
 fold = guarded(triton_ops.suffix_fold)
 
 
-@DTYPES
-@pytest.mark.parametrize("case", FOLDS, ids=sizes)
+@pytest.mark.parametrize(("case", "dtype"), in_dtypes(FOLDS, everywhere=FOLDS[2:]))
 def test_suffix_fold(case: dict[str, int], dtype: torch.dtype) -> None:
     """Both results against the same products in fp64; times come in fp64."""
     given, wide = inputs_in("suffix_embed", case, dtype, seed=0)

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import triton_by
 from torch import Tensor
 
 pytest.importorskip("triton")
-from support.contract import check, inputs_in, sizes, to_device
+from support.contract import check, in_dtypes, inputs_in, sizes, to_device
 from support.guarded import DEVICE, guarded
 
 from smolvla_fast.kernels import flow_loss as flow_module
@@ -26,8 +25,6 @@ from smolvla_fast.ops.select import reference_ops
 from smolvla_fast.ops.torch.masked_attention import attention_with_grad as by_torch
 
 pytestmark = [pytest.mark.triton, pytest.mark.training]
-# The interpreter's bf16 products are wrong, so bf16 is a device's to judge.
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=triton_by.BF16)]
 FLOW = (dict(B=1, S=50, A=32), dict(B=3, S=7, A=5), dict(B=2, S=1, A=1))
 # Small, for the interpreter is slow; a device runs the real ones in tests/gpu. Grouped and not, more rows and keys than a
 # tile has, one token, one key, big heads.
@@ -65,16 +62,14 @@ def within(
         assert error <= 2 * eager_error + units * torch.finfo(dtype).eps * largest
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FLOW, ids=sizes)
+@pytest.mark.parametrize(("case", "dtype"), in_dtypes(FLOW, everywhere=FLOW[1:]))
 def test_flow_loss(case: dict[str, int], dtype: torch.dtype) -> None:
     ops = SimpleNamespace(flow_loss=guarded(flow_module.flow_loss))
     check(reference_ops(), ops, "flow_loss", case, dtype)
 
 
 @pytest.mark.parametrize("lies", ["mean", "cut", "whole"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FLOW, ids=sizes)
+@pytest.mark.parametrize(("case", "dtype"), in_dtypes(FLOW, everywhere=FLOW[1:]))
 def test_flow_loss_backward(case: dict[str, int], dtype: torch.dtype, lies: str) -> None:
     """With the gradients that a policy sends back: of a mean (one number), of the first actions alone (a cut), any."""
     narrow, wide = inputs_in("flow_loss", case, dtype, seed=0)
@@ -138,8 +133,7 @@ def test_the_reference_is_autograds_gradient(case: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ATTENTION, ids=sizes)
+@pytest.mark.parametrize(("case", "dtype"), in_dtypes(ATTENTION, everywhere=ATTENTION[::2]))
 def test_attention_backward(case: dict[str, int], dtype: torch.dtype, kind: str) -> None:
     narrow, wide = attention_inputs(case, dtype, blind=kind == "triton")
     forward = {name: narrow[name] for name in ("q", "k", "v", "mask")}

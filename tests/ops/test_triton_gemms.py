@@ -7,7 +7,7 @@ import torch
 from support import triton_by
 
 pytest.importorskip("triton")
-from support.contract import changed, check, inputs_in, leaves, reference_module, run, widened
+from support.contract import changed, check, in_dtypes, inputs_in, leaves, reference_module, run, widened
 from support.gemms import (
     ATEN,
     BF16,
@@ -31,13 +31,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*(overflow|invalid value) encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
 ]
-# Beyond the references' cases: single rows and columns, sizes one beside a tile's, heads whose halves are no powers of two
-# or span two tiles, and SmolVLA's own widths with fewer columns, since the interpreter takes seconds for all of them.
+# Beyond the references' cases. The first two, sizes of one and sizes one beside a tile's, are run in every dtype; then heads
+# whose halves span two tiles, and SmolVLA's own widths with fewer columns: all of them take the interpreter seconds.
 MORE = {
     "linear": (
         dict(rows=1, inputs=1, outputs=1),
-        dict(rows=1, inputs=32, outputs=960),
         dict(rows=65, inputs=129, outputs=17),
+        dict(rows=1, inputs=32, outputs=960),
         dict(rows=50, inputs=720, outputs=33),
     ),
     "linear_residual": (
@@ -73,27 +73,33 @@ MORE = {
     ),
 }
 # Of the references' own cases those that the interpreter runs in about a second; tests/gpu runs all of them.
-CASES = [
-    (op, case)
+CASES = {
+    op: [
+        case
+        for case in reference_module(op).CASES + MORE[op]
+        if reference_module(op).cost(case, 4).flops < 2e7
+    ]
     for op in NAMES
-    for case in reference_module(op).CASES + MORE[op]
-    if reference_module(op).cost(case, 4).flops < 2e7
-]
+}
 
 
-def _marks(op, case, dtype):
+def _slow(op, case, dtype):
     """SmolVLA's own widths are the last of each op; in 32 bits they take the interpreter twice as long as in 16,
     so there one of them stands for all."""
-    long = triton_by.INTERPRETED and dtype is F32 and case is MORE[op][-1] and op != "linear_residual"
-    return (triton_by.BF16 if dtype is BF16 else []) + [pytest.mark.long] * long
+    return triton_by.INTERPRETED and dtype is F32 and case is MORE[op][-1] and op != "linear_residual"
 
 
 @pytest.mark.parametrize(
     ("op", "case", "dtype"),
     [
-        pytest.param(op, case, dtype, marks=_marks(op, case, dtype), id=f"{op}-{case}-{dtype}")
-        for dtype in (F32, F16, BF16)
-        for op, case in CASES
+        pytest.param(
+            op,
+            *each.values,
+            marks=[*each.marks, *[pytest.mark.long] * _slow(op, *each.values)],
+            id=f"{op}-{each.id}",
+        )
+        for op in NAMES
+        for each in in_dtypes(CASES[op], everywhere=MORE[op][:2])
     ],
 )
 def test_contract(op, case, dtype):
@@ -160,21 +166,37 @@ def test_mixed_dtypes_as_the_torch_backend_has_them(op):
     assert {n: v.dtype for n, v in ours.items()} == {n: v.dtype for n, v in eager.items()}
 
 
-@DTYPES
-@pytest.mark.parametrize("activation", [None, "gelu_tanh", "silu"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_linear_with_all_epilogues(activation, bias, dtype):
-    for residual in (None, dtype, F32):
-        inputs = inputs_of("linear", dtype, activation=activation)
-        inputs["x"] = inputs["x"] * 3  # far enough for both ends of an activation
-        if not bias:
-            inputs["bias"] = None
-        if residual is not None:
-            inputs["residual"] = torch.randn(5, 47, generator=torch.Generator().manual_seed(9)).to(residual)
-        wide = widened(inputs)
-        ours, eager = run(TRITON, "linear", inputs), run(ATEN, "linear", inputs)
-        assert ours["y"].dtype is (residual or dtype)
-        assert_no_worse(ours, eager, run(reference_ops(), "linear", wide), dtype)
+def epilogues():
+    """Every pair of an activation, a dtype and a residual, and each of them with a bias and without.
+
+    The rest of the product is for `make test-full`.
+    """
+    for a, activation in enumerate((None, "gelu_tanh", "silu")):
+        for d, dtype in enumerate((F32, F16, BF16)):
+            for r, residual in enumerate(("no residual", "residual", "fp32 residual")):
+                for bias in (True, False):
+                    one_of_each = r == (a + d) % 3 and bias == (a != d)
+                    marks = [
+                        *(triton_by.BF16 if dtype is BF16 else []),
+                        *[pytest.mark.long] * (not one_of_each),
+                    ]
+                    identity = f"{activation}-{dtype}-{residual}-{'bias' if bias else 'no bias'}"
+                    yield pytest.param(activation, dtype, residual, bias, marks=marks, id=identity)
+
+
+@pytest.mark.parametrize(("activation", "dtype", "residual", "bias"), list(epilogues()))
+def test_linear_with_all_epilogues(activation, dtype, residual, bias):
+    inputs = inputs_of("linear", dtype, activation=activation)
+    inputs["x"] = inputs["x"] * 3  # far enough for both ends of an activation
+    if not bias:
+        inputs["bias"] = None
+    of_result = F32 if residual == "fp32 residual" else dtype
+    if residual != "no residual":
+        inputs["residual"] = torch.randn(5, 47, generator=torch.Generator().manual_seed(9)).to(of_result)
+    wide = widened(inputs)
+    ours, eager = run(TRITON, "linear", inputs), run(ATEN, "linear", inputs)
+    assert ours["y"].dtype is of_result
+    assert_no_worse(ours, eager, run(reference_ops(), "linear", wide), dtype)
 
 
 def test_activations_end_where_their_arguments_do():

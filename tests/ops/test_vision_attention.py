@@ -9,7 +9,7 @@ import torch
 from support import triton_by
 
 pytest.importorskip("triton")
-from support.contract import check, inputs_in, run, sizes
+from support.contract import check, in_dtypes, inputs_in, run
 from support.guarded import DEVICE, guarded
 
 from smolvla_fast.kernels import attention as vision_module
@@ -30,8 +30,7 @@ VISION = (
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", VISION, ids=sizes)
+@pytest.mark.parametrize(("case", "dtype"), in_dtypes(VISION, everywhere=(VISION[1], VISION[-1])))
 def test_vision_attention(case: dict[str, int], dtype: torch.dtype) -> None:
     check(reference_ops(), OPS, "attention", case, dtype)
 

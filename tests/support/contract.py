@@ -7,12 +7,13 @@ dtype, plus what rounding alone may add (``tune.check.allowance``). Both numbers
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -44,6 +45,26 @@ RECORDS = {
 def sizes(case: dict[str, int]) -> str:
     """A case as the name of a test's parameter."""
     return "-".join(f"{name}{value}" for name, value in case.items())
+
+
+def in_dtypes(cases: Iterable[dict[str, int]], everywhere: Container[dict[str, int]]) -> list[Any]:
+    """Parameters (case, dtype): every case in fp32, those that are ``everywhere`` in fp16 and bf16 as well.
+
+    What else the whole product has is for `make test-full`: each is a kernel of its own for Triton to compile.
+    """
+    return [
+        pytest.param(
+            case,
+            dtype,
+            marks=[
+                *(triton_by.BF16 if dtype is torch.bfloat16 else []),
+                *[pytest.mark.long] * (dtype is not torch.float32 and case not in everywhere),
+            ],
+            id=f"{sizes(case)}-{dtype}",
+        )
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        for case in cases
+    ]
 
 
 def reference_module(op: str) -> Any:
