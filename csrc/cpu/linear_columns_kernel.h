@@ -21,10 +21,9 @@ constexpr int64_t column_rows(int64_t rows) {
 template <class T>
 SMOLVLA_TARGET void column_products(const float* panels, int64_t rows, const T* w, int64_t outs, int64_t inputs,
                                     const T* after, float* sums, float* c) {
-    // Each tile fetches its share of the next weights.
-    constexpr int64_t kLine = 64 / sizeof(float);
-    const int64_t tiles_here = ceil_div(rows, kPanel) * ceil_div(inputs, kSumInputs) * ceil_div(outs, kTileRows);
-    const int64_t share = ceil_div(outs * inputs, tiles_here * kLine) * kLine;
+    // Each panel of rows fetches its share of the next weights.
+    const int64_t bytes = kTileRows * sizeof(T) / ceil_div(rows, kPanel);
+    const char* ahead = reinterpret_cast<const char*>(after);
     for (int64_t i = 0; i < inputs; i += kBlockInputs) {
         // Sums are those of the kernel that packs weights: a row has the same bits by both.
         const int64_t last = std::min(i + kBlockInputs, inputs), in_one_go = sum_inputs(last - i);
@@ -32,13 +31,11 @@ SMOLVLA_TARGET void column_products(const float* panels, int64_t rows, const T* 
             const float* const panel = panels + row * inputs;
             const int vectors = static_cast<int>(ceil_div(std::min<int64_t>(rows - row, kPanel), kWidth));
             for (int64_t begin = i; begin < last; begin += in_one_go) {
-                const auto some = begin == 0 ? tiles<false, false> : tiles<false, true>;
-                for (int64_t out = 0; out < outs; out += kTileRows) {
-                    for (int64_t j = 0; j < share; j += kLine) __builtin_prefetch(after + j, 0, 2);
-                    after += share;
+                const auto some = begin == 0 ? tiles<false, false, true> : tiles<false, true, true>;
+                const int64_t here = std::min(in_one_go, last - begin);
+                for (int64_t out = 0; out < outs; out += kTileRows, ahead += here * bytes)
                     some(w + out * inputs + begin, inputs, std::min<int64_t>(outs - out, kTileRows), panel + begin * kPanel,
-                         kPanel, std::min(in_one_go, last - begin), sums + row * kChunk + out * kPanel, kPanel, vectors);
-                }
+                         kPanel, here, sums + row * kChunk + out * kPanel, kPanel, vectors, ahead, bytes);
             }
         }
     }

@@ -38,10 +38,12 @@ SMOLVLA_TARGET SMOLVLA_INLINE V load_first_words(const T* p, int64_t count) {
 #endif
 }
 
-// c[row, :] (+)= a[row, 0:words] · b[0:words, :] for six rows and kVectors vectors of columns.
-template <bool kPairs, int kVectors, bool kAccumulate>
+// c[row, :] (+)= a[row, 0:words] · b[0:words, :] for six rows and kVectors vectors of columns. With kFetch a word comes with
+// the fetch of so many bytes behind `ahead`: one at a time, so that what is read meanwhile does not queue behind them.
+template <bool kPairs, int kVectors, bool kAccumulate, bool kFetch>
 SMOLVLA_TARGET __attribute__((noinline)) void tile(const float* a, int64_t lda, int last_row, const float* b,
-                                                   int64_t ldb, int64_t words, float* c, int64_t ldc) {
+                                                   int64_t ldb, int64_t words, float* c, int64_t ldc, const char* ahead,
+                                                   int64_t bytes) {
     // Rows beyond the last repeat it; their results land in scratch that nobody reads.
     const float* rows[kTileRows];
 #pragma GCC unroll 6
@@ -52,6 +54,7 @@ SMOLVLA_TARGET __attribute__((noinline)) void tile(const float* a, int64_t lda, 
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sums[r][v] = S::broadcast(0);
     for (int64_t w = 0; w < words; ++w) {
+        if constexpr (kFetch) __builtin_prefetch(ahead + w * bytes, 0, 2);
         V columns[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) columns[v] = S::load(b + v * kWidth);
@@ -74,20 +77,21 @@ SMOLVLA_TARGET __attribute__((noinline)) void tile(const float* a, int64_t lda, 
 }
 
 // The same for any number of rows and of vectors up to a panel.
-template <bool kPairs, bool kAccumulate>
+template <bool kPairs, bool kAccumulate, bool kFetch = false>
 SMOLVLA_TARGET void tiles(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t words,
-                          float* c, int64_t ldc, int vectors) {
+                          float* c, int64_t ldc, int vectors, const char* ahead = nullptr, int64_t bytes = 0) {
     for (int64_t row = 0; row < rows; row += kTileRows) {
         const int last = static_cast<int>(std::min<int64_t>(rows - row, kTileRows)) - 1;
         const float* a_rows = a + row * lda;
         float* c_rows = c + row * ldc;
+        if constexpr (kFetch) ahead += row == 0 ? 0 : words * bytes;
         switch (vectors) {
-            case 1: tile<kPairs, 1, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc); break;
-            case 2: tile<kPairs, 2, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc); break;
+            case 1: tile<kPairs, 1, kAccumulate, kFetch>(a_rows, lda, last, b, ldb, words, c_rows, ldc, ahead, bytes); break;
+            case 2: tile<kPairs, 2, kAccumulate, kFetch>(a_rows, lda, last, b, ldb, words, c_rows, ldc, ahead, bytes); break;
             default:
                 if constexpr (S::kTileVectors == 4) {
-                    if (vectors == 3) tile<kPairs, 3, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc);
-                    else tile<kPairs, 4, kAccumulate>(a_rows, lda, last, b, ldb, words, c_rows, ldc);
+                    if (vectors == 3) tile<kPairs, 3, kAccumulate, kFetch>(a_rows, lda, last, b, ldb, words, c_rows, ldc, ahead, bytes);
+                    else tile<kPairs, 4, kAccumulate, kFetch>(a_rows, lda, last, b, ldb, words, c_rows, ldc, ahead, bytes);
                 }
         }
     }
