@@ -8,31 +8,40 @@
 
 namespace SMOLVLA_LEVEL_NAMESPACE {
 
-// [words of keys, columns], columns = head_dim rounded up to whole vectors with zeros.
+// The lines of a head's row into L1: rows of other heads lie between two of them, so the processor does not see it coming.
+template <class T>
+SMOLVLA_INLINE void fetch_head(const T* row, int64_t head_dim) {
+    for (int64_t d = 0; d < head_dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
+}
+
+// Panels [words of keys, kPanel] of columns; columns = head_dim rounded up to whole vectors with zeros. In panels, as all
+// columns of so many keys in consecutive rows would share a few sets of the L1 cache.
 template <bool kPairs, class T>
 SMOLVLA_TARGET void pack_values(const T* v, int64_t stride, int64_t keys, int64_t head_dim, int64_t columns, float* to) {
-    if constexpr (kPairs) {
+    constexpr int64_t per_word = kPairs ? 2 : 1, kAhead = 16;
+    const int64_t panel = ceil_div(keys, per_word) * kPanel;
+    for (int64_t key = 0; key < keys; key += per_word, v += per_word * stride, to += kPanel) {
+        if (key + kAhead < keys) fetch_head(v + kAhead * stride, head_dim);
+        if (kPairs && key + 1 + kAhead < keys) fetch_head(v + (1 + kAhead) * stride, head_dim);
+        for (int64_t d = 0; d < columns; d += kWidth) {
+            const int64_t count = std::min<int64_t>(head_dim - d, kWidth);
+            float* const vector = to + d / kPanel * panel + d % kPanel;
+            if constexpr (!kPairs) {
+                S::store(vector, count == kWidth ? S::load(v + d) : load_first_words<false>(v + d, count));
+            } else {
 #if SMOLVLA_LEVEL_IS_512
-        for (int64_t key = 0; key < keys; key += 2, to += columns)
-            for (int64_t d = 0; d < columns; d += 16) {
-                const int64_t count = std::min<int64_t>(head_dim - d, 16);
-                const auto low = _mm512_castps_si512(S::load_first(v + key * stride + d, count));
-                const auto high = key + 1 < keys ? _mm512_castps_si512(S::load_first(v + (key + 1) * stride + d, count))
+                const auto low = _mm512_castps_si512(S::load_first(v + d, count));
+                const auto high = key + 1 < keys ? _mm512_castps_si512(S::load_first(v + stride + d, count))
                                                  : _mm512_setzero_si512();
-                const __m512i pairs = _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
-                S::store(to + d, _mm512_castsi512_ps(pairs));
-            }
+                S::store(vector, _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(low, 16), high)));
 #else
-        std::memset(to, 0, (keys + 1) / 2 * columns * sizeof(float));
-        for (int64_t key = 0; key < keys; ++key) {
-            T* const halves = reinterpret_cast<T*>(to + key / 2 * columns) + key % 2;
-            for (int64_t d = 0; d < head_dim; ++d) halves[2 * d] = v[key * stride + d];
-        }
+                T pairs[2 * kWidth] = {};
+                for (int64_t i = 0; i < count; ++i) pairs[2 * i] = v[d + i];
+                if (key + 1 < keys)
+                    for (int64_t i = 0; i < count; ++i) pairs[2 * i + 1] = v[stride + d + i];
+                std::memcpy(vector, pairs, sizeof pairs);
 #endif
-    } else {
-        for (int64_t key = 0; key < keys; ++key, to += columns) {
-            for (int64_t d = 0; d < head_dim; ++d) to[d] = load(v + key * stride + d);
-            for (int64_t d = head_dim; d < columns; ++d) to[d] = 0.0f;
+            }
         }
     }
 }
@@ -44,6 +53,22 @@ SMOLVLA_TARGET void pack_query(const T* q, int64_t head_dim, float* to) {
         std::memcpy(to, q, head_dim * sizeof(T));
     } else {
         for (int64_t d = 0; d < head_dim; ++d) to[d] = load(q + d);
+    }
+}
+
+// exp2(factor·(score - subtrahend)) of kCount vectors of a row, added to the sums.
+template <bool kPairs, int kCount>
+SMOLVLA_TARGET SMOLVLA_INLINE void exp_row(float* scores, int64_t i, V subtrahend, V factor, V* sums) {
+    V p[kCount];
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) p[j] = (S::load(scores + i + j * kWidth) - subtrahend) * factor;
+    if constexpr (kPairs) exp2<kCount>(p, kExp2Degree4);
+    else exp2<kCount>(p, kExp2Degree6);
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) {
+        sums[j % 2] = sums[j % 2] + p[j];
+        if constexpr (!kPairs) S::store(scores + i + j * kWidth, p[j]);
+        else if (j % 2) S::store(scores + (i + (j - 1) * kWidth) / 2, S::to_pairs(p[j - 1], p[j]));
     }
 }
 
@@ -65,18 +90,8 @@ SMOLVLA_TARGET float softmax_row(float* scores, int64_t padded, float scale) {
     // The difference first: equal scores must give exactly 1, however large they are.
     const V subtrahend = S::broadcast(top), factor = S::broadcast(scale * 1.44269504f);
     V sums[2] = {S::broadcast(0), S::broadcast(0)};
-    for (i = 0; i < padded; i += 2 * kWidth) {
-        V p[2];
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-            const V t = (S::load(scores + i + j * kWidth) - subtrahend) * factor;
-            if constexpr (kPairs) p[j] = S::template exp2<4>(t, kExp2Degree4);
-            else p[j] = S::template exp2<6>(t, kExp2Degree6);
-            sums[j] = sums[j] + p[j];
-            if constexpr (!kPairs) S::store(scores + i + j * kWidth, p[j]);
-        }
-        if constexpr (kPairs) S::store(scores + i / 2, S::to_pairs(p[0], p[1]));
-    }
+    for (i = 0; i + 4 * kWidth <= padded; i += 4 * kWidth) exp_row<kPairs, 4>(scores, i, subtrahend, factor, sums);
+    for (; i < padded; i += 2 * kWidth) exp_row<kPairs, 2>(scores, i, subtrahend, factor, sums);
     S::store(lanes, sums[0] + sums[1]);
     for (int half = kWidth / 2; half > 0; half /= 2)
         for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
@@ -105,7 +120,7 @@ SMOLVLA_TARGET void run(const Attention& a, Ranges& ranges) {
     // Off a power of two: rows a multiple of 4 KiB apart would share a few sets of the L1 cache.
     const int64_t score_stride = std::max(padded, panels * kPanel) + kWidth;
 
-    const int64_t key_words = panels * q_words * kPanel, value_words = p_words * columns;
+    const int64_t key_words = panels * q_words * kPanel, value_words = ceil_div(columns, kPanel) * kPanel * p_words;
     float* base = Scratch::reserve(key_words + value_words + kBlockRows * (q_words + score_stride + columns) + 64);
     float* const packed_k = base;
     float* const packed_v = packed_k + key_words;
@@ -122,10 +137,13 @@ SMOLVLA_TARGET void run(const Attention& a, Ranges& ranges) {
         begin += tiles_here;
         if (head != packed_head) {
             const T* k = static_cast<const T*>(a.k) + b * a.k_strides[0] + kv_head * a.k_strides[2];
-            for (int64_t p = 0; p < panels; ++p)
+            for (int64_t p = 0; p < panels; ++p) {
+                for (int64_t key = (p + 1) * kPanel; key < std::min(a.keys, (p + 2) * kPanel); ++key)
+                    fetch_head(k + key * a.k_strides[1], a.head_dim);
                 pack_panel<kPairs>(k + p * kPanel * a.k_strides[1], a.k_strides[1],
-                                  std::min<int64_t>(a.keys - p * kPanel, kPanel), a.head_dim,
-                                  packed_k + p * q_words * kPanel);
+                                   std::min<int64_t>(a.keys - p * kPanel, kPanel), a.head_dim,
+                                   packed_k + p * q_words * kPanel);
+            }
             const T* v = static_cast<const T*>(a.v) + b * a.v_strides[0] + kv_head * a.v_strides[2];
             pack_values<kPairs>(v, a.v_strides[1], a.keys, a.head_dim, columns, packed_v);
             packed_head = head;
@@ -133,6 +151,8 @@ SMOLVLA_TARGET void run(const Attention& a, Ranges& ranges) {
         for (int64_t row = 0; row < count; ++row) {
             const int64_t t = (first + row) / group, h = kv_head * group + (first + row) % group;
             const T* q = static_cast<const T*>(a.q) + b * a.q_strides[0] + t * a.q_strides[1] + h * a.q_strides[2];
+            const int64_t next = t + ceil_div(count, group);
+            if (next < a.queries) fetch_head(q + (next - t) * a.q_strides[1], a.head_dim);
             pack_query<kPairs>(q, a.head_dim, packed_q + row * q_words);
         }
         for (int64_t p = 0; p < panels; ++p)
@@ -150,7 +170,7 @@ SMOLVLA_TARGET void run(const Attention& a, Ranges& ranges) {
             inverse[row] = 1.0f / softmax_row<kPairs>(row_scores, padded, a.scale);
         }
         for (int64_t d = 0; d < columns; d += kPanel)
-            product<kPairs>(scores, score_stride, count, packed_v + d, columns, p_words, kValueWords, sums + d, columns,
+            product<kPairs>(scores, score_stride, count, packed_v + d * p_words, kPanel, p_words, kValueWords, sums + d, columns,
                             (columns - d) / kWidth);
         for (int64_t row = 0; row < count; ++row) {
             const int64_t t = (first + row) / group, h = kv_head * group + (first + row) % group;

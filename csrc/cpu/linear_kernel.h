@@ -6,21 +6,30 @@
 namespace SMOLVLA_LEVEL_NAMESPACE {
 
 // x / (1 + exp(-z)), the form of both: z = x for silu, and gelu's tanh is a logistic function of twice its argument.
-template <Activation kActivation>
-SMOLVLA_TARGET SMOLVLA_INLINE V activate(V x) {
-    V z = x;
-    if constexpr (kActivation == Activation::gelu_tanh) {
-        const V slope = S::fma(x * x, S::broadcast(0.07135481627f), S::broadcast(1.59576912161f));
-        z = x * slope;
+template <Activation kActivation, int kCount>
+SMOLVLA_TARGET SMOLVLA_INLINE void activate(float* c) {
+    V x[kCount], power[kCount];
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) {
+        x[j] = S::load(c + j * kWidth);
+        V z = x[j];
+        if constexpr (kActivation == Activation::gelu_tanh) {
+            const V slope = S::fma(x[j] * x[j], S::broadcast(0.07135481627f), S::broadcast(1.59576912161f));
+            z = x[j] * slope;
+        }
+        power[j] = S::min(S::broadcast(126.0f), z * S::broadcast(-1.44269504f));
     }
-    const V power = S::min(S::broadcast(126.0f), z * S::broadcast(-1.44269504f));
-    return x / (S::broadcast(1) + S::template exp2<6>(power, kExp2Degree6));
+    exp2<kCount>(power, kExp2Degree6);
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) S::store(c + j * kWidth, x[j] / (S::broadcast(1) + power[j]));
 }
 
 // Whole vectors of a row, the last one beyond `count`.
 template <Activation kActivation>
 SMOLVLA_TARGET void activate_row(float* c, int64_t count) {
-    for (int64_t i = 0; i < count; i += kWidth) S::store(c + i, activate<kActivation>(S::load(c + i)));
+    int64_t i = 0;
+    for (; i + 3 * kWidth < count; i += 4 * kWidth) activate<kActivation, 4>(c + i);
+    for (; i < count; i += kWidth) activate<kActivation, 1>(c + i);
 }
 
 // What follows the product, for outputs [out, out + outs) of a row.

@@ -31,10 +31,18 @@ SMOLVLA_TARGET void run_panels(const Linear& a, const T* h, Ranges& ranges) {
             const int64_t inputs = std::min(a.inputs - i, kBlockInputs);
             const int64_t in_one_go = sum_inputs(inputs);
             for (int64_t m = 0; m < matrices; ++m)
-                for (int64_t at = 0; at < outs; at += kPanel)
+                for (int64_t at = 0; at < outs; at += kPanel) {
+                    // The lines of y, which are written next, while the last product runs.
+                    if (i + inputs == a.inputs && m == 0)
+                        for (int64_t r = row; r < row + rows; ++r) {
+                            const int64_t to = r * a.outputs + out + at;
+                            __builtin_prefetch(static_cast<T*>(a.y) + to, 1, 2);
+                            if (a.residual) __builtin_prefetch(static_cast<const T*>(a.residual) + to, 0, 2);
+                        }
                     product<false>(h + row * a.inputs + i, a.inputs, rows,
                                    packed + m * packed_words + at * a.inputs + i * kPanel, kPanel,
                                    inputs, in_one_go, c + m * sum_words + at, group, ceil_div(outs - at, kWidth), i > 0);
+                }
         }
         for (int64_t r = 0; r < rows; ++r)
             finish_row<T, T>(a, row + r, out, outs, c + r * group, c + sum_words + r * group);

@@ -11,6 +11,22 @@ using V = S::V;
 constexpr int kWidth = S::kWidth;
 constexpr int kPanel = S::kTileVectors * kWidth;
 
+// 2^t of several vectors, step by step: each step waits for the one before it, and the others are computed meanwhile.
+template <int kCount, int kDegree>
+SMOLVLA_TARGET SMOLVLA_INLINE void exp2(V* t, const float (&c)[kDegree]) {
+    V whole[kCount], f[kCount], p[kCount];
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) f[j] = S::fraction(t[j], whole[j]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) p[j] = S::broadcast(c[kDegree - 1]);
+#pragma GCC unroll 8
+    for (int i = kDegree - 2; i >= -1; --i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kCount; ++j) p[j] = S::fma(p[j], f[j], S::broadcast(i < 0 ? 1.0f : c[i]));
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) t[j] = S::scale(p[j], whole[j], t[j]);
+}
+
 template <bool kPairs>
 SMOLVLA_TARGET SMOLVLA_INLINE V dot(V a, V b, V c) {
     if constexpr (kPairs) return S::dot_pairs(a, b, c);

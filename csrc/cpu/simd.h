@@ -28,6 +28,9 @@ constexpr float kExp2Degree6[] = {0.6931470632553101f,   0.2402293086051941f,   
 constexpr float kExp2Degree4[] = {0.6930448412895203f, 0.241280198097229f, 0.052242472767829895f,
                                   0.013426683843135834f};
 
+// Powers of two below this are zero.
+constexpr float kLeastExponent = -126.0f;
+
 // Rows of a register tile whose row has a struct's kTileVectors: they, one row of the right operand and a broadcast fit the
 // registers.
 constexpr int kTileRows = 6;
@@ -81,22 +84,20 @@ struct Baseline : NoPairs {
     // Of a number and a NaN, the second argument.
     static SMOLVLA_INLINE V max(V a, V b) { return a > b ? a : b; }
     static SMOLVLA_INLINE V min(V a, V b) { return a < b ? a : b; }
-    template <int kDegree>
-    static SMOLVLA_INLINE V exp2(V t, const float* c) {
-        const V floor_limit = broadcast(-126.0f);
-        const V clamped = t > floor_limit ? t : floor_limit;
-        I whole = __builtin_convertvector(clamped, I);
-        V rounded = __builtin_convertvector(whole, V);
-        whole += clamped < rounded;  // a true lane is -1: truncation becomes floor
-        rounded = __builtin_convertvector(whole, V);
-        const V f = t - rounded;  // from t, so that a NaN stays one
-        V p = broadcast(c[kDegree - 1]);
-        for (int i = kDegree - 2; i >= 0; --i) p = fma(p, f, broadcast(c[i]));
-        p = fma(p, f, broadcast(1.0f));
-        const I scale = (whole + 127) << 23;
+    // Of an exponent t: t - floor(t) with floor(t), which is -126 at least; a NaN stays one.
+    static SMOLVLA_INLINE V fraction(V t, V& whole) {
+        const V clamped = max(t, broadcast(kLeastExponent));
+        whole = __builtin_convertvector(__builtin_convertvector(clamped, I), V);
+        // A true lane is -1: truncation becomes floor.
+        whole += __builtin_convertvector(clamped < whole, V);
+        return t - whole;
+    }
+    // p·2^whole, and 0 where t is below -126.
+    static SMOLVLA_INLINE V scale(V p, V whole, V t) {
+        const I bits = (__builtin_convertvector(whole, I) + 127) << 23;
         V power;
-        std::memcpy(&power, &scale, sizeof power);
-        return t < floor_limit ? V{} : p * power;
+        std::memcpy(&power, &bits, sizeof power);
+        return t < broadcast(kLeastExponent) ? V{} : p * power;
     }
 };
 
@@ -144,17 +145,14 @@ struct Avx2 : NoPairs {
     }
     static SMOLVLA_AVX2_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
     static SMOLVLA_AVX2_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
-    template <int kDegree>
-    static SMOLVLA_AVX2_INLINE V exp2(V t, const float* c) {
-        const V floor_limit = broadcast(-126.0f);
-        const V whole = _mm256_floor_ps(_mm256_max_ps(t, floor_limit));
-        const V f = _mm256_sub_ps(t, whole);  // from t, so that a NaN stays one
-        V p = broadcast(c[kDegree - 1]);
-        for (int i = kDegree - 2; i >= 0; --i) p = fma(p, f, broadcast(c[i]));
-        p = fma(p, f, broadcast(1.0f));
+    static SMOLVLA_AVX2_INLINE V fraction(V t, V& whole) {
+        whole = _mm256_floor_ps(_mm256_max_ps(t, broadcast(kLeastExponent)));
+        return _mm256_sub_ps(t, whole);
+    }
+    static SMOLVLA_AVX2_INLINE V scale(V p, V whole, V t) {
         const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
         const V scaled = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
-        return _mm256_andnot_ps(_mm256_cmp_ps(t, floor_limit, _CMP_LT_OQ), scaled);
+        return _mm256_andnot_ps(_mm256_cmp_ps(t, broadcast(kLeastExponent), _CMP_LT_OQ), scaled);
     }
 };
 
@@ -230,14 +228,9 @@ struct Avx512 : NoPairs {
     }
     static SMOLVLA_AVX512_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
     static SMOLVLA_AVX512_INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }
-    template <int kDegree>
-    static SMOLVLA_AVX512_INLINE V exp2(V t, const float* c) {
-        const V f = _mm512_reduce_ps(t, 0x09);  // t - floor(t)
-        V p = broadcast(c[kDegree - 1]);
-        for (int i = kDegree - 2; i >= 0; --i) p = fma(p, f, broadcast(c[i]));
-        p = fma(p, f, broadcast(1.0f));
-        return _mm512_scalef_ps(p, t);  // p·2^floor(t), down to zero
-    }
+    // Scaling takes the floor by itself, and goes down to zero.
+    static SMOLVLA_AVX512_INLINE V fraction(V t, V& whole) { return _mm512_reduce_ps(whole = t, 0x09); }
+    static SMOLVLA_AVX512_INLINE V scale(V p, V whole, V) { return _mm512_scalef_ps(p, whole); }
 };
 
 // Pairs of bf16 as words. The dot product instruction treats subnormals as zero.

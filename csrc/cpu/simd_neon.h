@@ -34,17 +34,14 @@ struct Neon : NoPairs {
     }
     static SMOLVLA_INLINE V max(V a, V b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
     static SMOLVLA_INLINE V min(V a, V b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
-    template <int kDegree>
-    static SMOLVLA_INLINE V exp2(V t, const float* c) {
-        const V floor_limit = broadcast(-126.0f);
-        const V whole = vrndmq_f32(vmaxq_f32(t, floor_limit));
-        const V f = vsubq_f32(t, whole);  // from t, so that a NaN stays one
-        V p = broadcast(c[kDegree - 1]);
-        for (int i = kDegree - 2; i >= 0; --i) p = fma(p, f, broadcast(c[i]));
-        p = fma(p, f, broadcast(1.0f));
+    static SMOLVLA_INLINE V fraction(V t, V& whole) {
+        whole = vrndmq_f32(vmaxq_f32(t, broadcast(kLeastExponent)));
+        return vsubq_f32(t, whole);
+    }
+    static SMOLVLA_INLINE V scale(V p, V whole, V t) {
         const int32x4_t exponent = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(whole), vdupq_n_s32(127)), 23);
         const V scaled = vmulq_f32(p, vreinterpretq_f32_s32(exponent));
-        return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(scaled), vcltq_f32(t, floor_limit)));
+        return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(scaled), vcltq_f32(t, broadcast(kLeastExponent))));
     }
 };
 
