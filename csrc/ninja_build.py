@@ -204,10 +204,11 @@ def arch_flags(archs):
     return [*codes, f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]
 
 
-def compile_extension(kind, sources, target, work, without_gpu=()):
+def compile_extension(kind, sources, target, work, without_gpu=(), flags=()):
     """Compiles "cpu" or "cuda" into the file `target`, objects under `work`; returns the facts to record.
 
     without_gpu  what to compile "cuda" for where there is no GPU and SMOLVLA_CUDA_ARCHS names none; () leaves it out
+    flags        more of them, for the C++ compiler
     raises       NotAsked, Unavailable with the reason
     """
     import pybind11
@@ -219,8 +220,9 @@ def compile_extension(kind, sources, target, work, without_gpu=()):
         archs = cuda_archs(nvcc, gpus, without_gpu)
     cxx = cxx_compiler()
     openmp = openmp_flags(cxx) if kind == "cpu" else []
-    include = [f"-I{path}" for path in ("csrc", pybind11.get_include(), sysconfig.get_path("include"))]
-    flags = {".cpp": [*CXX_FLAGS, *openmp, *include]}
+    csrc = f"-I{Path(__file__).parent}"
+    include = [csrc, *(f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include")))]
+    flags = {".cpp": [*CXX_FLAGS, *openmp, *include, *flags]}
     linker, link_flags = (
         cxx,
         [*(openmp or ["-pthread"]), *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])],
@@ -228,7 +230,7 @@ def compile_extension(kind, sources, target, work, without_gpu=()):
     facts = {"compiler": run(*cxx, "--version").splitlines()[0], "openmp": bool(openmp)}
     if kind == "cuda":
         host = ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        flags[".cu"] = [*CUDA_FLAGS, "--threads=2", *arch_flags(archs), *host, "-Icsrc"]
+        flags[".cu"] = [*CUDA_FLAGS, "--threads=2", *arch_flags(archs), *host, csrc]
         # The static runtime looks for the driver when first called, so the module loads where there is none.
         linker, link_flags = [nvcc], ["-cudart=static", *host]
         facts = {"compiler": run(nvcc, "--version").strip().splitlines()[-1], "archs": archs}

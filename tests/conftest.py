@@ -129,9 +129,9 @@ def _run(*command, cwd, **environment):
 @pytest.fixture
 def level(request):
     """The instruction level that a test parametrised with ``processors.LEVELS`` runs the CPU kernels at."""
-    from smolvla_fast.ops.cpu import kernels as cpu
+    from support.processors import at_level
 
-    with cpu.instruction_level(request.param):
+    with at_level(request.param):
         yield request.param
 
 

@@ -17,7 +17,12 @@
 #include "cpu/dispatch_neon.h"
 #endif
 
-#if defined(__x86_64__)
+#if defined(SMOLVLA_EMULATED)
+// A test compiles all levels with functions that compute what the instructions do, for a processor that lacks them.
+#define SMOLVLA_AVX2
+#define SMOLVLA_AVX512
+#define SMOLVLA_AVX512_BF16
+#elif defined(__x86_64__)
 // 512-bit vectors must be asked for: compilers keep to 256 bits by default, for older cores that clock down.
 #if defined(__clang__)
 #define SMOLVLA_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"), min_vector_width(512)))
@@ -59,7 +64,9 @@ inline Level most_allowed() {
 
 // The highest level that the processor, the operating system and the user support.
 inline Level best_level() {
-#if defined(__x86_64__)
+#if defined(SMOLVLA_EMULATED)
+    return most_allowed();
+#elif defined(__x86_64__)
     static const Level best = [] {
         __builtin_cpu_init();
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -9,11 +9,11 @@
 
 #include "cpu/dispatch.h"
 
-#if defined(__x86_64__) && !defined(SMOLVLA_VNNI_EMULATED)
+#if defined(__x86_64__) && !defined(SMOLVLA_EMULATED)
 #include <immintrin.h>
 #endif
 
-#if defined(SMOLVLA_VNNI_EMULATED)
+#if defined(SMOLVLA_EMULATED)
 // A test compiles this with functions that compute what the instructions do, for a processor that has none of them.
 #define SMOLVLA_AVX2_VNNI
 #define SMOLVLA_AVX512_VNNI
@@ -56,7 +56,7 @@ struct Int8Baseline : Pairs {
     }
     static SMOLVLA_INLINE void store(int32_t* p, V v) { std::memcpy(p, &v, sizeof v); }
     static SMOLVLA_INLINE V dot(V a, V b, V c) {
-#if defined(__x86_64__) && !defined(SMOLVLA_VNNI_EMULATED)
+#if defined(__x86_64__) && !defined(SMOLVLA_EMULATED)
         return c + (V)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
         return c + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
@@ -81,7 +81,7 @@ struct Int8Avx2 : Pairs {
     static SMOLVLA_AVX2_INLINE8 V dot(V a, V b, V c) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
 };
 
-#if defined(SMOLVLA_VNNI_EMULATED) || __has_include(<avxvnniintrin.h>)
+#if defined(SMOLVLA_EMULATED) || __has_include(<avxvnniintrin.h>)
 #define SMOLVLA_HAS_AVX2_VNNI 1
 #define SMOLVLA_AVX2_VNNI_INLINE SMOLVLA_AVX2_VNNI SMOLVLA_INLINE
 struct Int8Avx2Vnni : Bytes {
@@ -96,7 +96,7 @@ struct Int8Avx2Vnni : Bytes {
     static SMOLVLA_AVX2_VNNI_INLINE void store(int32_t* p, V v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
     }
-#if defined(SMOLVLA_VNNI_EMULATED)
+#if defined(SMOLVLA_EMULATED)
     static SMOLVLA_AVX2_VNNI_INLINE V dot(V a, V b, V c) { return _mm256_dpbusd_epi32(c, a, b); }
 #else
     static SMOLVLA_AVX2_VNNI_INLINE V dot(V a, V b, V c) { return _mm256_dpbusd_avx_epi32(c, a, b); }

@@ -10,7 +10,7 @@
 #include "cpu/bfloat16.h"
 #include "cpu/dispatch.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SMOLVLA_EMULATED)
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 warns about the "undefined" operands inside its own AVX-512 header, wherever it is inlined.
 #pragma GCC diagnostic ignored "-Wuninitialized"

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.int8_levels import at_level
-from support.processors import LEVELS
+from support import emulated, int8_levels
+from support.processors import at_level, why_not
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,6 +32,8 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="it has no mprotect"),
 ]
 VNNI = [level for level in int8_attention.LEVELS if level.endswith("vnni")]
+HERE = cpu.instruction_levels() if cpu.supported() else []
+EMULATED = [*(level for level in cpu.LEVELS if level not in HERE and not why_not(level)), *VNNI]
 # rows, inputs, outputs: panels and lanes, whole and not, packed weights, single ones
 LINEAR = [(50, 72, 47), (55, 33, 17), (52, 33, 49), (66, 33, 47), (2, 800, 19), (9, 31, 5), (1, 1, 1)]
 # batch, queries, keys, heads, heads of k and v, head's size
@@ -78,7 +80,7 @@ def calls(level: str) -> Iterator[tuple[Any, ...]]:
     if dtypes:
         yield from of_integers()
     attention = partial(
-        at_level(level) if level in VNNI else int8_attention.attention, most_error=float("inf")
+        int8_levels.at_level(level) if level in VNNI else int8_attention.attention, most_error=float("inf")
     )
     for sizes in ATTENTION:
         q, k, v, mask = attention_operands(sizes, torch.float32)
@@ -133,23 +135,24 @@ def attention_operands(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tens
     return q, k, v, torch.randn(batch, queries, keys) > 0
 
 
-def main(level: str) -> None:
+def main(levels: list[str]) -> None:
     torch.manual_seed(0)
-    with nullcontext() if level in VNNI else cpu.instruction_level(level):
-        for begins in (False, True):
-            with BesideAGuard(begins):
-                for name, call, *operands in calls(level):
-                    print("begins" if begins else "ends", "beside the guard:", name, flush=True)
-                    found = call(*operands)
-                    for each in (found,) if isinstance(found, Tensor) else found:
-                        assert each.isfinite().all()
+    for level in levels:
+        with nullcontext() if level in VNNI else at_level(level):
+            for begins in (False, True):
+                with BesideAGuard(begins):
+                    for name, call, *operands in calls(level):
+                        print(level, "begins" if begins else "ends", "beside the guard:", name, flush=True)
+                        found = call(*operands)
+                        for each in (found,) if isinstance(found, Tensor) else found:
+                            assert each.isfinite().all()
 
 
-@pytest.mark.parametrize("level", [*LEVELS, *VNNI])
-def test_nothing_beside_an_operand_is_touched(level: str, capfd: pytest.CaptureFixture[str]) -> None:
-    if level in VNNI:  # compiled, or skipped, once, here
-        at_level(level)(*3 * [torch.ones(1, 1, 1, 1)])
-    process = multiprocessing.get_context("spawn").Process(target=main, args=(level,))
+@pytest.mark.parametrize("levels", [HERE, EMULATED], ids=["here", "emulated"])
+def test_nothing_beside_an_operand_is_touched(levels: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    if levels is EMULATED:  # compiled, or skipped, once, here
+        emulated.library()
+    process = multiprocessing.get_context("spawn").Process(target=main, args=(levels,))
     process.start()
     process.join()
     said = capfd.readouterr()

@@ -1,4 +1,4 @@
-"""The compiled linear and SwiGLU against fp64, at every instruction level that this processor runs.
+"""The compiled linear and SwiGLU against fp64, at every instruction level, emulated where this processor lacks it.
 
 Tolerance: the worst error may be twice that of eager torch in the same dtypes. Both round the same quantities,
 in another order; a factor of two separates that from a lost bit.
@@ -6,7 +6,7 @@ in another order; a factor of two separates that from a lost bit.
 
 import pytest
 import torch
-from support.processors import LEVELS
+from support.processors import LEVELS, at_level
 
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.cpu import kernels as cpu
@@ -109,7 +109,7 @@ def assert_as_exact_as_eager(got, function, dtypes, *tensors, sums=1):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_error_against_fp64(shape, dtypes, level):
     x, weight, _, bias, residual, _ = make(shape, dtypes)
-    with cpu.instruction_level(level):
+    with at_level(level):
         for extras in (
             (None, None, None),
             (bias, "gelu_tanh", None),
@@ -130,7 +130,7 @@ def test_error_against_fp64(shape, dtypes, level):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_swiglu_error_against_fp64(shape, dtypes, level):
     x, gate, up, _, _, norm_weight = make(shape, dtypes)
-    with cpu.instruction_level(level):
+    with at_level(level):
         y = cpu.swiglu(x, gate, up, out=poisoned(shape, dtypes))
         normed = cpu.swiglu(x, gate, up, norm=(norm_weight, 1e-5), out=poisoned(shape, dtypes))
 
@@ -149,7 +149,7 @@ def test_swiglu_error_against_fp64(shape, dtypes, level):
 def test_norm_error_against_fp64(shape, dtypes, level):
     x, weight, _, _, _, norm_weight = make(shape, dtypes)
     x[1] *= 1e-4  # there eps counts
-    with cpu.instruction_level(level):
+    with at_level(level):
         y = cpu.linear(x, weight, norm=(norm_weight, 1e-5), out=poisoned(shape, dtypes))
     assert_as_exact_as_eager(
         y, lambda x, n, w: reference.linear(rms_norm(x, n, 1e-5), w), dtypes, x, norm_weight, weight
@@ -163,7 +163,7 @@ def test_long_sums_beside_an_outlier_column(shape, seed, level):
     """Where sums are long chains of additions, one large input costs the rest their last bits."""
     x, weight = randn(*shape[:2], seed=seed), randn(shape[2], shape[1], seed=seed + 9, scale=shape[1] ** -0.5)
     x[:, 5] *= 100
-    with cpu.instruction_level(level):
+    with at_level(level):
         y = cpu.linear(x, weight, out=poisoned(shape, (F32,) * 3))
     assert_as_exact_as_eager(y, reference.linear, (F32,) * 3, x, weight)
 
@@ -173,7 +173,7 @@ def test_long_sums_beside_an_outlier_column(shape, seed, level):
 def test_bits_do_not_depend_on_threads_or_runs_nor_on_rows_of_one_kernel(dtypes, level, threads):
     x, weight, up, bias, residual, norm_weight = make((177, 1100, 163), dtypes)
     results = []
-    with cpu.instruction_level(level):
+    with at_level(level):
         for count in (1, 2, 3, 7, 1, 2):
             threads(count)
             y = cpu.linear(x, weight, bias, "silu", residual, norm=(norm_weight, 1e-5))
@@ -199,7 +199,7 @@ def test_bits_do_not_depend_on_threads_or_runs_nor_on_rows_of_one_kernel(dtypes,
 def test_nan_and_infinity_stay_in_their_rows(dtype, level):
     x, weight = randn(9, 50, dtype=dtype), randn(8, 50, dtype=dtype, seed=1)
     x[3, 49], x[5, 0] = float("nan"), float("inf")
-    with cpu.instruction_level(level):
+    with at_level(level):
         for activation in (None, "silu", "gelu_tanh"):
             y = cpu.linear(x, weight, None, activation)
             assert y[3].isnan().all()
@@ -214,7 +214,7 @@ def test_activations_over_their_whole_range(activation, dtype, level):
     values = [*torch.linspace(-200, 200, 4001).tolist(), 1e30, -1e30, 1e-30]
     x = torch.tensor(values, dtype=dtype)[:, None]
     one = torch.ones(1, 1, dtype=dtype)
-    with cpu.instruction_level(level):
+    with at_level(level):
         y = cpu.linear(x, one, None, activation)
     truth = reference.linear(x.double(), one.double(), None, activation)
     # Some units in the last place; far to the left the result vanishes beside its argument, and 1e-7 beside 1.

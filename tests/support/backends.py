@@ -14,7 +14,7 @@ from simt.emulator import build
 from smolvla_fast.ops.cpu import kernels as cpu
 from support import triton_by
 from support.guarded import DEVICE
-from support.processors import LEVELS
+from support.processors import LEVELS, at_level
 
 SEEDS = (0, 1, 2)
 CPU = [
@@ -49,7 +49,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.importorskip("triton")
     if name == "cuda":
         request.getfixturevalue("emulator")
-    with cpu.instruction_level(level) if level else nullcontext():
+    with at_level(level) if level else nullcontext():
         yield name
 
 
@@ -103,7 +103,7 @@ def at_every_level(run: Callable[[], Any], threads: tuple[int, ...] = (1, 2)) ->
         for count in threads:
             torch.set_num_threads(count)
             try:
-                with cpu.instruction_level(level):
+                with at_level(level):
                     yield run()
             finally:
                 torch.set_num_threads(before)

@@ -1,26 +1,22 @@
 """Attention in 8-bit integers: in torch, step by step, and by the kernel at every level on any x86-64 processor.
 
-The kernel's VNNI levels are compiled from the same source with SIMDe's functions in place of the instructions.
+What this processor lacks is emulated: emulated.py.
 """
 
 from __future__ import annotations
 
 import ctypes
-import platform
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
-import ninja_build
-import pytest
 import torch
 from torch import Tensor
 
 from smolvla_fast.ops.cpu import int8_attention
 from smolvla_fast.ops.cpu.int8_attention import LEVELS, Attended
 from smolvla_fast.ops.cpu.kernels import attention_operands
+from support import emulated
 
-ROOT = Path(__file__).resolve().parents[2]
 BLOCK, LOG2E = 64, torch.tensor(1.44269504)
 ROUNDER = 12582912.0
 SMALLEST, LEAST_FACTOR = 2.0**-119, torch.tensor(2.0**-100)
@@ -83,27 +79,7 @@ def emulate(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tens
 
 @cache
 def _library() -> ctypes.CDLL:
-    """Skips the test where the VNNI levels cannot be compiled with SIMDe."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        pytest.skip("the VNNI levels are those of x86-64")
-    # Rebuilt where a source is newer: a test of the last build's kernel would say nothing.
-    target = ROOT / "build" / "int8_vnni.so"
-    sources = [ROOT / "tests/support/int8_vnni.cpp", ROOT / "csrc/cpu/attention.cpp"]
-    newest = max(path.stat().st_mtime for path in (*sources, *ROOT.glob("csrc/cpu/*")))
-    if not target.exists() or target.stat().st_mtime < newest:
-        target.parent.mkdir(exist_ok=True)
-        flags = [each for each in ninja_build.CXX_FLAGS if each != "-O3"]
-        try:
-            cxx = ninja_build.cxx_compiler()
-            ninja_build.run(*cxx, "-x", "c++", "-fsyntax-only", "-", stdin="#include <simde/x86/avx512.h>\n")
-        except ninja_build.Unavailable as error:
-            pytest.skip(
-                f"no SIMDe to run VNNI's instructions with (Debian: libsimde-dev): {str(error)[-200:]}"
-            )
-        openmp = ninja_build.openmp_flags(cxx)
-        command = [*cxx, *flags, *openmp, "-O1", "-shared", f"-I{ROOT / 'csrc'}", *map(str, sources)]
-        ninja_build.run(*command, "-o", str(target))
-    library = ctypes.CDLL(str(target))
+    library = ctypes.CDLL(str(emulated.library()))
     library.attend_at.restype = None
     return library
 

@@ -13,12 +13,15 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import pytest
 
 from smolvla_fast.ops import extension, processor
 from smolvla_fast.ops.cpu import kernels as cpu
+from support import emulated
 
 
 class Mask(NamedTuple):
@@ -52,17 +55,28 @@ MASKS = {
     "AMX": Mask("AVX512_CORE_AMX", "avx512", "AVX512", ("AMX-BF16", "AMX-INT8")),
 }
 
+
+def why_not(level: str) -> str:
+    """Why the kernels cannot run at a level here, emulated or not; "" where they can."""
+    emulable = level.startswith("avx") and emulated.HERE and not processor.limit()
+    if cpu.supported(level) or (extension.available("cpu") and emulable):
+        return ""
+    return extension.why_missing("cpu") or f"this processor does not run level {level!r}"
+
+
 LEVELS = [
-    pytest.param(
-        name,
-        marks=pytest.mark.skipif(
-            not cpu.supported(name),
-            reason=extension.why_missing("cpu") or f"this processor does not run level {name!r}",
-        ),
-    )
+    pytest.param(name, marks=pytest.mark.skipif(bool(why_not(name)), reason=why_not(name) or "it runs"))
     for name in cpu.LEVELS
 ]
-"""Every instruction level of the CPU kernels as a test's parameter; what this processor lacks is skipped by name."""
+"""Every instruction level of the CPU kernels as a test's parameter."""
+
+
+@contextmanager
+def at_level(name: str) -> Iterator[None]:
+    """Inside, the CPU kernels run at this level, emulated where this processor lacks it."""
+    with nullcontext() if cpu.supported(name) else emulated.instead(), cpu.instruction_level(name):
+        yield
+
 
 # Flags of /proc/cpuinfo, as far as kernels ask for them, of processors that the suite has run on or that users have.
 _HASWELL = "avx2 fma f16c"

@@ -1,9 +1,5 @@
-// Attention in 8-bit integers at every level, on any x86-64 processor: SIMDe's functions stand for the instructions that it
-// may lack, and the kernel is the same source. A test tool, built by int8_levels.py; it is in no wheel.
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-
-#define SMOLVLA_VNNI_EMULATED
+// csrc/cpu/int8_attention.cpp, and its kernel at a level by number: which level the processor has decides there. Built by
+// emulated.py with the other sources; in no wheel.
 #include "cpu/int8_attention.cpp"
 
 // Addresses of q, k, v, mask, out, error, spread; sizes and strides as in bindings.cpp.

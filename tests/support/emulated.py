@@ -1,0 +1,72 @@
+"""The CPU kernels at levels that this processor lacks: the same sources, with functions in the place of its instructions.
+
+SIMDe has most of the functions, emulated.h the others. What is computed is what the processor would compute; how fast, and
+whether a level is recognised, this does not show.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import ninja_build
+import pytest
+
+from smolvla_fast.ops import extension, processor
+
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORT = ROOT / "tests" / "support"
+HERE = platform.machine().lower() in ("x86_64", "amd64") and os.name == "posix"
+"""Whether this is a machine of the kind whose levels these are."""
+
+
+@cache
+def library() -> Path:
+    """The extension so built; skips the test where it cannot be."""
+    if not HERE:
+        pytest.skip("the levels are those of x86-64")
+    import fcntl
+
+    work = ROOT / "build" / "emulated"
+    target = work / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    kernels = [path for path in sorted(ROOT.glob("csrc/cpu/*.cpp")) if path.name != "int8_attention.cpp"]
+    sources = [SUPPORT / "emulated.cpp", ROOT / "csrc" / "bindings.cpp", *kernels]
+    # SIMDe makes its functions of 256-bit instructions where it may.
+    wide = ["-mavx2", "-mfma"] if {"AVX2", "FMA"} <= set(processor.features()) else []
+    flags = ["-O1", "-Wno-psabi", *wide, "-include", str(SUPPORT / "emulated.h")]
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            cxx = ninja_build.cxx_compiler()
+            ninja_build.run(*cxx, "-x", "c++", "-fsyntax-only", "-", stdin="#include <simde/x86/avx512.h>\n")
+        except ninja_build.Unavailable as error:
+            pytest.skip(f"no SIMDe for what this processor lacks (Debian: libsimde-dev): {str(error)[-200:]}")
+        ninja_build.compile_extension("cpu", sources, target, work, flags=flags)
+    return target
+
+
+@cache
+def _module() -> ModuleType:
+    # By another name than the extension's: pybind11 would give what is loaded under it.
+    spec = importlib.util.spec_from_file_location("emulated._cpu", library())
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def instead() -> Iterator[None]:
+    """Inside, it is the CPU extension."""
+    module, load = _module(), extension._load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "_load", lambda kind: (module, "") if kind == "cpu" else load(kind))
+        yield
