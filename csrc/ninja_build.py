@@ -220,7 +220,7 @@ def compile_extension(kind, sources, target, work, without_gpu=(), flags=()):
         archs = cuda_archs(nvcc, gpus, without_gpu)
     cxx = cxx_compiler()
     openmp = openmp_flags(cxx) if kind == "cpu" else []
-    csrc = f"-I{Path(__file__).parent}"
+    csrc = f"-I{os.path.relpath(Path(__file__).parent)}"  # objects of another checkout have the same
     include = [csrc, *(f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include")))]
     flags = {".cpp": [*CXX_FLAGS, *openmp, *include, *flags]}
     linker, link_flags = (

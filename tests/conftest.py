@@ -128,7 +128,7 @@ def _run(*command, cwd, **environment):
 
 @pytest.fixture
 def level(request):
-    """The instruction level that a test parametrised with ``processors.LEVELS`` runs the CPU kernels at."""
+    """The instruction level that a test parametrised with one of ``processors``' lists runs the CPU kernels at."""
     from support.processors import at_level
 
     with at_level(request.param):

@@ -1,44 +1,45 @@
 // The attention kernel for one instruction level. No include guard: see each_level.h.
 //
 // One kv head is packed at a time: K transposed into panels, so that a register tile of scores is an outer product, and V
-// in consecutive rows. Both products then run in the same tile. A block of score rows stays whole in L2, so the softmax
+// in panels of its columns. Both products then run in the same tile. A block of score rows stays whole in L2, so the softmax
 // knows its maximum before it starts and nothing is rescaled.
 
 #include "cpu/panel_kernel.h"
 
 namespace SMOLVLA_LEVEL_NAMESPACE {
 
-// The lines of a head's row into L1: rows of other heads lie between two of them, so the processor does not see it coming.
+// The lines of a head's row into L1, early: those of other heads lie between it and the next.
 template <class T>
 SMOLVLA_INLINE void fetch_head(const T* row, int64_t head_dim) {
     for (int64_t d = 0; d < head_dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
 }
 
-// Panels [words of keys, kPanel] of columns; columns = head_dim rounded up to whole vectors with zeros. In panels, as all
-// columns of so many keys in consecutive rows would share a few sets of the L1 cache.
+// Panels [words of keys, kPanel] of columns; columns = head_dim rounded up to whole vectors with zeros. A tile reads one panel,
+// whose rows at the distance of head_dim would share a few sets of the L1 cache.
 template <bool kPairs, class T>
 SMOLVLA_TARGET void pack_values(const T* v, int64_t stride, int64_t keys, int64_t head_dim, int64_t columns, float* to) {
     constexpr int64_t per_word = kPairs ? 2 : 1, kAhead = 16;
     const int64_t panel = ceil_div(keys, per_word) * kPanel;
-    for (int64_t key = 0; key < keys; key += per_word, v += per_word * stride, to += kPanel) {
-        if (key + kAhead < keys) fetch_head(v + kAhead * stride, head_dim);
-        if (kPairs && key + 1 + kAhead < keys) fetch_head(v + (1 + kAhead) * stride, head_dim);
+    for (int64_t key = 0; key < keys; key += per_word, to += kPanel) {
+        const T* const row = v + key * stride;
+        for (int64_t next = key + kAhead; next < std::min(keys, key + kAhead + per_word); ++next)
+            fetch_head(v + next * stride, head_dim);
         for (int64_t d = 0; d < columns; d += kWidth) {
             const int64_t count = std::min<int64_t>(head_dim - d, kWidth);
             float* const vector = to + d / kPanel * panel + d % kPanel;
             if constexpr (!kPairs) {
-                S::store(vector, count == kWidth ? S::load(v + d) : load_first_words<false>(v + d, count));
+                S::store(vector, count == kWidth ? S::load(row + d) : load_first_words<false>(row + d, count));
             } else {
 #if SMOLVLA_LEVEL_IS_512
-                const auto low = _mm512_castps_si512(S::load_first(v + d, count));
-                const auto high = key + 1 < keys ? _mm512_castps_si512(S::load_first(v + stride + d, count))
+                const auto low = _mm512_castps_si512(S::load_first(row + d, count));
+                const auto high = key + 1 < keys ? _mm512_castps_si512(S::load_first(row + stride + d, count))
                                                  : _mm512_setzero_si512();
                 S::store(vector, _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(low, 16), high)));
 #else
                 T pairs[2 * kWidth] = {};
-                for (int64_t i = 0; i < count; ++i) pairs[2 * i] = v[d + i];
+                for (int64_t i = 0; i < count; ++i) pairs[2 * i] = row[d + i];
                 if (key + 1 < keys)
-                    for (int64_t i = 0; i < count; ++i) pairs[2 * i + 1] = v[stride + d + i];
+                    for (int64_t i = 0; i < count; ++i) pairs[2 * i + 1] = row[stride + d + i];
                 std::memcpy(vector, pairs, sizeof pairs);
 #endif
             }

@@ -21,7 +21,7 @@ constexpr int kUnits = 16;
 constexpr int64_t kBlockBytes = 256 * 1024, kLeastRows = 65;
 // Inputs of the rows of a tile that stay in L1 from one tile to the next.
 constexpr int64_t kPartInputs = 768;
-// Outputs are dealt to threads in whole register tiles, many at a time while there are many.
+// Outputs are dealt to threads in whole register tiles, of lanes and of columns, many at a time while there are many.
 template <bool kFewRegisters>
 constexpr int64_t kSplit = kFewRegisters ? 12 : 15;
 constexpr int64_t kCoarseSplits = 16;

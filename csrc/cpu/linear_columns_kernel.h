@@ -21,8 +21,7 @@ constexpr int64_t column_rows(int64_t rows) {
 template <class T>
 SMOLVLA_TARGET void column_products(const float* panels, int64_t rows, const T* w, int64_t outs, int64_t inputs,
                                     const T* after, float* sums, float* c) {
-    // Each panel of rows fetches its share of the next weights.
-    const int64_t bytes = kTileRows * sizeof(T) / ceil_div(rows, kPanel);
+    const int64_t panels_here = ceil_div(rows, kPanel);
     const char* ahead = reinterpret_cast<const char*>(after);
     for (int64_t i = 0; i < inputs; i += kBlockInputs) {
         // Sums are those of the kernel that packs weights: a row has the same bits by both.
@@ -33,9 +32,9 @@ SMOLVLA_TARGET void column_products(const float* panels, int64_t rows, const T* 
             for (int64_t begin = i; begin < last; begin += in_one_go) {
                 const auto some = begin == 0 ? tiles<false, false, true> : tiles<false, true, true>;
                 const int64_t here = std::min(in_one_go, last - begin);
-                for (int64_t out = 0; out < outs; out += kTileRows, ahead += here * bytes)
-                    some(w + out * inputs + begin, inputs, std::min<int64_t>(outs - out, kTileRows), panel + begin * kPanel,
-                         kPanel, here, sums + row * kChunk + out * kPanel, kPanel, vectors, ahead, bytes);
+                some(w + begin, inputs, outs, panel + begin * kPanel, kPanel, here, sums + row * kChunk, kPanel, vectors, ahead,
+                     panels_here);
+                ahead += outs * here * static_cast<int64_t>(sizeof(T)) / panels_here;
             }
         }
     }

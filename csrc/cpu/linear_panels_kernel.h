@@ -32,8 +32,8 @@ SMOLVLA_TARGET void run_panels(const Linear& a, const T* h, Ranges& ranges) {
             const int64_t in_one_go = sum_inputs(inputs);
             for (int64_t m = 0; m < matrices; ++m)
                 for (int64_t at = 0; at < outs; at += kPanel) {
-                    // The lines of y, which are written next, while the last product runs.
-                    if (i + inputs == a.inputs && m == 0)
+                    // The lines of y, which are written next, while the last products run.
+                    if (i + inputs == a.inputs && m + 1 == matrices)
                         for (int64_t r = row; r < row + rows; ++r) {
                             const int64_t to = r * a.outputs + out + at;
                             __builtin_prefetch(static_cast<T*>(a.y) + to, 1, 2);

@@ -55,7 +55,7 @@ SMOLVLA_TARGET SMOLVLA_INLINE V load_first_words(const T* p, int64_t count) {
 }
 
 // c[row, :] (+)= a[row, 0:words] · b[0:words, :] for six rows and kVectors vectors of columns. With kFetch a word comes with
-// the fetch of so many bytes behind `ahead`: one at a time, so that what is read meanwhile does not queue behind them.
+// the fetch of the next `bytes` behind `ahead`: a few at a time, so that what is read meanwhile does not queue behind them.
 template <bool kPairs, int kVectors, bool kAccumulate, bool kFetch>
 SMOLVLA_TARGET __attribute__((noinline)) void tile(const float* a, int64_t lda, int last_row, const float* b,
                                                    int64_t ldb, int64_t words, float* c, int64_t ldc, const char* ahead,
@@ -92,24 +92,26 @@ SMOLVLA_TARGET __attribute__((noinline)) void tile(const float* a, int64_t lda, 
         }
 }
 
-// The same for any number of rows and of vectors up to a panel.
+// The same for any number of rows and of vectors up to a panel. With kFetch as many bytes as the rows of a have are fetched
+// from `ahead` on, in so many shares, of which this is one; at most that, where a share of a word is no whole byte.
 template <bool kPairs, bool kAccumulate, bool kFetch = false>
 SMOLVLA_TARGET void tiles(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t words,
-                          float* c, int64_t ldc, int vectors, const char* ahead = nullptr, int64_t bytes = 0) {
+                          float* c, int64_t ldc, int vectors, const char* ahead = nullptr, int64_t shares = 1) {
     for (int64_t row = 0; row < rows; row += kTileRows) {
         const int last = static_cast<int>(std::min<int64_t>(rows - row, kTileRows)) - 1;
         const float* a_rows = a + row * lda;
         float* c_rows = c + row * ldc;
-        if constexpr (kFetch) ahead += row == 0 ? 0 : words * bytes;
+        const int64_t bytes = (last + 1) * static_cast<int64_t>(sizeof(float)) / shares;
         switch (vectors) {
             case 1: tile<kPairs, 1, kAccumulate, kFetch>(a_rows, lda, last, b, ldb, words, c_rows, ldc, ahead, bytes); break;
             case 2: tile<kPairs, 2, kAccumulate, kFetch>(a_rows, lda, last, b, ldb, words, c_rows, ldc, ahead, bytes); break;
             default:
                 if constexpr (S::kTileVectors == 4) {
-                    if (vectors == 3) tile<kPairs, 3, kAccumulate, kFetch>(a_rows, lda, last, b, ldb, words, c_rows, ldc, ahead, bytes);
-                    else tile<kPairs, 4, kAccumulate, kFetch>(a_rows, lda, last, b, ldb, words, c_rows, ldc, ahead, bytes);
+                    const auto wide = vectors == 3 ? tile<kPairs, 3, kAccumulate, kFetch> : tile<kPairs, 4, kAccumulate, kFetch>;
+                    wide(a_rows, lda, last, b, ldb, words, c_rows, ldc, ahead, bytes);
                 }
         }
+        if constexpr (kFetch) ahead += words * bytes;
     }
 }
 

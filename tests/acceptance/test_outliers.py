@@ -104,11 +104,11 @@ def test_worst_case_of_int8(layout: str, monkeypatch: pytest.MonkeyPatch) -> Non
     bound = TIERS["int8"].cosine
     assert bound is not None
     assert worst["sharp attention"] >= bound, worst
-    # A tiny policy's rows have 48 columns to average over, not 720 and more, and which numbers are rounded up follows from
-    # the processor's order of sums, by up to a half of what one policy loses: so much beyond the bound is allowed to
-    # normal weights, whose worst lies at it, and this little to weights that lose too little for a second term. Full size
-    # has the bound: tests/inference/test_int8_chunk.py.
-    assert 1 - worst["normal"] <= 1.5 * (1 - bound), worst
+    # Which numbers are rounded up follows from the processor's order of sums: the worst lies a twentieth above the bound
+    # with AVX2, and at it without.
+    assert 1 - worst["normal"] <= 1.05 * (1 - bound), worst
+    # A tiny policy's rows have 48 columns to average over, not 720 and more: one cosine of four may fall this low, and does
+    # with weights that lose too little for a second term. Full size has the bound: tests/inference/test_int8_chunk.py.
     assert worst["Student t, channels x50"] >= 0.997, worst
     # What 8 bits lose of q and k, a hundredth, is multiplied by the size of the scores; twice this spread is fp32's.
     assert worst["louder attention"] >= 0.995, worst

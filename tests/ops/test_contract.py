@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.contract import HELPERS, OPS, check, inputs_in, reference_module, run
-from support.processors import LEVELS
+from support.processors import LEVELS_EMULATED
 
 from smolvla_fast.ops.availability import why_not
 from smolvla_fast.ops.cpu import kernels as cpu
@@ -54,7 +54,7 @@ def test_contract(op: str, case: dict[str, int], dtype: torch.dtype, backend: st
 
 @pytest.mark.cpu_kernels
 @pytest.mark.skipif(not cpu.supported(), reason="the kernels are not compiled")
-@pytest.mark.parametrize("level", LEVELS, indirect=True)
+@pytest.mark.parametrize("level", LEVELS_EMULATED, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_contract_at_every_level(op: str, dtype: torch.dtype, level: str) -> None:

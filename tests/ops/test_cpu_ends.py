@@ -33,7 +33,10 @@ pytestmark = [
 ]
 VNNI = [level for level in int8_attention.LEVELS if level.endswith("vnni")]
 HERE = cpu.instruction_levels() if cpu.supported() else []
-EMULATED = [*(level for level in cpu.LEVELS if level not in HERE and not why_not(level)), *VNNI]
+EMULATED = [
+    *(level for level in cpu.LEVELS if level not in HERE and not why_not(level, emulable=True)),
+    *VNNI,
+]
 # rows, inputs, outputs: panels and lanes, whole and not, packed weights, single ones
 LINEAR = [(50, 72, 47), (55, 33, 17), (52, 33, 49), (66, 33, 47), (2, 800, 19), (9, 31, 5), (1, 1, 1)]
 # batch, queries, keys, heads, heads of k and v, head's size

@@ -6,7 +6,7 @@ in another order; a factor of two separates that from a lost bit.
 
 import pytest
 import torch
-from support.processors import LEVELS, at_level
+from support.processors import LEVELS_EMULATED, at_level
 
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.cpu import kernels as cpu
@@ -16,9 +16,10 @@ from smolvla_fast.ops.reference.rms_norm import rms_norm
 
 pytestmark = [
     pytest.mark.cpu_kernels,
+    pytest.mark.processor,
     pytest.mark.skipif(not extension.available("cpu"), reason=extension.why_missing("cpu") or "built"),
 ]
-AT_LEVELS = pytest.mark.parametrize("level", LEVELS)
+AT_LEVELS = pytest.mark.parametrize("level", LEVELS_EMULATED)
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 # dtypes of x, weight, y

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from support import triton_by
-from support.backends import CPU, CUDA, TRITON, at_every_level, device_of, with_dtypes
+from support.backends import CUDA, TRITON, at_every_level, cpu_at, device_of, with_dtypes
 from support.contract import check, inputs_in, widened
 from support.guarded import DEVICE, guarded
+from support.processors import LEVELS_EMULATED
 from torch import Tensor
 
 from smolvla_fast.ops.cpu import kernels as cpu
@@ -36,6 +37,7 @@ PAIRS = {
     "triton": ((F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (BF16, F32)),
     "cuda": ((BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)),
 }
+CPU = cpu_at(LEVELS_EMULATED)
 GRID = with_dtypes((CPU, PAIRS["cpu"]), ([TRITON], PAIRS["triton"]), ([CUDA], PAIRS["cuda"]))
 BACKENDS_AND_DTYPES = pytest.mark.parametrize(("backend", "pair"), GRID, indirect=["backend"])
 ON_CUDA = pytest.mark.parametrize(

@@ -39,7 +39,7 @@ PREFIXES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "dtype"), in_dtypes(PREFIXES, everywhere=PREFIXES[-2:]))
+@pytest.mark.parametrize(("case", "dtype"), in_dtypes(PREFIXES, everywhere=PREFIXES[2:]))
 def test_prefix_embed(case: dict[str, int], dtype: torch.dtype) -> None:
     """Absent cameras, shorter prompts, special tokens; no camera at all."""
     check(reference_ops(), OPS, "prefix_embed", case, dtype)

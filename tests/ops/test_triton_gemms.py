@@ -31,8 +31,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*(overflow|invalid value) encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
 ]
-# Beyond the references' cases. The first two, sizes of one and sizes one beside a tile's, are run in every dtype; then heads
-# whose halves span two tiles, and SmolVLA's own widths with fewer columns: all of them take the interpreter seconds.
+# Beyond the references' cases. The first two, sizes of one and odd sizes, are run in every dtype; then one row, heads whose
+# halves span two tiles, and SmolVLA's own widths with fewer columns: all of them take the interpreter seconds.
 MORE = {
     "linear": (
         dict(rows=1, inputs=1, outputs=1),
@@ -84,8 +84,7 @@ CASES = {
 
 
 def _slow(op, case, dtype):
-    """SmolVLA's own widths are the last of each op; in 32 bits they take the interpreter twice as long as in 16,
-    so there one of them stands for all."""
+    """SmolVLA's own widths are the last of each op: one of them stands for all with the interpreter."""
     return triton_by.INTERPRETED and dtype is F32 and case is MORE[op][-1] and op != "linear_residual"
 
 

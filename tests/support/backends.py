@@ -17,10 +17,17 @@ from support.guarded import DEVICE
 from support.processors import LEVELS, at_level
 
 SEEDS = (0, 1, 2)
-CPU = [
-    pytest.param(("cpu", level.values[0]), marks=[*level.marks, pytest.mark.cpu_kernels], id=f"cpu {level.values[0]}")
-    for level in LEVELS
-]  # fmt: skip
+
+
+def cpu_at(levels: list[Any]) -> list[Any]:
+    marks = [pytest.mark.cpu_kernels, pytest.mark.processor]
+    return [
+        pytest.param(("cpu", each.values[0]), marks=[*each.marks, *marks], id=f"cpu {each.values[0]}")
+        for each in levels
+    ]
+
+
+CPU = cpu_at(LEVELS)
 TRITON = pytest.param(("triton", None), marks=pytest.mark.triton, id="triton")
 CUDA = pytest.param(("cuda", None), marks=pytest.mark.simt, id="cuda")
 ALL = [*CPU, TRITON, CUDA]
@@ -97,13 +104,13 @@ def over_seeds(emulator: Any) -> Any:
 
 
 def at_every_level(run: Callable[[], Any], threads: tuple[int, ...] = (1, 2)) -> Iterator[Any]:
-    """What ``run`` gives at every instruction level and on so many threads."""
+    """What ``run`` gives at every instruction level that this processor has, on so many threads."""
     before = torch.get_num_threads()
     for level in cpu.instruction_levels():
         for count in threads:
             torch.set_num_threads(count)
             try:
-                with at_level(level):
+                with cpu.instruction_level(level):
                     yield run()
             finally:
                 torch.set_num_threads(before)

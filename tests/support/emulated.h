@@ -51,12 +51,16 @@ inline __m512i widen(__m256i halves) {
     return as<__m512i>(to);
 }
 
-// The one form in use, x - floor(x); of infinity it is zero.
+// The one form in use, x - floor(x) rounded down; of infinity it is zero.
 template <int kControl>
 __m512 reduce(__m512 x) {
     static_assert(kControl == 0x09);
     auto lanes = as<Lanes<float>>(x);
-    for (float& lane : lanes.at) lane = std::isinf(lane) ? 0.0f : lane - std::floor(lane);
+    for (float& lane : lanes.at) {
+        const double exact = lane - std::floor(static_cast<double>(lane));
+        const auto nearest = static_cast<float>(exact);
+        lane = std::isinf(lane) ? 0.0f : nearest > exact ? std::nextafter(nearest, 0.0f) : nearest;
+    }
     return as<__m512>(lanes);
 }
 
@@ -112,14 +116,21 @@ inline __m512 dot_pairs(__m512 sums, __m512i a, __m512i b) {
 }  // namespace emulated
 
 #define __m512bh __m512i
-#undef _mm512_dpbf16_ps
-#undef _mm512_scalef_ps
+#undef _mm256_maskz_loadu_epi16
 #define _mm256_maskz_loadu_epi16 emulated::load_some<__m256i, uint16_t>
+#undef _mm512_maskz_loadu_epi16
 #define _mm512_maskz_loadu_epi16 emulated::load_some<__m512i, uint16_t>
+#undef _mm512_maskz_loadu_ps
 #define _mm512_maskz_loadu_ps emulated::load_some<__m512, float>
+#undef _mm512_cvtepu16_epi32
 #define _mm512_cvtepu16_epi32 emulated::widen
+#undef _mm512_cvtne2ps_pbh
 #define _mm512_cvtne2ps_pbh emulated::to_pairs
+#undef _mm512_dpbf16_ps
 #define _mm512_dpbf16_ps emulated::dot_pairs
+#undef _mm512_reduce_ps
 #define _mm512_reduce_ps(x, control) emulated::reduce<control>(x)
+#undef _mm512_scalef_ps
 #define _mm512_scalef_ps emulated::scale
+#undef _mm512_shuffle_f32x4
 #define _mm512_shuffle_f32x4(a, b, control) emulated::shuffle<control>(a, b)

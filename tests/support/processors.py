@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -56,19 +56,26 @@ MASKS = {
 }
 
 
-def why_not(level: str) -> str:
-    """Why the kernels cannot run at a level here, emulated or not; "" where they can."""
-    emulable = level.startswith("avx") and emulated.HERE and not processor.limit()
+def why_not(level: str, emulable: bool) -> str:
+    """Why the kernels cannot run at a level here, or emulated where that will do; "" where they can."""
+    emulable &= level.startswith("avx") and emulated.HERE and not processor.limit()
     if cpu.supported(level) or (extension.available("cpu") and emulable):
         return ""
     return extension.why_missing("cpu") or f"this processor does not run level {level!r}"
 
 
-LEVELS = [
-    pytest.param(name, marks=pytest.mark.skipif(bool(why_not(name)), reason=why_not(name) or "it runs"))
-    for name in cpu.LEVELS
-]
-"""Every instruction level of the CPU kernels as a test's parameter."""
+def _levels(emulable: bool) -> list[Any]:
+    reasons = {name: why_not(name, emulable) for name in cpu.LEVELS}
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=reason or "it runs"))
+        for name, reason in reasons.items()
+    ]
+
+
+LEVELS = _levels(emulable=False)
+"""Every instruction level of the CPU kernels as a test's parameter; what this processor lacks is skipped by name."""
+LEVELS_EMULATED = _levels(emulable=True)
+"""The same for kernels that are written in a level's own instructions: what this processor lacks is emulated."""
 
 
 @contextmanager
