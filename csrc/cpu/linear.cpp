@@ -28,7 +28,7 @@ constexpr int64_t kCoarseSplits = 16;
 
 // Fewer outputs are summed in lanes: they are less than a panel, and eager sums them in more chains than a panel does.
 constexpr int64_t kLeastOutputs = 16;
-// Of the kernel that packs rows. With fewer the weights come too late from memory, and lanes were faster.
+// Of the kernel that packs rows; with fewer it is not ahead of lanes throughout.
 constexpr int64_t kLeastColumns = 48;
 
 // Of the kernel that packs weights.
