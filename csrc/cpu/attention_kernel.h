@@ -14,8 +14,8 @@ SMOLVLA_INLINE void fetch_head(const T* row, int64_t head_dim) {
     for (int64_t d = 0; d < head_dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
 }
 
-// Panels [words of keys, kPanel] of columns; columns = head_dim rounded up to whole vectors with zeros. A tile reads one panel,
-// whose rows at the distance of head_dim would share a few sets of the L1 cache.
+// Panels [words of keys, kPanel] of columns; columns = head_dim rounded up to whole vectors with zeros. A tile reads one panel:
+// its rows are adjacent, as rows at the distance of head_dim would share a few sets of the L1 cache.
 template <bool kPairs, class T>
 SMOLVLA_TARGET void pack_values(const T* v, int64_t stride, int64_t keys, int64_t head_dim, int64_t columns, float* to) {
     constexpr int64_t per_word = kPairs ? 2 : 1, kAhead = 16;

@@ -15,13 +15,15 @@ namespace smolvla::cpu {
 namespace {
 
 // Of the kernels that pack no weights.
+
 // Register tiles of lanes, by their outputs, between two epilogues.
 constexpr int kUnits = 16;
 // Rows of x that stay in L2 while the weights pass by: as many as fit, and those of an action chunk in any case.
 constexpr int64_t kBlockBytes = 256 * 1024, kLeastRows = 65;
 // Inputs of the rows of a tile that stay in L1 from one tile to the next.
 constexpr int64_t kPartInputs = 768;
-// Outputs are dealt to threads in whole register tiles, of lanes and of columns, many at a time while there are many.
+// Outputs are dealt to threads in whole register tiles of lanes and of columns, many at a time while there are many. Tiles
+// of blocks do not divide them: the last one of a range computes an output or more for nothing.
 template <bool kFewRegisters>
 constexpr int64_t kSplit = kFewRegisters ? 12 : 15;
 constexpr int64_t kCoarseSplits = 16;
@@ -32,6 +34,7 @@ constexpr int64_t kLeastOutputs = 16;
 constexpr int64_t kLeastColumns = 48;
 
 // Of the kernel that packs weights.
+
 // From so many rows on it serves: one more than FEW_ROWS of smolvla_fast/ops/defaults.py.
 constexpr int64_t kManyRows = 65;
 // Rows and inputs of x that stay in L2 while panels of weights pass by.

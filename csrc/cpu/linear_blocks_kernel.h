@@ -28,20 +28,21 @@ SMOLVLA_TARGET SMOLVLA_INLINE void add_blocks(const T* const* xs, const T* const
     }
 }
 
-// As lane_tile, but outputs lie next to one another in c, and rows of c beyond the last are not written.
+// As lane_tile, but outputs are adjacent in c, so that its last parameter is not asked, and rows of c beyond the last are not
+// written.
 template <bool kAccumulate, int kTall, int kWide, class T>
 SMOLVLA_TARGET __attribute__((noinline)) void block_tile(const T* x, int64_t x_stride, int last_row, const T* w,
                                                          int64_t w_stride, int last_out, int64_t inputs, const T* ahead,
                                                          float* c, int64_t c_row, int64_t) {
-    constexpr int kBlocks = kTall / 2 * kWide / 2;
+    constexpr int kSums = kTall / 2 * kWide / 2;
     constexpr int64_t step = 2 * kWidth;
     const T *xs[kTall], *ws[kWide];
     for (int r = 0; r < kTall; ++r) xs[r] = x + std::min(r, last_row) * x_stride;
     for (int o = 0; o < kWide; ++o) ws[o] = w + std::min(o, last_out) * w_stride;
 
-    V sums[kBlocks];
+    V sums[kSums];
 #pragma GCC unroll 20
-    for (int j = 0; j < kBlocks; ++j) sums[j] = S::broadcast(0);
+    for (int j = 0; j < kSums; ++j) sums[j] = S::broadcast(0);
     int64_t i = 0;
     for (; i + step <= inputs; i += step) {
         __builtin_prefetch(ahead + i, 0, 2);
@@ -58,7 +59,7 @@ SMOLVLA_TARGET __attribute__((noinline)) void block_tile(const T* x, int64_t x_s
         add_blocks<kTall, kWide>(xs, ws, 0, sums);
     }
 #pragma GCC unroll 20
-    for (int j = 0; j < kBlocks; j += 2) {
+    for (int j = 0; j < kSums; j += 2) {
         V rows[2];
         S::join_halves(sums[j], sums[j + 1], rows);
         const int row = j / (kWide / 2) * 2, out = j % (kWide / 2) * 2;

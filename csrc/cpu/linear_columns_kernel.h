@@ -16,7 +16,7 @@ constexpr int64_t column_rows(int64_t rows) {
     return rows - (left > kRows ? 0 : left);
 }
 
-// c[row, 0:outs] = x · wᵀ for a chunk of outputs; `after` are the weights that will be wanted next, as many. `sums` are
+// c[row, 0:outs] = x · wᵀ for a chunk of outputs; `after` is where as many weights begin that are wanted next. `sums` are
 // [panel, kChunk, kPanel].
 template <class T>
 SMOLVLA_TARGET void column_products(const float* panels, int64_t rows, const T* w, int64_t outs, int64_t inputs,
@@ -50,7 +50,7 @@ SMOLVLA_TARGET void column_products(const float* panels, int64_t rows, const T* 
         }
 }
 
-// Ranges of the outputs, in splits, of all rows.
+// A range counts splits of the outputs, and is of all rows.
 template <bool kPairs, class X, class T, class Out>
 SMOLVLA_TARGET void run_unpacked(const Linear& a, Ranges& ranges) {
     int64_t first, last;
@@ -97,7 +97,8 @@ SMOLVLA_TARGET void run_unpacked(const Linear& a, Ranges& ranges) {
         };
         for (int64_t out = begin; out < end; out += kChunk) {
             const int64_t outs = std::min<int64_t>(end - out, kChunk);
-            // What is fetched meanwhile, and never past the last output: of this range, of its next block, of the next range.
+            // The weights to fetch meanwhile: the range's next, else its first for the next block of rows, else those of the
+            // next range. Never past the last output.
             int64_t next = out + outs < end ? out + outs : begin;
             if (next == begin && row + block >= a.rows) next = ranges.upcoming() * kSplit<kFewRegisters>;
             const T* const w = weight + out * a.inputs;

@@ -7,7 +7,7 @@
 
 namespace SMOLVLA_LEVEL_NAMESPACE {
 
-// Accumulators plus one column of operands fit the 32 or 16 vector registers.
+// Accumulators, one column of operands and one of a row fit the 32 or 16 vector registers.
 constexpr bool kFewRegisters = S::kRegisters == 16;
 constexpr int kRows = kFewRegisters ? 4 : 5, kOuts = kFewRegisters ? 3 : 5;
 // Inputs that are summed in one go: fewer where there are four lanes, whose sums are longer and less exact than eager's.
@@ -71,9 +71,9 @@ SMOLVLA_TARGET __attribute__((noinline)) void lane_tile(const T* x, int64_t x_st
         }
 }
 
-// The tile of few rows, one or two, and that of more.
+// The tile that serves one or two rows, where there is one for them, or more.
 template <bool kPairs, bool kAccumulate, class T>
-auto lanes_tile(bool few) {
+auto tile_for(bool few) {
     if constexpr (kPairs && S::kBlocks)
         return few ? block_tile<kAccumulate, kFewTall, kFewWide, T> : block_tile<kAccumulate, kBlockTall, kBlockWide, T>;
     else if constexpr (kFewRegisters)
@@ -81,19 +81,19 @@ auto lanes_tile(bool few) {
     else return lane_tile<kPairs, kAccumulate, kRows, kOuts, T>;
 }
 
-// c[row, 0:outs] = x · wᵀ for a chunk of outputs; `after` are the weights that will be wanted next. x lies in parts of so many
-// inputs, each with all its rows behind one another.
+// c[row, 0:outs] = x · wᵀ for a chunk of outputs; `after` is where the weights begin that are wanted next. x is
+// [inputs / part, rows, part].
 template <bool kPairs, class T>
 SMOLVLA_TARGET void lane_products(const T* x, int64_t part, int64_t rows, const T* w, int64_t outs, int64_t inputs,
                                   const T* after, float* c) {
-    constexpr bool kBlocks = kPairs && S::kBlocks;
-    // With few registers a tile of six outputs by one or two rows, in exchanged places: no row is computed twice over.
+    constexpr bool by_blocks = kPairs && S::kBlocks;
+    // With few registers x and w exchange places for one or two rows: six outputs by two, so that no row is computed twice over.
     const bool few = rows <= 2, exchanged = few && kFewRegisters;
-    const int unit_rows = kBlocks ? kBlockTall : kRows;
-    const int unit_outs = kBlocks ? (few ? kFewWide : kBlockWide) : exchanged ? kTileRows : kOuts;
+    const int unit_rows = by_blocks ? kBlockTall : kRows;
+    const int unit_outs = by_blocks ? (few ? kFewWide : kBlockWide) : exchanged ? kTileRows : kOuts;
     for (int64_t i = 0; i < inputs; i += part) {
         const int64_t here = std::min(inputs - i, part);
-        const auto tile = i == 0 ? lanes_tile<kPairs, false, T>(few) : lanes_tile<kPairs, true, T>(few);
+        const auto tile = i == 0 ? tile_for<kPairs, false, T>(few) : tile_for<kPairs, true, T>(few);
         const T* const then = i + here < inputs ? w + i + here : after;
         for (int64_t out = 0; out < outs; out += unit_outs) {
             const T* const unit = w + out * inputs + i;

@@ -1,4 +1,4 @@
-// A product of packed panels for one instruction level, which attention and linear share. No include guard:
+// What attention and linear share, for one instruction level: loads, exponents and a product of packed panels. No include guard:
 // see each_level.h.
 //
 // The right operand is packed: words of a column run down a panel of kPanel columns, so a register tile of the result is
@@ -54,8 +54,8 @@ SMOLVLA_TARGET SMOLVLA_INLINE V load_first_words(const T* p, int64_t count) {
 #endif
 }
 
-// c[row, :] (+)= a[row, 0:words] · b[0:words, :] for six rows and kVectors vectors of columns. With kFetch a word comes with
-// the fetch of the next `bytes` behind `ahead`: a few at a time, so that what is read meanwhile does not queue behind them.
+// c[row, :] (+)= a[row, 0:words] · b[0:words, :] for six rows and kVectors vectors of columns. With kFetch each word also
+// fetches the next `bytes` from `ahead` on: small steps, so that loads do not queue behind them.
 template <bool kPairs, int kVectors, bool kAccumulate, bool kFetch>
 SMOLVLA_TARGET __attribute__((noinline)) void tile(const float* a, int64_t lda, int last_row, const float* b,
                                                    int64_t ldb, int64_t words, float* c, int64_t ldc, const char* ahead,
@@ -92,8 +92,8 @@ SMOLVLA_TARGET __attribute__((noinline)) void tile(const float* a, int64_t lda, 
         }
 }
 
-// The same for any number of rows and of vectors up to a panel. With kFetch as many bytes as the rows of a have are fetched
-// from `ahead` on, in so many shares, of which this is one; at most that, where a share of a word is no whole byte.
+// The same for any number of rows and of vectors up to a panel. With kFetch it also fetches from `ahead` on, of as
+// many bytes as the rows of a have one of so many shares, rounded down.
 template <bool kPairs, bool kAccumulate, bool kFetch = false>
 SMOLVLA_TARGET void tiles(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t words,
                           float* c, int64_t ldc, int vectors, const char* ahead = nullptr, int64_t shares = 1) {
@@ -128,7 +128,7 @@ SMOLVLA_TARGET void product(const float* a, int64_t lda, int64_t rows, const flo
     }
 }
 
-// [words, kPanel] of up to a panel of rows: column i is row i, zeros beyond the last row and the last element.
+// Transposes up to a panel of rows: [words, kPanel], zeros beyond the last row and the last element.
 template <bool kPairs, class T>
 SMOLVLA_TARGET void pack_panel(const T* rows, int64_t stride, int64_t count, int64_t elements, float* panel) {
     constexpr int64_t per_word = kPairs ? 2 : 1, step = kWidth * per_word;

@@ -28,7 +28,7 @@ constexpr float kExp2Degree6[] = {0.6931470632553101f,   0.2402293086051941f,   
 constexpr float kExp2Degree4[] = {0.6930448412895203f, 0.241280198097229f, 0.052242472767829895f,
                                   0.013426683843135834f};
 
-// Of a power of two, without that instruction.
+// The least exponent of a power of two that is made by shifting bits.
 constexpr float kLeastExponent = -126.0f;
 
 // Rows of a register tile whose row has a struct's kTileVectors: they, one row of the right operand and a broadcast fit the
@@ -84,7 +84,7 @@ struct Baseline : NoPairs {
     // Of a number and a NaN, the second argument.
     static SMOLVLA_INLINE V max(V a, V b) { return a > b ? a : b; }
     static SMOLVLA_INLINE V min(V a, V b) { return a < b ? a : b; }
-    // Of an exponent t: t - floor(t), and what `scale` takes; a NaN stays one.
+    // Of an exponent t: t - floor(t), or what poses for it where `scale` gives zero; a NaN stays one. `whole` is for `scale`.
     static SMOLVLA_INLINE V fraction(V t, V& whole) {
         const V clamped = max(t, broadcast(kLeastExponent));
         whole = __builtin_convertvector(__builtin_convertvector(clamped, I), V);
@@ -92,7 +92,7 @@ struct Baseline : NoPairs {
         whole += __builtin_convertvector(clamped < whole, V);
         return t - whole;
     }
-    // p·2^floor(t); below 2^-126 zero, or where AVX-512 has an instruction for it subnormal.
+    // p·2^floor(t). Zero where t is below -126; AVX-512's instruction for it goes on to subnormals.
     static SMOLVLA_INLINE V scale(V p, V whole, V t) {
         const I bits = (__builtin_convertvector(whole, I) + 127) << 23;
         V power;

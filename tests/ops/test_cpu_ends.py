@@ -1,5 +1,5 @@
-"""The CPU kernels touch no byte before or behind an operand: each lies at an end of its memory, beside a page that nobody
-may touch. Touching it ends the process, so all this happens in one of its own, which says what it does next."""
+"""The CPU kernels touch no byte before or behind an operand: each lies beside a page that nobody may touch. Touching it ends
+the process, so a process of its own makes the calls, and says each before it does."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class BesideAGuard(TorchDispatchMode):
         if not isinstance(made, Tensor) or any(_share_memory(made, each) for each in args):
             return made
         if "empty" in func.name() and made.is_floating_point():
-            made.fill_(torch.nan)
+            made.fill_(torch.nan)  # what is not written is not finite then
         page, size = mmap.PAGESIZE, made.nbytes
         behind = page + -(-size // page) * page
         memory = mmap.mmap(-1, behind + page)

@@ -20,6 +20,7 @@ SEEDS = (0, 1, 2)
 
 
 def cpu_at(levels: list[Any]) -> list[Any]:
+    """Backend ``cpu`` at each level of a list of ``processors``. Eager's error, by which it is judged, follows the mask."""
     marks = [pytest.mark.cpu_kernels, pytest.mark.processor]
     return [
         pytest.param(("cpu", each.values[0]), marks=[*each.marks, *marks], id=f"cpu {each.values[0]}")

@@ -50,7 +50,7 @@ def sizes(case: dict[str, int]) -> str:
 def in_dtypes(cases: Iterable[dict[str, int]], everywhere: Container[dict[str, int]]) -> list[Any]:
     """Parameters (case, dtype): every case in fp32, those that are ``everywhere`` in fp16 and bf16 as well.
 
-    What else the whole product has is for `make test-full`: each is a kernel of its own for Triton to compile.
+    Other pairs are for `make test-full`: Triton compiles a kernel for each.
     """
     return [
         pytest.param(

@@ -1,5 +1,5 @@
-// Instructions of AVX-512, bf16 and VNNI as functions, for a processor that lacks them: SIMDe's, and here what SIMDe 0.7 has
-// not, or not as the processor does it. Included before each source of csrc/cpu; emulated.py builds them.
+// AVX-512, bf16 and VNNI as functions, for a processor that lacks them: SIMDe's, and here those that SIMDe 0.7 lacks or
+// computes in another way. Included before each source of csrc/cpu; emulated.py builds them.
 #pragma once
 
 #define SMOLVLA_EMULATED
@@ -11,7 +11,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 namespace emulated {
 

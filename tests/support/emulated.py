@@ -1,8 +1,7 @@
 """The CPU kernels at levels that this processor lacks: the same sources, with functions in the place of its instructions.
 
 SIMDe has most of the functions, emulated.h the others. What is computed is what the processor would compute. This does not
-show whether a level is recognised, what the compiler makes of a level's target and -O3, or anything of ops whose levels
-are the compiler's alone.
+test which level is chosen, what the compiler makes of it, or ops whose levels differ by the compiler's target alone.
 """
 
 from __future__ import annotations
@@ -25,38 +24,36 @@ from smolvla_fast.ops import extension
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
 HERE = platform.machine().lower() in ("x86_64", "amd64") and os.name == "posix"
-"""Whether this is a machine of the kind whose levels these are."""
+"""Whether this is x86-64 on a POSIX system."""
 
 
 def library() -> Path:
-    """The extension so built; skips the test where it cannot be."""
-    found = _built() if HERE else "the levels are those of x86-64"
+    """Path of the emulated extension; skips the test where it cannot be built."""
+    found = _built() if HERE else "it is built on x86-64, not under Windows"
     return found if isinstance(found, Path) else pytest.skip(found)
 
 
 @cache
 def _built() -> Path | str:
-    """It, or why it cannot be built."""
+    """Its path, or why it cannot be built."""
     import fcntl
 
     work = ROOT / "build" / "emulated"
     target = work / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     kernels = [path for path in sorted(ROOT.glob("csrc/cpu/*.cpp")) if path.name != "int8_attention.cpp"]
     sources = [SUPPORT / "emulated.cpp", ROOT / "csrc" / "bindings.cpp", *kernels]
-    # SIMDe makes its functions of 256-bit instructions where it may; without them no product is fused with its addition.
-    has = ninja_build.run(
-        *ninja_build.cxx_compiler(), "-march=native", "-dM", "-E", "-x", "c++", "-", stdin=""
-    )
-    wide = ["-mavx2", "-mfma"] if "__AVX2__" in has and "__FMA__" in has else []
-    flags = ["-O1", "-Wno-psabi", *wide, "-include", str(SUPPORT / "emulated.h")]
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             cxx = ninja_build.cxx_compiler()
             ninja_build.run(*cxx, "-x", "c++", "-fsyntax-only", "-", stdin="#include <simde/x86/avx512.h>\n")
+            macros = ninja_build.run(*cxx, "-march=native", "-dM", "-E", "-x", "c++", "-", stdin="")
         except ninja_build.Unavailable as error:
             return f"no SIMDe for what this processor lacks (Debian: libsimde-dev): {str(error)[-200:]}"
+        # SIMDe makes its functions of 256-bit instructions where it may; without FMA it rounds each product.
+        wide = ["-mavx2", "-mfma"] if "__AVX2__" in macros and "__FMA__" in macros else []
+        flags = ["-O1", "-Wno-psabi", *wide, "-include", str(SUPPORT / "emulated.h")]
         ninja_build.compile_extension("cpu", sources, target, work, flags=flags)
     return target
 

@@ -64,7 +64,8 @@ def tools() -> dict[str, str]:
     """The programs of a build. Raises Unavailable."""
     if not sys.platform.startswith("linux"):
         raise Unavailable("the SIMT emulator runs on Linux")
-    cxx = next((words for words in (os.environ.get("CXX", ""), "g++") if "g++" in words), "g++")
+    asked = os.environ.get("CXX", "")
+    cxx = asked if "g++" in asked else "g++"
     wanted = {"cxx": cxx, "objcopy": "objcopy", "ninja": "ninja"}
     beside = Path(sys.executable).parent  # ninja comes as a Python package as well
     for program in (shlex.split(cxx)[0], "objcopy"):
