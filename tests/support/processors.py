@@ -2,8 +2,8 @@
 
 ``ONEDNN_MAX_CPU_ISA`` limits oneDNN, our kernels and what a tier asks of the processor; torch's
 own loops and MKL have variables of their own. All are read when a process starts: ``make test-cpus`` runs the tests marked
-``processor`` once under each of MASKS that this processor carries, and says which these were. What Triton's
-and CUDA's kernels compute on the host no mask changes: ``make test`` has these.
+``processor`` once under each of MASKS that this processor carries, and says which these were. No mask
+changes what kernels of Triton and CUDA compute on the host: ``make test`` has these.
 """
 
 from __future__ import annotations
