@@ -40,7 +40,7 @@ test: venv
 
 # What depends on the processor, once as each lesser one that this one can play; tests/support/processors.py says how.
 test-cpus: venv
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/support/processors.py -n $(JOBS) $(ARGS)
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests:csrc $(VENV)/bin/python -m support.processors -n $(JOBS) $(ARGS)
 
 # With the tests marked `long`: the 450M policy's peak memory, fp8 and int8, every barrier left out in turn, and the like.
 test-full: venv
