@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +47,33 @@ def test_every_level_and_number_of_threads_gives_the_same_bits(kernels, dtype, r
     first, *others = at_every_level(lambda: (kernels.level(), cpu.rms_norm(x, weight, 1e-5)), (1, 2, 3, 7))
     assert {level for level, _ in (first, *others)} == set(kernels.levels()) and first[1].isfinite().all()
     assert all(torch.equal(bits(result), bits(first[1])) for _, result in others)
+
+
+OBJDUMP = shutil.which("objdump")
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.skipif(OBJDUMP is None, reason="no objdump")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="it looks for x86-64's instructions")
+def test_activations_are_computed_in_vectors(kernels):
+    """Of integers they are plain loops: where the compiler leaves one in scalars, it takes ten times as long."""
+    text = subprocess.run(
+        [OBJDUMP, "-dC", kernels.__file__], text=True, capture_output=True, check=True
+    ).stdout
+    found = {}
+    for body in re.split(r"\n\n(?=[0-9a-f]+ <)", text):
+        name = re.match(
+            r"[0-9a-f]+ <void smolvla::cpu::.*?(\w+(?:::\w+)?)<\(smolvla::cpu::Activation\)([12])>", body
+        )
+        if name and name[1].endswith(("pass_baseline", "pass_avx2", "pass_avx512", "activate_row")):
+            found[name[1], name[2]] = bool(re.search(r"\tv?divps ", body))
+    assert {name.rpartition("::")[2] for name, _ in found} == {
+        "pass_baseline",
+        "pass_avx2",
+        "pass_avx512",
+        "activate_row",
+    }
+    assert all(found.values()), found
 
 
 @pytest.mark.cpu_kernels
