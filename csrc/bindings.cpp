@@ -18,8 +18,10 @@
 #include "cpu/bfloat16.h"
 #include "cpu/dispatch.h"
 #include "cpu/image_prep.h"
+#include "cpu/int16_linear.h"
 #include "cpu/int8_attention.h"
 #include "cpu/int8_matmul.h"
+#include "cpu/integer_level.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear.h"
 #include "cpu/quantize.h"
@@ -30,8 +32,6 @@ namespace py = pybind11;
 using namespace smolvla::cpu;
 
 namespace {
-
-constexpr const char* kInt8LevelNames[] = {"baseline", "avx2", "avx2_vnni", "avx512_vnni"};
 
 py::list levels() {
     py::list names;
@@ -118,8 +118,6 @@ void bind_int8_attention(py::module_& m) {
         py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("out"), py::arg("sizes"),
         py::arg("strides"), py::arg("scale"), py::arg("num_threads"), py::arg("limit"), py::arg("error"),
         py::arg("spread"), py::call_guard<py::gil_scoped_release>());
-    m.def("int8_level", [] { return kInt8LevelNames[static_cast<int>(int8_level())]; },
-          "what multiplies 8-bit integers at the level in use");
 }
 
 template <class T>
@@ -167,14 +165,14 @@ void bind_linear(py::module_& m, const char* name) {
         py::arg("activation"), py::arg("eps"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 }
 
-template <class X>
+template <class X, class E>
 void bind_quantize_rows(py::module_& m, const char* name) {
     m.def(
         name,
         [](int norm, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t data, uintptr_t scale, int64_t rows,
            int64_t width, float eps, int num_threads) {
             quantize_rows(static_cast<Norm>(norm), at<const X>(x), at<const float>(weight), at<const float>(bias),
-                          Rows8{at<uint8_t>(data), at<float>(scale)}, rows, width, eps, num_threads);
+                          IntegerRows<E>{at<E>(data), at<float>(scale)}, rows, width, eps, num_threads);
         },
         py::arg("norm"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("data"), py::arg("scale"),
         py::arg("rows"), py::arg("width"), py::arg("eps"), py::arg("num_threads"),
@@ -191,6 +189,22 @@ void bind_int8_matmul(py::module_& m) {
         },
         py::arg("data"), py::arg("weight"), py::arg("scale"), py::arg("sums"), py::arg("rows"), py::arg("inputs"),
         py::arg("outputs"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_int16_linear(py::module_& m) {
+    m.def(
+        "int16_linear",
+        [](uintptr_t x, uintptr_t x_scale, uintptr_t weight, uintptr_t scale, uintptr_t up_weight, uintptr_t up_scale,
+           uintptr_t bias, uintptr_t residual, uintptr_t y, int64_t rows, int64_t words, int64_t outputs, int activation,
+           int num_threads) {
+            int16_linear({at<int16_t>(x), at<float>(x_scale), at<int16_t>(weight), at<int16_t>(up_weight), at<float>(scale),
+                          at<float>(up_scale), at<float>(bias), at<float>(residual), at<float>(y), rows, words, outputs,
+                          static_cast<Activation>(activation)},
+                         num_threads);
+        },
+        py::arg("x"), py::arg("x_scale"), py::arg("weight"), py::arg("scale"), py::arg("up_weight"), py::arg("up_scale"),
+        py::arg("bias"), py::arg("residual"), py::arg("y"), py::arg("rows"), py::arg("words"), py::arg("outputs"),
+        py::arg("activation"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_sums(py::module_& m) {
@@ -210,7 +224,7 @@ void bind_sums(py::module_& m) {
            int activation, int64_t rows, int64_t width, int num_threads) {
             const Sums a{at<float>(sums), at<float>(scale), at<float>(bias), static_cast<Activation>(activation),
                          rows, width};
-            quantize_sums(a, at<const float>(up), Rows8{at<uint8_t>(out_data), at<float>(out_scale)}, num_threads);
+            quantize_sums(a, at<const float>(up), IntegerRows<uint8_t>{at<uint8_t>(out_data), at<float>(out_scale)}, num_threads);
         },
         py::arg("sums"), py::arg("scale"), py::arg("bias"), py::arg("up"), py::arg("out_data"), py::arg("out_scale"),
         py::arg("activation"), py::arg("rows"), py::arg("width"), py::arg("num_threads"),
@@ -224,6 +238,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("levels", &levels, "instruction levels this processor runs, lowest first");
     m.def("level", [] { return kLevelNames[static_cast<int>(level().load())]; }, "the level in use");
     m.def("set_level", &set_level, py::arg("name"), "for tests: use this level from now on, in the whole process");
+    m.def("integer_level", [] { return kIntegerLevelNames[static_cast<int>(integer_level())]; },
+          "what multiplies integers at the level in use");
     m.def("openmp_library", &openmp_library, "path of the OpenMP runtime in use, or an empty string");
     bind_rms_norm<float>(m, "rms_norm_float32");
     bind_rms_norm<bfloat16>(m, "rms_norm_bfloat16");
@@ -239,9 +255,12 @@ PYBIND11_MODULE(_cpu, m) {
     bind_image_prep<uint8_t, bfloat16>(m, "image_prep_uint8_bfloat16");
     bind_image_prep<float, float>(m, "image_prep_float32_float32");
     bind_image_prep<float, bfloat16>(m, "image_prep_float32_bfloat16");
-    bind_quantize_rows<float>(m, "quantize_rows_float32");
-    bind_quantize_rows<bfloat16>(m, "quantize_rows_bfloat16");
+    bind_quantize_rows<float, uint8_t>(m, "quantize_rows_float32_uint8");
+    bind_quantize_rows<bfloat16, uint8_t>(m, "quantize_rows_bfloat16_uint8");
+    bind_quantize_rows<float, int16_t>(m, "quantize_rows_float32_int16");
+    bind_quantize_rows<bfloat16, int16_t>(m, "quantize_rows_bfloat16_int16");
     bind_int8_matmul(m);
+    bind_int16_linear(m);
     bind_sums(m);
     // linear, dtypes of x, weight and y
     bind_linear<float, float, float>(m, "linear_float32_float32_float32");

@@ -69,7 +69,8 @@ def patch(
     policy     a SmolVLAPolicy of lerobot or of smolvla_fast, or a PeftModel around one
     precision  "auto" (fp32 weights -> "fp32", bf16 weights -> "bf16"), "exact" (bit-identical to stock), "fp32", "bf16",
                "fp8" (8-bit floats, NVIDIA GPUs from compute capability 8.9 on; what it costs: ``verify``), "int8" (8-bit
-               integers, processors with VNNI; what it costs: ``verify``)
+               integers, processors with VNNI; what it costs: ``verify``), "int16" (16-bit integers on any x86 with AVX2,
+               nearer to fp32 than bf16 is)
     backend    "auto" (the best that serves this device), "torch", "cpu", "triton" (on a Hopper GPU with CUDA C++ for
                products of few rows in bf16), "cuda" (CUDA C++ for attention and the denoise loop, Triton for the rest;
                not measured yet, so "auto" does not take it)
@@ -221,9 +222,9 @@ def engine_of(model: Any) -> Engine:
 
 
 def refresh(policy: Any) -> None:
-    """Read the weights again and forget what was captured. ``fp8`` and ``int8`` make their copies anew; the other tiers read
-    weights at every chunk and have nothing to refresh. A graph whose capture failed, for want of memory say, is tried
-    again."""
+    """Read the weights again and forget what was captured. ``fp8``, ``int8`` and ``int16`` make their copies anew; the other
+    tiers read weights at every chunk and have nothing to refresh. A graph whose capture failed, for want of memory say, is
+    tried again."""
     model = find_policy(policy).model
     if isinstance(model, Accelerated):
         runtime_of(model).forget()

@@ -33,8 +33,8 @@ class Report:
                               of four orders; None in other tiers
     passed                    exact: equal bits to stock. fp32: rel_l2 at most ``bound``, three times ``movement`` and at
                               least 1e-5 (``rounding.fp32_bound``). bf16: at most SCATTER times what
-                              stock itself loses in bf16, and no less than 1e-5. fp8, int8: cosine at least the tier's, and
-                              rel_l2 at most that of two chunks of one size with that cosine, sqrt(2 (1 - cosine))
+                              stock itself loses in bf16, and no less than 1e-5. fp8, int8, int16: cosine at least the tier's,
+                              and rel_l2 at most that of two chunks of one size with that cosine, sqrt(2 (1 - cosine))
     """
 
     precision: str
@@ -59,8 +59,8 @@ class Comparison:
     """Chunks of one observation on one noise, [B, S, A] in normalised action units.
 
     fast       the patched policy's       reference  what it is judged against: stock in fp32; exact: stock itself
-    own        stock in the tier's own dtype, in fp32 with its sums in another order; None for exact and for 8 bits, in which
-               stock does not compute
+    own        stock in the tier's own dtype, in fp32 with its sums in another order; None for exact and for quantized tiers,
+               in which stock does not compute
     judgement  of ``fast``, as ``verify`` judges      tier  its name
     """
 

@@ -21,7 +21,7 @@ BY_TRITON = tuple(dict.fromkeys([*STAGES["denoise"], *STAGES["prefix"], *STAGES[
 """The ops that a chunk launches; those of the denoise loop first."""
 REHEARSED_OPS = ("euler_step", "linear_residual")
 NOT_COMPILED = "a rehearsal compiles nothing"
-ON_A_GPU = tuple(name for name, tier in TIERS.items() if tier.quantized != "int8")
+ON_A_GPU = tuple(name for name, tier in TIERS.items() if tier.quantized in (None, "e4m3"))
 HEADLINE = ("policy", "policy-torch")
 
 
@@ -130,7 +130,7 @@ def report(args: argparse.Namespace) -> list[Part]:
         chunk("bf16", 75, 60, *headline),
         build("cpu", 60, 0, nothing),
         build("cuda", 100, 20, nothing),
-        suite("stages", 100, 60, *device, *stages, "--choose=not int8"),
+        suite("stages", 100, 60, *device, *stages, "--choose=not int8 and not int16"),
         suite("ops", 90, 45, *device, *ops, *only),
         *(chunk(tier, 50, 25, *headline) for tier in ON_A_GPU if tier != "bf16"),
         chunk("bf16", 60, 0, *breadth),

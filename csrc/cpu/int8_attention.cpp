@@ -1,20 +1,14 @@
 #include "cpu/int8_attention.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <string>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include "cpu/dispatch.h"
-#include "cpu/int8_simd.h"
+#include "cpu/integer_level.h"
+#include "cpu/integer_simd.h"
 #include "cpu/parallel.h"
 #include "cpu/rounding.h"
 #include "cpu/scratch.h"
@@ -181,7 +175,7 @@ SMOLVLA_INLINE void measure_head(const Attention& a, const Head& h, float* error
     *spread += finite;
 }
 
-#define SMOLVLA_LEVEL Int8Baseline
+#define SMOLVLA_LEVEL IntegerBaseline
 #define SMOLVLA_LEVEL_NAMESPACE baseline
 #define SMOLVLA_TARGET
 #include "cpu/int8_attention_kernel.h"
@@ -190,7 +184,7 @@ SMOLVLA_INLINE void measure_head(const Attention& a, const Head& h, float* error
 #undef SMOLVLA_TARGET
 
 #if defined(__x86_64__)
-#define SMOLVLA_LEVEL Int8Avx2
+#define SMOLVLA_LEVEL IntegerAvx2
 #define SMOLVLA_LEVEL_NAMESPACE avx2
 #define SMOLVLA_TARGET SMOLVLA_AVX2
 #include "cpu/int8_attention_kernel.h"
@@ -199,7 +193,7 @@ SMOLVLA_INLINE void measure_head(const Attention& a, const Head& h, float* error
 #undef SMOLVLA_TARGET
 
 #if defined(SMOLVLA_HAS_AVX2_VNNI)
-#define SMOLVLA_LEVEL Int8Avx2Vnni
+#define SMOLVLA_LEVEL IntegerAvx2Vnni
 #define SMOLVLA_LEVEL_NAMESPACE avx2_vnni
 #define SMOLVLA_TARGET SMOLVLA_AVX2_VNNI
 #include "cpu/int8_attention_kernel.h"
@@ -208,7 +202,7 @@ SMOLVLA_INLINE void measure_head(const Attention& a, const Head& h, float* error
 #undef SMOLVLA_TARGET
 #endif
 
-#define SMOLVLA_LEVEL Int8Avx512Vnni
+#define SMOLVLA_LEVEL IntegerAvx512Vnni
 #define SMOLVLA_LEVEL_NAMESPACE avx512_vnni
 #define SMOLVLA_TARGET SMOLVLA_AVX512_VNNI
 #include "cpu/int8_attention_kernel.h"
@@ -222,39 +216,18 @@ struct Kernel {
     void (*run)(const Attention&, const int64_t*, Ranges&);
 };
 
-Kernel kernel(Int8Level level) {
+Kernel kernel(IntegerLevel level) {
     switch (level) {
 #if defined(__x86_64__)
-        case Int8Level::avx512_vnni: return {avx512_vnni::measure, avx512_vnni::run};
+        case IntegerLevel::avx512_vnni: return {avx512_vnni::measure, avx512_vnni::run};
 #if defined(SMOLVLA_HAS_AVX2_VNNI)
-        case Int8Level::avx2_vnni: return {avx2_vnni::measure, avx2_vnni::run};
+        case IntegerLevel::avx2_vnni: return {avx2_vnni::measure, avx2_vnni::run};
 #endif
-        case Int8Level::avx2: return {avx2::measure, avx2::run};
+        case IntegerLevel::avx2: return {avx2::measure, avx2::run};
 #endif
         default: return {baseline::measure, baseline::run};
     }
 }
-
-#if defined(__x86_64__)
-struct Vnni {
-    bool avx2, avx512;
-};
-
-Vnni vnni() {
-    static const Vnni found = [] {
-        __builtin_cpu_init();
-        unsigned a = 0, b = 0, c = 0, d = 0;
-        // Leaf 7.1: not every compiler has a name for it.
-        const bool avx = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-        const char* set = std::getenv("ONEDNN_MAX_CPU_ISA");
-        if (!set || !*set) set = std::getenv("DNNL_MAX_CPU_ISA");
-        std::string name(set ? set : "");
-        for (char& letter : name) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
-        return Vnni{avx && name != "AVX2", __builtin_cpu_supports("avx512vnni") && name != "AVX512_CORE"};
-    }();
-    return found;
-}
-#endif
 
 void attend(const Attention& a, const Kernel& kernel, float limit, float* error, float* spread, int num_threads) {
     const int64_t heads = a.batch * a.kv_heads;
@@ -276,24 +249,8 @@ void attend(const Attention& a, const Kernel& kernel, float limit, float* error,
 
 }  // namespace
 
-Int8Level int8_level() {
-#if defined(__x86_64__)
-    switch (level().load(std::memory_order_relaxed)) {
-        case Level::baseline: return Int8Level::baseline;
-        case Level::avx2:
-#if defined(SMOLVLA_HAS_AVX2_VNNI)
-            if (vnni().avx2) return Int8Level::avx2_vnni;
-#endif
-            return Int8Level::avx2;
-        default: return vnni().avx512 ? Int8Level::avx512_vnni : Int8Level::avx2;
-    }
-#else
-    return Int8Level::baseline;
-#endif
-}
-
 void int8_attention(const Attention& a, float limit, float* error, float* spread, int num_threads) {
-    attend(a, kernel(int8_level()), limit, error, spread, num_threads);
+    attend(a, kernel(integer_level()), limit, error, spread, num_threads);
 }
 
 }  // namespace smolvla::cpu

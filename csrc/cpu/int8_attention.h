@@ -22,9 +22,4 @@ namespace smolvla::cpu {
 constexpr int64_t kMostInt8Dim = 256;
 void int8_attention(const Attention& a, float limit, float* error, float* spread, int num_threads);
 
-enum class Int8Level : int { baseline = 0, avx2 = 1, avx2_vnni = 2, avx512_vnni = 3 };
-
-// What runs at the level in use, as far as the processor and ONEDNN_MAX_CPU_ISA have VNNI.
-Int8Level int8_level();
-
 }  // namespace smolvla::cpu

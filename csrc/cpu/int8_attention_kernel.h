@@ -1,5 +1,5 @@
 // The attention kernel in 8-bit integers for one instruction level. No include guard: int8_attention.cpp includes this once
-// per level, with SMOLVLA_LEVEL (the struct of int8_simd.h), its namespace and SMOLVLA_TARGET (the attribute of its
+// per level, with SMOLVLA_LEVEL (the struct of integer_simd.h), its namespace and SMOLVLA_TARGET (the attribute of its
 // functions).
 //
 // As in attention_kernel.h one kv head is packed at a time, K transposed into panels and V in consecutive rows, and both

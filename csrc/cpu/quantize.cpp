@@ -16,31 +16,40 @@
 namespace smolvla::cpu {
 namespace {
 
-SMOLVLA_INLINE void write_row(const float* v, int64_t width, uint8_t* __restrict data, float* scale) {
+// The low bits of a number that kRounder was added to.
+SMOLVLA_INLINE void narrow(int32_t bits, uint8_t* to) { *to = static_cast<uint8_t>(bits ^ 0x80); }
+SMOLVLA_INLINE void narrow(int32_t bits, int16_t* to) { *to = static_cast<int16_t>(bits); }
+
+constexpr int64_t stride(int64_t width, const uint8_t*) { return width; }
+constexpr int64_t stride(int64_t width, const int16_t*) { return width + width % 2; }
+
+template <class E>
+SMOLVLA_INLINE void write_row(const float* v, int64_t width, int64_t row, IntegerRows<E> out) {
+    constexpr float most = sizeof(E) == 1 ? kLargest : kLargest16, least = sizeof(E) == 1 ? kSmallest : kSmallest16;
+    E* __restrict const data = out.data + row * stride(width, out.data);
     const int32_t bits = largest_bits(v, width);
     const float largest = float_of(bits);
-    const bool finite = bits < 0x7f800000;
-    if (!finite || largest < kSmallest) {
-        *scale = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-        std::memset(data, 128, width);
-        return;
-    }
-    *scale = largest / kLargest;
-    const float inverse = kLargest / largest;
-    for (int64_t i = 0; i < width; ++i) data[i] = static_cast<uint8_t>(bits_of(v[i] * inverse + kRounder) ^ 0x80);
+    const bool finite = bits < 0x7f800000, some = finite && largest >= least;
+    out.scale[row] = some ? largest / most : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+    const float inverse = most / largest;
+    if (some)
+        for (int64_t i = 0; i < width; ++i) narrow(bits_of(v[i] * inverse + kRounder), data + i);
+    else
+        for (int64_t i = 0; i < width; ++i) narrow(0, data + i);
+    for (int64_t i = width; i < stride(width, data); ++i) narrow(0, data + i);
 }
 
-template <class X>
+template <class X, class E>
 struct Rows {
     const X* x;
     const float *weight, *bias;
-    Rows8 out;
+    IntegerRows<E> out;
     int64_t width;
     float eps;
 };
 
-template <Norm kNorm, class X>
-SMOLVLA_INLINE void quantize(const Rows<X>& a, int64_t begin, int64_t end) {
+template <Norm kNorm, class X, class E>
+SMOLVLA_INLINE void quantize(const Rows<X, E>& a, int64_t begin, int64_t end) {
     float* __restrict v = Scratch::reserve(a.width);
     const float width = static_cast<float>(a.width);
     for (int64_t row = begin; row < end; ++row) {
@@ -55,24 +64,15 @@ SMOLVLA_INLINE void quantize(const Rows<X>& a, int64_t begin, int64_t end) {
             const float scale = 1.0f / std::sqrt(sum_row<true>(x, a.width, 0.0f) / width + a.eps);
             for (int64_t i = 0; i < a.width; ++i) v[i] = load(x + i) * scale * a.weight[i];
         }
-        write_row(v, a.width, a.out.data + row * a.width, a.out.scale + row);
+        write_row(v, a.width, row, a.out);
     }
-}
-
-// x / (1 + exp(-z)): z = x for silu, and gelu's tanh is a logistic function of twice its argument.
-template <Activation kActivation>
-SMOLVLA_INLINE float activate(float x) {
-    if constexpr (kActivation == Activation::none) return x;
-    float z = x;
-    if constexpr (kActivation == Activation::gelu_tanh) z = x * (1.59576912161f + 0.07135481627f * (x * x));
-    return x / (1.0f + power_of_two(z * -1.44269504f));
 }
 
 // What a pass over sums reads and writes.
 struct Pass {
     Sums a;
     const float *residual, *up;
-    Rows8 out;
+    IntegerRows<uint8_t> out;
 };
 
 template <Activation kActivation, bool kBias>
@@ -95,26 +95,26 @@ SMOLVLA_INLINE void pass(const Pass& p, int64_t begin, int64_t end) {
             const float scale = p.a.scale[row];
             for (int64_t i = 0; i < width; ++i) v[i] *= p.up[row * width + i] * scale;
         }
-        if (p.out.data) write_row(v, width, p.out.data + row * width, p.out.scale + row);
+        if (p.out.data) write_row(v, width, row, p.out);
     }
 }
 
-template <Norm kNorm, class X>
-void quantize_baseline(const Rows<X>& a, int64_t begin, int64_t end) {
+template <Norm kNorm, class X, class E>
+void quantize_baseline(const Rows<X, E>& a, int64_t begin, int64_t end) {
     quantize<kNorm>(a, begin, end);
 }
-template <Norm kNorm, class X>
-SMOLVLA_AVX2 void quantize_avx2(const Rows<X>& a, int64_t begin, int64_t end) {
+template <Norm kNorm, class X, class E>
+SMOLVLA_AVX2 void quantize_avx2(const Rows<X, E>& a, int64_t begin, int64_t end) {
     quantize<kNorm>(a, begin, end);
 }
-template <Norm kNorm, class X>
-SMOLVLA_AVX512 void quantize_avx512(const Rows<X>& a, int64_t begin, int64_t end) {
+template <Norm kNorm, class X, class E>
+SMOLVLA_AVX512 void quantize_avx512(const Rows<X, E>& a, int64_t begin, int64_t end) {
     quantize<kNorm>(a, begin, end);
 }
 
-template <Norm kNorm, class X>
-void all_rows(const Rows<X>& a, int64_t rows, int num_threads) {
-    const auto run = pick(quantize_baseline<kNorm, X>, quantize_avx2<kNorm, X>, quantize_avx512<kNorm, X>);
+template <Norm kNorm, class X, class E>
+void all_rows(const Rows<X, E>& a, int64_t rows, int num_threads) {
+    const auto run = pick(quantize_baseline<kNorm, X, E>, quantize_avx2<kNorm, X, E>, quantize_avx512<kNorm, X, E>);
     parallel_rows(rows, a.width, num_threads, [&](int64_t begin, int64_t end) { run(a, begin, end); });
 }
 
@@ -147,10 +147,10 @@ void all_sums(const Pass& p, int num_threads) {
 
 }  // namespace
 
-template <class X>
-void quantize_rows(Norm norm, const X* x, const float* weight, const float* bias, Rows8 out, int64_t rows, int64_t width,
-                   float eps, int num_threads) {
-    const Rows<X> a{x, weight, bias, out, width, eps};
+template <class X, class E>
+void quantize_rows(Norm norm, const X* x, const float* weight, const float* bias, IntegerRows<E> out, int64_t rows,
+                   int64_t width, float eps, int num_threads) {
+    const Rows<X, E> a{x, weight, bias, out, width, eps};
     switch (norm) {
         case Norm::none: return all_rows<Norm::none>(a, rows, num_threads);
         case Norm::layer: return all_rows<Norm::layer>(a, rows, num_threads);
@@ -158,14 +158,19 @@ void quantize_rows(Norm norm, const X* x, const float* weight, const float* bias
     }
 }
 
-template void quantize_rows(Norm, const float*, const float*, const float*, Rows8, int64_t, int64_t, float, int);
-template void quantize_rows(Norm, const bfloat16*, const float*, const float*, Rows8, int64_t, int64_t, float, int);
+#define SMOLVLA_INSTANTIATE(X, E)                                                                                          \
+    template void quantize_rows(Norm, const X*, const float*, const float*, IntegerRows<E>, int64_t, int64_t, float, int);
+SMOLVLA_INSTANTIATE(float, uint8_t)
+SMOLVLA_INSTANTIATE(bfloat16, uint8_t)
+SMOLVLA_INSTANTIATE(float, int16_t)
+SMOLVLA_INSTANTIATE(bfloat16, int16_t)
+#undef SMOLVLA_INSTANTIATE
 
 void finish_sums(const Sums& a, const float* residual, int num_threads) {
     all_sums({a, residual, nullptr, {nullptr, nullptr}}, num_threads);
 }
 
-void quantize_sums(const Sums& a, const float* up, Rows8 out, int num_threads) {
+void quantize_sums(const Sums& a, const float* up, IntegerRows<uint8_t> out, int num_threads) {
     all_sums({a, nullptr, up, out}, num_threads);
 }
 

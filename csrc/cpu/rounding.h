@@ -1,4 +1,4 @@
-// Rounding to 8 bits and powers of two, in plain C++ that a compiler makes vectors of: equal bits at every level.
+// Rounding to integers, powers of two and activations, in plain C++ that a compiler makes vectors of: equal bits at every level.
 #pragma once
 
 #include <cstdint>
@@ -6,11 +6,12 @@
 #include <limits>
 
 #include "cpu/dispatch.h"
+#include "cpu/linear.h"
 
 namespace smolvla::cpu {
 
 constexpr float kLargest = 127.0f;
-constexpr float kSmallest = 0x1p-119f;
+constexpr float kSmallest = 0x1p-119f, kSmallest16 = 0x1p-116f;
 // 1.5·2^23: a number added to it is rounded to an integer, which stands in the low bits of the sum.
 constexpr float kRounder = 12582912.0f;
 
@@ -50,6 +51,15 @@ SMOLVLA_INLINE float power_of_two(float t) {
     p = p * f + 1.0f;
     const float power = p * float_of(static_cast<int32_t>((static_cast<uint32_t>(bits_of(shifted)) + 127u) << 23));
     return t > 127.0f ? std::numeric_limits<float>::infinity() : power;
+}
+
+// x / (1 + exp(-z)): z = x for silu, and gelu's tanh is a logistic function of twice its argument.
+template <Activation kActivation>
+SMOLVLA_INLINE float activate(float x) {
+    if constexpr (kActivation == Activation::none) return x;
+    float z = x;
+    if constexpr (kActivation == Activation::gelu_tanh) z = x * (1.59576912161f + 0.07135481627f * (x * x));
+    return x / (1.0f + power_of_two(z * -1.44269504f));
 }
 
 }  // namespace smolvla::cpu

@@ -65,7 +65,7 @@ def examine() -> dict[str, Any]:
         },
         "serves": serves(device),
         "fallback_reasons": availability.fallback_reasons(device),
-        "eight_bits": {tier: reason or "" for tier, reason in backends.why_not_eight_bits(device).items()},
+        "quantized": {tier: reason or "" for tier, reason in backends.why_not_quantized(device).items()},
         "libraries": {
             what: availability.why_not_library(name, device) or "" for what, name in LIBRARIES.items()
         },
@@ -103,7 +103,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             [f"{kind} extension", "loaded" if state["available"] else state["reason"]]
             for kind, state in found["extensions"].items()
         ),
-        *([f"precision {tier}", reason or "served"] for tier, reason in found["eight_bits"].items()),
+        *([f"precision {tier}", reason or "served"] for tier, reason in found["quantized"].items()),
         *([what, reason or "a candidate"] for what, reason in found["libraries"].items() if cards),
         ["commit", found["commit"] or "not a checkout"],
         ["cache folder", found["cache_folder"]],

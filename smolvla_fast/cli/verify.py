@@ -6,8 +6,8 @@ Frames are drawn over the episodes of a LeRobotDataset, or of a folder of saved 
 code are checked in normalised units. Stock in fp32 and every tier start from the same noise. Exit status 0 if every tier
 keeps its bound, 1 if one breaks it, 3 if none does but stock served every frame of one. The bound of a frame is 1.5 times
 the error of stock itself in bf16; for fp32, three times the change of stock when its sums run in other orders, but at least
-1e-5; for 8 bits, that of the tier's cosine; `--precision exact` requires equal bits. Writes JSON, Markdown, one HTML page
-and pictures.
+1e-5; for fp8, int8 and int16, that of the tier's cosine; `--precision exact` requires equal bits. Writes JSON, Markdown, one
+HTML page and pictures.
 """
 
 from __future__ import annotations

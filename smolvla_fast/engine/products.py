@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.precision import Tier
+from ..model.precision import TIERS, Tier
 from ..model.weights import Cast
 from ..ops import plan as plans
 from ..ops.availability import fallback_reasons
 from ..ops.choice import refused
+from ..ops.cpu import int16
 from ..ops.processor import why_bf16_is_slow
 from ..ops.select import select
 from .quantized_weights import FLOATS, KINDS, IntegerCast, QuantizedWeights
@@ -41,11 +42,15 @@ class Products:
         self.tier, self.backend, self.device = tier, backend, device
         self.plan = plan = None if tier.stock_order else plan
         self.ops = select(backend, device, tier.stock_order, tier.quantized, plan=plan)
-        self.gemm_dtype = tier.gemm_dtype
         wished = backend != "auto" or tier.stock_order
         self._fallback_reasons = {} if wished else fallback_reasons(device)
-        slow = self._why_wider(plan)
-        if slow is not None:  # wider products err less and are faster, so they serve the narrower tier
+        # Wider products err less, so they serve the narrower tier where they are as fast.
+        if tier.quantized == "int16" and (slow := int16.why_slow()) is not None:
+            tier = TIERS["fp32"]
+            self.ops = select(backend, device, False, plan=plan)
+            self._fallback_reasons["int16 products"] = f"{slow}; products run in fp32"
+        self.gemm_dtype = tier.gemm_dtype
+        if (slow := self._why_wider(plan)) is not None:
             self.gemm_dtype = torch.float32
             self._fallback_reasons["bf16 products"] = f"{slow}; products run in fp32"
         self.quantized_weights = quantized_weights
@@ -74,7 +79,7 @@ class Products:
     @property
     def may_widen(self) -> bool:
         """Whether products of this tier may run in fp32 in place of bf16, where that is faster."""
-        return self.device.type == "cpu" and self.tier.name not in ("exact", "fp32", "int8")
+        return self.device.type == "cpu" and self.tier.name not in ("exact", "fp32", "int8", "int16")
 
     def _why_wider(self, plan: plans.Plan | None) -> str | None:
         measured = None if plan is None else plan.choices.get(plans.PRODUCTS)

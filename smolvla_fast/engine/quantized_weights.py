@@ -10,13 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from ..ops.cpu import int8
+from ..ops.cpu import int8, int16
 from ..ops.reference.quantize import Quantized, quantize_rows
 
 SAMPLE_STRIDE = 16
@@ -53,9 +54,14 @@ def _in_place(old: Quantized, new: Quantized) -> Quantized:
 
 FLOATS = Kind(quantize_rows, None, _in_place)
 """e4m3 for GPUs: a captured graph reads them where they lie."""
-INTEGERS = Kind(lambda weight, dtype: int8.pack(weight), int8.pack_group, lambda old, new: new)
-"""int8 for CPUs, packed in a layout that only oneDNN knows; nothing is captured there, so memory may move."""
-KINDS = {"e4m3": FLOATS, "int8": INTEGERS}
+
+
+def _integers(pack: Callable[[Tensor], Any]) -> Kind:
+    """For CPUs, packed in a layout that only the product knows; nothing is captured there, so memory may move."""
+    return Kind(lambda weight, dtype: pack(weight), partial(int8.pack_group, pack), lambda old, new: new)
+
+
+KINDS = {"e4m3": FLOATS, "int8": _integers(int8.pack), "int16": _integers(int16.pack)}
 
 
 @dataclass
@@ -169,7 +175,7 @@ class QuantizedWeights:
     def fallback_reasons(self) -> dict[str, str]:
         """What the kind does without for some weights, with the reason."""
         found = [made.copy for made in list(self._made.values())]
-        why = int8.why_two_terms(found) if self.kind is INTEGERS else None
+        why = int8.why_two_terms(found) if self.kind is KINDS["int8"] else None
         return {} if why is None else {"int8 in one term": why}
 
 

@@ -13,9 +13,9 @@ class Tier:
 
     gemm_dtype   dtype of the weights of vision, text and expert layers in their matrix products; None means each as it
                  is stored. A matrix stored in another dtype is converted in every chunk; no copy is kept.
-    quantized    "e4m3" or "int8": matrices are 8-bit floats or integers with a scale a row, in copies that are checked at
-                 every chunk, and so are the activations that meet them; gemm_dtype is then that of everything else
-    cosine       how near a chunk has to come to fp32's where 8 bits are too few for the bound of the other tiers
+    quantized    "e4m3", "int8" or "int16": matrices are 8-bit floats or integers with a scale a row, in copies that are
+                 checked at every chunk, and so are the activations that meet them; all else is in gemm_dtype then
+    cosine       how near a chunk has to come to fp32's, where the tier is quantized
     stock_order  run stock's ATen calls in stock's order, batch by batch and camera by camera: equal bits
 
     In every tier but ``exact`` the residual stream, norm statistics, softmax and accumulation are fp32. The projections
@@ -38,6 +38,7 @@ TIERS = {
         Tier("bf16", gemm_dtype=torch.bfloat16),
         Tier("fp8", gemm_dtype=torch.bfloat16, quantized="e4m3", cosine=0.99),
         Tier("int8", gemm_dtype=torch.float32, quantized="int8", cosine=0.999),
+        Tier("int16", gemm_dtype=torch.float32, quantized="int16", cosine=0.99998),
     )
 }
 

@@ -136,3 +136,10 @@ def why_not_int8(device: torch.device) -> str | None:
     from .cpu import int8
 
     return int8.why_not(device)
+
+
+def why_not_int16(device: torch.device) -> str | None:
+    """Why integers of 16 bits cannot be multiplied faster than fp32 on this device, or None."""
+    from .cpu import int16
+
+    return int16.why_not(device)

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from .availability import PREFERRED, why_not, why_not_auto, why_not_fp8, why_not_int8
+from .availability import PREFERRED, why_not, why_not_auto, why_not_fp8, why_not_int8, why_not_int16
 from .choice import choose
 from .plan import LOOP, Plan
 from .table import NAMES, Ops, derive, exports
@@ -19,7 +19,7 @@ _MODULES = {
     "reference": ("reference.ops", None),
     "torch": ("torch.ops", "reference"),
     "cpu": ("cpu.ops", "torch"),
-    "int8": ("cpu.int8_ops", "cpu"),
+    "integers": ("cpu.integer_ops", "cpu"),
     "triton": ("triton.ops", "torch"),
 }
 """Of each table: the module whose functions are its ops, and the table that serves what this one does not have. A module is
@@ -32,10 +32,10 @@ def _module(name: str) -> ModuleType:
 
 @cache
 def backend_ops(name: str) -> Ops:
-    """The table of "reference", "torch", "cpu", "int8" (backend ``cpu`` with integer products) or "triton": each op by the
-    backend's own function where it has one, whatever the shape."""
+    """The table of "reference", "torch", "cpu", "integers" (backend ``cpu`` with products of these) or "triton": each op by
+    the backend's own function where it has one, whatever the shape."""
     below = _MODULES[name][1]
-    backend = "cpu" if name == "int8" else name
+    backend = "cpu" if name == "integers" else name
     return derive(backend, _module(name), None if below is None else backend_ops(below))
 
 
@@ -82,17 +82,18 @@ def _ops(backend: str, device: torch.device, wish: str = "", plan: Plan | None =
     return choose(backend_ops(backend), device, wish or backend, plan)
 
 
-_EIGHT_BITS = {
+_QUANTIZED = {
     "e4m3": ("fp8", "triton", why_not_fp8, "triton"),
-    "int8": ("int8", "cpu", why_not_int8, "int8"),
+    "int8": ("int8", "cpu", why_not_int8, "integers"),
+    "int16": ("int16", "cpu", why_not_int16, "integers"),
 }
-"""Of each kind of 8-bit matrices: the tier, the one backend that has kernels for it, why not here, its ops."""
+"""Of each kind of quantised matrices: the tier, the one backend that has kernels for it, why not here, its ops."""
 
 
-def why_not_eight_bits(device: torch.device) -> dict[str, str | None]:
-    """Of each tier with 8-bit matrices: why ``auto`` cannot serve it on this device, or None."""
+def why_not_quantized(device: torch.device) -> dict[str, str | None]:
+    """Of each tier with quantised matrices: why ``auto`` cannot serve it on this device, or None."""
     return {
-        tier: reason(device) or why_not_auto(alone, device) for tier, alone, reason, _ in _EIGHT_BITS.values()
+        tier: reason(device) or why_not_auto(alone, device) for tier, alone, reason, _ in _QUANTIZED.values()
     }
 
 
@@ -107,7 +108,8 @@ def select(
 
     backend      "auto": on a CPU "cpu", on an NVIDIA GPU "triton", and "torch" where these cannot serve or were never
                  measured ahead of it; or a name. "cuda" has to be named: it was never measured to be ahead of Triton
-    quantized    "e4m3", the tier ``fp8``, which Triton's kernels alone serve, or "int8", which backend ``cpu`` alone does
+    quantized    "e4m3", the tier ``fp8``, which Triton's kernels alone serve, or "int8" or "int16", which backend ``cpu``
+                 alone does
     stock_order  the ``exact`` tier: the references, which are stock's own ATen calls, on any device, whatever the plan
     plan         who computes what, as it was measured; where it says nothing, ``defaults.py``
     raises       ValueError for an unknown name, RuntimeError naming the reason where an explicit wish cannot be met
@@ -123,7 +125,7 @@ def select(
             )
         return reference_ops()
     if quantized:
-        tier, alone, why_not_tier, ops = _EIGHT_BITS[quantized]
+        tier, alone, why_not_tier, ops = _QUANTIZED[quantized]
         reason = why_not_tier(device)
         if reason is None and backend != alone:
             other = f"backend={backend!r} has no kernels for it"
@@ -132,11 +134,13 @@ def select(
             raise RuntimeError(
                 f"precision={tier!r} cannot serve this policy: {reason}; 'auto' takes what can"
             )
-        if ops != "int8":
+        if ops != "integers":
             return choose(backend_ops(ops), device, alone, plan)
+        chosen = choose(backend_ops(ops), device, alone, plan, exports(_module(ops)))
+        if quantized != "int8":
+            return chosen
         from .cpu.int8_attention import Heads
 
-        chosen = choose(backend_ops(ops), device, alone, plan, exports(_module(ops)))
         return replace(chosen, heads=Heads(chosen.attention, chosen.masked_attention))
     if backend == "auto":
         ready = (name for name in PREFERRED.get(device.type, ()) if why_not_auto(name, device) is None)

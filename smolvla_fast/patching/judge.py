@@ -32,7 +32,7 @@ class Judgement(NamedTuple):
     """error     relative L2 to the truth, which is stock in fp32; exact: to stock's chunk
     bound     the most that the tier allows
     movement  tier fp32: how far stock is from itself with its sums in another order, None in other tiers
-    passed    exact: equal bits; else the error is within the bound and, in fp8 and int8, the cosine at least the tier's
+    passed    exact: equal bits; else the error is within the bound and, in quantized tiers, the cosine at least the tier's
     """
 
     error: float

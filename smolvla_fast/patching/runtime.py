@@ -29,7 +29,7 @@ class Status:
     """What a patched policy is doing.
 
     active            True: the engine serves chunks. False: stock runs; last_fallback says why
-    precision         the tier: "exact", "fp32", "bf16", "fp8" or "int8"
+    precision         the tier: "exact", "fp32", "bf16", "fp8", "int8" or "int16"
     backend           who computes: "torch", "cpu", "triton" or "cuda"; "reference" in the tier "exact"
     plan              the measured plan by which it is decided who computes an op, its age and where it lies, or None
     stages            stage -> backend; two where one has no kernel for some ops, or kernels of CUDA C++ have served among
@@ -37,6 +37,7 @@ class Status:
     fallback_reasons  what the engine does without, each with the reason:
                       a backend               "auto" prefers it, and it cannot serve here
                       "bf16 products"         they run in fp32, which is faster on this processor
+                      "int16 products"        the same
                       "int8 in one term"      some weights have two 8-bit terms
                       "graph"                 chunks are not captured on this GPU
                       "denoise_persistent"    the last chunk's loop was not one launch, for which the backend has a kernel
@@ -49,7 +50,7 @@ class Status:
     graph_nodes       nodes of the one used last, or None
     step_launches     kernel launches of one denoise step; 0: the whole loop is one launch; None: ops are not one launch each
     extra_bytes       bytes held between chunks beyond the policy's own: position ids, time embeddings, the denoise loop's
-                      buffers on a CPU, graphs, and in fp8 and int8 quantized weights
+                      buffers on a CPU, graphs, and in fp8, int8 and int16 quantized weights
     layers_fast       calls below ``sample_actions`` that the engine served, by method: single layers, all of them, images,
                       denoise steps
     layers_stock      such calls that stock served

@@ -148,7 +148,7 @@ def test_doctor_says_what_status_says(
     monkeypatch.delenv("SMOLVLA_FAST_DISABLE")
     assert found["serves"] == smolvla_fast.status(policy).backend
     assert found["versions"]["torch"] and found["versions"]["lerobot"]
-    for tier, reason in found["eight_bits"].items():
+    for tier, reason in found["quantized"].items():
         if reason:
             with pytest.raises(RuntimeError) as refused:
                 smolvla_fast.patch(policy, precision=tier)

@@ -75,7 +75,7 @@ def test_doctor_shows_and_writes_its_findings(tmp_path: Path, capsys: pytest.Cap
     assert main(["doctor", "--json", str(tmp_path / "doctor.json")]) == 0
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "doctor.json").read_text())
-    assert list(found["eight_bits"]) == ["fp8", "int8"]
+    assert list(found["quantized"]) == ["fp8", "int8", "int16"]
     for word in (
         "torch",
         "lerobot",

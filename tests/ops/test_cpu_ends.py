@@ -8,19 +8,18 @@ import mmap
 import multiprocessing
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from support import emulated, int8_levels
+from support import emulated
 from support.processors import at_level, why_not
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smolvla_fast.ops import extension
-from smolvla_fast.ops.cpu import int8_attention, quantize
+from smolvla_fast.ops.cpu import int8_attention, int16, quantize
 from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.cpu.image_prep import image_prep
 from smolvla_fast.ops.cpu.rope import rope
@@ -76,15 +75,19 @@ def _share_memory(a: Tensor, b: Any) -> bool:
 
 
 def calls(level: str) -> Iterator[tuple[Any, ...]]:
-    """A name, a function, its operands; of a level that only attention in 8 bits has, this alone."""
-    dtypes = () if level in VNNI else (torch.float32, torch.bfloat16)
-    for dtype in dtypes:
-        yield from of_floats(dtype)
-    if dtypes:
+    """A name, a function, its operands; of a level that only products of integers have, these alone."""
+    if level not in VNNI:
+        yield from of_floats(torch.float32)
+        yield from of_floats(torch.bfloat16)
         yield from of_integers()
-    attention = partial(
-        int8_levels.at_level(level) if level in VNNI else int8_attention.attention, most_error=float("inf")
-    )
+    for rows, inputs, outputs in LINEAR:
+        at = f"{rows, inputs, outputs}"
+        x = quantize.quantize_rows(torch.randn(rows, inputs), torch.int16)
+        gate, up = (int16.pack(torch.randn(outputs, inputs)) for _ in range(2))
+        bias, residual = torch.randn(outputs), torch.randn(rows, outputs)
+        yield f"int16 linear {at}", int16.linear, x, gate, bias, "gelu_tanh", residual
+        yield f"int16 swiglu {at}", gate.swiglu, x, up
+    attention = partial(int8_attention.attention, most_error=float("inf"))
     for sizes in ATTENTION:
         q, k, v, mask = attention_operands(sizes, torch.float32)
         yield f"int8 attention {sizes}", attention, q, k, v
@@ -102,6 +105,7 @@ def of_floats(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield f"rms_norm {at}", cpu.rms_norm, x, gain.to(dtype), 1e-5
         yield f"layer_norm {at}", cpu.layer_norm, residual, bias, bias, 1e-5
         yield f"quantize_rows {at}", quantize.quantize_rows, x
+        yield f"quantize_rows {at} in 16 bits", quantize.quantize_rows, x, torch.int16
         yield f"rms_norm_rows {at}", quantize.rms_norm_rows, x, gain, 1e-5
         yield f"layer_norm_rows {at}", quantize.layer_norm_rows, x, gain, gain, 1e-5
     for sizes in ATTENTION:
@@ -141,7 +145,7 @@ def attention_operands(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tens
 def main(levels: list[str]) -> None:
     torch.manual_seed(0)
     for level in levels:
-        with nullcontext() if level in VNNI else at_level(level):
+        with emulated.integers_at(level) if level in VNNI else at_level(level):
             for begins in (False, True):
                 with BesideAGuard(begins):
                     for name, call, *operands in calls(level):

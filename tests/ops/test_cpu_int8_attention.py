@@ -288,7 +288,7 @@ def test_refuses_what_it_cannot_do() -> None:
 
 
 def heads_over(**ops: Any) -> Heads:
-    table = replace(backend_ops("int8"), **ops)
+    table = replace(backend_ops("integers"), **ops)
     return Heads(table.attention, table.masked_attention)
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from smolvla_fast.ops import extension
 from smolvla_fast.ops import select as backends
 from smolvla_fast.ops.availability import why_not_int8
-from smolvla_fast.ops.cpu import int8, int8_ops, quantize
+from smolvla_fast.ops.cpu import int8, integer_ops, quantize
 from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.reference.linear import linear as reference_linear
 from smolvla_fast.ops.reference.quantize import (
-    SMALLEST,
+    BYTES,
     IntegerRows,
     IntegerWeight,
     dequantize,
@@ -62,7 +62,7 @@ def test_rows_have_the_bits_of_the_reference(rows: int, width: int, dtype: torch
 
 
 def test_rows_of_every_kind() -> None:
-    below = float(torch.nextafter(torch.tensor(SMALLEST), torch.tensor(0.0)))
+    below = float(torch.nextafter(torch.tensor(BYTES.smallest), torch.tensor(0.0)))
     x = torch.zeros(9, 19)
     x[1, 3], x[2, 3], x[3, 5], x[4, :2] = (
         torch.nan,
@@ -70,7 +70,7 @@ def test_rows_of_every_kind() -> None:
         -torch.inf,
         torch.tensor([torch.inf, torch.nan]),
     )
-    x[5, 18], x[6, 18], x[7, 0] = below, SMALLEST, -3.4e38  # the last in the tail behind whole vectors
+    x[5, 18], x[6, 18], x[7, 0] = below, BYTES.smallest, -3.4e38  # the last in the tail behind whole vectors
     x[8] = torch.arange(19) - 9.0 + 0.5  # halves of a step: ties
     want = quantize_activations(x)
     assert want.scale[[0, 5]].eq(0).all() and want.scale[1:5].isnan().all() and want.scale[6:].gt(0).all()
@@ -252,7 +252,7 @@ def test_heavy_tails_get_a_second_term(degrees: int | None, monkeypatch: pytest.
     packed = int8.pack(matrix)
     rounded = error(dequantize(quantize_activations(x)).double() @ matrix.double().t())
     assert (packed.rest is not None) == (degrees is not None)
-    one, two = error(int8_ops.linear(x, packed._replace(rest=None))), error(int8_ops.linear(x, packed))
+    one, two = error(integer_ops.linear(x, packed._replace(rest=None))), error(integer_ops.linear(x, packed))
     print(f"relative L2: {one:.2g} in one term, {two:.2g} as packed, {rounded:.2g} by the activations alone")
     if degrees is not None:
         assert packed.nbytes == 2 * packed._replace(rest=None).nbytes
@@ -270,15 +270,15 @@ def test_linear_is_the_reference(rows: int, inputs: int, outputs: int) -> None:
     matrix, bias = _x(outputs, inputs) / inputs, _x(1, outputs)[0]
     weight, packed = quantize_weight(matrix), int8.pack(matrix)
     want = reference_linear(x, weight, bias, None, residual)
-    found = int8_ops.linear(x, packed, bias, None, residual)
+    found = integer_ops.linear(x, packed, bias, None, residual)
     # Four roundings more (sum, scale, scale, addition) of numbers no larger than the largest sum of magnitudes.
     size = (
         dequantize(quantize_activations(x)).abs() @ dequantize(weight).abs().t() + bias.abs() + residual.abs()
     )
     assert ((found - want).abs() <= 4 * EPS * size).all()
-    assert torch.equal(int8_ops.linear(quantize.quantize_rows(x), packed, bias, None, residual), found)
-    hidden = int8_ops.linear(x, packed, bias, "gelu_tanh")
-    whole = int8_ops.linear(x, packed, bias, "gelu_tanh", torch.zeros_like(residual))
+    assert torch.equal(integer_ops.linear(quantize.quantize_rows(x), packed, bias, None, residual), found)
+    hidden = integer_ops.linear(x, packed, bias, "gelu_tanh")
+    whole = integer_ops.linear(x, packed, bias, "gelu_tanh", torch.zeros_like(residual))
     assert isinstance(hidden, IntegerRows) and _same(hidden, quantize_activations(whole))
 
 
@@ -287,11 +287,11 @@ def test_linear_is_the_reference(rows: int, inputs: int, outputs: int) -> None:
 def test_a_row_that_is_not_finite_stays_alone() -> None:
     x, packed = _x(4, 40), int8.pack(_x(9, 40))
     x[1, 2], x[2, 7] = torch.nan, torch.inf
-    y = int8_ops.linear(x, packed)
+    y = integer_ops.linear(x, packed)
     assert y[1:3].isnan().all() and not y[[0, 3]].isnan().any()
     broken = _x(9, 40)
     broken[4, 0] = torch.inf
-    assert int8_ops.linear(_x(4, 40), int8.pack(broken)).isnan().any(0).nonzero().tolist() == [[4]]
+    assert integer_ops.linear(_x(4, 40), int8.pack(broken)).isnan().any(0).nonzero().tolist() == [[4]]
 
 
 @pytest.mark.processor
@@ -307,10 +307,10 @@ def test_smoothing_saves_digits_behind_a_loud_norm() -> None:
     truth = cpu.rms_norm(x, norm, 1e-5).double() @ reader.double().t()
 
     def error(weight: Tensor, packed: int8.Packed) -> float:
-        y = int8_ops.linear(quantize.rms_norm_rows(x, weight, 1e-5), packed)
+        y = integer_ops.linear(quantize.rms_norm_rows(x, weight, 1e-5), packed)
         return float((y.double() - truth).norm() / truth.norm())
 
-    group = int8.pack_group(norm, None, [reader])
+    group = int8.pack_group(int8.pack, norm, None, [reader])
     plain, smooth = error(norm, int8.pack(reader)), error(group.weight, group.packed[0])
     print(f"relative L2: {plain:.3g} as they are, {smooth:.3g} smoothed")
     assert (

@@ -88,7 +88,7 @@ def test_int8_is_refused_there_unless_its_kernels_are_named(
     monkeypatch.setattr("smolvla_fast.ops.cpu.int8.why_not", lambda device: None)
     with pytest.raises(RuntimeError, match=f"precision='int8' cannot serve this policy: .*{words}"):
         backends.select("auto", CPU, False, "int8")
-    assert words in str(backends.why_not_eight_bits(CPU)["int8"])
+    assert words in str(backends.why_not_quantized(CPU)["int8"])
     assert backends.select("cpu", CPU, False, "int8").backend == "cpu"
 
 
@@ -182,8 +182,8 @@ def test_8_bits_are_refused_on_an_amd_gpu(rocm: str) -> None:
     with pytest.raises(RuntimeError) as refused:
         backends.select("auto", CUDA, False, "e4m3")
     assert rocm in str(refused.value)
-    assert backends.why_not_eight_bits(CUDA)["fp8"] == rocm
-    assert "the policy is on cuda" in str(backends.why_not_eight_bits(CUDA)["int8"])
+    assert backends.why_not_quantized(CUDA)["fp8"] == rocm
+    assert "the policy is on cuda" in str(backends.why_not_quantized(CUDA)["int8"])
 
 
 @pytest.mark.parametrize("precision", ["auto", "exact", "bf16"])

@@ -44,12 +44,12 @@ def test_a_public_function_that_is_no_op_is_an_error(name: str) -> None:
         derive("made", module(**{name: linear}), reference_ops())
 
 
-@pytest.mark.parametrize("name", ["reference", "torch", "cpu", "int8", "triton"])
+@pytest.mark.parametrize("name", ["reference", "torch", "cpu", "integers", "triton"])
 def test_every_backend_exports_ops_alone(name: str) -> None:
     if name == "triton":
         pytest.importorskip("triton")
     ops = backend_ops(name)
-    assert ops.backend == {"int8": "cpu"}.get(name, name)
+    assert ops.backend == {"integers": "cpu"}.get(name, name)
     assert all(getattr(ops, op) is not None for op in set(NAMES) - ONE_BACKENDS)
     assert not set(ops.missing) - set(NAMES)
 

@@ -6,6 +6,7 @@ test which level is chosen, what the compiler makes of it, or ops whose levels d
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -20,6 +21,7 @@ import ninja_build
 import pytest
 
 from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import int8_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
@@ -40,7 +42,7 @@ def _built() -> Path | str:
 
     work = ROOT / "build" / "emulated"
     target = work / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    kernels = [path for path in sorted(ROOT.glob("csrc/cpu/*.cpp")) if path.name != "int8_attention.cpp"]
+    kernels = [path for path in sorted(ROOT.glob("csrc/cpu/*.cpp")) if path.name != "integer_level.cpp"]
     sources = [SUPPORT / "emulated.cpp", ROOT / "csrc" / "bindings.cpp", *kernels]
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
@@ -74,4 +76,15 @@ def instead() -> Iterator[None]:
     module, load = _module(), extension._load
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extension, "_load", lambda kind: (module, "") if kind == "cpu" else load(kind))
+        yield
+
+
+@contextmanager
+def integers_at(level: str) -> Iterator[None]:
+    """Inside, kernels of integers run at this one of ``int8_attention.LEVELS``, emulated where another is in use here."""
+    if level == int8_attention.level():
+        yield
+        return
+    with instead():
+        ctypes.CDLL(str(library())).set_integer_level(int8_attention.LEVELS.index(level))
         yield

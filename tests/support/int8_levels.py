@@ -5,16 +5,14 @@ What this processor lacks is emulated: emulated.py.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smolvla_fast.ops.cpu import int8_attention
-from smolvla_fast.ops.cpu.int8_attention import LEVELS, Attended
-from smolvla_fast.ops.cpu.kernels import attention_operands
+from smolvla_fast.ops.cpu.int8_attention import Attended
 from support import emulated
 
 BLOCK, LOG2E = 64, torch.tensor(1.44269504)
@@ -77,32 +75,11 @@ def emulate(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tens
     return out
 
 
-@cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(emulated.library()))
-    library.attend_at.restype = None
-    return library
-
-
 def at_level(name: str) -> Callable[..., Attended]:
     """``int8_attention.attention`` at one of ``LEVELS``: the extension's where it is in use here, else SIMDe's."""
-    if name == int8_attention.level():
-        return int8_attention.attention
 
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, most_error: float = 0.01
-    ) -> Attended:
-        library = _library()
-        out, operands = attention_operands("int8 attention", q, k, v, mask, None)
-        heads = (k.shape[0], k.shape[2])
-        found = Attended(out, torch.zeros(heads), torch.zeros(heads))
-        addresses = (*operands[:5], found.error.data_ptr(), found.spread.data_ptr())
-        sizes, strides, scale = operands[5:]
-        library.attend_at(
-            LEVELS.index(name), (ctypes.c_uint64 * 7)(*addresses), (ctypes.c_int64 * 6)(*sizes),
-            (ctypes.c_int64 * 12)(*strides), ctypes.c_float(scale), ctypes.c_float(most_error),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return found
+    def attention(*args: Any, **kwargs: Any) -> Attended:
+        with emulated.integers_at(name):
+            return int8_attention.attention(*args, **kwargs)
 
     return attention

@@ -33,7 +33,7 @@ kernels.image_prep_uint8_float32(at(pixels), at(image), (1, 4, 4, 8, 8, 8, 8), (
 turned = floats()
 kernels.rope_float32(at(x), at(turned), at(weight), at(weight), (1, 2, 2, 16), (64, 32, 16), 0, 1)
 data, scale = (ctypes.c_uint8 * 64)(), floats()
-kernels.quantize_rows_float32(2, at(x), at(weight), 0, at(data), at(scale), 1, 64, 1e-5, 1)
+kernels.quantize_rows_float32_uint8(2, at(x), at(weight), 0, at(data), at(scale), 1, 64, 1e-5, 1)
 normed = floats()
 kernels.layer_norm_float32_float32(at(x), at(weight), at(weight), at(normed), 1, 64, 1e-5, 1)
 results = [sum(map(float, each)) for each in (y, sums, out, image, turned, data, normed)]

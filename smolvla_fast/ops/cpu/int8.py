@@ -6,6 +6,7 @@ are heavy. Activations get a scale a row when they are made (``int8_ops.py``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -48,6 +49,25 @@ class Packed(NamedTuple):
         own = self.shape.numel() + self.scale.nbytes + self.zero.nbytes
         return own if self.rest is None else own + self.rest.nbytes
 
+    def linear(
+        self,
+        x: IntegerRows,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Any:
+        """With an activation and no residual, rows of 8 bits: the hidden layer of an MLP. ``out`` is left as it is."""
+        sums = int8_matmul(x, self)
+        if activation is not None and residual is None:
+            return quantize.finish_rows(sums, x.scale, bias, activation)
+        return quantize.finish(sums, x.scale, bias, activation, residual)
+
+    def swiglu(self, x: IntegerRows, up_weight: Any, out: Tensor | None = None) -> IntegerRows:
+        """In rows of 8 bits, for ``down_proj`` is what reads it. ``out`` is left as it is."""
+        gate, up = int8_matmul(x, self), int8_matmul(x, up_weight)
+        return quantize.finish_rows(gate, x.scale, None, "silu", up)
+
 
 def pack(weight: Tensor) -> Packed:
     """[O, K] any float dtype -> packed; in two terms, each with its scales, where one loses more than ``MAX_LOSS``."""
@@ -74,7 +94,7 @@ class SmoothQuantGroup(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    packed: tuple[Packed, ...]
+    packed: tuple[Any, ...]
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +132,9 @@ def smoothing(norm_weight: Tensor, norm_bias: Tensor | None, readers: list[Tenso
     return torch.where(usable, ratio / middle, 1.0).sqrt().clamp(2.0**-12, 2.0**12)
 
 
-def pack_group(norm_weight: Tensor, norm_bias: Tensor | None, readers: list[Tensor]) -> SmoothQuantGroup:
+def pack_group(
+    pack: Callable[[Tensor], Any], norm_weight: Tensor, norm_bias: Tensor | None, readers: list[Tensor]
+) -> SmoothQuantGroup:
     """See ``smoothing``; the products are the same but for rounding."""
     by = smoothing(norm_weight, norm_bias, readers)
     bias = None if norm_bias is None else norm_bias.float() / by

@@ -71,7 +71,7 @@ def attention(
 
 def level() -> str:
     """Of ``LEVELS``, what runs at the level in use."""
-    return extension.load("cpu").int8_level()
+    return extension.load("cpu").integer_level()
 
 
 def spread(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """What stands before and behind an integer product on a CPU, as functions on tensors; checked here as in ``kernels.py``.
 
-The product itself is torch's, in ``int8.py``; on aarch64 it is ours, here. Numbers come in as fp32 or bf16 and go out as
-rows of unsigned bytes with a scale each (``reference.quantize.IntegerRows``); what the product leaves comes in as fp32.
+The product of bytes is torch's, in ``int8.py``, on aarch64 ours, here; that of 16 bits is in ``int16.py``. Numbers come in as
+fp32 or bf16 and go out as rows of integers with a scale each (``reference.quantize.IntegerRows``); what a product of bytes
+leaves comes in as fp32.
 Equal bits at every instruction level and for any number of threads.
 """
 
@@ -11,35 +12,40 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..reference.quantize import IntegerRows, IntegerWeight
+from ..reference.quantize import KINDS, IntegerRows, IntegerWeight
 from .kernels import ACTIVATIONS
 from .operands import KERNELS, check_contiguous, check_one
 
 _NONE, _LAYER, _RMS = range(3)
 
 
-def quantize_rows(x: Tensor) -> IntegerRows:
+def quantize_rows(x: Tensor, dtype: torch.dtype = torch.uint8) -> IntegerRows:
     """See ``reference.quantize.quantize_activations``.
 
     x        [..., K]  fp32 | bf16, contiguous
+    dtype    uint8 | int16; of 16 bits data is [..., K + K % 2], with a zero behind an odd number of inputs
     errors   as ``kernels.rms_norm``
     """
-    return _quantize("quantize_rows", _NONE, x, None, None, 0.0)
+    return _quantize("quantize_rows", _NONE, x, None, None, 0.0, dtype)
 
 
-def layer_norm_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> IntegerRows:
-    """``kernels.layer_norm`` in fp32, and its rows at once in 8 bits: the same bits as one after the other."""
-    return _quantize("layer_norm_rows", _LAYER, x, weight, bias, eps)
+def layer_norm_rows(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype = torch.uint8
+) -> IntegerRows:
+    """``kernels.layer_norm`` in fp32, and its rows at once as integers: the same bits as one after the other."""
+    return _quantize("layer_norm_rows", _LAYER, x, weight, bias, eps, dtype)
 
 
-def rms_norm_rows(x: Tensor, weight: Tensor, eps: float) -> IntegerRows:
-    """``kernels.rms_norm`` of fp32 x, and its rows at once in 8 bits."""
-    return _quantize("rms_norm_rows", _RMS, x, weight, None, eps)
+def rms_norm_rows(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.uint8) -> IntegerRows:
+    """``kernels.rms_norm`` of fp32 x, and its rows at once as integers."""
+    return _quantize("rms_norm_rows", _RMS, x, weight, None, eps, dtype)
 
 
 def _quantize(
-    op: str, norm: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    op: str, norm: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> IntegerRows:
+    if dtype not in KINDS:
+        raise TypeError(f"{op}: dtype is {dtype}; accepted are {', '.join(map(str, KINDS))}")
     if x.dtype not in KERNELS:
         raise TypeError(f"{op}: x has dtype {x.dtype}; accepted are {', '.join(map(str, KERNELS))}")
     if not x.shape or not x.shape[-1]:
@@ -49,13 +55,15 @@ def _quantize(
     addresses = []
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
-            dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
-            check_one(op, name, tensor, dtype, "a norm", x.shape[-1:])
+            own = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
+            check_one(op, name, tensor, own, "a norm", x.shape[-1:])
             tensor = tensor.float().contiguous()
         addresses.append(tensor)
-    out = IntegerRows(torch.empty_like(x, dtype=torch.uint8), torch.empty(x.shape[:-1], dtype=torch.float32))
+    width = x.shape[-1] + (x.shape[-1] % 2 if dtype is torch.int16 else 0)
+    out = IntegerRows(torch.empty(*x.shape[:-1], width, dtype=dtype), torch.empty(x.shape[:-1]))
     if x.numel():
-        kernel = getattr(extension.load("cpu"), "quantize_rows_" + KERNELS[x.dtype])
+        kinds = f"{KERNELS[x.dtype]}_{str(dtype).removeprefix('torch.')}"
+        kernel = getattr(extension.load("cpu"), f"quantize_rows_{kinds}")
         pointers = (_address(x), *map(_address, addresses), _address(out.data), _address(out.scale))
         kernel(norm, *pointers, x.numel() // x.shape[-1], x.shape[-1], eps, torch.get_num_threads())
     return out

@@ -1,9 +1,10 @@
 """Rows of a matrix in 8 bits with a scale each: floats (e4m3: 4 bits of exponent, 3 of mantissa; arXiv 2209.05433), or
-integers (symmetric, dynamic for activations; arXiv 2206.01861).
+integers (symmetric, dynamic for activations; arXiv 2206.01861). The latter in 16 bits, too.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -46,19 +47,41 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Quantized:
     return Quantized((wide / scale[..., None]).clamp(-LARGEST, LARGEST).to(E4M3), scale, dtype)
 
 
-LARGEST_INTEGER = 127
-"""Of either sign, so that zero is exact."""
-ZERO = 128
-"""What an activation of 0 is stored as: the products that processors have take one side without a sign."""
-SMALLEST = 2.0**-119
-"""A row with no magnitude from here up counts as zeros: 127 / it would not be an fp32."""
+@dataclass(frozen=True)
+class Integers:
+    """A kind of integers.
+
+    weights, activations  how they are stored
+    zero                  what an activation of 0 is stored as: of bytes, processors multiply one side without a sign
+    largest               of either sign, so that zero is exact
+    smallest              a row with no magnitude from here up counts as zeros: largest / it would not be an fp32
+    """
+
+    weights: torch.dtype
+    activations: torch.dtype
+    zero: int
+    largest: int
+    smallest: float
+
+
+BYTES = Integers(torch.int8, torch.uint8, 128, 127, 2.0**-119)
+SUMMED = 192
+"""Inputs whose products of ``WORDS`` are added in 32 bits; sums of these are added in fp32."""
+WORDS = Integers(torch.int16, torch.int16, 0, 3344, 2.0**-116)
+"""As many digits as fit: SUMMED · 3344² is below 2^31."""
+KINDS = {kind.activations: kind for kind in (BYTES, WORDS)}
+ZERO = BYTES.zero
 
 
 class IntegerRows(NamedTuple):
-    """Activations: ``(data - 128) · scale[:, None]``.      data  [..., rows, K] uint8      scale  [..., rows] fp32"""
+    """Activations: ``(data - zero) · scale[:, None]``.   data [..., rows, K] uint8 | int16   scale [..., rows] fp32"""
 
     data: Tensor
     scale: Tensor
+
+    @property
+    def kind(self) -> Integers:
+        return KINDS[self.data.dtype]
 
     @property
     def shape(self) -> torch.Size:
@@ -66,14 +89,18 @@ class IntegerRows(NamedTuple):
 
 
 class IntegerWeight(NamedTuple):
-    """A weight: ``data · scale[:, None]``.      data  [O, K] int8      scale  [O] fp32"""
+    """A weight: ``data · scale[:, None]``.      data  [O, K] int8 | int16      scale  [O] fp32"""
 
     data: Tensor
     scale: Tensor
 
     @property
+    def kind(self) -> Integers:
+        return BYTES if self.data.dtype is torch.int8 else WORDS
+
+    @property
     def operand_dtype(self) -> torch.dtype:
-        return torch.uint8
+        return self.kind.activations
 
     @property
     def shape(self) -> torch.Size:
@@ -85,43 +112,44 @@ class IntegerWeight(NamedTuple):
         return torch.float32
 
 
-def _round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers as floats in [-127, 127], and scales: NaN for a row that is not finite, 0 for one of zeros."""
+def _round_rows(x: Tensor, kind: Integers) -> tuple[Tensor, Tensor]:
+    """Integers as floats, and scales: NaN for a row that is not finite, 0 for one of zeros."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = wide.abs().amax(dim=-1)
-    finite, some = largest.isfinite(), largest >= SMALLEST
+    finite, some = largest.isfinite(), largest >= kind.smallest
     # A number over a tensor is its reciprocal times the number to torch: one rounding too many.
-    quotient = torch.full_like(largest, LARGEST_INTEGER) / largest
+    quotient = torch.full_like(largest, kind.largest) / largest
     factor = torch.where(finite & some, quotient, 0.0)
     integers = torch.where((finite & some)[..., None], (wide * factor[..., None]).round(), 0.0)
-    scale = torch.where(some, largest / LARGEST_INTEGER, 0.0).masked_fill(~finite, torch.nan)
+    scale = torch.where(some, largest / kind.largest, 0.0).masked_fill(~finite, torch.nan)
     return integers, scale
 
 
-def quantize_activations(x: Tensor) -> IntegerRows:
-    """``scale = max|row| / 127;  data = 128 + round(row · (127 / max|row|))``, ties to even.
+def quantize_activations(x: Tensor, kind: Integers = BYTES) -> IntegerRows:
+    """``scale = max|row| / largest;  data = zero + round(row · (largest / max|row|))``, ties to even.
 
     x        [..., K]  any float dtype
-    returns  data [..., K] uint8, scale [...] fp32 (fp64 for fp64 x). A row without a magnitude of ``SMALLEST`` counts as
-             zeros: data 128, scale 0. A row with an infinity or a NaN: data 128, scale NaN, so that NaN comes of it
+    returns  data [..., K] uint8 | int16, scale [...] fp32 (fp64 for fp64 x). A row without a magnitude of ``kind.smallest``
+             counts as zeros: data zero, scale 0. A row with an infinity or a NaN: data zero, scale NaN, so that NaN comes
+             of it
     """
-    integers, scale = _round_rows(x)
-    return IntegerRows((integers + ZERO).to(torch.uint8), scale)
+    integers, scale = _round_rows(x, kind)
+    return IntegerRows((integers + kind.zero).to(kind.activations), scale)
 
 
-def quantize_weight(weight: Tensor) -> IntegerWeight:
-    """The same by output channel, without the 128.      weight  [O, K] any float dtype"""
-    integers, scale = _round_rows(weight)
-    return IntegerWeight(integers.to(torch.int8), scale.float())
+def quantize_weight(weight: Tensor, kind: Integers = BYTES) -> IntegerWeight:
+    """The same by output channel, around 0.      weight  [O, K] any float dtype"""
+    integers, scale = _round_rows(weight, kind)
+    return IntegerWeight(integers.to(kind.weights), scale.float())
 
 
 def dequantize(x: Quantized | IntegerRows | IntegerWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    zero = ZERO if isinstance(x, IntegerRows) else 0
+    zero = x.kind.zero if isinstance(x, IntegerRows) else 0
     return ((x.data.to(dtype) - zero) * x.scale[..., None].to(dtype)).to(dtype)
 
 
 def operand_dtype(weight: Any) -> torch.dtype:
-    """In which dtype a product with this weight takes its other operand; uint8 stands for ``IntegerRows``."""
+    """In which dtype a product with this weight takes its other operand; one of ``KINDS`` stands for ``IntegerRows``."""
     return getattr(weight, "operand_dtype", weight.dtype)
 
 
@@ -139,9 +167,9 @@ def product(
     returns  [..., O]; beside a quantised weight in the wider of fp32 and x's dtype
     """
     if isinstance(weight, IntegerWeight):
-        rows = x if isinstance(x, IntegerRows) else quantize_activations(x)
-        # In fp64 sums of such products are exact up to 5·10^11 terms.
-        sums = F.linear(rows.data.double() - ZERO, weight.data.double())
+        rows = x if isinstance(x, IntegerRows) else quantize_activations(x, weight.kind)
+        # In fp64 sums of such products are exact up to 8·10^8 terms.
+        sums = F.linear(rows.data.double() - rows.kind.zero, weight.data.double())
         y = (sums * weight.scale.double()).to(rows.scale.dtype) * rows.scale[..., None]
         return y if bias is None else y + bias.to(y.dtype)
     assert isinstance(x, Tensor), "rows of integers meet weights of integers"
