@@ -32,9 +32,9 @@ class Report:
                               (``rounding.OtherSums``): in reverse, and, where that does not explain ``rel_l2``, the farthest
                               of four orders; None in other tiers
     passed                    exact: equal bits to stock. fp32: rel_l2 at most ``bound``, three times ``movement`` and at
-                              least 1e-5 (``rounding.fp32_bound``). bf16: at most SCATTER times what
-                              stock itself loses in bf16, and no less than 1e-5. fp8, int8, int16: cosine at least the tier's,
-                              and rel_l2 at most that of two chunks of one size with that cosine, sqrt(2 (1 - cosine))
+                              least 1e-5 (``rounding.fp32_bound``). bf16: at most SCATTER times what stock itself
+                              loses in bf16, and no less than 1e-5. fp8, int8, int16: cosine at least the tier's, and
+                              rel_l2 at most that of two chunks of one size with that cosine, sqrt(2 (1 - cosine))
     """
 
     precision: str
