@@ -21,7 +21,7 @@ MIN_CAPABILITY = 80
 # No -march: one binary serves every x86-64, and a function that needs more carries its own target attribute.
 # No contraction into fma: whether a compiler finds one must not decide the bits of a result.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# Without the third GCC makes no vectors of a loop with a condition: nobody here asks for floating-point exceptions.
+# Unless told that none traps, GCC makes no vectors of a loop with a condition.
 CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
 CUDA_FLAGS = ["-std=c++17", "-O3"]
 

@@ -69,7 +69,7 @@ def patch(
     policy     a SmolVLAPolicy of lerobot or of smolvla_fast, or a PeftModel around one
     precision  "auto" (fp32 weights -> "fp32", bf16 weights -> "bf16"), "exact" (bit-identical to stock), "fp32", "bf16",
                "fp8" (8-bit floats, NVIDIA GPUs from compute capability 8.9 on; what it costs: ``verify``), "int8" (8-bit
-               integers, processors with VNNI; what it costs: ``verify``), "int16" (16-bit integers on any x86 with AVX2,
+               integers, processors with VNNI; what it costs: ``verify``), "int16" (16-bit integers on CPUs with AVX2,
                nearer to fp32 than bf16 is)
     backend    "auto" (the best that serves this device), "torch", "cpu", "triton" (on a Hopper GPU with CUDA C++ for
                products of few rows in bf16), "cuda" (CUDA C++ for attention and the denoise loop, Triton for the rest;

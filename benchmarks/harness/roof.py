@@ -20,6 +20,8 @@ from torch.utils.benchmark import Timer
 from benchmarks.harness.run import write_whole
 from smolvla_fast.model.dims import read_dims
 from smolvla_fast.model.weights import is_cross
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import int16, quantize
 from smolvla_fast.ops.reference import Cost
 from smolvla_fast.ops.torch.linear import linear
 
@@ -34,7 +36,7 @@ ADAMW_NUMBERS = 7
 class Ceilings:
     """This machine's best: operations a second in matrix products by dtype, bytes a second in copying.
 
-    int8 is missing where torch has no such product here.
+    int8 is missing where torch has no such product here; int16 is our own product's.
     """
 
     gemm_flops: dict[str, float]
@@ -47,9 +49,14 @@ class Ceilings:
 
     def best(self, dtype: torch.dtype) -> float:
         """Operations a second of the fastest product that is no narrower: fp32 serves bf16 on a processor that multiplies
-        it no slower."""
-        rates = self.gemm_flops.items()
-        return max(rate for name, rate in rates if getattr(torch, name).itemsize >= dtype.itemsize)
+        it no slower; integers serve floats never."""
+        rates = {getattr(torch, name): rate for name, rate in self.gemm_flops.items()}
+        floats = dtype.is_floating_point
+        return max(
+            rate
+            for each, rate in rates.items()
+            if each.itemsize >= dtype.itemsize and each.is_floating_point >= floats
+        )
 
 
 def product_of_roof(device: torch.device, dtype: torch.dtype, small: bool) -> tuple[Callable[[], Any], float]:
@@ -85,6 +92,12 @@ def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
             packed = torch.ops.onednn.qlinear_prepack(weight, [side, side])
             given = (x, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
             flops["int8"] = rate(2.0 * side**3, partial(torch.ops.onednn.qlinear_pointwise, *given))
+        if extension.available("cpu"):  # no library multiplies 16-bit integers: ours is the best there is
+            rows, wide = (
+                quantize.quantize_rows(torch.randn(side, side), torch.int16),
+                int16.pack(torch.randn(side, side)),
+            )
+            flops["int16"] = rate(2.0 * side**3, partial(int16.linear, rows, wide))
     source = torch.ones(COPY_BYTES[device.type] // (64 if small else 4), device=device)
     target = torch.empty_like(source)
     return Ceilings(flops, rate(2.0 * source.nbytes, lambda: target.copy_(source)))

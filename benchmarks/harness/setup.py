@@ -204,5 +204,5 @@ class BenchmarkSetup:
         """The dtype of a variant's large matrix products."""
         stored = torch.float32 if self.layout == "fp32" else torch.bfloat16
         tier = TIERS.get(precision)
-        eight = torch.int16 if precision == "int16" else torch.int8
-        return eight if tier and tier.quantized else (tier and tier.gemm_dtype) or stored
+        quantized = torch.int16 if precision == "int16" else torch.int8
+        return quantized if tier and tier.quantized else (tier and tier.gemm_dtype) or stored

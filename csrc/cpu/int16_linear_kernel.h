@@ -82,12 +82,12 @@ SMOLVLA_TARGET void finish(const Int16Linear& a, int64_t row, int64_t out, int64
                            float* __restrict up) {
     const float x_scale = a.x_scale[row];
     float* const y = a.y + row * a.outputs + out;
-    for (int64_t i = 0; i < count; ++i) sums[i] *= a.scale[out + i] * x_scale;
+    for (int64_t i = 0; i < count; ++i) sums[i] = sums[i] * a.scale[out + i] * x_scale;
     if (a.bias)
         for (int64_t i = 0; i < count; ++i) sums[i] += a.bias[out + i];
     if constexpr (kActivation != Activation::none) activate_row<kActivation>(sums, count);
     if (a.up_weight)
-        for (int64_t i = 0; i < count; ++i) sums[i] *= up[i] * (a.up_scale[out + i] * x_scale);
+        for (int64_t i = 0; i < count; ++i) sums[i] *= up[i] * a.up_scale[out + i] * x_scale;
     if (a.residual)
         for (int64_t i = 0; i < count; ++i) sums[i] += a.residual[row * a.outputs + out + i];
     std::memcpy(y, sums, count * sizeof(float));
@@ -109,7 +109,8 @@ SMOLVLA_TARGET void run(const Int16Linear& a, const Sizes& sizes, Ranges& ranges
             const int64_t at = panel * a.words * kInt16Panel;
             panel_products(x + row * a.words, rows, a.words, weight + at, count, c, width);
             if (a.up_weight) panel_products(x + row * a.words, rows, a.words, up_weight + at, count, c + sums, width);
-            for (int64_t r = 0; r < rows; ++r) finish<kActivation>(a, row + r, out, outs, c + r * width, c + sums + r * width);
+            for (int64_t r = 0; r < rows; ++r)
+                finish<kActivation>(a, row + r, out, outs, c + r * width, c + sums + r * width);
         }
 }
 

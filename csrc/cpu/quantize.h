@@ -6,7 +6,7 @@
 
 namespace smolvla::cpu {
 
-// Rows of integers with a scale each, and what stands before and behind a product of them.
+// Rows of integers with a scale each, of 8 bits (zero 128, largest 127) or 16 (zero 0, largest 3344), and what stands before and behind a product of them.
 //   data[row, i] = zero + round(v[row, i] · (largest / max|v[row, :]|)), ties to even   scale[row] = max|v[row, :]| / largest
 // A row whose largest magnitude is below `smallest`, where largest / it would overflow, counts as zeros: data zero, scale 0.
 // A row with an infinity or a NaN has scale NaN and data zero, so that all it is multiplied with becomes NaN.
@@ -18,8 +18,6 @@ struct IntegerRows {
     float* scale;  // [rows]
 };
 
-// Bytes: zero 128, largest 127.
-constexpr float kLargest16 = 3344.0f;
 
 enum class Norm : int { none = 0, layer = 1, rms = 2 };
 

@@ -10,7 +10,7 @@
 
 namespace smolvla::cpu {
 
-constexpr float kLargest = 127.0f;
+constexpr float kLargest = 127.0f, kLargest16 = 3344.0f;
 constexpr float kSmallest = 0x1p-119f, kSmallest16 = 0x1p-116f;
 // 1.5·2^23: a number added to it is rounded to an integer, which stands in the low bits of the sum.
 constexpr float kRounder = 12582912.0f;

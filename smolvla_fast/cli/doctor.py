@@ -14,6 +14,7 @@ from ..measure import system
 from ..measure.console import Console, check_writable, counted, write_json
 from ..ops import availability, extension
 from ..ops import select as backends
+from ..ops.cpu import int16
 from ..patching.settings import DISABLE, disabled
 
 LIBRARIES = {
@@ -50,6 +51,8 @@ def examine() -> dict[str, Any]:
         folder = str(plan_files.cache_folder())
     except plan_files.CannotSave as error:
         folder = str(error)
+    quantized = {tier: reason or "" for tier, reason in backends.why_not_quantized(device).items()}
+    slow = None if quantized["int16"] else int16.why_slow()
     return {
         **facts,
         "cache_folder": folder,
@@ -65,7 +68,8 @@ def examine() -> dict[str, Any]:
         },
         "serves": serves(device),
         "fallback_reasons": availability.fallback_reasons(device),
-        "quantized": {tier: reason or "" for tier, reason in backends.why_not_quantized(device).items()},
+        "quantized": quantized,
+        "by_fp32": {} if slow is None else {"int16": f"{slow}; products run in fp32"},
         "libraries": {
             what: availability.why_not_library(name, device) or "" for what, name in LIBRARIES.items()
         },
@@ -103,7 +107,10 @@ def show(found: dict[str, Any], console: Console) -> None:
             [f"{kind} extension", "loaded" if state["available"] else state["reason"]]
             for kind, state in found["extensions"].items()
         ),
-        *([f"precision {tier}", reason or "served"] for tier, reason in found["quantized"].items()),
+        *(
+            [f"precision {tier}", reason or found["by_fp32"].get(tier) or "served"]
+            for tier, reason in found["quantized"].items()
+        ),
         *([what, reason or "a candidate"] for what, reason in found["libraries"].items() if cards),
         ["commit", found["commit"] or "not a checkout"],
         ["cache folder", found["cache_folder"]],

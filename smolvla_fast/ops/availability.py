@@ -139,7 +139,7 @@ def why_not_int8(device: torch.device) -> str | None:
 
 
 def why_not_int16(device: torch.device) -> str | None:
-    """Why integers of 16 bits cannot be multiplied faster than fp32 on this device, or None."""
+    """Why there is no product of 16-bit integers on this device, or None; ``int16.why_slow`` asks for its speed."""
     from .cpu import int16
 
     return int16.why_not(device)

@@ -48,7 +48,7 @@ def _changed(weights: str, policy: Any, seed: int) -> AbstractContextManager[Non
 @torch.no_grad()
 def test_worst_case_of_a_tier(weights: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``exact``: stock's bits. ``fp32`` and ``bf16``: no further from fp64 than stock in the same dtype, by the worst of
-    four policies each; ``int16`` no further than stock in bf16."""
+    four policies each; ``int16`` a fifth of that, and half where attention is sharp."""
     monkeypatch.setattr(int16, "why_slow", lambda: None)  # fp32 would serve
     worst: dict[str, float] = dict.fromkeys(("stock fp32", "fp32", "stock bf16", "bf16", *INT16), 0.0)
 
@@ -83,8 +83,10 @@ def test_worst_case_of_a_tier(weights: str, layout: str, monkeypatch: pytest.Mon
     # of magnitude, and SCATTER, as for single observations.
     sharp = weights == "sharp attention"
     assert worst["fp32"] <= (10 if sharp else 2) * worst["stock fp32"] < worst["stock bf16"]
-    for narrow in ("bf16", *INT16):
-        assert 1e-4 < worst[narrow] <= (SCATTER if sharp else 1) * worst["stock bf16"]
+    assert 1e-4 < worst["bf16"] <= (SCATTER if sharp else 1) * worst["stock bf16"]
+    # 16 bits round four times as finely as bf16 where a row has no outliers, and steps do not add up as roundings do.
+    for name in INT16:
+        assert 1e-4 < worst[name] <= (0.5 if sharp else 0.2) * worst["stock bf16"]
 
 
 @pytest.mark.check(28)

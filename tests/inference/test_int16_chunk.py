@@ -6,6 +6,7 @@ What it shares with int8 (copies, groups behind a norm, plans) is tested in test
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,15 +100,21 @@ def test_fp32_serves_where_integers_are_not_ahead(
     assert now.fallback_reasons == {"int16 products": "they measured no faster; products run in fp32"}
 
 
-def test_the_trial_measures_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+@pytest.mark.parametrize("slow", ["int16_linear", "linear_float32_float32_float32"])
+def test_the_trial_finds_the_faster_one(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # of `ahead`
+    kernels = extension.load("cpu")
+
+    class OneOfThemSlow:
+        def __getattr__(self, name: str) -> Any:
+            call = getattr(kernels, name)
+            return (lambda *args: time.sleep(0.02) or call(*args)) if name == slow else call
+
+    monkeypatch.setattr(extension, "load", lambda kind: OneOfThemSlow())
     int16.why_slow.cache_clear()
-    monkeypatch.setattr(int16, "MARGIN", float("inf"))
-    assert int16.why_slow() is None
+    found = int16.why_slow()
     int16.why_slow.cache_clear()
-    monkeypatch.setattr(int16, "MARGIN", 0.0)
-    assert "measured no faster than fp32's" in str(int16.why_slow())
-    int16.why_slow.cache_clear()
+    assert found is None if slow != "int16_linear" else "measured no faster than fp32's" in str(found)
 
 
 def test_never_taken_by_auto_and_refused_on_a_gpu() -> None:

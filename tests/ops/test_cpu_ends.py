@@ -80,7 +80,7 @@ def calls(level: str) -> Iterator[tuple[Any, ...]]:
         yield from of_floats(torch.float32)
         yield from of_floats(torch.bfloat16)
         yield from of_integers()
-    for rows, inputs, outputs in LINEAR:
+    for rows, inputs, outputs in (*LINEAR, (513, 1500, 200)):
         at = f"{rows, inputs, outputs}"
         x = quantize.quantize_rows(torch.randn(rows, inputs), torch.int16)
         gate, up = (int16.pack(torch.randn(outputs, inputs)) for _ in range(2))

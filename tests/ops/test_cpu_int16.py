@@ -32,10 +32,10 @@ pytestmark = [
     pytest.mark.skipif(not extension.available("cpu"), reason=extension.why_missing("cpu")),
 ]
 # Rows about a tile's six and a block's 24, inputs about a word's two and a sum's 192, outputs about a vector's, a tile's and
-# a panel's 32, groups of panels behind 511 rows; sizes of one, and no rows.
+# a panel's 32, groups of panels behind 511 rows, one and several; sizes of one, and no rows.
 SIZES = [
     (1, 1, 1), (3, 2, 31), (6, 191, 32), (7, 193, 33), (25, 384, 65), (50, 720, 47), (49, 33, 8), (2, 5, 17), (24, 577, 96),
-    (513, 70, 161), (0, 8, 5),
+    (513, 70, 161), (513, 1500, 200), (0, 8, 5),
 ]  # fmt: skip
 
 
@@ -74,9 +74,9 @@ def _sums(x: IntegerRows, weight: IntegerWeight) -> Tensor:
     found = torch.zeros(len(x.data), len(weight.data))
     for a, b in zip(x.data.split(SUMMED, 1), weight.data.split(SUMMED, 1), strict=True):
         exact = a.long() @ b.long().t()
-        assert exact.abs().max() < 2**31 if exact.numel() else True
+        assert (exact.abs() < 2**31).all()
         found = found + exact.float()
-    return found * (weight.scale * x.scale[:, None])
+    return found * weight.scale * x.scale[:, None]
 
 
 @pytest.mark.parametrize("extreme", [False, True])
@@ -198,6 +198,13 @@ def test_the_product_refuses() -> None:
         int16.linear(x, packed, activation="relu")
     with pytest.raises(ValueError, match="up_weight goes with neither bias nor residual"):
         int16.linear(x, packed, _normal(3), up_weight=packed)
+    other = int16.pack(_normal(3, 8))._replace(scale=torch.ones(2, 3)[0])
+    with pytest.raises(ValueError, match="out overlaps another tensor"):
+        int16.linear(x, packed, up_weight=other, out=other.scale.as_strided((2, 3), (3, 1)))
+    with pytest.raises(ValueError, match="K at least 1"):
+        int16.linear(x, packed._replace(shape=torch.Size((3, 0))))
+    with pytest.raises(ValueError, match="data begins in the middle of a word"):
+        int16.linear(x._replace(data=torch.zeros(17, dtype=torch.int16)[1:].view(2, 8)), packed)
     with pytest.raises(ValueError, match="out overlaps another tensor"):
         int16.linear(x, packed, bias=(buffer := torch.zeros(2, 3))[0], out=buffer)
     with pytest.raises(TypeError, match=r"dtype is torch.int32; accepted are torch.uint8, torch.int16"):
@@ -206,3 +213,23 @@ def test_the_product_refuses() -> None:
 
 def test_refused_with_the_reason() -> None:
     assert "a CPU kernel, the policy is on cuda" in str(why_not_int16(torch.device("cuda")))
+
+
+def test_another_default_dtype_or_device_of_torch_changes_nothing() -> None:
+    x, packed = _normal(5, 40), int16.pack(_normal(7, 40))
+    rows = quantize.quantize_rows(x, torch.int16)
+    want, narrow = int16.linear(rows, packed), quantize_weight(_normal(7, 40))
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            with torch.device("meta"):
+                found = quantize.quantize_rows(x, torch.int16)
+                assert torch.equal(found.scale, rows.scale) and torch.equal(int16.linear(found, packed), want)
+                int16.why_slow.cache_clear()
+                int16.why_slow()
+                eight = quantize.quantize_rows(x)
+                sums = quantize.int8_matmul(eight, narrow)
+                assert sums.dtype is eight.scale.dtype is torch.float32 and sums.is_cpu
+    finally:
+        torch.set_default_dtype(torch.float32)
+        int16.why_slow.cache_clear()

@@ -78,18 +78,19 @@ def test_auto_leaves_cpu_kernels_that_were_not_measured(
 
 
 @needs_kernels
+@pytest.mark.parametrize("tier", ["int8", "int16"])
 @pytest.mark.parametrize("place", ["Linux on ARM", "no OpenMP"])
-def test_int8_is_refused_there_unless_its_kernels_are_named(
-    monkeypatch: pytest.MonkeyPatch, place: str
+def test_integers_are_refused_there_unless_their_kernels_are_named(
+    monkeypatch: pytest.MonkeyPatch, place: str, tier: str
 ) -> None:
     """It was asked for to be faster; torch has nothing that it could be served by instead."""
     elsewhere, words = PLACES[place]
     elsewhere(monkeypatch)
     monkeypatch.setattr("smolvla_fast.ops.cpu.int8.why_not", lambda device: None)
-    with pytest.raises(RuntimeError, match=f"precision='int8' cannot serve this policy: .*{words}"):
-        backends.select("auto", CPU, False, "int8")
-    assert words in str(backends.why_not_quantized(CPU)["int8"])
-    assert backends.select("cpu", CPU, False, "int8").backend == "cpu"
+    with pytest.raises(RuntimeError, match=f"precision='{tier}' cannot serve this policy: .*{words}"):
+        backends.select("auto", CPU, False, tier)
+    assert words in str(backends.why_not_quantized(CPU)[tier])
+    assert backends.select("cpu", CPU, False, tier).backend == "cpu"
 
 
 @needs_kernels

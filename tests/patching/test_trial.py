@@ -388,7 +388,7 @@ def test_exact_has_equal_bits_or_is_off(tmp_path: Path) -> None:
     assert smolvla_fast.status(policy).calls_fast == 1
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int16"])
 def test_other_tiers_are_judged_by_their_own_bound(tmp_path: Path, precision: str) -> None:
     from smolvla_fast.ops.availability import why_not_int8
 

@@ -86,5 +86,9 @@ def integers_at(level: str) -> Iterator[None]:
         yield
         return
     with instead():
-        ctypes.CDLL(str(library())).set_integer_level(int8_attention.LEVELS.index(level))
-        yield
+        chosen = ctypes.CDLL(str(library()))
+        chosen.set_integer_level(int8_attention.LEVELS.index(level))
+        try:
+            yield
+        finally:
+            chosen.set_integer_level(0)

@@ -169,10 +169,10 @@ def test_the_next_engine_uses_the_plan(subject: Any, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.processor
-@pytest.mark.parametrize("tier", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("tier", ["fp32", "bf16", "int8", "int16"])
 @pytest.mark.parametrize("name", ["cpu", "onednn", "aten", "torch", "sdpa", "in turn"])
 def test_a_chunk_is_within_its_tier_whatever_the_plan_says(subject: Any, tier: str, name: str) -> None:
-    """Bounds: fp32's own; of bf16 and int8 what these lose on this policy by the defaults, doubled."""
+    """Bounds: fp32's own; of the others what these lose on this policy by the defaults, doubled."""
     model, inputs = subject
     if tier == "int8" and choices_reason():
         pytest.skip(choices_reason())

@@ -1,7 +1,7 @@
 """Tier ``int8`` on a CPU: matrices of 8-bit integers, and their product: oneDNN's as torch ships it, on aarch64 ours.
 
 Weights have a scale an output channel and are packed once (``engine/quantized_weights.py``), in two terms where their tails
-are heavy. Activations get a scale a row when they are made (``int8_ops.py``).
+are heavy. Activations get a scale a row when they are made (``integer_ops.py``).
 """
 
 from __future__ import annotations
@@ -55,16 +55,15 @@ class Packed(NamedTuple):
         bias: Tensor | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
-        out: Tensor | None = None,
     ) -> Any:
-        """With an activation and no residual, rows of 8 bits: the hidden layer of an MLP. ``out`` is left as it is."""
+        """With an activation and no residual, rows of 8 bits: the hidden layer of an MLP."""
         sums = int8_matmul(x, self)
         if activation is not None and residual is None:
             return quantize.finish_rows(sums, x.scale, bias, activation)
         return quantize.finish(sums, x.scale, bias, activation, residual)
 
-    def swiglu(self, x: IntegerRows, up_weight: Any, out: Tensor | None = None) -> IntegerRows:
-        """In rows of 8 bits, for ``down_proj`` is what reads it. ``out`` is left as it is."""
+    def swiglu(self, x: IntegerRows, up_weight: Any) -> IntegerRows:
+        """In rows of 8 bits, for ``down_proj`` is what reads it."""
         gate, up = int8_matmul(x, self), int8_matmul(x, up_weight)
         return quantize.finish_rows(gate, x.scale, None, "silu", up)
 

@@ -60,7 +60,7 @@ def _quantize(
             tensor = tensor.float().contiguous()
         addresses.append(tensor)
     width = x.shape[-1] + (x.shape[-1] % 2 if dtype is torch.int16 else 0)
-    out = IntegerRows(torch.empty(*x.shape[:-1], width, dtype=dtype), torch.empty(x.shape[:-1]))
+    out = IntegerRows(_empty((*x.shape[:-1], width), dtype), _empty(x.shape[:-1]))
     if x.numel():
         kinds = f"{KERNELS[x.dtype]}_{str(dtype).removeprefix('torch.')}"
         kernel = getattr(extension.load("cpu"), f"quantize_rows_{kinds}")
@@ -142,7 +142,7 @@ def int8_matmul(x: IntegerRows, weight: IntegerWeight) -> Tensor:
     ):
         check_one("int8_matmul", name, tensor, dtype, "this kernel", wanted)
         check_contiguous("int8_matmul", name, tensor)
-    sums = torch.empty(*shape, outputs)
+    sums = _empty((*shape, outputs))
     if sums.numel():
         pointers = map(_address, (x.data, weight.data, weight.scale, sums))
         rows = sums.numel() // outputs
@@ -164,6 +164,11 @@ def _check_sums(op: str, sums: Tensor, scale: Tensor, bias: Tensor | None, activ
 def _check_fp32(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     check_one(op, name, tensor, torch.float32, "this kernel", shape)
     check_contiguous(op, name, tensor)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Whatever torch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _address(tensor: Tensor | None) -> int:
