@@ -21,6 +21,7 @@ from ..ops.select import BACKENDS, select
 from ..patching.settings import disabled
 from ..smolvla.features import ACTION, OBS_STATE
 from ..smolvla.hub import CONFIG_NAME, find_file
+from ..smolvla.weights_io import WeightsError, check_names
 
 COUNTS = (
     "num_steps", "chunk_size", "n_action_steps", "max_state_dim", "max_action_dim", "tokenizer_max_length",
@@ -231,14 +232,18 @@ def _load(path: str, device: torch.device) -> Any:
         from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy  # type: ignore[no-redef]
 
     folder = Path(path).expanduser()
+    source = str(folder) if folder.is_dir() else path
     try:
-        return SmolVLAPolicy.from_pretrained(str(folder) if folder.is_dir() else path).to(device).eval()
+        policy = SmolVLAPolicy.from_pretrained(source).to(device).eval()
+        check_names(policy, source)
+        return policy
     except Exception as error:
         # The Hub, safetensors, draccus and transformers each raise their own.
         cause = error.__cause__ or error if "instantiate" in str(error) else error
         reason = " ".join((str(getattr(cause, "what", cause)).strip() or type(cause).__name__).split())
+        reason = reason if isinstance(cause, WeightsError) else reason[:400]
         raise CommandError(
-            f"--policy.path {path}: cannot load it ({type(cause).__name__}: {reason[:400]}); give the folder of a "
+            f"--policy.path {path}: cannot load it ({type(cause).__name__}: {reason}); give the folder of a "
             "saved SmolVLA policy, or a Hub id if this machine can reach the Hub"
         ) from error
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..auto_patch import patch_or_stock
 from ..patch import status
+from ..smolvla.weights_io import check_names
 
 # Ray's types know batched methods of one argument alone.
 batched: Any = serve.batch
@@ -53,6 +54,7 @@ class Replica:
         self.__call__.set_max_batch_size(max_batch)
         self.__call__.set_batch_wait_timeout_s(wait_s)
         self._policy = SmolVLAPolicy.from_pretrained(path).to(device).eval()
+        check_names(self._policy, path)
         self._device, self._config = device, self._policy.config
         self._not_patched = patch_or_stock(self._policy, *how)
         self._preprocess, self._postprocess = make_pre_post_processors(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,45 @@ class WeightsError(RuntimeError):
         self.what = what
 
 
+def _unlike(module: nn.Module, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Names of the module that a file lacks, and names of the file that the module lacks."""
+    state, shared, names = module.state_dict(), _shared_names(module), set(names)
+    present = {shared.get(name, name) for name in names}
+    missing = sorted(name for name in state if name not in names and shared.get(name, name) not in present)
+    return missing, sorted(names - state.keys())
+
+
+def _absences(missing: list[str], unexpected: list[str]) -> list[str]:
+    named = {"missing": missing, "unexpected": unexpected}
+    return [f"{what}: {_listed(names)}" for what, names in named.items() if names]
+
+
+def _misfit(source: str, problems: list[str], unexpected: list[str], lenient: str = "") -> WeightsError:
+    hint = "the checkpoint was made with another configuration (see config.json)"
+    if any(map(is_buffer, unexpected)):
+        hint = (
+            "it dates from before LeRobot 0.4 and its statistics are not whole, so they cannot be taken for the "
+            "processors: remove them from the file, and make its processors of the training data's"
+        )
+    elif any("._orig_mod." in name for name in unexpected):
+        hint = "it was saved from a compiled module, which puts '_orig_mod.' into the names"
+    return WeightsError(f"{source} does not fit the model, {'; '.join(problems)}. Probably {hint}", lenient)
+
+
+def check_names(module: nn.Module, source: str | Path) -> None:
+    """WeightsError unless a checkpoint names every weight of a policy and no other, statistics apart.
+
+    For what LeRobot's ``from_pretrained`` has loaded: it leaves a weight that the file does not name at random values.
+    """
+    from safetensors import safe_open
+
+    path = find_file(source, WEIGHTS_NAME)
+    with safe_open(str(path), framework="pt") as file:
+        missing, unexpected = _unlike(module, (name for name in file.keys() if not is_buffer(name)))  # noqa: SIM118
+    if absences := _absences(missing, unexpected):
+        raise _misfit(str(path), absences, unexpected)
+
+
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], *, strict: bool, source: str) -> None:
     """Copy ``tensors`` into ``module``, each rounded to the dtype its parameter has.
 
@@ -98,31 +138,17 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], *, strict: bool,
             False: missing and unexpected ones are logged, as LeRobot does; a wrong shape stays an error.
     """
     state = module.state_dict()
-    shared = _shared_names(module)
-    present = {shared.get(name, name) for name in tensors}
-    missing = sorted(name for name in state if name not in tensors and shared.get(name, name) not in present)
-    unexpected = sorted(name for name in tensors if name not in state)
+    missing, unexpected = _unlike(module, tensors)
     misshapen = [
         f"{name} (file {tuple(tensors[name].shape)}, model {tuple(state[name].shape)})"
         for name in sorted(set(tensors) & set(state))
         if tensors[name].shape != state[name].shape
     ]
-    problems = [f"misshapen: {_listed(misshapen)}"] if misshapen else []
-    absences = [f"missing: {_listed(missing)}"] if missing else []
-    absences += [f"unexpected: {_listed(unexpected)}"] if unexpected else []
-    if problems or (strict and absences):
-        hint = "the checkpoint was made with another configuration (see config.json)"
-        if any(map(is_buffer, unexpected)):
-            hint = (
-                "it dates from before LeRobot 0.4 and its statistics are not whole, so they cannot be taken for the "
-                "processors: remove them from the file, and make its processors of the training data's"
-            )
-        elif any("._orig_mod." in name for name in unexpected):
-            hint = "it was saved from a compiled module, which puts '_orig_mod.' into the names"
+    absences = _absences(missing, unexpected)
+    if misshapen or (strict and absences):
+        problems = [f"misshapen: {_listed(misshapen)}"] if misshapen else []
         lenient = "" if problems else "; strict=False loads what fits and leaves the rest as initialised"
-        raise WeightsError(
-            f"{source} does not fit the model, {'; '.join(problems + absences)}. Probably {hint}", lenient
-        )
+        raise _misfit(source, problems + absences, unexpected, lenient)
     if absences:
         logger.warning("%s does not fit the model exactly, %s", source, "; ".join(absences))
     module.load_state_dict(tensors, strict=False)

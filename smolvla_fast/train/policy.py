@@ -15,7 +15,7 @@ from ..smolvla import SmolVLAPolicy, make_pre_post_processors
 from ..smolvla.hub import is_absent
 from ..smolvla.processor_smolvla import PREPROCESSOR_NAME, not_normalised, unnormalized
 from ..smolvla.processor_steps import RenameObservationsProcessorStep
-from ..smolvla.weights_io import WeightsError
+from ..smolvla.weights_io import WeightsError, check_names
 from .checkpoint import ANOTHER
 from .errors import TrainingError
 from .settings import TrainSettings
@@ -52,6 +52,8 @@ def make_policy(settings: TrainSettings, source: str | Path | None) -> Any:
             adapters = PeftConfig.from_pretrained(str(source))
             base = adapters.base_model_name_or_path
         policy = policy_class(config) if base is None else policy_class.from_pretrained(base, config=config)
+        if base is not None:
+            check_names(policy, base)
         if adapted:
             policy = PeftModel.from_pretrained(policy, str(source), config=adapters, is_trainable=True)
         elif settings.peft:

@@ -109,6 +109,17 @@ def shorten(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def compiled(folder: Path) -> None:
+    """The names of a compiled model, of which LeRobot's loader takes none."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = {
+        name.replace("model.", "model._orig_mod.", 1): each.clone() for name, each in load_file(path).items()
+    }
+    save_file(tensors, path, {"format": "pt"})
+
+
 def without(*names: str) -> Callable[[Path], None]:
     def change(values: dict[str, Any]) -> None:
         for features in ("input_features", "output_features"):
@@ -134,6 +145,7 @@ DAMAGE = {
     "no weights": (file("model.safetensors", None), "model.safetensors"),
     "truncated weights": (shorten, "cannot load it"),
     "other weights": (file("model.safetensors", b"not weights"), "cannot load it"),
+    "names of a compiled model": (compiled, "puts '_orig_mod.' into the names"),
     "other shapes": (config(lambda values: values.update(max_action_dim=16)), "cannot load it"),
     "another backbone": (config(lambda values: values.update(vlm_model_name="/nowhere")), "cannot load it"),
     "chunk of 0": (config(lambda values: values.update(chunk_size=0, n_action_steps=0)), ""),

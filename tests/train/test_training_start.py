@@ -94,6 +94,21 @@ def test_a_checkpoint_cut_short_is_said(name, bench_top, finished, tmp_path, cap
     assert str(broken) in message and ("copy or download them again" in message or "model" in name)
 
 
+@pytest.mark.parametrize("implementation", ["ours", "lerobot"])
+def test_weights_under_a_compiled_models_names_are_refused(
+    implementation, bench_top, finished, tmp_path, capsys
+):
+    """LeRobot's own loader leaves every weight of such a file at random values."""
+    renamed = shutil.copytree(finished / "checkpoints" / "last" / "pretrained_model", tmp_path / "renamed")
+    path = renamed / "model.safetensors"
+    tensors = {
+        name.replace("model.", "model._orig_mod.", 1): each.clone() for name, each in load_file(path).items()
+    }
+    save_file(tensors, path, {"format": "pt"})
+    flags = (f"--policy.path={renamed}", f"--implementation={implementation}")
+    assert "'_orig_mod.' into the names" in refused(bench_top, tmp_path / "run", capsys, *flags)
+
+
 @pytest.mark.parametrize("names", ["0.3", "robot types"])
 @pytest.mark.parametrize("implementation", ["ours", "lerobot"])
 def test_a_checkpoint_with_statistics_among_its_weights_trains(
