@@ -157,6 +157,9 @@ def _unread_tables(root: Path, folder: str, features: dict[str, Any] | None = No
         except Exception as error:
             yield f"{name} cannot be read ({root_cause(error)}); {AGAIN}"
             continue
+        if not len(table):
+            yield f"{name} holds no rows; {AGAIN}"
+            continue
         for unlike in _unlike(table, features or {}):
             yield f"{name} does not fit {INFO}: {unlike}; mend {INFO}, or {AGAIN}"
 

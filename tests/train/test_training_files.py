@@ -80,12 +80,20 @@ def garbage(path: Path) -> None:
     path.write_bytes(b"\x93garbage" * 100)
 
 
+def no_rows(path: Path) -> None:
+    """A table alone has rows."""
+    if path.suffix == ".parquet":
+        pq.write_table(pq.read_table(path).slice(0, 0), path)
+    else:
+        empty(path)
+
+
 def a_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
 
 
-DAMAGES = [missing, empty, cut_off, garbage, a_folder]
+DAMAGES = [missing, empty, no_rows, cut_off, garbage, a_folder]
 FILES = ["meta/info.json", "meta/stats.json", "meta/tasks.parquet", EPISODES, DATA, FRONT, WRIST]
 
 
@@ -117,7 +125,12 @@ def test_a_video_of_which_bytes_are_missing_is_cut_off(filmed, tmp_path):
 
 @pytest.mark.parametrize(
     ("damage", "way_out"),
-    [(missing, True), (empty, False), (garbage, False)],  # LeRobot reads every table that is there
+    [
+        (missing, True),
+        (empty, False),
+        (no_rows, False),
+        (garbage, False),
+    ],  # LeRobot reads every table that is there
 )
 def test_one_of_several_data_files_is_named_with_its_episodes(
     damage, way_out, bench_top, in_two_files, tmp_path, capsys
