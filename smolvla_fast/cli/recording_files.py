@@ -156,17 +156,19 @@ class _Reader:
             raise CommandError(f"{option}: {error}") from error
         except Exception as error:  # the Hub, datasets, pyarrow and LeRobot each raise their own
             raise CommandError(_not_opened(args, episodes, error)) from error
-        columns = (
-            dataset.hf_dataset.data.column(name).to_pylist() for name in ("episode_index", "frame_index")
-        )
-        self.rows = {place: row for row, place in enumerate(zip(*columns, strict=True))}
+        # By the rows that the metadata declare, which `check_files` has compared with the data: a trimmed episode counts its
+        # frames from another number than 0.
+        self.begins = dataset.meta.episodes["dataset_from_index"]
+        self.rows = {
+            index: row for row, index in enumerate(dataset.hf_dataset.data.column("index").to_pylist())
+        }
         self.frames = Readable(dataset)
 
     def __call__(self, frame: Frame) -> dict[str, Any]:
         from ..train.errors import TrainingError
 
         try:
-            item = self.frames[self.rows[int(frame.episode), frame.number]]
+            item = self.frames[self.rows[self.begins[int(frame.episode)] + frame.number]]
         except TrainingError as error:
             raise CommandError(str(error)) from error
         return {key: value for key, value in item.items() if key.startswith(OBS_PREFIX) or key == "task"}
@@ -189,10 +191,16 @@ def open_folder(args: argparse.Namespace) -> Recorded:
             kind = "a file" if folder.exists() else "no such folder"
             hint = "; the number of frames is --frames" if args.observations.isdigit() else ""
             raise CommandError(f"--observations {args.observations}: {kind}; {accepted}{hint}")
-        subfolders = sorted((path for path in folder.iterdir() if path.is_dir()), key=by_number)
+        subfolders = [path for path in _inside(folder) if path.is_dir()]
         episodes: dict[str, list[Frame]] = {}
+        beside = [path.name for path in _inside(folder) if path.suffix in KINDS and path.is_file()]
+        if subfolders and beside:
+            raise CommandError(
+                f"--observations {args.observations}: {beside[0]} lies beside the subfolder {subfolders[0].name}; {accepted}. "
+                "Move it into a subfolder"
+            )
         for part in subfolders or [folder]:
-            paths = sorted((path for path in part.iterdir() if path.suffix in KINDS), key=by_number)
+            paths = [path for path in _inside(part) if path.suffix in KINDS]
             if not paths:
                 raise CommandError(
                     f"--observations: no observation in {part}; {accepted}. Remove an empty episode"
@@ -205,6 +213,11 @@ def open_folder(args: argparse.Namespace) -> Recorded:
         str(folder), "--observations", episodes, info.get("features", {}), info.get("fps"),
         lambda frames: lambda frame: read_observation(frame.path),
     )  # fmt: skip
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder, by number, without what programs hide there, such as .ipynb_checkpoints."""
+    return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=by_number)
 
 
 def by_number(path: Path) -> tuple[list[str | int], str]:

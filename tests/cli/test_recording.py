@@ -44,6 +44,9 @@ def test_a_folder_of_observations(saved: Path, folder: Path, tmp_path: Path) -> 
     (named / "info.json").write_text(
         json.dumps({"fps": 20, "features": {"action": {"names": {"motors": names}}}})
     )
+    for part in (named, named / "episode_1"):  # what programs leave behind is no observation
+        (part / ".ipynb_checkpoints").mkdir()
+        (part / "._9.npz").write_bytes(b"of a Mac")
     for root, said in (
         (folder, {"dataset units"}),
         (named, {"degrees", "dataset units", "mm", "radians", "%"}),
@@ -61,6 +64,15 @@ def test_files_are_in_the_order_of_their_numbers(folder: Path, tmp_path: Path) -
         (tmp_path / name).touch()
     found = open_folder(argparse.Namespace(observations=str(tmp_path))).episodes
     assert [f"{f.path.parent.name}/{f.path.name}" for frames in found.values() for f in frames] == names
+
+
+def test_observations_beside_subfolders_are_refused(
+    saved: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = shutil.copytree(folder, tmp_path / "log")
+    shutil.copy(log / "episode_0" / "1.npz", log / "7.npz")
+    message = refuses(saved, capsys, "--observations", str(log))
+    assert "7.npz lies beside the subfolder episode_0" in message and "Move it into a subfolder" in message
 
 
 def test_a_units_word_is_said_and_never_guessed() -> None:
@@ -119,6 +131,21 @@ def test_only_the_drawn_episodes_are_opened(
     _, found = run(saved, tmp_path / "a.json", "--dataset.root", str(dataset), "--frames", "2")
     drawn = {int(frame["episode"]) for frame in found["tiers"][0]["frames"]}
     assert opened == [sorted(drawn)] and len(drawn) == 2
+
+
+def test_an_episode_may_count_its_frames_from_another_number_than_0(
+    saved: Path, dataset: Path, tmp_path: Path
+) -> None:
+    import pandas as pd
+
+    root = shutil.copytree(dataset, tmp_path / "trimmed")
+    for path in (root / "data").rglob("*.parquet"):
+        table = pd.read_parquet(path)
+        table["frame_index"] += 5 * (table["episode_index"] == 1)
+        table.to_parquet(path)
+    recorded = ("--dataset.root", str(root), "--dataset.episodes", "1", "--frames", "2")
+    status, found = run(saved, tmp_path / "a.json", *recorded)
+    assert status == 0 and found["frames"] == 2 and found["notes"] == []
 
 
 def cut(root: Path) -> None:
