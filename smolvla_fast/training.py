@@ -101,6 +101,11 @@ def train(
         seed_all(None if resume else settings.seed)  # noise must not depend on what the constructors drew
         log = None
         try:
+            if resume and run.step >= settings.steps:
+                raise TrainingError(
+                    f"the run is complete: {resume} is of step {run.step}, and --steps is {settings.steps}; give a larger "
+                    "--steps to go on"
+                )
             if run.place[0] == 0:
                 processes.start_trackers(run.accelerator, run.settings)
                 on_begin(run)

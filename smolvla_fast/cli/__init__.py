@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
+from .. import __version__
 from ..measure.console import CommandError, Console
 
 DEBUG = "SMOLVLA_FAST_DEBUG"
@@ -49,6 +50,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="smolvla-fast", description="Make LeRobot's SmolVLA fast, and prove it right."
     )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, summary in COMMANDS.items():
         # Modules of commands are imported on use: `doctor` must work where LeRobot is missing.
@@ -76,6 +78,12 @@ def _main(argv: Sequence[str] | None) -> int:
     return 2
 
 
+def _at_home(word: str) -> str:
+    """A word with ``~/`` expanded, which shells leave alone in ``--flag=~/folder``. A lone ``~`` is YAML's null."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{equals}{os.path.expanduser(value) if '/' in value else value}"
+
+
 def _run(name: str, rest: list[str]) -> int:
     module = import_module(f".{name}", __name__)
     command = argparse.ArgumentParser(
@@ -85,7 +93,7 @@ def _run(name: str, rest: list[str]) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(command)
-    args, others = command.parse_known_args(rest)
+    args, others = command.parse_known_args(map(_at_home, rest))
     if others and not getattr(module, "PASSES_ON", False):
         flag = others[0].partition("=")[0]
         near = get_close_matches(flag, command._option_string_actions, 1)

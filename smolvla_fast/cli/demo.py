@@ -29,12 +29,13 @@ from ..measure.console import (
     write_json,
 )
 from ..measure.rounds import PeakMemory, as_stock, error, median_stages, summary, threads, timed_ms
-from . import recording, subject
+from . import checkpoint, recording, subject
 from .recording import Recording
 
 logger = logging.getLogger(__name__)
 
 PARTS = (*STAGES, "other")
+NOT_COMPARED = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,16 +57,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
     recorded = recording.open_recording(args, device, 1)
     with threads(args.threads):
         found, chunks, fast_ran = measure(args, device, recorded, console)
+    if not fast_ran:
+        why = found["status"]["last_fallback"]
+        console.line(f"The patched policy ran stock, so nothing was compared: {why}")
+        return NOT_COMPARED
     found.update(error(chunks["fast"], chunks["stock"]))
     show(found, console)
     write_json(args.json, found)
     console.line(f"wrote {args.json}")
     draw("stages", found, args.plot, console)
-    if not fast_ran:
-        console.line(
-            f"The patched policy ran stock, so nothing was compared: {found['status']['last_fallback']}"
-        )
-        return 1
     return 0
 
 
@@ -83,7 +83,7 @@ def measure(
     with console.progress("demo", total) as step:
         step("making the policy" if args.policy_path is None else "loading the policy")
         policy = subject.make_policy(args, device)
-        fault = args.policy_path and subject.unnormalized(args.policy_path, policy.config)
+        fault = args.policy_path and checkpoint.unnormalized(args.policy_path, policy.config)
         if fault:
             logger.warning("%s", fault)
         batch, noise = subject.make_observation(policy, args, args.seed)

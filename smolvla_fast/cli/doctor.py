@@ -170,7 +170,8 @@ def show_plans(found: dict[str, Any], console: Console) -> None:
         console.table(title, ["tier", "backend", "measured", "choices", "file"], rows, left=5)
     else:
         console.line(
-            "no plan for this machine, software and number of threads: `smolvla-fast tune` makes one"
+            "no plan for this machine, software and number of threads: `smolvla-fast tune --policy.path "
+            "FOLDER_OR_HUB_ID` makes one for a policy"
         )
     for plan in found["plans"]:
         if plan["reason"] is not None:

@@ -6,7 +6,6 @@ import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from ..smolvla import SmolVLAConfig, make_pre_post_processors
 from ..smolvla.features import ACTION, OBS_PREFIX, OBS_STATE
 from ..smolvla.hub import is_absent
 from ..smolvla.processor_smolvla import PREPROCESSOR_NAME
-from . import subject
+from . import checkpoint, subject
 from .recording_files import Frame, Recorded, names_of, open_dataset, open_folder
 
 OWN_UNITS = "dataset units"
@@ -193,7 +192,7 @@ def open_recording(args: argparse.Namespace, device: torch.device, count: int) -
     if args.cameras is not None:
         raise CommandError("--cameras is for drawn frames; a recording has the cameras that it has")
     config = read_config(args.policy_path, device)
-    fault = subject.unnormalized(args.policy_path, config)
+    fault = checkpoint.unnormalized(args.policy_path, config)
     if fault:
         raise CommandError(fault)
     preprocess, postprocess = processors(args.policy_path, config)
@@ -223,9 +222,8 @@ def open_recording(args: argparse.Namespace, device: torch.device, count: int) -
 
 
 def read_config(path: str, device: torch.device) -> SmolVLAConfig:
-    folder = Path(path).expanduser()
     try:
-        config = SmolVLAConfig.from_pretrained(str(folder) if folder.is_dir() else path)
+        config = SmolVLAConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
         raise CommandError(f"--policy.path {path}: cannot load it ({error})") from error
     config.device = str(device)
@@ -234,20 +232,17 @@ def read_config(path: str, device: torch.device) -> SmolVLAConfig:
 
 def processors(path: str, config: SmolVLAConfig) -> tuple[Any, Any]:
     """The checkpoint's own: read by LeRobot where its class is used, for it may have steps of somebody else's."""
-    folder = Path(path).expanduser()
-    source = str(folder) if folder.is_dir() else path
     try:
-        if subject.why_not_lerobots() or is_absent(source, f"{PREPROCESSOR_NAME}.json"):
-            return make_pre_post_processors(config, source)
+        if subject.why_not_lerobots() or is_absent(path, f"{PREPROCESSOR_NAME}.json"):
+            return make_pre_post_processors(config, path)
         from lerobot.policies.factory import make_pre_post_processors as lerobots
 
         before = {"device_processor": {"device": config.device}}
-        return lerobots(config, pretrained_path=source, preprocessor_overrides=before)
+        return lerobots(config, pretrained_path=path, preprocessor_overrides=before)
     except Exception as error:  # of files, the tokenizer, and steps that anybody may have registered
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise CommandError(
-            f"--policy.path {path}: cannot read its processors ({reason}); copy or download the checkpoint again"
-        ) from error
+        way = checkpoint.no_backbone(path) or "copy or download the checkpoint again"
+        raise CommandError(f"--policy.path {path}: cannot read its processors ({reason}); {way}") from error
 
 
 def check_fit(

@@ -109,9 +109,8 @@ def open_dataset(args: argparse.Namespace) -> Recorded:
 
 
 def _where(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    root = None if args.root is None else Path(args.root).expanduser()
-    name = args.repo_id or (root.resolve().name if root else "")
-    return name, dict(root=None if root is None else str(root), revision=args.revision)
+    name = args.repo_id or (Path(args.root).resolve().name if args.root else "")
+    return name, dict(root=args.root, revision=args.revision)
 
 
 def _check_episodes(chosen: list[int] | None, meta: Any) -> None:
@@ -182,7 +181,7 @@ def _not_opened(args: argparse.Namespace, episodes: list[int] | None, error: Exc
 
 def open_folder(args: argparse.Namespace) -> Recorded:
     """``--observations FOLDER``: .npz or .pt files by name, 2 before 10, a subfolder an episode. Raises CommandError."""
-    folder = Path(args.observations).expanduser()
+    folder = Path(args.observations)
     accepted = (
         f"accepted is a folder with {' or '.join(KINDS)} files, an observation each, a subfolder an episode"
     )
@@ -196,8 +195,8 @@ def open_folder(args: argparse.Namespace) -> Recorded:
         beside = [path.name for path in _inside(folder) if path.suffix in KINDS and path.is_file()]
         if subfolders and beside:
             raise CommandError(
-                f"--observations {args.observations}: {beside[0]} lies beside the subfolder {subfolders[0].name}; {accepted}. "
-                "Move it into a subfolder"
+                f"--observations {args.observations}: {beside[0]} lies beside the subfolder {subfolders[0].name}; "
+                f"{accepted}. Move it into a subfolder"
             )
         for part in subfolders or [folder]:
             paths = [path for path in _inside(part) if path.suffix in KINDS]

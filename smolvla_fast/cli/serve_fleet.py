@@ -6,7 +6,8 @@ import argparse
 from typing import Any, NoReturn
 
 from ..measure.console import CommandError, Console
-from .subject import check_checkpoint, positive, seed, up_to
+from . import checkpoint
+from .subject import positive, seed, up_to
 
 FLAGS = (
     ("--policy.path", str, "what all clients are served and have to ask for: a folder or a Hub id"),
@@ -38,7 +39,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     if args.fleet:
         if "--policy.path" not in flags:
             raise CommandError("--fleet: no --policy.path; give the one policy that all clients are served")
-        check_checkpoint(flags["--policy.path"])
+        checkpoint.check(flags["--policy.path"])
     return flags
 
 

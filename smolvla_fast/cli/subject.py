@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +17,8 @@ from ..measure.console import CommandError, Console
 from ..model.precision import TIERS, resolve_tier
 from ..ops.select import BACKENDS, select
 from ..patching.settings import disabled
-from ..smolvla.features import ACTION, OBS_STATE
-from ..smolvla.hub import CONFIG_NAME, find_file
-from ..smolvla.weights_io import WeightsError, check_names
-
-COUNTS = (
-    "num_steps", "chunk_size", "n_action_steps", "max_state_dim", "max_action_dim", "tokenizer_max_length",
-)  # fmt: skip
-"""Fields of config.json that must be above 0."""
+from ..smolvla.hub import CONFIG_NAME
+from . import checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,65 +116,8 @@ def check(args: argparse.Namespace, precisions: Sequence[str] = ()) -> torch.dev
             raise CommandError(
                 "--layout mixed is for made policies; a checkpoint keeps the dtypes it loads with"
             )
-        check_checkpoint(args.policy_path)
+        checkpoint.check(args.policy_path)
     return device
-
-
-def check_checkpoint(path: str) -> None:
-    """CommandError unless ``config.json`` is of a SmolVLA checkpoint that can compute, before weights are read."""
-    advice = "give the folder of a saved SmolVLA policy or a Hub id such as lerobot/smolvla_base"
-    folder = Path(path).expanduser()
-    try:
-        if not path:
-            raise CommandError(f"--policy.path is empty; {advice}")
-        if not folder.exists() and (path.startswith((".", "~", os.sep)) or path.count("/") != 1):
-            raise CommandError(f"--policy.path {path}: no such folder; {advice}")
-        if folder.is_file():
-            raise CommandError(f"--policy.path {path}: a file; {advice}")
-        if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
-            raise CommandError(f"--policy.path {path}: no {CONFIG_NAME} in it; {advice}")
-        config = json.loads(find_file(folder if folder.is_dir() else path, CONFIG_NAME).read_bytes())
-        kind = config.get("type") if isinstance(config, dict) else type(config).__name__
-        if kind != "smolvla":
-            raise CommandError(
-                f"--policy.path {path}: {CONFIG_NAME} is of {kind!r}, not of 'smolvla'; {advice}"
-            )
-        inputs, outputs = config.get("input_features") or {}, config.get("output_features") or {}
-        cameras = [
-            key
-            for key, feature in inputs.items()
-            if feature["type"] == "VISUAL" and "empty_camera" not in key
-        ]
-        kinds = {key: feature["type"] for key, feature in (*inputs.items(), *outputs.items())}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise CommandError(f"--policy.path {path}: cannot read {CONFIG_NAME} ({error}); {advice}") from error
-    own = ((OBS_STATE, "STATE", inputs), (ACTION, "ACTION", outputs))
-    missing = [
-        name if name not in declared else f"{name} of type {kind}"
-        for name, kind, declared in own
-        if name not in declared or kinds[name] != kind
-    ]
-    missing += [] if cameras else ["a camera, of type VISUAL and not an empty one,"]
-    if missing:
-        raise CommandError(
-            f"--policy.path {path}: {CONFIG_NAME} declares no {' and no '.join(missing)}, which SmolVLA computes with; it "
-            f"declares {kinds}. Train it on a dataset, or fill input_features and output_features"
-        )
-    for field, features in (("input_features", inputs), ("output_features", outputs)):
-        for key in (*cameras, OBS_STATE, ACTION):
-            shape, camera = features[key].get("shape") if key in features else [1], key in cameras
-            whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
-            if key in features and not (whole and (len(shape) == 3 if camera else shape)):
-                accepted = "[channels, height, width]" if camera else "[n]"
-                raise CommandError(
-                    f"--policy.path {path}: {CONFIG_NAME}: {field}[{key!r}] has the shape {shape}; accepted is {accepted}, "
-                    "whole numbers above 0"
-                )
-    for name in COUNTS:
-        if name in config and not (type(config[name]) is int and config[name] > 0):
-            raise CommandError(
-                f"--policy.path {path}: {CONFIG_NAME}: {name} is {config[name]!r}; accepted is a whole number above 0"
-            )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -209,7 +144,11 @@ def resolve_device(name: str) -> torch.device:
 def make_policy(args: argparse.Namespace, device: torch.device) -> Any:
     """The policy of the arguments, in eval mode on the device: of LeRobot's class where that is installed."""
     if args.policy_path is not None:
-        policy = _load(args.policy_path, device)
+        if why_not_lerobots():
+            from ..smolvla import SmolVLAPolicy
+        else:
+            from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy  # type: ignore[no-redef]
+        policy = checkpoint.load(args.policy_path, device, SmolVLAPolicy)
         if args.layout == "fp32":
             policy.float()
     else:
@@ -223,59 +162,6 @@ def make_policy(args: argparse.Namespace, device: torch.device) -> Any:
     if args.steps is not None:
         policy.config.num_steps = args.steps
     return policy
-
-
-def _load(path: str, device: torch.device) -> Any:
-    if why_not_lerobots():
-        from ..smolvla import SmolVLAPolicy
-    else:
-        from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy  # type: ignore[no-redef]
-
-    folder = Path(path).expanduser()
-    source = str(folder) if folder.is_dir() else path
-    try:
-        policy = SmolVLAPolicy.from_pretrained(source).to(device).eval()
-        check_names(policy, source)
-        return policy
-    except Exception as error:
-        # The Hub, safetensors, draccus and transformers each raise their own.
-        cause = error.__cause__ or error if "instantiate" in str(error) else error
-        reason = " ".join((str(getattr(cause, "what", cause)).strip() or type(cause).__name__).split())
-        reason = reason if isinstance(cause, WeightsError) else reason[:400]
-        raise CommandError(
-            f"--policy.path {path}: cannot load it ({type(cause).__name__}: {reason}); give the folder of a "
-            "saved SmolVLA policy, or a Hub id if this machine can reach the Hub"
-        ) from error
-
-
-SAVE = (
-    "save processors anew with the statistics of the training data (make_pre_post_processors(config, dataset_stats=...) and "
-    "save_pretrained of both)"
-)
-
-
-def unnormalized(path: str, config: Any) -> str | None:
-    """A message naming the features that a checkpoint's processors do not normalise although its configuration says so.
-
-    None where there are none. raises  CommandError for files of processors that cannot be read
-    """
-    from ..smolvla.processor_smolvla import not_normalised, unnormalized_in
-
-    path = str(Path(path).expanduser())
-    try:
-        faults = unnormalized_in(config, path)
-    except (OSError, ValueError) as error:
-        if not Path(path).is_dir() and isinstance(error, OSError):
-            return None  # the Hub cannot be reached, so nothing is known of the processors
-        raise CommandError(
-            f"--policy.path {path}: cannot read its processors: {error}; copy or download the checkpoint again, or {SAVE}"
-        ) from error
-    if not faults:
-        return None
-    return (
-        f"--policy.path {path}: its processors leave a robot's values as they are, {not_normalised(faults)}; {SAVE}, "
-        "or say IDENTITY in normalization_mapping of config.json and of the processors if that is meant"
-    )
 
 
 def make_observation(policy: Any, args: argparse.Namespace, seed: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -300,11 +186,17 @@ def stock_fails(error: Exception) -> CommandError:
     )
 
 
-def describe(policy: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """The policy that was run, for the head of the figures."""
+def count_dtypes(policy: Any) -> Counter[str]:
+    """How many parameters have which dtype."""
     dtypes = Counter[str]()
     for parameter in policy.parameters():
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return dtypes
+
+
+def describe(policy: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The policy that was run, for the head of the figures."""
+    dtypes = count_dtypes(policy)
     return {
         "source": args.policy_path or f"{args.size} size, random weights, seed {args.seed}",
         "whose": "smolvla_fast" if why_not_lerobots() else "lerobot",

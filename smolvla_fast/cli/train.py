@@ -24,6 +24,7 @@ from ..train.flags import LEROBOTS, SETTINGS, read_settings
 from ..train.log import Window, read_log
 from ..train.settings import CHOICES, GROUPS, TrainSettings, accepted, shown
 from ..training import Run, train
+from .subject import count_dtypes
 
 NOTES = {
     "resume": "go on from the last checkpoint of --output_dir, or from that of --config_path",
@@ -83,13 +84,14 @@ class Progress:
 
     def begin(self, run: Run) -> None:
         held_out, steps = run.data.held_out, self.settings.steps
-        total = sum(p.numel() for p in run.policy.parameters())
+        dtypes = count_dtypes(run.policy)
+        weights = ", ".join(f"{count:,} {name}" for name, count in dtypes.items())
         trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
         self.console.line(
             f"{len(run.data.train):,} frames of {run.data.train.num_episodes} episodes"
             + (f", {len(held_out):,} frames of {held_out.num_episodes} episodes held out" if held_out else "")
-            + f"; {total:,} parameters, {trained:,} of them trained, on {self.settings.policy.device} in "
-            f"{'bf16 autocast' if self.settings.bf16 else 'fp32'}, {run.path}"
+            + f"; {sum(dtypes.values()):,} parameters ({weights}), {trained:,} of them trained, on "
+            f"{self.settings.policy.device}{' under bf16 autocast' if self.settings.bf16 else ''}, {run.path}"
         )
         self.console.line(
             f"steps {run.step + 1} to {steps}, {run.samples} samples each, "

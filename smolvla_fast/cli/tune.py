@@ -89,7 +89,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.line("no plan was written: --dry-run")
     else:
         count = counted(written["threads"], "thread")
-        console.line(f"wrote {path}, which patch(policy) uses from now on where torch runs {count}")
+        dtypes = " and ".join(written["policy"]["dtypes"])
+        console.line(
+            f"wrote {path}, which patch(policy) uses from now on for a policy of these shapes in {dtypes}, where torch runs "
+            f"{count}"
+        )
     console.line(found.verdict())
     return 0
 

@@ -33,7 +33,7 @@ from ..measure.page import NO_PAGE, write_page
 from ..measure.rounds import as_stock, threads
 from ..testing.policies import make_noise
 from ..verify import Comparison, StockServed, compare, passed_together, rel_l2, stock_in_fp32
-from . import recording, subject, verify_report
+from . import checkpoint, recording, subject, verify_report
 from .recording import Drawn, Frame, Recording
 
 FRAMES, DRAWN = 200, 2
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with threads(args.threads):
         print("making the policy" if args.policy_path is None else "loading the policy", file=sys.stderr)
         policy = subject.make_policy(args, device)
-        fault = args.policy_path and subject.unnormalized(args.policy_path, policy.config)
+        fault = args.policy_path and checkpoint.unnormalized(args.policy_path, policy.config)
         if fault:
             raise CommandError(fault)
         source = source or Drawn(policy, args, DRAWN)

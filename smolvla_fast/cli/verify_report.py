@@ -43,7 +43,7 @@ def clause(found: Found, tier: Found) -> str:
     if not count:
         return f"was not verified, stock served every frame ({tier['stock_served']['reason']})"
     within, of = tier["within"], counted(count, "frame")
-    frames = f"all {of}" if within == count else f"{within} of {of}"
+    frames = f"{within} of {of}" if within != count else of if count == 1 else f"all {of}"
     if not any(each["max"] for each in tier["joints"]):
         moved = "every bit is stock's"
     else:

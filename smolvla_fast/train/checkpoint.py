@@ -162,13 +162,17 @@ def load_state(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
-    """``run.json``. TrainingError where it is missing, as in LeRobot's own checkpoints."""
+    """``run.json``. TrainingError where it is missing, as in LeRobot's own checkpoints, or holds no settings."""
     path = checkpoint / STATE / RUN
     try:
-        return _read(path)
-    except (OSError, ValueError) as error:
+        facts = _read(path)
+        if not isinstance(facts["settings"]["policy"], dict):
+            raise ValueError("its policy is no object")
+        return facts
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        cause = f"it has no {error}" if isinstance(error, KeyError) else error
         raise TrainingError(
-            f"{path} cannot be read ({error}), so this run's settings are unknown. From a checkpoint of LeRobot's begin a "
+            f"{path} cannot be read ({cause}), so this run's settings are unknown. From a checkpoint of LeRobot's begin a "
             f"new run, with --policy.path={checkpoint / PRETRAINED} and a new --output_dir"
         ) from error
 

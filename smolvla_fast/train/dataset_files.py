@@ -54,7 +54,7 @@ def not_opened(repo_id: str, root: str | None, episodes: list[int] | None, error
     """The message for a dataset that LeRobot cannot open: the first fault of its files, or ``error``, and what to do."""
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
-    folder, fault = Path(root or HF_LEROBOT_HOME / repo_id).expanduser(), root_cause(error)
+    folder, fault = Path(root or HF_LEROBOT_HOME / repo_id), root_cause(error)
     # LeRobot asks the Hub for a missing file, so its own error may be one of the network.
     if root or folder.is_dir():
         try:

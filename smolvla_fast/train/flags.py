@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
@@ -77,8 +78,9 @@ def read_settings(given: dict[str, str]) -> tuple[TrainSettings, Path | None]:
     elif not str(source):
         raise TrainingError("--policy.path is empty: give a folder or Hub id; without it, weights are fresh")
     else:
+        source = os.path.expanduser(str(source))
         try:
-            base = SmolVLAConfig.from_pretrained(str(source)).to_dict()
+            base = SmolVLAConfig.from_pretrained(source).to_dict()
         except (OSError, ValueError, NotImplementedError) as error:
             raise TrainingError(f"--policy.path={source}: {error}") from error
     merged["policy"] = {**merge({}, base, policy), "push_to_hub": False, "pretrained_path": source}

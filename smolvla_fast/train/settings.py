@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import operator
+import os
 import re
 import typing
 from collections.abc import Callable, Container, Sequence
@@ -172,9 +173,9 @@ class TrainSettings:
     peft: AdapterSettings | None = None
 
     def __post_init__(self) -> None:
-        self.output_dir = Path(self.output_dir)
+        self.output_dir = Path(os.path.expanduser(self.output_dir))
         if self.image_cache_dir:  # a resumed run may be started elsewhere
-            self.image_cache_dir = str(Path(self.image_cache_dir).expanduser().absolute())
+            self.image_cache_dir = os.path.abspath(os.path.expanduser(self.image_cache_dir))
         self.fast = {"True": "on", "False": "off"}.get(self.fast, self.fast)  # as YAML reads these words
         # LeRobot's default is the integer 10, and draccus reads it back as 10.0: a resumed run must write the same file.
         self.policy.optimizer_grad_clip_norm = float(self.policy.optimizer_grad_clip_norm)
@@ -183,6 +184,8 @@ class TrainSettings:
                 check_kinds(part)
             except ValueError as error:
                 raise TrainingError(f"--{prefix}{error}") from error
+        if self.dataset.root:
+            self.dataset.root = os.path.expanduser(self.dataset.root)
         for name in ("log_freq", "save_freq", "eval_steps", "max_eval_samples"):
             setattr(self, name, max(0, getattr(self, name)))  # below 0 is 0, as in LeRobot
         for name, (accepts, words) in RULES.items():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.recordings import no_pictures
 
+import smolvla_fast
 from smolvla_fast.cli import main
 from smolvla_fast.measure.console import Console
 from smolvla_fast.model.precision import TIERS
@@ -183,8 +184,10 @@ def test_demo_says_when_the_fast_path_did_not_run(
 ) -> None:
     monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
     files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
-    assert main(["demo", *TINY, "--rounds", "1", *files]) == 1
-    assert "SMOLVLA_FAST_DISABLE" in capsys.readouterr().out
+    assert main(["demo", *TINY, "--rounds", "1", *files]) == 3
+    out = capsys.readouterr().out
+    assert "nothing was compared: SMOLVLA_FAST_DISABLE is set" in out and "ratio" not in out
+    assert not (tmp_path / "a.json").exists()
 
 
 def test_demo_without_rich_and_matplotlib(
@@ -336,6 +339,12 @@ def test_refuses_a_file_it_cannot_write_before_any_work(
         assert any(word in error for word in reason.split("|"))
     assert not started
     assert {path.name for path in tmp_path.iterdir()} == {"file"}, "looking at a path leaves no file behind"
+
+
+def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"{smolvla_fast.__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [["dance"], []])

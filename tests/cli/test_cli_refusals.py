@@ -147,6 +147,10 @@ DAMAGE = {
     "other weights": (file("model.safetensors", b"not weights"), "cannot load it"),
     "names of a compiled model": (compiled, "puts '_orig_mod.' into the names"),
     "other shapes": (config(lambda values: values.update(max_action_dim=16)), "cannot load it"),
+    "a backbone that was not downloaded": (
+        config(lambda values: values.update(vlm_model_name="owner/no-backbone")),
+        "owner/no-backbone, vlm_model_name of config.json, is not on this machine: where the Hub can be reached, run `hf ",
+    ),
     "another backbone": (config(lambda values: values.update(vlm_model_name="/nowhere")), "cannot load it"),
     "chunk of 0": (config(lambda values: values.update(chunk_size=0, n_action_steps=0)), ""),
     "more steps than a chunk": (config(lambda values: values.update(n_action_steps=99)), "cannot load it"),

@@ -57,6 +57,19 @@ def test_a_folder_of_observations(saved: Path, folder: Path, tmp_path: Path) -> 
     assert [joint["name"] for joint in found["joints"]] == names and found["fps"] == 20
 
 
+def test_a_home_folder_is_expanded(
+    saved: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In ``--flag=~/folder`` a shell does not."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name, place in (("policy", saved), ("log", folder)):
+        (tmp_path / name).symlink_to(place)
+    words = ["--policy.path=~/policy", "--observations=~/log", "--json=~/a.json", "--frames=1", "--threads=1"]
+    assert main(["verify", *words]) == 0
+    assert (tmp_path / "a.json").is_file() and not (tmp_path / "~").exists()
+
+
 def test_files_are_in_the_order_of_their_numbers(folder: Path, tmp_path: Path) -> None:
     names = ["episode_2/frame2.pt", "episode_2/frame10.pt", "episode_10/9.npz", "episode_10/a.npz"]
     for name in reversed(names):
@@ -249,6 +262,17 @@ def test_other_names_than_the_policys_are_refused(
     for option, root in (("--dataset.root", dataset), ("--observations", folder)):
         message = refuses(other, capsys, option, str(root))
         assert option in message and f"does not fit the policy: {says}" in message
+
+
+def test_a_tokenizer_that_was_not_downloaded_is_named(
+    saved: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(saved, tmp_path / "other")
+    backbone = json.loads((other / "config.json").read_text())["vlm_model_name"]
+    for path in other.glob("*.json"):
+        path.write_text(path.read_text().replace(backbone, "owner/no-backbone"))
+    message = refuses(other, capsys, "--observations", str(folder))
+    assert "run `hf download owner/no-backbone --include '*.json'`" in message and "again" not in message
 
 
 def test_a_policy_without_statistics_is_refused(

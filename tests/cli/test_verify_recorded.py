@@ -221,7 +221,7 @@ def test_chunks_that_stock_serves_are_counted_apart(
     assert status == 0 and len(found["tiers"][0]["frames"]) == 1
     assert found["tiers"][0]["stock_served"]["frames"] == 3
     assert found["verdict"].startswith("Passed on 1 of 4 frames drawn: ")
-    assert "(stock served 3 frames more: " in found["verdict"] and "hook" in found["verdict"]
+    assert "on 1 frame (stock served 3 frames more: " in found["verdict"] and "hook" in found["verdict"]
     monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
     assert main(["verify", "--policy.path", str(saved), "--observations", str(folder)]) == 2
     assert "nothing to verify: SMOLVLA_FAST_DISABLE is set" in capsys.readouterr().err

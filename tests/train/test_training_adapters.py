@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -70,6 +71,22 @@ def chunk_by_lerobot(folder):
     inner = getattr(policy, "get_base_model", lambda: policy)()
     with torch.no_grad():
         return inner.predict_action_chunk(make_observation(inner), noise=make_noise(inner))
+
+
+def test_verify_says_how_to_merge_adapters(bench_top, finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(adapted(bench_top, finished, tmp_path / "run", "--steps=1"))
+    own = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
+    assert main(["verify", f"--policy.path={own}"]) == 2
+    says, *lines = capsys.readouterr().err.splitlines()
+    assert "adapters of PEFT" in says and "policy_* files to pretrained_model-merged" in says
+    exec("\n".join(line.strip() for line in lines))
+    for path in own.glob("policy_*"):
+        shutil.copy(path, "pretrained_model-merged")
+    assert main(["verify", "--policy.path=pretrained_model-merged", "--frames=1", "--threads=1"]) == 0
+    shutil.copy(own / "train_config.json", "pretrained_model-merged")
+    merged, apart = chunk_by_lerobot(tmp_path / "pretrained_model-merged"), chunk_by_lerobot(own)
+    assert (merged - apart).norm() <= 1e-5 * apart.norm()  # fp32 sums in another order
 
 
 def test_resumed_adapters_end_at_the_same_bits(bench_top, finished, tmp_path):

@@ -300,6 +300,17 @@ def test_a_file_of_settings_is_read_as_lerobot_reads_it(tmp_path: Path) -> None:
         assert says in str(error.value), text
 
 
+def test_a_home_folder_is_expanded_in_a_file(finished, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ckpt").symlink_to(finished / "checkpoints" / "last" / "pretrained_model")
+    (tmp_path / "run.yaml").write_text(
+        "{dataset: {repo_id: x/y, root: ~/data}, policy: {path: ~/ckpt}, output_dir: ~/run}"
+    )
+    settings = read([f"--config_path={tmp_path / 'run.yaml'}"])[0]
+    found = (settings.dataset.root, settings.policy_path, str(settings.output_dir))
+    assert found == tuple(str(tmp_path / name) for name in ("data", "ckpt", "run"))
+
+
 def test_a_train_config_of_lerobot_begins_a_new_run(bench_top, tmp_path: Path) -> None:
     """The file that lerobot-train writes of itself, all its fields in it."""
     from lerobot.configs.train import TrainPipelineConfig

@@ -340,14 +340,31 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(room, begun, finished, tmp_
 
 
 def test_a_broken_checkpoint_is_said(finished, tmp_path, capsys):
-    for broken in ("optimizer_state.safetensors", "scheduler_state.json", "run.json"):
-        folder = tmp_path / broken
+    broken_files = ("optimizer_state.safetensors", "scheduler_state.json", "run.json")
+    cut, foreign = (
+        [(name, None) for name in broken_files],
+        [("run.json", "{}"), ("run.json", '{"settings": 3}')],
+    )
+    for number, (broken, content) in enumerate(cut + foreign):
+        folder = tmp_path / str(number)
         shutil.copytree(finished, folder, symlinks=True)
         path = folder / "checkpoints" / "000004" / "training_state" / broken
-        path.write_bytes(path.read_bytes()[:20])
+        path.write_bytes(content.encode() if content else path.read_bytes()[:20])
         assert resume(folder, "--steps=5") == 2
         message = capsys.readouterr().err
+        assert "did not foresee" not in message
         assert "cannot be re" in message and ("--config_path" in message or "--policy.path" in message)
+
+
+@pytest.mark.parametrize("steps", [4, 3])
+def test_a_complete_run_does_not_go_on(steps, finished, tmp_path, capsys):
+    folder = copy_of(finished, tmp_path)
+    assert resume(folder, f"--steps={steps}") == 2
+    said = capsys.readouterr()
+    assert (
+        "the run is complete: " in said.err and f"step 4, and --steps is {steps}; give a larger" in said.err
+    )
+    assert "steps 5 to" not in said.out
 
 
 def test_a_log_cut_short_by_a_kill_is_mended(finished, tmp_path):
