@@ -33,7 +33,7 @@ from typing import Any
 
 from .patch import patch, unpatch
 from .patching.runtime import Runtime, runtime_of
-from .patching.settings import DISABLE, disabled
+from .patching.settings import DISABLE, disabled, is_on
 
 logger = logging.getLogger("smolvla_fast")
 
@@ -67,7 +67,7 @@ def patch_as_loaded(policy_class: Any) -> None:
 
     @functools.wraps(loss)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self not in _tried and os.environ.get(TRAINING, "0") not in ("", "0"):
+        if self not in _tried and is_on(TRAINING):
             patch_or_stock(self)
         return loss(self, *args, **kwargs)
 
@@ -87,7 +87,7 @@ def patch_or_stock(policy: Any, precision: str | None = None, backend: str | Non
         backend = backend or os.environ.get(BACKEND) or "auto"
         tune = os.environ.get(TUNE) or "cached"
         patch(
-            policy, precision=precision, backend=backend, warmup=_is_one(WARMUP), tune=tune, training=_is_one(TRAINING),
+            policy, precision=precision, backend=backend, warmup=is_on(WARMUP), tune=tune, training=is_on(TRAINING),
             image_cache=_bytes(IMAGE_CACHE),
         )  # fmt: skip
         if disabled():
@@ -101,18 +101,11 @@ def patch_or_stock(policy: Any, precision: str | None = None, backend: str | Non
         return str(error)
 
 
-def _is_one(name: str) -> bool:
-    wish = os.environ.get(name) or "0"
-    if wish not in ("0", "1"):
-        raise ValueError(f"{name}={wish!r}; accepted are 1, and 0 or nothing")
-    return wish == "1"
-
-
 def _bytes(name: str) -> int:
     wish = os.environ.get(name) or "0"
     if not wish.isdecimal():
         raise ValueError(f"{name}={wish!r}; accepted is a number of bytes such as 8000000000")
-    if int(wish) and not _is_one(TRAINING):
+    if int(wish) and not is_on(TRAINING):
         raise ValueError(f"{name}={wish} needs {TRAINING}=1")
     return int(wish)
 

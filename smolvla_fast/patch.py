@@ -84,8 +84,8 @@ def patch(
                of each kind computes stock's chunk and ours, and returns stock's. False: stock runs
     image_cache  bytes for tokens of frozen image frames, which a later step with the same frame looks up; 0: none. For data
                sets that fit into it, 245 KB a frame, and are trained on without random image transforms
-    raises     TypeError for another kind of object, ValueError for an unknown name, RuntimeError for an explicit wish
-               that cannot be met, each naming what is accepted
+    raises     TypeError for another kind of object, ValueError for an unknown name or another batch, RuntimeError for an
+               explicit wish that cannot be met, each naming what is accepted
     Patching again only changes the settings. ``unpatch`` undoes all of it.
     """
     found = find_policy(policy)
@@ -96,7 +96,7 @@ def patch(
         raise TypeError(
             f"warmup={warmup!r}; accepted are True, False, None and a batch as predict_action_chunk takes it"
         )
-    if image_cache < 0 or (image_cache and not training):
+    if type(image_cache) is not int or image_cache < 0 or (image_cache and not training):
         raise ValueError(
             f"image_cache={image_cache!r}; accepted are bytes, 0 or more, together with training=True"
         )

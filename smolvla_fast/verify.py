@@ -12,9 +12,12 @@ from torch import Tensor
 from .inference import Engine
 from .measure.rounding import FP32_BOUND as FP32_BOUND
 from .patch import engine_of, find_policy, status
+from .patching.chunk_forward import Accelerated
 from .patching.inputs import chunk_inputs
 from .patching.judge import SCATTER as SCATTER
 from .patching.judge import Judgement, Stock, cosine, in_fp32, rel_l2
+from .patching.runtime import runtime_of
+from .patching.untried import Untried
 
 FAR = 2.0
 """How many times the bound of bf16 a frame of many may reach: three times stock's own loss."""
@@ -138,10 +141,15 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
              batch or noise
     """
     found = find_policy(policy)
-    now = status(policy)
+    model, now = found.model, status(policy)
     if not now.active:
-        raise RuntimeError(f"nothing to verify: {now.last_fallback}; call smolvla_fast.patch(policy) first")
-    model = found.model
+        advice = "; call smolvla_fast.patch(policy) first"
+        if isinstance(model, Accelerated):
+            waits = isinstance(runtime_of(model).look(model)[1], Untried) and not now.trials
+            advice = (
+                ": compute a chunk first, or call smolvla_fast.patch(policy, warmup=True)" if waits else ""
+            )
+        raise RuntimeError(f"nothing to verify: {now.last_fallback}{advice}")
     served = engine_of(model)
     tier = served.tier
     shape = (model.config.chunk_size, model.config.max_action_dim)

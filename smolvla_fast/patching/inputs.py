@@ -11,7 +11,7 @@ from .call_rules import Call
 
 Inputs = tuple[Any, Any, Tensor, Tensor, Tensor]
 """images, image masks, tokens, token masks, state"""
-TOKENS = ("observation.language.tokens", "observation.language.attention_mask")
+STATE, TOKENS = "observation.state", ("observation.language.tokens", "observation.language.attention_mask")
 
 
 def chunk_inputs(policy: Any, batch: dict[str, Any]) -> Inputs:
@@ -19,9 +19,15 @@ def chunk_inputs(policy: Any, batch: dict[str, Any]) -> Inputs:
 
     raises  ValueError for a batch that no preprocessor of the policy's has made
     """
-    missing = [name for name in TOKENS if name not in batch]
+    accepted = "accepted is what the policy's preprocessor returns"
+    missing = [name for name in (STATE, *TOKENS) if name not in batch]
     if missing:
-        raise ValueError(f"batch has no {missing[0]!r}; accepted is what the policy's preprocessor returns")
+        raise ValueError(f"batch has no {missing[0]!r}; {accepted}")
+    shape, rows = tuple(batch[STATE].shape), len(batch[TOKENS[0]])
+    if len(shape) not in (2, 3) or shape[0] != rows:
+        raise ValueError(
+            f"{STATE!r} has the shape {shape}, and {TOKENS[0]!r} is for {rows}; {accepted}: a state [{rows}, n]"
+        )
     batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
     batch = policy._prepare_batch(batch)
     images, image_masks = policy.prepare_images(batch)

@@ -91,6 +91,27 @@ class Status:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def __str__(self) -> str:
+        """What there is to say, in a few lines; the representation has every field."""
+        why = f", the last for: {self.last_fallback}" if self.last_fallback else ""
+        lines = [
+            f"on: {self.precision} by {self.backend}" if self.active else f"stock runs: {self.last_fallback}",
+            f"chunks: {self.calls_fast} by the engine, {self.calls_stock} by stock{why if self.calls_stock else ''}",
+        ]
+        if self.plan:
+            lines.append(self.plan)
+        if self.training_fast or self.training_stock:
+            why = f", the last for: {self.training_fallback}" if self.training_stock else ""
+            lines.append(
+                f"losses: {self.training_fast} by the fast path, {self.training_stock} by stock{why}"
+            )
+        if self.extra_bytes:
+            lines.append(
+                f"memory beside the policy: {self.extra_bytes / 2**20:,.1f} MiB, graphs: {self.graphs}"
+            )
+        lines += [f"without {name}: {reason}" for name, reason in self.fallback_reasons.items()]
+        return "\n".join(lines + [f"trial of {kind}: {found}" for kind, found in self.trials.items()])
+
 
 class SlowerThanStock(str):
     """A reason that is no fault: what was measured on this machine."""

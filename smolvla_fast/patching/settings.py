@@ -27,8 +27,13 @@ class Settings:
     """Whether what is unread or untried may be tried."""
 
 
+def is_on(name: str) -> bool:
+    """Whether a variable of the environment is set to anything but a no."""
+    return os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off")
+
+
 def disabled() -> bool:
-    return os.environ.get(DISABLE, "").lower() not in ("", "0", "false", "no", "off")
+    return is_on(DISABLE)
 
 
 _stock: ContextVar[bool] = ContextVar("smolvla_fast_stock_layers", default=False)

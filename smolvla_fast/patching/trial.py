@@ -60,7 +60,9 @@ class Kind(NamedTuple):
             f"{self.cameras} camera{'s' * (self.cameras != 1)}"
             + (f" (number {', '.join(missing)} masked)" if missing else ""),
             _language(*self.language),
-            "unguided" if self.guidance is None else "guided " + " ".join(map(str, self.guidance[:-1])),
+            "unguided"
+            if self.guidance is None
+            else "guided " + " ".join(each for each in self.guidance if isinstance(each, str)),
         ]
         return ", ".join(parts)
 

@@ -6,10 +6,9 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..measure.rounds import synchronize
-from .inputs import made_inputs, made_noise
+from .inputs import chunk_inputs, made_inputs, made_noise
 from .rtc import guidance_reason, guided
 from .served import uncounted
 
@@ -36,13 +35,9 @@ def warm_up(policy: Any, example: Any) -> None:
 def _one(policy: Any, example: Any, kwargs: dict[str, Any]) -> None:
     """One chunk of an example batch, or of drawn numbers where it is True."""
     model = policy.model
-    if example is True:
-        with torch.no_grad():
-            model.sample_actions(*made_inputs(model), noise=made_noise(model), **kwargs)
-    else:
-        batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in example.items()}
-        noise = made_noise(model, len(batch["observation.state"]))
-        policy.predict_action_chunk(batch, noise=noise, **kwargs)
+    with torch.no_grad():
+        inputs = made_inputs(model) if example is True else chunk_inputs(policy, example)
+        model.sample_actions(*inputs, noise=made_noise(model, len(inputs[-1])), **kwargs)
 
 
 def took(device: torch.device, started: float, checked: float) -> str:

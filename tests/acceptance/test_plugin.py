@@ -236,7 +236,10 @@ def test_the_environment_chooses(
     with caplog.at_level(logging.INFO, "smolvla_fast"):
         checkpoint.load()
         assert "warm-up" not in caplog.text
-        monkeypatch.setenv(auto_patch.WARMUP, "1")
+        monkeypatch.setenv(auto_patch.WARMUP, "no")
+        checkpoint.load()
+        assert "warm-up" not in caplog.text
+        monkeypatch.setenv(auto_patch.WARMUP, "true")
         checkpoint.load()
         assert "; warm-up " in caplog.text
     monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
@@ -262,7 +265,7 @@ def test_a_fault_gives_stock_and_one_warning(
     elif fault == "unknown plan":
         monkeypatch.setenv(auto_patch.TUNE, "maybe")
     elif fault == "unknown wish":
-        monkeypatch.setenv(auto_patch.WARMUP, "perhaps")
+        monkeypatch.setenv(auto_patch.IMAGE_CACHE, "8GB")
     elif fault == "patching raises":
         monkeypatch.setattr(auto_patch, "patch", broken)
     else:

@@ -175,10 +175,24 @@ def test_another_warmup_is_named_and_changes_nothing(policy: Any, warmup: Any) -
 def test_a_failing_warmup_leaves_an_earlier_patch(policy: Any, observation: Any, noise: Tensor) -> None:
     smolvla_fast.patch(policy, precision="exact")
     chunk(policy, observation, noise)
-    with pytest.raises(KeyError):
-        smolvla_fast.patch(policy, precision="fp32", warmup={})
+    raw = {**observation, "observation.state": observation["observation.state"][0]}
+    for batch, says in (({}, "no 'observation.state'"), (raw, r"'observation.state' has the shape \(")):
+        with pytest.raises(ValueError, match=f"{says}.*what the policy's preprocessor returns"):
+            smolvla_fast.patch(policy, precision="fp32", warmup=batch)
     now = smolvla_fast.status(policy)
     assert (now.active, now.precision, now.calls_fast) == (True, "exact", 1)
+
+
+def test_a_status_is_printed_in_a_few_lines(policy: Any, observation: Any, noise: Tensor) -> None:
+    assert str(smolvla_fast.status(policy)).startswith("stock runs: the policy is not patched\nchunks: 0 by")
+    smolvla_fast.patch(policy, precision="fp32")
+    chunk(policy, observation, noise)
+    on, chunks, *rest = str(smolvla_fast.status(policy)).splitlines()
+    assert on == f"on: fp32 by {smolvla_fast.status(policy).backend}" and len(rest) <= 4
+    assert chunks == "chunks: 1 by the engine, 0 by stock"
+    with torch.autocast("cpu"):
+        chunk(policy, observation, noise)
+    assert "1 by stock, the last for: " in str(smolvla_fast.status(policy))
 
 
 def test_warming_up_again_keeps_the_counters(policy: Any, observation: Any, noise: Tensor) -> None:

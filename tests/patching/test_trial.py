@@ -362,8 +362,15 @@ def test_what_was_forgotten_meanwhile_is_not_remembered(
 def test_a_warm_up_performs_the_trial(tmp_path: Path) -> None:
     """On numbers that differ: zeros would hide a fault."""
     good = under(next_release(tmp_path, *HARMLESS["a statement more"]), fresh())
+    smolvla_fast.patch(good, precision="fp32")
+    with pytest.raises(
+        RuntimeError, match=r"is a trial: compute a chunk first, or .*patch\(policy, warmup=True"
+    ):
+        smolvla_fast.verify(good, make_observation(good))
     smolvla_fast.patch(good, precision="fp32", warmup=True)
     now = smolvla_fast.status(good)
+    plain, guided = now.trials
+    assert "frozenset" not in plain + guided and guided.endswith("2 dimensions padded width")
     assert now.active and len(now.trials) == 2 and (now.calls_fast, now.calls_stock) == (0, 0)
     answer(length=good.config.tokenizer_max_length, task="x" * (good.config.tokenizer_max_length - 1))(good)
     assert smolvla_fast.status(good).calls_fast == 1

@@ -500,10 +500,10 @@ def test_tokens_of_another_dtype_are_others(policy: Any, monkeypatch: pytest.Mon
 
 
 def test_an_image_cache_where_it_cannot_serve(policy: Any) -> None:
-    with pytest.raises(
-        ValueError, match="image_cache=1024; accepted are bytes, 0 or more, together with training=True"
-    ):
-        smolvla_fast.patch(policy, image_cache=1024)
+    for wish, training in ((1024, False), ("8GB", True), (None, True)):
+        said = f"image_cache={wish!r}; accepted are bytes, 0 or more, together with training=True"
+        with pytest.raises(ValueError, match=said):
+            smolvla_fast.patch(policy, image_cache=wish, training=training)
     learning = make_policy("tiny", **ALL).train()
     smolvla_fast.patch(learning, training=True, image_cache=2**20)
     step(learning, make_batch(learning))
