@@ -62,6 +62,16 @@ def check(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tens
         raise ValueError(f"{op}: {name} is on {tensor.device}, the other tensors on {like.device}")
 
 
+def refuse_graph(op: str) -> None:
+    """Raise RuntimeError in a backward whose results ought to have a gradient again. ``once_differentiable`` would let it
+    pass where the gradient that comes in has no graph."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: a gradient with create_graph=True; accepted is create_graph=False, for the gradient has none again. "
+            "smolvla_fast.unpatch(policy) gives stock, which has"
+        )
+
+
 def parts(
     op: str, name: str, weight: Any, shape: tuple[int, ...], like: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check
+from .common import check, refuse_graph
 
 BLOCK = 1024
 
@@ -81,6 +81,7 @@ class _FlowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph("flow_loss")
         (grad,) = grads
         v, actions, noise = ctx.saved_tensors
         to_v = torch.empty_like(v)

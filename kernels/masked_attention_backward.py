@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tuning import attention_backward_tile
-from .common import capability, check
+from .common import capability, check, refuse_graph
 from .masked_attention import LOWEST, TYPES, masked_attention
 from .tuning import fp32_precision, head_block
 
@@ -225,10 +225,10 @@ def masked_attention_backward(
     batch, tokens, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group, shape = heads // kv_heads, (batch, tokens, heads * head_dim)
+    # The kernels find both at one place; the gradient of a sum is one number with strides of 0.
+    out, grad = out.contiguous(), grad.contiguous()
     check("masked_attention_backward", "out", out, shape, like=q)
     check("masked_attention_backward", "grad", grad, shape, like=q)
-    # The kernels find both at one place.
-    out, grad = out.contiguous(), grad.contiguous()
     dq = torch.empty(batch, tokens, heads, head_dim, dtype=q.dtype, device=q.device)
     dk = torch.empty(batch, keys, kv_heads, head_dim, dtype=k.dtype, device=q.device)
     dv = torch.empty(batch, keys, kv_heads, head_dim, dtype=v.dtype, device=q.device)
@@ -268,6 +268,7 @@ class _AttentionWithGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph("masked_attention")
         q, k, v, mask, out = ctx.saved_tensors
         return (*masked_attention_backward(q, k, v, mask, out, grads[0]), None)
 

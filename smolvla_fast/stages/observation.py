@@ -72,13 +72,14 @@ def prepare_images(ops: Ops, frames: Sequence[Tensor], side: int, together: bool
     """Images of the vision tower's size in groups of equal cameras: one group each, or all in one.
 
     frames   one a camera, as in ``Observation``
-    returns  groups of [n·B, 3, side, side] in [-1, 1]
+    returns  groups of [n·B, 3, side, side] in [-1, 1], contiguous where in one; else as they lie, for stock's convolution
+             computes channels-last frames in another order
     """
     images = [
         ops.image_prep(each, side, side, torch.float32) if each.dtype is torch.uint8 else each
         for each in frames
     ]
-    return [torch.cat(images)] if together and images else images
+    return [torch.cat(images).contiguous()] if together and images else images
 
 
 def _trims(device: torch.device) -> bool:

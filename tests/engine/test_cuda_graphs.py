@@ -43,6 +43,17 @@ def test_a_replay_has_the_bits_of_a_plain_run(precision: str, layout: str) -> No
     assert pair.status.calls_fast == 3 and pair.status.graphs == 1 and pair.status.graph_nodes > 100
 
 
+@LEROBOT_FIRST
+def test_channels_last_frames_have_a_graph_of_their_own() -> None:
+    """Stock convolves them in another order, whose bits ``exact`` owes."""
+    pair = Captured()
+    given, noise = make_observation(pair.plain), make_noise(pair.plain)
+    frames = {name: x.to(memory_format=torch.channels_last) for name, x in given.items() if x.ndim == 4}
+    for each in (given, given | frames, given):
+        assert torch.equal(chunk(pair.policy, each, noise), chunk(pair.plain, each, noise))
+    assert (pair.driver.captures, pair.driver.replays) == (2, 3)
+
+
 def _edit(policy: Any) -> Any:
     return policy.model.vlm_with_expert.lm_expert.layers[1].mlp.up_proj
 

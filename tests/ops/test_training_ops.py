@@ -110,6 +110,16 @@ def test_flow_refuses_what_it_cannot_do() -> None:
         flow_module.flow_point(x, x, torch.zeros(3, device=DEVICE))
 
 
+def test_a_gradient_penalty_is_refused() -> None:
+    """The gradient of a gradient would leave out whatever comes through these."""
+    x = torch.ones(1, 2, 1, 8, device=DEVICE, requires_grad=True)
+    mask = torch.ones(1, 2, 2, device=DEVICE, dtype=torch.bool)
+    for out in (attention_module.attention_with_grad(x, x, x, mask), flow_module.flow_loss(x[0], x[0], x[0])):
+        with pytest.raises(RuntimeError, match="accepted is create_graph=False"):
+            torch.autograd.grad(out.sum(), x, create_graph=True)
+        torch.autograd.grad(out.sum(), x)
+
+
 def attention_inputs(
     case: dict[str, int], dtype: torch.dtype, blind: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:

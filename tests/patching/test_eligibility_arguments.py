@@ -141,6 +141,7 @@ TENSORS: dict[str, Callable[[Tensor], Any]] = {
     "shorter": lambda x: x[:, :-1] if x.ndim > 1 else x,
     "wider": lambda x: torch.cat([x, x], -1),
     "empty": lambda x: x[..., :0],
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x,
     "transposed": lambda x: x.transpose(0, -1),
     "expanded": lambda x: x[:1].expand_as(x),
 }  # fmt: skip
