@@ -84,19 +84,17 @@ PYBIND11_MODULE(SMOLVLA_MODULE, m) {
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "masked_attention",
-        [](const std::array<uintptr_t, 3>& inputs, const std::array<int, 2>& dtypes, uintptr_t mask, uintptr_t offset,
-           uintptr_t out, const std::array<std::array<int64_t, 3>, 4>& strides, int offset_stride,
-           const std::array<int, 7>& sizes, bool dependent, uintptr_t stream) {
+        [](const std::array<uintptr_t, 3>& inputs, const std::array<int, 2>& dtypes, uintptr_t mask, uintptr_t out,
+           const std::array<std::array<int64_t, 3>, 4>& strides, const std::array<int, 6>& sizes, bool dependent,
+           uintptr_t stream) {
             masked_attention({at<void>(inputs[0]), at<void>(inputs[1]), at<void>(inputs[2]),
                               static_cast<DType>(dtypes[0]), static_cast<DType>(dtypes[1]), at<uint8_t>(mask),
-                              at<int32_t>(offset), at<void>(out), strides[0], strides[1], strides[2], strides[3],
-                              offset_stride, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
-                              dependent},
+                              at<void>(out), strides[0], strides[1], strides[2], strides[3], sizes[0], sizes[1],
+                              sizes[2], sizes[3], sizes[4], sizes[5], dependent},
                              at<void>(stream));
         },
-        py::arg("inputs"), py::arg("dtypes"), py::arg("mask"), py::arg("offset"), py::arg("out"), py::arg("strides"),
-        py::arg("offset_stride"), py::arg("sizes"), py::arg("dependent"), py::arg("stream"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("inputs"), py::arg("dtypes"), py::arg("mask"), py::arg("out"), py::arg("strides"), py::arg("sizes"),
+        py::arg("dependent"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
     m.attr("linear_residual_cols") = kLinearResidualCols;
     m.def("linear_residual_clusters", &linear_residual_clusters,
           "clusters of linear_residual that the current device runs at once; 0: none, or no code for them");

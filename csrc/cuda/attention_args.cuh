@@ -25,11 +25,8 @@ struct AttentionArgs {
     // Keys from masked_keys on are the tokens' own: seen by token t where s - masked_keys <= t. A row that sees no key
     // weighs all its keys alike.
     const uint8_t* mask;
-    // Token t of q is rotated on load at position offset[batch * offset_stride] + t; null: q is taken as it is.
-    const int32_t* offset;
     AttentionStrides q_strides, k_strides, v_strides;
     int64_t out_batch_stride, out_token_stride, mask_batch_stride, mask_token_stride, mask_key_stride;
-    int offset_stride;
     int tokens, keys, masked_keys;  // keys >= 1
     int group, head_dim;            // head_dim: a multiple of 8, at most HEAD_DIM
     float scale_log2;               // log2(e) / sqrt(head_dim)

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "cuda/ptx.cuh"
+#include "cuda/values.cuh"
 
 namespace smolvla::cuda {
 namespace attention {
@@ -17,25 +17,11 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return pack_bf16(low, high);
 }
 template <class T>
-__device__ __forceinline__ float low_half(uint32_t pair) {
-    return to_float(T{static_cast<uint16_t>(pair & 0xffff)});
-}
-template <class T>
-__device__ __forceinline__ float high_half(uint32_t pair) {
-    return to_float(T{static_cast<uint16_t>(pair >> 16)});
-}
-template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (std::is_same<T, fp16>::value)
         mma_fp16(d, a, b0, b1);
     else
         mma_bf16(d, a, b0, b1);
-}
-
-// Two fp32 as bf16 planes, high + low: 16 bits of each mantissa.
-__device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
-    high = pack_bf16(x, y);
-    low = pack_bf16(x - low_half<bf16>(high), y - high_half<bf16>(high));
 }
 
 // Eight consecutive values of a row as they lie in memory.

@@ -1,9 +1,8 @@
-// The 16 rows of queries of attention_tile.cuh: rotated on their way to shared memory, from there to mma fragments.
+// The 16 rows of queries of attention_tile.cuh: to shared memory, from there to mma fragments.
 #pragma once
 
 #include "cuda/attention_args.cuh"
 #include "cuda/attention_fragments.cuh"
-#include "cuda/rope.cuh"
 
 namespace smolvla::cuda {
 
@@ -14,40 +13,26 @@ struct AttentionQueries {
     static constexpr int kPitch = HEAD_DIM + 32;
     static constexpr size_t shared_bytes = kAttentionRows * kPitch * sizeof(Q);
 
-    // The tile's queries on their way from L2: a thread takes two dimensions of the lower half of a head, and of the
-    // upper half their partners in rotation.
+    // The tile's queries on their way from L2, two dimensions at a time; zeros in rows and dimensions that do not exist.
     template <class Args>
     __device__ __forceinline__ void fetch(const Args& args, int batch, int kv_head, int first_row) {
 #pragma unroll
         for (int n = 0; n < kItems; ++n) {
-            const int row = first_row + row_of(n), i = dim_of(n), half = args.head_dim / 2;
+            const int row = first_row + row_of(n), i = dim_of(n);
             const int token = row / args.group, head = kv_head * args.group + row % args.group;
-            low[n] = high[n] = 0;
-            if (token >= args.tokens || i >= half) continue;
+            pairs[n] = 0;
+            if (token >= args.tokens || i >= args.head_dim) continue;
             const Q* from =
                 args.q + batch * args.q_strides.batch + token * args.q_strides.row + head * args.q_strides.head + i;
-            low[n] = load_l2(reinterpret_cast<const uint32_t*>(from));
-            high[n] = load_l2(reinterpret_cast<const uint32_t*>(from + half));
+            pairs[n] = load_l2(reinterpret_cast<const uint32_t*>(from));
         }
     }
 
-    // And to shared memory, rotated where asked for; zeros in rows and dimensions that do not exist.
-    template <class Args>
-    __device__ __forceinline__ void store(Q* queries, const Args& args, int batch, int first_row) {
+    // And to shared memory.
+    __device__ __forceinline__ void store(Q* queries) {
 #pragma unroll
-        for (int n = 0; n < kItems; ++n) {
-            const int r = row_of(n), i = dim_of(n), half = args.head_dim / 2;
-            uint32_t* row = reinterpret_cast<uint32_t*>(queries + r * kPitch);
-            if (i >= half) {
-                row[i] = row[i + 1] = 0;  // dimensions 2i .. 2i + 3: as many as are missing to HEAD_DIM
-                continue;
-            }
-            if (args.offset)
-                rotate(low[n], high[n], args.offset[batch * args.offset_stride] + (first_row + r) / args.group, i,
-                       args.head_dim);
-            row[i / 2] = low[n];
-            row[(half + i) / 2] = high[n];
-        }
+        for (int n = 0; n < kItems; ++n)
+            *reinterpret_cast<uint32_t*>(queries + row_of(n) * kPitch + dim_of(n)) = pairs[n];
     }
 
     // Dimensions 32c + 8t .. + 7 of rows g and g + 8, as `a` of the two mma that take 16 of these 32 dimensions each.
@@ -61,8 +46,7 @@ struct AttentionQueries {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 if constexpr (PLANES == 2)
-                    attention::split(attention::low_half<Q>(words[step][i]), attention::high_half<Q>(words[step][i]),
-                                     a[step][0][i], a[step][1][i]);
+                    split(low_half<Q>(words[step][i]), high_half<Q>(words[step][i]), a[step][0][i], a[step][1][i]);
                 else
                     a[step][0][i] = words[step][i];
             }
@@ -70,26 +54,11 @@ struct AttentionQueries {
     }
 
 private:
-    static constexpr int kPairs = HEAD_DIM / 4, kItems = kAttentionRows * kPairs / kAttentionThreads;
-    uint32_t low[kItems], high[kItems];
+    static constexpr int kPairs = HEAD_DIM / 2, kItems = kAttentionRows * kPairs / kAttentionThreads;
+    uint32_t pairs[kItems];
 
     static __device__ __forceinline__ int row_of(int n) { return (n * kAttentionThreads + threadIdx.x) / kPairs; }
     static __device__ __forceinline__ int dim_of(int n) { return (n * kAttentionThreads + threadIdx.x) % kPairs * 2; }
-
-    static __device__ __forceinline__ void rotate(uint32_t& low, uint32_t& high, int position, int i, int head_dim) {
-        using namespace attention;
-        const float x1[] = {low_half<Q>(low), high_half<Q>(low)}, x2[] = {low_half<Q>(high), high_half<Q>(high)};
-        float y1[2], y2[2];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            float sin, cos;
-            sin_cos(rope_angle(position, i + j, head_dim), sin, cos);
-            y1[j] = x1[j] * cos - x2[j] * sin;
-            y2[j] = x2[j] * cos + x1[j] * sin;
-        }
-        low = pack<Q>(y1[0], y1[1]);
-        high = pack<Q>(y2[0], y2[1]);
-    }
 };
 
 }  // namespace smolvla::cuda

@@ -11,7 +11,7 @@
 // 8g .. 8g + 7 of each 64, one for each of 8 column tiles, so that it ends up with outputs 16t .. 16t + 15 of its rows.
 // All loads of a piece are on their way at once and none waits on shared memory: bound by a trip to L2.
 //
-// Everything is read past L1, mask and offset excepted, which must not change during a launch: queries, keys and values
+// Everything is read past L1, the mask excepted, which must not change during a launch: queries, keys and values
 // may come from other blocks of the same launch.
 //
 // Shared memory: the caller's threads must be done with it before run(). run() meets at two __syncthreads and at none
@@ -71,7 +71,7 @@ struct AttentionTile {
             Piece piece;
             load_piece(piece, args, batch, kv_head, token, start);
             if (start == first_key) {
-                fetched.store(queries, args, batch, first_row);
+                fetched.store(queries);
                 __syncthreads();
             }
             if (start < args.keys) take_piece(queries, piece, args, batch, kv_head, token, start, best, total, out);
@@ -261,7 +261,7 @@ private:
             const float x = exp2f(scores[2 * r] - best[r]), y = exp2f(scores[2 * r + 1] - best[r]);
             total[r] += x + y;
             if constexpr (kPlanes == 2)
-                attention::split(x, y, a[0][i], a[1][i]);
+                split(x, y, a[0][i], a[1][i]);
             else
                 a[0][i] = attention::pack<KV>(x, y);
         }

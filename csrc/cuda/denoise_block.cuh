@@ -198,8 +198,8 @@ struct Block {
         const AttentionStrides strides = {keys * self.k_strides.row, self.k_strides.row, self.k_strides.head};
         const AttentionArgs<bf16, KV> args = {
             self.q, static_cast<const KV*>(layer.k_cache), static_cast<const KV*>(layer.v_cache), self.out, self.mask,
-            nullptr, self.q_strides, strides, strides, self.out_batch_stride, self.out_token_stride,
-            self.mask_batch_stride, 0, 1, 0, self.tokens, keys,
+            self.q_strides, strides, strides, self.out_batch_stride, self.out_token_stride,
+            self.mask_batch_stride, 0, 1, self.tokens, keys,
             self.masked_keys, self.group, self.head_dim, self.scale_log2};
         for (int tile = blockIdx.x; tile < plan.attention_tiles; tile += gridDim.x) {
             __syncthreads();  // other blocks' queries are seen, and shared memory is read by nobody

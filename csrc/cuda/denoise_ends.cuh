@@ -8,12 +8,6 @@ namespace smolvla::cuda::denoise {
 
 constexpr size_t ends_bytes(int width, int actions) { return sizeof(float) * (width + actions + kWarps); }
 
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
-    return x;
-}
-
 // x <- x + dt * v for one row; leaves the row in `actions` (shared). h * norm weight passes through `scaled` (shared).
 __device__ __forceinline__ void euler_row(const DenoisePersistent& p, int step, int row, float* scaled, float* actions,
                                           float* squares) {

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "cuda/denoise_plan.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/values.cuh"
 
 namespace smolvla::cuda::denoise {
 
@@ -18,19 +18,6 @@ template <int PLANES>
 struct Sums {
     float of[kRowTiles][PLANES][4];
 };
-
-__device__ __forceinline__ float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-
-// Two fp32 as the sum of two bf16 each: 16 bits of their mantissas.
-__device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
-    high = pack_bf16(x, y);
-    low = pack_bf16(x - low_half(high), y - high_half(high));
-}
-
-__device__ __forceinline__ float read(const void* from, int64_t at, bool fp32) {
-    return fp32 ? static_cast<const float*>(from)[at] : to_float(static_cast<const bf16*>(from)[at]);
-}
 
 // Values k .. k + 7 of rows first_row + g + 8i for i < 2 * kRowTiles; zeros beyond the matrix, where nothing is read.
 __device__ __forceinline__ void load_rows(uint4 (&x)[kRowTiles][2], const void* matrix, int first_row, int rows, int k,

@@ -6,7 +6,7 @@
 // would fill four. Bound by latency. Guidance reads its weight from memory: a captured graph serves every chunk.
 #include "cuda/euler_step.h"
 
-#include "cuda/ptx.cuh"
+#include "cuda/values.cuh"
 
 namespace smolvla::cuda {
 namespace {
@@ -33,12 +33,6 @@ __device__ __forceinline__ float read(const void* from, int64_t at, DType dtype)
     if (dtype == DType::float32) return static_cast<const float*>(from)[at];
     if (dtype == DType::bfloat16) return to_float(static_cast<const bf16*>(from)[at]);
     return to_float(static_cast<const fp16*>(from)[at]);
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
-    return x;
 }
 
 // wide: width is a multiple of four, and four columns at a time are aligned in h and both weights

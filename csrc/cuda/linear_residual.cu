@@ -8,7 +8,7 @@
 // loads begin before those launches have ended (programmatic dependent launch).
 #include "cuda/linear_residual.h"
 
-#include "cuda/ptx.cuh"
+#include "cuda/values.cuh"
 
 namespace smolvla::cuda {
 namespace {
@@ -22,10 +22,6 @@ constexpr size_t kSharedBytes = kStages * kStageBytes + sizeof(float) * kRows * 
 static_assert(kRows == 64 && kCols == 64, "a tile of activations is as large as one of weights");
 
 #if SMOLVLA_SM_90
-
-__device__ __forceinline__ float read(const void* from, int64_t at, bool fp32) {
-    return fp32 ? static_cast<const float*>(from)[at] : to_float(static_cast<const bf16*>(from)[at]);
-}
 
 __device__ __forceinline__ unsigned char* piece_of(unsigned char* tile, int row, int piece) {
     return tile + row * (2 * kDepth) + ((piece ^ row % 8) << 4);
@@ -58,12 +54,6 @@ __device__ __forceinline__ void multiply(float (&sums)[4][4], unsigned char* x, 
             mma_bf16(sums[2 * pair + 1], a, b[2], b[3]);
         }
     }
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
-    return x;
 }
 
 #endif

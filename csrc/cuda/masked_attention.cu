@@ -30,7 +30,6 @@ void start(const MaskedAttention& p, void* stream) {
     args.v = static_cast<const KV*>(p.v);
     args.out = static_cast<Q*>(p.out);
     args.mask = p.mask;
-    args.offset = p.offset;
     args.q_strides = strides(p.q_strides);
     args.k_strides = strides(p.k_strides);
     args.v_strides = strides(p.v_strides);
@@ -39,10 +38,8 @@ void start(const MaskedAttention& p, void* stream) {
     args.mask_batch_stride = p.mask_strides[0];
     args.mask_token_stride = p.mask_strides[1];
     args.mask_key_stride = p.mask_strides[2];
-    args.offset_stride = p.offset_stride;
     args.tokens = p.tokens;
-    args.keys = p.keys;
-    args.masked_keys = p.masked_keys;
+    args.keys = args.masked_keys = p.keys;
     args.group = p.heads / p.kv_heads;
     args.head_dim = p.head_dim;
     args.scale_log2 = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(p.head_dim)));

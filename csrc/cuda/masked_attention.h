@@ -11,19 +11,15 @@ namespace smolvla::cuda {
 struct MaskedAttention {
     const void *q, *k, *v;    // [batch, tokens, heads, head_dim], twice [batch, keys, kv_heads, head_dim]
     DType q_dtype, kv_dtype;  // bfloat16 | float16; the same or float32
-    const uint8_t* mask;      // [batch, tokens, masked_keys]
-    const int32_t* offset;    // [batch], or null: q is taken as it is
+    const uint8_t* mask;      // [batch, tokens, keys]
     void* out;                // [batch, tokens, heads, head_dim], contiguous, dtype of q, overlapping nothing
     std::array<int64_t, 3> q_strides, k_strides, v_strides, mask_strides;
-    int offset_stride;
     int batch, tokens, heads, head_dim, keys, kv_heads;
-    int masked_keys;  // the keys behind them are the tokens' own, seen causally
-    bool dependent;   // may begin while the launch ahead still runs, from sm_90 on
+    bool dependent;  // may begin while the launch ahead still runs, from sm_90 on
 };
 
-// softmax(q * k^T / sqrt(head_dim), where seen) * v, q rotated at position offset + token. Alignment: see AttentionArgs
-// in attention_args.cuh; heads is a multiple of kv_heads, head_dim a multiple of 8 up to 128, nothing is empty. Equal
-// bits in every run.
+// softmax(q * k^T / sqrt(head_dim), where mask) * v. Alignment: see AttentionArgs in attention_args.cuh; heads
+// is a multiple of kv_heads, head_dim a multiple of 8 up to 128, nothing is empty. Equal bits in every run.
 void masked_attention(const MaskedAttention& p, void* stream);
 
 }  // namespace smolvla::cuda

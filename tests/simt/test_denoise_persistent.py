@@ -123,8 +123,8 @@ def sizes_of(given: dict[str, Any]) -> list[int]:
 
 def narrow(given: dict[str, Any]) -> dict[str, Any]:
     """All of the checkpoint in bf16: heads and the caches of cross layers too. What is no parameter stays fp32."""
-    bf16 = mapped({name: given[name] for name in ("expert", "heads", "kv")}, lambda x: x.to(torch.bfloat16))
-    return {**given, **bf16}
+    bf16 = mapped([given["expert"], given["heads"], given["kv"].layers], lambda x: x.to(torch.bfloat16))
+    return {**given, "expert": bf16[0], "heads": bf16[1], "kv": replace(given["kv"], layers=bf16[2])}
 
 
 def test_all_in_bf16(emulator: Any) -> None:
@@ -143,7 +143,8 @@ def test_norms_and_caches_in_fp32(emulator: Any) -> None:
         )
         for layer in given["expert"]
     ]
-    given["kv"] = mapped(given["kv"], lambda x: x.float() * 1.001)
+    layers = mapped(given["kv"].layers, lambda x: x.float() * 1.001)
+    given["kv"] = replace(given["kv"], layers=layers)
     error, bound = errors(given, torch_loop)
     assert error <= 2 * bound
 
@@ -247,6 +248,8 @@ def test_reasons(emulator: Any) -> None:
     assert "there are 0 steps" in reason({**given, "times": given["times"][:0]})
     # Of all these torch's own part of the call would make something, and the kernel would read it wrongly.
     assert "times has shape [3, 1, 48]" in reason({**given, "times": given["times"][:, :1]})
+    rotated = mapped(given["kv"].cross, Tensor.double)
+    assert "suffix's rotation is float64" in reason({**given, "kv": replace(given["kv"], cross=rotated)})
     for kind in (torch.int64, torch.float32):
         masks = replace(given["kv"], pad_masks=given["kv"].pad_masks.to(kind))
         assert "kv.pad_masks is " in reason({**given, "kv": masks})

@@ -11,7 +11,6 @@ from ...model.dims import Dims
 from ...model.kv_cache import PrefixKV
 from ...model.weights import DecoderLayer, Heads
 from ..reference.euler_step import Guidances
-from ..reference.suffix_tokens import suffix_ropes
 from ..torch.suffix import suffix_fold
 from . import library
 
@@ -113,6 +112,10 @@ def _why_not_tensors(
         # of wider elements would be read wrongly by the kernel.
         before: list[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = [
             ("kv.pad_masks", kv.pad_masks, (batch, prefix), (torch.bool,)),
+            *(
+                ("a table of the suffix's rotation", table, (batch, suffix, 1, dims.head_dim // 2), (_FP32,))
+                for table in (*kv.own.rope, *kv.cross.rope)
+            ),
             ("times", times, (times.shape[0], batch, width), (*library.DTYPES, torch.float64)),
             ("action_in's weight", heads.action_in.weight, (width, dims.action_width), library.DTYPES),
             ("action_in's bias", heads.action_in.bias, (width,), library.DTYPES),
@@ -171,6 +174,7 @@ def denoise_persistent(
     expert    weights bf16, norms fp32 | bf16, in any order of self- and cross-attention layers
     heads     fp32 | bf16 each
     kv        caches bf16 | fp32, contiguous; the slots of the suffix are written        pad_masks  [B, P] bool
+              the suffix's tables fp32
     noise     [B, S, A]  fp32, left as it is        times  [N, B, E]  time embedding of every step
     guidance  where real-time chunking is on
     returns   [B, S, A]  fp32, fresh
@@ -181,8 +185,8 @@ def denoise_persistent(
               RuntimeError with CUDA's own words
     replaces  ``stages.denoise`` step by step, which replaces ``euler_integrate`` over ``denoise_step`` of LeRobot
 
-    All else that depends on neither actions nor step (rotation tables, the folded time embedding) is made by torch
-    before the launch. Scratch comes from torch's allocator, so the call can be captured in a graph.
+    The folded time embedding, which depends on neither actions nor step, is made by torch before the launch. Scratch
+    comes from torch's allocator, so the call can be captured in a graph.
     """
     reason = why_not_persistent(dims, expert, heads, kv, noise, times, guidance)
     if reason:
@@ -192,14 +196,13 @@ def denoise_persistent(
     steps, rows, width = times.shape[0], batch * dims.chunk, dims.expert_width
     noise, seen = noise.contiguous(), kv.pad_masks.contiguous()
 
-    own, cross = suffix_ropes(seen, dims.chunk, dims.head_dim)
     folded = suffix_fold(times, heads.action_in, heads.time_in)
     inputs = [
         folded.weight.contiguous(),
         folded.bias.contiguous(),
         noise,
         seen,
-        *(table.contiguous() for table in (*own, *cross)),
+        *(table.contiguous() for table in (*kv.own.rope, *kv.cross.rope)),
     ]
     guides: list[Tensor | None] = [None, None, None]
     if guidance is not None:

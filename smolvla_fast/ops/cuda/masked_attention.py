@@ -116,11 +116,9 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
             inputs=[library.address(tensor) for tensor in (q, k, v)],
             dtypes=[library.DTYPES.index(tensor.dtype) for tensor in (q, k)],
             mask=library.address(mask),
-            offset=0,  # queries come rotated
             out=library.address(out),
             strides=[tensor.stride()[:3] for tensor in (q, k, v, mask)],
-            offset_stride=0,
-            sizes=(batch, tokens, heads, head_dim, keys, kv_heads, keys),
+            sizes=(batch, tokens, heads, head_dim, keys, kv_heads),
             dependent=take_may_begin_early() and library.begins_early(q.device),
             stream=library.stream(q.device),
         )

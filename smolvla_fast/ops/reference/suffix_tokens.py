@@ -23,30 +23,20 @@ class Tokens(NamedTuple):
     mask: Tensor
 
 
-def suffix_ropes(
-    pad_masks: Tensor, suffix: int, head_dim: int, dtype: torch.dtype = torch.float32
-) -> tuple[Rope, Rope]:
-    """Rotation of the suffix in a self-attention layer, whose positions count on from the valid tokens of the prefix, and in
-    a cross-attention layer, whose positions start from 0.
-
-    pad_masks  [B, P]  bool, True for real prefix tokens      suffix  S, tokens of the suffix      dtype  of the tables
-    """
-    place = torch.arange(suffix, device=pad_masks.device).expand(len(pad_masks), -1)
-    offset = torch.sum(pad_masks, dim=-1)[:, None]
-    return rope_tables(offset + place, head_dim, dtype=dtype), rope_tables(place, head_dim, dtype=dtype)
-
-
 def suffix_tokens(
     pad_masks: Tensor, suffix: int, head_dim: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tokens, Tokens]:
-    """The suffix in a self-attention layer, which sees [prefix | suffix, causal], and in a cross-attention layer, which sees
-    the prefix alone. Arguments as in ``suffix_ropes``.
+    """The suffix in a self-attention layer, which sees [prefix | suffix, causal] and whose positions count on from the valid
+    tokens of the prefix, and in a cross-attention layer, which sees the prefix alone and whose positions start from 0.
 
-    replaces  positions and masks of LeRobot's ``denoise_step``, and those in ``forward_cross_attn_layer``
+    pad_masks  [B, P]  bool, True for real prefix tokens      suffix  S, tokens of the suffix      dtype  of the tables
+    replaces   positions and masks of LeRobot's ``denoise_step``, and those in ``forward_cross_attn_layer``
     """
     batch, prefix = pad_masks.shape
     ones = torch.ones(batch, suffix, dtype=torch.bool, device=pad_masks.device)
     seen = pad_masks[:, None, :].expand(batch, suffix, prefix)
     causal = torch.cat([seen, block_mask(ones, ones)], dim=2)
-    own, cross = suffix_ropes(pad_masks, suffix, head_dim, dtype)
+    place = torch.arange(suffix, device=pad_masks.device).expand(batch, -1)
+    offset = torch.sum(pad_masks, dim=-1)[:, None]
+    own, cross = (rope_tables(each, head_dim, dtype=dtype) for each in (offset + place, place))
     return Tokens(own, causal), Tokens(cross, seen)
