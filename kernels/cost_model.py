@@ -53,9 +53,9 @@ L2_CLOCKS = 290
 """From a load to its data in L2, which the last program of a split waits for once a part."""
 MEASURED_BYTES = 31
 """A clock, of one multiprocessor from L2 when all read: of an H200, in the place of both shares where instructions count."""
-FEW_ROWS = 256
-"""Above, multiprocessors have several blocks, or large ones: there the tiles as they were took 1.0 to 1.4 times what cuBLAS
-did (benchmarks/results/contacts)."""
+COUNTED_ROWS = 256
+"""Up to so many rows instructions count. Above, multiprocessors have several blocks, or large ones: there the tiles as they
+were took 1.0 to 1.4 times what cuBLAS did (benchmarks/results/contacts)."""
 PREFETCHED = 90
 """From this capability on weights are on their way before a program asks for them (``dependent_launch``)."""
 
@@ -96,7 +96,7 @@ def gemm_tiles(
     device = target(cc)
     speed = device.multiplies if weight_bytes <= 2 else FMA_UNITS
     tensor_cores = speed > FMA_UNITS
-    counted = tensor_cores and device.issue > 0 and rows <= FEW_ROWS
+    counted = tensor_cores and device.issue > 0 and rows <= COUNTED_ROWS
     if counted:
         device = device._replace(port_bytes=MEASURED_BYTES, l2_bytes=MEASURED_BYTES)
     ranked: list[tuple[float, GemmTile]] = []

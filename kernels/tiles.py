@@ -70,7 +70,7 @@ COUNTS = ("split", "group", "warps", "stages")
 """Fields that a name has by word; the others are sizes, joined by x."""
 
 
-def tile_to_json(tile: Tile) -> str:
+def tile_name(tile: Tile) -> str:
     """Its name in a plan: "gemm 64x128x64 split2 group8 warps4 stages3", "attention 64x64 warps4 stages2"."""
     if type(tile) not in NAMES:
         raise ValueError(f"{tile!r} is no tile; accepted are {', '.join(kind.__name__ for kind in NAMES)}")
@@ -79,22 +79,22 @@ def tile_to_json(tile: Tile) -> str:
     return " ".join([NAMES[type(tile)], sizes, *(f"{n}{value}" for n, value in fields if n in COUNTS)])
 
 
-def tile_from_json(text: str) -> Tile:
+def parse_tile(text: str) -> Tile:
     """The tile of this name. Raises ValueError for any other text, or numbers that no kernel takes."""
     kind = KINDS.get(text.partition(" ")[0]) if isinstance(text, str) else None
     if kind is not None:
         numbers = [int(digits) for digits in re.findall(r"[0-9]{1,9}", text)]
         if len(numbers) == len(kind._fields):
             tile = kind(*numbers)
-            if tile_to_json(tile) == text:
+            if tile_name(tile) == text:
                 return _checked(tile)
-    examples = " or ".join(repr(tile_to_json(kind(*[16] * len(kind._fields)))) for kind in KINDS.values())
+    examples = " or ".join(repr(tile_name(kind(*[16] * len(kind._fields)))) for kind in KINDS.values())
     raise ValueError(f"{text!r} names no tile; accepted is text like {examples}")
 
 
 def _checked(tile: Tile) -> Tile:
     """The tile. Raises ValueError for numbers that no kernel takes, whatever its sizes."""
-    name = tile_to_json(tile)
+    name = tile_name(tile)
     least = 1 if isinstance(tile, PlainTile) else 16  # what a product on tensor cores needs
     for field, value in tile._asdict().items():
         field = field.removeprefix("num_")
@@ -177,7 +177,7 @@ def choice(
         if not isinstance(chosen, kind):
             return tiles[0]
         if chosen not in tiles and (reason := refusal(chosen, *sizes, **more)):
-            raise ValueError(f"{family}: {tile_to_json(chosen)} {reason}")
+            raise ValueError(f"{family}: {tile_name(chosen)} {reason}")
         return chosen
 
     return tile

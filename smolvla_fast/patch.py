@@ -73,7 +73,7 @@ def patch(
                nearer to fp32 than bf16 is)
     backend    "auto" (the best that serves this device), "torch", "cpu", "triton" (on a Hopper GPU with CUDA C++ for
                products of few rows in bf16), "cuda" (CUDA C++ for attention and the denoise loop, Triton for the rest;
-               not measured yet, so "auto" does not take it)
+               measured once, docs/gpu.md, and not against what "auto" takes now)
     warmup     an example batch as ``predict_action_chunk`` takes it, or True: run a chunk now, so that the first real one
                is not slow; how long that took is said. No random state moves.
     training   speed up ``policy.forward``, the training loss, as well: what is frozen runs once and without a graph

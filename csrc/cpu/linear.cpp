@@ -35,7 +35,7 @@ constexpr int64_t kLeastColumns = 48;
 
 // Of the kernel that packs weights.
 
-// From so many rows on it serves: one more than FEW_ROWS of smolvla_fast/ops/defaults.py.
+// From so many rows on it serves: one more than CPU_KERNEL_ROWS of smolvla_fast/ops/defaults.py.
 constexpr int64_t kManyRows = 65;
 // Rows and inputs of x that stay in L2 while panels of weights pass by.
 constexpr int64_t kBlockRows = 4 * kTileRows, kBlockInputs = 768;

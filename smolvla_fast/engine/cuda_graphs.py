@@ -157,7 +157,7 @@ class GraphCache:
     def run(self, key: Hashable, inputs: Sequence[Tensor], compute: Compute) -> tuple[Tensor, Any]:
         """The chunk for these inputs, a fresh tensor ordered behind the caller's stream, and its report.
 
-        key      all that the work depends on besides the values of ``inputs``; their shapes, layouts and dtypes are added here
+        key      all that the work depends on besides the values of ``inputs``; shapes, layouts and dtypes are added here
         raises   CaptureFailed where this shape cannot be captured, at once after the first time
         """
         if self._driver.busy():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .availability import why_not, why_not_library
-from .cuda.linear_residual import FEW_ROWS as CLUSTER_ROWS
+from .cuda.linear_residual import CLUSTER_ROWS
 from .cuda.prepared_rows import MOST_INPUTS
 from .defaults import BESIDE_TRITON, Rule, default_rules, hopper_rules
 from .memory import is_out_of_memory
@@ -143,10 +143,10 @@ def _can(op: str, name: str, shape: Shape) -> bool:
 
 def _tile(text: str) -> Any:
     """The tile of that name, or None where there is no such tile."""
-    from ..kernels.tuning import tile_from_json
+    from ..kernels.tiles import parse_tile
 
     try:
-        return tile_from_json(text)
+        return parse_tile(text)
     except ValueError:
         return None
 
@@ -168,7 +168,7 @@ def _without_hints(function: Callable[..., Any], unknown: frozenset[str], *args:
 
 
 def _with_tile(function: Callable[..., Any], tile: Any, *args: Any, **kwargs: Any) -> Any:
-    from ..kernels.tuning import using
+    from ..kernels.tiles import using
 
     with using(tile):
         return function(*args, **kwargs)

@@ -10,17 +10,19 @@ import torch
 
 from . import extension, processor
 from .availability import why_not_library
-from .cuda.linear_residual import FEW_ROWS as CLUSTER_ROWS
+from .cuda.linear_residual import CLUSTER_ROWS
 from .shape_class import Attention, Product
 from .torch import fused_attention, linear
 
 Rule = Callable[[Any], str]
 """shape class -> name of a candidate"""
 
-FEW_ROWS = 64
+CPU_KERNEL_ROWS = 64
 """Up to this many rows a product on a CPU goes to our kernel: oneDNN first rearranges each weight it reads. ``kManyRows`` of
 csrc/cpu/linear.cpp is one more."""
-MANY_ROWS = 64
+ONE_LAUNCH_ROWS = 64
+"""Up to this many rows of a step attention and its output projection are one launch of Triton's."""
+FP32_KERNEL_ROWS = 64
 """Above this many rows an fp32 product on a GPU goes to torch: without TF32 it runs outside the tensor cores, where a kernel
 of ours has nothing to win over the vendor's library. The 50 rows of an action chunk stay below."""
 LIBRARY_ROWS = 512
@@ -79,12 +81,16 @@ def _on_tiles(dtype: Any) -> bool:
 
 
 def _few_rows(shape: Product) -> bool:
-    return shape.rows <= FEW_ROWS and not _on_tiles(shape.dtype)
+    return shape.rows <= CPU_KERNEL_ROWS and not _on_tiles(shape.dtype)
 
 
 def _packs_weights(shape: Product) -> bool:
     """Whether our kernel serves many rows: in fp32 on 256-bit vectors, where it packs the weights."""
-    return shape.dtype is torch.float32 and shape.rows > FEW_ROWS and extension.load("cpu").level() == "avx2"
+    return (
+        shape.dtype is torch.float32
+        and shape.rows > CPU_KERNEL_ROWS
+        and extension.load("cpu").level() == "avx2"
+    )
 
 
 def _epilogue_costs(shape: Product) -> bool:
@@ -100,7 +106,7 @@ def _attention_residual(shape: Product) -> str:
     heads, kv_heads = map(int, shape.end[0].split(":"))
     fits = heads // kv_heads <= MOST_OF_A_GROUP and kv_heads <= MOST_KV_HEADS
     narrow = all(each in (torch.bfloat16, torch.float16) for each in (shape.dtype, shape.x, *shape.end[2:]))
-    return "triton" if shape.rows <= FEW_ROWS and fits and narrow else "apart"
+    return "triton" if shape.rows <= ONE_LAUNCH_ROWS and fits and narrow else "apart"
 
 
 def hopper_rules(beside: Collection[str]) -> dict[str, Rule]:
@@ -123,7 +129,7 @@ def _hopper_attention_residual(shape: Product) -> str:
 def _triton(shape: Product) -> str:
     # Not where the caller lets fp32 products run in TF32, which torch then would do and our kernels do not.
     plain = shape.dtype is torch.float32 and "tf32" not in shape.end
-    return "aten" if plain and shape.rows > MANY_ROWS else "triton"
+    return "aten" if plain and shape.rows > FP32_KERNEL_ROWS else "triton"
 
 
 def _cuda_linear(shape: Product) -> str:

@@ -107,7 +107,8 @@ def select(
     """The ops for a wish.
 
     backend      "auto": on a CPU "cpu", on an NVIDIA GPU "triton", and "torch" where these cannot serve or were never
-                 measured ahead of it; or a name. "cuda" has to be named: it was never measured to be ahead of Triton
+                 measured ahead of it; or a name. "cuda" has to be named: it was measured once, and not against what "auto"
+                 takes now (docs/gpu.md)
     quantized    "e4m3", the tier ``fp8``, which Triton's kernels alone serve, or "int8" or "int16", which backend ``cpu``
                  alone does
     stock_order  the ``exact`` tier: the references, which are stock's own ATen calls, on any device, whatever the plan

@@ -97,7 +97,7 @@ def _untried_architecture(found: torch.device) -> str | None:
     """Of an NVIDIA GPU: where Triton's tiles have no row for it."""
     if find_spec("triton") is None:
         return None
-    from ..kernels.tuning import TARGETS
+    from ..kernels.cost_model import TARGETS
 
     major, minor = torch.cuda.get_device_capability(found)
     if 10 * major + minor in TARGETS:

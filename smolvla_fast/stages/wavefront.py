@@ -25,7 +25,7 @@ from .denoise import FirstStep, suffix_of
 from .layers import embed_suffix, expert_layers
 from .prefix import free_slots, layer_kv, text_kv
 
-MOST_ROWS = 64
+BESIDE_ROWS = 64
 """Of a denoise step. A larger one fills the GPU by itself, as the prefix beside it does. Not measured."""
 BESIDE = "denoise beside prefix"
 """The section of what runs on the side."""
@@ -36,7 +36,7 @@ def side_of_first_step(ops: Ops, rows: int) -> Side | None:
     timed by stage, where one launch is the whole loop, and with too many rows."""
     if is_timed():
         return None
-    return side_stream() if ops.denoise_persistent is None and rows <= MOST_ROWS else None
+    return side_stream() if ops.denoise_persistent is None and rows <= BESIDE_ROWS else None
 
 
 def fill_prefix_with_first_step(

@@ -95,12 +95,12 @@ def candidates(recorded: Recorded) -> list[str]:
     names = [default, *(name for name in choice.names(shape) if name != default)]
     if "triton" not in names:
         return names
-    from ..kernels.tuning import recording, tile_to_json
+    from ..kernels.tiles import recording, tile_name
 
     call = recorded.calls[0].fresh()
     with recording() as asked:
         call.as_in_a_chunk(choice.function("triton"))
-    tiles = [f"triton {tile_to_json(tile)}" for tile in asked[0].tiles[1:]] if asked else []
+    tiles = [f"triton {tile_name(tile)}" for tile in asked[0].tiles[1:]] if asked else []
     return [*names, *tiles]
 
 

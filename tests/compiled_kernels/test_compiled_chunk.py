@@ -23,7 +23,7 @@ from support.train_steps import distance, make_batch, step
 import smolvla_fast
 from smolvla_fast import inference
 from smolvla_fast.engine.side_stream import offered
-from smolvla_fast.kernels.tuning import GemmTile
+from smolvla_fast.kernels.tiles import GemmTile
 from smolvla_fast.loss import engine as loss_module
 from smolvla_fast.patch import engine_of
 from smolvla_fast.patching.inputs import made_inputs

@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def kernels_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Products of many rows in fp32 by our kernels too, or by torch as they are served."""
     if request.param:
-        monkeypatch.setattr(defaults, "MANY_ROWS", 10**9)
+        monkeypatch.setattr(defaults, "FP32_KERNEL_ROWS", 10**9)
     return request.param
 
 
@@ -51,7 +51,9 @@ def test_a_chunk_by_kernels_is_within_the_bound(settings: dict[str, Any], kernel
     given = make_observation(policy, batch=2, task="go", language_length=16)
     noise = make_noise(policy, batch=2)
     given["observation.language.attention_mask"][1, 2:] = False
-    frames = {name: x.contiguous(memory_format=torch.channels_last) for name, x in given.items() if x.ndim == 4}
+    frames = {
+        name: x.contiguous(memory_format=torch.channels_last) for name, x in given.items() if x.ndim == 4
+    }
     given |= frames  # as .permute() leaves what a camera gives
     stock = chunk(policy, given, noise)
     smolvla_fast.patch(policy, precision="fp32", backend="triton")

@@ -24,7 +24,7 @@ from smolvla_fast.ops.plan import FIRST_STEP, LAUNCHES, Plan
 from smolvla_fast.ops.table import NAMES
 from smolvla_fast.patch import engine_of
 from smolvla_fast.patching.inputs import made_inputs
-from smolvla_fast.stages.wavefront import MOST_ROWS
+from smolvla_fast.stages.wavefront import BESIDE_ROWS
 from smolvla_fast.testing.policies import make_noise, make_observation
 
 pytestmark = LEROBOT_ONLY  # whose policy it is changes nothing here
@@ -240,7 +240,7 @@ def test_a_capture_that_fails_either_way_blames_no_branch(monkeypatch: pytest.Mo
 
 
 PLAIN: dict[str, Callable[[Chunks], Any]] = {
-    "many rows": lambda chunks: chunks(batch=MOST_ROWS // chunks.plain.config.chunk_size + 1),
+    "many rows": lambda chunks: chunks(batch=BESIDE_ROWS // chunks.plain.config.chunk_size + 1),
     "a plan": lambda chunks: (
         setattr(chunks.engine.products, "plan", Plan({FIRST_STEP: "behind_prefix"})) or chunks()
     ),

@@ -12,7 +12,7 @@ from support.guarded import DEVICE
 
 pytest.importorskip("triton")
 from smolvla_fast.kernels import attention_residual as kernel
-from smolvla_fast.kernels.tuning import ProductTile, using
+from smolvla_fast.kernels.tiles import ProductTile, using
 from smolvla_fast.ops.choice import Choice, choose
 from smolvla_fast.ops.reference.quantize import quantize_rows
 from smolvla_fast.ops.select import backend_ops, reference_ops

@@ -15,7 +15,7 @@ from smolvla_fast.ops.select import reference_ops, select
 
 CPU = torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-# What the action chunk's rows pass through, and more rows than ``FEW_ROWS`` of ops/defaults.py, which take another path.
+# What the action chunk's rows pass through, and more than ``CPU_KERNEL_ROWS`` of ops/defaults.py, which take another path.
 CASES = [(op, reference_module(op).CASES[-1]) for op in OPS]
 CASES += [(op, {**case, key: 70}) for op, case in CASES for key in ("rows", "T") if key in case]
 AT_CASES = pytest.mark.parametrize(("op", "case"), CASES, ids=str)

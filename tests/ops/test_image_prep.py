@@ -41,7 +41,7 @@ def launcher(backend: str) -> Any:
 def image_prep(backend: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
     """With its result between guards of NaN, and NaN where nothing is written."""
     if backend == "triton" and triton_by.INTERPRETED:  # few programs: their number is its time
-        from smolvla_fast.kernels.tuning import PlainTile
+        from smolvla_fast.kernels.tiles import PlainTile
 
         monkeypatch.setattr(f"{MODULES[backend]}.image_tile", lambda width: PlainTile(128, 512, 4))
     return guarded(launcher(backend), device_of(backend))

@@ -164,7 +164,7 @@ def test_every_tile_keeps_the_contract(
     side: int, dtype: torch.dtype, backend: str, attend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles depend on batch and target; what they compute does not."""
-    from smolvla_fast.kernels.tuning import AttentionTile
+    from smolvla_fast.kernels.tiles import AttentionTile
 
     monkeypatch.setattr(module(backend), "masked_attention_tile", lambda *_: AttentionTile(side, side, 4, 1))
     ops = SimpleNamespace(masked_attention=attend, prepare_mask=lambda mask: mask)

@@ -14,7 +14,7 @@ from support.guarded import DEVICE
 from torch import Tensor
 
 pytest.importorskip("triton")
-from smolvla_fast.kernels.tuning import GemmTile, using
+from smolvla_fast.kernels.tiles import GemmTile, using
 from smolvla_fast.ops.choice import choose
 from smolvla_fast.ops.next_norm import NextNorm
 from smolvla_fast.ops.select import backend_ops, reference_ops

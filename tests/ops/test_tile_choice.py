@@ -23,10 +23,19 @@ from support.gemms import inputs_of, module
 from support.guarded import DEVICE, guarded
 from test_triton_fp8 import quantised
 
-from smolvla_fast.kernels import attention_tuning, tuning
+from smolvla_fast.kernels import attention_tuning, cost_model, tuning
 from smolvla_fast.kernels.common import assume_capability, capability
 from smolvla_fast.kernels.masked_attention_backward import attention_with_grad
-from smolvla_fast.kernels.tuning import AttentionTile, GemmTile, PlainTile, ProductTile, recording, using
+from smolvla_fast.kernels.tiles import (
+    AttentionTile,
+    GemmTile,
+    PlainTile,
+    ProductTile,
+    parse_tile,
+    recording,
+    tile_name,
+    using,
+)
 from smolvla_fast.ops.select import reference_ops
 from smolvla_fast.ops.torch.suffix import suffix_fold
 
@@ -241,7 +250,7 @@ def test_threads_do_not_see_each_others_choice() -> None:
         for thread in threads:
             thread.join()
     assert asked == []
-    assert seen == {0: tiles[0], 1: tiles[1], 2: tuning.gemm_tiles(*sizes)[0]}
+    assert seen == {0: tiles[0], 1: tiles[1], 2: cost_model.gemm_tiles(*sizes)[0]}
 
 
 def test_a_call_is_asked_for_its_candidates() -> None:
@@ -348,8 +357,8 @@ TEXTS = {
 
 @pytest.mark.parametrize(("tile", "text"), TEXTS.items(), ids=TEXTS.values())
 def test_a_tile_has_one_name(tile: Any, text: str) -> None:
-    assert tuning.tile_to_json(tile) == text
-    back = tuning.tile_from_json(text)
+    assert tile_name(tile) == text
+    back = parse_tile(text)
     assert back == tile and type(back) is type(tile)
 
 
@@ -367,7 +376,7 @@ def test_a_tile_has_one_name(tile: Any, text: str) -> None:
 )  # fmt: skip
 def test_other_text_is_no_tile(text: Any) -> None:
     with pytest.raises(ValueError, match="accepted (is text like 'gemm 16x16x16 split16|are )"):
-        tuning.tile_from_json(text)
+        parse_tile(text)
 
 
 # The candidates themselves
@@ -394,7 +403,7 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("cc", tuning.TARGETS)
+@pytest.mark.parametrize("cc", cost_model.TARGETS)
 @pytest.mark.parametrize("family", SIZES)
 def test_candidates_are_few_and_fit(family: str, cc: int) -> None:
     """At most six, each once, the one that is taken first, and none that a call then refuses."""
@@ -414,13 +423,13 @@ def test_candidates_are_few_and_fit(family: str, cc: int) -> None:
             for tile in tiles:
                 with using(tile):
                     assert ask(*one) == tile
-                assert tuning.tile_from_json(tuning.tile_to_json(tile)) == tile
+                assert parse_tile(tile_name(tile)) == tile
                 if attends and family not in with_cc:
                     dim, narrow, _ = one[-3:]
                     needed = attention_tuning.attention_shared_bytes(
                         tile, dim, narrow, cc, family == "attention_backward"
                     )
-                    assert needed <= tuning.target(cc).shared_bytes, f"{one}: {tile}"
+                    assert needed <= cost_model.target(cc).shared_bytes, f"{one}: {tile}"
 
 
 def test_candidates_of_smolvla_are_several() -> None:
@@ -451,7 +460,7 @@ def test_the_first_candidates_are_the_tiles_of_before() -> None:
         tuning.row_tile(768),
         tuning.norm_tile(2048, 768, 90),
     ]
-    assert [*map(tuning.tile_to_json, took)] == [
+    assert [*map(tile_name, took)] == [
         "gemm 32x32x128 split2 group8 warps8 stages4",
         "gemm 128x128x64 split1 group8 warps8 stages4",
         "attention 16x256 warps4 stages1",
@@ -472,7 +481,7 @@ import sys
 from unittest.mock import patch
 from triton.runtime.jit import JITFunction
 from benchmarks.compiled import aot
-from smolvla_fast.kernels import tuning
+from smolvla_fast.kernels import tiles
 from smolvla_fast.kernels.common import assume_capability
 
 for op in sys.argv[1:]:
@@ -480,13 +489,13 @@ for op in sys.argv[1:]:
         _, case, _ = aot.tasks([op], [target])[0]
         _, _, inputs = next(aot.calls(op, case))
         nothing = patch.object(JITFunction, "run", lambda *_, **__: None)
-        with tuning.recording() as asked, assume_capability(int(target)), nothing:
+        with tiles.recording() as asked, assume_capability(int(target)), nothing:
             aot.call(op, inputs)
         tile = asked[0].tiles[place]
-        with tuning.using(tile), aot.compiling(int(target)) as compiled:
+        with tiles.using(tile), aot.compiling(int(target)) as compiled:
             aot.call(op, inputs)
         for name, kernel in compiled:
-            print(op, target, tuning.tile_to_json(tile), name, aot.beyond(op, target, kernel), sep="; ")
+            print(op, target, tiles.tile_name(tile), name, aot.beyond(op, target, kernel), sep="; ")
 """
 
 

@@ -14,7 +14,7 @@ from support.guarded import DEVICE, guarded
 
 from smolvla_fast.kernels import layer_norm as norm_module
 from smolvla_fast.kernels import suffix_embed as suffix_module
-from smolvla_fast.kernels.tuning import PlainTile, using
+from smolvla_fast.kernels.tiles import PlainTile, using
 from smolvla_fast.ops.reference.layer_norm import layer_norm as norm_reference
 from smolvla_fast.ops.select import reference_ops
 from smolvla_fast.ops.stream_offset import StreamOffset

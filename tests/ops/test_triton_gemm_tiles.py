@@ -13,7 +13,7 @@ from support.contract import check, inputs_in, run
 from support.gemms import F16, F32, TRITON, inputs_of, module, with_tile
 from support.guarded import DEVICE
 
-from smolvla_fast.kernels import common, counters, tuning
+from smolvla_fast.kernels import common, cost_model, counters, tuning
 from smolvla_fast.ops.select import reference_ops
 
 pytestmark = pytest.mark.triton
@@ -132,9 +132,9 @@ PRODUCTS = {
 def test_tiles_fit_the_target(cc, weight_bytes):
     for name, (rows, inputs, outputs, x_bytes, keywords) in PRODUCTS.items():
         products = keywords.get("products", 1)
-        for tile in tuning.gemm_tiles(rows, inputs, outputs, cc, x_bytes, weight_bytes, **keywords):
-            needed = tuning.shared_bytes(tile, cc, x_bytes, weight_bytes, products)
-            assert needed <= tuning.target(cc).shared_bytes, f"{name}: {tile}"
+        for tile in cost_model.gemm_tiles(rows, inputs, outputs, cc, x_bytes, weight_bytes, **keywords):
+            needed = cost_model.shared_bytes(tile, cc, x_bytes, weight_bytes, products)
+            assert needed <= cost_model.target(cc).shared_bytes, f"{name}: {tile}"
             assert min(tile.rows, tile.cols, tile.depth) >= 16, "what a product on tensor cores needs"
             assert tile.split == 1 or (keywords.get("split") and tile.split <= -(-inputs // tile.depth))
             # fp32 sums and, without tensor cores, operands are registers: 255 a thread.
@@ -145,7 +145,7 @@ def test_tiles_fit_the_target(cc, weight_bytes):
 def test_candidates_differ_in_what_a_program_computes(cc):
     """Of each rows x cols one, for a measurement of tiles that differ in less finds noise."""
     for name, (rows, inputs, outputs, x_bytes, keywords) in PRODUCTS.items():
-        tiles = tuning.gemm_tiles(rows, inputs, outputs, cc, x_bytes, 2, **keywords)
+        tiles = cost_model.gemm_tiles(rows, inputs, outputs, cc, x_bytes, 2, **keywords)
         sides = [(tile.rows, tile.cols) for tile in tiles]
         assert len(set(sides)) == len(sides) <= 6, name
         assert len(sides) >= (1 if name == "one" else 3), name

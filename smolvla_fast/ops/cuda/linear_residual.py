@@ -14,7 +14,7 @@ from . import library
 
 _STREAMS = (torch.float32, torch.bfloat16)
 _BF16 = (torch.bfloat16,)
-FEW_ROWS = 256
+CLUSTER_ROWS = 256
 """Rows of a chunk and of its prefix: the chunk's an H200 did in half of the time of Triton's kernel (docs/gpu.md), the
 prefix's were not measured. Each tile of 64 reads the weight again, which larger tiles do less often."""
 # What CUDA accepts as the second extent of a grid, in tiles.
@@ -114,7 +114,7 @@ def linear_residual_or_fallback(fallback: Callable[..., Tensor]) -> Callable[...
     """``linear_residual`` of few rows, by ``fallback`` of others and where the kernel has no code for the operands."""
 
     def serve(x: Tensor, weight: Any, residual: Tensor, **more: Any) -> Tensor:
-        few = x.shape[:-1].numel() <= FEW_ROWS
+        few = x.shape[:-1].numel() <= CLUSTER_ROWS
         ours = few and why_not_linear_residual(x, weight, residual) is None
         return (linear_residual if ours else fallback)(x, weight, residual, **more)
 

@@ -35,11 +35,6 @@ from ..reference.suffix_tokens import Tokens as _Tokens
 from ..torch.suffix import Folded as _Folded
 
 
-def layer_launches(rows: int) -> int | None:
-    """Five ops."""
-    return 5
-
-
 def rope_masks(
     pad_masks: Tensor, att_masks: Tensor, suffix: int, head_dim: int, dtype: Any = None
 ) -> tuple[_Tokens, _Tokens, _Tokens]:

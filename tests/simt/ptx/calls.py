@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from benchmarks.compiled import aot
-from smolvla_fast.kernels.tuning import Question, recording, using
+from smolvla_fast.kernels.tiles import Question, recording, using
 from smolvla_fast.ops.choice import choose, over
 from smolvla_fast.ops.reference.quantize import Quantized, dequantize
 from smolvla_fast.ops.select import backend_ops, reference_ops
