@@ -9,7 +9,7 @@ import os
 from collections.abc import Hashable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 from unittest.mock import patch
 
@@ -75,12 +75,14 @@ class Call:
 
     def inputs(self, small: bool) -> dict[str, Any]:
         """At SmolVLA's own sizes or at small ones."""
-        case = smaller(self.op, dict(self.case)) if small else dict(self.case)
-        return next(
-            given
-            for label, dtypes, given in aot.calls(self.op, case)
-            if (label, dtypes) == (self.label, self.dtypes)
-        )
+        op, case = self.op, self.case
+        found = aot.calls(op, smaller(op, dict(case))) if small else _full_size(op, case)
+        return next(given for label, dtypes, given in found if (label, dtypes) == (self.label, self.dtypes))
+
+
+@lru_cache(maxsize=1)  # one case's calls come one after the other
+def _full_size(op: str, case: tuple[tuple[str, int], ...]) -> list[tuple[str, str, dict[str, Any]]]:
+    return list(aot.calls(op, dict(case)))
 
 
 @dataclass(frozen=True)
