@@ -4,6 +4,8 @@ Tolerance: the worst error may be twice that of eager torch in the same dtypes. 
 in another order; a factor of two separates that from a lost bit.
 """
 
+from functools import lru_cache
+
 import pytest
 import torch
 from support.processors import LEVELS_EMULATED, at_level
@@ -67,6 +69,7 @@ def randn(*shape, dtype=F32, seed=0, scale=1.0):
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
+@lru_cache(maxsize=1)  # levels come one after the other
 def make(shape, dtypes):
     """x, weight, up_weight, bias, residual, norm weight."""
     (rows, inputs, outputs), (x, weight, y) = shape, dtypes
@@ -84,8 +87,11 @@ def poisoned(shape, dtypes):
     return torch.full((shape[0], shape[2]), float("nan"), dtype=dtypes[2])
 
 
-def assert_as_exact_as_eager(got, function, dtypes, *tensors, sums=1):
-    """``function`` in fp64 is the truth; eager runs it in the dtype of the weight, then rounds to the result's.
+@lru_cache(maxsize=4)
+def judge(function, dtypes, *tensors, sums=1):
+    """(truth, allowed error), for all levels where function and tensors are the same objects.
+
+    ``function`` in fp64 is the truth; eager runs it in the dtype of the weight, then rounds to the result's.
 
     sums  how many of them are multiplied: each carries its own walk of errors into the product
     """
@@ -100,9 +106,27 @@ def assert_as_exact_as_eager(got, function, dtypes, *tensors, sums=1):
         largest = max(1.0, truth.abs().max())
         allowed = max(allowed, sums * tensors[0].shape[-1] ** 0.5 / 8 * torch.finfo(F32).eps * largest)
     # Eager is sometimes exact, and twice nothing is nothing: one unit in the last place more, as in contract.py.
-    allowed += torch.finfo(dtypes[2]).eps * truth.abs().max()
+    return truth, allowed + torch.finfo(dtypes[2]).eps * truth.abs().max()
+
+
+def assert_as_exact_as_eager(got, function, dtypes, *tensors, sums=1):
+    truth, allowed = judge(function, dtypes, *tensors, sums=sums)
     assert got.dtype == dtypes[2]
     assert (got.double() - truth).abs().max() <= allowed
+
+
+WITH = {
+    activation: lambda x, weight, b, r, a=activation: reference.linear(x, weight, b, a, r)
+    for activation in (None, "gelu_tanh", "silu")
+}
+
+
+def gated(x, gate, up):
+    return reference.linear(x, gate, None, "silu") * reference.linear(x, up)
+
+
+def norm_gated(x, weight, gate, up):
+    return norm_swiglu(x, (weight, 1e-5), gate, up)
 
 
 @AT_LEVELS
@@ -119,11 +143,7 @@ def test_error_against_fp64(shape, dtypes, level):
         ):
             b, activation, r = extras
             y = cpu.linear(x, weight, b, activation, r, dtypes[2], out=poisoned(shape, dtypes))
-
-            def whole(x, weight, b, r, activation=activation):
-                return reference.linear(x, weight, b, activation, r)
-
-            assert_as_exact_as_eager(y, whole, dtypes, x, weight, b, r)
+            assert_as_exact_as_eager(y, WITH[activation], dtypes, x, weight, b, r)
 
 
 @AT_LEVELS
@@ -134,14 +154,8 @@ def test_swiglu_error_against_fp64(shape, dtypes, level):
     with at_level(level):
         y = cpu.swiglu(x, gate, up, out=poisoned(shape, dtypes))
         normed = cpu.swiglu(x, gate, up, norm=(norm_weight, 1e-5), out=poisoned(shape, dtypes))
-
-    def plain(x, gate, up):
-        return reference.linear(x, gate, None, "silu") * reference.linear(x, up)
-
-    assert_as_exact_as_eager(y, plain, dtypes, x, gate, up, sums=2)
-    assert_as_exact_as_eager(
-        normed, lambda x, w, g, u: norm_swiglu(x, (w, 1e-5), g, u), dtypes, x, norm_weight, gate, up, sums=2
-    )
+    assert_as_exact_as_eager(y, gated, dtypes, x, gate, up, sums=2)
+    assert_as_exact_as_eager(normed, norm_gated, dtypes, x, norm_weight, gate, up, sums=2)
 
 
 @AT_LEVELS
@@ -149,6 +163,7 @@ def test_swiglu_error_against_fp64(shape, dtypes, level):
 @pytest.mark.parametrize("shape", [(50, 720, 40), (66, 33, 47)], ids=str)
 def test_norm_error_against_fp64(shape, dtypes, level):
     x, weight, _, _, _, norm_weight = make(shape, dtypes)
+    x = x.clone()
     x[1] *= 1e-4  # there eps counts
     with at_level(level):
         y = cpu.linear(x, weight, norm=(norm_weight, 1e-5), out=poisoned(shape, dtypes))
@@ -157,13 +172,19 @@ def test_norm_error_against_fp64(shape, dtypes, level):
     )
 
 
+@lru_cache(maxsize=1)
+def beside_an_outlier(shape, seed):
+    x, weight = randn(*shape[:2], seed=seed), randn(shape[2], shape[1], seed=seed + 9, scale=shape[1] ** -0.5)
+    x[:, 5] *= 100
+    return x, weight
+
+
 @AT_LEVELS
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shape", LONG_SUMS, ids=str)
 def test_long_sums_beside_an_outlier_column(shape, seed, level):
     """Where sums are long chains of additions, one large input costs the rest their last bits."""
-    x, weight = randn(*shape[:2], seed=seed), randn(shape[2], shape[1], seed=seed + 9, scale=shape[1] ** -0.5)
-    x[:, 5] *= 100
+    x, weight = beside_an_outlier(shape, seed)
     with at_level(level):
         y = cpu.linear(x, weight, out=poisoned(shape, (F32,) * 3))
     assert_as_exact_as_eager(y, reference.linear, (F32,) * 3, x, weight)
