@@ -82,11 +82,16 @@ class BenchTop:
         return run
 
 
-def read(flags: list[str]) -> Any:
-    """Settings and, on resume, checkpoint."""
+@cache
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return command.read_settings(vars(parser.parse_args(flags)))
+    return parser
+
+
+def read(flags: list[str]) -> Any:
+    """Settings and, on resume, checkpoint."""
+    return command.read_settings(vars(_parser().parse_args(flags)))
 
 
 def go_on(output: Path) -> None:
