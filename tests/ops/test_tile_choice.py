@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,20 +124,30 @@ def candidates(op: str, dtype: torch.dtype = F32) -> tuple[Any, ...]:
 NARROW = ("linear_residual", "attention", "masked_attention", "masked_attention_backward")
 
 
-@pytest.mark.parametrize(
-    ("op", "dtype"),
-    [
-        *((op, F32) for op in CASES),
-        *(pytest.param(op, F16, marks=pytest.mark.long) for op in NARROW),
-    ],
-    ids=str,
-)
-def test_every_candidate_keeps_the_contract(op: str, dtype: torch.dtype) -> None:
+HALVES = ((0, 3, 4), (1, 2, 5))
+"""Places of a product's candidates. Both halves have tiles of few rows and many, and of every width."""
+
+
+def turns() -> Iterator[Any]:
+    """(op, places of its candidates, dtype). The products share one loop over K: half of the places each, in turn.
+
+    The other half, and fp16, are for `make test-full`.
+    """
+    for i, op in enumerate(CASES):
+        for j, places in enumerate(HALVES if op in GEMMS else (range(6),)):
+            marks = [pytest.mark.long] * (op in GEMMS and j != i % 2)
+            yield pytest.param(op, places, F32, marks=marks, id=f"{op}-{F32}-{min(places)}")
+    for op in NARROW:
+        yield pytest.param(op, range(6), F16, marks=pytest.mark.long, id=f"{op}-{F16}")
+
+
+@pytest.mark.parametrize(("op", "places", "dtype"), list(turns()))
+def test_every_candidate_keeps_the_contract(op: str, places: Sequence[int], dtype: torch.dtype) -> None:
     here = {F32: 80, F16: 90}[dtype] if DEVICE == "cpu" else capability(torch.device(DEVICE))
     with assume_capability(here):
         tiles = candidates(op, dtype)
-        assert len(tiles) >= 2
-        for tile in tiles:
+        assert 2 <= len(tiles) <= 6
+        for tile in (tiles[place] for place in places if place < len(tiles)):
             with using(tile):
                 check(references(op), table(guarded), op, CASES[op], dtype)
 
