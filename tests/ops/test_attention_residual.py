@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import triton_by
-from support.contract import check, inputs_in, reference_module, run, sizes, to_device
+from support.contract import check, in_dtypes, inputs_in, reference_module, run, to_device
 from support.guarded import DEVICE
 
 pytest.importorskip("triton")
@@ -20,7 +19,7 @@ from smolvla_fast.tune.recorder import Recorder
 
 pytestmark = pytest.mark.triton
 OP = "attention_residual"
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+F32, F16 = torch.float32, torch.float16
 SMALL = reference_module(OP).CASES[2]
 CASES = [
     SMALL,
@@ -29,11 +28,9 @@ CASES = [
     dict(B=1, T=16, S=64, H=4, K=1, D=16, O=128),  # everything does
     dict(B=1, T=3, S=1, H=2, K=1, D=64, O=1),
 ]
-DTYPES = [F32, F16, pytest.param(BF16, marks=triton_by.BF16)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=sizes)
+@pytest.mark.parametrize(("case", "dtype"), in_dtypes(CASES, everywhere=CASES[2::2]))
 def test_contract(case: dict[str, int], dtype: torch.dtype) -> None:
     check(reference_ops(), backend_ops("triton"), OP, case, dtype, device=DEVICE)
 
