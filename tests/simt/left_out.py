@@ -6,6 +6,7 @@ import ctypes
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,15 @@ class LeftOut:
         self.numbers |= {name: 100 + i for i, name in enumerate(barriers)}
         self.numbers |= {right: i for i, (right, _) in enumerate(wrong, 200)}
 
-    def load(self) -> Any:
+    @cached_property
+    def library(self) -> Any:
         """All kernels of the library, this one switched. Skips the test where it cannot be built."""
         return loaded(lambda: build.switched(self.source.stem, self.text))
 
     @contextmanager
-    def serving(self, module: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.c_int]:
+    def serving(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.c_int]:
         """Inside, the switched library serves; the number says what is left out."""
+        module = self.library
         module.reset()
         module.configure(compute_capability=90)
         on_the_host.install(monkeypatch, module)

@@ -1,14 +1,11 @@
-"""linear_residual by clusters: bits of its order of sums, a drop-in for Triton's kernel, and none of its barriers idle."""
+"""linear_residual by clusters: bits of its order of sums and a drop-in for Triton's kernel."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from simt.left_out import LeftOut
 from support.contract import nan_filled_memory
 from torch import Tensor, nn
 
@@ -235,60 +232,3 @@ def test_other_operands_are_served_by_the_fallback(hopper: Any) -> None:
     many = inputs("more rows than an H200 was asked about")
     for call in ((x, weight, given.residual), (many.x, many.weight, many.residual)):
         assert torch.equal(ops.linear_residual(*call), ops.fallback.linear_residual(*call))
-
-
-BARRIERS = {"the barrier before the sums": (1, 2), "the barrier before the end": (3, 4)}
-"""The arrive and the wait of each, counted from 1."""
-WRONG = (
-    ("first + row < rows && at < inputs", "first + row < rows"),
-    ("load_cluster(own, from)", "load_cluster(own, rank)"),
-    ("part[from];", "part[RANKS - 1 - from]"),
-    ("y[i][half] + residual[i][half]", "y[i][half]"),
-    ("to_float(rounded)", "stored"),
-    ("to_bf16(stored * norm_weight[half])", "to_bf16(stored)"),
-    ("static_cast<int64_t>(col_tile) * p.rows + row", "row"),
-    ("rank * all_steps / RANKS,", "0"),
-    ("warp_sum(squares);", "squares"),
-)
-
-
-SWITCHED = LeftOut("linear_residual", WRONG, BARRIERS)
-
-
-@pytest.fixture(scope="module")
-def switched() -> Any:
-    return SWITCHED.load()
-
-
-@pytest.fixture
-def leave_out(switched: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.c_int]:
-    with SWITCHED.serving(switched, monkeypatch) as number:
-        yield number
-
-
-SHOWN_BY = tuple(
-    (case, stream, settled)
-    for case in ("four blocks", "more of K than is in flight")
-    for stream, settled in ((torch.bfloat16, True), (torch.float32, False))
-)
-
-
-def test_with_all_of_them(leave_out: ctypes.c_int) -> None:
-    assert len(SWITCHED.places) == 9, SWITCHED.places
-    for each in SHOWN_BY:
-        assert wrong(inputs(*each)) is None
-
-
-@pytest.mark.parametrize("place", SWITCHED.numbers)
-def test_nothing_can_be_left_out(leave_out: ctypes.c_int, place: str) -> None:
-    """Every barrier and wait, the two barriers of the cluster as a whole, and the arithmetic."""
-    leave_out.value = SWITCHED.numbers[place]
-    found = []
-    for each in SHOWN_BY:
-        try:
-            found.append(wrong(inputs(*each)))
-        except RuntimeError as error:
-            assert "linear_residual" in str(error)
-            found.append(str(error))
-    print(found)
-    assert any(found), f"nothing shows {place}"

@@ -1,0 +1,102 @@
+"""linear_residual and norm_products with one barrier, wait or piece of arithmetic left out: nothing in them is idle."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import test_linear_residual as residual
+import test_norm_products as products
+import torch
+from simt.left_out import LeftOut
+
+BARRIERS = {"the barrier before the sums": (1, 2), "the barrier before the end": (3, 4)}
+"""The arrive and the wait of each, counted from 1."""
+OF_RESIDUAL = (
+    ("first + row < rows && at < inputs", "first + row < rows"),
+    ("load_cluster(own, from)", "load_cluster(own, rank)"),
+    ("part[from];", "part[RANKS - 1 - from]"),
+    ("y[i][half] + residual[i][half]", "y[i][half]"),
+    ("to_float(rounded)", "stored"),
+    ("to_bf16(stored * norm_weight[half])", "to_bf16(stored)"),
+    ("static_cast<int64_t>(col_tile) * p.rows + row", "row"),
+    ("rank * all_steps / RANKS,", "0"),
+    ("warp_sum(squares);", "squares"),
+)
+OF_PRODUCTS = (
+    ("pieces % 2", "0"),
+    ("min(row, rows - 1) * pitch", "row * pitch"),
+    ("step + share < steps", "step + share <= steps"),
+    (
+        "squares * (1.0f / static_cast<float>(inputs)) + p.eps",
+        "squares * (1.0f / static_cast<float>(inputs))",
+    ),
+    ("(some[0] + some[1]) + (some[2] + some[3])", "some[0]"),
+    ("__shfl_xor_sync(0xffffffffu, squares, 1);", "squares"),
+    ("load_l2(squares_at + static_cast<int64_t>(4 * i) * p.rows);", "0.0f"),
+    ("first[from][i];", "0.0f"),
+    ("second[from][i];", "0.0f"),
+    ("-1.44269504f * gate[i]", "1.44269504f * gate[i]"),
+    ("x[0] * cos.x - y[0] * sin.x", "x[0] * cos.x + y[0] * sin.x"),
+    ("second ? p.half : 0", "second ? 0 : 0"),
+    ("batch * p.rope_batch_stride", "0 * p.rope_batch_stride"),
+    ("batch * p.slot_batch_stride", "0 * p.slot_batch_stride"),
+    ("at.which < 2", "at.which < 3"),
+    ("at.which > 0 && p.fp32_slots", "p.fp32_slots"),
+    ("min(at.first + pair, p.half - 1)", "at.first + pair"),
+    (
+        "min(static_cast<int>(blockIdx.x) * kPairs + pair, p.outputs - 1)",
+        "static_cast<int>(blockIdx.x) * kPairs + pair",
+    ),
+)
+KERNELS = {
+    "linear_residual": LeftOut("linear_residual", OF_RESIDUAL, BARRIERS),
+    "norm_products": LeftOut("norm_products", OF_PRODUCTS),
+}
+RESIDUAL = [
+    partial(residual.inputs, case, stream, settled)
+    for case in ("four blocks", "more of K than is in flight")
+    for stream, settled in ((torch.bfloat16, True), (torch.float32, False))
+]
+# Every group of K, a half of 16 behind the last, odd pairs, and weights that are read early and not.
+PRODUCTS = [
+    partial(products.given, "norm_swiglu", "another width"),
+    partial(products.given, "norm_swiglu", "part of a second tile", settled=False),
+    partial(products.given, "norm_swiglu", products.MANY_PARTS),
+    partial(products.given, "norm_qkv_rope", "samples, and a head of half a tile more", slots=torch.float32),
+]
+
+
+@pytest.fixture
+def leave_out(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.c_int]:
+    with KERNELS[kernel].serving(monkeypatch) as number:
+        yield number
+
+
+def faults(kernel: str) -> Iterator[str | None]:
+    """What is not as it should be of a call, or None, one after the other."""
+    of, calls = (residual, RESIDUAL) if kernel == "linear_residual" else (products, PRODUCTS)
+    for given in calls:
+        each = given()
+        try:
+            yield of.wrong(each)
+        except RuntimeError as error:
+            assert getattr(each, "op", kernel) in str(error)
+            yield str(error)
+
+
+@pytest.mark.parametrize(("kernel", "places"), [("linear_residual", 9), ("norm_products", 12)])
+def test_with_all_of_them(leave_out: ctypes.c_int, kernel: str, places: int) -> None:
+    assert len(KERNELS[kernel].places) == places, KERNELS[kernel].places
+    assert [*faults(kernel)] == 4 * [None]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "place"), [(name, place) for name, kernel in KERNELS.items() for place in kernel.numbers]
+)
+def test_nothing_can_be_left_out(leave_out: ctypes.c_int, kernel: str, place: str) -> None:
+    """Every barrier and wait, the two barriers of a cluster as a whole, and the arithmetic: one call shows it."""
+    leave_out.value = KERNELS[kernel].numbers[place]
+    assert any(faults(kernel)), f"nothing shows {place}"
