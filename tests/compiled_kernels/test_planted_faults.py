@@ -81,7 +81,7 @@ RESIDUAL = dict(rows=50, inputs=2048)
 PLACE = r"_fwd, block \(\d+,\d+,\d+\) thread \(\d+,\d+,\d+\) at line \d+ \(\w+\.py:\d+\): [@\w]"
 
 
-@pytest.mark.parametrize(("capability", "least"), [(80, 14), (90, 6)])
+@pytest.mark.parametrize(("capability", "least"), [pytest.param(80, 14, marks=pytest.mark.long), (90, 6)])
 def test_each_barrier_left_out(planted: Callable[..., str], capability: int, least: int) -> None:
     """All but the first two, which stand before anything was read of what the prologue fills, and are not needed."""
     op, barrier = call("linear_residual", capability, "bf16", **RESIDUAL), r"^\tbar\.sync \t0;$"
