@@ -105,6 +105,7 @@ def test_contract(op, case, dtype):
     check(reference_ops(), TRITON, op, case, dtype, device=DEVICE)
 
 
+@pytest.mark.long
 def test_contract_at_the_size_of_the_expert():
     """All 720 columns of ``o_proj``; the other ops at full size take the interpreter more than three seconds."""
     check(
