@@ -22,6 +22,7 @@ from support.train_steps import distance, make_batch, step
 
 import smolvla_fast
 from smolvla_fast import inference
+from smolvla_fast.engine import products
 from smolvla_fast.engine.side_stream import offered
 from smolvla_fast.kernels.tiles import GemmTile
 from smolvla_fast.loss import engine as loss_module
@@ -37,13 +38,15 @@ SMALL: dict[str, Any] = dict(
 
 
 @pytest.fixture(params=[pytest.param(80, marks=pytest.mark.long), 90], ids=["sm_80", "sm_90"], autouse=True)
-def architecture(request: pytest.FixtureRequest) -> Any:
+def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    # Bf16 is what a GPU multiplies, whatever this processor does.
+    monkeypatch.setattr(products, "why_bf16_is_slow", lambda: None)
     with launcher.machine(request.param):
         yield request.param
 
 
-# Neither the second observation nor guidance asks for the other, nor fp8 for one observation: apart they are for
-# `make test-full`.
+# Neither the second observation nor guidance asks for the other: apart they are for `make test-full`. One observation
+# alone is computed below.
 @pytest.mark.parametrize(
     ("precision", "batch", "guided"),
     [
@@ -52,7 +55,7 @@ def architecture(request: pytest.FixtureRequest) -> Any:
             batch,
             guided,
             id=f"{precision}-{batch}-{how}",
-            marks=[pytest.mark.long] * (guided != (batch == 2) or (precision == "fp8" and batch == 1)),
+            marks=[pytest.mark.long] * (not guided or batch == 1),
         )
         for precision in ("bf16", "fp8")
         for batch in (1, 2)
@@ -131,14 +134,21 @@ def test_launches_in_the_order_of_a_graph(precision: str, monkeypatch: pytest.Mo
 
 
 def test_the_first_step_beside_the_prefix(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bits of the plain order, in an order that is right on two streams: whatever a launch is given, it may write."""
+    """The bits of the plain order, in an order that is right on two streams: whatever a launch is given, it may write.
+
+    Those are as far from fp32 as the torch backend's in bf16, within 1.5, as in ``test_a_chunk``.
+    """
     if architecture < 90:
         pytest.skip("the order is that of sm_90")
     policy = make_policy("tiny", **{**SMALL, "num_vlm_layers": 3, "num_steps": 1})
-    smolvla_fast.patch(policy, precision="bf16", backend="triton")
     given = (policy.model, *made_inputs(policy.model), make_noise(policy))
-    engine = engine_of(policy.model)
-    plain = engine.act(*given)
+    found = []
+    for precision, backend in (("fp32", "torch"), ("bf16", "torch"), ("bf16", "triton")):
+        smolvla_fast.patch(policy, precision=precision, backend=backend)
+        engine = engine_of(policy.model)
+        found.append(engine.act(*given))
+    truth, by_torch, plain = found
+    assert 0 < rel_l2(plain, truth) <= 1.5 * rel_l2(by_torch, truth)
     streams, launches = Streams(monkeypatch), []
 
     def launch(self: launcher.Launcher, *args: Any) -> None:
@@ -150,8 +160,8 @@ def test_the_first_step_beside_the_prefix(architecture: int, monkeypatch: pytest
     run = launcher.Launcher.__call__
     monkeypatch.setattr(launcher.Launcher, "__call__", launch)
     with streams, offered(streams.side):
-        found = engine.act(*given)
-    assert torch.equal(found, plain)
+        beside = engine.act(*given)
+    assert torch.equal(beside, plain)
     turns = [list(each) for _, each in groupby(launches, lambda launch: launch[0])]
     # Text layers 0 and 1 beside those of the expert, and the suffix ahead of them.
     assert [each[0][0] for each in turns] == ["main", "side"] * 3 + ["main"]
