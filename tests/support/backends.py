@@ -12,6 +12,7 @@ from simt import on_the_host
 from simt.emulator import build
 
 from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.cuda import library
 from support import triton_by
 from support.guarded import DEVICE
 from support.processors import LEVELS, at_level
@@ -85,6 +86,7 @@ def emulator(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     compiled.reset()
     compiled.forget()
     on_the_host.install(monkeypatch, compiled)
+    library.begins_early.cache_clear()  # noted of the GPU that the test before had configured
     yield compiled
     compiled.reset()
     compiled.forget()
