@@ -94,9 +94,9 @@ def read(flags: list[str]) -> Any:
     return command.read_settings(vars(_parser().parse_args(flags)))
 
 
-def go_on(output: Path) -> None:
+def go_on(output: Path, *more: str) -> None:
     """Resumes as ``BenchTop.train`` trains."""
-    settings, checkpoint = read(["--resume=true", f"--output_dir={output}"])
+    settings, checkpoint = read(["--resume=true", f"--output_dir={output}", *more])
     train(settings, resume=checkpoint)
 
 

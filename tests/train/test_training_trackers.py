@@ -105,5 +105,5 @@ def test_the_id_that_wandb_made_goes_on(bench_top, tmp_path):
     made = read_run(tmp_path / "checkpoints" / "last")["settings"]["wandb"]["run_id"]
     assert made and settings.wandb.run_id is None
     assert read(["--resume=true", f"--output_dir={tmp_path}", "--steps=3"])[0].wandb.run_id == made
-    go_on(tmp_path)
+    go_on(tmp_path, "--steps=3")
     assert len([*(tmp_path / "trackers" / "wandb").glob(f"offline-run-*-{made}")]) == 2
