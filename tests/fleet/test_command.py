@@ -29,23 +29,6 @@ for line in sys.stdin:
     print("status:", status, flush=True)
 sys.exit(status)
 """
-A_RAY = """
-import sys, ray
-here = ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, object_store_memory=80 * 2**20)
-print(here.address_info["gcs_address"], flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def ray_with_a_gpu(ray_here: str) -> Iterator[str]:
-    """The address of another Ray, with a GPU by name: Ray believes what it is told."""
-    held = subprocess.Popen(
-        [sys.executable, "-c", A_RAY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with held:  # which closes its input, and waits for it
-        assert held.stdout is not None
-        yield held.stdout.readline().strip()
 
 
 class Commands:
@@ -89,7 +72,7 @@ def commands(ray_here: str, tmp_path: Path) -> Iterator[Commands]:
 
 @pytest.mark.slow
 def test_the_command_serves_the_examples_arms_until_it_is_interrupted(
-    ray_here: str, commands: Commands, ray_with_a_gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    ray_here: str, commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Where Ray has no place it says so before it waits. Where it has, two replicas on a Ray that is there: both answer,
@@ -106,7 +89,6 @@ def test_the_command_serves_the_examples_arms_until_it_is_interrupted(
     taken = placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
     assert taken.wait(PATIENCE)
     for where, sentence in (
-        ([f"--ray-address={ray_with_a_gpu}", "--replicas=2"], "2 replicas, and free are 1 GPUs (one a replica) and 1 CPUs"),
         ([here], "1 replicas, and free are 0 GPUs (one a replica) and 0 CPUs"),
         (["--ray-address=127.0.0.1:1"], "no Ray at 127.0.0.1:1: "),
     ):  # fmt: skip
@@ -131,6 +113,22 @@ def test_the_command_serves_the_examples_arms_until_it_is_interrupted(
     ended = commands.interrupt()
     assert commands.process.returncode == 130 and "Traceback" not in "".join([*said, ended]), ended
     assert not serve.status().applications
+
+
+@pytest.mark.parametrize("gpus", [{"GPU": 1.0}, {}], ids=["one free", "none free"])
+def test_a_replica_without_a_gpu_is_refused_where_ray_has_gpus(
+    gpus: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray", reason="the fleet runs on Ray")
+    from smolvla_fast.fleet.cluster import CannotDeploy, deployed
+
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 4.0, **gpus})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
+    monkeypatch.setattr(ray, "nodes", lambda: pytest.fail("they are deployed"))
+    with pytest.raises(CannotDeploy) as refused, deployed("checkpoint", 2, 8, 0.1):
+        pass
+    room = f"{len(gpus)} GPUs (one a replica) and 4 CPUs; lower --replicas, or free some"
+    assert str(refused.value) == f"2 replicas, and free are {room}"
 
 
 @pytest.mark.parametrize(
