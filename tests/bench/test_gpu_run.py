@@ -35,7 +35,7 @@ NEEDED = {
 
 
 def rehearse(kind: str, out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    """Exit status and result of a rehearsal; each part is a process of its own."""
+    """Exit status and result of a rehearsal."""
     before = sorted(RESULTS.glob("*.json"))
     status = visit.main([kind, "--rehearse", "--out", str(out), *arguments])
     assert sorted(RESULTS.glob("*.json")) == before, "a rehearsal has no place in benchmarks/results"
@@ -43,10 +43,13 @@ def rehearse(kind: str, out: Path, *arguments: str) -> tuple[int, dict[str, Any]
     return status, json.loads(path.read_text())
 
 
-@pytest.mark.slow
-def test_report_rehearsed(tmp_path: Path) -> None:
-    """A part in a process of its own; tests/bench/test_suites.py runs the others in one, which is quicker."""
+def test_report_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suite in this process, where torch is loaded; one of its own is in tests/acceptance/test_speed_claims.py."""
     pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the baseline is LeRobot's")
+    for name in (*run.UNWANTED, "PYTEST_CURRENT_TEST"):
+        monkeypatch.delenv(name, raising=False)
+    suite = lambda command, *_: Ended(int(pytest.main([*command[3:], "-p", "no:xdist"])), 1.0, [])  # noqa: E731
+    monkeypatch.setattr(run, "execute", suite)
     status, data = rehearse("report", tmp_path, "--part=build", "--part=ops")
     statuses = [(part["name"], part["status"]) for part in data["parts"]]
     assert status == 0 and statuses == [("build", "skipped"), ("build", "skipped"), ("ops", "green")]
