@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.policies import LEROBOT_FIRST
+from support.policies import few_threads
 from torch import nn
 
 import smolvla_fast
@@ -17,6 +17,8 @@ from smolvla_fast.ops import availability
 from smolvla_fast.ops import select as backends
 from smolvla_fast.testing import policies
 from smolvla_fast.testing.policies import make_noise, make_observation
+
+__all__ = ["few_threads"]
 
 # (seed, how much sharper attention is, backend): those of all that differ most from stock, and in make test-full the rest.
 QUICK = {(4, 1.08, "torch"), (89, 1.12, "cpu"), (97, 1.12, "torch")}
@@ -40,7 +42,6 @@ def _deep(seed: int, sharp: float) -> Any:
     return policy
 
 
-@LEROBOT_FIRST
 @pytest.mark.parametrize(("seed", "sharp", "backend"), SEEDS)
 def test_deep_policies_pass_and_a_bf16_product_among_them_does_not(
     seed: int, sharp: float, backend: str, monkeypatch: pytest.MonkeyPatch

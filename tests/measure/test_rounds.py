@@ -5,15 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_ONLY, chunk
-from torch import Tensor
+from support.policies import chunk
 
 import smolvla_fast
 from smolvla_fast.measure.rounds import as_stock, percentile
+from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
 
 def test_percentile_interpolates() -> None:
@@ -26,7 +25,6 @@ def test_percentile_interpolates() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak")
-@LEROBOT_ONLY  # no policy is asked
 def test_peak_memory_forgets_what_was_before() -> None:
     """In a process of its own: this one's allocator may serve a block from pages it has touched before."""
     code = (
@@ -41,9 +39,10 @@ def test_peak_memory_forgets_what_was_before() -> None:
     assert grown > wanted / 2
 
 
-def test_as_stock_runs_stock_and_comes_back(
-    policy: Any, observation: dict[str, Tensor], noise: Tensor
-) -> None:
+@pytest.mark.parametrize("origin", ["lerobot", "ours"])
+def test_as_stock_runs_stock_and_comes_back(origin: str) -> None:
+    policy = make_policy("tiny", origin=origin, num_steps=2)
+    observation, noise = make_observation(policy), make_noise(policy)
     stock = chunk(policy, observation, noise)
     smolvla_fast.patch(policy, precision="bf16")
     with as_stock(policy):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy
+from support.policies import LEROBOT_FIRST, chunk, make_policy
 from support.tunings import CHOICES, tuning_of
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from smolvla_fast.patching.settings import SETTINGS
 from smolvla_fast.tune import tuner
 from smolvla_fast.tune.result import Tuning
 
+pytestmark = LEROBOT_FIRST
 CPU = torch.device("cpu")
 
 
@@ -153,7 +154,6 @@ def test_a_plan_is_looked_for_when_an_engine_is_made_and_not_at_a_chunk(
     assert asked == ["fp32"]
 
 
-@LEROBOT_FIRST
 def test_patching_again_takes_a_plan_that_came_went_or_changed(policy: Any, selected: list[Any]) -> None:
     smolvla_fast.patch(policy)
     engine = engine_of(policy.model)
@@ -174,7 +174,6 @@ def test_patching_again_takes_a_plan_that_came_went_or_changed(policy: Any, sele
     assert plan_of(policy) is None and selected == [None, plan, other, None]
 
 
-@LEROBOT_FIRST
 @pytest.mark.parametrize("change", ["threads", "precision", "backend", "dtype"])
 def test_a_plan_for_something_else_is_not_used(policy: Any, change: str) -> None:
     save(policy)
@@ -234,7 +233,6 @@ def test_a_torn_plan_costs_one_line(policy: Any, content: str, caplog: pytest.Lo
     assert caplog.text.count(f"ignored the plan {path}") == 1
 
 
-@LEROBOT_ONLY
 def test_verify_judges_what_the_plan_serves(
     policy: Any, observation: dict[str, Tensor], selected: list[Any]
 ) -> None:

@@ -43,8 +43,9 @@ shares its maths with the references, so a change to those cannot be told apart 
 LEROBOT_FIRST = pytest.mark.parametrize(
     "origin", ["lerobot", pytest.param("ours", marks=pytest.mark.long)], indirect=True
 )
-"""For grids of many cases: on LeRobot's class in ``make test``, on both in ``make test-full``; that our own model answers as
-LeRobot's does is the business of tests/smolvla, and tests with neither of these marks run on both."""
+"""For grids of many cases, and where it does not matter whose class it is: on LeRobot's class in ``make test``, on both in
+``make test-full``. That our own model answers as LeRobot's does is the business of tests/smolvla; tests with neither of
+these marks run on both."""
 
 
 _made: dict[str, Original] = {}
