@@ -22,12 +22,11 @@ LOSS_OF_STOCK = 2.0
 """A bf16 chunk may lose this many times what stock run in bf16 loses against fp32. Two orders of the same roundings
 scatter against each other; a mask or a scale that is wrong loses ten times as much and more."""
 COSINE = 0.999
-"""The least cosine of an 8-bit chunk to stock's in fp32: the error is then below 4.5 % of the chunk's length."""
+"""The least cosine of a quantised chunk to stock's in fp32, where its tier asks no more: the error is then below 4.5 % of
+the chunk's length."""
 TINY_COSINE = 0.997
 """The same of a tiny policy with heavy tails: its rows have 48 columns to average over, not 720 and more
 (tests/acceptance/test_outliers.py)."""
-SCALED = 2 * (1 - COSINE**2) ** 0.5
-"""The most relative L2 of an 8-bit chunk: twice what an angle of that cosine alone makes of it."""
 
 Facts = dict[str, Any]
 
@@ -60,11 +59,14 @@ def within(facts: Facts, bound: float) -> Facts:
     return passed({**facts, "bound": bound}, facts["rel_l2"] <= bound, said)
 
 
-def aligned(facts: Facts) -> Facts:
-    """The same with the least cosine, of 8-bit weights. A cosine sees no wrong scale, so the length is asked as well."""
-    found = passed(facts, facts["cosine"] >= COSINE, f"cosine {facts['cosine']:.5f}, at least {COSINE}")
-    longer = f"{found['gate']}, but rel L2 {facts['rel_l2']:.2g}, allowed {SCALED:.2g}"
-    return passed(facts, facts["rel_l2"] <= SCALED, longer) and found
+def aligned(facts: Facts, precision: str) -> Facts:
+    """The same with the least cosine, of quantised weights. A cosine sees no wrong scale, so the length is asked as well."""
+    tier = TIERS.get(precision)
+    least = max(COSINE, (tier and tier.cosine) or 0.0)
+    found = passed(facts, facts["cosine"] >= least, f"cosine {facts['cosine']:.6f}, at least {least}")
+    most = 2 * (1 - least**2) ** 0.5  # twice what an angle of that cosine alone makes of it
+    longer = f"{found['gate']}, but rel L2 {facts['rel_l2']:.2g}, allowed {most:.2g}"
+    return passed(facts, facts["rel_l2"] <= most, longer) and found
 
 
 def lossy(facts: Facts, first: float, lost: float | None) -> Facts:
@@ -98,7 +100,7 @@ def check_peer(setup: Any, policy: Any, precision: str, case: Any, chunks: list[
         return within(facts, COMPILED_BOUND[setup.layout])
     if precision == "bf16":
         return lossy(facts, error(chunks[0], truths[0])["rel_l2"], setup.lost.get(case))
-    return aligned(facts)
+    return aligned(facts, precision)
 
 
 def check_tier(setup: Any, policy: Any, precision: str, case: Any, chunks: list[Tensor]) -> Facts:
@@ -120,7 +122,7 @@ def check_tier(setup: Any, policy: Any, precision: str, case: Any, chunks: list[
     own = ("bound", "stock_rel_l2", "stock_max_abs", *(() if wide else ("rel_l2", "max_abs", "cosine")))
     facts = passed({**facts, **{name: report[name] for name in own}}, report["passed"], said)
     if tier.quantized or not wide:
-        return aligned(facts) if tier.quantized else facts
+        return aligned(facts, tier.name) if tier.quantized else facts
     setup.lost[case] = report["stock_rel_l2"]
     return lossy(facts, error(chunks[0], truths[0])["rel_l2"], setup.lost[case])
 
@@ -137,7 +139,7 @@ def check_point(setup: Any, policy: Any, precision: str, case: Any, chunks: list
         return torch.cat([act(setup.policy, each) for each in samples])
 
     facts = compare(chunks[0][ends], setup.once(("alone", case, setup.policy.config.num_steps), alone))
-    return within(facts, FP32_BOUND) if precision in ("stock", "fp32") else aligned(facts)
+    return within(facts, FP32_BOUND) if precision in ("stock", "fp32") else aligned(facts, precision)
 
 
 CHECKS = {"stock": check_stock, "tier": check_tier, "peer": check_peer, "point": check_point}
