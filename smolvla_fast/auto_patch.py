@@ -34,6 +34,7 @@ from typing import Any
 from .patch import patch, unpatch
 from .patching.runtime import Runtime, runtime_of
 from .patching.settings import DISABLE, disabled, is_on
+from .smolvla.weights_io import check_names
 
 logger = logging.getLogger("smolvla_fast")
 
@@ -74,6 +75,13 @@ def patch_as_loaded(policy_class: Any) -> None:
     policy_class.forward = forward
     from_pretrained._smolvla_fast_stock = stock  # type: ignore[attr-defined]
     policy_class.from_pretrained = classmethod(from_pretrained)
+
+
+def load(path: str) -> Any:
+    """LeRobot's policy of a checkpoint. Raises WeightsError where that does not name its weights (``check_names``)."""
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    return check_names(SmolVLAPolicy.from_pretrained(path), path)
 
 
 def patch_or_stock(policy: Any, precision: str | None = None, backend: str | None = None) -> str | None:

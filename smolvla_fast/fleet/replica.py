@@ -12,15 +12,13 @@ import numpy as np
 import torch
 from lerobot.async_inference.helpers import prepare_image
 from lerobot.policies.factory import make_pre_post_processors
-from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.utils.constants import OBS_STATE
 from ray import serve
 from ray.util import metrics
 from torch import Tensor
 
-from ..auto_patch import patch_or_stock
+from ..auto_patch import load, patch_or_stock
 from ..patch import status
-from ..smolvla.weights_io import check_names
 
 # Ray's types know batched methods of one argument alone.
 batched: Any = serve.batch
@@ -53,8 +51,7 @@ class Replica:
     def __init__(self, path: str, device: str, max_batch: int, wait_s: float, *how: str | None) -> None:
         self.__call__.set_max_batch_size(max_batch)
         self.__call__.set_batch_wait_timeout_s(wait_s)
-        self._policy = SmolVLAPolicy.from_pretrained(path).to(device).eval()
-        check_names(self._policy, path)
+        self._policy = load(path).to(device).eval()
         self._device, self._config = device, self._policy.config
         self._not_patched = patch_or_stock(self._policy, *how)
         self._preprocess, self._postprocess = make_pre_post_processors(

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -117,8 +117,11 @@ def _misfit(source: str, problems: list[str], unexpected: list[str], lenient: st
     return WeightsError(f"{source} does not fit the model, {'; '.join(problems)}. Probably {hint}", lenient)
 
 
-def check_names(module: nn.Module, source: str | Path) -> None:
-    """WeightsError unless a checkpoint names every weight of a policy and no other, statistics apart.
+NamedT = TypeVar("NamedT", bound=nn.Module)
+
+
+def check_names(module: NamedT, source: str | Path) -> NamedT:
+    """The policy. WeightsError unless a checkpoint names every weight of a policy and no other, statistics apart.
 
     For what LeRobot's ``from_pretrained`` has loaded: it leaves a weight that the file does not name at random values.
     """
@@ -129,6 +132,7 @@ def check_names(module: nn.Module, source: str | Path) -> None:
         missing, unexpected = _unlike(module, (name for name in file.keys() if not is_buffer(name)))  # noqa: SIM118
     if absences := _absences(missing, unexpected):
         raise _misfit(str(path), absences, unexpected)
+    return module
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], *, strict: bool, source: str) -> None:

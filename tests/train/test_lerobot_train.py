@@ -152,7 +152,6 @@ def test_a_fresh_policy_is_patched_as_it_is_at_its_first_loss(
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
-        ({auto_patch.TRAINING: "yes"}, "SMOLVLA_FAST_TRAINING='yes'; accepted are 1, and 0 or nothing"),
         ({auto_patch.TRAINING: "1", auto_patch.IMAGE_CACHE: "8GB"}, "accepted is a number of bytes such as 8000000000"),
         ({auto_patch.IMAGE_CACHE: "8"}, "SMOLVLA_FAST_IMAGE_CACHE=8 needs SMOLVLA_FAST_TRAINING=1"),
     ],
