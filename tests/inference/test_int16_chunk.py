@@ -17,7 +17,7 @@ from torch import Tensor
 
 import smolvla_fast
 from smolvla_fast.model.precision import TIERS, resolve_tier
-from smolvla_fast.ops import extension
+from smolvla_fast.ops import availability, extension
 from smolvla_fast.ops import select as backends
 from smolvla_fast.ops.cpu import int16
 from smolvla_fast.testing.policies import make_noise, make_observation
@@ -34,6 +34,7 @@ DIGITS = 2e-5
 def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whether integers are ahead is a question of the processor; their numbers are not."""
     monkeypatch.setattr(int16, "why_slow", lambda: None)
+    monkeypatch.setattr(availability, "_why_slow", lambda: None)  # nor whether `auto` takes the kernels
     yield
 
 

@@ -21,6 +21,7 @@ from smolvla_fast.ops import choice as choices
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.next_norm import NextNorm
 from smolvla_fast.ops.plan import Plan
+from smolvla_fast.ops.select import why_not_quantized
 from smolvla_fast.ops.torch import decoder
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.tune import candidates, stopwatch, tuner
@@ -174,8 +175,8 @@ def test_the_next_engine_uses_the_plan(subject: Any, monkeypatch: pytest.MonkeyP
 def test_a_chunk_is_within_its_tier_whatever_the_plan_says(subject: Any, tier: str, name: str) -> None:
     """Bounds: fp32's own; of the others what these lose on this policy by the defaults, doubled."""
     model, inputs = subject
-    if tier == "int8" and choices_reason():
-        pytest.skip(choices_reason())
+    if reason := why_not_quantized(CPU).get(tier):
+        pytest.skip(reason)
     names = ("cpu", "onednn", "aten", "torch", "sdpa")
 
     class Anything(dict[str, str]):
@@ -190,12 +191,6 @@ def test_a_chunk_is_within_its_tier_whatever_the_plan_says(subject: Any, tier: s
         for each in (Products(TIERS[tier], "auto", CPU), Products(TIERS[tier], "auto", CPU, Plan(Anything())))
     )
     assert planned <= max(1e-5, 2 * default)
-
-
-def choices_reason() -> str:
-    from smolvla_fast.ops.availability import why_not_int8
-
-    return why_not_int8(CPU) or ""
 
 
 def test_exact_is_untouched_by_plans(subject: Any) -> None:
