@@ -224,7 +224,8 @@ void bind_sums(py::module_& m) {
            int activation, int64_t rows, int64_t width, int num_threads) {
             const Sums a{at<float>(sums), at<float>(scale), at<float>(bias), static_cast<Activation>(activation),
                          rows, width};
-            quantize_sums(a, at<const float>(up), IntegerRows<uint8_t>{at<uint8_t>(out_data), at<float>(out_scale)}, num_threads);
+            const IntegerRows<uint8_t> out{at<uint8_t>(out_data), at<float>(out_scale)};
+            quantize_sums(a, at<const float>(up), out, num_threads);
         },
         py::arg("sums"), py::arg("scale"), py::arg("bias"), py::arg("up"), py::arg("out_data"), py::arg("out_scale"),
         py::arg("activation"), py::arg("rows"), py::arg("width"), py::arg("num_threads"),

@@ -2,8 +2,8 @@
 // SMOLVLA_LEVEL_NAMESPACE, SMOLVLA_LEVEL_IS_512 and SMOLVLA_TARGET (the attribute of its functions). No include guard: each
 // op's file includes this once, inside its own namespace.
 //
-// And SMOLVLA_AT_LEVEL, the function of the level in use. int8_attention.cpp includes its kernel by itself: its levels are
-// those of 8-bit products.
+// And SMOLVLA_AT_LEVEL, the function of the level in use. Products of integers have levels of their own:
+// each_integer_level.h.
 
 #define SMOLVLA_LEVEL Baseline
 #define SMOLVLA_LEVEL_NAMESPACE baseline

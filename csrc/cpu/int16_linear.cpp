@@ -29,41 +29,8 @@ struct Sizes {
     int64_t block, blocks, panels, group;
 };
 
-#define SMOLVLA_LEVEL IntegerBaseline
-#define SMOLVLA_LEVEL_NAMESPACE baseline
-#define SMOLVLA_TARGET
-#include "cpu/int16_linear_kernel.h"
-#undef SMOLVLA_LEVEL
-#undef SMOLVLA_LEVEL_NAMESPACE
-#undef SMOLVLA_TARGET
-
-#if defined(__x86_64__)
-#define SMOLVLA_LEVEL IntegerAvx2
-#define SMOLVLA_LEVEL_NAMESPACE avx2
-#define SMOLVLA_TARGET SMOLVLA_AVX2
-#include "cpu/int16_linear_kernel.h"
-#undef SMOLVLA_LEVEL
-#undef SMOLVLA_LEVEL_NAMESPACE
-#undef SMOLVLA_TARGET
-
-#if defined(SMOLVLA_HAS_AVX2_VNNI)
-#define SMOLVLA_LEVEL IntegerAvx2Vnni
-#define SMOLVLA_LEVEL_NAMESPACE avx2_vnni
-#define SMOLVLA_TARGET SMOLVLA_AVX2_VNNI
-#include "cpu/int16_linear_kernel.h"
-#undef SMOLVLA_LEVEL
-#undef SMOLVLA_LEVEL_NAMESPACE
-#undef SMOLVLA_TARGET
-#endif
-
-#define SMOLVLA_LEVEL IntegerAvx512Vnni
-#define SMOLVLA_LEVEL_NAMESPACE avx512_vnni
-#define SMOLVLA_TARGET SMOLVLA_AVX512_VNNI
-#include "cpu/int16_linear_kernel.h"
-#undef SMOLVLA_LEVEL
-#undef SMOLVLA_LEVEL_NAMESPACE
-#undef SMOLVLA_TARGET
-#endif
+#define SMOLVLA_KERNEL "cpu/int16_linear_kernel.h"
+#include "cpu/each_integer_level.h"
 
 template <Activation kActivation>
 auto kernel(IntegerLevel level) {

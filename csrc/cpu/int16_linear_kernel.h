@@ -1,5 +1,4 @@
-// The product of 16-bit integers for one instruction level. No include guard: int16_linear.cpp includes this once per level,
-// with SMOLVLA_LEVEL (the struct of integer_simd.h), its namespace and SMOLVLA_TARGET (the attribute of its functions).
+// The product of 16-bit integers for one instruction level. No include guard: see each_integer_level.h.
 //
 // Weights are packed in panels when they are quantised. A register tile is a sum of outer products: a word of a row times the
 // words of a panel. Only the tile is written in intrinsics.

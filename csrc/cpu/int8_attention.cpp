@@ -175,41 +175,8 @@ SMOLVLA_INLINE void measure_head(const Attention& a, const Head& h, float* error
     *spread += finite;
 }
 
-#define SMOLVLA_LEVEL IntegerBaseline
-#define SMOLVLA_LEVEL_NAMESPACE baseline
-#define SMOLVLA_TARGET
-#include "cpu/int8_attention_kernel.h"
-#undef SMOLVLA_LEVEL
-#undef SMOLVLA_LEVEL_NAMESPACE
-#undef SMOLVLA_TARGET
-
-#if defined(__x86_64__)
-#define SMOLVLA_LEVEL IntegerAvx2
-#define SMOLVLA_LEVEL_NAMESPACE avx2
-#define SMOLVLA_TARGET SMOLVLA_AVX2
-#include "cpu/int8_attention_kernel.h"
-#undef SMOLVLA_LEVEL
-#undef SMOLVLA_LEVEL_NAMESPACE
-#undef SMOLVLA_TARGET
-
-#if defined(SMOLVLA_HAS_AVX2_VNNI)
-#define SMOLVLA_LEVEL IntegerAvx2Vnni
-#define SMOLVLA_LEVEL_NAMESPACE avx2_vnni
-#define SMOLVLA_TARGET SMOLVLA_AVX2_VNNI
-#include "cpu/int8_attention_kernel.h"
-#undef SMOLVLA_LEVEL
-#undef SMOLVLA_LEVEL_NAMESPACE
-#undef SMOLVLA_TARGET
-#endif
-
-#define SMOLVLA_LEVEL IntegerAvx512Vnni
-#define SMOLVLA_LEVEL_NAMESPACE avx512_vnni
-#define SMOLVLA_TARGET SMOLVLA_AVX512_VNNI
-#include "cpu/int8_attention_kernel.h"
-#undef SMOLVLA_LEVEL
-#undef SMOLVLA_LEVEL_NAMESPACE
-#undef SMOLVLA_TARGET
-#endif
+#define SMOLVLA_KERNEL "cpu/int8_attention_kernel.h"
+#include "cpu/each_integer_level.h"
 
 struct Kernel {
     void (*measure)(const Attention&, const Head&, float*, float*);

@@ -1,6 +1,4 @@
-// The attention kernel in 8-bit integers for one instruction level. No include guard: int8_attention.cpp includes this once
-// per level, with SMOLVLA_LEVEL (the struct of integer_simd.h), its namespace and SMOLVLA_TARGET (the attribute of its
-// functions).
+// The attention kernel in 8-bit integers for one instruction level. No include guard: see each_integer_level.h.
 //
 // As in attention_kernel.h one kv head is packed at a time, K transposed into panels and V in consecutive rows, and both
 // products run in one register tile. Only that tile is written in intrinsics: the rest is plain C++ that a compiler makes

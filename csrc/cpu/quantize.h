@@ -18,7 +18,6 @@ struct IntegerRows {
     float* scale;  // [rows]
 };
 
-
 enum class Norm : int { none = 0, layer = 1, rms = 2 };
 
 // v = x, or x normalised: layer  (x - mean(x)) / sqrt(var(x) + eps) · weight + bias,  rms  x / sqrt(mean(x²) + eps) · weight

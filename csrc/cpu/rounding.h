@@ -1,4 +1,5 @@
-// Rounding to integers, powers of two and activations, in plain C++ that a compiler makes vectors of: equal bits at every level.
+// Rounding to integers, powers of two and activations, in plain C++ that a compiler makes vectors of: equal bits at every
+// level.
 #pragma once
 
 #include <cstdint>

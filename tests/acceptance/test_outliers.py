@@ -85,7 +85,7 @@ def test_worst_case_of_a_tier(weights: str, layout: str, monkeypatch: pytest.Mon
     sharp = weights == "sharp attention"
     assert worst["fp32"] <= (10 if sharp else 2) * worst["stock fp32"] < worst["stock bf16"]
     assert 1e-4 < worst["bf16"] <= (SCATTER if sharp else 1) * worst["stock bf16"]
-    # 16 bits round four times as finely as bf16 where a row has no outliers, and steps do not add up as roundings do.
+    # A row's largest number has 3344 steps where bf16 gives 128 to 256: found were at most 0.09, and 0.33 where it is sharp.
     for name in INT16:
         assert 1e-4 < worst[name] <= (0.5 if sharp else 0.2) * worst["stock bf16"]
 

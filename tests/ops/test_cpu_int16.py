@@ -15,6 +15,7 @@ from smolvla_fast.ops import extension
 from smolvla_fast.ops.availability import why_not_int16
 from smolvla_fast.ops.cpu import int8_attention, int16, integer_ops, quantize
 from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops.cpu.image_prep import image_prep
 from smolvla_fast.ops.reference.quantize import (
     SUMMED,
     WORDS,
@@ -144,6 +145,7 @@ def test_rows_have_the_bits_of_the_reference(rows: int, width: int, dtype: torch
     assert (error <= want.scale[:, None] * (0.5 + 3344 * 2.0**-23)).all()
     eight = quantize.rms_norm_rows(x, gain, 1e-5), quantize.layer_norm_rows(x, gain, gain, 1e-6)
     for wide, narrow in zip((normed, layer), eight, strict=True):
+        # Of the same largest number: three roundings of fp32, 2^-24 each, and eight times that.
         assert torch.allclose(wide.scale * (3344 / 127), narrow.scale, rtol=2.0**-20, atol=0)
         step = narrow.scale[:, None] * (0.5 + 127 * 2.0**-22) + wide.scale[:, None]
         assert ((dequantize(wide)[:, :width] - dequantize(narrow)).abs() <= step).all()
@@ -219,6 +221,8 @@ def test_another_default_dtype_or_device_of_torch_changes_nothing() -> None:
     x, packed = _normal(5, 40), int16.pack(_normal(7, 40))
     rows = quantize.quantize_rows(x, torch.int16)
     want, narrow = int16.linear(rows, packed), quantize_weight(_normal(7, 40))
+    q, frames = _normal(1, 5, 2, 8), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    attended = int8_attention.attention(q, q, q)
     try:
         for dtype in (torch.bfloat16, torch.float64):
             torch.set_default_dtype(dtype)
@@ -227,6 +231,9 @@ def test_another_default_dtype_or_device_of_torch_changes_nothing() -> None:
                 assert torch.equal(found.scale, rows.scale) and torch.equal(int16.linear(found, packed), want)
                 int16.why_slow.cache_clear()
                 int16.why_slow()
+                assert torch.equal(int8_attention.attention(q, q, q).error, attended.error)
+                assert torch.equal(int8_attention.spread(q, q, q), attended.spread)
+                assert image_prep(frames, 8, 8, torch.float32).is_cpu
                 eight = quantize.quantize_rows(x)
                 sums = quantize.int8_matmul(eight, narrow)
                 assert sums.dtype is eight.scale.dtype is torch.float32 and sums.is_cpu

@@ -36,7 +36,7 @@ def image_prep(frames: Tensor, height: int, width: int, dtype: torch.dtype) -> T
     by_planes, by_pixels = frames.stride(3) == 1, frames.stride(3) == 3 and frames.stride(1) == 1
     if not (by_planes or by_pixels):
         frames = frames.contiguous()
-    out = torch.empty(batch, 3, height, width, dtype=dtype)
+    out = torch.empty(batch, 3, height, width, dtype=dtype, device="cpu")
     if out.numel():
         kernel = getattr(extension.load("cpu"), f"image_prep_{_FRAMES[frames.dtype]}_{KERNELS[dtype]}")
         sizes = (batch, frame_height, frame_width, height, width, new_height, new_width)

@@ -80,7 +80,7 @@ def pack(weight: Tensor) -> Packed:
 
 def pack_integers(weight: IntegerWeight) -> Packed:
     """[O, K] -> packed."""
-    zero = torch.zeros(len(weight.scale), dtype=torch.int64)
+    zero = torch.zeros_like(weight.scale, dtype=torch.int64)
     if ours():
         return Packed(weight.data.contiguous(), weight.scale, zero, weight.data.shape)
     # Without a shape of x, oneDNN chooses a layout that serves any number of rows.
@@ -172,9 +172,10 @@ CHECKED = 64
 
 @cache
 def _sums_are_exact() -> bool:
-    data = torch.full((2, CHECKED), 255, dtype=torch.uint8)
-    weight = IntegerWeight(torch.full((16, CHECKED), 127, dtype=torch.int8), torch.ones(16))
-    found = int8_matmul(IntegerRows(data, torch.ones(2)), pack_integers(weight))
+    data = torch.full((2, CHECKED), 255, dtype=torch.uint8, device="cpu")
+    integers = torch.full((16, CHECKED), 127, dtype=torch.int8, device="cpu")
+    ones = torch.ones(16, dtype=torch.float32, device="cpu")
+    found = int8_matmul(IntegerRows(data, ones[:2]), pack_integers(IntegerWeight(integers, ones)))
     return bool((found == CHECKED * 127 * 127).all())
 
 

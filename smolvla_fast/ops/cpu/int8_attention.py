@@ -62,7 +62,7 @@ def attention(
     check_one("int8 attention", "q", q, torch.float32, "this kernel", q.shape)
     out, operands = attention_operands("int8 attention", q, k, v, mask, out)
     heads = (k.shape[0], k.shape[2])
-    error, spread = torch.zeros(heads), torch.zeros(heads)
+    error, spread = torch.zeros(2, *heads, dtype=torch.float32, device="cpu")
     if q.numel():
         kernel = extension.load("cpu").int8_attention
         kernel(*operands, torch.get_num_threads(), most_error, error.data_ptr(), spread.data_ptr())
@@ -77,7 +77,7 @@ def level() -> str:
 def spread(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """[B, K] fp32: what ``attention`` says of these operands, for any D; attention itself is not computed."""
     _, operands = attention_operands("int8 attention", q, k, v, mask, None)
-    error, found = torch.zeros(2, k.shape[0], k.shape[2])
+    error, found = torch.zeros(2, k.shape[0], k.shape[2], dtype=torch.float32, device="cpu")
     if q.numel():
         at = (*operands[:4], 0, *operands[5:])
         kernel = extension.load("cpu").int8_attention
