@@ -257,12 +257,23 @@ def update(run: Run, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
 
     returns  loss (the mean over the batches), grad_norm before clipping, lr; seconds of reading (data_s) and the rest
              (update_s)
-    raises   TrainingError, with the weights as before, when loss or gradient is not finite
+    raises   TrainingError, with the weights as before and no gradients, when loss or gradient is not finite
     """
-    settings, parts, accelerator = run.settings, run.settings.gradient_accumulation_steps, run.accelerator
+    accelerator = run.accelerator
     if accelerator is None:
         way = "train(settings, resume=CHECKPOINT), or begin with prepare(settings)"
         raise TrainingError(f"this run has ended; go on from its checkpoint with {way}")
+    try:
+        return _update(run, accelerator, batches)
+    except BaseException:
+        # A step that was not taken leaves the next one neither gradients nor a count of its batches.
+        run.policy.zero_grad()
+        accelerator.step = 0
+        raise
+
+
+def _update(run: Run, accelerator: Any, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+    settings, parts = run.settings, run.settings.gradient_accumulation_steps
     losses: list[Tensor] = []
     seen: list[dict[str, Any]] = []  # raw batches in the host's memory, for the message of an error
     data_s = 0.0

@@ -191,7 +191,7 @@ def by_stage(account: Account) -> str:
         *([milliseconds(found["total"]) if "total" in found else NONE] if found else []),
     ])  # fmt: skip
     columns = ["stage", "our nodes", "torch nodes", "predicted ms", "floor ms", "before ms", "by hand ms"]
-    text = table([*columns, *(["measured ms"] if found else [])], rows, left=1)
+    text = table([*columns, *(["measured ms, older kernels"] if found else [])], rows, left=1)
     if not found:
         return f"{text}\n\nMeasured: not measured; no result of an H100 or H200 is committed."
     return (

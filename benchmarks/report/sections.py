@@ -112,7 +112,7 @@ def beside(benches: list[Bench]) -> str:
     return joined(*text)
 
 
-def targets(benches: list[Bench]) -> str:
+def overhead(benches: list[Bench]) -> str:
     text = [OUTSIDE]
     for each in benches:
         low, high = (each["overhead"][key] < tables.OVERHEAD for key in ("outside_share", "narrow_share"))
@@ -174,13 +174,13 @@ SECTIONS: dict[str, Callable[[Data], str]] = {
         "ops", "op | case | dtype | backend | p50 µs | best µs | ratio | GFLOP/s | GB/s | of the roof", labels=(),
     ),
     "CPU": Section(
-        "cpu", "ratio to stock | target | accuracy against stock in fp32 | p50 ms | p95 ms | p99 ms | best ms | rounds"
+        "cpu", "ratio to stock | accuracy against stock in fp32 | p50 ms | p95 ms | p99 ms | best ms | rounds"
         " | of the roof | in turn | extra bytes | peak memory | of it new", note=beside,
     ),
     "CPU, by stage": Section("cpu", "vision ms | prefix ms | denoise ms", having="stages"),
     "CPU, overhead": Section(
         "cpu", "sample_actions ms | outside ops ms | narrow policy ms | op calls | allocations a step | bytes a step",
-        lambda bench: [{**bench["overhead"], "variant": bench["variant"]}], having="overhead", note=targets,
+        lambda bench: [{**bench["overhead"], "variant": bench["variant"]}], having="overhead", note=overhead,
     ),
     "CPU, scaling": cpu_scaling,
     "Latency": Section("latency", "p50 ms | p95 ms | p99 ms | longest ms | ratio | rounds", note=lambda benches: LATENCY),

@@ -21,9 +21,6 @@ NOTE = (
     "medians is given."
 )
 NONE = "–"
-TARGETS = {"fp32": (2.5, 2.7), "bf16": (4.5, 5.0), "int8": (5.5, 7.0)}
-"""Ratios to LeRobot eager in fp32 that the tiers are built for, at full size with 2 cameras and 10 steps, and those that
-are hoped for; in one run, on a machine that multiplies bf16 and 8 bits faster than fp32."""
 OVERHEAD = 0.03
 """The share of a chunk that may be Python."""
 
@@ -55,15 +52,6 @@ def ratio(figures: Bench) -> str:
     base = figures["base"]
     steady = base and not unsteady(base) and not unsteady(figures)
     return f"{base['p50_ms'] / figures['p50_ms']:.2f}x" if steady else NONE
-
-
-def target(bench: Bench) -> str:
-    """What the tier is built for, and whether this run shows it; a dash for what is no tier of the table."""
-    if bench["kind"] != "tier" or bench["precision"] not in TARGETS:
-        return NONE
-    least, aim = TARGETS[bench["precision"]]
-    met = "missed" if bench["ratio"] < least else "met" if bench["ratio"] < aim else "aim met"
-    return f">= {least:g}x, aim {aim:g}x: {met}"
 
 
 def accuracy(bench: Bench) -> str:
@@ -101,7 +89,6 @@ COLUMNS: dict[str, Callable[[Bench], Any]] = {
     "of it new GiB": lambda b: of(b, "added_bytes", 2**30, 2),
     "peak MiB": lambda b: of(b, "peak_bytes", 2**20),
     "share": lambda b: f"{b['p50_ms'] / b['of']['total']['p50_ms']:.0%}",
-    "target": target,
     "accuracy against stock in fp32": accuracy,
     "GFLOP": lambda b: of(b, "flops", 1e9, 1),
     "case": lambda b: " ".join(f"{name}={value}" for name, value in b["case"].items()),

@@ -81,13 +81,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     else:
         path = _checkout() / "benchmarks" / "results" / harness.result_name(system.facts())
     check_report(path, (".md", ".html", ".png"))
-    path.unlink(missing_ok=True)  # there may lie the figures of another day
+    unfinished = path.with_suffix(".unfinished.json")  # at the path may lie the figures of another day
     seconds = flags.seconds(args)
     parts = [harness.suite(name, seconds, seconds, *_options(name, args)) for name in suites]
-    data = harness.visit(parts, path, seconds * len(parts) / 60, dict(os.environ), system.facts())
+    data = harness.visit(parts, unfinished, seconds * len(parts) / 60, dict(os.environ), system.facts())
     if not data["benchmarks"]:
-        path.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise CommandError("nothing was timed; the reason stands above")
+    unfinished.replace(path)
     from benchmarks.report import markdown
 
     for written in (path, *markdown.write(data, path)):

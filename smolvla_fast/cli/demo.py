@@ -28,7 +28,7 @@ from ..measure.console import (
     milliseconds,
     write_json,
 )
-from ..measure.rounds import PeakMemory, as_stock, error, median_stages, summary, threads, timed_ms
+from ..measure.rounds import PeakMemory, as_stock, error, fresh, median_stages, summary, threads, timed_ms
 from . import checkpoint, recording, subject
 from .recording import Recording
 
@@ -96,7 +96,7 @@ def measure(
             )
 
         def chunk() -> Tensor:
-            return policy.predict_action_chunk(dict(batch), noise=noise.clone())
+            return policy.predict_action_chunk(fresh(batch), noise=noise.clone())
 
         peaks: dict[str, int | None] = {}
         warm: dict[str, float] = {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..measure.console import CommandError, counted
-from ..smolvla import SmolVLAConfig, make_pre_post_processors
+from ..smolvla import SmolVLAConfig, aloha, make_pre_post_processors
 from ..smolvla.features import ACTION, OBS_PREFIX, OBS_STATE
 from ..smolvla.hub import is_absent
 from ..smolvla.processor_smolvla import PREPROCESSOR_NAME
@@ -93,7 +93,7 @@ class Recording:
         """A chunk of the model's, [1, S, A] -> [S, joints], fp32 in the robot's units: what is sent to the robot."""
         found = chunk[..., : len(self.joints)]
         if policy.config.adapt_to_pi_aloha:
-            found = policy._pi_aloha_encode_actions(found)
+            found = aloha.encode_actions(found)  # LeRobot's own writes into the chunk, which is judged again
         return self.postprocess(found[0]).float().cpu().numpy()
 
 

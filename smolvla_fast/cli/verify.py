@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ..measure import differences, system
 from ..measure.console import CommandError, Console, cannot_write, check_report, counted, write_json
 from ..measure.page import NO_PAGE, write_page
-from ..measure.rounds import as_stock, threads
+from ..measure.rounds import as_stock, fresh, threads
 from ..testing.policies import make_noise
 from ..verify import Comparison, StockServed, compare, passed_together, rel_l2, stock_in_fp32
 from . import checkpoint, recording, subject, verify_report
@@ -253,7 +253,7 @@ def _try_stock(policy: Any, batch: dict[str, Any], noise: Any) -> None:
     """CommandError where stock fails too, for then the patch is not at fault."""
     try:
         with as_stock(policy):
-            policy.predict_action_chunk(dict(batch), noise=noise.clone())
+            policy.predict_action_chunk(fresh(batch), noise=noise.clone())
     except Exception as error:
         raise subject.stock_fails(error) from error
 
@@ -305,7 +305,7 @@ def worst_episode(tiers: Sequence[Tier], figures: Sequence[dict[str, Any]]) -> d
 
 def write(found: dict[str, Any], path: Path, console: Console) -> None:
     """JSON, pictures, Markdown and the page."""
-    write_json(path, finite(found))
+    write_json(path, found)
     written, report = [path], path.with_suffix(".md")
     pictures: list[Path] = []
     try:
@@ -323,12 +323,3 @@ def write(found: dict[str, Any], path: Path, console: Console) -> None:
         console.line(NO_PAGE)
     for each in (*written, report, *([page] if page else []), *pictures):
         console.line(f"wrote {each}")
-
-
-def finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become text."""
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [finite(each) for each in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..measure.rounds import fresh
 from ..ops import table
 
 STAGES = tuple(table.STAGES)
@@ -60,7 +61,7 @@ def stage_times(
     That sampler is timed on a shallow copy that shares the weights, with three methods replaced.
     """
     clock: defaultdict[str, float] = defaultdict(float)
-    batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+    batch = fresh(batch)
     if stock_sampler or not hasattr(type(policy.model), "stock_class"):
         policy = _with_stock_sections(policy)
     token = _clock.set(clock)

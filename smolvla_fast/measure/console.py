@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -154,13 +155,22 @@ def cannot_write(path: str | Path, reason: Exception, option: str) -> CommandErr
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Writes data as indented JSON. Raises CommandError where the file cannot be written."""
+    """Writes data as indented JSON, see ``finite``. Raises CommandError where the file cannot be written."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(finite(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise cannot_write(path, error, "--json") from error
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become text."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def counted(number: int, noun: str) -> str:

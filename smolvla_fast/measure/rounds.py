@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 
+def fresh(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch that may be written to: LeRobot decodes the state of an Aloha robot in place, at every call."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """The value below which ``share`` of the rounds lie, linearly interpolated between neighbours.
 

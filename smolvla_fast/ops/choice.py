@@ -212,7 +212,9 @@ def apart(
     weight: Any, residual: Tensor, *, out: Tensor | None = None, memory: Any = None, next_norm: NextNorm | None = None,
 ) -> Tensor:  # fmt: skip
     """``attention_residual`` by the two ops that it is."""
-    return add(attend(q, k, v, mask, memory=memory), weight, residual, out=out, next_norm=next_norm)
+    return add(
+        attend(q, k, v, mask, memory=memory), weight, residual, out=out, memory=memory, next_norm=next_norm
+    )
 
 
 def _layer_launches(choices: dict[str, Choice], rows: int) -> int | None:

@@ -44,6 +44,11 @@ class Memory:
         return [*self._buffers.values(), *(each for part in self._parts.values() for each in part.tensors)]
 
 
+def part(memory: Memory | None, name: str) -> Memory | None:
+    """What a call inside an op is given: ``Memory.part``, where there is memory."""
+    return None if memory is None else memory.part(name)
+
+
 def empty(memory: Memory | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Where a CPU op writes: its buffer of this name in ``memory``, or fresh memory."""
     return (

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..measure.rounds import fresh
 from .call_rules import Call
 
 Inputs = tuple[Any, Any, Tensor, Tensor, Tensor]
@@ -28,8 +29,7 @@ def chunk_inputs(policy: Any, batch: dict[str, Any]) -> Inputs:
         raise ValueError(
             f"{STATE!r} has the shape {shape}, and {TOKENS[0]!r} is for {rows}; {accepted}: a state [{rows}, n]"
         )
-    batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
-    batch = policy._prepare_batch(batch)
+    batch = policy._prepare_batch(fresh(batch))
     images, image_masks = policy.prepare_images(batch)
     tokens, token_masks = (batch[name] for name in TOKENS)
     return images, image_masks, tokens, token_masks, policy.prepare_state(batch)

@@ -85,7 +85,7 @@ def finish(
     replaces   what LeRobot's ``SmolVLMWithExpertModel.forward`` does behind the attention of a layer
     """
     inner = next_norm(ops, layer.norm2, layer.gate)
-    x = ops.linear_residual(attended, layer.o, x, out=out, **given(next_norm=inner))
+    x = ops.linear_residual(attended, layer.o, x, out=out, memory=memory, **given(next_norm=inner))
     return _feed_forward(ops, layer, x, out, memory, inner, following)
 
 
@@ -100,7 +100,7 @@ def _feed_forward(
 ) -> Tensor:
     """``x + (silu(norm(x)·Wgateᵀ) * norm(x)·Wupᵀ)·Wdownᵀ``, [B, T, M]."""
     hidden = ops.norm_swiglu(x, layer.norm2, layer.gate, layer.up, memory=memory, **given(normed=normed))
-    return ops.linear_residual(hidden, layer.down, x, out=out, **given(next_norm=following))
+    return ops.linear_residual(hidden, layer.down, x, out=out, memory=memory, **given(next_norm=following))
 
 
 def decoder_layer(

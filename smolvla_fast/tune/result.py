@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..engine import plan_files
-from ..measure.console import counted, milliseconds
+from ..measure.console import counted, finite, milliseconds
 from ..ops.plan import CHUNK, Plan
 
 
@@ -94,14 +93,14 @@ class Tuning:
         return said + (f"; {self.note}" if self.note else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; what is no finite number is None."""
+        """As JSON values; see ``console.finite``."""
         found = asdict(replace(self, plan=Plan({})))
         plan = {
             "choices": dict(self.plan.choices),
             "origin": self.plan.origin,
             "measured": self.plan.measured,
         }
-        return _finite({**found, "plan": plan, "verdict": self.verdict()})
+        return finite({**found, "plan": plan, "verdict": self.verdict()})
 
     def save(self) -> Path:
         """Keeps the plan for the next ``patch``. What was measured and is not kept leaves it.
@@ -109,11 +108,3 @@ class Tuning:
         raises  as ``plan_files.save``
         """
         return plan_files.save(self.key, self.plan, self.to_dict())
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

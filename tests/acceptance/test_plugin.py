@@ -59,7 +59,7 @@ def test_the_readmes_commands_run_fast(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = start(readme_line("smolvla-fast serve"), PORT=str(port))
-    rollout = start(readme_line("lerobot-rollout"), POLICY=str(checkpoint.path))
+    rollout = start(readme_line("lerobot-rollout").replace("=60", "=3"), POLICY=str(checkpoint.path))
     actions = ask_server(f"127.0.0.1:{port}", checkpoint, tmp_path)
     assert len(actions) == 10 and all(torch.isfinite(action.get_action()).all() for action in actions)
     server.send_signal(signal.SIGINT)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.report import markdown as report
-from benchmarks.report import sections, tables
+from benchmarks.report import sections
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
@@ -156,13 +156,11 @@ def test_report_of_the_cpu_suite(tmp_path: Path) -> None:
     written = report.write(cpu_sample(), tmp_path / "box.json")
     text = (tmp_path / "box.md").read_text(encoding="utf-8")
     assert "openvino 2026.4" in text and "level avx512" in text
-    assert (
-        "| fp32 | 2.60x | >= 2.5x, aim 2.7x: met | rel L2 4.0e-07; cosine 1.000000, 0.999990 on heavy" in text
-    )
+    assert "| fp32 | 2.60x | rel L2 4.0e-07; cosine 1.000000, 0.999990 on heavy" in text
     assert (
         "check: the gate | 1,154 | 1,155 | 1,156 | 1,153 | 20 | 50% | – | 1 MiB | 4,096 MiB | 2 MiB |" in text
     )
-    assert "| bf16 | 4.00x | >= 4.5x, aim 5x: missed |" in text and "| OpenVINO fp32 | 2.00x | – |" in text
+    assert "| bf16 | 4.00x |" in text and "| OpenVINO fp32 | 2.00x |" in text
     assert "bf16, bf16 products: too slow" in text and "Against OpenVINO fp32: 1.30x at fp32" in text
     assert "Against stock compiled: 1.50x at fp32" in text, "beside that which was timed beside it"
     assert "| fp32 | 577 (2.60x) | 288 (2.60x) | 288 (2.60x) |" in text
@@ -201,7 +199,6 @@ def test_report_of_little() -> None:
     text = report.markdown(data)
     assert "| fp32 | 2.60x† |" in text and "| 1,154 | – | – | 500 | 5 |" in text and "† unsteady" in text
     assert "overhead" not in text and "scaling" not in text
-    assert tables.target({"kind": "tier", "precision": "fp8", "ratio": 9.0}) == "–"
 
 
 def test_a_gpus_figures_in_the_report() -> None:

@@ -43,7 +43,7 @@ def patched(precision: str = "fp32", **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("layout", ["fp32", "mixed"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int16"])
 def test_a_denoise_step_allocates_nothing(
     precision: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

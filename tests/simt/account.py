@@ -1,7 +1,7 @@
 """What one launch of denoise_persistent moves, waits for and holds, and what that should take: docs/denoise-persistent.md.
 
 Counted from the sizes alone, as csrc/cuda/denoise_plan.cuh deals them out; nothing here is measured. The plan of shared
-memory is asked of the launcher itself, compiled for the emulator that stands here. ``make account`` prints it.
+memory is asked of the launcher itself, compiled for the emulator that stands here. ``make loop-account`` prints it.
 """
 
 from __future__ import annotations

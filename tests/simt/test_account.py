@@ -1,4 +1,4 @@
-"""docs/denoise-persistent.md has the tables that `make account` prints, to the last figure."""
+"""docs/denoise-persistent.md has the tables that `make loop-account` prints, to the last figure."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import extension
+from ..memory import Memory, empty, part
 from ..reference.quantize import WORDS, IntegerRows, IntegerWeight, quantize_weight
 from . import quantize
 from .kernels import ACTIVATIONS
@@ -54,11 +55,20 @@ class Packed(NamedTuple):
         bias: Tensor | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
-        return linear(x, self, bias, activation, residual)
+        """Into ``out``, or what ``memory`` has for it."""
+        if out is None and memory is not None:
+            out = memory.empty("linear", (*x.scale.shape, self.shape[0]), self.dtype)
+        return linear(x, self, bias, activation, residual, out=out)
 
-    def swiglu(self, x: IntegerRows, up_weight: Packed) -> Tensor:
-        return linear(x, self, activation="silu", up_weight=up_weight)
+    def swiglu(self, x: IntegerRows, up_weight: Packed, *, memory: Memory | None = None) -> IntegerRows:
+        """In rows of 16 bits, for ``down_proj`` is what reads it."""
+        hidden = empty(memory, "hidden", (*x.scale.shape, self.shape[0]), self.dtype)
+        linear(x, self, activation="silu", up_weight=up_weight, out=hidden)
+        return quantize.quantize_rows(hidden, self.operand_dtype, memory=part(memory, "hidden"))
 
 
 def pack(weight: Tensor) -> Packed:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import extension, processor
+from ..memory import Memory, part
 from ..reference.quantize import ZERO, IntegerRows, IntegerWeight, dequantize, quantize_weight
 from . import quantize
 
@@ -55,17 +56,21 @@ class Packed(NamedTuple):
         bias: Tensor | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> Any:
-        """With an activation and no residual, rows of 8 bits: the hidden layer of an MLP."""
+        """With an activation and no residual, rows of 8 bits: the hidden layer of an MLP. Sums are where oneDNN puts them,
+        which has no say of ``out`` and ``memory``."""
         sums = int8_matmul(x, self)
         if activation is not None and residual is None:
-            return quantize.finish_rows(sums, x.scale, bias, activation)
+            return quantize.finish_rows(sums, x.scale, bias, activation, memory=part(memory, "hidden"))
         return quantize.finish(sums, x.scale, bias, activation, residual)
 
-    def swiglu(self, x: IntegerRows, up_weight: Any) -> IntegerRows:
+    def swiglu(self, x: IntegerRows, up_weight: Any, *, memory: Memory | None = None) -> IntegerRows:
         """In rows of 8 bits, for ``down_proj`` is what reads it."""
         gate, up = int8_matmul(x, self), int8_matmul(x, up_weight)
-        return quantize.finish_rows(gate, x.scale, None, "silu", up)
+        return quantize.finish_rows(gate, x.scale, None, "silu", up, memory=part(memory, "hidden"))
 
 
 def pack(weight: Tensor) -> Packed:

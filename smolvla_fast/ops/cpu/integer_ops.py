@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import Memory
+from ..memory import Memory, part
 from ..reference.quantize import KINDS, IntegerRows
 from . import int8, int16, quantize
 from . import ops as cpu
@@ -25,8 +25,10 @@ Next = Any
 PACKED = (int8.Packed, int16.Packed)
 
 
-def _rows(x: Rows, weight: int8.Packed | int16.Packed) -> IntegerRows:
-    return x if isinstance(x, IntegerRows) else quantize.quantize_rows(x.contiguous(), weight.operand_dtype)
+def _rows(x: Rows, weight: int8.Packed | int16.Packed, memory: Memory | None = None) -> IntegerRows:
+    if isinstance(x, IntegerRows):
+        return x
+    return quantize.quantize_rows(x.contiguous(), weight.operand_dtype, memory=memory)
 
 
 def _plain(weight: Weight | None) -> Tensor | None:
@@ -45,7 +47,7 @@ def layer_norm(
 ) -> Next:
     """See ``reference.layer_norm``; for the dtype of integers straight to the rows of the next product."""
     if dtype in KINDS:
-        return quantize.layer_norm_rows(x.contiguous(), weight, bias, eps, dtype)
+        return quantize.layer_norm_rows(x.contiguous(), weight, bias, eps, dtype, memory=memory)
     return cpu.layer_norm(x, weight, bias, eps, dtype, memory=memory)
 
 
@@ -60,7 +62,7 @@ def linear(
 ) -> Next:
     """See ``reference.linear``."""
     if isinstance(weight, PACKED):
-        return weight.linear(_rows(x, weight), bias, activation, residual)
+        return weight.linear(_rows(x, weight, memory), bias, activation, residual, memory=memory)
     assert isinstance(x, Tensor), "rows of integers meet weights of integers"
     return cpu.linear(x, weight, bias, activation, residual, memory=memory)
 
@@ -79,26 +81,31 @@ def norm_qkv_rope(
     if packed is None:
         q, k, v = (_plain(weight) for weight in weights)
         return cpu.norm_qkv_rope(x, norm, (q, k, v), rope, slots, memory=memory)
-    rows = quantize.rms_norm_rows(x.contiguous(), *norm, packed.operand_dtype)
+    rows = quantize.rms_norm_rows(x.contiguous(), *norm, packed.operand_dtype, memory=memory)
 
-    def project(weight: Weight) -> Tensor:
+    def project(weight: Weight, name: str) -> Tensor:
         assert isinstance(weight, PACKED), "q, k and v of a layer are of one kind"
-        return weight.linear(rows).view(*x.shape[:-1], -1, 2 * rope[0].shape[-1])
+        y = weight.linear(rows, memory=part(memory, name))
+        return y.view(*x.shape[:-1], -1, 2 * rope[0].shape[-1])
 
     q_weight, k_weight, v_weight = weights
     if slots is not None and k_weight is not None and v_weight is not None:
-        _rotate(project(k_weight), *rope, out=slots[0])
-        slots[1].copy_(project(v_weight))
+        _rotate(project(k_weight, "k"), *rope, out=slots[0])
+        slots[1].copy_(project(v_weight, "v"))
     if q_weight is None:
         return None
-    q = project(q_weight)
+    q = project(q_weight, "q")
     return _rotate(q, *rope, out=q)
 
 
-def linear_residual(x: Rows, weight: Weight, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
+def linear_residual(
+    x: Rows, weight: Weight, residual: Tensor, *, out: Tensor | None = None, memory: Memory | None = None
+) -> Tensor:
     """See ``reference.linear_residual``."""
     if isinstance(weight, PACKED):
-        return weight.linear(_rows(x, weight), residual=residual.contiguous())
+        out = out if out is not None and out.is_contiguous() else None
+        rows = _rows(x, weight, part(memory, "x"))
+        return weight.linear(rows, residual=residual.contiguous(), out=out)
     assert isinstance(x, Tensor), "rows of integers meet weights of integers"
     return cpu.linear_residual(x, weight, residual, out=out)
 
@@ -113,9 +120,9 @@ def norm_swiglu(
 ) -> Next:
     """See ``reference.norm_swiglu``."""
     if isinstance(gate_weight, PACKED):
-        rows = quantize.rms_norm_rows(x.contiguous(), *norm, gate_weight.operand_dtype)
+        rows = quantize.rms_norm_rows(x.contiguous(), *norm, gate_weight.operand_dtype, memory=memory)
         packed: Any = gate_weight  # both are of one kind
-        return packed.swiglu(rows, up_weight)
+        return packed.swiglu(rows, up_weight, memory=memory)
     gate, up = _plain(gate_weight), _plain(up_weight)
     assert gate is not None and up is not None
     return cpu.norm_swiglu(x, norm, gate, up, memory=memory)

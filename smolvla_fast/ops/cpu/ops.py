@@ -133,7 +133,9 @@ def norm_qkv_rope(
     return _rotate(q, *rope, out=q)
 
 
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
+def linear_residual(
+    x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor | None = None, memory: Memory | None = None
+) -> Tensor:
     """See ``reference.linear_residual``; returns the dtype of the residual."""
     out = out if out is not None and out.is_contiguous() else None
     return kernels.linear(_rows(x, weight), _dense(weight), residual=_dense(residual), out=out)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
+from ..memory import Memory, empty
 from ..reference.quantize import KINDS, IntegerRows, IntegerWeight
 from .kernels import ACTIVATIONS
 from .operands import KERNELS, check_contiguous, check_one
@@ -19,30 +20,48 @@ from .operands import KERNELS, check_contiguous, check_one
 _NONE, _LAYER, _RMS = range(3)
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype = torch.uint8) -> IntegerRows:
+def quantize_rows(
+    x: Tensor, dtype: torch.dtype = torch.uint8, *, memory: Memory | None = None
+) -> IntegerRows:
     """See ``reference.quantize.quantize_activations``.
 
     x        [..., K]  fp32 | bf16, contiguous
     dtype    uint8 | int16; of 16 bits data is [..., K + K % 2], with a zero behind an odd number of inputs
+    memory   where the rows are kept, until it is given again; fresh where None: see ``ops.memory``
     errors   as ``kernels.rms_norm``
     """
-    return _quantize("quantize_rows", _NONE, x, None, None, 0.0, dtype)
+    return _quantize("quantize_rows", _NONE, x, None, None, 0.0, dtype, memory)
 
 
 def layer_norm_rows(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype = torch.uint8
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype = torch.uint8,
+    *,
+    memory: Memory | None = None,
 ) -> IntegerRows:
     """``kernels.layer_norm`` in fp32, and its rows at once as integers: the same bits as one after the other."""
-    return _quantize("layer_norm_rows", _LAYER, x, weight, bias, eps, dtype)
+    return _quantize("layer_norm_rows", _LAYER, x, weight, bias, eps, dtype, memory)
 
 
-def rms_norm_rows(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.uint8) -> IntegerRows:
+def rms_norm_rows(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.uint8, *, memory: Memory | None = None
+) -> IntegerRows:
     """``kernels.rms_norm`` of fp32 x, and its rows at once as integers."""
-    return _quantize("rms_norm_rows", _RMS, x, weight, None, eps, dtype)
+    return _quantize("rms_norm_rows", _RMS, x, weight, None, eps, dtype, memory)
 
 
 def _quantize(
-    op: str, norm: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+    op: str,
+    norm: int,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    memory: Memory | None,
 ) -> IntegerRows:
     if dtype not in KINDS:
         raise TypeError(f"{op}: dtype is {dtype}; accepted are {', '.join(map(str, KINDS))}")
@@ -60,7 +79,7 @@ def _quantize(
             tensor = tensor.float().contiguous()
         addresses.append(tensor)
     width = x.shape[-1] + (x.shape[-1] % 2 if dtype is torch.int16 else 0)
-    out = IntegerRows(_empty((*x.shape[:-1], width), dtype), _empty(x.shape[:-1]))
+    out = _rows(memory, (*x.shape[:-1], width), dtype)
     if x.numel():
         kinds = f"{KERNELS[x.dtype]}_{str(dtype).removeprefix('torch.')}"
         kernel = getattr(extension.load("cpu"), f"quantize_rows_{kinds}")
@@ -100,6 +119,8 @@ def finish_rows(
     bias: Tensor | None = None,
     activation: str | None = None,
     up: Tensor | None = None,
+    *,
+    memory: Memory | None = None,
 ) -> IntegerRows:
     """``act(sums · scale + bias)``, times ``up · scale`` where there is that, in 8 bits for the next product.
 
@@ -109,7 +130,7 @@ def finish_rows(
     _check_sums("finish_rows", sums, scale, bias, activation)
     if up is not None:
         _check_fp32("finish_rows", "up", up, sums.shape)
-    out = IntegerRows(torch.empty_like(sums, dtype=torch.uint8), torch.empty_like(scale))
+    out = _rows(memory, sums.shape, torch.uint8)
     if sums.numel():
         pointers = map(_address, (sums, scale, bias, up, out.data, out.scale))
         extension.load("cpu").quantize_sums(
@@ -142,7 +163,7 @@ def int8_matmul(x: IntegerRows, weight: IntegerWeight) -> Tensor:
     ):
         check_one("int8_matmul", name, tensor, dtype, "this kernel", wanted)
         check_contiguous("int8_matmul", name, tensor)
-    sums = _empty((*shape, outputs))
+    sums = empty(None, "sums", (*shape, outputs), torch.float32)
     if sums.numel():
         pointers = map(_address, (x.data, weight.data, weight.scale, sums))
         rows = sums.numel() // outputs
@@ -166,9 +187,9 @@ def _check_fp32(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> N
     check_contiguous(op, name, tensor)
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Whatever torch's defaults are."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+def _rows(memory: Memory | None, shape: tuple[int, ...], dtype: torch.dtype) -> IntegerRows:
+    scale = empty(memory, "scales of rows", shape[:-1], torch.float32)
+    return IntegerRows(empty(memory, "rows", shape, dtype), scale)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -49,13 +49,19 @@ def why_not_linear_residual(x: Tensor, weight: Any, residual: Tensor) -> str | N
 
 
 def linear_residual(
-    x: Tensor, weight: Any, residual: Tensor, *, out: Tensor | None = None, next_norm: NextNorm | None = None
+    x: Tensor,
+    weight: Any,
+    residual: Tensor,
+    *,
+    out: Tensor | None = None,
+    memory: Any = None,
+    next_norm: NextNorm | None = None,
 ) -> Tensor:
     """``y = residual + x · weightᵀ``.
 
     x        [..., I]  bf16, I a multiple of 8      weight  [O, I]  bf16      residual  [..., O]  fp32 | bf16
              elements of a row side by side, rows of x and weight at multiples of 16 bytes; other x is copied
-    out      not used
+    out, memory  not used
     next_norm  ``ops.next_norm.NextNorm``, filled in for the norm that reads y
     returns  [..., O]  dtype of residual, fresh
     numerics products of bf16 with fp32 sums, the residual added in fp32, one rounding; parts of K are added in their order,

@@ -35,7 +35,7 @@ def attention_residual(
     replaces       ``eager_attention_forward``, ``o_proj`` and the in-place add behind them
     """
     attended = masked_attention.masked_attention(q, k, v, mask, memory=memory)
-    return linear_residual.linear_residual(attended, weight, residual, out=out)
+    return linear_residual.linear_residual(attended, weight, residual, out=out, memory=memory)
 
 
 def make_inputs(case: dict[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..memory import Memory
 from . import Cost, randn
 from .quantize import matched, product
 
@@ -17,11 +18,14 @@ CASES = (
 )
 
 
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
+def linear_residual(
+    x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor | None = None, memory: Memory | None = None
+) -> Tensor:
     """``y = residual + x · weightᵀ``.
 
     x        [..., I]      weight  [O, I]      residual  [..., O]
     out      where the result may go, ``residual`` itself too. A backend may leave it alone: what is returned counts
+    memory   where x is rewritten, if it has to be
     returns  [..., O]  dtype of weight: stock adds in place onto the projection's output, so a wider residual stream is
              rounded to the weight's dtype at the first layer
     replaces ``o_proj`` / ``down_proj`` and the in-place add behind them

@@ -70,6 +70,7 @@ def linear_residual(
     residual: Tensor,
     *,
     out: Tensor | None = None,
+    memory: Memory | None = None,
     linear: Linear = best_linear,
 ) -> Tensor:
     """See ``reference.linear_residual``; returns the dtype of the residual."""

@@ -68,7 +68,13 @@ def norm_qkv_rope(
 
 
 def linear_residual(
-    x: Tensor, weight: Any, residual: Tensor, *, out: Tensor | None = None, next_norm: _NextNorm | None = None
+    x: Tensor,
+    weight: Any,
+    residual: Tensor,
+    *,
+    out: Tensor | None = None,
+    memory: Any = None,
+    next_norm: _NextNorm | None = None,
 ) -> Tensor:
     """See ``reference.linear_residual``."""
     return _linear_residual(x, weight, residual, next_norm=next_norm)
