@@ -90,7 +90,7 @@ class Engine:
         self._times: dict[tuple[Any, ...], Tensor] = {}
         self._workspace = Workspace() if self.ops.backend == "cpu" else None
         self._loop = LoopReport(None, False, {})  # of the chunk that ended last, whichever thread's
-        # Of a chunk in whose attention 8-bit products cannot serve.
+        # Of a chunk in whose attention products of integers cannot serve.
         self._in_fp32 = None
         if self.ops.heads is not None:
             self._in_fp32 = Products(
@@ -197,7 +197,7 @@ class Engine:
     def _chunk_or_in_fp32(
         self, model: Any, inputs: Inputs, observe: Callable[[Tensor, Tensor], None] | None
     ) -> tuple[Tensor, LoopReport]:
-        """In tier ``int8``: with the copies of one generation, or in fp32 where their attention is too sharp."""
+        """In tiers of integers: with the copies of one generation, or in fp32 where their attention is too sharp."""
         heads, copies = self.ops.heads, self.quantized_weights
         assert heads is not None and copies is not None
         generation = copies.generation
@@ -210,7 +210,7 @@ class Engine:
             )
             found = self._chunk(model, inputs, note, ops=ops)
             heads.add(attention.seen)
-            if not attention.seen.sharp:
+            if not heads.is_sharp(attention.seen):
                 for step in steps:
                     observe(*step)  # type: ignore[misc]
                 return found

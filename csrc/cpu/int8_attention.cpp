@@ -80,21 +80,41 @@ SMOLVLA_INLINE float largest_of(const float* x, const float* centre, int64_t cou
     return float_of(largest);
 }
 
+// Rows of a head lie far from each other, and no hardware fetches the next one unasked.
+SMOLVLA_INLINE void fetch(const float* row, int64_t head_dim) {
+    for (int64_t d = 0; d < head_dim; d += 16) __builtin_prefetch(row + d);
+}
+constexpr int64_t kAhead = 16;
+SMOLVLA_INLINE void fetch_ahead(const float* rows, int64_t stride, int64_t row, int64_t count, int64_t head_dim) {
+    if (row + kAhead < count) fetch(rows + (row + kAhead) * stride, head_dim);
+}
+
 SMOLVLA_INLINE void mean_of_keys(const Head& h, float* __restrict mean) {
     for (int64_t d = 0; d < h.head_dim; ++d) mean[d] = 0.0f;
-    for (int64_t key = 0; key < h.keys; ++key)
+    for (int64_t key = 0; key < h.keys; ++key) {
+        fetch_ahead(h.k, h.k_stride, key, h.keys, h.head_dim);
         for (int64_t d = 0; d < h.head_dim; ++d) mean[d] += h.k[key * h.k_stride + d];
+    }
     for (int64_t d = 0; d < h.head_dim; ++d) mean[d] /= static_cast<float>(h.keys);
 }
 
-// Both of a multiple of 16 elements; so many sums, added in one order, have the same bits at every level.
+// So many sums, added in one order, have the same bits at every level.
+constexpr int64_t kLanes = 16;
+struct Lanes {
+    float each[kLanes] = {};
+    SMOLVLA_INLINE float sum() {
+        for (int64_t half = kLanes / 2; half > 0; half /= 2)
+            for (int64_t j = 0; j < half; ++j) each[j] += each[j + half];
+        return each[0];
+    }
+};
+
+// Both of a multiple of kLanes elements.
 SMOLVLA_INLINE float dot(const float* a, const float* b, int64_t count) {
-    float sums[16] = {};
-    for (int64_t i = 0; i < count; i += 16)
-        for (int j = 0; j < 16; ++j) sums[j] += a[i + j] * b[i + j];
-    for (int half = 8; half > 0; half /= 2)
-        for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
-    return sums[0];
+    Lanes sums;
+    for (int64_t i = 0; i < count; i += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j) sums.each[j] += a[i + j] * b[i + j];
+    return sums.sum();
 }
 
 SMOLVLA_INLINE float square(float x) { return x * x; }
@@ -102,56 +122,74 @@ SMOLVLA_INLINE float square(float x) { return x * x; }
 // The spread of a row's scores s over the n keys that it sees, and the square of what rounding does to its output. A number
 // rounded to a multiple of t is off by t/sqrt(12), so score s by the root of (sq²·|k[s]|² + sk[s]²·|q|²)·scale²/12, and an
 // output, for values of 1, by the root of the sum over s of the square of that times p[s]².
-SMOLVLA_INLINE void measure_row(const Attention& a, const Head& h, int64_t row, float* s, const float* key_square,
-                                const float* key_step, float query_square, float query_step, float* error, float* spread) {
+//   s, seen  [width], width a multiple of kLanes; behind the last key nothing is seen      key_square, key_step  [width]
+SMOLVLA_INLINE void measure_row(const Attention& a, const Head& h, int64_t row, int64_t width, float* __restrict s,
+                                float* __restrict seen, const float* key_square, const float* key_step, float query_square,
+                                float query_step, float* error, float* spread) {
     const uint8_t* mask = h.mask_row(a, row);
-    float n = 0.0f, sum = 0.0f, top = -std::numeric_limits<float>::infinity();
-    for (int64_t key = 0; key < h.keys; ++key) {
-        if (mask && !mask[key * a.mask_strides[2]]) continue;
-        s[key] *= a.scale;
-        n += 1.0f;
-        sum += s[key];
-        top = s[key] > top ? s[key] : top;
-    }
-    const float mean = sum / std::max(n, 1.0f);
-    float squares = 0.0f, total = 0.0f, moved = 0.0f;
-    for (int64_t key = 0; key < h.keys; ++key) {
-        if (mask && !mask[key * a.mask_strides[2]]) continue;
-        const float p = power_of_two((s[key] - top) * kLog2E);
-        squares += square(s[key] - mean);
-        total += p;
-        moved += p * p * (query_step * key_square[key] + key_step[key] * query_square);
-    }
-    *spread = std::sqrt(squares / std::max(n, 1.0f));
+    for (int64_t key = 0; key < h.keys; ++key) seen[key] = !mask || mask[key * a.mask_strides[2]] ? 1.0f : 0.0f;
+    Lanes n, sum, squares, total, moved;
+    float top = -std::numeric_limits<float>::infinity();
+    for (int64_t key = 0; key < width; key += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j) {
+            s[key + j] *= a.scale * seen[key + j];
+            n.each[j] += seen[key + j];
+            sum.each[j] += s[key + j];
+        }
+    for (int64_t key = 0; key < h.keys; ++key) top = seen[key] != 0.0f && s[key] > top ? s[key] : top;
+    const float count = n.sum(), mean = sum.sum() / std::max(count, 1.0f);
+    for (int64_t key = 0; key < width; key += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j) {
+            const int64_t i = key + j;
+            const float below = s[i] - top;  // of a key that is not seen it may be above
+            const float p = power_of_two((below < 0.0f ? below : 0.0f) * kLog2E) * seen[i];
+            squares.each[j] += square(s[i] - mean) * seen[i];
+            total.each[j] += p;
+            moved.each[j] += p * p * (query_step * key_square[i] + key_step[i] * query_square);
+        }
+    *spread = std::sqrt(squares.sum() / std::max(count, 1.0f));
     // One that sees nothing has no score that could be off.
-    *error = n > 0.0f ? square(a.scale) / 12.0f * moved / square(total) : 0.0f;
+    *error = count > 0.0f ? square(a.scale) / 12.0f * moved.sum() / square(total.sum()) : 0.0f;
 }
 
 // Queries of a kv head that are looked at, evenly spaced, all query heads of the group together.
-constexpr int64_t kSamples = 16;
+constexpr int64_t kSamples = kLanes;
 
 SMOLVLA_INLINE void measure_head(const Attention& a, const Head& h, float* error, float* spread) {
-    const int64_t width = ceil_div(h.head_dim, 16) * 16, each = std::min(a.queries, ceil_div(kSamples, h.group));
-    const int64_t samples = each * h.group;
-    Carve carve(Scratch::reserve(3 * width + 2 * h.keys + samples * (width + h.keys) + 128));
+    const int64_t width = ceil_div(h.head_dim, kLanes) * kLanes, keys = ceil_div(h.keys, kLanes) * kLanes;
+    const int64_t each = std::min(a.queries, ceil_div(kSamples, h.group));
+    const int64_t samples = each * h.group, lanes = ceil_div(samples, kSamples) * kSamples;
+    Carve carve(Scratch::reserve(3 * width + 3 * keys + lanes * (2 * width + keys) + 144));
     float* const mean = carve.floats(width);
     float* const zeros = carve.floats(width);
     float* const k = carve.floats(width);
-    float* const key_square = carve.floats(h.keys);
-    float* const key_step = carve.floats(h.keys);
-    float* const q = carve.floats(samples * width);
-    float* const s = carve.floats(samples * h.keys);
+    float* const key_square = carve.floats(keys);
+    float* const key_step = carve.floats(keys);
+    float* const seen = carve.floats(keys);
+    float* const q = carve.floats(lanes * width);
+    float* const columns = carve.floats(width * lanes);  // of q
+    float* const s = carve.floats(samples * keys);
     const auto row_of = [&](int64_t i) { return i % each * a.queries / each * h.group + i / each; };
     std::memset(zeros, 0, width * sizeof(float));
     std::memset(k, 0, width * sizeof(float));
-    std::memset(q, 0, samples * width * sizeof(float));
+    std::memset(q, 0, lanes * width * sizeof(float));
+    std::memset(s, 0, samples * keys * sizeof(float));
+    for (float* const each : {key_square, key_step, seen}) std::fill(each + h.keys, each + keys, 0.0f);
     mean_of_keys(h, mean);
     float finite = 0.0f;
     for (int64_t row = 0; row < h.rows; ++row) finite += 0.0f * largest_of(h.q_row(a, row), zeros, h.head_dim);
     for (int64_t i = 0; i < samples; ++i) std::memcpy(q + i * width, h.q_row(a, row_of(i)), h.head_dim * sizeof(float));
+    for (int64_t i = 0; i < lanes; ++i)
+        for (int64_t d = 0; d < width; ++d) columns[d * lanes + i] = q[i * width + d];
     for (int64_t key = 0; key < h.keys; ++key) {
+        fetch_ahead(h.v, h.v_stride, key, h.keys, h.head_dim);
         for (int64_t d = 0; d < h.head_dim; ++d) k[d] = h.k[key * h.k_stride + d] - mean[d];
-        for (int64_t i = 0; i < samples; ++i) s[i * h.keys + key] = dot(q + i * width, k, width);
+        for (int64_t first = 0; first < samples; first += kSamples) {
+            float scores[kSamples] = {};
+            for (int64_t d = 0; d < h.head_dim; ++d)
+                for (int64_t i = 0; i < kSamples; ++i) scores[i] += k[d] * columns[d * lanes + first + i];
+            for (int64_t i = first; i < std::min(samples, first + kSamples); ++i) s[i * keys + key] = scores[i - first];
+        }
         key_square[key] = dot(k, k, width);
         key_step[key] = square(largest_of(k, zeros, h.head_dim) / kLargest);
         finite += 0.0f * key_step[key] + 0.0f * largest_of(h.v + key * h.v_stride, zeros, h.head_dim);
@@ -163,8 +201,8 @@ SMOLVLA_INLINE void measure_head(const Attention& a, const Head& h, float* error
             float* const row = q + i * width;
             const float step = square(largest_of(row, zeros, h.head_dim) / kLargest);
             float error_of_row, spread_of_row;
-            measure_row(a, h, row_of(i), s + i * h.keys, key_square, key_step, dot(row, row, width), step, &error_of_row,
-                        &spread_of_row);
+            measure_row(a, h, row_of(i), keys, s + i * keys, seen, key_square, key_step, dot(row, row, width), step,
+                        &error_of_row, &spread_of_row);
             moved += error_of_row / static_cast<float>(each);
             spreads += square(spread_of_row) / static_cast<float>(each);
         }

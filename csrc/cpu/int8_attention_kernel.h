@@ -109,11 +109,13 @@ SMOLVLA_TARGET void pack_values(const Head& h, int64_t columns, int32_t* to, flo
         const int64_t keys = std::min<int64_t>(h.keys - first, kBlock);
         const float* v = h.v + first * h.v_stride;
         for (int64_t d = 0; d < columns; ++d) scale[d] = 0.0f;
-        for (int64_t key = 0; key < keys; ++key)
+        for (int64_t key = 0; key < keys; ++key) {
+            fetch_ahead(v, h.v_stride, key, h.keys - first, h.head_dim);
             for (int64_t d = 0; d < h.head_dim; ++d) {
                 const float x = std::fabs(v[key * h.v_stride + d]);
                 scale[d] = x > scale[d] ? x : scale[d];
             }
+        }
         for (int64_t d = 0; d < columns; ++d) {
             inverse[d] = inverse_of(scale[d]);
             scale[d] = scale_of(scale[d]);
@@ -256,8 +258,10 @@ SMOLVLA_TARGET void run(const Attention& a, const int64_t* heads, Ranges& ranges
             packed_head = head;
         }
         float query_scale[kBlockRows];
-        for (int64_t row = 0; row < count; ++row)
+        for (int64_t row = 0; row < count; ++row) {
+            if (first + row + count < h.rows) fetch(h.q_row(a, first + row + count), h.head_dim);
             pack_query(h.q_row(a, first + row), zeros, h.head_dim, words, packed_q + row * words, query_scale + row);
+        }
         for (int64_t key = 0; key < padded; key += kPanel)
             tiles(packed_q, words, count, packed_k + key * words, kPanel, words, start + key, scores + key, score_stride,
                   S::kTileVectors);

@@ -80,10 +80,9 @@ struct IntegerAvx2 : Pairs {
     static SMOLVLA_AVX2_INLINE8 void store(int32_t* p, V v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
     }
-    static SMOLVLA_AVX2_INLINE8 V dot(V a, V b, V c) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
-    static SMOLVLA_AVX2_INLINE8 V dot_pairs(V a, V b, V c) {
+    static SMOLVLA_AVX2_INLINE8 V dot(V a, V b, V c) {
 #if defined(SMOLVLA_EMULATED)
-        return dot(a, b, c);
+        return _mm256_add_epi32(c, _mm256_madd_epi16(a, b));
 #else
         // From functions the compiler makes the same instructions, but all products of a word before their additions, for
         // which there are no registers: sums went to memory and back, at half the speed.
@@ -93,6 +92,7 @@ struct IntegerAvx2 : Pairs {
         return c;
 #endif
     }
+    static SMOLVLA_AVX2_INLINE8 V dot_pairs(V a, V b, V c) { return dot(a, b, c); }
 };
 
 #if defined(SMOLVLA_EMULATED) || __has_include(<avxvnniintrin.h>)

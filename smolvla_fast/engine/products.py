@@ -117,11 +117,11 @@ class Products:
         copies = {} if self.quantized_weights is None else self.quantized_weights.fallback_reasons
         heads = {} if self.ops.heads is None else self.ops.heads.fallback_reasons
         sharp = self.why_too_sharp()
-        wide = {} if sharp is None else {"int8": sharp}
+        wide = {} if sharp is None else {self.tier.name: sharp}
         return {**self._fallback_reasons, **copies, **refused(self.ops), **heads, **wide}
 
     def why_too_sharp(self) -> str | None:
-        """Why 8-bit products cannot keep the tier's promise with the weights as they were last looked at, or None."""
+        """Why products of integers cannot keep the tier's promise with the weights as they were last looked at, or None."""
         heads, copies = self.ops.heads, self.quantized_weights
         return None if heads is None or copies is None else heads.why_too_sharp(copies.generation)
 

@@ -38,7 +38,7 @@ TIERS = {
         Tier("bf16", gemm_dtype=torch.bfloat16),
         Tier("fp8", gemm_dtype=torch.bfloat16, quantized="e4m3", cosine=0.99),
         Tier("int8", gemm_dtype=torch.float32, quantized="int8", cosine=0.999),
-        Tier("int16", gemm_dtype=torch.float32, quantized="int16", cosine=0.99998),
+        Tier("int16", gemm_dtype=torch.float32, quantized="int16", cosine=0.9999),
     )
 }
 

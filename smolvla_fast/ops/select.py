@@ -137,12 +137,11 @@ def select(
             )
         if ops != "integers":
             return choose(backend_ops(ops), device, alone, plan)
-        chosen = choose(backend_ops(ops), device, alone, plan, exports(_module(ops)))
-        if quantized != "int8":
-            return chosen
         from .cpu.int8_attention import Heads
 
-        return replace(chosen, heads=Heads(chosen.attention, chosen.masked_attention))
+        chosen = choose(backend_ops(ops), device, alone, plan, exports(_module(ops)))
+        bits = int(quantized.removeprefix("int"))
+        return replace(chosen, heads=Heads(bits, chosen.attention, chosen.masked_attention))
     if backend == "auto":
         ready = (name for name in PREFERRED.get(device.type, ()) if why_not_auto(name, device) is None)
         return _ops(next(ready, "torch"), device, "auto", plan)

@@ -87,9 +87,9 @@ def spread(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 # Where it is taken ----------------------------------------------------------------------------------------------------
 
-MOST_SPREAD = 8.0
-"""Spread of the scores of any head up to which 8-bit products serve: what these lose of q and k, about a hundredth, is
-multiplied by the size of the scores."""
+MOST_SPREAD = {8: 8.0, 16: 14.0}
+"""Spread of the scores of any head up to which products of so many bits serve: what these lose of q and k is multiplied by
+the size of the scores. Beyond it they break what their tier promises (``tests/acceptance/test_outliers.py``)."""
 MOST_DIM = 256
 """Width of a head that the kernel has room for."""
 MARGIN, ROUNDS = 0.95, 3
@@ -101,9 +101,6 @@ spread was above half of ``MOST_SPREAD``."""
 
 def why_slower(integers: Callable[[], Any], in_fp32: Callable[[], Any]) -> str | None:
     """Why attention is left in fp32 here, or None where integers measured ahead: by the least of several rounds of each."""
-    here = level()
-    if not here.endswith("vnni"):
-        return f"attention in 8 bits is no faster than in fp32 at level {here}, which has no VNNI"
     best = [float("inf"), float("inf")]
     for _ in range(ROUNDS + 1):  # the first of each warms up
         for i, call in enumerate((integers, in_fp32)):
@@ -142,19 +139,19 @@ class Seen:
             self.others | other.others,
         )
 
-    @property
-    def sharp(self) -> bool:
-        return self.spread > MOST_SPREAD
-
 
 class Heads:
-    """Attention of the chunks of one table of tier ``int8``, in integers where that is ahead, and what became of its heads.
+    """Attention of the chunks of one table of tier ``int8``, in integers where that is ahead, or of ``int16``, in fp32, and
+    what became of its heads.
 
+    bits                         of the tier's products
     attention, masked_attention  the table's own, where integers do not serve; single layers ask nobody else
     """
 
-    def __init__(self, attention: Callable[..., Tensor], masked_attention: Callable[..., Tensor]) -> None:
-        self.attention, self.masked_attention = attention, masked_attention
+    def __init__(
+        self, bits: int, attention: Callable[..., Tensor], masked_attention: Callable[..., Tensor]
+    ) -> None:
+        self.bits, self.attention, self.masked_attention = bits, attention, masked_attention
         self.seen = Seen(0)  # replaced as a whole, so that it is read without the lock
         self._slower: dict[tuple[Any, ...], str | None] = {}
         self.renew_lock()
@@ -166,7 +163,7 @@ class Heads:
     def chunk(self, generation: int) -> Chunk:
         """Attention of a chunk that is about to be computed with this generation of the weights."""
         seen = self.seen if self.seen.generation == generation else Seen(generation)
-        often = seen.chunks < FIRST or seen.spread > MOST_SPREAD / 2
+        often = seen.chunks < FIRST or seen.spread > MOST_SPREAD[self.bits] / 2
         return Chunk(self, generation, often or seen.chunks % EVERY == 0)
 
     def add(self, seen: Seen) -> None:
@@ -189,12 +186,15 @@ class Heads:
     def why_too_sharp(self, generation: int) -> str | None:
         """Why products are to be in fp32 with this generation of the weights, or None."""
         seen = self.seen
-        if seen.generation != generation or not seen.sharp:
+        if seen.generation != generation or not self.is_sharp(seen):
             return None
         return (
-            f"scores of attention spread by {seen.spread:.3g}, 8-bit products serve up to {MOST_SPREAD:g}; "
-            "chunks are computed in fp32 until the weights change"
+            f"scores of attention spread by {seen.spread:.3g}, {self.bits}-bit products serve up to "
+            f"{MOST_SPREAD[self.bits]:g}; chunks are computed in fp32 until the weights change"
         )
+
+    def is_sharp(self, seen: Seen) -> bool:
+        return seen.spread > MOST_SPREAD[self.bits]
 
     @property
     def fallback_reasons(self) -> dict[str, str]:
@@ -246,8 +246,10 @@ class Chunk:
     ) -> Tensor:
         if q.dtype is not torch.float32 or k.dtype is not torch.float32:
             return in_fp32()
-        if q.shape[3] > MOST_DIM:
-            why: str | None = f"heads are {q.shape[3]} wide, attention in 8 bits has room for {MOST_DIM}"
+        if self._heads.bits == 16:
+            why: str | None = None
+        elif q.shape[3] > MOST_DIM:
+            why = f"heads are {q.shape[3]} wide, attention in 8 bits has room for {MOST_DIM}"
         else:
             # Counts that change with the prompt are rounded up, so that few are ever timed.
             queries, keys = (1 << max(x.shape[1] - 1, 0).bit_length() for x in (q, k))
@@ -255,14 +257,14 @@ class Chunk:
             integers = partial(attention, q, k, v, mask, most_error=float("inf"))
             why = self._heads.why_not((level(), torch.get_num_threads(), *sizes), integers, in_fp32)
         generation = self.seen.generation
-        if why is None:
+        if why is None and self._heads.bits == 8:
             out = _empty(memory, "attention", q.shape, k.dtype)
             found = attention(q, k, v, mask, most_error=MOST_ERROR, out=out)
             wide = int((~(found.error <= MOST_ERROR)).sum())
             self.seen += Seen(generation, 0, found.error.numel(), wide, _largest(found.spread))
             return found.out.flatten(2)
         largest = _largest(spread(q, k, v, mask)) if self._measures else 0.0
-        self.seen += Seen(generation, spread=largest, others=frozenset([why]))
+        self.seen += Seen(generation, spread=largest, others=frozenset([why] if why else []))
         return in_fp32()
 
 
