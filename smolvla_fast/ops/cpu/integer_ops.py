@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import Memory, part
+from ..memory import Memory
+from ..memory import part as _part
 from ..reference.quantize import KINDS, IntegerRows
 from . import int8, int16, quantize
 from . import ops as cpu
@@ -85,7 +86,7 @@ def norm_qkv_rope(
 
     def project(weight: Weight, name: str) -> Tensor:
         assert isinstance(weight, PACKED), "q, k and v of a layer are of one kind"
-        y = weight.linear(rows, memory=part(memory, name))
+        y = weight.linear(rows, memory=_part(memory, name))
         return y.view(*x.shape[:-1], -1, 2 * rope[0].shape[-1])
 
     q_weight, k_weight, v_weight = weights
@@ -104,7 +105,7 @@ def linear_residual(
     """See ``reference.linear_residual``."""
     if isinstance(weight, PACKED):
         out = out if out is not None and out.is_contiguous() else None
-        rows = _rows(x, weight, part(memory, "x"))
+        rows = _rows(x, weight, _part(memory, "x"))
         return weight.linear(rows, residual=residual.contiguous(), out=out)
     assert isinstance(x, Tensor), "rows of integers meet weights of integers"
     return cpu.linear_residual(x, weight, residual, out=out)
