@@ -38,7 +38,7 @@ from .train.policy import check_policy, make_policy, make_processors, speed_up
 from .train.random_state import seed_all, seeded
 from .train.resume import batch_size_of
 from .train.settings import TrainSettings
-from .train.trial import try_step
+from .train.first_step import try_step
 
 CALMER = "try a lower --policy.optimizer_lr, more --policy.scheduler_warmup_steps"
 

@@ -28,7 +28,7 @@ from ..train.policy import check_policy, make_policy, make_processors, speed_up
 from ..train.random_state import seeded
 from ..train.readable import KNOWN
 from ..train.settings import TrainSettings
-from ..train.trial import try_step
+from ..train.first_step import try_step
 from .train import add_arguments
 
 __all__ = ["add_arguments", "run"]
