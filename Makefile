@@ -173,7 +173,8 @@ define install
 	fi
 	@$(PIP) "pip>=25" "setuptools>=77" wheel "pybind11>=2.13" ninja
 	@$(VENV)/bin/python scripts/install.py $(1)
-	@$(VENV)/bin/python -c "from smolvla_fast.ops import extension; print(extension.summary())"
+	@$(VENV)/bin/python -c "from smolvla_fast.ops.extension import KINDS, why_missing as why; \
+	    print(*(why(kind) or f'smolvla_fast._{kind} is ready' for kind in KINDS), sep='\n')"
 endef
 
 $(DEMO): $(SOURCES)

@@ -85,13 +85,19 @@ def _linear_residual_fwd(
 
 
 def linear_residual(
-    x: Tensor, weight: Tensor, residual: Tensor, *, out: Tensor | None = None, next_norm: Any = None
+    x: Tensor,
+    weight: Any,
+    residual: Tensor,
+    *,
+    out: Tensor | None = None,
+    memory: Any = None,
+    next_norm: Any = None,
 ) -> Tensor:
     """``y = residual + x · weightᵀ``.
 
     x        [..., I]      weight  [O, I]      residual  [..., O]      any of fp32 | bf16 | fp16, each its own;
              the weight may be quantised, as in ``linear``
-    out      not used
+    out, memory  not used
     next_norm  ``ops.next_norm.NextNorm``, filled in for the norm that reads y
     returns  [..., O]  what weight and residual promote to: the dtype of an fp32 residual stream
     errors   ValueError for other shapes or dtypes, a strided last dimension, I = 0; leading dimensions of x and

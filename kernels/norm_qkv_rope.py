@@ -130,6 +130,7 @@ def norm_qkv_rope(
     rope: tuple[Tensor, Tensor],
     slots: tuple[Tensor, Tensor] | None,
     *,
+    memory: Any = None,
     normed: Any = None,
 ) -> Tensor | None:
     """``h = rms_norm(x);  q = rope(h·Wqᵀ);  slots ← rope(h·Wkᵀ), h·Wvᵀ``.
@@ -139,7 +140,7 @@ def norm_qkv_rope(
              ``linear``
     rope     (sin, cos), each [B or 1, T, 1, D/2] fp32, contiguous
     slots    k, v  [B, T, K, D]  views of the cache, written, or None; one dtype and the same strides, heads side by side
-    normed   as in ``norm_swiglu``
+    memory   not used      normed  as in ``norm_swiglu``
     returns  q [B, T, H, D] in the dtype of its weight, or None
     numerics the norm in fp32, x·norm weight rounded once to the weights' dtype; rotation of the unrounded sums
     errors   ValueError for other shapes, dtypes or strides, or neither queries nor keys and values; leading dimensions of

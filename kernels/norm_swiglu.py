@@ -85,12 +85,19 @@ def _norm_swiglu_fwd(
 
 
 def norm_swiglu(
-    x: Tensor, norm: tuple[Tensor, float], gate_weight: Any, up_weight: Any, *, normed: Any = None
+    x: Tensor,
+    norm: tuple[Tensor, float],
+    gate_weight: Any,
+    up_weight: Any,
+    *,
+    memory: Any = None,
+    normed: Any = None,
 ) -> Tensor:
     """``h = rms_norm(x);  y = silu(h·Wgᵀ) · (h·Wuᵀ)``.
 
     x        [..., M]      norm  (weight [M], eps)      any of fp32 | bf16 | fp16
     weights  gate_weight, up_weight  [F, M], both of one dtype, any of these; they may be quantised, as in ``linear``
+    memory   not used
     normed   ``ops.next_norm.NextNorm`` of x and this norm: read in the place of both where it was filled in
     returns  [..., F]  dtype of the weights
     numerics the norm in fp32, x·norm weight rounded once to the weights' dtype

@@ -26,7 +26,7 @@ from .ops.table import STAGES, Ops, serving
 from .stages.denoise import LoopReport, denoise
 from .stages.observation import Observation, prepare_images, prepare_observation
 from .stages.prefix import fill_prefix, image_ends
-from .stages.vision import encode_images, patch_positions
+from .stages.vision import Positions, encode_images, kept_patch_positions
 from .stages.wavefront import fill_prefix_with_first_step, side_of_first_step
 
 
@@ -86,7 +86,7 @@ class Engine:
         if capture and driver is None and device.type == "cuda":
             self._no_graph["graph"] = "chunks are captured on NVIDIA GPUs alone; the ops run one by one"
         self._no_branch: dict[str, str] = {}  # why captures have the first step behind the prefix
-        self._positions: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._positions: Positions = {}
         self._times: dict[tuple[Any, ...], Tensor] = {}
         self._workspace = Workspace() if self.ops.backend == "cpu" else None
         self._loop = LoopReport(None, False, {})  # of the chunk that ended last, whichever thread's
@@ -241,7 +241,7 @@ class Engine:
             with section("vision"):
                 image_tokens: list[Tensor] = []  # a camera each, or all together
                 for group in prepare_images(ops, observation.frames, dims.image_side, not exact):
-                    positions = self._patch_positions(vlm, group)
+                    positions = kept_patch_positions(self._positions, vlm, group)
                     out = encode_images(ops, vlm, cast, dims, group, positions)
                     image_tokens.append(out)
             with section("prefix"):
@@ -323,12 +323,6 @@ class Engine:
             # Kept for good, and the first one where threads race: a captured graph may read it.
             return self._times.setdefault(key, times)
         return self._times[key]
-
-    def _patch_positions(self, vlm: Any, images: Tensor) -> Tensor:
-        key = (images.shape[-1], vlm.vision_model.embeddings.patch_embedding.weight.dtype, images.device)
-        if key not in self._positions:
-            return self._positions.setdefault(key, patch_positions(vlm, images))
-        return self._positions[key]
 
 
 def chunk_settings(model: Any) -> tuple[Any, ...]:

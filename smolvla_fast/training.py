@@ -32,13 +32,13 @@ from .train.checkpoint import Checkpoints
 from .train.data import Data, frames_of, held_out_batches, open_data, to_floats, training_batches
 from .train.disk import check_output_dir, make_folder
 from .train.errors import TrainingError, root_cause
+from .train.first_step import try_step
 from .train.known_frames import KnownFrames, kept, open_known_frames
 from .train.log import Log
 from .train.policy import check_policy, make_policy, make_processors, speed_up
 from .train.random_state import seed_all, seeded
 from .train.resume import batch_size_of
 from .train.settings import TrainSettings
-from .train.trial import try_step
 
 CALMER = "try a lower --policy.optimizer_lr, more --policy.scheduler_warmup_steps"
 

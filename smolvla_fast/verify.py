@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .inference import Engine
 from .measure.rounding import FP32_BOUND as FP32_BOUND
+from .measure.rounds import rel_l2
 from .patch import engine_of, find_policy, status
 from .patching.chunk_forward import Accelerated
 from .patching.inputs import chunk_inputs
 from .patching.judge import SCATTER as SCATTER
-from .patching.judge import Judgement, Stock, cosine, in_fp32, rel_l2
+from .patching.judge import Judgement, Stock, cosine, in_fp32
 from .patching.runtime import runtime_of
 from .patching.untried import Untried
 

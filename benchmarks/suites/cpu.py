@@ -22,6 +22,7 @@ from benchmarks.harness import gate
 from benchmarks.harness.flags import counts
 from benchmarks.harness.gate import Unavailable
 from benchmarks.harness.measure import ROOF, Variant
+from benchmarks.harness.outliers import heavy_tailed
 from benchmarks.harness.plugin import rounds
 from benchmarks.harness.roof import product_of_roof
 from benchmarks.harness.setup import MOST_CAMERAS, Case, Inputs
@@ -31,7 +32,6 @@ from smolvla_fast.measure.rounds import median_stages, percentile, threads, time
 from smolvla_fast.ops import extension, table
 from smolvla_fast.patch import engine_of, patch
 from smolvla_fast.testing import policies
-from smolvla_fast.testing.outliers import heavy_tailed
 
 MAIN_SHARE, MAIN_SHARE_WITH_COMPILE = 0.65, 0.3
 """Of the suite's time, for tiers and peers; the rest is for the curves and, if asked for, compiled stock."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,12 @@ def measure(
     # A GPU runs a chunk as one graph without stages, so stages are timed in extra rounds.
     stage_rounds = min(2, args.rounds) if device.type == "cuda" else 0
     total = 3 + 2 * (args.rounds + stage_rounds)
-    with console.progress("demo", total) as step:
+    with console.progress("demo") as show_share:
+        done = count()
+
+        def step(label: str) -> None:
+            show_share(label, next(done) / total)
+
         step("making the policy" if args.policy_path is None else "loading the policy")
         policy = subject.make_policy(args, device)
         fault = args.policy_path and checkpoint.unnormalized(args.policy_path, policy.config)

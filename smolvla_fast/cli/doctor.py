@@ -5,6 +5,7 @@ compiler, and names what is missing with the reason.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -73,10 +74,7 @@ def examine() -> dict[str, Any]:
         "libraries": {
             what: availability.why_not_library(name, device) or "" for what, name in LIBRARIES.items()
         },
-        "backends": [
-            {"op": row.op, "backend": row.backend, "available": row.available, "reason": row.reason}
-            for row in backends.table(device)
-        ],
+        "backends": list(map(asdict, backends.table(device))),
     }
 
 

@@ -22,13 +22,13 @@ from ..measure.console import CommandError, Console
 from ..train.checkpoint import PRETRAINED
 from ..train.data import Data, loader_of, open_data, to_floats
 from ..train.errors import TrainingError
+from ..train.first_step import try_step
 from ..train.flags import read_settings
 from ..train.known_frames import KnownFrames, kept, open_known_frames
 from ..train.policy import check_policy, make_policy, make_processors, speed_up
 from ..train.random_state import seeded
 from ..train.readable import KNOWN
 from ..train.settings import TrainSettings
-from ..train.trial import try_step
 from .train import add_arguments
 
 __all__ = ["add_arguments", "run"]

@@ -137,7 +137,7 @@ class _Reader:
         from lerobot.datasets import LeRobotDataset
 
         from ..train.data import check_values
-        from ..train.dataset_files import check_files
+        from ..train.dataset_files import check_backend, check_files
         from ..train.errors import TrainingError
         from ..train.readable import Readable
 
@@ -146,8 +146,7 @@ class _Reader:
         try:
             dataset = LeRobotDataset(
                 source, **where, episodes=episodes, tolerance_s=args.tolerance_s,
-                # Without videos any decoder will do; left to choose, LeRobot tries to load FFmpeg and fails at length.
-                video_backend=args.video_backend or (None if videos else "pyav"),
+                video_backend=check_backend(args.video_backend, videos),
             )  # fmt: skip
             check_files(dataset)
             check_values(dataset, {name: name for name in dataset.meta.features})

@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace, device: Any, console: Console) -> tuple[Tu
     """Tunes the policy of the arguments."""
     import smolvla_fast
 
-    with console.shares("tune") as show:
+    with console.progress("tune") as show:
         show("making the policy" if args.policy_path is None else "loading the policy", 0.0)
         policy = subject.make_policy(args, device)
         batch, noise = subject.make_observation(policy, args, args.seed)

@@ -22,9 +22,7 @@ from typing import Any
 import torch
 
 from ..ops.plan import Plan
-from .plan_key import differences, here, key_of, machine_key, short, text
-
-__all__ = ["find", "key_of", "listing", "machine_key", "path_of", "save"]
+from .plan_key import differences, here, short, text
 
 logger = logging.getLogger("smolvla_fast")
 

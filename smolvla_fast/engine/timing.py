@@ -13,25 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..measure.rounds import fresh
+from ..measure.rounds import fresh, synchronize, timed_ms
 from ..ops import table
 
 STAGES = tuple(table.STAGES)
 
-_clock: ContextVar[defaultdict[str, float] | None] = ContextVar("smolvla_fast_clock", default=None)
+_clock: ContextVar[tuple[torch.device, defaultdict[str, float]] | None] = ContextVar(
+    "smolvla_fast_clock", default=None
+)
 
 
 def is_timed() -> bool:
     """Whether ``stage_times`` is running in this context: then stages run one by one, not as one graph."""
     return _clock.get() is not None
-
-
-def _synchronize() -> None:
-    others = getattr(torch, "accelerator", None)  # from torch 2.6 on
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    elif others is not None and others.is_available() and others.current_accelerator().type != "cuda":
-        others.synchronize()
 
 
 @contextmanager
@@ -41,11 +35,12 @@ def section(name: str) -> Iterator[None]:
     if clock is None:
         yield
         return
-    _synchronize()
+    device, times = clock
+    synchronize(device)
     start = time.perf_counter()
     yield
-    _synchronize()
-    clock[name] += (time.perf_counter() - start) * 1e3
+    synchronize(device)
+    times[name] += (time.perf_counter() - start) * 1e3
 
 
 def stage_times(
@@ -64,13 +59,9 @@ def stage_times(
     batch = fresh(batch)
     if stock_sampler or not hasattr(type(policy.model), "stock_class"):
         policy = _with_stock_sections(policy)
-    token = _clock.set(clock)
+    token = _clock.set((noise.device, clock))
     try:
-        _synchronize()
-        start = time.perf_counter()
-        policy.predict_action_chunk(batch, noise=noise)
-        _synchronize()
-        total = (time.perf_counter() - start) * 1e3
+        total, _ = timed_ms(lambda: policy.predict_action_chunk(batch, noise=noise), noise.device)
     finally:
         _clock.reset(token)
     times = {stage: clock[stage] for stage in STAGES}

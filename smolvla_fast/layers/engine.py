@@ -19,9 +19,10 @@ from ..ops.memory import Memory, Workspace
 from ..ops.reference.prefix_embed import prefix_embed
 from ..ops.reference.suffix_tokens import suffix_tokens
 from ..ops.reference.time_embedding import time_embedding
+from ..stages.denoise import suffix_of
 from ..stages.layers import embed_suffix, expert_layers
 from ..stages.prefix import image_ends
-from ..stages.vision import encode_images, patch_positions
+from ..stages.vision import Positions, encode_images, kept_patch_positions
 from . import caches
 from .notes import Notebook, notebook_of_call
 from .run import Fused, LayerCall, Run, WeightReader, WithGrad
@@ -38,7 +39,7 @@ class LayerEngine:
         self.products = products
         self._notebook = Notebook()
         self._workspace = Workspace() if products.ops.backend == "cpu" else None
-        self._positions: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._positions: Positions = {}
 
     def after_fork(self) -> None:
         self.products.after_fork()
@@ -46,8 +47,9 @@ class LayerEngine:
 
     @property
     def bytes(self) -> int:
-        """What is held between calls for caches that are alive, and buffers of a step."""
-        return self._notebook.bytes + (0 if self._workspace is None else self._workspace.bytes)
+        """What is held between calls for caches that are alive, position ids of the patches, and buffers of a step."""
+        positions = sum(each.nbytes for each in self._positions.values())
+        return self._notebook.bytes + positions + (0 if self._workspace is None else self._workspace.bytes)
 
     def embed_image(self, pair: Any, image: Tensor) -> Tensor:
         """[n, 3, side, side] in [-1, 1] -> image tokens [n, tokens, M] in the connector's dtype.
@@ -56,15 +58,11 @@ class LayerEngine:
         """
         vlm = pair.get_vlm_model()
         with self._context(image):
-            dtype = vlm.vision_model.embeddings.patch_embedding.weight.dtype
-            key = (image.shape[-1], dtype, image.device)
-            if key not in self._positions:
-                self._positions[key] = patch_positions(vlm, image)
+            positions = kept_patch_positions(self._positions, vlm, image)
             if self.products.tier.stock_order:
-                image = image.to(dtype)
-            out = encode_images(
-                self.products.ops, vlm, self.products.cast, read_pair_dims(pair), image, self._positions[key]
-            )
+                image = image.to(vlm.vision_model.embeddings.patch_embedding.weight.dtype)
+            dims = read_pair_dims(pair)
+            out = encode_images(self.products.ops, vlm, self.products.cast, dims, image, positions)
             return out.to(vlm.connector.modality_projection.proj.weight.dtype)
 
     def embed_prefix(
@@ -154,14 +152,13 @@ class LayerEngine:
         config = model.config
         with self._context(x):
             self._check_copies()
-            own, cross = suffix_tokens(pad_masks, dims.chunk, dims.head_dim)
-            own, cross = (each._replace(mask=ops.prepare_mask(each.mask)) for each in (own, cross))
             times = time_embedding(time, dims.expert_width, config.min_period, config.max_period)
-            folded = ops.suffix_fold(times[None], heads.action_in, heads.time_in)
+            own, cross = suffix_tokens(pad_masks, dims.chunk, dims.head_dim)
+            suffix = suffix_of(ops, heads, own, cross, times[None])
             lent = nullcontext() if self._workspace is None else self._workspace.lent()
             with self._kv_and_weights(pair, cache, dims.chunk) as (kvs, layers), lent as memory:
-                h, normed = embed_suffix(ops, layers[0], x, 0, folded, heads.time_out, memory)
-                h = expert_layers(ops, layers, kvs, h, own, cross, memory, normed)
+                h, normed = embed_suffix(ops, layers[0], x, 0, suffix.folded, heads.time_out, memory)
+                h = expert_layers(ops, layers, kvs, h, suffix.own, suffix.cross, memory, normed)
                 # dt = 0: the velocity alone is wanted.
                 _, v = ops.euler_step(h, heads.expert_norm, heads.action_out, x, 0.0, None, memory=memory)
                 return v if memory is None else v.clone()

@@ -26,7 +26,7 @@ from ..ops.reference.suffix_tokens import suffix_tokens
 from ..ops.select import select
 from ..stages.observation import Observation, prepare_images, prepare_observation
 from ..stages.prefix import image_ends, text_kv
-from ..stages.vision import encode_images, encode_patches, patch_positions
+from ..stages.vision import Positions, encode_images, encode_patches, kept_patch_positions
 from .image_cache import ImageCache
 from .layers import Rows, expert_layers, text_layers
 
@@ -53,7 +53,7 @@ class LossEngine:
         self.fallback_reasons: dict[str, str] = {}
         self.not_frozen: str | None = None
         self._slow_bf16 = why_bf16_is_slow() if device.type == "cpu" else None
-        self._positions: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._positions: Positions = {}
 
     def look(self, model: Any, not_frozen: str | None) -> None:
         """Note, once for each state of a model, why the engine's ops cannot replace its frozen modules, or None."""
@@ -193,7 +193,8 @@ class LossEngine:
         self, model: Any, dims: Dims, dtype: torch.dtype | None, images: Tensor, upto: Any = encode_images
     ) -> Tensor:
         vlm = model.vlm_with_expert.get_vlm_model()
-        return upto(self.ops, vlm, partial(_cast, dtype), dims, images, self._patch_positions(vlm, images))
+        positions = kept_patch_positions(self._positions, vlm, images)
+        return upto(self.ops, vlm, partial(_cast, dtype), dims, images, positions)
 
     def _prefix(
         self,
@@ -236,12 +237,6 @@ class LossEngine:
         pad_masks = torch.cat([pad_masks, own], dim=1)
         rows = _rows(place, pad_masks[:, None], dims)
         return pad_masks, text_layers(self.ops, layers, state_token, rows, dims.head_dim, kept)
-
-    def _patch_positions(self, vlm: Any, images: Tensor) -> Tensor:
-        key = (images.shape[-1], vlm.vision_model.embeddings.patch_embedding.weight.dtype)
-        if key not in self._positions or self._positions[key].device != images.device:
-            self._positions[key] = patch_positions(vlm, images)
-        return self._positions[key]
 
 
 def _cast(dtype: torch.dtype | None, matrix: Tensor) -> Tensor:

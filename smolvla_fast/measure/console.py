@@ -55,35 +55,7 @@ class Console:
         self._out.print(table)
 
     @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Callable[[str], None]]:
-        """Yields ``step(label)``, to be called when the work named by ``label`` begins."""
-        if not (self.rich and sys.stderr.isatty()):
-            done = 0
-
-            def step(label: str) -> None:
-                nonlocal done
-                done += 1
-                print(f"[{min(done, total)}/{total}] {label}", file=sys.stderr, flush=True)
-
-            yield step
-            return
-        from rich.console import Console as Rich
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Rich(stderr=True), transient=True) as bar:
-            task = bar.add_task(title, total=total)
-            begun = 0
-
-            def advance(label: str) -> None:
-                nonlocal begun
-                bar.update(task, completed=min(begun, total), description=label)
-                begun += 1
-
-            yield advance
-
-    @contextmanager
-    def shares(self, title: str) -> Iterator[Callable[[str, float], None]]:
+    def progress(self, title: str) -> Iterator[Callable[[str, float], None]]:
         """Yields ``show(label, share)``, to be called when a piece of work begins with the share of all that is done."""
         if not (self.rich and sys.stderr.isatty()):
             yield lambda label, share: print(f"[{share:4.0%}] {label}", file=sys.stderr, flush=True)

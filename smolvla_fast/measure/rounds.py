@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,11 +27,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     """
     if not values:
         raise ValueError("no rounds were measured")
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+    return float(np.quantile(values, share))
 
 
 def summary(rounds_ms: Sequence[float]) -> dict[str, float]:
@@ -75,13 +72,17 @@ def median_stages(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def error(value: Tensor, reference: Tensor) -> dict[str, float]:
-    """``rel_l2 = |value - reference| / |reference|`` and ``max_abs``, computed in fp64."""
-    value, reference = value.double(), reference.double()
-    difference = value - reference
+    """``rel_l2`` and ``max_abs``, computed in fp64."""
     return {
-        "rel_l2": (difference.norm() / reference.norm()).item(),
-        "max_abs": difference.abs().max().item(),
+        "rel_l2": rel_l2(value, reference),
+        "max_abs": (value.double() - reference.double()).abs().max().item(),
     }
+
+
+def rel_l2(x: Tensor, reference: Tensor) -> float:
+    """``|x - reference| / |reference|``, in fp64."""
+    x, reference = x.cpu().double(), reference.cpu().double()
+    return float((x - reference).norm() / reference.norm())
 
 
 class PeakMemory:

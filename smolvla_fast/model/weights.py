@@ -285,12 +285,6 @@ def head_sources(model: Any, dims: Dims) -> Iterator[Source]:
         yield _linear(name, getattr(model, name), inputs, outputs, bias=True)
 
 
-def sources(model: Any, dims: Dims) -> Iterator[Source]:
-    """All that a chunk reads: ``pair_sources`` and ``head_sources``."""
-    yield from pair_sources(model.vlm_with_expert, dims)
-    yield from head_sources(model, dims)
-
-
 def _decoder_sources(path: str, layer: Any, dims: PairDims, width: int, cross: bool) -> Iterator[Source]:
     attention, mlp = layer.self_attn, layer.mlp
     queries, keys = dims.query_heads * dims.head_dim, dims.kv_heads * dims.head_dim

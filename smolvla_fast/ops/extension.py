@@ -41,11 +41,6 @@ def why_missing(kind: str) -> str:
     return _load(kind)[1]
 
 
-def summary() -> str:
-    """One line an extension: whether it is ready, or why not."""
-    return "\n".join(why_missing(kind) or f"smolvla_fast._{kind} is ready" for kind in KINDS)
-
-
 @cache
 def build_record() -> dict[str, dict[str, Any]]:
     """What the installation recorded, by kind: {"built": False, "reason"} or {"built": True, "compiler"...}.

@@ -45,7 +45,7 @@ def reference_ops() -> Ops:
 
 def _cuda(device: torch.device, plan: Plan | None) -> Ops:
     """CUDA C++ where there is a kernel, all the rest by Triton, or by torch where that cannot serve."""
-    from .cuda import linear_residual, masked_attention, prepared_rows
+    from .cuda import library, linear_residual, masked_attention, prepared_rows
     from .cuda import ops as module
 
     fallback = "triton" if device.type == "cuda" and why_not("triton", device) is None else "torch"
@@ -53,7 +53,9 @@ def _cuda(device: torch.device, plan: Plan | None) -> Ops:
     attention = masked_attention.masked_attention_or_fallback(below.masked_attention, below.prepare_mask)
     product, no_clusters = below.linear_residual, linear_residual.why_no_clusters(device)
     if no_clusters is None:
-        product = linear_residual.linear_residual_or_fallback(product)
+        product = library.or_fallback(
+            linear_residual.linear_residual, linear_residual.why_not_few_rows, product
+        )
     ops = derive("cuda", module, below, fallback=below, masked_attention=attention, linear_residual=product)
     if no_clusters is not None:
         ops.missing["linear_residual"] = no_clusters
@@ -66,7 +68,7 @@ def _cuda(device: torch.device, plan: Plan | None) -> Ops:
 
 
 @dataclass(frozen=True)
-class Row:
+class Cell:
     """One cell of the table, as ``smolvla-fast doctor`` prints it."""
 
     op: str
@@ -151,15 +153,15 @@ def select(
     return _ops(backend, device, plan=plan)
 
 
-def table(device: torch.device | None = None) -> list[Row]:
+def table(device: torch.device | None = None) -> list[Cell]:
     """Op by op and backend by backend: who can serve it here, and why not. For ``device``, the CPU where not given."""
     device = device or torch.device("cpu")
-    rows = []
+    cells = []
     for name in NAMES:
         for backend in BACKENDS:
             reason = why_not(backend, device) or _why_empty(name, _ops(backend, device))
-            rows.append(Row(name, backend, not reason, reason or ""))
-    return rows
+            cells.append(Cell(name, backend, not reason, reason or ""))
+    return cells
 
 
 def _why_empty(op: str, ops: Ops) -> str | None:

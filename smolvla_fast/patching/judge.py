@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..measure.rounding import FP32_BOUND, ORDERS, OtherSums, fp32_bound
+from ..measure.rounds import rel_l2
 from ..model.precision import Tier
 from ..model.weights import is_cross
 from ..ops.reference.patch_embed import patch_embed
@@ -108,12 +109,6 @@ class Stock:
             if error <= fp32_bound(movement) or not error <= HOPELESS * fp32_bound(movement):
                 break  # the other orders could only widen the bound, and not by as much
         return movement
-
-
-def rel_l2(x: Tensor, reference: Tensor) -> float:
-    """``|x - reference| / |reference|``, in fp64."""
-    x, reference = x.cpu().double(), reference.cpu().double()
-    return float((x - reference).norm() / reference.norm())
 
 
 def cosine(x: Tensor, reference: Tensor) -> float:

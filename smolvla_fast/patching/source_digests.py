@@ -172,13 +172,9 @@ def _is_lerobots_own(found: Found) -> bool:
     return function.__module__.partition(".")[0] == home.__module__.partition(".")[0]
 
 
-def unknown_source(model: Any) -> str | None:
-    """None if every function that a chunk of this ``VLAFlowMatching`` replaces is one we know, else which one is not."""
-    return unknown_of(owners(model))
-
-
 def unknown_of(of: list[Owner]) -> str | None:
-    """The same of any methods. ``Untried`` where all that is not known is LeRobot's own, of a release that nobody read."""
+    """None if every function of these is one we know, else which one is not. ``Untried`` where all that is not known is
+    LeRobot's own, of a release that nobody read."""
     versions: set[str] | None = None
     unread, known = "", []
     for name, found in _functions(of).items():

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from .hub import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, find_file, is_absent
@@ -24,13 +23,13 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def read_safetensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of one file; ValueError for a truncated file or another format."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(str(path), device=str(device))
+        return load_file(str(path))
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a complete safetensors file ({error}); copy or download it again, "
@@ -53,13 +52,13 @@ def read_buffers(source: str | Path, **options: Any) -> dict[str, dict[str, Tens
         raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
 
 
-def read_backbone(source: str | Path, **options: Any) -> dict[str, Tensor]:
+def read_backbone(source: str | Path) -> dict[str, Tensor]:
     """The weights of a backbone folder or repository, in one file or in shards listed by an index."""
     try:
-        return read_safetensors(find_file(source, WEIGHTS_NAME, **options))
+        return read_safetensors(find_file(source, WEIGHTS_NAME))
     except FileNotFoundError:
         try:
-            index = json.loads(find_file(source, WEIGHTS_INDEX_NAME, **options).read_text(encoding="utf-8"))
+            index = json.loads(find_file(source, WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"no {WEIGHTS_NAME} for the backbone {str(source)!r}; set load_vlm_weights=False to build it "
@@ -68,7 +67,7 @@ def read_backbone(source: str | Path, **options: Any) -> dict[str, Tensor]:
     shards = sorted(set(index["weight_map"].values()))
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        tensors.update(read_safetensors(find_file(source, shard, **options)))
+        tensors.update(read_safetensors(find_file(source, shard)))
     return tensors
 
 

@@ -102,3 +102,13 @@ def patch_positions(vlm: Any, images: Tensor) -> Tensor:
             patch_attention_mask=torch.ones(patches, dtype=torch.bool, device=images.device),
         )
     return seen.indices[-1]
+
+
+Positions = dict[tuple[int, torch.dtype, torch.device], Tensor]
+"""``patch_positions`` by the size of images, the dtype of the patch embedding and the device."""
+
+
+def kept_patch_positions(known: Positions, vlm: Any, images: Tensor) -> Tensor:
+    """``patch_positions``, observed once for a key; the first stays where threads race: a captured graph may read it."""
+    key = (images.shape[-1], vlm.vision_model.embeddings.patch_embedding.weight.dtype, images.device)
+    return known[key] if key in known else known.setdefault(key, patch_positions(vlm, images))

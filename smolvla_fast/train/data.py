@@ -63,9 +63,7 @@ def open_data(settings: TrainSettings) -> Data:
     where = dict(root=wanted.root, revision=wanted.revision)
     try:
         meta = LeRobotDatasetMetadata(wanted.repo_id, **where)
-        # Without videos any decoder will do; left to choose, LeRobot tries to load FFmpeg and fails at length.
-        check_backend(wanted.video_backend, bool(meta.video_keys))
-        backend = wanted.video_backend or (None if meta.video_keys else "pyav")
+        backend = check_backend(wanted.video_backend, bool(meta.video_keys))
         train_episodes, eval_episodes = split_episodes(settings, meta)
         names = policy_names(meta.features, settings.rename_map)
         fill_features(settings, meta.features, names)

@@ -29,8 +29,8 @@ def place_of(dataset: Any, row: int) -> tuple[int, str]:
     return episode, f"frame {frame} of episode {episode}"
 
 
-def check_backend(name: str | None, videos: bool) -> None:
-    """TrainingError for a decoder that cannot be loaded, where there are videos to decode."""
+def check_backend(name: str | None, videos: bool) -> str | None:
+    """What to open a dataset with. TrainingError for a decoder that cannot be loaded, where there are videos to decode."""
     if name == "torchcodec" and videos:
         try:
             import torchcodec.decoders  # noqa: F401
@@ -39,6 +39,8 @@ def check_backend(name: str | None, videos: bool) -> None:
                 f"dataset.video_backend=torchcodec cannot be loaded ({root_cause(error)}); give "
                 "--dataset.video_backend=pyav, or install torchcodec and FFmpeg, whose libraries it loads"
             ) from error
+    # Without videos any decoder will do; left to choose, LeRobot tries to load FFmpeg and fails at length.
+    return name or (None if videos else "pyav")
 
 
 def other_backend(name: str | None) -> str | None:

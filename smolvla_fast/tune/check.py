@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..ops.choice import over
 from ..ops.reference import ops as reference
@@ -104,7 +105,7 @@ def _reference(op: str) -> Callable[..., Any]:
 
 
 def _widened(call: Call) -> Call:
-    return Call(_wide(call.args), _wide(call.kwargs))
+    return Call(*tree_map(_wide, (call.args, call.kwargs)))
 
 
 def _wide(value: Any) -> Any:
@@ -114,11 +115,6 @@ def _wide(value: Any) -> Any:
         return value.double() if value.is_floating_point() else value
     if isinstance(value, torch.dtype):
         return torch.float64
-    if isinstance(value, dict):
-        return {name: _wide(each) for name, each in value.items()}
-    if isinstance(value, tuple):
-        items = [_wide(each) for each in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
 
 

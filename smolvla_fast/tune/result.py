@@ -58,7 +58,7 @@ class ChunkTime:
 class Tuning:
     """One tuning.
 
-    key            of the plan: ``plan_files.key_of``
+    key            of the plan: ``plan_key.key_of``
     before, after  the chunk by the defaults and by the plan; None where it was not measured
     kept           False: the defaults stay, as ``note`` says
     seconds        that all of it took

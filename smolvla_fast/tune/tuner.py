@@ -19,7 +19,7 @@ from torch import Tensor
 from ..engine.products import Products
 from ..inference import Engine
 from ..measure.rounding import FP32_BOUND
-from ..measure.rounds import timed_ms
+from ..measure.rounds import rel_l2, timed_ms
 from ..model.precision import TIERS
 from ..ops.choice import others
 from ..ops.plan import CHUNK, FIRST_STEP, LAUNCHES, LOOP, PRODUCTS, Plan
@@ -180,7 +180,7 @@ class _Tuner:
         """Checks each engine's chunk, and times those that are right in rounds of one chunk each."""
         for name, final in finals.items():
             try:
-                final.error = _rel_l2(self._act(final.engine), stock)
+                final.error = rel_l2(self._act(final.engine), stock)
             except Exception as error:  # as of a single candidate
                 if name == BEFORE:
                     raise
@@ -218,7 +218,7 @@ class _Tuner:
     def _eager_error(self, stock: Tensor) -> float:
         """What the chunk of backend ``torch`` loses with its products in bf16."""
         products = Products(self._products.tier, "torch", self._products.device, Plan({PRODUCTS: "bfloat16"}))
-        return _rel_l2(self._act(Engine(products.tier, "torch", products.device, products=products)), stock)
+        return rel_l2(self._act(Engine(products.tier, "torch", products.device, products=products)), stock)
 
     # Op by op
 
@@ -247,10 +247,6 @@ class _Tuner:
                 measure(each, choice, self._watch, min(free, max(2 * free * each.seconds / weight, 0.2)))
             weight -= each.seconds
         return found
-
-
-def _rel_l2(x: Tensor, reference: Tensor) -> float:
-    return float((x.double() - reference.double()).norm() / reference.double().norm())
 
 
 def _segment(key: str, default: str, other: str, finals: dict[str, _Final]) -> Choice:

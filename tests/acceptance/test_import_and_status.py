@@ -276,7 +276,9 @@ def test_another_source_runs_stock_until_its_trial_and_is_named(
     policy: Any, observation: dict[str, Tensor], noise: Tensor, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    assert source_digests.unknown_source(policy.model) is None, "the installed LeRobot is known"
+    assert source_digests.unknown_of(source_digests.owners(policy.model)) is None, (
+        "the installed LeRobot is known"
+    )
     stock = chunk(policy, observation, noise)
     known = {version: {**table, "apply_rope": "0" * 12} for version, table in source_digests.KNOWN.items()}
     monkeypatch.setattr(source_digests, "KNOWN", known)

@@ -17,11 +17,11 @@ from support.policies import chunk_in_fp64, make_policy, model_inputs, rel_l2
 from torch import Tensor
 
 import smolvla_fast
+from benchmarks.harness.outliers import heavy_tailed, sharp_attention
 from smolvla_fast.model.precision import TIERS
 from smolvla_fast.ops import availability, extension
 from smolvla_fast.ops.cpu import int16
 from smolvla_fast.patch import engine_of
-from smolvla_fast.testing.outliers import heavy_tailed, sharp_attention
 from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import SCATTER, cosine
 

@@ -21,9 +21,11 @@ from support.policies import TIERS, chunk, make_policy
 import smolvla_fast
 from smolvla_fast import inference
 from smolvla_fast.cli import main
+from smolvla_fast.ops import extension
 from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.patching import layer_runtime, runtime
 from smolvla_fast.patching.eligibility import Eligibility
+from smolvla_fast.stages import vision
 from smolvla_fast.testing.policies import make_noise, make_observation
 
 ROOT = TESTS.parent
@@ -40,7 +42,7 @@ def test_after_a_warm_up_nothing_is_built(precision: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(owner, name, lambda *args, **kw: (built.append(name), function(*args, **kw))[1])
 
     for owner, name in (
-        (layer_runtime, "probe"), (Eligibility, "model_reason"), (runtime, "Engine"), (inference, "patch_positions"),
+        (layer_runtime, "probe"), (Eligibility, "model_reason"), (runtime, "Engine"), (vision, "patch_positions"),
         (inference, "_time_embeddings"),
     ):  # fmt: skip
         counted(owner, name)
@@ -130,7 +132,7 @@ def test_other_threads_run_during_a_warm_up_and_a_chunk() -> None:
 
 
 @pytest.mark.check(58)
-@pytest.mark.skipif(not cpu.supported(), reason="the kernels are not compiled")
+@pytest.mark.skipif(not extension.available("cpu"), reason="the kernels are not compiled")
 @pytest.mark.parametrize("op", ["attention", "linear"])
 def test_a_compiled_op_holds_no_gil(op: str) -> None:
     """One call of some hundred milliseconds on one thread; with the GIL held, the other would wait for all of it."""

@@ -28,12 +28,12 @@ pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the pol
 
 from benchmarks.harness import gate
 from benchmarks.harness.gate import COMPILED_BOUND, CheckFailed, act
+from benchmarks.harness.outliers import OUTLIER, heavy_tailed
 from benchmarks.harness.roof import Ceilings
 from benchmarks.harness.setup import BenchmarkSetup, Case, twin
 from benchmarks.peers import openvino as openvino_peer
 from benchmarks.report import markdown
 from benchmarks.suites import cpu as cpu_suite
-from smolvla_fast.testing.outliers import OUTLIER, heavy_tailed
 
 ROOT = Path(__file__).resolve().parents[2]
 CEILINGS = Ceilings({"float32": 1e12, "bfloat16": 1e12, "int8": 1e12}, 1e10)
@@ -162,7 +162,7 @@ def test_heavy_tails_come_and_go_without_a_trace(setup: BenchmarkSetup) -> None:
 def test_outliers_alone_leave_the_function_what_it_was(
     setup: BenchmarkSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smolvla_fast.testing.outliers._tails", lambda *_: None)
+    monkeypatch.setattr("benchmarks.harness.outliers._tails", lambda *_: None)
     inputs = setup.inputs(2)
     before = act(setup.policy, inputs)
     with heavy_tailed(setup.policy.model):

@@ -20,6 +20,7 @@ from smolvla_fast.cli import main
 from smolvla_fast.measure.console import Console
 from smolvla_fast.model.precision import TIERS
 from smolvla_fast.ops.select import BACKENDS
+from smolvla_fast.testing.policies import make_policy
 
 __all__ = ["no_pictures"]
 
@@ -179,6 +180,16 @@ def test_demo_measures_and_writes_its_figures(
     assert ("every bit the same" in out.out) == (precision == "exact")
 
 
+def test_demo_compares_chunks_of_one_state(lerobot: None, tmp_path: Path) -> None:
+    """LeRobot decodes the state of an Aloha robot in place, at every call: each chunk is to begin from the one drawn."""
+    aloha = dict(adapt_to_pi_aloha=True, state_dim=14, action_dim=14, num_steps=2)
+    make_policy("tiny", folder=tmp_path / "vlm", **aloha).save_pretrained(tmp_path / "policy")
+    files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    options = ["--threads", "1", "--rounds", "1", "--precision", "exact", "--policy.path"]
+    assert main(["demo", *options, str(tmp_path / "policy"), *files]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["max_abs"] == 0
+
+
 def test_demo_says_when_the_fast_path_did_not_run(
     lerobot: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,6 +310,15 @@ def test_bench_suites_by_place_and_by_option(
 ) -> None:
     assert main(["bench", *arguments, "--json", str(tmp_path / "a.json")]) == 2, "nothing was timed"
     assert [Path(word).stem for command in started for word in command if word.endswith(".py")] == suites
+
+
+def test_bench_keeps_an_earlier_report_where_nothing_was_timed(
+    started: list[list[str]], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("earlier figures")
+    assert main(["bench", "ops", "--json", str(path)]) == 2 and started
+    assert path.read_text() == "earlier figures" and list(tmp_path.iterdir()) == [path]
 
 
 def test_bench_hands_on_device_and_cameras(started: list[list[str]], tmp_path: Path) -> None:

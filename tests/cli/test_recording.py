@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.recordings import CAMERAS, RENAMED, dataset, folder, no_pictures, refuses, run, saved, writer
 
 from smolvla_fast.cli import main
-from smolvla_fast.cli.recording import unit_of
+from smolvla_fast.cli.recording import Joint, Recording, unit_of
 from smolvla_fast.cli.recording_files import Frame, Recorded, open_folder
+from smolvla_fast.smolvla import aloha
+from smolvla_fast.testing.policies import make_policy
 
 __all__ = ["dataset", "folder", "no_pictures", "saved"]
 
@@ -376,6 +379,23 @@ def test_units_alone_are_enough(saved: Path, folder: Path, tmp_path: Path) -> No
     (log / "info.json").write_text('{"features": {"action": {"units": "degrees"}}}')
     _, found = run(saved, tmp_path / "a.json", "--observations", str(log), "--frames", "1")
     assert found["joints"][0] == {"name": "action[0]", "unit": "degrees"}
+
+
+@pytest.mark.parametrize("origin", ["lerobot", "ours"])
+def test_actions_of_an_aloha_robot(origin: str) -> None:
+    """In its own conventions, of either class; the chunk is judged again, so it stays as it was."""
+    if origin == "lerobot":
+        pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla")
+    policy = make_policy("tiny", origin=origin, adapt_to_pi_aloha=True, state_dim=14, action_dim=14)
+    recorded = Recorded("", "", {}, {}, None, lambda frames: lambda frame: {})
+    joints = [Joint(str(index), "") for index in range(14)]
+    recording = Recording(recorded, [], joints, None, lambda actions: 10 * actions, lambda *_: [])
+    chunk = torch.rand(1, 6, 32, generator=torch.Generator().manual_seed(0))
+    before = chunk.clone()
+    found = recording.actions(policy, chunk)
+    assert torch.equal(chunk, before)
+    wanted = 10 * aloha.encode_actions(before[0, :, :14])
+    assert np.array_equal(found, wanted.numpy()) and not np.array_equal(found, 10 * before[0, :, :14].numpy())
 
 
 def test_demo_takes_a_recorded_frame(saved: Path, dataset: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -15,7 +15,7 @@ from support.tunings import CHOICES, tuning_of
 
 import smolvla_fast
 from smolvla_fast.cli import main
-from smolvla_fast.engine import plan_files
+from smolvla_fast.engine import plan_files, plan_key
 from smolvla_fast.measure.console import Console
 from smolvla_fast.ops.plan import Plan
 from smolvla_fast.tune import tuner
@@ -37,7 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def tune(model: Any, products: Any, *, progress: Any, **more: Any) -> Tuning:
         progress("linear 50 36>256 float32 silu: onednn", 0.5)
-        key = plan_files.key_of(model, products.tier.name, products.backend, products.device)
+        key = plan_key.key_of(model, products.tier.name, products.backend, products.device)
         made.append({"model": model, "products": products, "threads": torch.get_num_threads(), **more})
         return tuning_of(key)
 

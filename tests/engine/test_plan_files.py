@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def key() -> dict[str, Any]:
-    return plan_files.key_of(make_policy("tiny").model, "fp32", "auto", CPU)
+    return plan_key.key_of(make_policy("tiny").model, "fp32", "auto", CPU)
 
 
 @pytest.fixture
@@ -335,15 +335,15 @@ def test_a_plan_is_for_its_own_key_alone(key: dict[str, Any], said: Any) -> None
     ],
 )  # fmt: skip
 def test_another_policy_has_another_key(part: str, settings: dict[str, Any], key: dict[str, Any]) -> None:
-    other = plan_files.key_of(make_policy(**settings).model, "fp32", "auto", CPU)
+    other = plan_key.key_of(make_policy(**settings).model, "fp32", "auto", CPU)
     assert other["shapes"][part] != key["shapes"][part]
     assert plan_files.path_of(other) != plan_files.path_of(key)
 
 
 def test_other_weights_cameras_and_steps_have_the_same_key(key: dict[str, Any]) -> None:
     other = make_policy("tiny", seed=7, cameras=3, num_steps=3).model
-    assert plan_files.key_of(other, "fp32", "auto", CPU) == key
-    assert plan_files.key_of(other.vlm_with_expert, "fp32", "auto", CPU) == key, (
+    assert plan_key.key_of(other, "fp32", "auto", CPU) == key
+    assert plan_key.key_of(other.vlm_with_expert, "fp32", "auto", CPU) == key, (
         "a layer finds its chunk's plan"
     )
 

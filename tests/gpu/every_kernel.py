@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from support import denoise_loop as loop
 from support.contract import check, mapped, reference_module
 from support.prepared import by_prepared_rows
 from torch import Tensor
@@ -17,7 +18,6 @@ from smolvla_fast.ops.cuda import library
 from smolvla_fast.ops.cuda.prepared_rows import why_no_norm_products
 from smolvla_fast.ops.select import reference_ops, select
 from smolvla_fast.ops.table import Ops
-from smolvla_fast.testing import denoise_loop as loop
 
 MORE = {
     "linear_residual": [dict(rows=3, inputs=2120, outputs=8)],

@@ -296,14 +296,7 @@ def test_the_table_says_who_serves_a_gpu(gpu: Any, monkeypatch: pytest.MonkeyPat
     ops = select("cuda", CUDA, False)
     triton = ops.fallback
     assert triton is not None and triton.backend == "triton"
-    own = (
-        "image_prep",
-        "masked_attention",
-        "euler_step",
-        "linear_residual",
-        "denoise_persistent",
-        "prepare_mask",
-    )
+    own = ("image_prep", "masked_attention", "euler_step", "linear_residual", "denoise_persistent")
     for name in backends.NAMES:  # Triton's fused attention would pass over the kernel here
         assert (getattr(ops, name) is not getattr(triton, name)) == (name in (*own, "attention_residual")), (
             name
@@ -311,7 +304,7 @@ def test_the_table_says_who_serves_a_gpu(gpu: Any, monkeypatch: pytest.MonkeyPat
     assert ops.layer_launches is triton.layer_launches
     assert select("auto", CUDA, False).backend == "triton"
     rows = {(row.op, row.backend): row for row in table(CUDA)}
-    assert all(rows[name, "cuda"].available for name in own)
+    assert all(rows[name, "cuda"].available for name in (*own, "prepare_mask"))
     assert rows["cross_kv", "cuda"].reason == "the kernel of 'triton' serves it"
     assert rows["norm_qkv_rope", "cuda"].reason.endswith("of prepared rows one of CUDA C++ in Triton's table")
     assert backends.backend_ops("cpu").missing["suffix_fold"] == "torch's own call serves it"

@@ -14,6 +14,7 @@ from support.processors import play
 from torch import Tensor
 
 import smolvla_fast
+from benchmarks.harness.outliers import heavy_tailed, sharp_attention
 from smolvla_fast import inference
 from smolvla_fast.engine.products import Products
 from smolvla_fast.model.precision import TIERS, resolve_tier
@@ -22,8 +23,8 @@ from smolvla_fast.ops import select as backends
 from smolvla_fast.ops.cpu import int8, int8_attention
 from smolvla_fast.ops.plan import Plan
 from smolvla_fast.patching.runtime import runtime_of
-from smolvla_fast.testing.outliers import heavy_tailed, sharp_attention
 from smolvla_fast.testing.policies import make_noise, make_observation
+from smolvla_fast.verify import cosine
 
 pytestmark = pytest.mark.processor
 
@@ -33,10 +34,6 @@ BOUND = TIERS["int8"].cosine or 1.0
 DIGITS = 5e-3
 """Relative L2 that 8 bits cannot stay below: a step is 1/127 of the largest of a row, and a chunk goes through 8 layers and
 10 steps. fp32 against fp32 is three orders below it."""
-
-
-def cosine(x: Tensor, reference: Tensor) -> float:
-    return float(torch.cosine_similarity(x.double().flatten(), reference.double().flatten(), dim=0))
 
 
 def _matrices(policy: Any) -> list[Tensor]:

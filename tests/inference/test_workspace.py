@@ -20,7 +20,6 @@ from smolvla_fast.model.dims import read_dims
 from smolvla_fast.model.weights import read_vision_layers
 from smolvla_fast.ops import defaults, extension
 from smolvla_fast.ops.cpu import int8_attention
-from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.memory import Memory, Workspace
 from smolvla_fast.ops.select import backend_ops
 from smolvla_fast.patch import engine_of
@@ -31,7 +30,7 @@ pytestmark = [
     LEROBOT_ONLY,
     pytest.mark.cpu_kernels,
     pytest.mark.processor,
-    pytest.mark.skipif(not cpu.supported(), reason=extension.why_missing("cpu") or "built"),
+    pytest.mark.skipif(not extension.available("cpu"), reason=extension.why_missing("cpu") or "built"),
 ]
 # Steps enough that one allocation in each could not be taken for anything else.
 SHAPE = dict(chunk_size=10, n_action_steps=10, num_steps=5)

@@ -491,6 +491,15 @@ def test_cross_kv_is_projected_once_for_a_cache(
     assert smolvla_fast.status(policy).extra_bytes < held, "what was kept for a cache goes with it"
 
 
+def test_position_ids_of_the_patches_are_counted(policy: Any) -> None:
+    smolvla_fast.patch(policy)
+    before = smolvla_fast.status(policy).extra_bytes
+    with torch.no_grad():
+        policy.model.vlm_with_expert.embed_image(torch.zeros(1, 3, 32, 32))
+    # Patches of 4 x 4 pixels, an int64 each.
+    assert smolvla_fast.status(policy).extra_bytes - before == 8 * 8 * 8
+
+
 # Identity -------------------------------------------------------------------------------------------------------------
 
 

@@ -8,18 +8,19 @@ from torch import Tensor
 
 from smolvla_fast.model.dims import read_dims
 from smolvla_fast.model.weights import (
+    head_sources,
+    pair_sources,
     read_expert_layers,
     read_heads,
     read_patch_embedding,
     read_text_layers,
     read_vision_end,
     read_vision_layers,
-    sources,
 )
 
 
 def test_what_is_read_is_what_is_checked(policy: Any) -> None:
-    """Each tensor that a stage reads is a parameter of a module in ``sources``, and there is nothing else in those."""
+    """Each tensor that a stage reads is a parameter of a module in the sources, and there is nothing else in those."""
     model = policy.model
     pair = model.vlm_with_expert
     vlm = pair.get_vlm_model()
@@ -40,5 +41,7 @@ def test_what_is_read_is_what_is_checked(policy: Any) -> None:
         read_expert_layers(pair, lambda x: x, lambda x: x), read_heads(model),
         vlm.text_model.get_input_embeddings().weight,
     ])  # fmt: skip
-    checked = [p for source in sources(model, read_dims(model)) for p in source.module.parameters()]
+    dims = read_dims(model)
+    sources = (*pair_sources(pair, dims), *head_sources(model, dims))
+    checked = [p for source in sources for p in source.module.parameters()]
     assert {id(x) for x in read} == {id(x) for x in checked}

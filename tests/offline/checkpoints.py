@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from smolvla_fast.testing.policies import make_policy
+from smolvla_fast.verify import rel_l2 as rel_l2
 
 TASK = "pick up the red cube"
 
@@ -43,10 +44,6 @@ def save_checkpoint(folder: Path, **config: Any) -> Checkpoint:
 def fix_noise(policy: Any, noise: Tensor) -> None:
     """Has a policy start every chunk from one noise, so that calls in any thread and order can be compared."""
     policy.model.sample_noise = lambda shape, device: noise[: shape[0]].to(device)
-
-
-def rel_l2(x: Tensor, reference: Tensor) -> float:
-    return float((x.double() - reference.double()).norm() / reference.double().norm())
 
 
 def copied(batch: dict[str, Any]) -> dict[str, Any]:

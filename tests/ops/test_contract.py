@@ -10,8 +10,8 @@ import torch
 from support.contract import HELPERS, OPS, check, inputs_in, reference_module, run
 from support.processors import LEVELS_EMULATED
 
+from smolvla_fast.ops import extension
 from smolvla_fast.ops.availability import why_not
-from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.select import reference_ops, select
 from smolvla_fast.ops.table import NAMES
 from smolvla_fast.ops.torch import linear as aten_linear
@@ -53,7 +53,7 @@ def test_contract(op: str, case: dict[str, int], dtype: torch.dtype, backend: st
 
 
 @pytest.mark.cpu_kernels
-@pytest.mark.skipif(not cpu.supported(), reason="the kernels are not compiled")
+@pytest.mark.skipif(not extension.available("cpu"), reason="the kernels are not compiled")
 @pytest.mark.parametrize("level", LEVELS_EMULATED, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)

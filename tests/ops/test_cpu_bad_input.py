@@ -9,8 +9,8 @@ import torch
 from support.contract import OPS, changed, inputs_in, leaves, reference_module, run
 from torch import Tensor
 
+from smolvla_fast.ops import extension
 from smolvla_fast.ops.availability import why_not
-from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.select import reference_ops, select
 
 CPU = torch.device("cpu")
@@ -129,8 +129,10 @@ def test_no_samples(op: str, dtype: torch.dtype, ops: Any) -> None:
 
 
 @pytest.mark.cpu_kernels
-@pytest.mark.skipif(not cpu.supported(), reason="the kernels are not compiled")
-@pytest.mark.parametrize("level", cpu.instruction_levels()[:-1] if cpu.supported() else [], indirect=True)
+@pytest.mark.skipif(not extension.available("cpu"), reason="the kernels are not compiled")
+@pytest.mark.parametrize(
+    "level", extension.load("cpu").levels()[:-1] if extension.available("cpu") else [], indirect=True
+)
 @AT_CASES
 def test_nan_at_the_levels_below(op: str, case: dict[str, int], level: str) -> None:
     """The tests above ran the highest level."""

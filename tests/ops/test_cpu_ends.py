@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="it has no mprotect"),
 ]
 VNNI = [level for level in int8_attention.LEVELS if level.endswith("vnni")]
-HERE = cpu.instruction_levels() if cpu.supported() else []
+HERE = extension.load("cpu").levels() if extension.available("cpu") else []
 EMULATED = [
     *(level for level in cpu.LEVELS if level not in HERE and not why_not(level, emulable=True)),
     *VNNI,

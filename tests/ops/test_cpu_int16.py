@@ -14,7 +14,6 @@ from torch import Tensor
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.availability import why_not_int16
 from smolvla_fast.ops.cpu import int8_attention, int16, integer_ops, quantize
-from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.cpu.image_prep import image_prep
 from smolvla_fast.ops.reference.quantize import (
     SUMMED,
@@ -159,8 +158,8 @@ def test_rows_of_every_kind() -> None:
     want = quantize_activations(x, WORDS)
     assert want.scale[[0, 4]].eq(0).all() and want.scale[1:4].isnan().all() and want.scale[5:].gt(0).all()
     assert want.data[:5].eq(0).all() and want.data[5, 18] == 3344 and want.data[6, 0] == -3344
-    for name in cpu.instruction_levels():
-        with cpu.instruction_level(name):
+    for name in extension.load("cpu").levels():
+        with at_level(name):
             found = quantize.quantize_rows(x, torch.int16)
         assert torch.equal(found.data, _rows(want).data)
         assert torch.equal(found.scale.nan_to_num(-1), want.scale.nan_to_num(-1))

@@ -17,7 +17,7 @@ from smolvla_fast.ops.reference.rms_norm import rms_norm
 
 pytestmark = [
     pytest.mark.cpu_kernels,
-    pytest.mark.skipif(not cpu.supported(), reason=extension.why_missing("cpu") or "built"),
+    pytest.mark.skipif(not extension.available("cpu"), reason=extension.why_missing("cpu") or "built"),
 ]
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

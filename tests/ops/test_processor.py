@@ -83,9 +83,8 @@ LEVEL_OF = {
 }  # fmt: skip
 ASK = """
 import json, torch
-from smolvla_fast.ops import processor
-from smolvla_fast.ops.cpu import kernels as cpu
-print(json.dumps([cpu.instruction_levels()[-1], torch.backends.cpu.get_cpu_capability(), processor.features()]))
+from smolvla_fast.ops import extension, processor
+print(json.dumps([extension.load("cpu").levels()[-1], torch.backends.cpu.get_cpu_capability(), processor.features()]))
 """
 
 

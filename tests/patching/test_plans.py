@@ -16,7 +16,7 @@ from support.tunings import CHOICES, tuning_of
 from torch import Tensor
 
 import smolvla_fast
-from smolvla_fast.engine import plan_files, products
+from smolvla_fast.engine import plan_files, plan_key, products
 from smolvla_fast.ops.plan import Plan
 from smolvla_fast.patch import engine_of
 from smolvla_fast.patching import layer_runtime
@@ -60,7 +60,7 @@ def selected(monkeypatch: pytest.MonkeyPatch) -> list[Plan | None]:
 
 
 def save(policy: Any, tier: str = "fp32", backend: str = "auto", **choices: str) -> Plan:
-    key = plan_files.key_of(policy.model, tier, backend, CPU)
+    key = plan_key.key_of(policy.model, tier, backend, CPU)
     path = plan_files.save(key, Plan(choices or CHOICES, measured="2026-01-02"), {})
     return Plan(choices or CHOICES, str(path), "2026-01-02")
 
@@ -252,7 +252,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def tune(model: Any, products: Any, **more: Any) -> Tuning:
         calls.append({"model": model, "products": products, "eval": not model.training, **more})
-        return tuning_of(plan_files.key_of(model, products.tier.name, products.backend, products.device))
+        return tuning_of(plan_key.key_of(model, products.tier.name, products.backend, products.device))
 
     monkeypatch.setattr(tuner, "tune", tune)
     return calls
@@ -312,7 +312,7 @@ def test_defaults_that_stay_replace_an_earlier_plan(
     monkeypatch.setattr(
         tuner,
         "tune",
-        lambda model, engine, **_: tuning_of(plan_files.key_of(model, "fp32", "auto", CPU), False),
+        lambda model, engine, **_: tuning_of(plan_key.key_of(model, "fp32", "auto", CPU), False),
     )
     with caplog.at_level(logging.INFO, logger="smolvla_fast"):
         smolvla_fast.patch(policy, tune="now")

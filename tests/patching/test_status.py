@@ -56,7 +56,7 @@ def test_verify_fails_on_wrong_maths(
     """A rotation by the wrong wavelength: fast, plausible and wrong. ``verify`` must say so in every tier."""
     smolvla_fast.patch(policy, precision=precision)
     assert smolvla_fast.verify(policy, observation).passed
-    monkeypatch.setattr(rope.rope_tables, "__defaults__", (9_000,))
+    monkeypatch.setattr(rope, "MAX_WAVELENGTH", 9_000)
     assert not smolvla_fast.verify(policy, observation).passed
 
 
@@ -120,7 +120,7 @@ def test_functions_of_two_versions_do_not_mix(policy: Any, monkeypatch: pytest.M
     )
     halves = [dict(list(table.items())[:12]), dict(list(table.items())[12:])]
     monkeypatch.setattr(source_digests, "KNOWN", {"first": halves[0], "second": halves[1]})
-    assert source_digests.unknown_source(policy.model) is not None
+    assert source_digests.unknown_of(source_digests.owners(policy.model)) is not None
 
 
 def _rope(policy: Any) -> Any:

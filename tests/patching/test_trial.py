@@ -256,10 +256,10 @@ def test_another_value_of_the_configuration_is_another_kind(tmp_path: Path) -> N
 
 def test_a_default_of_a_keyword_is_part_of_the_source(tmp_path: Path) -> None:
     policy = under(next_release(tmp_path, *HARMLESS["a statement more"]), fresh())
-    before = source_digests.unknown_source(policy.model)
+    before = source_digests.unknown_of(source_digests.owners(policy.model))
     embed = type(policy.model).embed_suffix
     embed.__kwdefaults__ = {"scale": 2.0}
-    after = source_digests.unknown_source(policy.model)
+    after = source_digests.unknown_of(source_digests.owners(policy.model))
     assert isinstance(before, Untried) and isinstance(after, Untried) and before.about != after.about
 
 
@@ -578,7 +578,7 @@ def test_layers_and_losses_are_not_tried(tmp_path: Path) -> None:
         fresh(),
     )
     smolvla_fast.patch(policy, precision="fp32", training=True)
-    reason = source_digests.unknown_source(policy.model)
+    reason = source_digests.unknown_of(source_digests.owners(policy.model))
     assert isinstance(reason, Untried)
     policy.model.vlm_with_expert.embed_image(torch.zeros(1, 3, 32, 32))
     now = smolvla_fast.status(policy)

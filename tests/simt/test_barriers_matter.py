@@ -17,10 +17,9 @@ from typing import Any
 import pytest
 from simt import on_the_host
 from simt.emulator import build
+from support import denoise_loop as reference
 from support.backends import loaded
 from test_denoise_persistent import CASES, HEADS_BOUND, SHARED, errors, heads_error, inputs, ours
-
-from smolvla_fast.testing import denoise_loop as reference
 
 CUDA = build.CSRC / "cuda"
 INLINED = re.compile(r'#include "cuda/((?:denoise_|attention_|grid_barrier)[a-z_]*\.cuh)"\n')

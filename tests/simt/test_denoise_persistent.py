@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import denoise_loop as reference
 from support.contract import mapped
 from support.guarded import guarded
 from torch import Tensor
@@ -20,7 +21,6 @@ from smolvla_fast.model.kv_cache import LayerKV
 from smolvla_fast.ops import select as backends
 from smolvla_fast.ops.cuda.denoise_persistent import denoise_persistent, why_not_persistent
 from smolvla_fast.stages.denoise import denoise
-from smolvla_fast.testing import denoise_loop as reference
 
 TINY = reference.CASES[-1]
 SHARED = 101376  # of sm_86, 89 and 120

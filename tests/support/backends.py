@@ -11,7 +11,7 @@ import torch
 from simt import on_the_host
 from simt.emulator import build
 
-from smolvla_fast.ops.cpu import kernels as cpu
+from smolvla_fast.ops import extension
 from smolvla_fast.ops.cuda import library
 from support import triton_by
 from support.guarded import DEVICE
@@ -109,11 +109,11 @@ def over_seeds(emulator: Any) -> Any:
 def at_every_level(run: Callable[[], Any], threads: tuple[int, ...] = (1, 2)) -> Iterator[Any]:
     """What ``run`` gives at every instruction level that this processor has, on so many threads."""
     before = torch.get_num_threads()
-    for level in cpu.instruction_levels():
+    for level in extension.load("cpu").levels():
         for count in threads:
             torch.set_num_threads(count)
             try:
-                with cpu.instruction_level(level):
+                with at_level(level):
                     yield run()
             finally:
                 torch.set_num_threads(before)

@@ -56,10 +56,15 @@ MASKS = {
 }
 
 
+def supported(level: str) -> bool:
+    """Whether the kernels were compiled and this processor runs them at a level."""
+    return extension.available("cpu") and level in extension.load("cpu").levels()
+
+
 def why_not(level: str, emulable: bool) -> str:
     """Why the kernels cannot run at a level here, or emulated where that will do; "" where they can."""
     x86 = level.startswith("avx") and emulated.HERE and not processor.limit()
-    if cpu.supported(level) or (extension.available("cpu") and emulable and x86):
+    if supported(level) or (extension.available("cpu") and emulable and x86):
         return ""
     return extension.why_missing("cpu") or f"this processor does not run level {level!r}"
 
@@ -80,9 +85,15 @@ LEVELS_EMULATED = _levels(emulable=True)
 
 @contextmanager
 def at_level(name: str) -> Iterator[None]:
-    """Inside, the CPU kernels run at this level, emulated where this processor lacks it."""
-    with nullcontext() if cpu.supported(name) else emulated.instead(), cpu.instruction_level(name):
-        yield
+    """Inside, the CPU kernels run at this level in the whole process, emulated where this processor lacks it."""
+    with nullcontext() if supported(name) else emulated.instead():
+        kernels = extension.load("cpu")
+        before = kernels.level()
+        kernels.set_level(name)
+        try:
+            yield
+        finally:
+            kernels.set_level(before)
 
 
 # Flags of /proc/cpuinfo, as far as kernels ask for them, of processors that the suite has run on or that users have.

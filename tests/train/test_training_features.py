@@ -331,7 +331,7 @@ def test_a_split_that_holds_every_episode_out_is_said_so(bench_top, blank, tmp_p
 
 def test_the_trial_leaves_nothing_behind(bench_top, checkpoint, tmp_path, monkeypatch):
     """Neither gradients nor random numbers nor a training step, and it computes what a step computes."""
-    from smolvla_fast.train.trial import try_step
+    from smolvla_fast.train.first_step import try_step
 
     run = bench_top.prepare(tmp_path / "run", checkpoint, "--fast=off")
     before, state = collect(), {k: v.clone() for k, v in run.policy.state_dict().items()}

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.training_runs import drop_episode_statistics, refused
+from support.training_runs import drop_episode_statistics, refused, same
 
 from smolvla_fast.smolvla import SmolVLAPolicy
 from smolvla_fast.testing.dataset import write_dataset
@@ -224,6 +224,32 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bench_top, tmp_path):
     with pytest.raises(TrainingError, match=r"loss nan.*observation.images.front.*The step was not taken"):
         update(run, iter([batch]))
     assert all(torch.equal(before[name], value) for name, value in run.policy.state_dict().items())
+
+
+@pytest.mark.parametrize(("fault", "parts"), [("not finite", 1), ("not finite", 2), ("no data", 2)])
+def test_a_refused_step_leaves_nothing_to_the_next(bench_top, tmp_path, fault, parts):
+    run, other = (
+        bench_top.prepare(tmp_path / name, f"--gradient_accumulation_steps={parts}") for name in "ab"
+    )
+    other.policy.load_state_dict(run.policy.state_dict())
+    batches = training_batches(run.settings, run.data.train, 0)
+    good = [next(batches) for _ in range(parts)]
+
+    def faulty():
+        if fault == "no data":
+            yield from good[:-1]
+            raise OSError("the disk is gone")
+        wrist = "observation.images.wrist"
+        yield from ({**batch, wrist: batch[wrist].float() * np.nan} for batch in good)
+
+    with pytest.raises(TrainingError if fault == "not finite" else OSError):
+        update(run, faulty())
+    assert all(parameter.grad is None for parameter in run.policy.parameters())
+    for each in (run, other):
+        torch.manual_seed(7)
+        update(each, iter(good))
+        assert each.accelerator.sync_gradients, "the last batch of a step ends it"
+    assert same(run.policy.state_dict(), other.policy.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from smolvla_fast.engine.products import Products
 from smolvla_fast.inference import Engine
+from smolvla_fast.measure.rounds import rel_l2
 from smolvla_fast.model.precision import TIERS
 from smolvla_fast.ops import choice as choices
 from smolvla_fast.ops import extension
@@ -380,10 +381,6 @@ def test_a_gpu_measures_the_order_of_its_launches(
     )
     found = tuner._Tuner._competitors(SimpleNamespace(_products=products))  # type: ignore[arg-type]
     assert {name for name, *_ in found} == segments
-
-
-def rel_l2(x: Tensor, reference: Tensor) -> float:
-    return float((x.double() - reference.double()).norm() / reference.double().norm())
 
 
 @pytest.mark.triton

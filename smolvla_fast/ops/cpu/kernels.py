@@ -6,8 +6,6 @@ Same names and signatures as the references, plus ``out``, the buffers to write 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -284,29 +282,3 @@ def _linear(
             torch.get_num_threads(),
         )
     return out
-
-
-@contextmanager
-def instruction_level(name: str) -> Iterator[None]:
-    """For tests: run the CPU kernels at one of ``instruction_levels()``, in the whole process."""
-    kernels = extension.load("cpu")
-    if name not in kernels.levels():
-        raise ValueError(
-            f"level {name!r} does not run here; this processor has {', '.join(kernels.levels())}"
-        )
-    before = kernels.level()
-    kernels.set_level(name)
-    try:
-        yield
-    finally:
-        kernels.set_level(before)
-
-
-def instruction_levels() -> list[str]:
-    """What this processor runs of ``LEVELS``, lowest first. The kernels use the last."""
-    return extension.load("cpu").levels()
-
-
-def supported(level: str = "baseline") -> bool:
-    """Whether the kernels were compiled and this processor runs them at ``level``."""
-    return extension.available("cpu") and level in instruction_levels()

@@ -15,6 +15,7 @@ from ..memory import empty as _empty
 from ..reference import image_prep as _reference_image_prep
 from ..reference.euler_step import Guidance
 from ..reference.guidance import guide as _guide
+from ..reference.ops import prepare_mask  # noqa: F401 - the kernel reads the bool mask as it is
 from ..torch.suffix import Folded
 from . import image_prep as _image_prep
 from . import kernels
@@ -82,11 +83,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, memory: Memory | N
     """See ``reference.attention``."""
     q, k, v = (_heads(x).view(*x.shape[:2], heads, -1) for x in (q, k, v))
     return kernels.attention(q, k, v, out=_empty(memory, "attention", q.shape, q.dtype)).flatten(2)
-
-
-def prepare_mask(mask: Tensor) -> Tensor:
-    """The kernel reads the bool mask as it is."""
-    return mask
 
 
 def masked_attention(

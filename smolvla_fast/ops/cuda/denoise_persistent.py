@@ -32,25 +32,17 @@ def why_not_persistent(
     times: Tensor,
     guidance: Guidances | None = None,
 ) -> str | None:
-    """Why one launch cannot run this loop on the device of ``noise``, or None. Waits for no device work."""
+    """Why one launch cannot run this loop on the device of ``noise``, one that takes this library's code, or None. Waits for
+    no device work."""
     reason = _why_not_sizes(dims, expert, kv, noise, times) or _why_not_tensors(
         dims, expert, heads, kv, noise, times
     )
     if reason:
         return reason
-    device = noise.device
     try:
-        kernels = library.library(device)
+        kernels = library.library(noise.device)
     except (RuntimeError, ImportError) as error:
         return str(error)
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            have = ".".join(map(str, capability))
-            return f"compute capability {have} has no bf16 tensor cores; accepted is 8.0 and later"
-        missing = library.why_no_code(device)
-        if missing:
-            return missing
     with torch.cuda.device_of(noise):
         found = kernels.denoise_resources(_sizes(dims, expert, heads, kv, noise, times))
     if not found["cooperative"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -68,6 +69,17 @@ def _why_no_code(index: int) -> str | None:
         built = f"; it was compiled for {', '.join(f'sm_{arch}' for arch in archs)}" if archs else ""
         return f"smolvla_fast._cuda does not run on this GPU: {error}{built}"
     return None
+
+
+def or_fallback(
+    kernel: Callable[..., Any], why_not: Callable[..., str | None], fallback: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``kernel``, by ``fallback`` for operands that ``why_not`` has a reason against."""
+
+    def serve(*args: Any, **kwargs: Any) -> Any:
+        return (fallback if why_not(*args, **kwargs) else kernel)(*args, **kwargs)
+
+    return serve
 
 
 def address(tensor: Tensor | None) -> int:

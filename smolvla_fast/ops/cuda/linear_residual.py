@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +45,13 @@ def why_not_linear_residual(x: Tensor, weight: Any, residual: Tensor) -> str | N
             "16 bytes"
         )
     return None
+
+
+def why_not_few_rows(x: Tensor, weight: Any, residual: Tensor, **_: Any) -> str | None:
+    """Why another kernel may be ahead of this one, or has to serve, or None."""
+    rows = x.shape[:-1].numel()
+    too_many = f"{rows} rows; measured were at most {CLUSTER_ROWS}" if rows > CLUSTER_ROWS else None
+    return too_many or why_not_linear_residual(x, weight, residual)
 
 
 def linear_residual(
@@ -114,14 +120,3 @@ def linear_residual(
             stream=library.stream(x.device),
         )
     return y
-
-
-def linear_residual_or_fallback(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``linear_residual`` of few rows, by ``fallback`` of others and where the kernel has no code for the operands."""
-
-    def serve(x: Tensor, weight: Any, residual: Tensor, **more: Any) -> Tensor:
-        few = x.shape[:-1].numel() <= CLUSTER_ROWS
-        ours = few and why_not_linear_residual(x, weight, residual) is None
-        return (linear_residual if ours else fallback)(x, weight, residual, **more)
-
-    return serve

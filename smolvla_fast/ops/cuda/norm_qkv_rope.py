@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +25,9 @@ def _used(weights: Weights, slots: Slots | None) -> Weights:
 
 
 def why_not_norm_qkv_rope(
-    x: Tensor, weights: Weights, rope: Rope, slots: Slots | None, normed: NextNorm | None
-) -> str | None:
+    x: Tensor, norm: Any, weights: Weights, rope: Rope, slots: Slots | None, *,
+    memory: Any = None, normed: NextNorm | None = None,
+) -> str | None:  # fmt: skip
     """Why the kernel has no code for these operands, or None."""
     used = _used(weights, slots)
     half = rope[0].shape[-1]
@@ -51,6 +51,7 @@ def norm_qkv_rope(
     rope: Rope,
     slots: Slots | None,
     *,
+    memory: Any = None,
     normed: NextNorm | None = None,
 ) -> Tensor | None:
     """``h = rms_norm(x);  q = rope(h·Wqᵀ);  slots ← rope(h·Wkᵀ), h·Wvᵀ``.
@@ -60,6 +61,7 @@ def norm_qkv_rope(
     rope     (sin, cos), each [B or 1, T, 1, D/2] fp32, contiguous
     slots    k, v  [B, T, K, D]  fp32 | bf16  views of the cache, written, or None; one dtype and the same, even strides,
              heads side by side
+    memory   not used
     normed   ``ops.next_norm.NextNorm`` of x and this norm, filled in with bf16 rows
     returns  q [B, T, H, D]  bf16, fresh, or None
     numerics products of bf16 with fp32 sums, 1/rms applied to them, rotation in fp32, one rounding; parts of K are added in
@@ -74,7 +76,7 @@ def norm_qkv_rope(
     there = [weight for weight in used if weight is not None]
     if not there:
         raise ValueError(f"{op} needs a weight of q, or weights and slots of k and v, or all; got neither")
-    reason = why_not_norm_qkv_rope(x, weights, rope, slots, normed)
+    reason = why_not_norm_qkv_rope(x, norm, weights, rope, slots, normed=normed)
     if reason is not None:
         raise ValueError(f"{op}: {reason}")
     batch, tokens, _ = x.shape
@@ -122,17 +124,3 @@ def norm_qkv_rope(
                 **more,
             )
     return q
-
-
-def norm_qkv_rope_or_fallback(fallback: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-    """``norm_qkv_rope``, by ``fallback`` where the kernel has no code for the operands."""
-
-    def serve(
-        x: Tensor, norm: tuple[Tensor, float], weights: Weights, rope: Rope, slots: Slots | None, *, normed: Any = None,
-        **more: Any,
-    ) -> Tensor | None:  # fmt: skip
-        if why_not_norm_qkv_rope(x, weights, rope, slots, normed) is None:
-            return norm_qkv_rope(x, norm, weights, rope, slots, normed=normed)
-        return fallback(x, norm, weights, rope, slots, normed=normed, **more)
-
-    return serve

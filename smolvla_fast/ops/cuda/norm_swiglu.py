@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,15 @@ from . import library
 from .prepared_rows import prepared_rows, why_not_prepared
 
 
-def why_not_norm_swiglu(x: Tensor, gate_weight: Any, up_weight: Any, normed: NextNorm | None) -> str | None:
+def why_not_norm_swiglu(
+    x: Tensor,
+    norm: Any,
+    gate_weight: Any,
+    up_weight: Any,
+    *,
+    memory: Any = None,
+    normed: NextNorm | None = None,
+) -> str | None:
     """Why the kernel has no code for these operands, or None."""
     if gate_weight.shape[0] % 4:
         return f"{gate_weight.shape[0]} outputs; accepted are multiples of 4"
@@ -26,12 +33,14 @@ def norm_swiglu(
     gate_weight: Any,
     up_weight: Any,
     *,
+    memory: Any = None,
     normed: NextNorm | None = None,
 ) -> Tensor:
     """``h = rms_norm(x);  y = silu(h·Wgᵀ) · (h·Wuᵀ)``.
 
     x        [..., M]  not read, M a multiple of 8 up to 1024      norm  (weight [M], eps), the weight not read
     weights  gate_weight, up_weight  [F, M]  bf16, F a multiple of 4, rows at multiples of 16 bytes
+    memory   not used
     normed   ``ops.next_norm.NextNorm`` of x and this norm, filled in with bf16 rows
     returns  [..., F]  bf16, fresh
     numerics products of bf16 with fp32 sums, 1/rms applied to them, one rounding; parts of K are added in their order, so
@@ -41,7 +50,7 @@ def norm_swiglu(
     replaces ``post_attention_layernorm`` and ``mlp`` up to its ``down_proj``
     """
     op = "norm_swiglu"
-    reason = why_not_norm_swiglu(x, gate_weight, up_weight, normed)
+    reason = why_not_norm_swiglu(x, norm, gate_weight, up_weight, normed=normed)
     if reason is not None:
         raise ValueError(f"{op}: {reason}")
     outputs, lead = gate_weight.shape[0], x.shape[:-1]
@@ -59,22 +68,3 @@ def norm_swiglu(
                 **more,
             )
     return y
-
-
-def norm_swiglu_or_fallback(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``norm_swiglu``, by ``fallback`` where the kernel has no code for the operands."""
-
-    def serve(
-        x: Tensor,
-        norm: tuple[Tensor, float],
-        gate_weight: Any,
-        up_weight: Any,
-        *,
-        normed: Any = None,
-        **more: Any,
-    ) -> Tensor:
-        if why_not_norm_swiglu(x, gate_weight, up_weight, normed) is None:
-            return norm_swiglu(x, norm, gate_weight, up_weight, normed=normed)
-        return fallback(x, norm, gate_weight, up_weight, normed=normed, **more)
-
-    return serve

@@ -12,11 +12,7 @@ MAX_WAVELENGTH = 10_000
 
 
 def rope_tables(
-    positions: Tensor,
-    head_dim: int,
-    max_wavelength: float = MAX_WAVELENGTH,
-    *,
-    dtype: torch.dtype = torch.float32,
+    positions: Tensor, head_dim: int, *, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """``sin(p / w^(2i/D)), cos(p / w^(2i/D))`` for every position ``p`` and ``i < D/2``.
 
@@ -27,7 +23,7 @@ def rope_tables(
     Stock rebuilds these 272 times a chunk from three different position tensors; here they are built once each.
     """
     exponents = (2.0 / head_dim) * torch.arange(head_dim // 2, dtype=dtype, device=positions.device)
-    timescale = max_wavelength**exponents
+    timescale = MAX_WAVELENGTH**exponents
     radians = (positions[..., None].to(dtype) / timescale[None, None, :])[..., None, :]
     return torch.sin(radians), torch.cos(radians)
 

@@ -18,18 +18,18 @@ from ...kernels.flow_loss import flow_loss, flow_point
 from ...kernels.image_prep import image_prep
 from ...kernels.layer_norm import layer_norm
 from ...kernels.linear import linear
-from ...kernels.linear_residual import linear_residual as _linear_residual
+from ...kernels.linear_residual import linear_residual
 from ...kernels.masked_attention import masked_attention
 from ...kernels.masked_attention_backward import attention_with_grad
-from ...kernels.norm_qkv_rope import norm_qkv_rope as _norm_qkv_rope
-from ...kernels.norm_swiglu import norm_swiglu as _norm_swiglu
+from ...kernels.norm_qkv_rope import norm_qkv_rope
+from ...kernels.norm_swiglu import norm_swiglu
 from ...kernels.patch_embed import patch_embed
 from ...kernels.pixel_shuffle_linear import pixel_shuffle_linear
 from ...kernels.prefix_embed import prefix_embed
 from ...kernels.rope_masks import rope_masks as _rope_masks
 from ...kernels.suffix_embed import suffix_embed
 from ...kernels.suffix_fold import suffix_fold as _suffix_fold
-from ..next_norm import NextNorm as _NextNorm
+from ..reference.ops import prepare_mask
 from ..reference.rope import MAX_WAVELENGTH as _MAX_WAVELENGTH
 from ..reference.suffix_tokens import Tokens as _Tokens
 from ..torch.suffix import Folded as _Folded
@@ -46,48 +46,3 @@ def rope_masks(
 def suffix_fold(times: Tensor, action_in: tuple[Tensor, Tensor], time_in: tuple[Tensor, Tensor]) -> _Folded:
     """See ``reference.suffix_fold``."""
     return _Folded(*_suffix_fold(times, action_in, time_in))
-
-
-def prepare_mask(mask: Tensor) -> Tensor:
-    """The kernel reads the bool mask as it is."""
-    return mask
-
-
-def norm_qkv_rope(
-    x: Tensor,
-    norm: tuple[Tensor, float],
-    weights: tuple[Any, Any, Any],
-    rope: tuple[Tensor, Tensor],
-    slots: tuple[Tensor, Tensor] | None,
-    *,
-    memory: Any = None,
-    normed: _NextNorm | None = None,
-) -> Tensor | None:
-    """See ``reference.norm_qkv_rope``."""
-    return _norm_qkv_rope(x, norm, weights, rope, slots, normed=normed)
-
-
-def linear_residual(
-    x: Tensor,
-    weight: Any,
-    residual: Tensor,
-    *,
-    out: Tensor | None = None,
-    memory: Any = None,
-    next_norm: _NextNorm | None = None,
-) -> Tensor:
-    """See ``reference.linear_residual``."""
-    return _linear_residual(x, weight, residual, next_norm=next_norm)
-
-
-def norm_swiglu(
-    x: Tensor,
-    norm: tuple[Tensor, float],
-    gate_weight: Any,
-    up_weight: Any,
-    *,
-    memory: Any = None,
-    normed: _NextNorm | None = None,
-) -> Tensor:
-    """See ``reference.norm_swiglu``."""
-    return _norm_swiglu(x, norm, gate_weight, up_weight, normed=normed)

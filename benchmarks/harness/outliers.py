@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.weights import is_cross
+from smolvla_fast.model.weights import is_cross
 
 DEGREES = 4
 """Degrees of freedom of Student's t: variance is finite, the fourth moment is not."""

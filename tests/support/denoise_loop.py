@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model.dims import Dims
-from ..model.kv_cache import LayerKV, PrefixKV
-from ..model.weights import Affine, DecoderLayer, Heads, Norm
-from ..ops.reference import Cost, randn
-from ..ops.reference.euler_step import Guidances
-from ..ops.reference.suffix_tokens import suffix_tokens
-from ..stages.denoise import denoise
+from smolvla_fast.model.dims import Dims
+from smolvla_fast.model.kv_cache import LayerKV, PrefixKV
+from smolvla_fast.model.weights import Affine, DecoderLayer, Heads, Norm
+from smolvla_fast.ops.reference import Cost, randn
+from smolvla_fast.ops.reference.euler_step import Guidances
+from smolvla_fast.ops.reference.suffix_tokens import suffix_tokens
+from smolvla_fast.ops.select import reference_ops
+from smolvla_fast.stages.denoise import denoise
 
 # G: 1 where real-time chunking guides the loop. Z: masked tokens in the middle of the prefix. Every Y-th layer is a
 # self-attention layer, none where 0.
@@ -35,8 +36,6 @@ def denoise_persistent(
 
     Arguments and result are those of ``stages.denoise``, of which this is every op by its reference.
     """
-    from ..ops.select import reference_ops
-
     return denoise(reference_ops(), dims, expert, heads, kv, noise, times, guidance)[0]
 
 
