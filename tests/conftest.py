@@ -90,13 +90,6 @@ def pytest_collection_finish():
     gc.enable()
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Prints what tests recorded as their "summary", in whichever process they ran."""
-    for report in terminalreporter.stats.get("passed", []):
-        for line in dict(report.user_properties).get("summary", []):
-            terminalreporter.write_line(line)
-
-
 @pytest.fixture(autouse=True)
 def _no_log_handlers_left():
     """LeRobot's commands, run inside a process, set up logging for its whole life, on a stream that a test then closes."""
