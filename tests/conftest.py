@@ -45,9 +45,8 @@ def _configurations_have_short_names():
         yield
 
 
-# Tests that share what one process holds: a tally, or a build that takes minutes. Any other file is a group of its own.
+# Tests that share what one process holds: a Ray, or a build that takes minutes. Any other file is a group of its own.
 TOGETHER = {
-    "tests/smolvla/": "smolvla",
     "tests/fleet/": "fleet",
     "tests/simt/": "simt",
     "tests/ops/test_image_prep.py": "simt",

@@ -29,8 +29,9 @@ ONLY_FP32 = ("suffix_embed", "flow_loss", "rope_masks")
 
 
 def _long(call: calls.Call) -> bool:
-    """In fp32 tests/ops compiles and runs the same kernels."""
-    return call.capability < 90 or (call.dtypes == "fp32" and call.op not in ONLY_FP32)
+    """Kernels in fp32 run in tests/ops too, those in fp8 in tests/ops/test_triton_fp8.py and test_compiled_chunk.py."""
+    elsewhere = call.dtypes.startswith("fp8") or (call.dtypes == "fp32" and call.op not in ONLY_FP32)
+    return call.capability < 90 or elsewhere
 
 
 @pytest.mark.parametrize(

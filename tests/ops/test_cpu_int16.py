@@ -178,7 +178,8 @@ def test_ops_take_weights_of_integers_and_others() -> None:
     matrix, other = _normal(48, 64) / 8, _normal(48, 64, seed=5) / 8
     packed = int16.pack(matrix)
     truth = F.linear(x.double(), matrix.double()) + residual
-    for weight, bound in ((packed, 1e-3), (matrix, 1e-6)):
+    # A step is 1/3344 of a row's largest number, which is about 2.5 of its deviation: 2e-4 from each operand. fp32 has 1e-7.
+    for weight, bound in ((packed, 5e-4), (matrix, 1e-6)):
         y = integer_ops.linear_residual(x, weight, residual)
         assert (y - truth).norm() <= bound * truth.norm()
     hidden = integer_ops.norm_swiglu(x, (gain, 1e-5), packed, int16.pack(other))

@@ -147,7 +147,7 @@ def test_a_gpu_too_small_for_one_launch(emulator: Any) -> None:
     steps = chunk(policy, given, noise)
     now = smolvla_fast.status(policy)
     assert "a block's shared memory" in now.fallback_reasons["denoise_persistent"] and now.calls_stock == 0
-    assert 0 < rel_l2(steps, whole) < 2e-2
+    assert 0 < rel_l2(steps, whole) < 2e-2  # bf16 rounds elsewhere, as above
     emulator.reset()
     assert torch.equal(chunk(policy, given, noise), whole)
     in_one_launch(policy)
@@ -179,7 +179,7 @@ def test_bytes_of_a_camera() -> None:
         with torch.no_grad():
             found.append(policy.model.sample_actions(*inputs, noise=noise))
     in_one_launch(policy)
-    assert 0 < rel_l2(found[1], found[0]) < 2e-2
+    assert 0 < rel_l2(found[1], found[0]) < 2e-2  # bf16 rounds elsewhere, as above
 
 
 def test_a_captured_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
