@@ -45,9 +45,8 @@ def _configurations_have_short_names():
         yield
 
 
-# Tests that share what one process holds: a tally, or a build that takes minutes. Any other file is a group of its own.
+# Tests that share what one process holds: a Ray, or a build that takes minutes. Any other file is a group of its own.
 TOGETHER = {
-    "tests/smolvla/": "smolvla",
     "tests/fleet/": "fleet",
     "tests/simt/": "simt",
     "tests/ops/test_image_prep.py": "simt",
@@ -88,13 +87,6 @@ def pytest_collection_finish():
     """Torch, transformers and LeRobot are millions of objects that stay: no collection of a test looks through them."""
     gc.freeze()
     gc.enable()
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Prints what tests recorded as their "summary", in whichever process they ran."""
-    for report in terminalreporter.stats.get("passed", []):
-        for line in dict(report.user_properties).get("summary", []):
-            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

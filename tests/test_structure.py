@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.structure import DOCUMENT, FILES, GRAPH, PACKAGE, imports, room, with_picture
+from support.structure import DOCUMENT, FILES, GRAPH, PACKAGE, room, with_picture
 
 MAX_FILES, MAX_LINES = 8, 350
 
@@ -12,25 +12,6 @@ MAX_FILES, MAX_LINES = 8, 350
 def test_a_module_imports_from_its_own_room_and_those_behind_it(module: str) -> None:
     upward = sorted(each for each in GRAPH[module] if room(each) < room(module))
     assert not upward, f"{module} imports {', '.join(upward)}, which is read before it"
-
-
-@pytest.mark.parametrize(
-    ("name", "code", "found"),
-    [
-        ("ops.select", "def late():\n    from ..patch import patch", "patch"),
-        ("ops.select", "class A:\n    def __init__(self):\n        import smolvla_fast.cli.demo", "cli.demo"),
-        ("ops.select", "import importlib\nimportlib.import_module('smolvla_fast.patching.rtc')", "patching.rtc"),
-        ("ops.select", "import_module('..patch', __package__)", "patch"),
-        ("ops.select", "import_module(f'{__package__}.triton.{name}')", "ops.triton"),
-        ("ops.select", "__import__('smolvla_fast.training')", "training"),
-        ("ops.select", "from .. import status", "__init__"),
-        ("ops", "from ..patch import status", "patch"),
-        ("ops", "def __getattr__(name):\n    return import_module('..verify', __name__)", "verify"),
-        ("ops.select", "from .. import __version__", None),
-    ],
-)  # fmt: skip
-def test_an_import_is_found_wherever_it_hides(name: str, code: str, found: str | None) -> None:
-    assert imports(name, code, is_package=name == "ops") == ({found} - {None})
 
 
 def test_no_module_imports_itself_through_others() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.captured import Captured
-from support.policies import LEROBOT_ONLY, chunk, make_policy
+from support.policies import BOTH, LEROBOT_ONLY, chunk, make_policy
 from torch import Tensor
 
 import smolvla_fast
@@ -59,6 +59,7 @@ def test_identity_and_interface_are_unchanged(
     inspect.signature(policy.predict_action_chunk).bind({}, inference_delay=0, prev_chunk_left_over=None)
 
 
+@BOTH
 @pytest.mark.check(8, 9)
 def test_unpatch_restores_class_attributes_and_bits(
     policy: Any, observation: dict[str, Tensor], noise: Tensor
@@ -116,6 +117,7 @@ print("equal" if torch.equal(policy.predict_action_chunk(observation, noise=nois
     assert python(code).splitlines()[-1] == "equal"
 
 
+@BOTH
 @pytest.mark.check(14)
 def test_only_this_policy_changes(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
     other, third = make_policy("tiny", num_steps=3), make_policy("tiny", seed=1)
@@ -131,6 +133,7 @@ def test_only_this_policy_changes(policy: Any, observation: dict[str, Tensor], n
     assert not smolvla_fast.status(third).active
 
 
+@BOTH
 @pytest.mark.check(15)
 def test_a_shallow_copy_has_its_own_queue(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:
     smolvla_fast.patch(policy)
@@ -154,6 +157,7 @@ def _saved(policy: Any) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
+@BOTH
 @pytest.mark.check(16)
 @pytest.mark.parametrize("make", [copy.deepcopy, _pickled, _saved])
 def test_copies_run_fast_and_apart(
@@ -172,6 +176,7 @@ def test_copies_run_fast_and_apart(
     assert smolvla_fast.status(policy).active
 
 
+@BOTH
 @pytest.mark.check(16)
 def test_a_copy_that_shares_parameters_follows_them(
     policy: Any, observation: dict[str, Tensor], noise: Tensor

@@ -29,13 +29,13 @@ pytestmark = pytest.mark.processor
 
 SEEDS = range(4)
 INT16 = ("int16",) if extension.available("cpu") else ()
-WEIGHTS = {
+CHANGES: dict[str, Any] = {
     "normal": lambda model, seed: nullcontext(),
     "Student t, channels x50": lambda model, seed: heavy_tailed(model, seed, degrees=3),
     "sharp attention": sharp_attention,
+    # With scores that spread by up to 8, where 8-bit products still serve.
+    "louder attention": partial(sharp_attention, factor=5.0),
 }
-CHANGES: dict[str, Any] = {**WEIGHTS, "louder attention": partial(sharp_attention, factor=5.0)}
-"""With scores that spread by up to 8, where 8-bit products still serve."""
 
 
 def _changed(weights: str, policy: Any, seed: int) -> AbstractContextManager[None]:
@@ -44,7 +44,10 @@ def _changed(weights: str, policy: Any, seed: int) -> AbstractContextManager[Non
 
 
 @pytest.mark.check(27, 28)
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(
+    "weights",  # normal ones are also those of tests/inference/test_inference.py and test_int16_chunk.py
+    [pytest.param("normal", marks=pytest.mark.long), "Student t, channels x50", "sharp attention"],
+)
 @pytest.mark.parametrize("layout", ["fp32", "mixed"])
 @torch.no_grad()
 def test_worst_case_of_a_tier(weights: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +121,7 @@ def test_int16_keeps_its_promise_however_loud_attention_is(
 
 
 @pytest.mark.check(28)
-@pytest.mark.parametrize("layout", ["fp32", "mixed"])
+@pytest.mark.parametrize("layout", [pytest.param("fp32", marks=pytest.mark.long), "mixed"])
 @torch.no_grad()
 def test_worst_case_of_int8(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held on normal weights, tails, outlier channels, and on sharp attention, which is computed in fp32."""

@@ -47,7 +47,10 @@ def _guided(schedule: str, weight: float, **fields: Any) -> Any:
 @pytest.mark.parametrize(
     ("schedule", "weight", "calls"),
     [
-        *((schedule, weight, CALLS) for schedule in SCHEDULES for weight in (1.0, 10.0)),
+        *(
+            (schedule, weight, CALLS)
+            for schedule, weight in zip(SCHEDULES, (1.0, 10.0, 1.0, 10.0), strict=True)
+        ),
         ("LINEAR", 10.0, GRID),
     ],
 )

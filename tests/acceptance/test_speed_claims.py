@@ -201,7 +201,7 @@ def test_memory_held_between_chunks(layout: str) -> None:
 
 
 @pytest.mark.check(62)
-@pytest.mark.slow
+@pytest.mark.long
 def test_bench_command_on_a_tiny_policy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pytest_benchmark")
     path = tmp_path / "results" / "tiny.json"

@@ -49,7 +49,7 @@ def committed() -> dict[Key, dict[str, str]]:
     return read(text)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_fresh_run_is_what_is_committed(fresh: dict[Key, dict[str, str]]) -> None:
     assert {key[0] for key in fresh} == set(OPS)
     wanted = {key: {t: cells[t] for t in TARGETS} for key, cells in committed().items() if key[0] in OPS}
@@ -58,7 +58,7 @@ def test_a_fresh_run_is_what_is_committed(fresh: dict[Key, dict[str, str]]) -> N
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_way_of_calling_is_compiled(fresh: dict[Key, dict[str, str]]) -> None:
     """Cells are registers / spills / KiB; the residual stream is fp32 beside bf16 weights, and fp32 comes once."""
     dtypes = {key[4] for key in fresh if key[0] == "linear_residual"}
@@ -116,7 +116,7 @@ print(*kernels.red(aot, rows), sep="\\n")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_loop_that_may_not_run_is_red() -> None:
     """Nothing but the assumption of ``product`` keeps ptxas from serializing it."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -17,7 +17,7 @@ if not isinstance(_linear_fwd, JITFunction):
     pytest.skip("kernels are interpreted here: they have no launch to note", allow_module_level=True)
 
 from benchmarks.gpu_account.__main__ import PAGE
-from benchmarks.gpu_account.page import BEFORE, Account, counts, markdown, of_result
+from benchmarks.gpu_account.page import Account, counts, markdown, of_result
 from benchmarks.gpu_account.price import H100, L2, Priced, price, price_node, total
 from benchmarks.gpu_account.recording import AROUND, Node, Operand, record
 from benchmarks.gpu_account.work import Work, works_of
@@ -31,6 +31,7 @@ def account() -> Account:
     return Account(H100, record())
 
 
+@pytest.mark.long
 def test_the_page_is_what_the_code_launches(account: Account) -> None:
     if MADE_BY not in PAGE.read_text():
         pytest.skip("the page was made with another torch, whose calls may be other ones")
@@ -256,7 +257,3 @@ def test_what_was_measured_is_read_from_a_result() -> None:
     ]
     assert of_result({**h100, "parts": parts}) == {"vision": 1.5, "total": 3.0}
     assert of_result({**h100, "parts": parts, "rehearsal": True}) == {}
-
-
-def test_before_is_kept() -> None:
-    assert '"ms": 5.901' in BEFORE.read_text(), "it is the first version's, for later ones to stand beside"

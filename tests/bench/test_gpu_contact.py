@@ -8,10 +8,13 @@ import subprocess
 import sys
 import tarfile
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import recorder
 
 from benchmarks.gpu_run import __main__ as visit
 from benchmarks.gpu_run import bring, page, plans, predictions
@@ -65,12 +68,6 @@ def in_tar(out: Path) -> dict[str, bytes]:
         return {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
 
 
-IN_THIS_PROCESS = ("machine", "policy", "trace", "stages", "lerobot", "tune", "barriers")
-"""Stages that need no more than is imported here."""
-IDLE = ("policy-torch", "profile", "loop")
-"""In a rehearsal the last two end before they have begun; the first is in the test of what fails."""
-
-
 def test_every_part_calls_a_stage_with_what_it_takes() -> None:
     asked = Namespace(rehearse=False, part=["all"])
     commands = [command for part in plans.contact(asked) for command in part.commands.values()]
@@ -81,88 +78,117 @@ def test_every_part_calls_a_stage_with_what_it_takes() -> None:
 
 
 @pytest.mark.slow
-def test_contact_rehearsed(tmp_path: Path) -> None:
-    """The parts as they are run on a GPU, each in processes of its own; those IN_THIS_PROCESS are below."""
-    passed_over = (*IN_THIS_PROCESS, *IDLE)
-    parts = [
-        part for part in plans.contact(Namespace(rehearse=True, part=None)) if part.name not in passed_over
-    ]
-    assert [part.name for part in parts] == ["ops", "build", "constants", "contract"]
+@pytest.mark.parametrize(
+    "names", [("build", "contract"), pytest.param(("constants",), marks=pytest.mark.long)], ids="-".join
+)
+def test_contact_rehearsed(names: tuple[str, ...], tmp_path: Path) -> None:
+    """Parts as they are run on a GPU, in processes of their own: tests, and a stage whose kernels are interpreted there."""
+    parts = [part for part in plans.contact(Namespace(rehearse=True, part=None)) if part.name in names]
     status, lines, data = contact(tmp_path, lambda args: parts)
     assert status == 0, [(line["name"], line["reason"], line.get("traceback")) for line in lines]
-    assert [line["name"] for line in lines] == [part.name for part in parts]
-    found = {line["name"]: line["figures"] for line in lines}
-    assert found["constants"]["hbm_gb_per_s"] > 0
-    assert all(len(cases) == 1 for cases in found["ops"].values()) and set(found["ops"]) == set(
-        plans.REHEARSED_OPS
-    )
-    text = (tmp_path / "contact.md").read_text()
-    assert "**A rehearsal**" in text and "| constants/hbm_gb_per_s |" in text
+    assert [line["name"] for line in lines] == [*names]
+    if names == ("constants",):
+        assert lines[0]["figures"]["hbm_gb_per_s"] > 0
+    assert "**A rehearsal**" in (tmp_path / "contact.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "contact.json", "contact.md", "gpu-contact.tar.gz", "log.jsonl",
     ]  # fmt: skip
-    inside = in_tar(tmp_path)
-    assert json.loads(inside["contact.json"]) == data
-    assert {f"00-{op}.json" for op in plans.REHEARSED_OPS} <= set(inside)
+    assert json.loads(in_tar(tmp_path)["contact.json"]) == data
 
 
-def test_stages_rehearsed_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes of their own, which import torch each, are in the tests above and below."""
+@pytest.fixture
+def rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """rehearsed(stage) -> its figures. In this process, where torch is loaded; of its own is one in the test below."""
     pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the baseline is LeRobot's")
     monkeypatch.setattr(inference, "driver_for", inference.driver_for)  # a rehearsal puts a recorder there
-    parts = {part.name: part.command for part in plans.contact(Namespace(rehearse=True, part=None))}
-    found = {}
-    for name in IN_THIS_PROCESS:
+    parts = {part.name: part for part in plans.contact(Namespace(rehearse=True, part=None))}
+
+    def figures(name: str, of: str = "") -> dict[str, Any]:
         stage = Stage(name, tmp_path / f"{name}.json", rehearsal=True)
-        STAGES[name](stage, *parts[name][4:-1])
-        found[name] = json.loads((tmp_path / f"{name}.json").read_text())["figures"]
-        assert not stage.red and found[name] == json.loads(json.dumps(stage.figures, default=str))
-    assert found["machine"]["product"] == 64 * 64
-    assert found["policy"]["headline"]["ms"] > 0 and found["policy"]["replays_are_equal"] is True
-    assert found["trace"]["nodes"] > 0
+        command = parts[of or name].commands[name]
+        STAGES[command[3]](stage, *command[4:-1])
+        found: dict[str, Any] = json.loads((tmp_path / f"{name}.json").read_text())["figures"]
+        assert not stage.red and found == json.loads(json.dumps(stage.figures, default=str))
+        return found
+
+    return figures
+
+
+def test_stages_rehearsed(rehearsed: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """In a rehearsal ``profile`` and ``loop`` end before they have begun."""
+    for op in plans.REHEARSED_OPS:
+        assert len(rehearsed(op, of="ops")) == 1
+    assert rehearsed("machine")["product"] == 64 * 64
+    policy = rehearsed("policy")
+    assert policy["headline"]["ms"] > 0 and policy["replays_are_equal"] is True
+    assert rehearsed("trace")["nodes"] > 0
     assert {"us", "gap_us", "name"} == set(json.loads((tmp_path / "trace-nodes.json").read_text())[0])
-    assert found["stages"]["denoise_ms"] > 0 and found["lerobot"]["wall"]["rounds"] == 2
-    assert found["tune"]["verdict"] and (tmp_path / "tune-tuning.json").is_file()
+    assert rehearsed("stages")["denoise_ms"] > 0
+    rehearsed("barriers")
+
+
+@pytest.mark.long
+def test_the_slow_stages_rehearsed(rehearsed: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Timing and tuning themselves are in tests/bench/test_suites.py and tests/tune."""
+    assert rehearsed("lerobot")["wall"]["rounds"] == 2
+    assert rehearsed("tune")["verdict"] and (tmp_path / "tune-tuning.json").is_file()
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Part]:
+    """planted(stage, limit, *words) -> the part."""
+    monkeypatch.setattr(run, "GRACE", 0.5)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}")
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED)
+    return lambda name, limit, *words: Part(
+        name, limit, 0, (sys.executable, str(script), name, *words, "--rehearse"), measures=True
+    )
 
 
 @pytest.mark.slow
-def test_the_headline_comes_home_whatever_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sticky error, a killed stage, one that hangs, a capture that fails: each costs itself, and says why."""
-    monkeypatch.setattr(run, "GRACE", 0.5)
-    script = tmp_path / "planted.py"
-    script.write_text(PLANTED)
-
-    def planted(name: str, limit: float, *words: str) -> Part:
-        command = (sys.executable, str(script), name, *words, "--rehearse")
-        return Part(name, limit, 0, command, measures=True)
-
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}")
-    parts = [
-        planted("sticky", 60), planted("killed", 60), planted("hangs", 5), planted("policy", 60, "triton"),
-        plans.stage("policy", 60, 0, "torch", label="policy-torch", rehearse=True),
-    ]  # fmt: skip
-    status, lines, data = contact(tmp_path / "out", lambda args: parts)
-    assert status == 1
-    assert [line["status"] for line in lines] == ["red"] * 4 + ["green"]
-    assert [line["figures"].get("before") for line in lines[:3]] == [1, 2, 3], "what was found before counts"
-    sticky, killed, hangs, capture = lines[:4]
+def test_a_stage_that_fails_costs_itself_and_says_why(tmp_path: Path, planted: Callable[..., Part]) -> None:
+    """A sticky error, a killed stage, one that hangs."""
+    parts = [planted("sticky", 60), planted("killed", 60), planted("hangs", 3)]
+    status, lines, _ = contact(tmp_path / "out", lambda args: parts)
+    assert status == 1 and [line["status"] for line in lines] == ["red"] * 3
+    assert [line["figures"].get("before") for line in lines] == [1, 2, 3], "what was found before counts"
+    sticky, killed, hangs = lines
     assert len(sticky["red"]) == 2 and "illegal memory access" in sticky["traceback"]
     assert killed["reason"] == "ended with status -9: before: 2"
     assert (
-        hangs["reason"] == "not done after 5 s" and "in hangs" in hangs["traceback"] and hangs["seconds"] < 20
+        hangs["reason"] == "not done after 3 s" and "in hangs" in hangs["traceback"] and hangs["seconds"] < 20
     )
+    assert set(in_tar(tmp_path / "out")) >= {"log.jsonl", "contact.json", "02-hangs.json"}
+
+
+def test_a_capture_that_fails_is_no_headline(
+    rehearsed: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "RecorderDriver", partial(recorder.RecorderDriver, fail_at=40))
+    with pytest.raises(RuntimeError, match="out of memory while recording"):
+        rehearsed("policy")
+    parts = [("policy", {}), ("policy-torch", {"headline": {"ms": 1.0, "by": "torch"}})]
+    found = page.headline({"parts": [{"name": name, "figures": figures} for name, figures in parts]})
+    assert found == {"ms": 1.0, "by": "torch"}
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_the_headline_comes_home_where_a_capture_fails(tmp_path: Path, planted: Callable[..., Part]) -> None:
+    """As the two above, in processes: the traceback comes home too, and torch's chunk is timed."""
+    parts = [
+        planted("policy", 60, "triton"),
+        plans.stage("policy", 60, 0, "torch", label="policy-torch", rehearse=True),
+    ]
+    status, (capture, torchs), data = contact(tmp_path / "out", lambda args: parts)
+    assert status == 1 and (capture["status"], torchs["status"]) == ("red", "green")
     assert "out of memory while recording" in capture["reason"]
     assert "in predict_action_chunk" in capture["traceback"] or "_chunk" in capture["traceback"]
     assert "Traceback (most recent call last)" in capture["traceback"]
     assert page.headline(data)["by"].startswith("torch")  # type: ignore[index]
     text = (tmp_path / "out" / "contact.md").read_text()
     assert "ms a chunk**" in text and "| policy-torch/headline/ms |" in text
-    assert set(in_tar(tmp_path / "out")) >= {
-        "log.jsonl",
-        "contact.json",
-        "02-hangs.json",
-        "04-policy-torch.json",
-    }
 
 
 def test_the_headline_has_its_time_however_long_the_stages_before_it_take() -> None:

@@ -43,6 +43,7 @@ def rehearse(kind: str, out: Path, *arguments: str) -> tuple[int, dict[str, Any]
     return status, json.loads(path.read_text())
 
 
+@pytest.mark.long
 def test_report_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A suite in this process, where torch is loaded; one of its own is in tests/acceptance/test_speed_claims.py."""
     pytest.importorskip("lerobot.policies.smolvla.modeling_smolvla", reason="the baseline is LeRobot's")

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -345,6 +346,39 @@ def test_what_a_suite_measured_before_it_crashed_counts(
     assert run.judged(one, Ended(0, 1.0, ["x"]), run.EMPTY) == ("red", "nothing was measured")
 
 
+INTERRUPTED = """
+import pathlib, sys, time
+[results] = [word.removeprefix("--results=") for word in sys.argv if word.startswith("--results=")]
+try:
+    pathlib.Path(sys.argv[1]).touch()
+    time.sleep(600)
+except KeyboardInterrupt:
+    pathlib.Path(results).write_text(sys.argv[2])
+"""
+
+
+def test_an_interrupted_visit_keeps_what_it_has(tmp_path: Path) -> None:
+    """SIGINT while the first part is under way; the command itself is below."""
+    begun, found = tmp_path / "begun", {**run.EMPTY, "figures": {"ms": 1.0}, "interrupted": True}
+
+    def interrupt() -> None:
+        while not begun.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    command = [*python(INTERRUPTED), str(begun), json.dumps(found)]
+    parts = [Part("first", 60, 0, command, measures=True), Part("second", 60, 0, python(""), measures=True)]
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    data = run.visit(parts, tmp_path / "out" / "a.json", 5, dict(os.environ), {})
+    thread.join()
+    first, second = data["parts"]
+    assert data["interrupted"] and first["figures"] == {"ms": 1.0}
+    assert first["reason"].startswith("interrupted") and second["status"] == "skipped"
+    assert json.loads((tmp_path / "out" / "a.json").read_text())["interrupted"]
+
+
+@pytest.mark.long
 def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
     """SIGINT while the second case is under way: the file, its Markdown, and what was not begun by name."""
     path, environment = tmp_path / "a.json", {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

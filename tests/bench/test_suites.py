@@ -332,19 +332,18 @@ def test_chunk_stages_and_ops_on_a_tiny_policy(tmp_path: Path, monkeypatch: pyte
         )
 
 
-@pytest.mark.parametrize("scale", [1.1, float("nan")])
-def test_a_wrong_engine_has_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+def test_a_wrong_engine_has_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And costs stock none; of the curves, whose points are checked apart, only stock's are left."""
     from smolvla_fast.inference import Engine
 
     real = Engine.act
-    monkeypatch.setattr(Engine, "act", lambda *args, **kwargs: scale * real(*args, **kwargs))
+    monkeypatch.setattr(Engine, "act", lambda *args, **kwargs: 1.1 * real(*args, **kwargs))
     monkeypatch.setattr(cpu_suite, "AXES", {"cameras": (1,), "batch": (2,)})
     files, flags = ["benchmarks/suites/cpu.py"], ["--choose=stock or fp32 and not OpenVINO"]
     status, data = run_suites(tmp_path / "a.json", monkeypatch, *files, *flags)
     assert status == 1 and {b["extra_info"]["variant"] for b in data["benchmarks"]} == {"stock"}
     assert {each["variant"] for each in data["red"]} == {"fp32"} and len(data["red"]) == 1
-    assert ("rel L2 1.0e-01" if scale == 1.1 else "not finite") in data["red"][0]["reason"]
+    assert "rel L2 1.0e-01" in data["red"][0]["reason"]
 
 
 def test_compiled_stock_is_timed_beside_stock_and_fp32(

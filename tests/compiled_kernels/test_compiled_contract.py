@@ -20,12 +20,18 @@ JUDGED: dict[Any, str] = {}
 
 DIVIDES = ("norm_swiglu", "norm_qkv_rope", "suffix_embed", "euler_step")
 """What a denoise step launches that divides or takes a root."""
+WAIT = (
+    "linear_residual", "norm_swiglu", "norm_qkv_rope", "masked_attention", "attention_residual", "linear", "layer_norm",
+    "attention", "patch_embed", "pixel_shuffle_linear", "cross_kv", "image_prep", "suffix_embed",
+)  # fmt: skip
+"""What may begin while the launch ahead still runs; the machine finds what one reads before it waits."""
 ONLY_FP32 = ("suffix_embed", "flow_loss", "rope_masks")
 
 
 def _long(call: calls.Call) -> bool:
-    """In fp32 tests/ops compiles and runs the same kernels."""
-    return call.capability < 90 or (call.dtypes == "fp32" and call.op not in ONLY_FP32)
+    """Kernels in fp32 run in tests/ops too, those in fp8 in tests/ops/test_triton_fp8.py and test_compiled_chunk.py."""
+    elsewhere = call.dtypes.startswith("fp8") or (call.dtypes == "fp32" and call.op not in ONLY_FP32)
+    return call.capability < 90 or elsewhere
 
 
 @pytest.mark.parametrize(
@@ -50,6 +56,8 @@ def test_contract(call: calls.Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "rewrite", lambda text: texts.append(text) or text)
     found = calls.judged(call)
     assert bool(found) == bool(texts) == (rows[str(call)] != "torch")
+    if call.op in WAIT and call.capability == 90:
+        assert any("griddepcontrol.wait;" in text for text in texts)
     narrow = "fp32" if call.op == "suffix_embed" else "bf16"  # whose heads stay in fp32
     if call.op in DIVIDES and call.capability == 90 and call.dtypes.startswith(narrow):
         assert not [text for text in texts if "div.rn" in text or "sqrt.rn" in text]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import recorder
 from support.captured import Captured, recording
-from support.policies import LEROBOT_FIRST, chunk, make_policy
+from support.policies import chunk, make_policy
 from support.recorder import RecorderDriver
 from torch import nn
 
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.usefixtures("recording")
 __all__ = ["recording"]
 
 
-@LEROBOT_FIRST
 @pytest.mark.parametrize("precision", TIERS)
 @pytest.mark.parametrize("layout", ["fp32", "mixed"])
 def test_a_replay_has_the_bits_of_a_plain_run(precision: str, layout: str) -> None:
@@ -43,7 +42,6 @@ def test_a_replay_has_the_bits_of_a_plain_run(precision: str, layout: str) -> No
     assert pair.status.calls_fast == 3 and pair.status.graphs == 1 and pair.status.graph_nodes > 100
 
 
-@LEROBOT_FIRST
 def test_channels_last_frames_have_a_graph_of_their_own() -> None:
     """Stock convolves them in another order, whose bits ``exact`` owes."""
     pair = Captured()

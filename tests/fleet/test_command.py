@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import signal
@@ -11,10 +12,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fleet.conftest import PATIENCE, ROOT, eventually, metrics
+from fleet.conftest import PATIENCE, ROOT, Fleet, eventually, metrics
 from offline.checkpoints import save_checkpoint
 
 from smolvla_fast.cli import main
@@ -70,8 +74,62 @@ def commands(ray_here: str, tmp_path: Path) -> Iterator[Commands]:
     started.process.communicate()
 
 
+def test_the_command_serves_until_it_is_interrupted(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, on replicas that are there; in a process of its own, with its own, below."""
+    from smolvla_fast.fleet import cluster
+
+    asked: list[tuple[object, ...]] = []
+
+    @contextmanager
+    def given(result: Any, *asked_for: object) -> Iterator[Any]:
+        asked.append(asked_for)
+        yield result
+
+    monkeypatch.setattr(cluster, "connected", partial(given, fleet.metrics))
+    monkeypatch.setattr(cluster, "deployed", partial(given, fleet.front.replicas))
+    path = fleet.checkpoint.path
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    example = str(ROOT / "examples" / "fleet_client.py")
+    words = [f"--policy.path={path}", f"--address=127.0.0.1:{port}", "--clients=1,2", "--chunks=2"]
+    monkeypatch.setattr(sys, "argv", [example, *words])
+    failed: list[BaseException] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        try:
+            eventually(lambda: ended.is_set() or socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+            runpy.run_path(example, run_name="__main__")
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            if not ended.is_set():
+                os.kill(os.getpid(), signal.SIGINT)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    flags = ["--max-batch=4", "--batch-wait-ms=20", "--replicas=3", "--host=127.0.0.1", f"--port={port}"]
+    status = main(["serve", "--fleet", f"--policy.path={path}", *flags])
+    ended.set()
+    asking.join(PATIENCE)
+    said = capsys.readouterr().out
+    assert status == 130 and not failed, (status, failed, said)
+    assert asked[0] == (None, None) and asked[1][:4] == (str(path), 3, 4, 0.02), asked
+    assert re.search(rf"fp32 by \w+ on cpu, process \d+; replicas: 3; metrics: {fleet.metrics}\n", said)
+    assert f"ready: 127.0.0.1:{port}" in said and re.search(r"\| 1 \| 2 \| .*\n\| 2 \| 4 \| ", said)
+
+
+def test_where_no_ray_listens_the_command_says_so(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [f"--policy.path={fleet.checkpoint.path}", "--ray-address=127.0.0.1:1"]
+    assert main(["serve", "--fleet", *flags]) == 2
+    assert "smolvla-fast serve: no Ray at 127.0.0.1:1: " in capsys.readouterr().err
+
+
+@pytest.mark.long
 @pytest.mark.slow
-def test_the_command_serves_the_examples_arms_until_it_is_interrupted(
+def test_the_command_serves_the_examples_arms_from_replicas_of_its_own(
     ray_here: str, commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

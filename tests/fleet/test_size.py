@@ -29,28 +29,6 @@ def code_lines(text: str) -> list[str]:
     return [line for number, line in enumerate(text.splitlines(), 1) if number in found]
 
 
-def test_lines_of_code_are_counted() -> None:
-    text = '''"""A file.
-
-    Two more lines."""
-    # a comment
-
-    SIZE = 3  # counted
-    """What it is."""
-    TEXT = """
-    counted
-    """
-    def f(
-        a,
-    ):
-        """Does."""
-        return a
-    '''.replace("\n    ", "\n")
-    assert [line.strip() for line in code_lines(text)] == [
-        "SIZE = 3  # counted", 'TEXT = """', "counted", '"""', "def f(", "a,", "):", "return a",
-    ]  # fmt: skip
-
-
 def test_the_feature_has_at_most_500_lines_of_code() -> None:
     """Files of the feature count whole, of others each line that names it."""
     counted = {}

@@ -31,12 +31,14 @@ def test_a_short_soak_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"{what} first \d+, last \d+", said)
 
 
+@pytest.mark.long
 def test_a_soak_of_stock_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("SMOLVLA_FAST_DISABLE", "1")
     assert soak.main(["--minutes", "5", "--chunks", "8", "--cases", "4", "--derandomize"]) == 1
     assert "the engine served 0 of 8 chunks; it has to serve all" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_wrong_chunk_is_reported_with_its_input(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from smolvla_fast.ops.cuda.prepared_rows import why_no_norm_products
 from smolvla_fast.ops.select import reference_ops, select
 from smolvla_fast.ops.table import Ops
 
+SINGLE_OPS = ("image_prep", "masked_attention", "euler_step", "linear_residual")
 MORE = {
     "linear_residual": [dict(rows=3, inputs=2120, outputs=8)],
     "norm_swiglu": [dict(rows=5, inputs=720, outputs=20), dict(rows=70, inputs=72, outputs=4)],
@@ -30,7 +31,7 @@ SMALL_FLOPS = 3e7
 
 
 def single_ops(ops: Ops, device: torch.device) -> None:
-    for op in ("image_prep", "masked_attention", "euler_step", "linear_residual"):
+    for op in SINGLE_OPS:
         for case in [*reference_module(op).CASES, *MORE.get(op, ())]:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 if reference_module(op).cost(case, 4).flops <= SMALL_FLOPS:

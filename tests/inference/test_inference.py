@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, rel_l2
+from support.policies import BOTH, LEROBOT_ONLY, chunk, make_policy, rel_l2
 
 import smolvla_fast
 from smolvla_fast import inference
@@ -101,7 +101,6 @@ def _stock_and_fast(policy: Any, observation: Any, precision: str) -> tuple[torc
     return stock, fast
 
 
-@LEROBOT_FIRST
 @pytest.mark.check(4)
 @pytest.mark.parametrize("name", GRID)
 def test_exact_has_stock_bits(name: str) -> None:
@@ -109,7 +108,6 @@ def test_exact_has_stock_bits(name: str) -> None:
     assert torch.equal(stock, fast)
 
 
-@LEROBOT_FIRST
 @pytest.mark.check(27)
 @pytest.mark.parametrize("name", GRID)
 def test_fp32_within_bound(name: str) -> None:
@@ -117,6 +115,7 @@ def test_fp32_within_bound(name: str) -> None:
     assert rel_l2(fast, stock) <= FP32_BOUND
 
 
+@BOTH
 @pytest.mark.check(30)
 @pytest.mark.parametrize("layout", ["mixed", "bf16_text"])
 @pytest.mark.parametrize(
@@ -127,7 +126,6 @@ def test_exact_has_stock_bits_in_bf16_layouts(name: str, layout: str) -> None:
     assert torch.equal(stock, fast)
 
 
-@LEROBOT_FIRST
 @pytest.mark.check(28)
 @pytest.mark.parametrize(
     ("layout", "precision"),
@@ -150,6 +148,7 @@ def test_bf16_loses_no_more_than_stock_does(layout: str, precision: str) -> None
     assert 1e-4 < fast <= stock < 0.5  # bf16 rounds at 4e-3: neither free of error nor drowned in it
 
 
+@BOTH
 @pytest.mark.parametrize("cross", [torch.float32, torch.bfloat16])
 def test_fp32_on_a_bf16_policy_is_fp32(cross: torch.dtype) -> None:
     """An explicit ``fp32`` computes bf16 weights in fp32: as close to the fp32 reference as an fp32 policy is."""
@@ -211,6 +210,7 @@ UNTRIMMED = [
 ]  # fmt: skip
 
 
+@BOTH
 @pytest.mark.parametrize("name", UNTRIMMED)
 def test_fp32_within_bound_as_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Off the CPU nothing is trimmed and language is padded; the chunk must not notice."""

@@ -66,7 +66,9 @@ def test_batches_and_cameras() -> None:
     both = chunk(policy, given, noise)
     for i in range(2):
         alone = chunk(policy, {key: value[i : i + 1] for key, value in given.items()}, noise[i : i + 1])
-        assert rel_l2(both[i], alone[0]) < 1e-2  # as far as either may be from fp32
+        assert (
+            rel_l2(both[i], alone[0]) < 5e-3
+        )  # as far as the tier may be from fp32: half of what bf16 loses
     assert smolvla_fast.status(policy).calls_stock == 0
 
 

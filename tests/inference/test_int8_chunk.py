@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, model_inputs, rel_l2
+from support.policies import LEROBOT_ONLY, chunk, make_policy, model_inputs, rel_l2
 from support.processors import play
 from torch import Tensor
 
@@ -46,7 +46,6 @@ def _matrices(policy: Any) -> list[Tensor]:
 
 
 @SERVED
-@LEROBOT_FIRST
 @pytest.mark.parametrize("layout", ["fp32", "mixed"])
 def test_near_stock_and_not_equal(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy("tiny", layout=layout)
@@ -155,7 +154,6 @@ def test_sharp_attention_is_computed_in_fp32(
 
 
 @SERVED
-@LEROBOT_FIRST
 @pytest.mark.parametrize(
     "how",
     ["seen by another first", "seen by the chunk", "assigned", "assigned, the old kept", "in other memory"],
@@ -260,7 +258,6 @@ CHANGES = {
 
 
 @SERVED
-@LEROBOT_FIRST
 @pytest.mark.parametrize("what", CHANGES)
 def test_an_average_of_weights_is_seen_by_the_next_chunk(
     policy: Any, observation: dict[str, Tensor], noise: Tensor, what: str

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.layer_calls import Given, contents, forward, given, one_layer
-from support.policies import LEROBOT_ONLY, chunk, make_policy, model_inputs, rel_l2
+from support.policies import BOTH, LEROBOT_ONLY, chunk, make_policy, model_inputs, rel_l2
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -503,6 +503,7 @@ def test_position_ids_of_the_patches_are_counted(policy: Any) -> None:
 # Identity -------------------------------------------------------------------------------------------------------------
 
 
+@BOTH
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_has_layers_of_its_own(policy: Any, inputs: Given, how: str) -> None:
     smolvla_fast.patch(policy)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.layer_calls import forward, given
-from support.policies import make_policy, rel_l2
+from support.policies import BOTH, make_policy, rel_l2
 from torch import Tensor
 
 import smolvla_fast.layers as fused
@@ -20,6 +20,7 @@ BOUND = 1e-5
 """As of test_layer_parity: another order of fp32 sums over four layers."""
 
 
+@BOTH
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_an_expert_of_fused_layers_is_stocks(origin: str, backend: str, batch: int) -> None:

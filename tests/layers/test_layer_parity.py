@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 from support.layer_calls import Given, contents, forward, given, one_layer
-from support.policies import LEROBOT_FIRST, rel_l2
+from support.policies import rel_l2
 from torch import Tensor
 
 import smolvla_fast
 from smolvla_fast.model.weights import is_cross
 from smolvla_fast.testing import policies
-
-pytestmark = LEROBOT_FIRST
 
 KNOBS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -21,7 +21,7 @@ from smolvla_fast.testing.policies import make_noise, make_observation
 __all__ = ["few_threads"]
 
 # (seed, how much sharper attention is, backend): those of all that differ most from stock, and in make test-full the rest.
-QUICK = {(4, 1.08, "torch"), (89, 1.12, "cpu"), (97, 1.12, "torch")}
+QUICK = {(89, 1.12, "cpu"), (97, 1.12, "torch")}
 SEEDS = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.long)
     for case in sorted({

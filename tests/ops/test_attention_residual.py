@@ -11,7 +11,6 @@ from support.guarded import DEVICE
 
 pytest.importorskip("triton")
 from smolvla_fast.kernels import attention_residual as kernel
-from smolvla_fast.kernels.tiles import ProductTile, using
 from smolvla_fast.ops.choice import Choice, choose
 from smolvla_fast.ops.reference.quantize import quantize_rows
 from smolvla_fast.ops.select import backend_ops, reference_ops
@@ -33,12 +32,6 @@ CASES = [
 @pytest.mark.parametrize(("case", "dtype"), in_dtypes(CASES, everywhere=CASES[2::2]))
 def test_contract(case: dict[str, int], dtype: torch.dtype) -> None:
     check(reference_ops(), backend_ops("triton"), OP, case, dtype, device=DEVICE)
-
-
-@pytest.mark.parametrize("tile", [ProductTile(16, 16, 16, 4, 1), ProductTile(32, 64, 32, 8, 2)], ids=str)
-def test_every_tile_keeps_the_contract(tile: ProductTile) -> None:
-    with using(tile):
-        check(reference_ops(), backend_ops("triton"), OP, CASES[2], F16, device=DEVICE)
 
 
 def given(dtype: torch.dtype = F16, **changes: Any) -> dict[str, Any]:

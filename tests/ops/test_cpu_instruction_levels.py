@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import bisect
 import re
-import shutil
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.masked import masked
+from support.masked import QEMU, masked
 
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.cpu import kernels as cpu
@@ -103,7 +102,7 @@ def test_no_function_has_an_instruction_above_its_level() -> None:
 @BUILT
 @pytest.mark.cpu_kernels
 @pytest.mark.skipif(
-    not shutil.which("qemu-x86_64"), reason="no qemu-x86_64 (Debian: qemu-user) to mask features with"
+    not QEMU, reason="no qemu-x86_64 (Debian: qemu-user or qemu-user-static) to mask features with"
 )
 @pytest.mark.parametrize(
     ("processor", "best"),

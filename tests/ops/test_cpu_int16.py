@@ -35,7 +35,7 @@ pytestmark = [
 # a panel's 32, groups of panels behind 511 rows, one and several; sizes of one, and no rows.
 SIZES = [
     (1, 1, 1), (3, 2, 31), (6, 191, 32), (7, 193, 33), (25, 384, 65), (50, 720, 47), (49, 33, 8), (2, 5, 17), (24, 577, 96),
-    (513, 70, 161), (513, 1500, 200), (0, 8, 5),
+    (513, 70, 161), (513, 1500, 70), (0, 8, 5),
 ]  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def _sums(x: IntegerRows, weight: IntegerWeight) -> Tensor:
     """Exact over each block of inputs, then added in fp32, first to last."""
     found = torch.zeros(len(x.data), len(weight.data))
     for a, b in zip(x.data.split(SUMMED, 1), weight.data.split(SUMMED, 1), strict=True):
-        exact = a.long() @ b.long().t()
+        exact = a.double() @ b.double().t()  # to the last bit, up to 2^53
         assert (exact.abs() < 2**31).all()
         found = found + exact.float()
     return found * weight.scale * x.scale[:, None]
@@ -177,7 +177,8 @@ def test_ops_take_weights_of_integers_and_others() -> None:
     matrix, other = _normal(48, 64) / 8, _normal(48, 64, seed=5) / 8
     packed = int16.pack(matrix)
     truth = F.linear(x.double(), matrix.double()) + residual
-    for weight, bound in ((packed, 1e-3), (matrix, 1e-6)):
+    # A step is 1/3344 of a row's largest number, which is about 2.5 of its deviation: 2e-4 from each operand. fp32 has 1e-7.
+    for weight, bound in ((packed, 5e-4), (matrix, 1e-6)):
         y = integer_ops.linear_residual(x, weight, residual)
         assert (y - truth).norm() <= bound * truth.norm()
     hidden = integer_ops.norm_swiglu(x, (gain, 1e-5), packed, int16.pack(other))

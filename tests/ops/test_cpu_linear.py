@@ -30,7 +30,7 @@ MIXED = pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(d)
 # rows, inputs, outputs: about the tile's rows, more than one block of them, odd inputs and outputs, single ones, and sums in
 # parts of which the last fills no vector.
 SHAPES = [
-    (50, 720, 320),
+    (50, 720, 33),
     (1, 960, 7),
     (2, 795, 29),
     (12, 1100, 10),
@@ -43,15 +43,15 @@ SHAPES = [
     (177, 2048, 6),
     (177, 40, 163),
     (97, 256, 2),
-    (177, 1100, 64),
+    (177, 1100, 17),
     (2, 1, 1),
     (3, 7, 2),
 ]
 LONG_SUMS = [
     (97, 256, 2),
-    (177, 960, 320),
+    (177, 960, 33),
     (177, 960, 7),
-    (50, 960, 320),
+    (50, 960, 33),
     (50, 2048, 47),
     (50, 720, 32),
     (50, 960, 2),
@@ -181,7 +181,7 @@ def beside_an_outlier(shape, seed):
 
 @AT_LEVELS
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("shape", LONG_SUMS, ids=str)
+@pytest.mark.parametrize("shape", LONG_SUMS, ids=lambda shape: "x".join(map(str, shape)))
 def test_long_sums_beside_an_outlier_column(shape, seed, level):
     """Where sums are long chains of additions, one large input costs the rest their last bits."""
     x, weight = beside_an_outlier(shape, seed)
@@ -193,10 +193,10 @@ def test_long_sums_beside_an_outlier_column(shape, seed, level):
 @AT_LEVELS
 @MIXED
 def test_bits_do_not_depend_on_threads_or_runs_nor_on_rows_of_one_kernel(dtypes, level, threads):
-    x, weight, up, bias, residual, norm_weight = make((177, 1100, 163), dtypes)
+    x, weight, up, bias, residual, norm_weight = make((177, 800, 99), dtypes)
     results = []
     with at_level(level):
-        for count in (1, 2, 3, 7, 1, 2):
+        for count in (1, 2, 7, 2):
             threads(count)
             y = cpu.linear(x, weight, bias, "silu", residual, norm=(norm_weight, 1e-5))
             chunk = cpu.linear(x[90:140], weight, norm=(norm_weight, 1e-5), out_dtype=dtypes[2])

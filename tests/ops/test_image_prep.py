@@ -82,6 +82,7 @@ def cases() -> Any:
             real = {"cpu": (F32,), "triton": (F16,), "cuda": (BF16,)}[each.values[0][0]]
             for dtype in dtypes if small else real:
                 marks = [*each.marks, *(triton_by.BF16 if each is TRITON and dtype is BF16 else [])]
+                marks += triton_by.FP16 if each is TRITON and dtype is F16 and small else []
                 marks += [pytest.mark.slow] * (each is CUDA and not small)
                 yield pytest.param(*each.values, case, dtype, marks=marks, id=f"{each.id} {case} {dtype}")
 

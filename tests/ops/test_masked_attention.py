@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support import triton_by
 from support.backends import CUDA, TRITON, at_every_level, cpu_at, device_of, with_dtypes
-from support.contract import check, inputs_in, widened
+from support.contract import inputs_in, widened
 from support.guarded import DEVICE, guarded
 from support.processors import LEVELS_EMULATED
 from torch import Tensor
@@ -24,7 +23,6 @@ from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.reference.masked_attention import CASES as REAL
 from smolvla_fast.ops.reference.masked_attention import masked_attention as reference
 from smolvla_fast.ops.reference.masks import block_mask
-from smolvla_fast.ops.select import reference_ops
 
 pytestmark = [
     # Of numpy, which computes Triton's kernels under the interpreter.
@@ -39,7 +37,6 @@ PAIRS = {
 }
 CPU = cpu_at(LEVELS_EMULATED)
 GRID = with_dtypes((CPU, PAIRS["cpu"]), ([TRITON], PAIRS["triton"]), ([CUDA], PAIRS["cuda"]))
-BACKENDS_AND_DTYPES = pytest.mark.parametrize(("backend", "pair"), GRID, indirect=["backend"])
 ON_CUDA = pytest.mark.parametrize(
     ("backend", "pair"), with_dtypes(([CUDA], PAIRS["cuda"])), indirect=["backend"]
 )
@@ -75,11 +72,22 @@ ONES = (case(3, 1, 33, 4, 4, 8), case(1, 3, 1, 2, 2, 40), case(1, 2, 17, 3, 3, 1
 
 
 def larger_product(backend: str, pair: Any) -> bool:
-    """Triton's kernels in fp16, beside those in bf16: what sizes change in one they change in the other.
+    """Triton's kernels in fp16, beside those in bf16: ``triton_by.FP16``."""
+    return backend == "triton" and pair[0] is F16 and bool(triton_by.FP16)
 
-    Each is a kernel to compile. Under the interpreter fp16 stands for bf16.
-    """
-    return backend == "triton" and pair[0] is F16 and not triton_by.INTERPRETED
+
+BACKENDS_AND_DTYPES = pytest.mark.parametrize(
+    ("backend", "pair"),
+    [
+        pytest.param(
+            *each.values,
+            marks=[*each.marks, *[pytest.mark.long] * larger_product(each.values[0][0], each.values[1])],
+            id=each.id,
+        )
+        for each in GRID
+    ],
+    indirect=["backend"],
+)
 
 
 def grid_of_cases() -> list[Any]:
@@ -144,31 +152,6 @@ def test_error_against_fp64(backend: str, pair: Any, sizes: dict[str, int], atte
     if backend == "cpu":  # as the vision tower calls it
         values["mask"] = torch.ones_like(values["mask"])
         assert_as_exact_as_eager(cpu.attention(values["q"], values["k"], values["v"]).flatten(2), values)
-
-
-@pytest.mark.parametrize("backend", [TRITON], indirect=True)
-@pytest.mark.parametrize(
-    ("side", "dtype"),
-    [
-        pytest.param(
-            side,
-            dtype,
-            marks=[*(triton_by.BF16 if dtype is BF16 else []), *[pytest.mark.long] * (side != first)],
-        )
-        for dtype, first in ((F32, 16), (F16, 64), (BF16, 32))
-        for side in (16, 32, 64)
-    ],
-    ids=str,
-)
-def test_every_tile_keeps_the_contract(
-    side: int, dtype: torch.dtype, backend: str, attend: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tiles depend on batch and target; what they compute does not."""
-    from smolvla_fast.kernels.tiles import AttentionTile
-
-    monkeypatch.setattr(module(backend), "masked_attention_tile", lambda *_: AttentionTile(side, side, 4, 1))
-    ops = SimpleNamespace(masked_attention=attend, prepare_mask=lambda mask: mask)
-    check(reference_ops(), ops, "masked_attention", SMALL, dtype)
 
 
 @ON_CUDA

@@ -125,17 +125,18 @@ NARROW = ("linear_residual", "attention", "masked_attention", "masked_attention_
 
 
 HALVES = ((0, 3, 4), (1, 2, 5))
-"""Places of a product's candidates. Both halves have tiles of few rows and many, and of every width."""
+"""Places of an op's candidates. Both halves have tiles of few rows and many, and of every width."""
 
 
 def turns() -> Iterator[Any]:
-    """(op, places of its candidates, dtype). The products share one loop over K: half of the places each, in turn.
+    """(op, places of its candidates, dtype). Half of the places each, in turn: the products share one loop over K, and
+    what attention's tiles differ in, the backward's and the fused one's do.
 
     The other half, and fp16, are for `make test-full`.
     """
     for i, op in enumerate(CASES):
-        for j, places in enumerate(HALVES if op in GEMMS else (range(6),)):
-            marks = [pytest.mark.long] * (op in GEMMS and j != i % 2)
+        for j, places in enumerate(HALVES):
+            marks = [pytest.mark.long] * (j != i % 2)
             yield pytest.param(op, places, F32, marks=marks, id=f"{op}-{F32}-{min(places)}")
     for op in NARROW:
         yield pytest.param(op, range(6), F16, marks=pytest.mark.long, id=f"{op}-{F16}")

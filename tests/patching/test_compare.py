@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_FIRST, make_policy
+from support.policies import make_policy
 
 import smolvla_fast
 from smolvla_fast.patching.judge import Judgement
@@ -14,7 +14,6 @@ from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import StockServed, compare, passed_together, stock_in_fp32
 
 
-@LEROBOT_FIRST
 @pytest.mark.parametrize("layout", ["fp32", "mixed"])
 @pytest.mark.parametrize("precision", ["exact", "fp32", "bf16", "auto"])
 def test_compare_judges_as_verify_does(layout: str, precision: str) -> None:

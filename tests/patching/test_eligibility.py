@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, model_inputs
+from support.policies import LEROBOT_ONLY, chunk, make_policy, model_inputs
 from torch import Tensor, nn
 
 import smolvla_fast
@@ -191,7 +191,6 @@ def _check(policy: Any, stock: Tensor, fast: Tensor, reason: str, caplog: pytest
     assert len(caplog.records) == 1, "one reason, one message"
 
 
-@LEROBOT_FIRST
 @pytest.mark.check(18, 19)
 @pytest.mark.parametrize("name", BEFORE)
 def test_model_changed_before_patch(name: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -206,7 +205,6 @@ def test_model_changed_before_patch(name: str, caplog: pytest.LogCaptureFixture)
     assert not smolvla_fast.status(policy).active
 
 
-@LEROBOT_FIRST
 @pytest.mark.check(18, 19)
 @pytest.mark.parametrize("name", MODELS)
 def test_model_changed_after_patch(name: str, caplog: pytest.LogCaptureFixture) -> None:

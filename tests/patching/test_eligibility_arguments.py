@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.policies import LEROBOT_FIRST, make_policy, model_inputs, rel_l2
+from support.policies import make_policy, model_inputs, rel_l2
 from torch import Tensor
 
 import smolvla_fast
@@ -242,7 +242,6 @@ PAIRS = pytest.mark.parametrize(
 )
 
 
-@LEROBOT_FIRST
 @PAIRS
 def test_guidance_arguments_are_answered_or_refused_as_by_stock(precision: str, batch: int) -> None:
     twin, policy = _twins(precision, guided=True)
@@ -259,7 +258,6 @@ def test_guidance_arguments_are_answered_or_refused_as_by_stock(precision: str, 
     assert smolvla_fast.status(policy).calls_fast == served + 1 > 5
 
 
-@LEROBOT_FIRST
 @PAIRS
 def test_arguments_are_answered_or_refused_as_by_stock(precision: str, batch: int) -> None:
     guided = batch == 2
@@ -283,7 +281,6 @@ def test_arguments_are_answered_or_refused_as_by_stock(precision: str, batch: in
     assert smolvla_fast.status(policy).calls_fast == served + 1 > 5
 
 
-@LEROBOT_FIRST
 @pytest.mark.parametrize(
     "change",
     [
@@ -311,7 +308,6 @@ def test_live_settings_are_answered_or_refused_as_by_stock(change: dict[str, Any
     _same(policy, twin, lambda: given)
 
 
-@LEROBOT_FIRST
 def test_public_methods_refuse_as_stock_does() -> None:
     twin, policy = _twins("fp32", guided=True)
     observation = make_observation(twin, batch=2)

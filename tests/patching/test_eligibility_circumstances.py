@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.policies import LEROBOT_FIRST, chunk, make_policy
+from support.policies import chunk, make_policy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,7 +56,6 @@ def _outcome(policy: Any, observation: Any, noise: Any, around: Any) -> Any:
         return type(error)
 
 
-@LEROBOT_FIRST
 @pytest.mark.parametrize("precision", ["exact", "fp32"])
 @pytest.mark.parametrize("name", CIRCUMSTANCES)
 def test_stock_answers_under_what_the_engine_does_not_see(name: str, precision: str) -> None:
@@ -74,7 +73,6 @@ def test_stock_answers_under_what_the_engine_does_not_see(name: str, precision: 
     assert smolvla_fast.status(fast).calls_fast == 1
 
 
-@LEROBOT_FIRST
 def test_a_default_device_of_the_policy_s_own_kind_is_served() -> None:
     policy = make_policy("tiny", num_steps=1)
     observation, noise = make_observation(policy), make_noise(policy)
@@ -85,7 +83,6 @@ def test_a_default_device_of_the_policy_s_own_kind_is_served() -> None:
     assert smolvla_fast.status(policy).calls_fast == 1
 
 
-@LEROBOT_FIRST
 def test_patch_leaves_a_receipt_where_the_first_layer_is_gone() -> None:
     policy = make_policy("tiny", num_steps=1)
     policy.model.vlm_with_expert.get_vlm_model().text_model.layers[0].self_attn.k_proj = None

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-from support.policies import make_policy
+from support.policies import BOTH, make_policy
 from torch import nn
 
 import smolvla_fast
@@ -16,6 +16,7 @@ def modes(policy: Any) -> dict[str, bool]:
     return {name: module.training for name, module in policy.named_modules()}
 
 
+@BOTH
 @pytest.mark.parametrize("one", ["model", "model.state_proj", "model.vlm_with_expert.lm_expert"])
 def test_modes_are_stocks(one: str) -> None:
     stock = make_policy("tiny")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, rel_l2
+from support.policies import LEROBOT_ONLY, chunk, make_policy, rel_l2
 from torch import Tensor, nn
 
 import smolvla_fast
@@ -20,7 +20,6 @@ from smolvla_fast.testing.policies import make_noise, make_observation
 TIERS = ["exact", "fp32", "bf16"]
 
 
-@LEROBOT_FIRST
 @pytest.mark.check(61)
 @pytest.mark.parametrize("precision", TIERS)
 def test_extra_bytes_are_all_that_a_chunk_leaves_behind(
@@ -49,7 +48,6 @@ def test_extra_bytes_are_all_that_a_chunk_leaves_behind(
 # Weights ------------------------------------------------------------------------------------------------------------
 
 
-@LEROBOT_FIRST
 @pytest.mark.check(37)
 def test_every_parameter_that_stock_uses_is_read_live() -> None:
     """Nudge one parameter at a time: the fp32 chunk follows stock's each time."""

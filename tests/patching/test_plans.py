@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_FIRST, chunk, make_policy
+from support.policies import chunk, make_policy
 from support.tunings import CHOICES, tuning_of
 from torch import Tensor
 
@@ -25,7 +25,6 @@ from smolvla_fast.patching.settings import SETTINGS
 from smolvla_fast.tune import tuner
 from smolvla_fast.tune.result import Tuning
 
-pytestmark = LEROBOT_FIRST
 CPU = torch.device("cpu")
 
 

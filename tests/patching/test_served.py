@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_FIRST, chunk, model_inputs
+from support.policies import chunk, model_inputs
 from support.train_steps import make_batch, step
 from torch import Tensor, nn
 
 import smolvla_fast
 from smolvla_fast.patching import runtime, served, training_runtime
-
-pytestmark = LEROBOT_FIRST
 
 
 class Switch:

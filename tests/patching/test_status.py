@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.policies import LEROBOT_FIRST, LEROBOT_ONLY, chunk, make_policy, model_inputs, rel_l2
+from support.policies import LEROBOT_ONLY, chunk, make_policy, model_inputs, rel_l2
 from torch import Tensor
 
 import smolvla_fast
@@ -127,7 +127,6 @@ def _rope(policy: Any) -> Any:
     return type(policy.model.vlm_with_expert).forward_attn_layer.__globals__["apply_rope"]
 
 
-@LEROBOT_FIRST
 @pytest.mark.parametrize(("layout", "precision"), [("fp32", "bf16"), ("mixed", "auto")])
 def test_where_bf16_is_slow_products_are_fp32(
     monkeypatch: pytest.MonkeyPatch, layout: str, precision: str

@@ -113,25 +113,19 @@ def test_nan_in_nan_out_and_the_next_chunk_is_clean() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "precision", "batch", "reason"),
+    ("settings", "precision", "reason"),
     [
-        (dict(layout="mixed"), "bf16", 9, "batch is 9; accepted are 1 to 8"),
-        (dict(layout="mixed", tokenizer_max_length=320), "bf16", 1, "prefix is 323"),
-        (dict(layout="mixed", chunk_size=65), "bf16", 1, "suffix is 65"),
-        (dict(layout="fp32"), "fp32", 1, "float32; accepted: bfloat16"),
-        (dict(layout="mixed", text={"head_dim": 8}), "bf16", 1, "head_dim is 8"),
-        (dict(layout="mixed", expert_width_multiplier=0.75), "bf16", 1, "widths are 36 and"),
+        (dict(layout="mixed", expert_width_multiplier=0.75), "bf16", "widths are 36 and"),
+        pytest.param(dict(layout="fp32"), "fp32", "float32; accepted: bfloat16", marks=pytest.mark.long),
     ],
-    ids=["batch", "prefix", "suffix", "fp32 weights", "head_dim", "width"],
-)  # fmt: skip
+    ids=["width", "fp32 weights"],
+)
 def test_what_one_launch_does_not_serve_runs_op_by_op(
-    settings: dict[str, Any], precision: str, batch: int, reason: str
+    settings: dict[str, Any], precision: str, reason: str
 ) -> None:
-    """By the single ops, with the reason in ``status``; stock is not asked."""
-    policy = make(**{"num_steps": 1, **settings})
-    given, noise = feed(policy, batch)
-    if "tokenizer_max_length" in settings:  # a prompt that fills it
-        given = make_observation(policy, task="go" * 160)
+    """By the single ops, with the reason in ``status``; stock is not asked. All reasons: test_denoise_persistent.py."""
+    policy = make(num_steps=1, **settings)
+    given, noise = feed(policy)
     smolvla_fast.patch(policy, precision=precision, backend="torch")
     by_torch = chunk(policy, given, noise)
     smolvla_fast.patch(policy, precision=precision, backend="cuda")
@@ -153,7 +147,7 @@ def test_a_gpu_too_small_for_one_launch(emulator: Any) -> None:
     steps = chunk(policy, given, noise)
     now = smolvla_fast.status(policy)
     assert "a block's shared memory" in now.fallback_reasons["denoise_persistent"] and now.calls_stock == 0
-    assert 0 < rel_l2(steps, whole) < 2e-2
+    assert 0 < rel_l2(steps, whole) < 2e-2  # bf16 rounds elsewhere, as above
     emulator.reset()
     assert torch.equal(chunk(policy, given, noise), whole)
     in_one_launch(policy)
@@ -185,7 +179,7 @@ def test_bytes_of_a_camera() -> None:
         with torch.no_grad():
             found.append(policy.model.sample_actions(*inputs, noise=noise))
     in_one_launch(policy)
-    assert 0 < rel_l2(found[1], found[0]) < 2e-2
+    assert 0 < rel_l2(found[1], found[0]) < 2e-2  # bf16 rounds elsewhere, as above
 
 
 def test_a_captured_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,11 +88,17 @@ def faults(kernel: str) -> Iterator[str | None]:
 
 
 @pytest.mark.parametrize(("kernel", "places"), [("linear_residual", 9), ("norm_products", 12)])
-def test_with_all_of_them(leave_out: ctypes.c_int, kernel: str, places: int) -> None:
+def test_all_are_found(kernel: str, places: int) -> None:
     assert len(KERNELS[kernel].places) == places, KERNELS[kernel].places
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_with_all_of_them(leave_out: ctypes.c_int, kernel: str) -> None:
     assert [*faults(kernel)] == 4 * [None]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kernel", "place"), [(name, place) for name, kernel in KERNELS.items() for place in kernel.numbers]
 )

@@ -38,10 +38,3 @@ def backbones(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("backbones")
     return lambda kind="plain": make_backbone(root, kind)
-
-
-@pytest.fixture(scope="session")
-def tally():
-    from support.smolvla_pairs import Tally
-
-    return Tally()

@@ -18,6 +18,7 @@ from support.smolvla_pairs import (
     STATE,
     Pair,
     add_targets,
+    assert_same,
     copied,
     lerobot_config,
     make_batch,
@@ -230,27 +231,27 @@ def test_grid_covers_every_field():
 
 
 @sampling_case
-def test_chunks_equal_lerobots(case, tally):
+def test_chunks_equal_lerobots(case):
     pair = case.pair
     for seed in (3, 4):
         stock = pair.stock.predict_action_chunk(copied(case.batch(seed)), noise=case.noise(seed))
         ours = pair.ours.predict_action_chunk(copied(case.batch(seed)), noise=case.noise(seed))
         assert stock.abs().max() > 0.1, "the chunk says nothing"
-        tally.check("chunks", case.name, stock, ours)
+        assert_same("chunks", case.name, stock, ours)
 
 
 @queue_case
-def test_chunks_with_drawn_noise_equal_lerobots(case, tally):
+def test_chunks_with_drawn_noise_equal_lerobots(case):
     pair = case.pair
     chunks = []
     for policy in (pair.stock, pair.ours):
         torch.manual_seed(11)
         chunks.append(policy.predict_action_chunk(copied(case.batch())))
-    tally.check("chunks", case.name, *chunks)
+    assert_same("chunks", case.name, *chunks)
 
 
 @queue_case
-def test_queue_serves_lerobots_actions(case, tally):
+def test_queue_serves_lerobots_actions(case):
     """Two refills, then a reset in mid-queue."""
     pair = case.pair
     torch.manual_seed(12)
@@ -264,12 +265,12 @@ def test_queue_serves_lerobots_actions(case, tally):
         served.append(policy.select_action(copied(case.batch())))
         actions.append(served)
     for stock, ours in zip(*actions, strict=True):
-        tally.check("actions", case.name, stock, ours)
+        assert_same("actions", case.name, stock, ours)
 
 
 @pytest.mark.training
 @pytest.mark.parametrize(("case", "reduction", "padded"), LOSS_CASES, indirect=["case"])
-def test_losses_and_gradients_equal_lerobots(case, tally, reduction, padded):
+def test_losses_and_gradients_equal_lerobots(case, reduction, padded):
     batch = add_targets(case.config, case.batch())
     if not padded:
         del batch["action_is_pad"]
@@ -284,35 +285,35 @@ def test_losses_and_gradients_equal_lerobots(case, tally, reduction, padded):
         policy.zero_grad(set_to_none=True)
         policy.eval()
     (loss, record, grads), (our_loss, our_record, our_grads) = results
-    tally.check("losses", case.name, loss, our_loss)
+    assert_same("losses", case.name, loss, our_loss)
     assert record.keys() == our_record.keys()
     for key in record:
-        tally.check("logged losses", case.name, record[key], our_record[key])
+        assert_same("logged losses", case.name, record[key], our_record[key])
     assert grads.keys() == our_grads.keys()
     assert any(g is not None and g.abs().max() > 0 for g in grads.values())
     for name in grads:
-        tally.check("gradients", f"{case.name}", grads[name], our_grads[name])
+        assert_same("gradients", f"{case.name}", grads[name], our_grads[name])
 
 
 @every_case
 @pytest.mark.training
-def test_losses_with_drawn_noise_and_time_equal_lerobots(case, tally):
+def test_losses_with_drawn_noise_and_time_equal_lerobots(case):
     losses = []
     for policy in (case.pair.stock, case.pair.ours):
         torch.manual_seed(13)
         with torch.no_grad():
             losses.append(policy(add_targets(case.config, case.batch()))[0])
-    tally.check("losses", case.name, *losses)
+    assert_same("losses", case.name, *losses)
 
 
 @freezing_case
-def test_frozen_parameters_and_modes_equal_lerobots(case, tally):
+def test_frozen_parameters_and_modes_equal_lerobots(case):
     """requires_grad of every parameter, and the mode of every submodule after construction, train() and eval()."""
     stock, ours = make_pair(case.config).stock, case.pair.ours.__class__(our_config(case.config))
     wanted, got = (dict(p.named_parameters()) for p in (stock, ours))
     assert wanted.keys() == got.keys()
     for name in wanted:
-        tally.check("requires_grad", case.name, wanted[name].requires_grad, got[name].requires_grad)
+        assert_same("requires_grad", case.name, wanted[name].requires_grad, got[name].requires_grad)
         assert wanted[name].dtype == got[name].dtype, name
     for change in (lambda p: None, lambda p: p.train(), lambda p: p.eval(), lambda p: p.train(True)):
         change(stock), change(ours)
@@ -323,7 +324,7 @@ def test_frozen_parameters_and_modes_equal_lerobots(case, tally):
             for p in (stock, ours)
         )
         for name in ours_modes.keys() & modes.keys():
-            tally.check("training flags", case.name, modes[name], ours_modes[name])
+            assert_same("training flags", case.name, modes[name], ours_modes[name])
         # Stock has modules of its own for activations and rotary tables, which hold no parameters.
         extra = {
             name
@@ -334,7 +335,7 @@ def test_frozen_parameters_and_modes_equal_lerobots(case, tally):
 
 
 @pytest.mark.parametrize(("case", "schedule"), RTC_CASES, indirect=["case"])
-def test_rtc_chunks_equal_lerobots(case, tally, schedule):
+def test_rtc_chunks_equal_lerobots(case, schedule):
     """Guided chunks over delays, horizons and lengths of what is left of the previous chunk."""
     pair = case.pair
     size, length = case.noise().shape[:2]
@@ -361,7 +362,7 @@ def test_rtc_chunks_equal_lerobots(case, tally, schedule):
         for kwargs in asked:
             stock = pair.stock.predict_action_chunk(copied(case.batch()), noise=case.noise(), **kwargs)
             ours = pair.ours.predict_action_chunk(copied(case.batch()), noise=case.noise(), **kwargs)
-            tally.check("RTC chunks", case.name, stock, ours)
+            assert_same("RTC chunks", case.name, stock, ours)
     finally:
         for policy, config in zip((pair.stock, pair.ours), kept, strict=True):
             policy.config.rtc_config = config
@@ -371,7 +372,7 @@ def test_rtc_chunks_equal_lerobots(case, tally, schedule):
 
 @pytest.mark.parametrize("size", [(64, 32), (32, 64), (40, 40), None])
 @pytest.mark.parametrize("frame", [(24, 40), (50, 30), (32, 32), (7, 90), (480, 640)])
-def test_prepared_images_equal_lerobots(backbones, tally, size, frame):
+def test_prepared_images_equal_lerobots(backbones, size, frame):
     """Frames of any shape into any size: the width comes first in the setting."""
     config = lerobot_config(backbones(), resize_imgs_with_padding=size, empty_cameras=1)
     pair = _prepare_only(config)
@@ -379,7 +380,7 @@ def test_prepared_images_equal_lerobots(backbones, tally, size, frame):
     (stock, stock_masks), (ours, our_masks) = (p.prepare_images(dict(batch)) for p in (pair.stock, pair.ours))
     assert len(stock) == len(ours) == 2
     for a, b in zip([*stock, *stock_masks], [*ours, *our_masks], strict=True):
-        tally.check("prepared images", f"resize_{size}", a, b)
+        assert_same("prepared images", f"resize_{size}", a, b)
 
 
 def _prepare_only(config: LeRobotConfig) -> Pair:
@@ -398,7 +399,7 @@ def _prepare_only(config: LeRobotConfig) -> Pair:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("frame", [(32, 32), (16, 16), (48, 48), (64, 64), (20, 36)])
-def test_patch_positions_equal_lerobots(backbones, tally, frame, dtype):
+def test_patch_positions_equal_lerobots(backbones, frame, dtype):
     """Patch embeddings, whose positions depend on the frame's size and on the dtype the fractions are rounded to."""
     pair = _cached_default(backbones)
     image = torch.rand(2, 3, *frame, dtype=dtype)
@@ -408,7 +409,7 @@ def test_patch_positions_equal_lerobots(backbones, tally, frame, dtype):
         embeddings = policy.model.vlm_with_expert.get_vlm_model().vision_model.embeddings.to(dtype)
         outputs.append(embeddings(pixel_values=image, patch_attention_mask=mask))
         embeddings.to(torch.float32)
-    tally.check("patch embeddings", f"frame_{frame}", *outputs)
+    assert_same("patch embeddings", f"frame_{frame}", *outputs)
 
 
 _DEFAULT: list[Pair] = []
@@ -420,7 +421,7 @@ def _cached_default(backbones) -> Pair:
     return _DEFAULT[0]
 
 
-def test_denoise_step_and_embed_prefix_equal_lerobots(backbones, tally):
+def test_denoise_step_and_embed_prefix_equal_lerobots(backbones):
     """Some callers use denoise_step and embed_prefix themselves."""
     pair = _cached_default(backbones)
     batch, x, time = make_batch(pair.stock.config), make_noise(pair.stock.config), torch.tensor([0.7, 0.3])
@@ -442,10 +443,10 @@ def test_denoise_step_and_embed_prefix_equal_lerobots(backbones, tally):
         again = model.denoise_step(prefix_pad_masks=pad, past_key_values=cache, x_t=x, timestep=time)
         velocities.append((prefix, pad, att, *model.embed_suffix(x, time), first, again))
     for stock, ours in zip(*velocities, strict=True):
-        tally.check("denoise_step", "default", stock, ours)
+        assert_same("denoise_step", "default", stock, ours)
 
 
-def test_rtc_debug_record_equals_lerobots(backbones, tally):
+def test_rtc_debug_record_equals_lerobots(backbones):
     """What the tracker keeps of each step, and which steps it drops."""
     config = lerobot_config(backbones(), rtc_config=_rtc(debug=True, debug_maxlen=4), num_steps=6)
     pair = make_pair(config)
@@ -460,7 +461,7 @@ def test_rtc_debug_record_equals_lerobots(backbones, tally):
     assert len(stock) == len(ours) == 4
     for a, b in zip(stock, ours, strict=True):
         for entry in dataclasses.fields(a):
-            tally.check("RTC debug record", "rtc_debug", getattr(a, entry.name), getattr(b, entry.name))
+            assert_same("RTC debug record", "rtc_debug", getattr(a, entry.name), getattr(b, entry.name))
     pair.ours.rtc_processor.reset_tracker()
     assert pair.ours.rtc_processor.get_all_debug_steps() == []
 
@@ -515,7 +516,7 @@ def test_rtc_works_where_autograd_is_off(backbones):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_full_size_chunk_equals_lerobots(tmp_path_factory, tally, monkeypatch):
+def test_full_size_chunk_equals_lerobots(tmp_path_factory, monkeypatch):
     """One chunk of the 450 million parameter model, two cameras of 480x640, ten steps, in one batch."""
     from smolvla_fast.smolvla import SmolVLAPolicy
     from smolvla_fast.testing.policies import make_vlm_folder
@@ -534,4 +535,4 @@ def test_full_size_chunk_equals_lerobots(tmp_path_factory, tally, monkeypatch):
     batch = make_batch(config, 1, frame=(480, 640), tokens=48)
     stock = pair.stock.predict_action_chunk(dict(batch), noise=make_noise(config, 1))
     ours = pair.ours.predict_action_chunk(dict(batch), noise=make_noise(config, 1))
-    tally.check("chunks", "full_size", stock, ours)
+    assert_same("chunks", "full_size", stock, ours)

@@ -18,7 +18,7 @@ from lerobot.policies.smolvla.processor_smolvla import (
 from lerobot.policies.utils import prepare_observation_for_inference as lerobot_prepare
 from lerobot.processor import PolicyProcessorPipeline as LeRobotPipeline
 from lerobot.processor.converters import policy_action_to_transition, transition_to_policy_action
-from support.smolvla_pairs import ACTION, CAMERAS, STATE, copied, lerobot_config, our_config
+from support.smolvla_pairs import ACTION, CAMERAS, STATE, assert_same, copied, lerobot_config, our_config
 
 from smolvla_fast.smolvla import (
     make_pre_post_processors,
@@ -103,20 +103,20 @@ def batches(dims: tuple[int, int]) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def compare(tally, name: str, stock: Any, ours: Any) -> None:
+def compare(name: str, stock: Any, ours: Any) -> None:
     if isinstance(stock, dict):
         assert list(stock) == list(ours) or set(stock) == set(ours), name
         for key in stock:
-            compare(tally, name, stock[key], ours[key])
+            compare(name, stock[key], ours[key])
     elif isinstance(stock, torch.Tensor):
-        tally.check("processor outputs", name, stock, ours)
+        assert_same("processor outputs", name, stock, ours)
     else:
         assert stock == ours, name
 
 
 @pytest.mark.parametrize("stats", STATS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_processors_give_what_lerobots_give(backbones, tally, name, stats):
+def test_processors_give_what_lerobots_give(backbones, name, stats):
     config = lerobot_config(backbones(), **CONFIGS[name])
     dims = config.robot_state_feature.shape[0], config.action_feature.shape[0]
     values = STATS[stats]()
@@ -133,13 +133,11 @@ def test_processors_give_what_lerobots_give(backbones, tally, name, stats):
             with pytest.raises(ValueError):
                 ours(copied(batch))
             continue
-        compare(tally, f"{name}/{stats}/{kind}", expected, ours(copied(batch)))
+        compare(f"{name}/{stats}/{kind}", expected, ours(copied(batch)))
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         action = torch.randn(2, 5, dims[1]).to(dtype)
-        compare(tally, f"{name}/{stats}/post", stock_post(action.clone()), our_post(action.clone()))
-        compare(
-            tally, f"{name}/{stats}/post", stock_post(action[0, 0].clone()), our_post(action[0, 0].clone())
-        )
+        compare(f"{name}/{stats}/post", stock_post(action.clone()), our_post(action.clone()))
+        compare(f"{name}/{stats}/post", stock_post(action[0, 0].clone()), our_post(action[0, 0].clone()))
 
 
 @pytest.mark.parametrize("stats", STATS)
@@ -175,7 +173,7 @@ def saved(backbones, tmp_path):
     return config, tmp_path
 
 
-def test_each_loads_what_the_other_saved(saved, tally):
+def test_each_loads_what_the_other_saved(saved):
     config, root = saved
     stock = LeRobotPipeline.from_pretrained(root / "ours", config_filename="policy_preprocessor.json")
     stock_post = LeRobotPipeline.from_pretrained(
@@ -184,15 +182,15 @@ def test_each_loads_what_the_other_saved(saved, tally):
     )  # fmt: skip
     ours, our_post = make_pre_post_processors(our_config(config), root / "theirs")
     for kind, batch in batches((6, 6)).items():
-        compare(tally, f"saved/{kind}", stock(copied(batch)), ours(copied(batch)))
+        compare(f"saved/{kind}", stock(copied(batch)), ours(copied(batch)))
     action = torch.randn(4, 6)
-    compare(tally, "saved/post", stock_post(action.clone()), our_post(action.clone()))
+    compare("saved/post", stock_post(action.clone()), our_post(action.clone()))
     assert len(ours) == 6 and ours[3].registry_name == "tokenizer_processor"
     assert set(ours.state_dict()) == {"policy_preprocessor_step_5_normalizer_processor"}
     ours.reset()
 
 
-def test_overrides_replace_settings_of_steps(saved, tally):
+def test_overrides_replace_settings_of_steps(saved):
     """Settings that replace the file's: a rename, other statistics, a dtype. Given statistics outlast the file's."""
     config, root = saved
     overrides = {
@@ -205,7 +203,7 @@ def test_overrides_replace_settings_of_steps(saved, tally):
         root / "theirs", config_filename="policy_preprocessor.json", overrides=overrides
     )
     ours, _ = make_pre_post_processors(our_config(config), root / "theirs", preprocessor_overrides=overrides)
-    compare(tally, "overrides", stock(copied(batch)), ours(copied(batch)))
+    compare("overrides", stock(copied(batch)), ours(copied(batch)))
     restated, post = make_pre_post_processors(
         our_config(config), root / "theirs", dataset_stats=make_stats(9)
     )
@@ -236,7 +234,7 @@ def test_one_token_budget_for_all_three_paddings(backbones):
     assert tokens["max_length"][1].tolist() == [[True] * 3 + [False] * 9, [True] * 9 + [False] * 3]
 
 
-def test_raw_frames_are_prepared_as_lerobot_does(tally):
+def test_raw_frames_are_prepared_as_lerobot_does():
     rng = np.random.default_rng(0)
     observation = {
         CAMERAS[0]: rng.integers(0, 256, (20, 30, 3), dtype=np.uint8),
@@ -246,7 +244,7 @@ def test_raw_frames_are_prepared_as_lerobot_does(tally):
     kept = {key: value.copy() for key, value in observation.items()}
     ours = prepare_observation_for_inference(observation, "cpu", TASK, "so101")
     assert all(np.array_equal(observation[key], kept[key]) for key in kept)
-    compare(tally, "raw frames", lerobot_prepare(kept, torch.device("cpu"), TASK, "so101"), ours)
+    compare("raw frames", lerobot_prepare(kept, torch.device("cpu"), TASK, "so101"), ours)
     assert ours[CAMERAS[0]].shape == (1, 3, 20, 30) and ours[CAMERAS[0]].max() <= 1
     with pytest.raises(ValueError, match=r"camera1 must be a frame \[height, width, channels\]"):
         prepare_observation_for_inference({CAMERAS[0]: np.zeros((3, 20, 30), np.uint8)})

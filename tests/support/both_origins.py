@@ -1,4 +1,4 @@
-"""Fixtures of the folders whose tests run on LeRobot's own class and on ours, unless they are marked otherwise."""
+"""Fixtures of the folders whose tests run on the classes of ``policies.origin``, unless they are marked otherwise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 
 @pytest.fixture(autouse=True)
 def both_origins(origin: str) -> None:
-    """Every test of the folder runs on both."""
+    """Also of the tests that ask for no policy."""
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ table in docs/acceptance.md (``make acceptance``) is made in a second and withou
 from __future__ import annotations
 
 import ast
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,29 +133,6 @@ def where(gpu: bool, fixtures: Iterable[str]) -> str:
     return GPU if gpu else DRIVER if _GRAPH_FIXTURES & set(fixtures) else CPU
 
 
-def line_of(number: int, tests: list[tuple[str, str]]) -> str:
-    """Verdict, counts by outcome and places of one check.
-
-    tests  (outcome, place) of every test of it that ran
-    """
-    ran = [place for outcome, place in tests if outcome == "passed"]
-    skipped = sorted({place for outcome, place in tests if outcome == "skipped"} - set(ran))
-    if any(outcome == "failed" for outcome, _ in tests):
-        verdict = "FAILED"
-    elif ran:
-        verdict = "passed"
-    elif number in NO_TEST:
-        return f"{'not measured':14}{NO_TEST[number].removeprefix('not measured: '):40}"
-    else:
-        verdict = "not run"
-    count = Counter(outcome for outcome, _ in tests)
-    counts = ", ".join(
-        f"{count[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if count[outcome]
-    )
-    places = ", ".join([*sorted(set(ran)), *(f"{place}: skipped" for place in skipped)])
-    return f"{verdict:14}{counts:22}  {places:40}"
-
-
 def _names(marks: Iterable[ast.expr]) -> Iterator[tuple[str, tuple[object, ...]]]:
     """(name, constant arguments) of every ``pytest.mark.<name>`` among expressions."""
     for mark in marks:
@@ -198,8 +174,8 @@ def markdown() -> str:
     found = places()
     lines = [
         "# What is promised, and which test shows it", "",
-        "Made by `make acceptance` from the marks of the tests; a test compares the two. `pytest tests/acceptance` runs one or more tests of every check",
-        f"and prints a line for each. {CPU}: shown on a processor. {DRIVER}: the graph cache shown with a driver that records and replays on a CPU",
+        "Made by `make acceptance` from the marks of the tests; a test compares the two. `pytest tests/acceptance` runs one or more tests of every check.",
+        f"{CPU}: shown on a processor. {DRIVER}: the graph cache shown with a driver that records and replays on a CPU",
         f"(`tests/support/recorder.py`). {GPU}: a test marked `gpu`, which a machine without one skips; no GPU has run these tests yet.",
     ]  # fmt: skip
     for group, checks in GROUPS.items():

@@ -48,7 +48,7 @@ def sizes(case: dict[str, int]) -> str:
 
 
 def in_dtypes(cases: Iterable[dict[str, int]], everywhere: Container[dict[str, int]]) -> list[Any]:
-    """Parameters (case, dtype): every case in fp32, those that are ``everywhere`` in fp16 and bf16 as well.
+    """Parameters (case, dtype): every case in fp32, those that are ``everywhere`` in bf16 as well, or in fp16.
 
     Other pairs are for `make test-full`: Triton compiles a kernel for each.
     """
@@ -58,6 +58,7 @@ def in_dtypes(cases: Iterable[dict[str, int]], everywhere: Container[dict[str, i
             dtype,
             marks=[
                 *(triton_by.BF16 if dtype is torch.bfloat16 else []),
+                *(triton_by.FP16 if dtype is torch.float16 else []),
                 *[pytest.mark.long] * (dtype is not torch.float32 and case not in everywhere),
             ],
             id=f"{sizes(case)}-{dtype}",

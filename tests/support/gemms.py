@@ -28,7 +28,11 @@ NAMES = (
     "patch_embed",
 )
 # Under Triton's interpreter products of bf16 are broken, so there fp16 stands for both.
-DTYPES = pytest.mark.parametrize("dtype", [F32, F16, pytest.param(BF16, marks=triton_by.BF16)], ids=str)
+DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [F32, pytest.param(F16, marks=triton_by.FP16), pytest.param(BF16, marks=triton_by.BF16)],
+    ids=str,
+)
 OPS = pytest.mark.parametrize("op", NAMES)
 ATEN = SimpleNamespace(
     linear=aten_linear.linear,

@@ -13,6 +13,7 @@ from typing import Any
 
 from smolvla_fast.ops import extension
 
+QEMU = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
 # The extension alone, on addresses: it needs no torch.
 MASKED = """
 import ctypes, importlib.util, json, sys
@@ -44,7 +45,7 @@ print(json.dumps({"levels": kernels.levels(), "results": results}))
 @cache
 def masked(processor: str | None) -> Any:
     """The kernels on a processor that QEMU emulates; None: on this one."""
-    emulator = [] if processor is None else [shutil.which("qemu-x86_64") or "", "-cpu", processor]
+    emulator = [] if processor is None else [str(QEMU), "-cpu", processor]
     command = [*emulator, sys.executable, "-S", "-c", MASKED, extension.load("cpu").__file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, text=True, capture_output=True, env=environment, timeout=300)

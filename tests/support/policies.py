@@ -26,9 +26,12 @@ TIERS = ["exact", "fp32", "bf16"]
 _origin = "lerobot"
 
 
-@pytest.fixture(params=["lerobot", "ours"])
+@pytest.fixture(params=["lerobot", pytest.param("ours", marks=pytest.mark.long)])
 def origin(request: pytest.FixtureRequest) -> Any:
-    """Whose class ``make_policy`` builds; a test that asks for ``policy`` runs on both."""
+    """Whose class ``make_policy`` builds: LeRobot's, and in ``make test-full`` ours as well.
+
+    That our own model answers as LeRobot's does is the business of tests/smolvla.
+    """
     global _origin
     _origin = request.param
     yield _origin
@@ -40,12 +43,8 @@ LEROBOT_ONLY = pytest.mark.parametrize("origin", ["lerobot"], indirect=True)
 shares its maths with the references, so a change to those cannot be told apart from it."""
 
 
-LEROBOT_FIRST = pytest.mark.parametrize(
-    "origin", ["lerobot", pytest.param("ours", marks=pytest.mark.long)], indirect=True
-)
-"""For grids of many cases, and where it does not matter whose class it is: on LeRobot's class in ``make test``, on both in
-``make test-full``. That our own model answers as LeRobot's does is the business of tests/smolvla; tests with neither of
-these marks run on both."""
+BOTH = pytest.mark.parametrize("origin", ["lerobot", "ours"], indirect=True)
+"""For where the engine may read one class otherwise than the other: in ``make test`` too."""
 
 
 _made: dict[str, Original] = {}

@@ -6,8 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,42 +168,9 @@ def copied(batch: dict[str, Any]) -> dict[str, Any]:
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
-@dataclass
-class Tally:
-    """What was compared, for the summary: per quantity how many values, how many bit-equal, the worst difference."""
-
-    compared: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    equal: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    worst: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    # Per quantity: configuration -> whether all of its values are bit-equal.
-    configurations: dict[str, dict[str, bool]] = field(default_factory=lambda: defaultdict(dict))
-
-    def check(self, quantity: str, configuration: str, stock: Any, ours: Any) -> None:
-        """Assert that two tensors, numbers or Nones are the same bits, and remember it."""
-        same = _same(stock, ours)
-        seen = self.configurations[quantity]
-        seen[configuration] = seen.get(configuration, True) and same
-        self.compared[quantity] += 1
-        self.equal[quantity] += same
-        if not same:
-            self.worst[quantity] = max(self.worst[quantity], _difference(stock, ours))
-        assert same, f"{configuration}: {quantity} differs by {_difference(stock, ours):.3e}"
-
-    def lines(self) -> list[str]:
-        models = set(self.configurations["chunks"]) | set(self.configurations["losses"])
-        unequal = {name for seen in self.configurations.values() for name, same in seen.items() if not same}
-        rows = [
-            f"SmolVLA parity: {len(models)} model configurations, {len(models - unequal)} bit-equal in "
-            "everything"
-        ]
-        for name in sorted(self.compared):
-            seen = self.configurations[name]
-            rows.append(
-                f"  {name:<18} {sum(seen.values()):>4} of {len(seen):>4} configurations, "
-                f"{self.equal[name]:>6} of "
-                f"{self.compared[name]:>6} values bit-equal, worst difference {self.worst[name]:.1e}"
-            )
-        return rows
+def assert_same(quantity: str, of: str, stock: Any, ours: Any) -> None:
+    """Two tensors, numbers or Nones are the same bits."""
+    assert _same(stock, ours), f"{of}: {quantity} differs by {_difference(stock, ours):.3e}"
 
 
 def _same(a: Any, b: Any) -> bool:

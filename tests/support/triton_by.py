@@ -41,6 +41,9 @@ CAPABILITY = int(BY.removeprefix("sm_")) if BY.startswith("sm_") else None
 """That kernels are compiled for, where the machine runs them."""
 BF16 = [pytest.mark.gpu] if INTERPRETED else []
 """Marks of a test in bf16: under the interpreter its products are broken."""
+FP16 = [] if INTERPRETED else [pytest.mark.long]
+"""Of one in fp16 beside the same in bf16: each is a kernel to compile, and what sizes change in one they change in both.
+Under the interpreter fp16 stands for bf16."""
 FP8 = (
     [pytest.mark.skip(reason="8-bit floats are compiled from sm_89 on")]
     if CAPABILITY and CAPABILITY < 89

@@ -560,10 +560,13 @@ def test_frames_of_another_size_are_said_at_patching(settings: dict[str, Any], r
     assert re.search(reason, str(smolvla_fast.status(policy).training_fallback))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.triton
 def test_triton_kernels_under_a_step() -> None:
-    """The smallest policy there is, under the interpreter: attention with its backward, flow loss, and the frozen prefix."""
+    """In fp32, the smallest policy there is: attention with its backward, flow loss, and the frozen prefix.
+
+    tests/compiled_kernels/test_compiled_chunk.py has the step in bf16.
+    """
     pytest.importorskip("triton")
     policy = make_policy(
         "tiny", cameras=1, num_vlm_layers=2, chunk_size=4, tokenizer_max_length=8,

@@ -53,6 +53,7 @@ def test_adapters_train_as_in_stock_and_lerobot_loads_them(bench_top, finished, 
         chunks.append(chunk_by_lerobot(tmp_path / fast / "checkpoints" / "last" / "pretrained_model"))
     # fp32 sums in another order, through three updates.
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    # AdamW divides by the gradient's own size: where that is near 0 rounding alone decides a step of 1e-2.
     assert (chunks[0] - chunks[1]).norm() <= 1e-2 * chunks[1].norm()
     before = chunk_by_lerobot(finished / "checkpoints" / "last" / "pretrained_model")
     assert (chunks[0] - before).norm() > (chunks[0] - chunks[1]).norm()

@@ -138,7 +138,6 @@ MEMBERS = {
     "uint8-float16": {OBS_STATE: ("uint8", (6,)), ACTION: ("float16", (6,))},
     "one-int64-uint8": {OBS_STATE: ("int64", (1,)), ACTION: ("uint8", (6,))},
     "matrix-float64": {OBS_STATE: ("float64", (4, 4)), ACTION: ("float64", (6,))},
-    "one-float32": {OBS_STATE: ("float32", (1,))},
     "beside-the-state": {
         "observation.pose": ("float32", (4, 4)), "observation.poses": ("float64", (2, 3, 4)),
         "observation.count": ("int64", (1,)), "observation.environment_state": ("float64", (3,)),

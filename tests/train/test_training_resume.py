@@ -41,8 +41,9 @@ LONG = ("--dataset.episodes=[0]", "--batch_size=10", "--policy.scheduler_warmup_
             ("--dtype=bf16", "--dataset.episodes=[0,1]", "--dataset.eval_split=0.5", "--eval_steps=2"),
             id="bf16-evaluated",
         ),
-        # Two steps see most frames of the one episode; gone on from there, they are encoded anew, beside other ones.
-        pytest.param(("--image_cache=100000000",), id="image-cache"),
+        # Two steps see most frames of the one episode; gone on from there, they are encoded anew, beside other ones: as
+        # those of a folder in test_known_frames.py.
+        pytest.param(("--image_cache=100000000",), id="image-cache", marks=pytest.mark.long),
     ],
 )
 def test_a_resumed_run_ends_at_the_same_bits(bench_top, tmp_path, options):
