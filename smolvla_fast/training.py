@@ -40,6 +40,7 @@ from .train.random_state import seed_all, seeded
 from .train.resume import batch_size_of
 from .train.settings import TrainSettings
 
+GO_ON = "go on from its checkpoint with train(settings, resume=CHECKPOINT), or begin with prepare(settings)"
 CALMER = "try a lower --policy.optimizer_lr, more --policy.scheduler_warmup_steps"
 
 
@@ -255,20 +256,16 @@ def prepare(settings: TrainSettings, resume: Path | None = None, *, trial: bool 
 def update(run: Run, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
     """One optimizer step: ``gradient_accumulation_steps`` batches forward and backward, clip, step, schedule.
 
-    returns  loss (the mean over the batches), grad_norm before clipping, lr; seconds of reading (data_s) and the rest
-             (update_s)
+    returns  loss (mean over the batches), grad_norm before clipping, lr; seconds: data_s of reading, update_s of the rest
     raises   TrainingError, with the weights as before and no gradients, when loss or gradient is not finite
     """
-    accelerator = run.accelerator
-    if accelerator is None:
-        way = "train(settings, resume=CHECKPOINT), or begin with prepare(settings)"
-        raise TrainingError(f"this run has ended; go on from its checkpoint with {way}")
+    if run.accelerator is None:
+        raise TrainingError(f"this run has ended; {GO_ON}")
     try:
-        return _update(run, accelerator, batches)
-    except BaseException:
-        # A step that was not taken leaves the next one neither gradients nor a count of its batches.
+        return _update(run, run.accelerator, batches)
+    except BaseException:  # a step not taken leaves neither gradients nor a count of its batches
         run.policy.zero_grad()
-        accelerator.step = 0
+        run.accelerator.step = 0
         raise
 
 
@@ -276,8 +273,7 @@ def _update(run: Run, accelerator: Any, batches: Iterator[dict[str, Any]]) -> di
     settings, parts = run.settings, run.settings.gradient_accumulation_steps
     losses: list[Tensor] = []
     seen: list[dict[str, Any]] = []  # raw batches in the host's memory, for the message of an error
-    data_s = 0.0
-    begun = time.perf_counter()
+    data_s, begun = 0.0, time.perf_counter()
     for part in range(parts):
         asked = time.perf_counter()
         seen.append(next(batches))
@@ -292,16 +288,15 @@ def _update(run: Run, accelerator: Any, batches: Iterator[dict[str, Any]]) -> di
     clip = settings.policy.optimizer_grad_clip_norm
     norm = accelerator.clip_grad_norm_(run.policy.parameters(), clip if clip > 0 else math.inf)
     # Checked before the step, and both in one transfer, since each waits for the GPU.
-    facts = accelerator.reduce(torch.stack([torch.stack(losses).mean().float(), norm.float()]), "mean")
-    mean, grad_norm = facts.tolist()
+    facts = torch.stack([torch.stack(losses).mean().float(), norm.float()])
+    mean, grad_norm = accelerator.reduce(facts, "mean").tolist()
     if not (math.isfinite(mean) and math.isfinite(grad_norm)):
         raise TrainingError(_not_finite(run, mean, grad_norm, seen))
-    rate = run.optimizer.param_groups[0]["lr"]
+    found = dict(loss=mean, grad_norm=grad_norm, lr=run.optimizer.param_groups[0]["lr"], data_s=data_s)
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.scheduler.step()
-    update_s = time.perf_counter() - begun - data_s
-    return {"loss": mean, "grad_norm": grad_norm, "lr": rate, "data_s": data_s, "update_s": update_s}
+    return {**found, "update_s": time.perf_counter() - begun - data_s}
 
 
 def _not_finite(run: Run, loss: float, grad_norm: float, batches: list[dict[str, Any]]) -> str:
