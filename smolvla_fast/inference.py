@@ -127,8 +127,8 @@ class Engine:
         raises       ``CaptureFailed`` where this shape of call cannot be captured, ``Ineligible`` of a validator
         replaces     ``sample_actions`` of LeRobot's ``VLAFlowMatching``
 
-        Where attention turns out too sharp for 8-bit products, the chunk is computed once more, and all later ones with
-        these weights, in fp32; ``observe`` sees the steps of the chunk that is returned.
+        Where attention turns out too sharp for products of integers, the chunk is computed once more, and all later ones
+        with these weights, in fp32; ``observe`` sees the steps of the chunk that is returned.
 
         On a GPU the whole chunk is one captured graph; an observed or timed chunk runs the same ops one by one.
         Validators are asked before a run, which reads parameters. A replay reads what a capture has read, so they are asked

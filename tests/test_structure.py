@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.structure import DOCUMENT, FILES, GRAPH, PACKAGE, room, with_picture
+from support.structure import DOCUMENT, FILES, GRAPH, PACKAGE, imports, room, with_picture
 
 MAX_FILES, MAX_LINES = 8, 350
 
@@ -12,6 +12,18 @@ MAX_FILES, MAX_LINES = 8, 350
 def test_a_module_imports_from_its_own_room_and_those_behind_it(module: str) -> None:
     upward = sorted(each for each in GRAPH[module] if room(each) < room(module))
     assert not upward, f"{module} imports {', '.join(upward)}, which is read before it"
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("def late():\n    from ..patch import patch", "patch"),
+        ("import importlib\nimportlib.import_module('smolvla_fast.patching.rtc')", "patching.rtc"),
+        ("import_module(f'{__package__}.triton.{name}')", "ops.triton"),
+    ],
+)
+def test_an_import_is_found_wherever_it_hides(code: str, found: str) -> None:
+    assert imports("ops.select", code, is_package=False) == {found}
 
 
 def test_no_module_imports_itself_through_others() -> None:

@@ -82,6 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         path = _checkout() / "benchmarks" / "results" / harness.result_name(system.facts())
     check_report(path, (".md", ".html", ".png"))
     unfinished = path.with_suffix(".unfinished.json")  # at the path may lie the figures of another day
+    console.line(f"figures gather in {unfinished} until the end")
     seconds = flags.seconds(args)
     parts = [harness.suite(name, seconds, seconds, *_options(name, args)) for name in suites]
     data = harness.visit(parts, unfinished, seconds * len(parts) / 60, dict(os.environ), system.facts())

@@ -48,7 +48,7 @@ class LayerEngine:
     @property
     def bytes(self) -> int:
         """What is held between calls for caches that are alive, position ids of the patches, and buffers of a step."""
-        positions = sum(each.nbytes for each in self._positions.values())
+        positions = sum(each.nbytes for each in list(self._positions.values()))
         return self._notebook.bytes + positions + (0 if self._workspace is None else self._workspace.bytes)
 
     def embed_image(self, pair: Any, image: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.checks import TESTS
-from support.policies import LEROBOT_ONLY, TIERS, chunk, make_policy, rel_l2
+from support.policies import BOTH, LEROBOT_ONLY, TIERS, chunk, make_policy, rel_l2
 from torch import Tensor
 
 import smolvla_fast
@@ -144,6 +144,7 @@ def test_returns_the_same_object_and_says_one_line(policy: Any, caplog: pytest.L
     assert all(f"not {name}: {why}" in line for name, why in now.fallback_reasons.items())
 
 
+@BOTH
 @pytest.mark.check(3)
 @pytest.mark.parametrize("precision", TIERS)
 def test_status_counts(policy: Any, observation: dict[str, Tensor], noise: Tensor, precision: str) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from support.captured import Captured
-from support.policies import LEROBOT_ONLY, TIERS, chunk, make_policy
+from support.policies import BOTH, LEROBOT_ONLY, TIERS, chunk, make_policy
 from torch import Tensor
 
 import smolvla_fast
 from smolvla_fast.testing.policies import make_noise, make_observation
 
 
+@BOTH
 @pytest.mark.check(20)
 def test_the_queue_runs_the_model_once_a_chunk(
     policy: Any, observation: dict[str, Tensor], noise: Tensor

@@ -31,7 +31,6 @@ def account() -> Account:
     return Account(H100, record())
 
 
-@pytest.mark.long
 def test_the_page_is_what_the_code_launches(account: Account) -> None:
     if MADE_BY not in PAGE.read_text():
         pytest.skip("the page was made with another torch, whose calls may be other ones")

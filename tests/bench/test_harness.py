@@ -362,7 +362,8 @@ def test_an_interrupted_visit_keeps_what_it_has(tmp_path: Path) -> None:
     begun, found = tmp_path / "begun", {**run.EMPTY, "figures": {"ms": 1.0}, "interrupted": True}
 
     def interrupt() -> None:
-        while not begun.exists():
+        end = time.monotonic() + 60
+        while not begun.exists() and time.monotonic() < end:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 

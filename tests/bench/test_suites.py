@@ -274,7 +274,7 @@ def test_a_point_of_the_curves_is_checked(setup: BenchmarkSetup) -> None:
     turned = torch.cat([stock[:2], stock[2:].roll(1, dims=1)])
     for precision, found, reason in (
         ("int8", turned, "cosine"),
-        ("int16", 1.02 * stock, "rel L2 0.02, allowed 0.013"),
+        ("int16", 1.05 * stock, "rel L2 0.05, allowed 0.028"),
         ("fp32", turned, "rel L2"),
         ("bf16", 1.1 * stock, "rel L2"),
     ):

@@ -132,7 +132,7 @@ def test_doctor_counts_threads(
     assert row.endswith(words)
 
 
-@pytest.mark.parametrize("command", ["doctor", "--help"])
+@pytest.mark.parametrize("command", ["doctor", pytest.param("--help", marks=pytest.mark.long)])
 def test_a_closed_pipe_ends_a_command_without_traceback(command: str) -> None:
     """As under `doctor | head -1`, but with the pipe closed before the first line, so that no race decides."""
     reading, writing = os.pipe()
@@ -319,6 +319,27 @@ def test_bench_keeps_an_earlier_report_where_nothing_was_timed(
     path.write_text("earlier figures")
     assert main(["bench", "ops", "--json", str(path)]) == 2 and started
     assert path.read_text() == "earlier figures" and list(tmp_path.iterdir()) == [path]
+
+
+def test_bench_replaces_an_earlier_report_by_what_it_has_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.harness import run
+
+    def visit(
+        parts: Any, path: Path, minutes: float, environment: Any, facts: dict[str, Any]
+    ) -> dict[str, Any]:
+        data = {"machine_info": {"smolvla_fast": {**facts, "threads": 2}}, "parts": [], "interrupted": False}
+        data["benchmarks"] = [{"group": "other", "extra_info": {}}]
+        path.write_text(json.dumps(data))
+        return data
+
+    monkeypatch.setattr(run, "visit", visit)
+    path = tmp_path / "a.json"
+    path.write_text("earlier figures")
+    assert main(["bench", "ops", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["benchmarks"] and path.with_suffix(".md").is_file()
+    assert not list(tmp_path.glob("*unfinished*"))
 
 
 def test_bench_hands_on_device_and_cameras(started: list[list[str]], tmp_path: Path) -> None:

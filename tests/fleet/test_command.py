@@ -111,8 +111,10 @@ def test_the_command_serves_until_it_is_interrupted(
     asking = threading.Thread(target=ask)
     asking.start()
     flags = ["--max-batch=4", "--batch-wait-ms=20", "--replicas=3", "--host=127.0.0.1", f"--port={port}"]
-    status = main(["serve", "--fleet", f"--policy.path={path}", *flags])
-    ended.set()
+    try:
+        status = main(["serve", "--fleet", f"--policy.path={path}", *flags])
+    finally:
+        ended.set()
     asking.join(PATIENCE)
     said = capsys.readouterr().out
     assert status == 130 and not failed, (status, failed, said)

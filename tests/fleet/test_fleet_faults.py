@@ -87,7 +87,7 @@ def process(handle: Any) -> int:
 def test_an_observation_with_which_a_replica_dies_is_asked_anew_and_in_the_end_given_up(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That Ray puts another in its place is seen above."""
+    """That Ray puts another in its place is seen above, by make test-full."""
     from ray.exceptions import RayActorError
 
     from smolvla_fast.fleet import front

@@ -19,7 +19,7 @@ from benchmarks.suites import cpu as cpu_suite
 from smolvla_fast.model.dims import read_dims
 from smolvla_fast.model.weights import read_vision_layers
 from smolvla_fast.ops import defaults, extension
-from smolvla_fast.ops.cpu import int8_attention
+from smolvla_fast.ops.cpu import int8_attention, int16
 from smolvla_fast.ops.memory import Memory, Workspace
 from smolvla_fast.ops.select import backend_ops
 from smolvla_fast.patch import engine_of
@@ -40,6 +40,11 @@ def patched(precision: str = "fp32", **settings: Any) -> Any:
     policy = make_policy("tiny", **SHAPE, **settings)
     smolvla_fast.patch(policy, precision=precision, backend="cpu")
     return policy
+
+
+@pytest.fixture(autouse=True)
+def integers_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int16, "why_slow", lambda: None)  # fp32 would serve
 
 
 @pytest.mark.parametrize("layout", ["fp32", "mixed"])
@@ -64,8 +69,9 @@ def test_also_for_a_batch_whose_cache_slots_are_in_pieces() -> None:
     assert cpu_suite.step_allocations(policy, inputs)["step_allocations"] == 0
 
 
-def test_chunks_are_fresh_and_of_the_bits_without_a_workspace() -> None:
-    policy = patched()
+@pytest.mark.parametrize("precision", ["fp32", "int16"])
+def test_chunks_are_fresh_and_of_the_bits_without_a_workspace(precision: str) -> None:
+    policy = patched(precision)
     observation, noises = make_observation(policy), [make_noise(policy, seed=seed) for seed in range(3)]
     kept = [chunk(policy, observation, noise) for noise in noises]
     copies = [each.clone() for each in kept]
@@ -78,8 +84,9 @@ def test_chunks_are_fresh_and_of_the_bits_without_a_workspace() -> None:
         assert torch.equal(one, chunk(policy, observation, noise))
 
 
-def test_threads_have_memory_of_their_own() -> None:
-    policy = patched()
+@pytest.mark.parametrize("precision", ["fp32", "int16"])
+def test_threads_have_memory_of_their_own(precision: str) -> None:
+    policy = patched(precision)
     observation, noises = make_observation(policy), [make_noise(policy, seed=seed) for seed in range(4)]
     # New threads take OpenMP's own count, not this one's, and the order of a library's sums may depend on it.
     threads = torch.get_num_threads()
@@ -90,11 +97,13 @@ def test_threads_have_memory_of_their_own() -> None:
             assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
 
-def test_layers_of_the_vision_tower_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "int16"])
+def test_layers_of_the_vision_tower_share_memory(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the bits of fresh memory, and no result of a tower is written over by the next one."""
-    model = patched().model
+    model = patched(precision).model
     vlm, dims, cast = model.vlm_with_expert.get_vlm_model(), read_dims(model), engine_of(model).products.cast
-    ops = backend_ops("cpu")  # our kernels at any size, whatever leads on this processor
+    # Our kernels at any size, whatever leads on this processor.
+    ops = backend_ops("integers" if precision == "int16" else "cpu")
     layers, memory = list(read_vision_layers(vlm, cast)), Memory()
     x = torch.randn(2, 16, len(layers[0].q.bias))
 
@@ -111,7 +120,7 @@ def test_layers_of_the_vision_tower_share_memory(monkeypatch: pytest.MonkeyPatch
             # What a layer finds there says nothing.
             for each in memory.tensors:
                 if each.data_ptr() != kept.data_ptr():
-                    each.fill_(float("nan"))
+                    each.fill_(float("nan") if each.is_floating_point() else 12345)
         assert len(held) > 1 and held[0] == held[-1]
         layer = partial(vision_layer, ops, layers[0], x, dims.vision_heads)
         assert large(layer) >= 8 and large(partial(layer, memory=memory)) == 0, "each op's result is large"
@@ -134,12 +143,13 @@ class _Taken(Workspace):
         with super().lent() as memory:
             yield memory
         for each in memory.tensors:
-            each.fill_(float("nan"))
+            each.fill_(float("nan") if each.is_floating_point() else 12345)
 
 
 @pytest.mark.parametrize("layout", ["fp32", "mixed"])
-def test_a_chunk_is_copied_before_its_memory_is_given_back(layout: str) -> None:
-    policy = patched(layout=layout)
+@pytest.mark.parametrize("precision", ["fp32", "int16"])
+def test_a_chunk_is_copied_before_its_memory_is_given_back(precision: str, layout: str) -> None:
+    policy = patched(precision, layout=layout)
     observation, noise = make_observation(policy), make_noise(policy)
     want = chunk(policy, observation, noise)
     engine_of(policy.model)._workspace = _Taken()

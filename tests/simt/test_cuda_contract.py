@@ -42,10 +42,20 @@ def test_fp32_queries_are_served_by_the_fallback(emulator: Any, monkeypatch: pyt
 
 def test_what_the_sanitizer_watches(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script that compute-sanitizer runs on a GPU does here what it says: all kernels right, and one overrun."""
-    monkeypatch.setattr(every_kernel, "SMALL_FLOPS", 1e5)
+    monkeypatch.setattr(every_kernel, "SMALL_FLOPS", 1.1e5)
     emulator.configure(compute_capability=CAPABILITY, shared_bytes_per_block=232448)
     ops = select("cuda", CPU, False)
+    launched: set[str] = set()
+    for op in every_kernel.SINGLE_OPS:
+        own = getattr(emulator, op)
+
+        def counted(*args: Any, op: str = op, own: Any = own, **kwargs: Any) -> Any:
+            launched.add(op)
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(emulator, op, counted)
     every_kernel.single_ops(ops, CPU)
+    assert launched == set(every_kernel.SINGLE_OPS), "else a fallback served, and nothing was watched"
     every_kernel.normed_products(ops, CPU)
     every_kernel.whole_loop(ops, CPU)
     with pytest.raises(RuntimeError, match="out-of-bounds"):

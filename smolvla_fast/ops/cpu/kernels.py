@@ -117,9 +117,19 @@ def attention(
 
 
 def attention_operands(
-    op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor | None
-) -> tuple[Tensor, tuple[Any, ...]]:
-    """Checked: where the result goes, and what the extension is told of all five, up to the number of threads."""
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor | None,
+    *,
+    writes: bool = True,
+) -> tuple[Any, tuple[Any, ...]]:
+    """Checked: where the result goes, and what the extension is told of all five, up to the number of threads.
+
+    writes  else there is no result, and the extension is told of none
+    """
     dtype = q.dtype
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(
@@ -145,12 +155,12 @@ def attention_operands(
     else:
         check_one(op, "mask", mask, torch.bool, "a mask", (batch, queries, keys))
         strides, mask_address = strides + mask.stride(), mask.data_ptr()
-    if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    else:
+    if out is not None:
         check(op, dtype, {"out": (out, q.shape)})
         check_apart(op, out, [q, k, v, mask])
-    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), mask_address, out.data_ptr())
+    elif writes:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), mask_address, 0 if out is None else out.data_ptr())
     return out, (*addresses, (batch, queries, keys, heads, kv_heads, head_dim), strides, head_dim**-0.5)
 
 

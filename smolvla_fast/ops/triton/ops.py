@@ -1,4 +1,4 @@
-"""Backend ``triton``: the kernels of ``kernels/`` under the signatures of the ops; every op is one launch.
+"""Backend ``triton``: the kernels of ``kernels/`` under the signatures of the ops; every op of a chunk is one launch.
 
 Where torch's call is ahead: ``ops/defaults.py``.
 """
