@@ -55,7 +55,7 @@ def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
             batch,
             guided,
             id=f"{precision}-{batch}-{how}",
-            marks=[pytest.mark.long] * (not guided or batch == 1),
+            marks=[pytest.mark.long] * (not guided or batch == 1 or precision == "fp8"),
         )
         for precision in ("bf16", "fp8")
         for batch in (1, 2)

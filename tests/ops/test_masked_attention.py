@@ -72,8 +72,8 @@ ONES = (case(3, 1, 33, 4, 4, 8), case(1, 3, 1, 2, 2, 40), case(1, 2, 17, 3, 3, 1
 
 
 def larger_product(backend: str, pair: Any) -> bool:
-    """Triton's kernels in fp16, beside those in bf16: ``triton_by.FP16``."""
-    return backend == "triton" and pair[0] is F16 and bool(triton_by.FP16)
+    """Kernels for GPUs in fp16, beside those in bf16: ``triton_by.FP16``."""
+    return backend != "cpu" and pair[0] is F16 and bool(triton_by.FP16)
 
 
 BACKENDS_AND_DTYPES = pytest.mark.parametrize(
