@@ -30,6 +30,7 @@ from benchmarks.peers import openvino as openvino_peer
 from smolvla_fast.engine.timing import stage_times
 from smolvla_fast.measure.rounds import median_stages, percentile, threads, timed_ms
 from smolvla_fast.ops import extension, table
+from smolvla_fast.ops.cpu import int8_attention
 from smolvla_fast.patch import engine_of, patch
 from smolvla_fast.testing import policies
 
@@ -168,7 +169,9 @@ def outside_ops(policy: Any, inputs: Inputs, repeats: int) -> dict[str, float]:
     engine, inside, found = engine_of(policy.model), [], []
     served = {name: op for name in table.NAMES if (op := getattr(engine.ops, name)) is not None}
     timed = replace(engine.ops, **{name: recorded(op, inside) for name, op in served.items()})
-    with patched.object(engine, "ops", timed):
+    # In tiers of integers a chunk's attention is not the table's.
+    attend = recorded(int8_attention.Chunk._attend, inside)
+    with patched.object(engine, "ops", timed), patched.object(int8_attention.Chunk, "_attend", attend):
         for _ in range(repeats):
             inside.clear()
             whole = sample_ms(policy, inputs)

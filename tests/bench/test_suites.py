@@ -20,6 +20,8 @@ import torch
 import smolvla_fast
 from smolvla_fast.engine.timing import stage_times
 from smolvla_fast.measure.rounds import error
+from smolvla_fast.ops import extension
+from smolvla_fast.ops.cpu import int16
 from smolvla_fast.testing import policies
 from smolvla_fast.verify import FP32_BOUND
 
@@ -183,6 +185,19 @@ def test_overhead_is_that_of_the_engine(setup: BenchmarkSetup) -> None:
     assert setup.policy.config.num_steps == steps
     status = smolvla_fast.status(policy)
     assert status.calls_stock == 0, status.last_fallback
+
+
+@pytest.mark.skipif(not extension.available("cpu"), reason=extension.why_missing("cpu") or "built")
+def test_attention_of_a_tier_of_integers_is_no_overhead(
+    setup: BenchmarkSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not the table's, and counts as an op all the same."""
+    monkeypatch.setattr(int16, "why_slow", lambda: None)  # fp32 would serve
+    calls = []
+    for precision in ("fp32", "int16"):
+        policy = smolvla_fast.patch(twin(setup.policy), precision=precision, backend="cpu")
+        calls.append(cpu_suite.outside_ops(policy, setup.inputs(2), 1)["op_calls"])
+    assert calls[0] == calls[1]
 
 
 def test_a_step_that_allocates_more_shows(setup: BenchmarkSetup) -> None:

@@ -19,7 +19,7 @@ from benchmarks.suites import cpu as cpu_suite
 from smolvla_fast.model.dims import read_dims
 from smolvla_fast.model.weights import read_vision_layers
 from smolvla_fast.ops import defaults, extension
-from smolvla_fast.ops.cpu import int8_attention, int16
+from smolvla_fast.ops.cpu import int16
 from smolvla_fast.ops.memory import Memory, Workspace
 from smolvla_fast.ops.select import backend_ops
 from smolvla_fast.patch import engine_of
@@ -52,12 +52,11 @@ def integers_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_denoise_step_allocates_nothing(
     precision: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where our kernels compute it: products of bf16 on AMX are oneDNN's, which makes its results anew. And where scores of
-    attention are not measured, as they are in the first chunks of tier ``int16``."""
+    """Where our kernels compute it: products of bf16 on AMX are oneDNN's, which makes its results anew. And behind the first
+    chunk, in which tier ``int16`` measures the scores of attention."""
     monkeypatch.setattr(defaults, "_on_tiles", lambda dtype: False)
-    monkeypatch.setattr(int8_attention, "FIRST", 0)
     policy = patched(precision, layout=layout)
-    chunk(policy, make_observation(policy), make_noise(policy))  # the first of 64
+    chunk(policy, make_observation(policy), make_noise(policy))
     found = cpu_suite.step_allocations(policy, (make_observation(policy), make_noise(policy)))
     assert found["step_allocations"] == 0, found
     assert smolvla_fast.status(policy).calls_stock == 0

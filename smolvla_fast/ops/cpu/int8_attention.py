@@ -162,7 +162,7 @@ class Heads:
     def chunk(self, generation: int) -> Chunk:
         """Attention of a chunk that is about to be computed with this generation of the weights."""
         seen = self.seen if self.seen.generation == generation else Seen(generation)
-        # With 16 bits attention is always in fp32, and measuring it takes a sixth of a chunk.
+        # With 16 bits attention is always in fp32: measuring is all extra.
         first = FIRST if self.bits == 8 else 1
         often = seen.chunks < first or seen.spread > MOST_SPREAD[self.bits] / 2
         return Chunk(self, generation, often or seen.chunks % EVERY == 0)
@@ -247,26 +247,30 @@ class Chunk:
     ) -> Tensor:
         if q.dtype is not torch.float32 or k.dtype is not torch.float32:
             return in_fp32()
-        if self._heads.bits == 16:
-            why: str | None = None
-        elif q.shape[3] > MOST_DIM:
-            why = f"heads are {q.shape[3]} wide, attention in 8 bits has room for {MOST_DIM}"
+        if self._heads.bits == 16:  # only the scores matter
+            self._measure(q, k, v, mask)
+            return in_fp32()
+        if q.shape[3] > MOST_DIM:
+            why: str | None = f"heads are {q.shape[3]} wide, attention in 8 bits has room for {MOST_DIM}"
         else:
             # Counts that change with the prompt are rounded up, so that few are ever timed.
             queries, keys = (1 << max(x.shape[1] - 1, 0).bit_length() for x in (q, k))
             sizes = (queries, keys, *q.shape[::2], *k.shape[2:], mask is None)
             integers = partial(attention, q, k, v, mask, most_error=float("inf"))
             why = self._heads.why_not((level(), torch.get_num_threads(), *sizes), integers, in_fp32)
-        generation = self.seen.generation
-        if why is None and self._heads.bits == 8:
+        if why is None:
             out = _empty(memory, "attention", q.shape, k.dtype)
             found = attention(q, k, v, mask, most_error=MOST_ERROR, out=out)
             wide = int((~(found.error <= MOST_ERROR)).sum())
-            self.seen += Seen(generation, 0, found.error.numel(), wide, _largest(found.spread))
+            self.seen += Seen(self.seen.generation, 0, found.error.numel(), wide, _largest(found.spread))
             return found.out.flatten(2)
-        largest = _largest(spread(q, k, v, mask)) if self._measures else 0.0
-        self.seen += Seen(generation, spread=largest, others=frozenset([why] if why else []))
+        self._measure(q, k, v, mask, why)
         return in_fp32()
+
+    def _measure(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *why: str) -> None:
+        """The scores of attention in fp32, and why it is not in integers, where that is to be said."""
+        largest = _largest(spread(q, k, v, mask)) if self._measures else 0.0
+        self.seen += Seen(self.seen.generation, spread=largest, others=frozenset(why))
 
 
 def _largest(spread: Tensor) -> float:

@@ -163,7 +163,7 @@ def int8_matmul(x: IntegerRows, weight: IntegerWeight) -> Tensor:
     ):
         check_one("int8_matmul", name, tensor, dtype, "this kernel", wanted)
         check_contiguous("int8_matmul", name, tensor)
-    sums = empty(None, "sums", (*shape, outputs), torch.float32)
+    sums = torch.empty(*shape, outputs, dtype=torch.float32, device="cpu")
     if sums.numel():
         pointers = map(_address, (x.data, weight.data, weight.scale, sums))
         rows = sums.numel() // outputs
