@@ -155,7 +155,8 @@ def test_figures_are_of_committed_runs_and_say_what_is_not_measured() -> None:
     figures_page = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
     reports = re.findall(r"\(\.\./(benchmarks/results/(?!\S*-latency-)[^/)]*)\.md\)", figures_page)
     measured = {}
-    for place, report in zip(("", ", AVX2 alone", ", AVX2 alone, later run"), reports, strict=True):
+    places = ("", ", AVX2 alone", ", AVX2 alone, later run", ", AVX2 alone, bf16 weights")
+    for place, report in zip(places, reports, strict=True):
         for each in json.loads((ROOT / f"{report}.json").read_text(encoding="utf-8"))["benchmarks"]:
             facts = each["extra_info"]
             # Those beside compiled stock are timed twice, there in few rounds.
