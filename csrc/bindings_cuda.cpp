@@ -111,8 +111,10 @@ PYBIND11_MODULE(SMOLVLA_MODULE, m) {
         py::arg("inputs"), py::arg("y"), py::arg("next"), py::arg("fp32"), py::arg("strides"), py::arg("sizes"),
         py::arg("dependent"), py::arg("weight_settled"), py::arg("stream"),
         py::call_guard<py::gil_scoped_release>());
-    m.def("norm_products_shared_bytes", &norm_products_shared_bytes, py::arg("rows"), py::arg("inputs"),
+    m.def("norm_products_shared_bytes", &norm_products_shared_bytes,
           "what a block of norm_swiglu or norm_qkv_rope takes, at most");
+    m.def("norm_products_clusters", &norm_products_clusters,
+          "clusters of such blocks that the current device runs at once; 0: none, or no code for them");
     m.def(
         "norm_swiglu",
         [](const std::array<uintptr_t, 4>& inputs, uintptr_t y, const std::array<int64_t, 2>& strides,

@@ -64,7 +64,8 @@ def about() -> str:
         f"The second counts {', '.join(COUNTED)} in the loops of the machine code, unrolled as they stand: HMMA multiplies "
         "in tensor cores, LDGSTS and UBLKCP copy to shared memory in the background, LDSM is ldmatrix.\n\n"
         "No kernel spills unless its section says so. Below sm_90 linear_residual and norm_products are empty: "
-        "they need clusters of blocks, or launches that begin early."
+        "they need clusters of blocks, or launches that begin early; norm_products is on 12.x too, for want of "
+        "shared memory."
     )
 
 

@@ -202,11 +202,12 @@ def price_node(gpu: GPU, node: Node, work: Work, weights: float, hbm: float, bef
         prefetched = min(share * weights, before.idle * gpu.hbm.value)
     left = (hbm - prefetched) / hbm if hbm else 0.0
     latency = gpu.latency_l2.value + left * (gpu.latency_hbm.value - gpu.latency_l2.value)
-    start = (1.0 - share) * gpu.start.value
+    first = gpu.start.value + work.meets * gpu.exchange.value
+    start = (1.0 - share) * first
     waits = work.trips * latency + work.tails * gpu.latency_l2.value + work.operations * gpu.operation.value
     waits += work.exchanges * gpu.exchange.value + work.exchanged / gpu.cluster_port.value
     waves = ceil(work.programs / (gpu.multiprocessors.value * resident(gpu, work)))
-    chain = gpu.seconds(start + waits + (waves - 1) * (gpu.start.value + waits))
+    chain = gpu.seconds(start + waits + (waves - 1) * (first + waits))
 
     of_one = work.flops * gpu.multiprocessors.value / gpu.rate(work)
     exponents = gpu.seconds(work.exponents / gpu.exponents.value)
@@ -214,7 +215,8 @@ def price_node(gpu: GPU, node: Node, work: Work, weights: float, hbm: float, bef
     most = ceil(work.programs / gpu.multiprocessors.value)
     busiest = most * max(of_one, gpu.seconds(work.moved / gpu.port.value))
     from_hbm = (hbm - prefetched) / gpu.hbm.value
-    through_l2 = work.programs * (work.moved - work.multicast * (1.0 - 1.0 / gpu.library_cluster.value))
+    cluster = gpu.library_cluster.value if work.cluster is None else work.cluster
+    through_l2 = work.programs * (work.moved - work.multicast * (1.0 - 1.0 / cluster))
     rates = max(from_hbm, through_l2 / gpu.l2.value, busiest)
 
     body = max(chain, gpu.seconds(start + latency) + rates) + gpu.seconds(gpu.end.value)

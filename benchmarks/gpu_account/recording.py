@@ -258,8 +258,11 @@ class _Kernels:
     def linear_residual_clusters(self) -> int:
         return 16
 
-    def norm_products_shared_bytes(self, rows: int, inputs: int) -> int:
-        return (32 + rows) * (2 * inputs + 16)
+    def norm_products_shared_bytes(self) -> int:
+        return 32 + (48 + 64) * (2 * 1024 + 16)
+
+    def norm_products_clusters(self) -> int:
+        return 16
 
     def linear_residual(
         self, inputs: list[Any], y: Tensor, next: list[Any], sizes: tuple[int, ...], dependent: bool, **_: Any
@@ -274,16 +277,26 @@ class _Kernels:
         self, inputs: list[Any], y: Tensor, sizes: tuple[int, ...], dependent: bool, **_: Any
     ) -> None:
         rows, k, _, outputs = sizes
-        named = dict(operands=inputs, y_ptr=y, rows=rows, inputs=k, outputs=outputs, pairs=16)
-        self._note("norm_swiglu_cuda", (ceil(outputs / 16), ceil(rows / 64)), named, dependent)
+        named = dict(operands=inputs, y_ptr=y, rows=rows, inputs=k, outputs=outputs)
+        pairs = 24 if rows > 64 else 16
+        self._normed_products("norm_swiglu_cuda", named, pairs, ceil(outputs / pairs), dependent)
 
     def norm_qkv_rope(
         self, inputs: list[Any], outputs: list[Any], sizes: tuple[int, ...], dependent: bool, **_: Any
     ) -> None:
         rows, k, _, tokens, q_heads, kv_heads, half = sizes
-        named = dict(operands=inputs, outputs=outputs, rows=rows, inputs=k, tokens=tokens, pairs=8)
-        grid = ((q_heads + 2 * kv_heads) * ceil(half / 8), ceil(rows / 64))
-        self._note("norm_qkv_rope_cuda", grid, named, dependent)
+        named = dict(operands=inputs, outputs=outputs, rows=rows, inputs=k, tokens=tokens)
+        pairs = 16 if rows > 64 else 8
+        pieces = (q_heads + 2 * kv_heads) * ceil(half / pairs)
+        self._normed_products("norm_qkv_rope_cuda", named, pairs, pieces, dependent)
+
+    def _normed_products(
+        self, name: str, named: dict[str, Any], pairs: int, pieces: int, dependent: bool
+    ) -> None:
+        """In whole clusters of eight blocks, or of fewer where there are not so many."""
+        cluster = min(8, 2 ** (pieces.bit_length() - 1))
+        grid = (cluster * ceil(pieces / cluster), ceil(named["rows"] / 64))
+        self._note(name, grid, named | dict(pairs=pairs, cluster=cluster), dependent)
 
 
 @contextmanager

@@ -1,23 +1,35 @@
 // Two products of normed rows and what follows them, of prepared rows (ops/next_norm.py), from sm_90 on: norm_swiglu, whose
 // pairs of columns are gate and up, and norm_qkv_rope, whose pairs are what a rotation mixes.
 //
-// A block has 16 or 8 pairs of weight rows and up to 64 rows of x. All its weights are on their way to shared memory before
+// A block has 8 to 24 pairs of weight rows and up to 64 rows of x. All its weights are on their way to shared memory before
 // the launches ahead have ended (programmatic dependent launch), and so is every address. Then x comes in four groups along
-// K; products begin with the first. The bound is a warp's chain of instructions and reads of x from L2, not tensor cores:
-// so two halves of the rows times four shares of K have a warp each, and each step of K is 12 instructions with constant
-// offsets. Sums of the shares are added up in the order of their number. 1/rms is a factor of a whole row, applied to sums.
+// K; products begin with the first. All blocks multiply the same x: those of a cluster bring a part of its rows each, for
+// all of them (bulk copies with multicast), so that L2 gives x once a cluster. A lane copies
+// a whole row by one instruction.
+//
+// The bound is a warp's chain of instructions and what comes from L2, not tensor cores: so two halves of the rows times four
+// shares of K have a warp each, and each step of K is 12 instructions with constant offsets. Sums of the shares are added
+// up in the order of their number. 1/rms is a factor of a whole row, applied to sums.
 #include "cuda/norm_products.h"
 
 #include <algorithm>
 
 #include "cuda/ptx.cuh"
 
+// GPUs of 12.x have clusters, and too little shared memory for a block.
+#if SMOLVLA_SM_90 && !(defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200)
+#define SMOLVLA_ROOMY 1
+#else
+#define SMOLVLA_ROOMY 0
+#endif
+
 namespace smolvla::cuda {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kWarps = 8, kThreads = 32 * kWarps, kMostRanks = 8;
 constexpr int kRows = 64, kShares = 4, kGroups = 4;
-constexpr int kChunk = 16 * kShares;  // of K: one instruction's 16 for each share
+constexpr int kBarrierBytes = 16 * ((8 * kGroups + 15) / 16);  // one of each group, ahead of all else
+[[maybe_unused]] constexpr int kChunk = 16 * kShares;  // of K: one instruction's 16 for each share
 
 // Rows of a matrix in shared memory: whole 16s of K and 16 bytes, so that ldmatrix meets no bank twice.
 __host__ __device__ constexpr int pitch_of(int inputs) { return 32 * ((inputs + 15) / 16) + 16; }
@@ -26,39 +38,53 @@ __host__ __device__ constexpr int sums_pitch(int pairs) { return 2 * pairs + 8; 
 
 size_t shared_bytes_of(int pairs, int rows, int inputs) {
     const size_t operands = static_cast<size_t>(2 * pairs + std::min(rows, kRows)) * pitch_of(inputs);
-    return std::max(operands, sizeof(float) * kShares * kRows * sums_pitch(pairs));  // sums take the place of operands
+    // Sums take the place of operands.
+    return kBarrierBytes + std::max(operands, sizeof(float) * kShares * kRows * sums_pitch(pairs));
 }
 
-#if SMOLVLA_SM_90
+#if SMOLVLA_ROOMY
 
 template <int COUNT>
 __device__ __forceinline__ void load(const float* from, float (&x)[COUNT]) {
-    if constexpr (COUNT == 4) {
-        const float4 four = *reinterpret_cast<const float4*>(from);
-        x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+    if constexpr (COUNT % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) {
+            const float4 four = *reinterpret_cast<const float4*>(from + i);
+            x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+        }
     } else {
-        const float2 two = *reinterpret_cast<const float2*>(from);
-        x[0] = two.x, x[1] = two.y;
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 2) {
+            const float2 two = *reinterpret_cast<const float2*>(from + i);
+            x[i] = two.x, x[i + 1] = two.y;
+        }
     }
 }
 
 #endif
 
-// What a block's pairs of columns are, and what a thread does with those it finishes: kEach pairs from `pair` on, of `row`,
-// with rows kRowStep apart in a warp, so that their sums lie in different banks.
-struct Swiglu {
+// What a block's pairs of columns are, and what a thread does with those it finishes: kEach pairs from `pair` on, of `row`. A
+// cluster's last blocks may have no pair: they multiply the last weights again and store nothing.
+template <int PAIRS>
+struct Tile {
+    static constexpr int kPairs = PAIRS, kEach = PAIRS / 4, kTwos = kEach / 2;
+    bool wanted[kTwos];  // of each two pairs
+};
+
+template <int PAIRS>
+struct Swiglu : Tile<PAIRS> {
     using Params = NormSwiglu;
-    static constexpr int kPairs = 16, kEach = 4, kRowStep = 2;
-#if SMOLVLA_SM_90
-    bool wanted;
-    uint2* to;
+    using Of = Tile<PAIRS>;
+    using Of::kEach, Of::kPairs, Of::kTwos, Of::wanted;
+#if SMOLVLA_ROOMY
+    uint32_t* to;
 
     __device__ __forceinline__ Swiglu(const Params& p, int row, int pair) {
         const int col = blockIdx.x * kPairs + pair;
-        wanted = row < p.rows && col < p.outputs;
-        to = reinterpret_cast<uint2*>(static_cast<bf16*>(p.y) + static_cast<int64_t>(row) * p.outputs + col);
+#pragma unroll
+        for (int two = 0; two < kTwos; ++two) wanted[two] = row < p.rows && col + 2 * two < p.outputs;
+        to = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.y) + static_cast<int64_t>(row) * p.outputs + col);
     }
-    // Columns beyond the last one have its weights, and are never stored.
     static __device__ __forceinline__ const bf16* weight_row(const Params& p, int pair, bool second) {
         const int64_t col = min(static_cast<int>(blockIdx.x) * kPairs + pair, p.outputs - 1);
         return second ? static_cast<const bf16*>(p.up) + col * p.up_stride
@@ -71,27 +97,34 @@ struct Swiglu {
 #pragma unroll
         for (int i = 0; i < kEach; ++i)
             y[i] = gate[i] * approximate_reciprocal(1.0f + approximate_exp2(-1.44269504f * gate[i])) * up[i];
-        if (wanted) *to = uint2{pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3])};
+#pragma unroll
+        for (int two = 0; two < kTwos; ++two)
+            if (wanted[two]) to[two] = pack_bf16(y[2 * two], y[2 * two + 1]);
     }
 #endif
 };
 
-struct QkvRope {
+template <int PAIRS>
+struct QkvRope : Tile<PAIRS> {
     using Params = NormQkvRope;
-    static constexpr int kPairs = 8, kEach = 2, kRowStep = 1;
-#if SMOLVLA_SM_90
-    bool wanted, rotated, fp32;
+    using Of = Tile<PAIRS>;
+    using Of::kEach, Of::kPairs, Of::kTwos, Of::wanted;
+#if SMOLVLA_ROOMY
+    bool rotated, fp32;
     const float *sin_at, *cos_at;
     unsigned char* to;  // the first of a pair; the second is head_dim / 2 behind it
-    float2 sin, cos;
+    float2 sin[kTwos], cos[kTwos];
 
     // Heads of q, then of k, then of v; a head has whole blocks.
     struct Place {
         int first, head, which;
+        bool there;
         __device__ __forceinline__ explicit Place(const Params& p) {
-            const int tiles = (p.half + kPairs - 1) / kPairs;
+            const int tiles = (p.half + kPairs - 1) / kPairs, most = p.q_heads + 2 * p.kv_heads - 1;
             head = static_cast<int>(blockIdx.x) / tiles;
             first = (static_cast<int>(blockIdx.x) - head * tiles) * kPairs;
+            there = head <= most;
+            head = min(head, most);
             which = head < p.q_heads ? 0 : head < p.q_heads + p.kv_heads ? 1 : 2;
             head -= which == 0 ? 0 : which == 1 ? p.q_heads : p.q_heads + p.kv_heads;
         }
@@ -99,7 +132,8 @@ struct QkvRope {
     __device__ __forceinline__ QkvRope(const Params& p, int row, int pair) {
         const Place at(p);
         const int i = at.first + pair, batch = row / p.tokens, token = row - batch * p.tokens;
-        wanted = row < p.rows && i < p.half;
+#pragma unroll
+        for (int two = 0; two < kTwos; ++two) wanted[two] = at.there && row < p.rows && i + 2 * two < p.half;
         rotated = at.which < 2;
         fp32 = at.which > 0 && p.fp32_slots;
         const int64_t angle = batch * p.rope_batch_stride + static_cast<int64_t>(token) * p.half + i;
@@ -119,25 +153,31 @@ struct QkvRope {
     }
     __device__ __forceinline__ void settle_addresses() { settle(sin_at), settle(cos_at), settle(to); }
     __device__ __forceinline__ void request() {
-        sin = float2{0.0f, 0.0f}, cos = float2{1.0f, 1.0f};
-        if (wanted && rotated) {
-            sin = load_l2(reinterpret_cast<const float2*>(sin_at));
-            cos = load_l2(reinterpret_cast<const float2*>(cos_at));
+#pragma unroll
+        for (int two = 0; two < kTwos; ++two) {
+            sin[two] = float2{0.0f, 0.0f}, cos[two] = float2{1.0f, 1.0f};
+            if (!wanted[two] || !rotated) continue;
+            sin[two] = load_l2(reinterpret_cast<const float2*>(sin_at) + two);
+            cos[two] = load_l2(reinterpret_cast<const float2*>(cos_at) + two);
         }
     }
     __device__ __forceinline__ void finish(const Params& p, const float (&x)[kEach], const float (&y)[kEach]) {
-        if (!wanted) return;
-        float2 first{x[0], x[1]}, second{y[0], y[1]};
-        if (rotated) {
-            first = float2{x[0] * cos.x - y[0] * sin.x, x[1] * cos.y - y[1] * sin.y};
-            second = float2{y[0] * cos.x + x[0] * sin.x, y[1] * cos.y + x[1] * sin.y};
-        }
-        if (fp32) {
-            *reinterpret_cast<float2*>(to) = first;
-            *reinterpret_cast<float2*>(to + 4 * p.half) = second;
-        } else {
-            *reinterpret_cast<uint32_t*>(to) = pack_bf16(first.x, first.y);
-            *reinterpret_cast<uint32_t*>(to + 2 * p.half) = pack_bf16(second.x, second.y);
+#pragma unroll
+        for (int two = 0; two < kTwos; ++two) {
+            if (!wanted[two]) continue;
+            const float2 a{x[2 * two], x[2 * two + 1]}, b{y[2 * two], y[2 * two + 1]}, s = sin[two], c = cos[two];
+            float2 first = a, second = b;
+            if (rotated) {
+                first = float2{a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y};
+                second = float2{b.x * c.x + a.x * s.x, b.y * c.y + a.y * s.y};
+            }
+            if (fp32) {
+                *reinterpret_cast<float2*>(to + 8 * two) = first;
+                *reinterpret_cast<float2*>(to + 8 * two + 4 * p.half) = second;
+            } else {
+                *reinterpret_cast<uint32_t*>(to + 4 * two) = pack_bf16(first.x, first.y);
+                *reinterpret_cast<uint32_t*>(to + 4 * two + 2 * p.half) = pack_bf16(second.x, second.y);
+            }
         }
     }
 #endif
@@ -146,7 +186,7 @@ struct QkvRope {
 // INPUTS is K where it is known, so that no step asks whether it is there; else 0, and K is p.inputs.
 template <class Pairs, int INPUTS>
 __global__ void __launch_bounds__(kThreads) norm_products_fwd_kernel(const typename Pairs::Params p) {
-#if SMOLVLA_SM_90
+#if SMOLVLA_ROOMY
     SMOLVLA_SHARED(shared);
     constexpr int kCols = 2 * Pairs::kPairs, kTiles = kCols / 8, kPitch = sums_pitch(Pairs::kPairs);
     constexpr int kMostChunks = ((INPUTS ? INPUTS : kNormProductsMostInputs) + kChunk - 1) / kChunk;
@@ -155,37 +195,46 @@ __global__ void __launch_bounds__(kThreads) norm_products_fwd_kernel(const typen
     const int pitch = pitch_of(inputs);
     const int thread = threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = threadIdx.x / 64;
     const int first_row = blockIdx.y * kRows, rows = min(p.rows - first_row, kRows);
-    unsigned char *const weights = shared, *const x = shared + kCols * pitch;
+    auto* const barriers = reinterpret_cast<uint64_t*>(shared);
+    unsigned char *const operands = shared + kBarrierBytes, *const weights = operands, *const x = weights + kCols * pitch;
+    const auto group_inputs = [&](int group) {
+        return max(0, min(inputs - group * kGroupChunks * kChunk, kGroupChunks * kChunk));
+    };
 
+    if (thread == 0) {
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            init_copy_barrier(&barriers[group]);
+            expect_copies(&barriers[group], 2 * (rows * group_inputs(group) + (group ? 0 : kCols * inputs)));
+        }
+        publish_copy_barriers();
+    }
     // Behind an odd number of 16-byte pieces the last 16 of K has zeros.
     if (pieces % 2)
         for (int row = thread; row < kCols + rows; row += kThreads)
-            *reinterpret_cast<uint4*>(shared + row * pitch + 16 * pieces) = uint4{0, 0, 0, 0};
+            *reinterpret_cast<uint4*>(operands + row * pitch + 16 * pieces) = uint4{0, 0, 0, 0};
+    __syncthreads();
+    cluster_arrive_relaxed();
 
-    // Neighbouring lanes copy neighbouring pieces: of a weight's row in turns, of a row of x eight of each chunk.
-    constexpr int kLanes = kThreads / kCols, kMostTurns = (8 * kMostChunks + kLanes - 1) / kLanes;
+    // One lane of each warp copies: a row at once of the weights, and a group of a row of x.
     const auto request_weights = [&] {
-        const int row = threadIdx.x / kLanes, piece = threadIdx.x % kLanes;
-        const bf16* from = Pairs::weight_row(p, row % Pairs::kPairs, row >= Pairs::kPairs) + 8 * piece;
-        unsigned char* to = weights + row * pitch + 16 * piece;
 #pragma unroll
-        for (int turn = 0; turn < kMostTurns; ++turn)
-            if (piece + kLanes * turn < pieces) cp_async_16(to + 16 * kLanes * turn, from + 8 * kLanes * turn);
+        for (int row = warp; row < kCols; row += kWarps)
+            copy_bulk(weights + row * pitch, Pairs::weight_row(p, row % Pairs::kPairs, row >= Pairs::kPairs), 2 * inputs,
+                      &barriers[0]);
     };
-    const int x_row = threadIdx.x / 8, x_piece = threadIdx.x % 8;
-    unsigned char* const x_to = x + x_row * pitch + 16 * x_piece;
-    const bf16* x_from = static_cast<const bf16*>(p.x) + static_cast<int64_t>(first_row + x_row) * inputs + 8 * x_piece;
-    const bf16* upper_from = x_from + kRows / 2 * inputs;
-    const bool lower = x_row < rows, upper = x_row + kRows / 2 < rows;
-    const auto request_x = [&](int group) {
+    const int ranks = cluster_size(), x_row = cluster_rank() + ranks * warp;
+    const bf16* x_from = static_cast<const bf16*>(p.x) + static_cast<int64_t>(first_row + x_row) * inputs;
+    const auto request_x = [&] {
+        for (int row = x_row; row < rows; row += ranks * kWarps) {
 #pragma unroll
-        for (int i = 0; i < kGroupChunks; ++i) {
-            const int chunk = group * kGroupChunks + i;
-            if (chunk >= kMostChunks || x_piece + 8 * chunk >= pieces) continue;
-            if (lower) cp_async_16(x_to + 128 * chunk, x_from + kChunk * chunk);
-            if (upper) cp_async_16(x_to + kRows / 2 * pitch + 128 * chunk, upper_from + kChunk * chunk);
+            for (int group = 0; group < kGroups; ++group) {
+                const int first = group * kGroupChunks * kChunk;
+                if (first < inputs)
+                    copy_to_cluster(x + row * pitch + 2 * first, x_from + (row - x_row) * inputs + first,
+                                    2 * group_inputs(group), &barriers[group], ranks);
+            }
         }
-        cp_async_commit();
     };
 
     // A warp multiplies half of the rows by all columns, one 16 of each chunk.
@@ -221,20 +270,23 @@ __global__ void __launch_bounds__(kThreads) norm_products_fwd_kernel(const typen
         }
     };
 
-    // What a thread finishes: some pairs of one row, which four neighbouring lanes share.
-    constexpr int kStep = Pairs::kRowStep;
+    // What a thread finishes: some pairs of one row, which four neighbouring lanes share. Sums of a warp's rows, kStep apart,
+    // lie in different banks.
+    constexpr int kStep = Pairs::kPairs == 16 ? 2 : 1;
     const int row = 8 * kStep * (warp / kStep) + warp % kStep + kStep * (lane / 4), pair = lane % 4 * Pairs::kEach;
     Pairs pairs(p, first_row + row, pair);
     const float* squares_at = p.squares + static_cast<int64_t>(lane % 4) * p.rows + min(first_row + row, p.rows - 1);
-    float* const parts = reinterpret_cast<float*>(shared);
+    float* const parts = reinterpret_cast<float*>(operands);
     float* const parts_to = parts + (kRows * share + kRows / 2 * (warp % 2) + lane / 4) * kPitch + lane % 4 * 2;
     const float* const parts_from = parts + row * kPitch + pair;
 
-    settle(x_from), settle(upper_from), settle(squares_at), pairs.settle_addresses();
+    settle(x_from), settle(squares_at), pairs.settle_addresses();
     if (!p.weights_settled) await_earlier_launches();
-    request_weights();
+    if (lane == 0) request_weights();
+    cluster_wait();  // the barriers of all blocks are there
     await_earlier_launches();
     let_next_launch_begin();  // one waits behind a running one: more stand where that one could run
+    if (lane == 0) request_x();
 
     constexpr int kAtOnce = 4;  // of each lane's parts of the squares: 16 a row
     float some[kAtOnce];
@@ -243,8 +295,6 @@ __global__ void __launch_bounds__(kThreads) norm_products_fwd_kernel(const typen
         some[i] = lane % 4 + 4 * i < p.parts ? load_l2(squares_at + static_cast<int64_t>(4 * i) * p.rows) : 0.0f;
     }
     pairs.request();
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) request_x(group);  // the first one's with the weights
 
     float squares = (some[0] + some[1]) + (some[2] + some[3]);
 #pragma unroll 1
@@ -253,18 +303,12 @@ __global__ void __launch_bounds__(kThreads) norm_products_fwd_kernel(const typen
     squares += __shfl_xor_sync(0xffffffffu, squares, 2);
     const float scale = rsqrtf(squares * (1.0f / static_cast<float>(inputs)) + p.eps);
 
-    cp_async_wait<3>();
-    __syncthreads();
-    multiply(0);
-    cp_async_wait<2>();
-    __syncthreads();
-    multiply(1);
-    cp_async_wait<1>();
-    __syncthreads();
-    multiply(2);
-    cp_async_wait<0>();
-    __syncthreads();
-    multiply(3);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+        await_copies(&barriers[group]);  // the first group's with the weights
+        multiply(group);
+    }
+    cluster_arrive_relaxed();  // nothing is under way to this block any more
 
     __syncthreads();  // of operands nobody reads any more
 #pragma unroll
@@ -294,19 +338,30 @@ __global__ void __launch_bounds__(kThreads) norm_products_fwd_kernel(const typen
         second[0][i] *= scale;
     }
     pairs.finish(p, first[0], second[0]);
+    cluster_wait();  // until nothing that this block sent is under way
 #else
-    __trap();  // the launcher's caller asks for dependent launches first
+    __trap();  // the launcher's caller asks first
 #endif
+}
+
+// Of as many blocks as there are pieces of the columns, and as it takes to fill the last cluster.
+template <class Pairs>
+Grid grid_of(const typename Pairs::Params& p, int pieces) {
+    Grid grid;
+    grid.cluster = kMostRanks;
+    while (grid.cluster > static_cast<unsigned>(pieces)) grid.cluster /= 2;
+    grid.blocks = dim3((pieces + grid.cluster - 1) / grid.cluster * grid.cluster, (p.rows + kRows - 1) / kRows);
+    grid.threads = dim3(kThreads);
+    grid.shared_bytes = shared_bytes_of(Pairs::kPairs, p.rows, p.inputs);
+    grid.dependent = p.dependent;
+    return grid;
 }
 
 template <class Pairs>
 void start(const char* name, const typename Pairs::Params& p, int pieces, void* stream) {
-    Grid grid;
-    grid.blocks = dim3(pieces, (p.rows + kRows - 1) / kRows);
-    grid.threads = dim3(kThreads);
-    grid.shared_bytes = shared_bytes_of(Pairs::kPairs, p.rows, p.inputs);
-    grid.dependent = p.dependent;
-    const auto with = [&](auto kernel) { launch(name, kernel, grid, static_cast<cudaStream_t>(stream), p); };
+    const auto with = [&](auto kernel) {
+        launch(name, kernel, grid_of<Pairs>(p, pieces), static_cast<cudaStream_t>(stream), p);
+    };
     switch (p.inputs) {  // widths of SmolVLA's expert and of its text model
         case 480: return with(norm_products_fwd_kernel<Pairs, 480>);
         case 720: return with(norm_products_fwd_kernel<Pairs, 720>);
@@ -315,19 +370,41 @@ void start(const char* name, const typename Pairs::Params& p, int pieces, void* 
     }
 }
 
-}  // namespace
-
-size_t norm_products_shared_bytes(int rows, int inputs) {
-    return std::max(shared_bytes_of(Swiglu::kPairs, rows, inputs), shared_bytes_of(QkvRope::kPairs, rows, inputs));
+template <int PAIRS>
+void start_swiglu(const NormSwiglu& p, void* stream) {
+    start<Swiglu<PAIRS>>("norm_swiglu", p, (p.outputs + PAIRS - 1) / PAIRS, stream);
 }
 
+template <int PAIRS>
+void start_qkv(const NormQkvRope& p, void* stream) {
+    const int tiles = (p.half + PAIRS - 1) / PAIRS;
+    start<QkvRope<PAIRS>>("norm_qkv_rope", p, tiles * (p.q_heads + 2 * p.kv_heads), stream);
+}
+
+using Largest = Swiglu<24>;
+
+}  // namespace
+
+size_t norm_products_shared_bytes() { return shared_bytes_of(Largest::kPairs, kRows, kNormProductsMostInputs); }
+
+int norm_products_clusters() {
+    const auto kernel = norm_products_fwd_kernel<Largest, 0>;
+    cudaFuncAttributes code{};
+    check(cudaFuncGetAttributes(&code, kernel), "cudaFuncGetAttributes");
+    if (code.ptxVersion < 90) return 0;
+    NormSwiglu most{};
+    most.rows = kRows;
+    most.inputs = kNormProductsMostInputs;
+    return clusters_at_once(kernel, grid_of<Largest>(most, kMostRanks));
+}
+
+// Several tiles of rows fill the GPU with larger blocks as well, of which fewer bring x, one behind the other.
 void norm_swiglu(const NormSwiglu& p, void* stream) {
-    start<Swiglu>("norm_swiglu", p, (p.outputs + Swiglu::kPairs - 1) / Swiglu::kPairs, stream);
+    p.rows > kRows ? start_swiglu<24>(p, stream) : start_swiglu<16>(p, stream);
 }
 
 void norm_qkv_rope(const NormQkvRope& p, void* stream) {
-    const int tiles = (p.half + QkvRope::kPairs - 1) / QkvRope::kPairs;
-    start<QkvRope>("norm_qkv_rope", p, tiles * (p.q_heads + 2 * p.kv_heads), stream);
+    p.rows > kRows ? start_qkv<16>(p, stream) : start_qkv<8>(p, stream);
 }
 
 }  // namespace smolvla::cuda

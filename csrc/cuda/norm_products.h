@@ -16,7 +16,7 @@ struct PreparedRows {
 };
 
 struct NormSwiglu : PreparedRows {
-    const void *gate, *up;             // [outputs, inputs] bf16; outputs is a multiple of 4
+    const void *gate, *up;             // [outputs, inputs] bf16; outputs is even
     int64_t gate_stride, up_stride;    // of rows, in elements, multiples of 8
     void* y;                           // [rows, outputs] bf16
     int outputs;
@@ -35,8 +35,10 @@ struct NormQkvRope : PreparedRows {
 
 // Of what there is code for; smolvla_fast/ops/cuda/prepared_rows.py asks for no more.
 constexpr int kNormProductsMostInputs = 1024;
-// Shared memory of a block of these rows, at most.
-size_t norm_products_shared_bytes(int rows, int inputs);
+// Shared memory of a block, at most; and clusters of such blocks that the current device runs at once, 0 where there is no
+// code for them.
+size_t norm_products_shared_bytes();
+int norm_products_clusters();
 
 // With h = x / sqrt(sum of squares / inputs + eps):  y = silu(h * gate^T) * (h * up^T), rounded once.
 void norm_swiglu(const NormSwiglu& p, void* stream);

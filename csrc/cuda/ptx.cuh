@@ -24,6 +24,12 @@ struct fp16 {
 #else
 #define SMOLVLA_SM_90 0
 #endif
+// Whether one copy goes to all blocks of a cluster, which code for one architecture alone, such as sm_90a, may count on.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
+#define SMOLVLA_MULTICAST 1
+#else
+#define SMOLVLA_MULTICAST 0
+#endif
 
 #if defined(SMOLVLA_SIMT)
 #include "emulator/ptx.h"
@@ -156,6 +162,10 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
+// Says that a thread has come, and nothing of what it wrote but barriers of copies that it published.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // From the same place in the shared memory of another block of the cluster.
 __device__ __forceinline__ float load_cluster(const float* own, int rank) {
@@ -166,6 +176,71 @@ __device__ __forceinline__ float load_cluster(const float* own, int rank) {
         : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(rank));
     asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(at) : "memory");
     return value;
+}
+
+__device__ __forceinline__ int cluster_size() {
+    int ranks;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(ranks));
+    return ranks;
+}
+
+// Bulk copies, of multiples of 16 bytes between multiples of 16 bytes. One thread begins a copy; a barrier in shared memory
+// counts the bytes that have come, and serves once.
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+__device__ __forceinline__ void init_copy_barrier(uint64_t* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+// All bytes that will come, said by one thread.
+__device__ __forceinline__ void expect_copies(uint64_t* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+// By the thread that made the barriers: copies may signal them, those of other blocks behind a barrier of the cluster, and
+// the block's threads wait for them.
+__device__ __forceinline__ void publish_copy_barriers() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+// To the same place in all blocks of the cluster; each one's own barrier counts what comes to it.
+__device__ __forceinline__ void copy_to_cluster(void* shared, const void* global, int bytes, uint64_t* barrier, int ranks) {
+#if SMOLVLA_MULTICAST
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
+            shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>((1u << ranks) - 1))
+        : "memory");
+#else
+    for (int rank = 0; rank < ranks; ++rank) {
+        asm volatile(
+            "{\n"
+            ".reg .u32 to, counted;\n"
+            "mapa.shared::cluster.u32 to, %0, %4;\n"
+            "mapa.shared::cluster.u32 counted, %3, %4;\n"
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [to], [%1], %2, [counted];\n"
+            "}" ::"r"(shared_address(shared)),
+            "l"(global), "r"(bytes), "r"(shared_address(barrier)), "r"(rank)
+            : "memory");
+    }
+#endif
+}
+// Until all have come, by each thread that reads them.
+__device__ __forceinline__ void await_copies(uint64_t* barrier) {
+    asm volatile(
+        "{\n"
+        ".reg .pred there;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 there, [%0], 0;\n"
+        "@!there bra again;\n"
+        "}" ::"r"(shared_address(barrier))
+        : "memory");
 }
 
 // Programmatic dependent launch: the launch behind this one may begin; all launches ahead of it have ended.

@@ -212,7 +212,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     library_of_it = SimpleNamespace(
         device=lambda index: found.says(index),
         linear_residual_clusters=lambda: found.clusters,
-        norm_products_shared_bytes=lambda rows, inputs: 198144,
+        norm_products_shared_bytes=lambda: 231200,
+        norm_products_clusters=lambda: found.clusters,
     )
     monkeypatch.setattr(extension, "load", lambda kind: library_of_it)
     monkeypatch.setattr(extension, "build_record", lambda: {"cuda": {"archs": ["80", "90a"]}})

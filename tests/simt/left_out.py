@@ -16,7 +16,8 @@ from simt.emulator import build
 from support.backends import loaded
 
 ORDERING = (
-    r"(?:__syncthreads\(\)|cp_async_wait<.*?>\(\)|cluster_(?:arrive|wait)\(\)|await_earlier_launches\(\));"
+    r"(?:__syncthreads\(\)|cp_async_wait<.*?>\(\)|cluster_(?:arrive(?:_relaxed)?|wait)\(\)|await_earlier_launches\(\)"
+    r"|publish_copy_barriers\(\)|await_copies\([^)]*\));"
 )
 SWITCH = '\nextern "C" { __attribute__((visibility("default"))) int smolvla_left_out = 0; }\n'
 

@@ -40,7 +40,7 @@ RACE = "@: race at {} byte #{}: nothing orders this {} after the {} by block (#,
 SHARED_READ = RACE.format("shared", "", "read", "write")
 SHARED_WRITE = RACE.format("shared", "", "write", "read")
 GLOBAL_READ = RACE.format("global", " of the 512 at ...", "read", "write")
-UNDER_WAY = "@: read at shared byte #, where a cp.async of block (0,0,0) thread (#,0,0) is still under way"
+UNDER_WAY = "@: read at shared byte #, where a copy of block (0,0,0) thread (#,0,0) is still under way"
 DEADLOCK = ": deadlock, nobody can go on; block (#,0,0): "
 COUNTER = "threads 1-63 wait at __syncthreads @, threads 0 wait for a counter that stands at 2 @"
 ORDER = {
@@ -102,13 +102,14 @@ WARP = {
 }
 
 OF_CLUSTER = RACE.format("shared", " of block #", "read", "write")
+BARRIER_READ = RACE.format("shared", "", "acquiring read", "write")
 EARLY = (
     "@: {} at global byte # of the # at ... before griddepcontrol.wait, while launches ahead may still run"
 )
 CLUSTERS = {
     "cluster_barrier_missing": SHARED_WRITE,
     "cluster_ends_too_early": (
-        "@: ld.shared::cluster from block # of the cluster, which has ended",
+        "@: block # of the cluster has ended",
         ": the block ends while block (#,0,0) thread (#,0,0) may still be reading its shared memory @",
     ),
     "block_barrier_for_a_cluster": (SHARED_WRITE, OF_CLUSTER),
@@ -116,6 +117,15 @@ CLUSTERS = {
     "cluster_wait_alone": "@: barrier.cluster.wait without an arrive before it",
     "cluster_arrives_twice": "@: barrier.cluster.arrive a second time, with no wait between",
     "cluster_never_waits": ": the thread ends between barrier.cluster.arrive and its wait",
+    "bulk_barrier_not_met": ("@: acquiring read of unwritten shared byte 0", BARRIER_READ),
+    "bulk_barrier_not_published": "@: a bulk copy to a barrier that was not published since it was made",
+    "bulk_not_waited_for": UNDER_WAY,
+    "bulk_ends_too_early": ": the block ends while a bulk copy that it began may be under way @",
+    "bulk_of_what_changes": "@: the source of a bulk copy changed while it was under way",
+    "bulk_of_fewer": DEADLOCK + "threads 0-63 wait for bulk copies @...",
+    "bulk_of_more": "@: a bulk copy brings more bytes than its barrier expects",
+    "bulk_misaligned": "@: misaligned bulk copy: both addresses and the bytes are multiples of 16",
+    "relaxed_barrier_for_words": OF_CLUSTER,
     "read_too_early": EARLY.format("read"),
     "copied_too_early": EARLY.format("read"),
     "written_too_early": EARLY.format("write"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
+from math import prod
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +14,7 @@ from support.prepared import prepared
 from torch import Tensor, nn
 
 from smolvla_fast.ops.choice import choose
+from smolvla_fast.ops.cuda import library
 from smolvla_fast.ops.cuda.linear_residual import linear_residual
 from smolvla_fast.ops.cuda.norm_qkv_rope import norm_qkv_rope
 from smolvla_fast.ops.cuda.norm_swiglu import norm_swiglu
@@ -29,15 +32,16 @@ SWIGLU = {
     "one of all": dict(rows=1, inputs=8, outputs=4),
     "part of a second tile": dict(rows=5, inputs=72, outputs=20),
     "a width of SmolVLA": dict(rows=50, inputs=720, outputs=36),
-    "another width": dict(rows=6, inputs=480, outputs=4),
-    "two row tiles": dict(rows=65, inputs=200, outputs=16),
+    "another width": dict(rows=6, inputs=480, outputs=2),
+    "two row tiles": dict(rows=65, inputs=200, outputs=54),
+    "a whole cluster": dict(rows=50, inputs=720, outputs=128),
     MANY_PARTS: dict(rows=3, inputs=1024, outputs=4),
 }
 QKV = {
     "one of all": dict(B=1, T=1, M=8, H=1, K=1, D=4),
     "samples, and a head of half a tile more": dict(B=2, T=7, M=72, H=3, K=2, D=20),
     "a width of SmolVLA": dict(B=1, T=50, M=720, H=1, K=1, D=16),
-    "two row tiles": dict(B=5, T=13, M=40, H=1, K=1, D=16),
+    "two row tiles": dict(B=5, T=13, M=40, H=1, K=1, D=40),
 }
 OPS = [*(("norm_swiglu", case) for case in SWIGLU), *(("norm_qkv_rope", case) for case in QKV)]
 ONCE = 2**-8
@@ -167,6 +171,29 @@ def test_equal_bits_in_every_order(emulator: Any, op: str, case: str) -> None:
     assert all(torch.equal(y, found[1][name]) for name, y in found[0].items())
 
 
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        ("norm_swiglu", "two row tiles"),
+        ("norm_swiglu", "a whole cluster"),
+        ("norm_qkv_rope", "two row tiles"),
+        ("norm_qkv_rope", "a width of SmolVLA"),
+    ],
+)
+def test_the_account_has_its_blocks(hopper: Any, monkeypatch: pytest.MonkeyPatch, op: str, case: str) -> None:
+    """What ``make gpu-account`` notes of a launch has as many blocks as the launch."""
+    pytest.importorskip("triton")
+    from benchmarks.gpu_account.recording import _Kernels
+
+    each, noted = given(op, case), list[tuple[int, ...]]()
+    each.run()
+    launched = hopper.statistics()["blocks"]
+    recorder: Any = SimpleNamespace(note=lambda name, grid, named, pdl: noted.append(grid))
+    monkeypatch.setattr(library, "library", lambda device: _Kernels(recorder))
+    each.run()
+    assert [prod(grid) for grid in noted] == [launched]
+
+
 def by_triton() -> Any:
     """Triton's table as a device has it that the emulator stands for."""
     pytest.importorskip("triton")
@@ -262,7 +289,7 @@ REFUSED = (
     ("norm_swiglu", dict(normed=None), "no rows of x were prepared in bfloat16"),
     ("norm_swiglu", dict(gate_weight=torch.ones(16, 200)), "a weight is torch.float32; accepted is bfloat16"),
     ("norm_swiglu", dict(up_weight=(None, None)), "a weight is tuple; accepted is bfloat16"),
-    ("norm_swiglu", dict(gate_weight=torch.ones(6, 200).bfloat16()), "6 outputs; accepted are multiples of 4"),
+    ("norm_swiglu", dict(gate_weight=torch.ones(5, 200).bfloat16()), "5 outputs; accepted are even numbers"),
     ("norm_swiglu", dict(up_weight=torch.ones(12, 200).bfloat16()), r"up_weight has shape \[12, 200\]; accepted is"),
     ("norm_swiglu", dict(gate_weight=torch.ones(200, 16).bfloat16().T), r"a weight has strides \(1, 16\)"),
     ("norm_swiglu", dict(x=torch.ones(65, 204)), "204 inputs; accepted are multiples of 8 up to 1024"),

@@ -22,8 +22,8 @@ def why_not_norm_swiglu(
     normed: NextNorm | None = None,
 ) -> str | None:
     """Why the kernel has no code for these operands, or None."""
-    if gate_weight.shape[0] % 4:
-        return f"{gate_weight.shape[0]} outputs; accepted are multiples of 4"
+    if gate_weight.shape[0] % 2:
+        return f"{gate_weight.shape[0]} outputs; accepted are even numbers"
     return why_not_prepared(x, (gate_weight, up_weight), normed)
 
 
@@ -39,7 +39,7 @@ def norm_swiglu(
     """``h = rms_norm(x);  y = silu(h·Wgᵀ) · (h·Wuᵀ)``.
 
     x        [..., M]  not read, M a multiple of 8 up to 1024      norm  (weight [M], eps), the weight not read
-    weights  gate_weight, up_weight  [F, M]  bf16, F a multiple of 4, rows at multiples of 16 bytes
+    weights  gate_weight, up_weight  [F, M]  bf16, F even, rows at multiples of 16 bytes
     memory   not used
     normed   ``ops.next_norm.NextNorm`` of x and this norm, filled in with bf16 rows
     returns  [..., F]  bf16, fresh

@@ -24,9 +24,15 @@ def why_no_norm_products(device: torch.device) -> str | None:
     reason = library.why_no_dependent_launches(device)
     if reason is None:
         have = library.properties(device)["shared_bytes_per_block"]
-        most = library.library(device).norm_products_shared_bytes(_ROWS, MOST_INPUTS)
+        kernels = library.library(device)
+        most = kernels.norm_products_shared_bytes()
         if have < most:
-            reason = f"{have} bytes of shared memory for a block; accepted are {most} and more"
+            return f"{have} bytes of shared memory for a block; accepted are {most} and more"
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            if not kernels.norm_products_clusters():
+                reason = (
+                    f"no part of this GPU runs eight blocks of {most} bytes of shared memory as a cluster"
+                )
     return reason
 
 

@@ -8,7 +8,7 @@
 namespace simt {
 namespace {
 
-ClusterBarrier& barrier_of(const Thread& thread) { return launch->clusters[thread.block->number / launch->shape.cluster]; }
+ClusterBarrier& barrier_of(const Thread& thread) { return cluster_barrier_of(*thread.block); }
 
 // Threads that have ended are waited for no more.
 void complete(ClusterBarrier& barrier) {
@@ -21,22 +21,35 @@ void complete(ClusterBarrier& barrier) {
     barrier.waiting.clear();
 }
 
-}  // namespace
-
-int cluster_rank() { return static_cast<int>(current->block->number % launch->shape.cluster); }
-
-void cluster_arrive() {
-    void* site = SMOLVLA_SIMT_SITE;
-    pause();
+void arrive(const Ref<Knowledge>& news, void* site) {
     Thread& thread = *current;
     ClusterBarrier& barrier = barrier_of(thread);
     if (thread.cluster_arrived) fail("barrier.cluster.arrive a second time, with no wait between", site);
     thread.cluster_arrived = true;
     thread.cluster_phase = barrier.phase;
-    barrier.gathered = join(barrier.gathered, publish(thread));
+    barrier.gathered = join(barrier.gathered, news);
     ++barrier.arrived;
     complete(barrier);
     pause();
+}
+
+}  // namespace
+
+ClusterBarrier& cluster_barrier_of(const Block& block) { return launch->clusters[block.number / launch->shape.cluster]; }
+
+int cluster_size() { return static_cast<int>(launch->shape.cluster); }
+int cluster_rank() { return static_cast<int>(current->block->number % launch->shape.cluster); }
+
+void cluster_arrive() {
+    void* site = SMOLVLA_SIMT_SITE;
+    pause();
+    arrive(publish(*current), site);
+}
+
+void cluster_arrive_relaxed() {
+    void* site = SMOLVLA_SIMT_SITE;
+    pause();
+    arrive(current->made_barriers, site);
 }
 
 void cluster_wait() {
@@ -52,11 +65,8 @@ void cluster_wait() {
     learn(thread, barrier.published);
 }
 
-void load_cluster(void* to, const void* own, size_t bytes, int rank) {
-    void* site = SMOLVLA_SIMT_SITE;
+Block& block_of_rank(int rank, void* site) {
     const Block& block = *current->block;
-    const auto at = reinterpret_cast<uintptr_t>(own);
-    if (!block.shared.holds(at)) fail("out-of-bounds ld.shared::cluster: not in shared memory", site);
     const auto cluster = static_cast<int>(launch->shape.cluster);
     if (rank < 0 || rank >= cluster)
         fail("block " + std::to_string(rank) + " of a cluster of " + std::to_string(cluster), site);
@@ -64,10 +74,18 @@ void load_cluster(void* to, const void* own, size_t bytes, int rank) {
     const auto found = std::find_if(launch->blocks.begin(), launch->blocks.end(),
                                     [&](const std::unique_ptr<Block>& other) { return other->number == number; });
     if (found == launch->blocks.end())
-        fail("ld.shared::cluster from block " + std::to_string(rank) + " of the cluster, which has ended", site);
-    Shared& shared = (*found)->shared;
-    const uintptr_t from = shared.low + (at - block.shared.low);
-    read_shared_of(shared, from, bytes, site);
+        fail("block " + std::to_string(rank) + " of the cluster has ended", site);
+    return **found;
+}
+
+void load_cluster(void* to, const void* own, size_t bytes, int rank) {
+    void* site = SMOLVLA_SIMT_SITE;
+    const Shared& mine = current->block->shared;
+    const auto at = reinterpret_cast<uintptr_t>(own);
+    if (!mine.holds(at)) fail("out-of-bounds ld.shared::cluster: not in shared memory", site);
+    Shared& shared = block_of_rank(rank, site).shared;
+    const uintptr_t from = shared.low + (at - mine.low);
+    touch_shared_of(shared, from, bytes, READ, site);
     std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
 }
 

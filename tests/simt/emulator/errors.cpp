@@ -67,6 +67,8 @@ std::string where(const Thread& thread) {
         }
         case Waits::cluster_barrier:
             return "at the cluster's barrier" + source_line(thread.site);
+        case Waits::copies:
+            return "for bulk copies" + source_line(thread.site);
         case Waits::counter:
             return "for a counter that stands at " + std::to_string(*thread.polled) + source_line(thread.site);
         default:

@@ -167,7 +167,7 @@ void shared_access(Shared& shared, uintptr_t at, size_t bytes, Kind kind, void* 
     each_cell(at, bytes, [&](uintptr_t first) { return shared.cell(first); },
               [&](Cell& cell, unsigned mask, uintptr_t where) {
                   if (cell.pending)
-                      fail(std::string(verb(kind)) + " at " + place(where) + ", where a cp.async of " +
+                      fail(std::string(verb(kind)) + " at " + place(where) + ", where a copy of " +
                                name_of(writer_of(cell)) + " is still under way",
                            site);
                   if (kind != WRITE && (cell.written & mask) != mask)
@@ -230,8 +230,8 @@ void access_aligned(uintptr_t at, size_t bytes, Kind kind, Path path, void* site
     access(at, bytes, kind, path, site);
 }
 
-void read_shared_of(Shared& shared, uintptr_t at, size_t bytes, void* site) {
-    shared_access(shared, at, bytes, READ, site);
+void touch_shared_of(Shared& shared, uintptr_t at, size_t bytes, Kind kind, void* site) {
+    shared_access(shared, at, bytes, kind, site);
 }
 
 void check_reads_are_over() {
@@ -248,18 +248,25 @@ void check_reads_are_over() {
 }
 
 void begin_async_write(uintptr_t at, size_t bytes, void* site) {
+    begin_remote_write(current->block->shared, at, bytes, site);
+}
+
+void end_async_write(uintptr_t at, size_t bytes, void* site) {
     Shared& shared = current->block->shared;
+    end_remote_write(shared, at, bytes);
+    shared_access(shared, at, bytes, WRITE, site);
+}
+
+void begin_remote_write(Shared& shared, uintptr_t at, size_t bytes, void* site) {
     if (!shared.holds(at)) outside(at, bytes, WRITE, site);
     shared_access(shared, at, bytes, WRITE, site);
     each_cell(at, bytes, [&](uintptr_t first) { return shared.cell(first); },
               [](Cell& cell, unsigned, uintptr_t) { cell.pending = 1; });
 }
 
-void end_async_write(uintptr_t at, size_t bytes, void* site) {
-    Shared& shared = current->block->shared;
+void end_remote_write(Shared& shared, uintptr_t at, size_t bytes) {
     each_cell(at, bytes, [&](uintptr_t first) { return shared.cell(first); },
               [](Cell& cell, unsigned, uintptr_t) { cell.pending = 0; });
-    shared_access(shared, at, bytes, WRITE, site);
 }
 
 uint64_t accesses() { return statistics.shared_accesses + statistics.global_accesses; }

@@ -30,7 +30,7 @@ struct Cell {
     uint32_t more;
     uint16_t count;
     uint8_t written;  // bytes of shared memory that hold something
-    uint8_t pending;  // a cp.async that nobody has waited for writes here
+    uint8_t pending;  // a copy that nobody has waited for writes here
 };
 
 struct Thread;
@@ -60,14 +60,17 @@ bool allowed(uintptr_t low, size_t bytes);
 // A checked access of the running thread; returns at once outside a kernel.
 void access(uintptr_t at, size_t bytes, Kind kind, Path path, void* site);
 void access_aligned(uintptr_t at, size_t bytes, Kind kind, Path path, void* site);
-// A read of another block's shared memory.
-void read_shared_of(Shared& shared, uintptr_t at, size_t bytes, void* site);
-// Of the running thread's block, which ends: an error where another block's read is not known to be over.
+// Of another block's shared memory.
+void touch_shared_of(Shared& shared, uintptr_t at, size_t bytes, Kind kind, void* site);
+// Of the running thread's block, which ends: an error where another block's access is not known to be over.
 void check_reads_are_over();
 
 // The destination of a cp.async: written by the thread, and nobody's until it has waited.
 void begin_async_write(uintptr_t at, size_t bytes, void* site);
 void end_async_write(uintptr_t at, size_t bytes, void* site);
+// Of a bulk copy to a block, which others than its thread may end.
+void begin_remote_write(Shared& shared, uintptr_t at, size_t bytes, void* site);
+void end_remote_write(Shared& shared, uintptr_t at, size_t bytes);
 
 uint64_t accesses();
 // Set around a store of the bytes that are there: threads that hold copies of a value may store it at one instruction.

@@ -89,6 +89,7 @@ void thread_main() {
     self.warp->exited |= 1u << self.lane;
     arrive_at_exit(self);
     if (--self.block->alive == 0) {
+        check_copies_are_over();
         if (launch->shape.cluster > 1) check_reads_are_over();
         launch->finished = self.block;
         leave_to_host();

@@ -25,7 +25,7 @@ constexpr unsigned MAX_CLUSTER = 8;
 struct Block;
 struct Warp;
 
-enum class Waits { nothing, block_barrier, named_barrier, collective, counter, cluster_barrier };
+enum class Waits { nothing, block_barrier, named_barrier, collective, counter, cluster_barrier, copies };
 enum class Collective { shuffle, ballot, warp_barrier, ldmatrix, ldmatrix_trans, mma_bf16, mma_fp16 };
 
 // A copy of up to 16 bytes under way. The bytes of the source are kept: nobody may change them before the copy is done.
@@ -50,6 +50,7 @@ struct Thread {
     uint32_t epoch = 1;  // grows whenever others may learn of what was done so far
     Ref<Clock> local;    // of the threads of its block; its own entry is `epoch`, not what stands there
     Ref<Knowledge> remote, fenced, unfenced;  // of other blocks; published by a fence; read by atomics, not yet fenced
+    Ref<Knowledge> made_barriers;  // what others may know of barriers of copies that it made
 
     bool exited = false;
     Waits waits = Waits::nothing;
@@ -113,6 +114,33 @@ struct ClusterBarrier {
     std::vector<Thread*> waiting;
 };
 
+// Counts the bytes of bulk copies, once.
+struct CopyBarrier {
+    uint32_t maker;  // the thread
+    bool published = false, expected = false, complete = false;
+    int64_t bytes = 0;  // still to come, of those expected
+    Ref<Knowledge> known{};
+    std::vector<Thread*> waiting{};
+};
+
+struct BulkCopy {
+    Block* block;  // that it goes to
+    uintptr_t to;
+    const unsigned char* from;
+    std::vector<unsigned char> source;  // as it was when the copy began
+    uintptr_t barrier;
+    const Block* begun_by;
+    Ref<Knowledge> known;
+    void* site;
+};
+
+// A copy that is done, as its target knows; the block that began it knows when its cluster's barrier is of this phase.
+struct DoneCopy {
+    const Block* begun_by;
+    uint64_t known_in;
+    void* site;
+};
+
 struct Statistics {
     uint64_t blocks, threads, switches, block_barriers, named_barriers, warp_barriers, collectives, mma, ldmatrix;
     uint64_t async_copies, counter_adds, counter_polls, atomics, shared_accesses, global_accesses, global_bytes_read,
@@ -142,6 +170,9 @@ struct Launch {
     uint64_t counter_events = 0, idle_rounds = 0, idle_rounds_in_all = 0, accesses_when_idle = 0;
     std::unordered_map<const void*, Ref<Knowledge>> counters;
     std::unordered_map<unsigned, ClusterBarrier> clusters;
+    std::unordered_map<uintptr_t, CopyBarrier> copy_barriers;
+    std::vector<BulkCopy> bulk_copies;  // under way
+    std::vector<DoneCopy> done_copies;  // between two blocks
     Fiber host;
     Block* finished = nullptr;
     std::string error;
@@ -179,7 +210,10 @@ void arrive_at_exit(Thread& thread);
 // All that the thread knows, its own doings included, which are of an epoch that ends here; and what it hears of others.
 Ref<Knowledge> publish(Thread& thread);
 void learn(Thread& thread, const Ref<Knowledge>& news);
+ClusterBarrier& cluster_barrier_of(const Block& block);
 void check_exit(Thread& thread);  // of clusters and dependent launches
+Block& block_of_rank(int rank, void* site);  // of the running thread's cluster
+void check_copies_are_over();  // of the running thread's block, which ends
 
 #define SMOLVLA_SIMT_SITE __builtin_extract_return_addr(__builtin_return_address(0))
 

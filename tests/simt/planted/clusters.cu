@@ -74,6 +74,62 @@ __global__ void cluster_never_waits(Args p) {
     if (p.mended) cluster_wait();
 }
 
+// Each block brings its part of the words, for all blocks.
+struct Bulk {
+    bool met = true, published = true, waits = true, stays = true, changes = false;
+    int expected = 16 * THREADS, aligned = 16;
+};
+
+__device__ __forceinline__ void bulk_copies(const Args& p, const Bulk& bulk) {
+    SMOLVLA_SHARED(memory);
+    auto* barrier = reinterpret_cast<uint64_t*>(memory);
+    const int bytes = 16 * THREADS / RANKS, at = cluster_rank() * bytes;
+    if (threadIdx.x == 0) {
+        init_copy_barrier(barrier);
+        expect_copies(barrier, bulk.expected);
+        if (bulk.published) publish_copy_barriers();
+    }
+    if (bulk.met && bulk.published) {
+        cluster_arrive_relaxed();
+        cluster_wait();
+    } else {
+        meet(bulk.met);
+    }
+    if (threadIdx.x == 0) {
+        copy_to_cluster(memory + bulk.aligned + at, reinterpret_cast<unsigned char*>(p.b) + at, bytes, barrier, RANKS);
+        if (bulk.changes) p.b[at / 4] = 1;
+    }
+    if (bulk.waits)
+        await_copies(barrier);
+    else
+        meet(true);
+    if (bulk.stays) cluster_arrive_relaxed();
+    p.a[blockIdx.x * THREADS + threadIdx.x] = reinterpret_cast<uint32_t*>(memory + bulk.aligned)[threadIdx.x];
+    if (bulk.stays) cluster_wait();
+}
+
+__global__ void bulk_barrier_not_met(Args p) { bulk_copies(p, {.met = p.mended}); }
+__global__ void bulk_barrier_not_published(Args p) { bulk_copies(p, {.published = p.mended}); }
+__global__ void bulk_not_waited_for(Args p) { bulk_copies(p, {.waits = p.mended}); }
+__global__ void bulk_ends_too_early(Args p) { bulk_copies(p, {.stays = p.mended}); }
+__global__ void bulk_of_what_changes(Args p) { bulk_copies(p, {.changes = !p.mended}); }
+__global__ void bulk_of_fewer(Args p) { bulk_copies(p, {.expected = 16 * THREADS + (p.mended ? 0 : 16)}); }
+__global__ void bulk_of_more(Args p) { bulk_copies(p, {.expected = 16 * THREADS - (p.mended ? 0 : 16)}); }
+__global__ void bulk_misaligned(Args p) { bulk_copies(p, {.aligned = p.mended ? 16 : 8}); }
+
+__global__ void relaxed_barrier_for_words(Args p) {
+    SMOLVLA_SHARED(memory);
+    auto* own = reinterpret_cast<float*>(memory) + threadIdx.x;
+    *own = 1.0f;
+    if (p.mended)
+        cluster_arrive();
+    else
+        cluster_arrive_relaxed();
+    cluster_wait();
+    p.a[blockIdx.x * THREADS + threadIdx.x] = static_cast<uint32_t>(sum_of_ranks(own));
+    meet(true);
+}
+
 __global__ void read_too_early(Args p) {
     if (p.mended) await_earlier_launches();
     const uint32_t word = p.b[threadIdx.x];
@@ -103,6 +159,7 @@ __global__ void never_waits_for_launches(Args p) {
 }  // namespace
 
 const std::vector<Entry>& cluster_kernels() {
+    static const Grid bulk{RANKS, THREADS, 16 + 16 * THREADS, false, RANKS};
     static const Grid two{2 * RANKS, THREADS, 16 * THREADS, false, RANKS}, early{1, THREADS, 16 * THREADS, false, 1, true};
     static const std::vector<Entry> all = {
         {"cluster_sums", cluster_sums, two},
@@ -113,6 +170,15 @@ const std::vector<Entry>& cluster_kernels() {
         {"cluster_wait_alone", cluster_wait_alone, two},
         {"cluster_arrives_twice", cluster_arrives_twice, two},
         {"cluster_never_waits", cluster_never_waits, two},
+        {"bulk_barrier_not_met", bulk_barrier_not_met, bulk},
+        {"bulk_barrier_not_published", bulk_barrier_not_published, bulk},
+        {"bulk_not_waited_for", bulk_not_waited_for, bulk},
+        {"bulk_ends_too_early", bulk_ends_too_early, bulk},
+        {"bulk_of_what_changes", bulk_of_what_changes, bulk},
+        {"bulk_of_fewer", bulk_of_fewer, bulk},
+        {"bulk_of_more", bulk_of_more, bulk},
+        {"bulk_misaligned", bulk_misaligned, bulk},
+        {"relaxed_barrier_for_words", relaxed_barrier_for_words, two},
         {"read_too_early", read_too_early, early},
         {"copied_too_early", copied_too_early, early},
         {"written_too_early", written_too_early, early},
