@@ -1,4 +1,4 @@
-# make demo | train-demo | test | test-cpus | test-full | acceptance | architecture | chart | fuzz | soak | test-compat | compiled-kernels | mutations | simt | simt-full | lint | bench | aot | cuda | ptxas
+# make demo | train-demo | test | emulators | test-cpus | test-full | acceptance | architecture | chart | fuzz | soak | test-compat | compiled-kernels | mutations | simt | simt-full | lint | bench | aot | cuda | ptxas
 #      | loop-account | gpu-account | gpu-bring | gpu-contact | gpu-report | gpu-peers | venv | venv-standalone | clean
 #
 # Everything happens in .venv, made on first use with the best Python found (or PYTHON=...): `make demo` installs what the
@@ -19,7 +19,7 @@ ARGS    ?=
 # Processes of `make test`; 0: one process, with live output.
 JOBS    ?= 2
 
-.PHONY: demo train-demo test test-cpus test-full acceptance architecture chart fuzz soak test-compat loop-account compiled-kernels mutations simt simt-full lint bench aot cuda ptxas gpu-account gpu-bring gpu-contact gpu-report gpu-peers venv venv-standalone clean
+.PHONY: demo train-demo test emulators test-cpus test-full acceptance architecture chart fuzz soak test-compat loop-account compiled-kernels mutations simt simt-full lint bench aot cuda ptxas gpu-account gpu-bring gpu-contact gpu-report gpu-peers venv venv-standalone clean
 .DELETE_ON_ERROR:
 
 # Bytecode is made of what is imported, not of all that is installed: most of it nobody imports here. Where Python is told to
@@ -37,6 +37,10 @@ train-demo: venv
 test: venv
 	HF_HUB_OFFLINE=1 SMOLVLA_FAST_PYTHONS=$(wildcard $(ALONE)/bin/python) $(VENV)/bin/python -m pytest -n $(JOBS) \
 	    --no-loadscope-reorder --max-worker-restart=0 $(ARGS)
+
+# What the tests compile when they first ask: the emulators of GPUs and of processors' instructions. Needs no torch.
+emulators:
+	PYTHONPATH=tests:csrc $(VENV)/bin/python -m support.build_emulators
 
 # What depends on the processor, once as each lesser one that this one can play; tests/support/processors.py says how.
 test-cpus: venv

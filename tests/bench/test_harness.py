@@ -370,8 +370,12 @@ def test_an_interrupted_visit_keeps_what_it_has(tmp_path: Path) -> None:
     command = [*python(INTERRUPTED), str(begun), json.dumps(found)]
     parts = [Part("first", 60, 0, command, measures=True), Part("second", 60, 0, python(""), measures=True)]
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    data = run.visit(parts, tmp_path / "out" / "a.json", 5, dict(os.environ), {})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+    try:
+        thread.start()
+        data = run.visit(parts, tmp_path / "out" / "a.json", 5, dict(os.environ), {})
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     first, second = data["parts"]
     assert data["interrupted"] and first["figures"] == {"ms": 1.0}
