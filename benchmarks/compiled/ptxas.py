@@ -26,13 +26,15 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "denoise_persistent": ("HMMA", "LDGSTS or UBLKCP"),
     "masked_attention": ("HMMA",),  # keys and values go from L2 straight into fragments, past shared memory
     "linear_residual": ("HMMA", "LDGSTS", "LDSM"),
-    "norm_products": (),  # of K no loop is left: every step has constant offsets
+    "norm_products": ("UBLKCP",),  # of K no loop is left: every step has constant offsets
     "euler_step": (),
     "image_prep": (),
 }
 """What must stand in the loops of each kernel of a source: products in tensor cores, copies in the background."""
 FIRST = {"linear_residual": 90, "norm_products": 90}
-"""Of sources with instructions that older architectures have not: below it their kernels are empty, and never launched."""
+LAST = {"norm_products": 119}
+"""Of sources that other architectures lack instructions for, or shared memory: beyond them kernels are empty, and never
+launched."""
 SPILLS: dict[str, tuple[int, str]] = {}
 """Bytes that a thread of a source's kernels may spill where 0 is not kept, each with the reason."""
 
@@ -50,7 +52,7 @@ def beyond(source: str, target: str, kernel: Kernel) -> list[str]:
     """What of EXPECTED a kernel has not in its loops."""
     if source not in EXPECTED:
         return ["EXPECTED has no line for its source"]
-    if int(target.rstrip("af")) < FIRST.get(source, 0):
+    if not FIRST.get(source, 0) <= int(target.rstrip("af")) <= LAST.get(source, 999):
         return []
     wishes = (wish for wish in EXPECTED[source] if not kernel.instructions.keys() & set(wish.split(" or ")))
     return [f"no {wish} in its loops" for wish in wishes]

@@ -3,8 +3,8 @@
     gap + max(waves · chain, start + latency + max(HBM, L2, busiest)) + end
 
 - chain: what a program waits for, one behind the other, however fast the machine: trips · latency + tails · L2's latency +
-  operations · their clocks + what a cluster exchanges. waves: how often the multiprocessors are filled. start, end: of a
-  program.
+  operations · their clocks + what a cluster exchanges. waves: how often the multiprocessors are filled, with whole clusters,
+  which any of them are taken to make. start, end: of a program.
 - HBM: bytes that are not in L2, which holds what was touched last. L2: what all programs move, what a cluster shares once.
   busiest: the multiprocessor with the most programs, by its port to L2 or by its units (products, and exponents behind
   them, or beside them where the kernel overlaps them).
@@ -206,7 +206,8 @@ def price_node(gpu: GPU, node: Node, work: Work, weights: float, hbm: float, bef
     start = (1.0 - share) * first
     waits = work.trips * latency + work.tails * gpu.latency_l2.value + work.operations * gpu.operation.value
     waits += work.exchanges * gpu.exchange.value + work.exchanged / gpu.cluster_port.value
-    waves = ceil(work.programs / (gpu.multiprocessors.value * resident(gpu, work)))
+    at_once = gpu.multiprocessors.value * resident(gpu, work)
+    waves = ceil(work.programs / (at_once - at_once % (work.cluster or 1)))
     chain = gpu.seconds(start + waits + (waves - 1) * (first + waits))
 
     of_one = work.flops * gpu.multiprocessors.value / gpu.rate(work)

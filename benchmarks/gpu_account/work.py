@@ -28,8 +28,8 @@ class Work:
 
     programs    of the launch         warps, registers, shared  of one: threads/32, of a thread, bytes
     moved       bytes to and from L2, what its neighbours read as well included
-    multicast   of these, what the blocks of a cluster read once for all of them      cluster  how many; None: a library's
-    meets       barriers of a cluster before the first load
+    multicast   of these, what the blocks of a cluster read once for all of them
+    cluster     blocks of one; None: a library's      meets  barriers of a cluster before the first load
     flops       as the unit counts them, padding included      unit  a key of ``price.GPU.units``
     exponents   of a softmax or an activation
     trips       waits for memory one behind the other: the loop's steps by the loads in flight
@@ -112,13 +112,14 @@ def _cluster_residual(node: Node) -> Work:
         programs=prod(node.grid), warps=8, registers=64, shared=4 * 2 * 64 * 64 * 2 + 64 * 72 * 4,
         moved=2 * 64 * steps * (rows + 64) + rows / 8 * 64 * (2 * stream + following),
         flops=2 * 64 * 64 * 64 * steps, unit="bf16", trips=max(1.0, steps / 4), operations=steps,
-        exchanges=1, exchanged=rows * 64 * 4 * 7 / 8,
+        exchanges=1, exchanged=rows * 64 * 4 * 7 / 8, cluster=8,
     )  # fmt: skip
 
 
 def _normed_products(node: Node) -> Work:
     """All weights of a block, then x, of which a cluster's blocks bring a part each for all; the shares of K meet in shared
-    memory. A barrier of copies is waited for; the cluster at the end has come by then, as in ``_cluster_residual``."""
+    memory. Copies are waited for once, as they come one behind the other; the cluster at the end has come by then, as in
+    ``_cluster_residual``."""
     a = node.arguments
     k, cols, rows = a["inputs"], 2 * a["pairs"], a["rows"] / ceil(a["rows"] / 64)
     return Work(

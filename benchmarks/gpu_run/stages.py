@@ -53,6 +53,11 @@ def machine(stage: Stage) -> None:
     )
     with stage.attempt("nvidia-smi"):
         stage.add(nvidia_smi=None if stage.rehearsal else system.first_line(["nvidia-smi", "-L"]))
+    if not stage.rehearsal and not extension.why_missing("cuda"):
+        # The account takes as many as whole clusters of eight go into the multiprocessors.
+        with stage.attempt("clusters at once"):
+            kernels = extension.load("cuda")
+            stage.add(clusters_at_once=[kernels.linear_residual_clusters(), kernels.norm_products_clusters()])
     with stage.attempt("a product by torch"):
         stage.add(
             product=float(

@@ -3,12 +3,12 @@
 //
 // A block has 8 to 24 pairs of weight rows and up to 64 rows of x. All its weights are on their way to shared memory before
 // the launches ahead have ended (programmatic dependent launch), and so is every address. Then x comes in four groups along
-// K; products begin with the first. All blocks multiply the same x: those of a cluster bring a part of its rows each, for
-// all of them (bulk copies with multicast), so that L2 gives x once a cluster. A lane copies
-// a whole row by one instruction.
+// K; products begin with the first. All blocks of a cluster multiply the same x: each brings a part of its rows, for all of
+// them (bulk copies with multicast), so that L2 gives x once a cluster. One instruction copies a row of a weight, or of a
+// group of x.
 //
 // The bound is a warp's chain of instructions and what comes from L2, not tensor cores: so two halves of the rows times four
-// shares of K have a warp each, and each step of K is 12 instructions with constant offsets. Sums of the shares are added
+// shares of K have a warp each, and each step of K is 7 to 17 instructions with constant offsets. Sums of the shares are added
 // up in the order of their number. 1/rms is a factor of a whole row, applied to sums.
 #include "cuda/norm_products.h"
 
@@ -349,7 +349,7 @@ template <class Pairs>
 Grid grid_of(const typename Pairs::Params& p, int pieces) {
     Grid grid;
     grid.cluster = kMostRanks;
-    while (grid.cluster > static_cast<unsigned>(pieces)) grid.cluster /= 2;
+    while (grid.cluster > 1 && grid.cluster > static_cast<unsigned>(pieces)) grid.cluster /= 2;
     grid.blocks = dim3((pieces + grid.cluster - 1) / grid.cluster * grid.cluster, (p.rows + kRows - 1) / kRows);
     grid.threads = dim3(kThreads);
     grid.shared_bytes = shared_bytes_of(Pairs::kPairs, p.rows, p.inputs);

@@ -24,12 +24,6 @@ struct fp16 {
 #else
 #define SMOLVLA_SM_90 0
 #endif
-// Whether one copy goes to all blocks of a cluster, which code for one architecture alone, such as sm_90a, may count on.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
-#define SMOLVLA_MULTICAST 1
-#else
-#define SMOLVLA_MULTICAST 0
-#endif
 
 #if defined(SMOLVLA_SIMT)
 #include "emulator/ptx.h"
@@ -197,8 +191,8 @@ __device__ __forceinline__ void expect_copies(uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
-// By the thread that made the barriers: copies may signal them, those of other blocks behind a barrier of the cluster, and
-// the block's threads wait for them.
+// By the thread that made the barriers. Behind a barrier of the block its threads may wait for them and begin copies that
+// signal them, behind one of the cluster those of its other blocks.
 __device__ __forceinline__ void publish_copy_barriers() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -209,27 +203,14 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
                  "l"(global), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
-// To the same place in all blocks of the cluster; each one's own barrier counts what comes to it.
+// To the same place in all blocks of the cluster; each one's own barrier counts what comes to it. Fast in code for one
+// architecture alone, as sm_90a is.
 __device__ __forceinline__ void copy_to_cluster(void* shared, const void* global, int bytes, uint64_t* barrier, int ranks) {
-#if SMOLVLA_MULTICAST
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
             shared_address(shared)),
         "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>((1u << ranks) - 1))
         : "memory");
-#else
-    for (int rank = 0; rank < ranks; ++rank) {
-        asm volatile(
-            "{\n"
-            ".reg .u32 to, counted;\n"
-            "mapa.shared::cluster.u32 to, %0, %4;\n"
-            "mapa.shared::cluster.u32 counted, %3, %4;\n"
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [to], [%1], %2, [counted];\n"
-            "}" ::"r"(shared_address(shared)),
-            "l"(global), "r"(bytes), "r"(shared_address(barrier)), "r"(rank)
-            : "memory");
-    }
-#endif
 }
 // Until all have come, by each thread that reads them.
 __device__ __forceinline__ void await_copies(uint64_t* barrier) {

@@ -153,6 +153,21 @@ def test_sums_of_a_cluster_are_priced(account: Account) -> None:
     assert us(replace(waiting, exchanged=waiting.exchanged + 14e3)) - us(waiting) == pytest.approx(1e3 / 1755)
 
 
+def test_normed_products_are_priced(account: Account) -> None:
+    """What a cluster shares comes once from L2, and its first barrier is ahead of the first load."""
+    nodes = [node for node in account.recording.nodes if node.name == "norm_swiglu_cuda"]
+    (alone,) = works_of(next(node for node in nodes if node.arguments["rows"] == 50))
+    assert (alone.programs, alone.cluster, alone.meets) == (128, 8, 1)
+    assert alone.multicast == 2 * 720 * 50
+    moved = us(replace(alone, cluster=1)) - us(replace(alone, cluster=2))
+    assert moved == pytest.approx(128 * alone.multicast / 2 / H100.l2.value * 1e6)
+    waiting = replace(alone, trips=50.0)
+    assert us(replace(waiting, meets=11)) - us(waiting) == pytest.approx(10 * 380 / 1755)
+    assert us(replace(waiting, programs=129)) > 1.9 * us(
+        waiting
+    )  # 16 clusters fit, though 132 programs would
+
+
 def test_dependent_launch_hides_what_reads_weights_alone() -> None:
     before = price_node(H100, node(pdl=True), replace(WORK, trips=20.0), 0.0, 0.0, None)
     assert before.idle > 2e-6

@@ -44,6 +44,13 @@ QKV = {
     "two row tiles": dict(B=5, T=13, M=40, H=1, K=1, D=40),
 }
 OPS = [*(("norm_swiglu", case) for case in SWIGLU), *(("norm_qkv_rope", case) for case in QKV)]
+OF_A_CHUNK = [
+    (op, rows, inputs)
+    for op in ("norm_swiglu", "norm_qkv_rope")
+    for rows in (2, 65)
+    for inputs in (480, 720, 960, 1024)
+]
+"""Every kernel that is compiled for a width of its own, the widest, and with it the most shared memory."""
 ONCE = 2**-8
 """Relative: one rounding to bf16 is half of it, and what sums in fp32 leave is far below the other half."""
 SUMS = 2**-20
@@ -69,13 +76,13 @@ class Given(NamedTuple):
 
 def given(
     op: str,
-    case: str,
+    case: str | dict[str, int],
     settled: bool = True,
     slots: torch.dtype | None = torch.bfloat16,
     queries: bool = True,
 ) -> Given:
     """A stream in fp32 with outliers and a row of zeros, its rows prepared in bf16, and squares over some columns each."""
-    sizes = (SWIGLU if op == "norm_swiglu" else QKV)[case]
+    sizes = (SWIGLU if op == "norm_swiglu" else QKV)[case] if isinstance(case, str) else case
     inputs, _ = inputs_in(op, sizes, torch.bfloat16, 0)
     x, (weight, eps) = inputs["x"].float(), inputs["norm"]
     x[..., ::11] *= 50
@@ -162,6 +169,14 @@ def test_contract(hopper: Any, op: str, case: str) -> None:
         assert error <= 2 * of_eager + allowance(want[name], torch.bfloat16, each.inputs["x"].shape[-1])
 
 
+@pytest.mark.parametrize(("op", "rows", "inputs"), OF_A_CHUNK)
+def test_every_kernel_is_right(hopper: Any, op: str, rows: int, inputs: int) -> None:
+    sizes = dict(rows=rows, inputs=inputs, outputs=26)
+    if op == "norm_qkv_rope":
+        sizes = dict(B=1, T=rows, M=inputs, H=1, K=1, D=20)
+    assert wrong(given(op, sizes)) is None
+
+
 @pytest.mark.parametrize(("op", "case"), OPS)
 def test_equal_bits_in_every_order(emulator: Any, op: str, case: str) -> None:
     found = []
@@ -192,6 +207,15 @@ def test_the_account_has_its_blocks(hopper: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(library, "library", lambda device: _Kernels(recorder))
     each.run()
     assert [prod(grid) for grid in noted] == [launched]
+    assert _Kernels(recorder).norm_products_shared_bytes() == hopper.norm_products_shared_bytes()
+
+
+def test_no_heads_at_all(hopper: Any) -> None:
+    each = given("norm_qkv_rope", "two row tiles", slots=None)
+    q = norm_qkv_rope(
+        **{**each.inputs, "weights": (torch.empty(0, 40).bfloat16(), None, None)}, normed=each.hint
+    )
+    assert q is not None and q.shape == (5, 13, 0, 40)
 
 
 def by_triton() -> Any:

@@ -39,8 +39,8 @@ def why_no_dependent_launches(device: torch.device) -> str | None:
         return f"compute capability {have // 10}.{have % 10} has no clusters of blocks; accepted is 9.0 and later"
     if found["ptx_version"] < MIN_CAPABILITY:
         return (
-            f"smolvla_fast._cuda has code with clusters for no GPU like this one; `SMOLVLA_CUDA_ARCHS={have} pip install .` "
-            "compiles it"
+            "smolvla_fast._cuda has code with clusters for no GPU like this one; "
+            f"`SMOLVLA_CUDA_ARCHS={have}a pip install .` compiles it"
         )
     return None
 

@@ -108,7 +108,7 @@ def norm_qkv_rope(
     if used[0] is not None:
         q = torch.empty(batch, tokens, q_heads, 2 * half, dtype=torch.bfloat16, device=x.device)
     inputs, sizes, more = prepared_rows(op, x, norm, there, normed)
-    if batch and tokens:
+    if batch and tokens and q_heads + kv_heads:
         # A launch goes to the device that is current.
         with torch.cuda.device_of(x):
             library.library(x.device).norm_qkv_rope(

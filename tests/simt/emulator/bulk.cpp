@@ -1,6 +1,7 @@
 // Bulk copies, and the barriers that count their bytes. A copy is done at some later step of anybody: when a thread waits for
 // its barrier, or the seed says so. Until then nobody may touch the destination or change the source, and neither the block
-// that began it nor the one it goes to may end.
+// that began it nor the one it goes to may end. Not checked: fence.proxy.async between an ordinary write and a copy of the
+// same bytes, and that a relaxed arrival tells no more of a thread that made barriers than these.
 #include <algorithm>
 #include <cstring>
 
@@ -105,6 +106,7 @@ void expect_copies(uint64_t* at, int bytes) {
     CopyBarrier& barrier = barrier_at(*current->block, number(at), site);
     access_aligned(number(at), 8, ATOMIC_READ, Path::l2, site);
     if (barrier.expected) fail("a barrier of copies expects one thread, and a second one arrives", site);
+    if (bytes < 0 || bytes >= 1 << 20) fail("a barrier of copies counts up to 2^20 - 1 bytes", site);
     barrier.expected = true;
     barrier.bytes += bytes;
     barrier.known = join(barrier.known, publish(*current));
