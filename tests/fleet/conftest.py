@@ -33,7 +33,7 @@ class Fleet(NamedTuple):
     checkpoint: Checkpoint
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Ray of the tests' own. Yields the URL of its metrics."""
     pytest.importorskip("ray.serve", reason='the fleet runs on Ray Serve: pip install ".[fleet]"')
@@ -54,7 +54,7 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             yield metrics
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def fleet(ray_here: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     checkpoint = save_checkpoint(tmp_path_factory.mktemp("fleet"), num_steps=3)
     with pytest.MonkeyPatch.context() as patched:
@@ -191,7 +191,7 @@ class Alone:
         return torch.cat([self.after(chunk[:, step]) for step in range(actions)])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def alone(fleet: Fleet) -> Alone:
     return Alone(fleet)
 
