@@ -314,7 +314,7 @@ def markdown(account: Account) -> str:
         f"once. Around its graph a replay queues {len(around)} more ({calls}), {around_us:.0f} us, not in the sum.",
         *(f"## {stage}\n\n{by_node(account, stage)}" for stage in account.seconds),
         "HBM: what is not in L2, which holds what was touched last. L2: what all programs together move, what several read "
-        "counted as often, but what a cluster of a library's blocks shares once. FLOP with padding. fma: fp32 outside the "
+        "counted as often, but what a cluster shares once. FLOP with padding. fma: fp32 outside the "
         "tensor cores; tf32x3: three products of tf32 for one of fp32. PDL: launches with programmatic dependent launch.",
         f"## Beside the estimate by hand\n\n{by_hand(account)}",
         NOTES,

@@ -4,7 +4,7 @@
 
 - chain: what a program waits for, one behind the other, however fast the machine: trips · latency + tails · L2's latency +
   operations · their clocks + what a cluster exchanges. waves: how often the multiprocessors are filled, with whole clusters,
-  which any of them are taken to make. start, end: of a program.
+  as if any of them made one. start, end: of a program; its cluster meets in the start.
 - HBM: bytes that are not in L2, which holds what was touched last. L2: what all programs move, what a cluster shares once.
   busiest: the multiprocessor with the most programs, by its port to L2 or by its units (products, and exponents behind
   them, or beside them where the kernel overlaps them).
@@ -207,7 +207,7 @@ def price_node(gpu: GPU, node: Node, work: Work, weights: float, hbm: float, bef
     waits = work.trips * latency + work.tails * gpu.latency_l2.value + work.operations * gpu.operation.value
     waits += work.exchanges * gpu.exchange.value + work.exchanged / gpu.cluster_port.value
     at_once = gpu.multiprocessors.value * resident(gpu, work)
-    waves = ceil(work.programs / (at_once - at_once % (work.cluster or 1)))
+    waves = ceil(work.programs / (at_once - at_once % work.cluster))
     chain = gpu.seconds(start + waits + (waves - 1) * (first + waits))
 
     of_one = work.flops * gpu.multiprocessors.value / gpu.rate(work)
@@ -216,7 +216,7 @@ def price_node(gpu: GPU, node: Node, work: Work, weights: float, hbm: float, bef
     most = ceil(work.programs / gpu.multiprocessors.value)
     busiest = most * max(of_one, gpu.seconds(work.moved / gpu.port.value))
     from_hbm = (hbm - prefetched) / gpu.hbm.value
-    cluster = gpu.library_cluster.value if work.cluster is None else work.cluster
+    cluster = gpu.library_cluster.value if work.library else work.cluster
     through_l2 = work.programs * (work.moved - work.multicast * (1.0 - 1.0 / cluster))
     rates = max(from_hbm, through_l2 / gpu.l2.value, busiest)
 

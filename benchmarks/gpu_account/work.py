@@ -29,8 +29,8 @@ class Work:
     programs    of the launch         warps, registers, shared  of one: threads/32, of a thread, bytes
     moved       bytes to and from L2, what its neighbours read as well included
     multicast   of these, what the blocks of a cluster read once for all of them
-    cluster     blocks of one; None: a library's      meets  barriers of a cluster before the first load
-    flops       as the unit counts them, padding included      unit  a key of ``price.GPU.units``
+    cluster     blocks of one, where no library chooses      meets  barriers of a cluster before the first load
+    flops       as the unit counts them, padding included      unit  a key of ``price.GPU.peak``
     exponents   of a softmax or an activation
     trips       waits for memory one behind the other: the loop's steps by the loads in flight
     tails       such waits behind the loop, for what is in L2
@@ -53,7 +53,7 @@ class Work:
     library: bool = False
     overlapped: bool = False
     multicast: float = 0.0
-    cluster: int | None = None
+    cluster: int = 1
     meets: float = 0.0
     exchanges: float = 0.0
     exchanged: float = 0.0
@@ -118,12 +118,12 @@ def _cluster_residual(node: Node) -> Work:
 
 def _normed_products(node: Node) -> Work:
     """All weights of a block, then x, of which a cluster's blocks bring a part each for all; the shares of K meet in shared
-    memory. Copies are waited for once, as they come one behind the other; the cluster at the end has come by then, as in
-    ``_cluster_residual``."""
+    memory. Copies are waited for once, as they come one behind the other. The last barrier of the cluster costs nothing, as
+    in ``_cluster_residual``: all have arrived by then."""
     a = node.arguments
     k, cols, rows = a["inputs"], 2 * a["pairs"], a["rows"] / ceil(a["rows"] / 64)
     return Work(
-        programs=prod(node.grid), warps=8, registers=64, shared=(cols + rows) * (2 * k + 16),
+        programs=prod(node.grid), warps=8, registers=64 if a["rows"] <= 64 else 80, shared=(cols + rows) * (2 * k + 16),
         moved=2 * k * (cols + rows) + 2 * rows * cols, flops=2 * 64 * cols * k, unit="bf16",
         exponents=rows * a["pairs"] if node.name == "norm_swiglu_cuda" else 0.0, operations=ceil(k / 64) + 3,
         multicast=2 * k * rows, cluster=a["cluster"], meets=1,

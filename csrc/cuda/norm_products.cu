@@ -1,5 +1,5 @@
-// Two products of normed rows and what follows them, of prepared rows (ops/next_norm.py), from sm_90 on: norm_swiglu, whose
-// pairs of columns are gate and up, and norm_qkv_rope, whose pairs are what a rotation mixes.
+// Two products of normed rows and what follows them, of prepared rows (ops/next_norm.py), from sm_90 on but not on 12.x:
+// norm_swiglu, whose pairs of columns are gate and up, and norm_qkv_rope, whose pairs are what a rotation mixes.
 //
 // A block has 8 to 24 pairs of weight rows and up to 64 rows of x. All its weights are on their way to shared memory before
 // the launches ahead have ended (programmatic dependent launch), and so is every address. Then x comes in four groups along
@@ -7,42 +7,34 @@
 // them (bulk copies with multicast), so that L2 gives x once a cluster. One instruction copies a row of a weight, or of a
 // group of x.
 //
-// The bound is a warp's chain of instructions and what comes from L2, not tensor cores: so two halves of the rows times four
-// shares of K have a warp each, and each step of K is 7 to 17 instructions with constant offsets. Sums of the shares are added
-// up in the order of their number. 1/rms is a factor of a whole row, applied to sums.
+// The bound is a warp's chain of instructions and what comes from L2, not tensor cores: so two halves of the rows times
+// four shares of K have a warp each, and each step of K is 7 to 17 instructions with constant offsets. Sums of the shares
+// are added up in the order of their number. 1/rms is a factor of a whole row, applied to sums.
 #include "cuda/norm_products.h"
 
 #include <algorithm>
 
 #include "cuda/ptx.cuh"
 
-// GPUs of 12.x have clusters, and too little shared memory for a block.
-#if SMOLVLA_SM_90 && !(defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200)
-#define SMOLVLA_ROOMY 1
-#else
-#define SMOLVLA_ROOMY 0
-#endif
-
 namespace smolvla::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kMostRanks = 8;
 constexpr int kRows = 64, kShares = 4, kGroups = 4;
-constexpr int kBarrierBytes = 16 * ((8 * kGroups + 15) / 16);  // one of each group, ahead of all else
+constexpr int kBarrierBytes = 8 * kGroups;  // an mbarrier of each group, ahead of all else
+static_assert(kBarrierBytes % 16 == 0, "operands begin at multiples of 16 bytes");
 [[maybe_unused]] constexpr int kChunk = 16 * kShares;  // of K: one instruction's 16 for each share
 
 // Rows of a matrix in shared memory: whole 16s of K and 16 bytes, so that ldmatrix meets no bank twice.
-__host__ __device__ constexpr int pitch_of(int inputs) { return 32 * ((inputs + 15) / 16) + 16; }
+__host__ __device__ constexpr int operand_pitch(int inputs) { return 32 * ((inputs + 15) / 16) + 16; }
 // Floats between rows of partial sums: those of a fragment begin in banks of their own.
 __host__ __device__ constexpr int sums_pitch(int pairs) { return 2 * pairs + 8; }
 
 size_t shared_bytes_of(int pairs, int rows, int inputs) {
-    const size_t operands = static_cast<size_t>(2 * pairs + std::min(rows, kRows)) * pitch_of(inputs);
+    const size_t operands = static_cast<size_t>(2 * pairs + std::min(rows, kRows)) * operand_pitch(inputs);
     // Sums take the place of operands.
     return kBarrierBytes + std::max(operands, sizeof(float) * kShares * kRows * sums_pitch(pairs));
 }
-
-#if SMOLVLA_ROOMY
 
 template <int COUNT>
 __device__ __forceinline__ void load(const float* from, float (&x)[COUNT]) {
@@ -61,14 +53,12 @@ __device__ __forceinline__ void load(const float* from, float (&x)[COUNT]) {
     }
 }
 
-#endif
-
-// What a block's pairs of columns are, and what a thread does with those it finishes: kEach pairs from `pair` on, of `row`. A
-// cluster's last blocks may have no pair: they multiply the last weights again and store nothing.
+// What a block's pairs of columns are, and what a thread does with those it finishes: kEach pairs from `pair` on, of `row`.
+// A cluster's last blocks may have no pair: they multiply the last weights again and store nothing.
 template <int PAIRS>
 struct Tile {
     static constexpr int kPairs = PAIRS, kEach = PAIRS / 4, kTwos = kEach / 2;
-    bool wanted[kTwos];  // of each two pairs
+    bool wanted[kTwos];  // of each two pairs that a thread finishes
 };
 
 template <int PAIRS>
@@ -76,7 +66,6 @@ struct Swiglu : Tile<PAIRS> {
     using Params = NormSwiglu;
     using Of = Tile<PAIRS>;
     using Of::kEach, Of::kPairs, Of::kTwos, Of::wanted;
-#if SMOLVLA_ROOMY
     uint32_t* to;
 
     __device__ __forceinline__ Swiglu(const Params& p, int row, int pair) {
@@ -101,7 +90,6 @@ struct Swiglu : Tile<PAIRS> {
         for (int two = 0; two < kTwos; ++two)
             if (wanted[two]) to[two] = pack_bf16(y[2 * two], y[2 * two + 1]);
     }
-#endif
 };
 
 template <int PAIRS>
@@ -109,7 +97,6 @@ struct QkvRope : Tile<PAIRS> {
     using Params = NormQkvRope;
     using Of = Tile<PAIRS>;
     using Of::kEach, Of::kPairs, Of::kTwos, Of::wanted;
-#if SMOLVLA_ROOMY
     bool rotated, fp32;
     const float *sin_at, *cos_at;
     unsigned char* to;  // the first of a pair; the second is head_dim / 2 behind it
@@ -180,19 +167,18 @@ struct QkvRope : Tile<PAIRS> {
             }
         }
     }
-#endif
 };
 
 // INPUTS is K where it is known, so that no step asks whether it is there; else 0, and K is p.inputs.
 template <class Pairs, int INPUTS>
 __global__ void __launch_bounds__(kThreads) norm_products_fwd_kernel(const typename Pairs::Params p) {
-#if SMOLVLA_ROOMY
+#if SMOLVLA_SM_90 && !(defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200)  // 12.x has too little shared memory for a block
     SMOLVLA_SHARED(shared);
     constexpr int kCols = 2 * Pairs::kPairs, kTiles = kCols / 8, kPitch = sums_pitch(Pairs::kPairs);
     constexpr int kMostChunks = ((INPUTS ? INPUTS : kNormProductsMostInputs) + kChunk - 1) / kChunk;
     constexpr int kGroupChunks = (kMostChunks + kGroups - 1) / kGroups;
     const int inputs = INPUTS ? INPUTS : p.inputs, pieces = inputs / 8, steps = (pieces + 1) / 2;
-    const int pitch = pitch_of(inputs);
+    const int pitch = operand_pitch(inputs);
     const int thread = threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = threadIdx.x / 64;
     const int first_row = blockIdx.y * kRows, rows = min(p.rows - first_row, kRows);
     auto* const barriers = reinterpret_cast<uint64_t*>(shared);
@@ -253,7 +239,8 @@ __global__ void __launch_bounds__(kThreads) norm_products_fwd_kernel(const typen
 #pragma unroll
         for (int i = 0; i < kGroupChunks; ++i) {
             const int chunk = group * kGroupChunks + i, step = kShares * chunk;
-            if (chunk >= kMostChunks || !(step + kShares <= steps || step + share < steps)) continue;  // whole warps
+            // Whole warps. Where K is known the first condition of a step says all, and no branch is left.
+            if (chunk >= kMostChunks || !(step + kShares <= steps || step + share < steps)) continue;
             uint32_t a[2][4];
             ldmatrix_x4(a[0], a_at[0] + 128 * chunk);
             ldmatrix_x4(a[1], a_at[1] + 128 * chunk);
@@ -270,8 +257,8 @@ __global__ void __launch_bounds__(kThreads) norm_products_fwd_kernel(const typen
         }
     };
 
-    // What a thread finishes: some pairs of one row, which four neighbouring lanes share. Sums of a warp's rows, kStep apart,
-    // lie in different banks.
+    // What a thread finishes: some pairs of one row, which four neighbouring lanes share. Sums of a warp's rows, kStep
+    // apart, lie in different banks.
     constexpr int kStep = Pairs::kPairs == 16 ? 2 : 1;
     const int row = 8 * kStep * (warp / kStep) + warp % kStep + kStep * (lane / 4), pair = lane % 4 * Pairs::kEach;
     Pairs pairs(p, first_row + row, pair);
@@ -281,11 +268,11 @@ __global__ void __launch_bounds__(kThreads) norm_products_fwd_kernel(const typen
     const float* const parts_from = parts + row * kPitch + pair;
 
     settle(x_from), settle(squares_at), pairs.settle_addresses();
-    if (!p.weights_settled) await_earlier_launches();
+    if (!p.weights_settled) await_earlier_launches();  // one of them may write the weights
     if (lane == 0) request_weights();
     cluster_wait();  // the barriers of all blocks are there
     await_earlier_launches();
-    let_next_launch_begin();  // one waits behind a running one: more stand where that one could run
+    let_next_launch_begin();  // not earlier: blocks that wait would take the places of the launch that runs
     if (lane == 0) request_x();
 
     constexpr int kAtOnce = 4;  // of each lane's parts of the squares: 16 a row
@@ -308,7 +295,7 @@ __global__ void __launch_bounds__(kThreads) norm_products_fwd_kernel(const typen
         await_copies(&barriers[group]);  // the first group's with the weights
         multiply(group);
     }
-    cluster_arrive_relaxed();  // nothing is under way to this block any more
+    cluster_arrive_relaxed();  // all copies to this block have come
 
     __syncthreads();  // of operands nobody reads any more
 #pragma unroll
@@ -338,7 +325,7 @@ __global__ void __launch_bounds__(kThreads) norm_products_fwd_kernel(const typen
         second[0][i] *= scale;
     }
     pairs.finish(p, first[0], second[0]);
-    cluster_wait();  // until nothing that this block sent is under way
+    cluster_wait();  // and those that it sent: PTX does not say that a copy outlives the block that began it
 #else
     __trap();  // the launcher's caller asks first
 #endif
@@ -398,7 +385,8 @@ int norm_products_clusters() {
     return clusters_at_once(kernel, grid_of<Largest>(most, kMostRanks));
 }
 
-// Several tiles of rows fill the GPU with larger blocks as well, of which fewer bring x, one behind the other.
+// Several tiles of rows fill the GPU with wider blocks too, and fewer blocks then bring x. Heads of 64 have two whole blocks
+// of 16 pairs, and one and a third of 24.
 void norm_swiglu(const NormSwiglu& p, void* stream) {
     p.rows > kRows ? start_swiglu<24>(p, stream) : start_swiglu<16>(p, stream);
 }

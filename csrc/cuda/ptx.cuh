@@ -152,6 +152,11 @@ __device__ __forceinline__ int cluster_rank() {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
+__device__ __forceinline__ int cluster_size() {
+    int ranks;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(ranks));
+    return ranks;
+}
 // What the threads of all blocks of a cluster wrote before they arrived is seen behind the wait.
 __device__ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
@@ -172,14 +177,9 @@ __device__ __forceinline__ float load_cluster(const float* own, int rank) {
     return value;
 }
 
-__device__ __forceinline__ int cluster_size() {
-    int ranks;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(ranks));
-    return ranks;
-}
 
-// Bulk copies, of multiples of 16 bytes between multiples of 16 bytes. One thread begins a copy; a barrier in shared memory
-// counts the bytes that have come, and serves once.
+// Bulk copies, of multiples of 16 bytes between multiples of 16 bytes. One thread begins a copy; an mbarrier in shared
+// memory, used for one phase, counts the bytes that have come.
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
@@ -191,8 +191,8 @@ __device__ __forceinline__ void expect_copies(uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
-// By the thread that made the barriers. Behind a barrier of the block its threads may wait for them and begin copies that
-// signal them, behind one of the cluster those of its other blocks.
+// By the thread that made the mbarriers: the first fence shows them to the copies, the second to other blocks. Behind a
+// barrier of the block its threads may use them, behind one of the cluster those of its other blocks.
 __device__ __forceinline__ void publish_copy_barriers() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -203,8 +203,8 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
                  "l"(global), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
-// To the same place in all blocks of the cluster; each one's own barrier counts what comes to it. Fast in code for one
-// architecture alone, as sm_90a is.
+// To the same place in all blocks of the cluster; each one's own mbarrier counts what comes to it. It may be much slower in
+// code for sm_90 than for sm_90a.
 __device__ __forceinline__ void copy_to_cluster(void* shared, const void* global, int bytes, uint64_t* barrier, int ranks) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(

@@ -222,7 +222,7 @@ def test_exponents_beside_products_cost_the_longer_of_both() -> None:
 
 
 def test_what_a_cluster_shares_comes_from_l2_once_and_over_each_port() -> None:
-    wide = replace(WORK, moved=1e6)
+    wide = replace(WORK, moved=1e6, cluster=2)
     assert us(wide) - us(replace(wide, multicast=5e5)) == pytest.approx(132 * 2.5e5 / 5.5e12 * 1e6)
     narrow = replace(H100, port=H100.port._replace(value=1.0))
     assert us(wide, gpu=narrow) == us(replace(wide, multicast=5e5), gpu=narrow)

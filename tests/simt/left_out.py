@@ -27,7 +27,8 @@ class LeftOut:
 
     wrong    what stands once in the source, and what takes its place
     barriers of a cluster: of each its arrive and its wait, counted from 1, which are left out together as well
-    places   of statements that order memory, in the order of the source      numbers  of all that can be asked for
+    places   of statements that order memory, in the order of the source
+    numbers  of all that can be left out or changed: statements from 1, barriers of a cluster from 100, expressions from 200
     """
 
     def __init__(

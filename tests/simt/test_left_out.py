@@ -1,4 +1,4 @@
-"""linear_residual and norm_products with one barrier, wait or piece of arithmetic left out: nothing in them is idle."""
+"""linear_residual and norm_products with one barrier, wait or piece of arithmetic left out: each is needed."""
 
 from __future__ import annotations
 
@@ -65,12 +65,14 @@ RESIDUAL = [
     for case in ("four blocks", "more of K than is in flight")
     for stream, settled in ((torch.bfloat16, True), (torch.float32, False))
 ]
-# Every group of K, a half of 16 behind the last, odd pairs, and weights that are read early and not.
+# Every group of K, a half of 16 behind the last, odd pairs, weights that are read early and not, and the wide tiles.
 PRODUCTS = [
     partial(products.given, "norm_swiglu", "another width"),
     partial(products.given, "norm_swiglu", "part of a second tile", settled=False),
     partial(products.given, "norm_swiglu", products.MANY_PARTS),
-    partial(products.given, "norm_qkv_rope", "samples, and a head of half a tile more", slots=torch.float32),
+    partial(products.given, "norm_qkv_rope", "samples, and a head of more than a tile", slots=torch.float32),
+    partial(products.given, "norm_swiglu", "two row tiles"),
+    partial(products.given, "norm_qkv_rope", "two row tiles"),
 ]
 
 
@@ -100,7 +102,7 @@ def test_all_are_found(kernel: str, places: int) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_with_all_of_them(leave_out: ctypes.c_int, kernel: str) -> None:
-    assert [*faults(kernel)] == 4 * [None]
+    assert set(faults(kernel)) == {None}
 
 
 @pytest.mark.long

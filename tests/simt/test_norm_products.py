@@ -39,7 +39,7 @@ SWIGLU = {
 }
 QKV = {
     "one of all": dict(B=1, T=1, M=8, H=1, K=1, D=4),
-    "samples, and a head of half a tile more": dict(B=2, T=7, M=72, H=3, K=2, D=20),
+    "samples, and a head of more than a tile": dict(B=2, T=7, M=72, H=3, K=2, D=20),
     "a width of SmolVLA": dict(B=1, T=50, M=720, H=1, K=1, D=16),
     "two row tiles": dict(B=5, T=13, M=40, H=1, K=1, D=40),
 }
@@ -343,7 +343,7 @@ def test_what_is_refused(hopper: Any, op: str, changes: dict[str, Any], said: st
 )
 def test_queries_alone_and_a_cache_in_fp32(hopper: Any, queries: bool, slots: torch.dtype | None) -> None:
     """Or keys and values alone, of the last layer of the prefix; the cache is a view with room between tokens."""
-    each = given("norm_qkv_rope", "samples, and a head of half a tile more", slots=slots, queries=queries)
+    each = given("norm_qkv_rope", "samples, and a head of more than a tile", slots=slots, queries=queries)
     assert wrong(each) is None
     if slots is not None:
         cache = torch.full((2, 2, 9, 2, 20), torch.nan)

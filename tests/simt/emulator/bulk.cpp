@@ -1,7 +1,8 @@
-// Bulk copies, and the barriers that count their bytes. A copy is done at some later step of anybody: when a thread waits for
-// its barrier, or the seed says so. Until then nobody may touch the destination or change the source, and neither the block
-// that began it nor the one it goes to may end. Not checked: fence.proxy.async between an ordinary write and a copy of the
-// same bytes, and that a relaxed arrival tells no more of a thread that made barriers than these.
+// Bulk copies, and the barriers that count their bytes. A copy is done at some later step of anybody: when a thread waits
+// for its barrier, or the seed says so. Until then nobody may touch the destination or change the source, and neither the
+// block that began it nor the one it goes to may end. Two faults are not seen: no fence.proxy.async between an ordinary
+// write and a copy of the same bytes; and a relaxed arrival that is taken to show other blocks what a thread wrote before
+// it made barriers.
 #include <algorithm>
 #include <cstring>
 
@@ -43,7 +44,8 @@ void perform(size_t which) {
         fail("a bulk copy brings more bytes than its barrier expects", copy.site);
     if (barrier.expected && !barrier.bytes) complete(barrier);
     if (copy.block == copy.begun_by) return;
-    // One barrier of the cluster later, or two where threads of the target have come to this one already.
+    // The block that began it knows behind the cluster's next barrier, or the one after that where a thread of the target
+    // has arrived at the next already.
     const uint64_t phase = cluster_barrier_of(*copy.block).phase;
     const bool arrived = std::any_of(copy.block->threads.begin(), copy.block->threads.end(), [&](const Thread& thread) {
         return thread.cluster_arrived && thread.cluster_phase == phase;
@@ -131,19 +133,20 @@ void await_copies(uint64_t* at) {
     void* site = SMOLVLA_SIMT_SITE;
     pause();
     access_aligned(number(at), 8, ATOMIC_READ, Path::l2, site);
-    while (!barrier_at(*current->block, number(at), site).complete) {
+    CopyBarrier& barrier = barrier_at(*current->block, number(at), site);  // it stays while a thread of the block waits
+    while (!barrier.complete) {
         std::vector<size_t> coming;
         for (size_t i = 0; i < launch->bulk_copies.size(); ++i)
             if (launch->bulk_copies[i].barrier == number(at)) coming.push_back(i);
         if (coming.empty()) {
-            barrier_at(*current->block, number(at), site).waiting.push_back(current);
+            barrier.waiting.push_back(current);
             wait(Waits::copies, 0, site);
         } else {
             perform(coming[draw(coming.size())]);
             pause();
         }
     }
-    learn(*current, barrier_at(*current->block, number(at), site).known);
+    learn(*current, barrier.known);
 }
 
 void check_copies_are_over() {

@@ -74,12 +74,12 @@ __global__ void cluster_never_waits(Args p) {
     if (p.mended) cluster_wait();
 }
 
-// Each block brings its part of the words, for all blocks.
 struct Bulk {
     bool met = true, published = true, waits = true, stays = true, changes = false;
     int expected = 16 * THREADS, aligned = 16;
 };
 
+// Each block brings its part of the words, for all blocks. A full barrier stands in for what a mistake leaves out besides.
 __device__ __forceinline__ void bulk_copies(const Args& p, const Bulk& bulk) {
     SMOLVLA_SHARED(memory);
     auto* barrier = reinterpret_cast<uint64_t*>(memory);
@@ -113,8 +113,8 @@ __global__ void bulk_barrier_not_published(Args p) { bulk_copies(p, {.published 
 __global__ void bulk_not_waited_for(Args p) { bulk_copies(p, {.waits = p.mended}); }
 __global__ void bulk_ends_too_early(Args p) { bulk_copies(p, {.stays = p.mended}); }
 __global__ void bulk_of_what_changes(Args p) { bulk_copies(p, {.changes = !p.mended}); }
-__global__ void bulk_of_fewer(Args p) { bulk_copies(p, {.expected = 16 * THREADS + (p.mended ? 0 : 16)}); }
-__global__ void bulk_of_more(Args p) { bulk_copies(p, {.expected = 16 * THREADS - (p.mended ? 0 : 16)}); }
+__global__ void bulk_brings_too_few(Args p) { bulk_copies(p, {.expected = 16 * THREADS + (p.mended ? 0 : 16)}); }
+__global__ void bulk_brings_too_many(Args p) { bulk_copies(p, {.expected = 16 * THREADS - (p.mended ? 0 : 16)}); }
 __global__ void bulk_misaligned(Args p) { bulk_copies(p, {.aligned = p.mended ? 16 : 8}); }
 
 __global__ void relaxed_barrier_for_words(Args p) {
@@ -175,8 +175,8 @@ const std::vector<Entry>& cluster_kernels() {
         {"bulk_not_waited_for", bulk_not_waited_for, bulk},
         {"bulk_ends_too_early", bulk_ends_too_early, bulk},
         {"bulk_of_what_changes", bulk_of_what_changes, bulk},
-        {"bulk_of_fewer", bulk_of_fewer, bulk},
-        {"bulk_of_more", bulk_of_more, bulk},
+        {"bulk_brings_too_few", bulk_brings_too_few, bulk},
+        {"bulk_brings_too_many", bulk_brings_too_many, bulk},
         {"bulk_misaligned", bulk_misaligned, bulk},
         {"relaxed_barrier_for_words", relaxed_barrier_for_words, two},
         {"read_too_early", read_too_early, early},
