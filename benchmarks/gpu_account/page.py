@@ -337,5 +337,6 @@ NOTES = (
     "it came to its figures. In the first version attention waited for memory once a block of keys and for little else, "
     "the last program of a split product for L2 three times, and `norm_swiglu`, whose 128 programs each read the whole "
     "fp32 stream, was bound by L2. Dependent launch is priced without what it costs: places and HBM that the node ahead "
-    "could have used, lines that are gone again when they are read."
+    "could have used, lines that are gone again when they are read. Clusters of eight blocks are taken to find a place on "
+    "any multiprocessors, 16 at once where a block takes one alone, and a bulk copy to begin as fast as a plain load."
 )
