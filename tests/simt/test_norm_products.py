@@ -14,7 +14,7 @@ from support.prepared import prepared
 from torch import Tensor, nn
 
 from smolvla_fast.ops.choice import choose
-from smolvla_fast.ops.cuda import library
+from smolvla_fast.ops.cuda import library, prepared_rows
 from smolvla_fast.ops.cuda.linear_residual import linear_residual
 from smolvla_fast.ops.cuda.norm_qkv_rope import norm_qkv_rope
 from smolvla_fast.ops.cuda.norm_swiglu import norm_swiglu
@@ -263,6 +263,13 @@ def test_one_that_has_too_little_shared_memory_is_no_candidate(hopper: Any) -> N
     hopper.configure(compute_capability=120, shared_bytes_per_block=101376)
     ops = by_triton()
     assert "cuda" not in ops.norm_swiglu.candidates and "cuda" in ops.linear_residual.candidates
+
+
+def test_one_that_runs_no_cluster_says_so(hopper: Any) -> None:
+    hopper.configure(multiprocessors=4)
+    assert prepared_rows.why_no_norm_products(CPU) == (
+        "no part of this GPU runs eight blocks of 231200 bytes of shared memory as a cluster"
+    )
 
 
 @pytest.mark.parametrize("op", ["norm_swiglu", "norm_qkv_rope"])

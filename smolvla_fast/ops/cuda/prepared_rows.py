@@ -22,18 +22,19 @@ _MAX_ROWS = 65535 * _ROWS
 def why_no_norm_products(device: torch.device) -> str | None:
     """Why a device that takes this library's code does not run the kernels, or None."""
     reason = library.why_no_dependent_launches(device)
-    if reason is None:
-        have = library.properties(device)["shared_bytes_per_block"]
-        kernels = library.library(device)
-        most = kernels.norm_products_shared_bytes()
-        if have < most:
-            return f"{have} bytes of shared memory for a block; accepted are {most} and more"
-        with torch.cuda.device(device if device.type == "cuda" else -1):
-            if not kernels.norm_products_clusters():
-                reason = (
-                    f"no part of this GPU runs eight blocks of {most} bytes of shared memory as a cluster"
-                )
-    return reason
+    if reason is not None:
+        return reason
+    kernels, have = library.library(device), library.properties(device)["shared_bytes_per_block"]
+    most = kernels.norm_products_shared_bytes()
+    if have < most:
+        return f"{have} bytes of shared memory for a block; accepted are {most} and more"
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        clusters = kernels.norm_products_clusters()
+    return (
+        None
+        if clusters
+        else f"no part of this GPU runs eight blocks of {most} bytes of shared memory as a cluster"
+    )
 
 
 def why_not_prepared(x: Tensor, weights: Sequence[Any], normed: NextNorm | None) -> str | None:

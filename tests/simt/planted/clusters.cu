@@ -79,7 +79,7 @@ struct Bulk {
     int expected = 16 * THREADS, aligned = 16;
 };
 
-// Each block brings its part of the words, for all blocks. A full barrier stands in for what a mistake leaves out besides.
+// Each block brings its part of the words, for all blocks. A mistake that leaves out more has a full barrier for the rest.
 __device__ __forceinline__ void bulk_copies(const Args& p, const Bulk& bulk) {
     SMOLVLA_SHARED(memory);
     auto* barrier = reinterpret_cast<uint64_t*>(memory);
