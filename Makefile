@@ -124,7 +124,7 @@ $(ALONE)/.ready:
 	@touch $@
 
 lint: venv
-	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff check --no-cache
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet.conftest import PATIENCE, ROOT, Fleet, eventually, metrics
 from offline.checkpoints import save_checkpoint
 
+from fleet.conftest import PATIENCE, ROOT, Fleet, eventually, metrics
 from smolvla_fast.cli import main
 
 # Each line is the words of one command, a user's. They share a process, which imports LeRobot and Ray once; it ends as the

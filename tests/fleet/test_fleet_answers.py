@@ -6,8 +6,9 @@ import threading
 from typing import Any
 
 import pytest
-from fleet.conftest import PATIENCE, Alone, Client, Fleet, eventually, metrics, stacked
 from offline.checkpoints import rel_l2
+
+from fleet.conftest import PATIENCE, Alone, Client, Fleet, eventually, metrics, stacked
 
 SERVED_EXACTLY = (
     1e-5  # fp32 sums in another order: the engine's beside stock's, a batch's beside one observation's

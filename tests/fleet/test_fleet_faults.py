@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from offline.checkpoints import rel_l2
+
 from fleet.conftest import PATIENCE, WAIT_S, Alone, Client, Fleet, stacked
 from fleet.test_fleet_answers import SERVED_EXACTLY, at_once
 from fleet.test_messages import ATTACKS, timed
-from offline.checkpoints import rel_l2
 
 
 def refusal(call: Any) -> tuple[str, str]:
