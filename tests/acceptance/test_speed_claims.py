@@ -153,29 +153,32 @@ def test_a_hold_of_the_gil_is_seen() -> None:
 def test_figures_are_of_committed_runs_and_say_what_is_not_measured() -> None:
     """Every figure is of a committed run, where each tier beat LeRobot, on a CPU compiled too."""
     figures_page = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
-    reports = re.findall(r"\(\.\./(benchmarks/results/(?!\S*-latency-)[^/)]*)\.md\)", figures_page)
     measured = {}
-    places = ("", ", AVX2 alone", ", AVX2 alone, later run", ", AVX2 alone, bf16 weights")
-    for place, report in zip(places, reports, strict=True):
+    for paragraph in figures_page.split("\n\n"):  # those of a run begin with the name that its rows end with
+        run = re.match(r"\*\*([^*]+)\*\*:.*\(\.\./(benchmarks/results/[^/)]*)\.md\)", paragraph, re.DOTALL)
+        if run is None:
+            continue
+        place, report = run[1].lower(), run[2]
         for each in json.loads((ROOT / f"{report}.json").read_text(encoding="utf-8"))["benchmarks"]:
             facts = each["extra_info"]
             # Those beside compiled stock are timed twice, there in few rounds.
             again = "beside" in facts and not facts["variant"].startswith("stock compiled")
             if facts["suite"] in ("chunk", "cpu") and not again:
-                measured[f"{facts['cameras']}{place}", facts["variant"]] = facts
+                measured[place, facts["cameras"], facts["variant"]] = facts
     names = r"`(\w+)`[^|]*|lerobot eager|(lerobot compiled|OpenVINO \w+)[^|]*"
     figures = r"([\d,]+) \| ([\d,]+) \| ([\d.]+)x"
-    rows = re.findall(rf"^\| (\d[^|]*?) \| (?:{names}) \| {figures}", figures_page, re.MULTILINE)
+    rows = re.findall(rf"^\| (\d)([^|]*) \| (?:{names}) \| {figures}", figures_page, re.MULTILINE)
     assert len(rows) >= 8 + 6
-    compiled = {place: float(ratio) for place, _, peer, *_, ratio in rows if peer == "lerobot compiled"}
-    for place, tier, peer, p50, best, ratio in rows:
-        found = measured[place, tier or peer.replace("lerobot", "stock") or "stock"]
+    compiled = {label: float(ratio) for _, label, _, peer, *_, ratio in rows if peer == "lerobot compiled"}
+    for cameras, label, tier, peer, p50, best, ratio in rows:
+        at = label.rpartition(", ")[2].lower(), int(cameras)
+        found = measured[(*at, tier or peer.replace("lerobot", "stock") or "stock")]
         assert float(p50.replace(",", "")) == round(found["p50_ms"])
         assert float(best.replace(",", "")) == round(found["min_ms"])
         # The cpu suite's is that of rounds side by side; the chunk suite's is that of medians.
-        want = found.get("ratio") or measured[place, "stock"]["p50_ms"] / found["p50_ms"]
+        want = found.get("ratio") or measured[(*at, "stock")]["p50_ms"] / found["p50_ms"]
         assert float(ratio) == pytest.approx(want, abs=0.005)
-        assert not tier or float(ratio) > compiled.get(place, 1)
+        assert not tier or float(ratio) > compiled.get(label, 1)
     contacts = sorted((ROOT / "benchmarks/results/contacts").glob("*.json"))
     newest = json.loads(contacts[-1].read_text(encoding="utf-8"))
     found = {part["name"]: part["figures"] for part in newest["parts"]}
