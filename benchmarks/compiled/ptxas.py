@@ -35,6 +35,8 @@ FIRST = {"linear_residual": 90, "norm_products": 90}
 LAST = {"norm_products": 119}
 """Of sources that other architectures lack instructions for, or shared memory: beyond them kernels are empty, and never
 launched."""
+FENCED = ("denoise_persistent",)
+"""Sources whose kernels may wait for all memory of the GPU. A release by a cluster's barrier is such a fence too."""
 SPILLS: dict[str, tuple[int, str]] = {}
 """Bytes that a thread of a source's kernels may spill where 0 is not kept, each with the reason."""
 
@@ -49,9 +51,11 @@ def tasks(names: Sequence[str], targets: Sequence[str]) -> list[tuple[str, str]]
 
 
 def beyond(source: str, target: str, kernel: Kernel) -> list[str]:
-    """What of EXPECTED a kernel has not in its loops."""
+    """What of EXPECTED a kernel has not in its loops, and fences that FENCED does not allow."""
     if source not in EXPECTED:
         return ["EXPECTED has no line for its source"]
+    if "MEMBAR" in kernel.instructions and source not in FENCED:
+        return ["a fence of all memory"]
     if not FIRST.get(source, 0) <= int(target.rstrip("af")) <= LAST.get(source, 999):
         return []
     wishes = (wish for wish in EXPECTED[source] if not kernel.instructions.keys() & set(wish.split(" or ")))
@@ -64,7 +68,8 @@ def about() -> str:
         "GPU. In the first table of a source a cell is registers a thread / bytes a thread spills, stored and loaded / "
         "bytes of stack / bytes of static shared memory (dynamic shared memory is asked for at launch and unknown here). "
         f"The second counts {', '.join(COUNTED)} in the loops of the machine code, unrolled as they stand: HMMA multiplies "
-        "in tensor cores, LDGSTS and UBLKCP copy to shared memory in the background, LDSM is ldmatrix.\n\n"
+        "in tensor cores, LDGSTS and UBLKCP copy to shared memory in the background, LDSM is ldmatrix. MEMBAR, counted in "
+        "loops or not, is a fence of all memory of the GPU.\n\n"
         "No kernel spills unless its section says so. Below sm_90 linear_residual and norm_products are empty: "
         "they need clusters of blocks, or launches that begin early; norm_products is on 12.x too, for want of "
         "shared memory."
@@ -139,5 +144,7 @@ def compile_task(task: tuple[str, str]) -> Rows:
         key = (name, f"`{readable(mangled)}`")
         if key in found or mangled not in code:
             raise RuntimeError(f"{name}: {key[1]} stands twice in ptxas's log, or not in the machine code")
-        found[key] = {target: replace(kernel, instructions=in_loops(code[mangled]))}
+        fences = len(re.findall(r"\bMEMBAR\.\w+\.(?:GPU|SYS)\b", code[mangled]))
+        instructions = in_loops(code[mangled]) | ({"MEMBAR": fences} if fences else {})
+        found[key] = {target: replace(kernel, instructions=instructions)}
     return dict(sorted(found.items()))

@@ -269,8 +269,8 @@ class _Kernels:
     ) -> None:
         rows, k, outputs = sizes
         named = dict(zip(("x_ptr", "weight_ptr", "residual_ptr"), inputs, strict=True), y_ptr=y, next=next)
-        grid = (min(8, ceil(k / 64)) * ceil(outputs / 64), ceil(rows / 64))
-        named |= dict(rows=rows, inputs=k, outputs=outputs)
+        grid = (8 * ceil(outputs / 64), ceil(rows / 64))
+        named |= dict(rows=rows, inputs=k, outputs=outputs, stages=2 if k <= 1024 else 3 if rows > 64 else 4)
         self._note("linear_residual_cuda", grid, named, dependent)
 
     def norm_swiglu(

@@ -103,15 +103,15 @@ def _gemm(
 
 
 def _cluster_residual(node: Node) -> Work:
-    """Blocks of 64 x 64 outputs in clusters of eight that share K. Steps of 64 of it, four of them in flight; then each
-    block reads an eighth of the rows of its neighbours' sums. The residual is there by then."""
+    """Blocks of 64 x 64 outputs in clusters of eight that share K. Steps of 64 of it, some in flight; then each block's
+    neighbours store their sums of an eighth of the rows with it. The residual is there by then."""
     a, stream = node.arguments, node.arguments["residual_ptr"].dtype.itemsize
     steps, rows = ceil(a["inputs"] / 64 / 8), a["rows"] / ceil(a["rows"] / 64)
-    following = 0 if a["next"][0] is None else 2
+    following, flying = 0 if a["next"][0] is None else 2, a["stages"]
     return Work(
-        programs=prod(node.grid), warps=8, registers=64, shared=4 * 2 * 64 * 64 * 2 + 64 * 72 * 4,
+        programs=prod(node.grid), warps=8, registers=72, shared=128 + flying * 2 * 64 * 64 * 2 + 64 * 64 * 4,
         moved=2 * 64 * steps * (rows + 64) + rows / 8 * 64 * (2 * stream + following),
-        flops=2 * 64 * 64 * 64 * steps, unit="bf16", trips=max(1.0, steps / 4), operations=steps,
+        flops=2 * 64 * 64 * 64 * steps, unit="bf16", trips=max(1.0, steps / flying), operations=steps,
         exchanges=1, exchanged=rows * 64 * 4 * 7 / 8, cluster=8,
     )  # fmt: skip
 

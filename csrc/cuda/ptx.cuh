@@ -157,26 +157,11 @@ __device__ __forceinline__ int cluster_size() {
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(ranks));
     return ranks;
 }
-// What the threads of all blocks of a cluster wrote before they arrived is seen behind the wait.
-__device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-}
 // Says that a thread has come, and nothing of what it wrote but barriers of copies that it published.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
     asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-// From the same place in the shared memory of another block of the cluster.
-__device__ __forceinline__ float load_cluster(const float* own, int rank) {
-    float value;
-    uint32_t at;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;"
-        : "=r"(at)
-        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(at) : "memory");
-    return value;
-}
-
 
 // Bulk copies, of multiples of 16 bytes between multiples of 16 bytes. One thread begins a copy; an mbarrier in shared
 // memory, used for one phase, counts the bytes that have come.
@@ -212,17 +197,28 @@ __device__ __forceinline__ void copy_to_cluster(void* shared, const void* global
         "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>((1u << ranks) - 1))
         : "memory");
 }
-// Until all have come, by each thread that reads them.
-__device__ __forceinline__ void await_copies(uint64_t* barrier) {
-    asm volatile(
-        "{\n"
-        ".reg .pred there;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 there, [%0], 0;\n"
-        "@!there bra again;\n"
-        "}" ::"r"(shared_address(barrier))
-        : "memory");
+// 16 bytes to the same place in another block of the cluster, in the background; that block's mbarrier counts them.
+__device__ __forceinline__ void store_to_rank(float* own, int rank, float4 value, uint64_t* own_barrier) {
+    uint32_t to, barrier;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(own)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(own_barrier)), "r"(rank));
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier)
+                 : "memory");
 }
+// Until all have come, by each thread that reads them: copies, and what threads of other blocks stored.
+#define SMOLVLA_AWAIT(order)                                                      \
+    asm volatile(                                                                 \
+        "{\n"                                                                     \
+        ".reg .pred there;\n"                                                     \
+        "again:\n"                                                                \
+        "mbarrier.try_wait.parity" order ".shared::cta.b64 there, [%0], 0;\n"     \
+        "@!there bra again;\n"                                                    \
+        "}" ::"r"(shared_address(barrier))                                        \
+        : "memory")
+__device__ __forceinline__ void await_copies(uint64_t* barrier) { SMOLVLA_AWAIT(""); }
+__device__ __forceinline__ void await_stores(uint64_t* barrier) { SMOLVLA_AWAIT(".acquire.cluster"); }
+#undef SMOLVLA_AWAIT
 
 // Programmatic dependent launch: the launch behind this one may begin; all launches ahead of it have ended.
 __device__ __forceinline__ void let_next_launch_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

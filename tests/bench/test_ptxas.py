@@ -85,7 +85,8 @@ def test_limits() -> None:
     assert len(lines(Kernel(255))) == 2
     assert lines(Kernel(40), ("euler_step", "euler_step_fwd_kernel<float>")) == []
     assert lines(Kernel(40, 8), ("euler_step", "euler_step_fwd_kernel<float>"))
-    residual = ("linear_residual", "linear_residual_fwd_kernel<8>")
+    assert lines(Kernel(40, instructions={"MEMBAR": 1}), ("euler_step", "euler_step_fwd_kernel<float>"))
+    residual = ("linear_residual", "linear_residual_fwd_kernel<4>")
     assert len(lines(Kernel(40), residual)) == 3 and red(ptxas, {residual: {"89": Kernel(4)}}) == []
     assert "EXPECTED has no line" in lines(Kernel(40), ("new_op", "new_op_kernel"))[0]
 

@@ -17,7 +17,7 @@ from support.backends import loaded
 
 ORDERING = (
     r"(?:__syncthreads\(\)|cp_async_wait<.*?>\(\)|cluster_(?:arrive(?:_relaxed)?|wait)\(\)|await_earlier_launches\(\)"
-    r"|publish_copy_barriers\(\)|await_copies\([^)]*\));"
+    r"|publish_copy_barriers\(\)|await_(?:copies|stores)\([^)]*\));"
 )
 SWITCH = '\nextern "C" { __attribute__((visibility("default"))) int smolvla_left_out = 0; }\n'
 

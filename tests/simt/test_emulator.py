@@ -205,8 +205,9 @@ def test_vectors(planted, seed):
 
 
 def test_cluster_sums(planted, seed):
-    """In the order of the ranks: 1, 2, 3 and 4, each doubled as often as others follow it."""
-    assert (planted.run("cluster_sums", 8 * 64, seed=seed)[0] == 8 + 8 + 6 + 4).all()
+    """In the order of the ranks: 1, 2, 3 and 4, each doubled as often as others follow it; times the thread's number."""
+    got = planted.run("cluster_sums", 8 * 64, seed=seed)[0].reshape(8, 64)
+    assert (got == (8 + 8 + 6 + 4) * torch.arange(1, 65)).all()
 
 
 def test_settled_memory_may_be_read_early(planted):

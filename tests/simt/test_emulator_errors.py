@@ -101,31 +101,38 @@ WARP = {
     "ldmatrix_misaligned": "@: misaligned read of 16 bytes at shared byte #",
 }
 
-OF_CLUSTER = RACE.format("shared", " of block #", "read", "write")
+OF_CLUSTER = RACE.format("shared", " of block #", "write", "write")
+COMING = "@: read at shared byte #, where a copy of block (#,0,0) thread (#,0,0) is still under way"
 BARRIER_READ = RACE.format("shared", "", "acquiring read", "write")
 EARLY = (
     "@: {} at global byte # of the # at ... before griddepcontrol.wait, while launches ahead may still run"
 )
 CLUSTERS = {
-    "cluster_barrier_missing": SHARED_WRITE,
-    "cluster_ends_too_early": (
-        "@: block # of the cluster has ended",
-        ": the block ends while block (#,0,0) thread (#,0,0) may still be reading its shared memory @",
+    "store_to_a_block_not_met": (
+        "@: no barrier of copies was made there",
+        "@: a copy to a barrier that was not published since it was made",
     ),
-    "block_barrier_for_a_cluster": (SHARED_WRITE, OF_CLUSTER),
+    "store_where_a_block_wrote": OF_CLUSTER,
+    "store_not_waited_for": COMING,
+    "stores_of_too_few": DEADLOCK + "threads 0-63 wait for bulk copies @...",
+    "stores_of_too_many": (
+        "@: more bytes come than a barrier of copies expects",
+        COMING,
+        "@: read of unwritten shared byte #",
+    ),
+    "store_misaligned": "@: misaligned store to another block: the address is a multiple of 16",
     "cluster_rank_outside": "@: block 4 of a cluster of 4",
     "cluster_wait_alone": "@: barrier.cluster.wait without an arrive before it",
     "cluster_arrives_twice": "@: barrier.cluster.arrive a second time, with no wait between",
     "cluster_never_waits": ": the thread ends between barrier.cluster.arrive and its wait",
     "bulk_barrier_not_met": ("@: acquiring read of unwritten shared byte 0", BARRIER_READ),
-    "bulk_barrier_not_published": "@: a bulk copy to a barrier that was not published since it was made",
+    "bulk_barrier_not_published": BARRIER_READ,
     "bulk_not_waited_for": UNDER_WAY,
-    "bulk_ends_too_early": ": the block ends while a bulk copy that it began may be under way @",
+    "bulk_ends_too_early": ": the block ends while a copy that it began may be under way @",
     "bulk_of_what_changes": "@: the source of a bulk copy changed while it was under way",
     "bulk_brings_too_few": DEADLOCK + "threads 0-63 wait for bulk copies @...",
-    "bulk_brings_too_many": "@: a bulk copy brings more bytes than its barrier expects",
+    "bulk_brings_too_many": "@: more bytes come than a barrier of copies expects",
     "bulk_misaligned": "@: misaligned bulk copy: both addresses and the bytes are multiples of 16",
-    "relaxed_barrier_for_words": OF_CLUSTER,
     "read_too_early": EARLY.format("read"),
     "copied_too_early": EARLY.format("read"),
     "written_too_early": EARLY.format("write"),

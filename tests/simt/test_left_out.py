@@ -12,18 +12,23 @@ import test_norm_products as products
 import torch
 from simt.left_out import LeftOut
 
-RESIDUAL_BARRIERS = {"the barrier before the sums": (1, 2), "the barrier before the end": (3, 4)}
+RESIDUAL_BARRIERS = {"the barrier before the stores": (1, 2)}
 PRODUCTS_BARRIERS = {"the barrier before the copies": (1, 2), "the barrier before the end": (3, 4)}
 """The arrive and the wait of each, counted from 1 as they stand in the source."""
 OF_RESIDUAL = (
-    ("first + row < rows && at < inputs", "first + row < rows"),
-    ("load_cluster(own, from)", "load_cluster(own, rank)"),
-    ("part[from];", "part[RANKS - 1 - from]"),
-    ("y[i][half] + residual[i][half]", "y[i][half]"),
+    ("k + step * kDepth + 8 * static_cast<int>(threadIdx.x % 8) < p.inputs;", "true"),
+    ("(row / 4 * 2 + row % 2) % 8", "row % 8"),
+    ("min(first + row + 32 * i, rows - 1)", "first"),
+    ("rank * all_steps / kRanks,", "0"),
+    ("rank * kOwned + group", "group"),
+    ("lane / 4 + kRanks * group >= rows", "kRanks * group >= rows"),
+    ("lane % 4 * 4;", "lane % 4 * 2"),
+    ("from * kOwned + warp", "(kRanks - 1 - from) * kOwned + warp"),
+    ("fp32 ? bits : bits << 16", "fp32 ? bits << 16 : bits"),
+    ("y[half] + widen(residual[half], p.fp32_stream)", "y[half]"),
     ("to_float(rounded)", "stored"),
-    ("to_bf16(stored * norm_weight[half])", "to_bf16(stored)"),
-    ("static_cast<int64_t>(col_tile) * p.rows + row", "row"),
-    ("rank * all_steps / RANKS,", "0"),
+    ("stored * widen(norm_weight[half], p.fp32_norm)", "stored"),
+    ("static_cast<int64_t>(col_tile) * p.rows + first_row + own", "first_row + own"),
     ("warp_sum(squares);", "squares"),
 )
 OF_PRODUCTS = (
@@ -62,7 +67,7 @@ KERNELS = {
 }
 RESIDUAL = [
     partial(residual.inputs, case, stream, settled)
-    for case in ("four blocks", "more of K than is in flight")
+    for case in ("column tiles", "more of K than is in flight", "two row tiles, more of K than is in flight")
     for stream, settled in ((torch.bfloat16, True), (torch.float32, False))
 ]
 # Every group of K, a half of 16 behind the last, odd pairs, weights that are read early and not, and the wide tiles.

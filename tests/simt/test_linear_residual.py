@@ -21,13 +21,14 @@ from smolvla_fast.tune.check import Contract, allowance
 from smolvla_fast.tune.recorder import Call, Recorded
 
 CPU = torch.device("cpu")
-STEP, ROUND = 64, 16
-"""Of K: what a block loads at once, and one instruction multiplies."""
+STEP, ROUND, RANKS = 64, 16, 8
+"""Of K: what a block loads at once, and one instruction multiplies; blocks that share it."""
 CASES = {
     "one of all": (1, 8, 1),
-    "two blocks": (5, 72, 33),
-    "four blocks": (3, 264, 130),
-    "eight blocks, two row tiles": (65, 520, 47),
+    "blocks without a step": (5, 72, 33),
+    "column tiles": (3, 264, 130),
+    "two row tiles": (65, 520, 47),
+    "two row tiles, more of K than is in flight": (65, 1608, 8),
     "more of K than is in flight": (9, 2632, 8),
 }
 MORE = {"more rows than an H200 was asked about": (257, 8, 1)}
@@ -61,12 +62,11 @@ def in_order(given: Given) -> Tensor:
     The emulator's products are exact and rounded once a round, so the result has these bits."""
     x, weight = given.x.double(), given.weight.double()
     steps = -(-x.shape[1] // STEP)
-    ranks = 8 if steps >= 8 else 4 if steps >= 4 else 2
     whole = torch.zeros(len(x), len(weight))
-    for rank in range(ranks):
+    for rank in range(RANKS):
         part = torch.zeros_like(whole)
-        stop = min((rank + 1) * steps // ranks * STEP, x.shape[1])
-        for k in range(rank * steps // ranks * STEP, stop, ROUND):
+        stop = min((rank + 1) * steps // RANKS * STEP, x.shape[1])
+        for k in range(rank * steps // RANKS * STEP, stop, ROUND):
             some = slice(k, min(k + ROUND, stop))
             part = (part.double() + x[:, some] @ weight[:, some].T).float()
         whole += part
@@ -116,7 +116,7 @@ def test_bits_and_error(hopper: Any, scheduler_seed: int, case: str, stream: tor
 
 def test_leading_dimensions_and_views(hopper: Any) -> None:
     """Batches, rows with gaps, and rows that do not begin at multiples of 16 bytes, which are copied first."""
-    given = inputs("four blocks")
+    given = inputs("column tiles")
     want = linear_residual(given.x, given.weight, given.residual)
     wide = torch.full((3, 300), torch.nan, dtype=torch.bfloat16)
     for first in (8, 1):
@@ -131,7 +131,7 @@ def test_leading_dimensions_and_views(hopper: Any) -> None:
 
 
 def test_a_nan_stays_in_its_row(hopper: Any) -> None:
-    given = inputs("eight blocks, two row tiles")
+    given = inputs("two row tiles")
     given.x[64, 3] = torch.nan
     y = linear_residual(given.x, given.weight, given.residual)
     assert y[64].isnan().all() and not y[:64].isnan().any()
@@ -139,7 +139,7 @@ def test_a_nan_stays_in_its_row(hopper: Any) -> None:
 
 def test_a_weight_that_a_launch_may_write_is_not_read_early(hopper: Any) -> None:
     """A copy that the same chunk makes; ordinary launches read nothing early."""
-    given = inputs("four blocks", settled=False)
+    given = inputs("column tiles", settled=False)
     for dependent in (True, False):
         with dependent_launches(dependent):
             assert wrong(given) is None
@@ -159,7 +159,7 @@ def test_a_weight_that_a_launch_may_write_is_not_read_early(hopper: Any) -> None
     ],
 )  # fmt: skip
 def test_what_is_refused(hopper: Any, changes: dict[str, Any], said: str) -> None:
-    given = inputs("four blocks")._replace(**changes)
+    given = inputs("column tiles")._replace(**changes)
     with pytest.raises(ValueError, match=f"linear_residual: .*{said}"):
         linear_residual(given.x, given.weight, given.residual, next_norm=given.norm)
 
@@ -184,7 +184,7 @@ def test_without_clusters_the_fallback_serves(emulator: Any, settings: dict[str,
     assert ops.fallback is not None and ops.linear_residual is ops.fallback.linear_residual
     rows = [row for row in table(CPU) if (row.op, row.backend) == ("linear_residual", "cuda")]
     assert [(row.available, row.reason) for row in rows] == [(False, reason)]
-    given = inputs("four blocks")
+    given = inputs("column tiles")
     choice = planned(given).linear_residual
     assert "cuda" not in choice.candidates
     assert choice(given.x, given.weight, given.residual).shape == (3, 130)
@@ -199,7 +199,7 @@ def planned(given: Given) -> Any:
 
 def test_a_plan_may_choose_it_in_the_chain_of_tritons_kernels(hopper: Any) -> None:
     """It prepares the rows of the norm behind it, as Triton's kernel does."""
-    given = inputs("four blocks")
+    given = inputs("column tiles")
     choice = planned(given).linear_residual
     assert isinstance(choice, Choice)
     y = choice(given.x, given.weight, given.residual, next_norm=given.norm)
@@ -209,7 +209,7 @@ def test_a_plan_may_choose_it_in_the_chain_of_tritons_kernels(hopper: Any) -> No
 
 def test_tuning_measures_it_beside_the_others(emulator: Any) -> None:
     """It is held to the contract of all candidates; without clusters there is no such candidate."""
-    given = inputs("four blocks", torch.bfloat16)
+    given = inputs("column tiles", torch.bfloat16)
     call = Call(given[:3], {})
     names = []
     for capability in (90, 80):
@@ -225,7 +225,7 @@ def test_tuning_measures_it_beside_the_others(emulator: Any) -> None:
 
 def test_other_operands_are_served_by_the_fallback(hopper: Any) -> None:
     ops = select("cuda", CPU, False)
-    given = inputs("four blocks")
+    given = inputs("column tiles")
     assert torch.equal(ops.linear_residual(given.x, given.weight, given.residual, out=None), in_order(given))
     x, weight = given.x.float(), given.weight.float()
     assert ops.fallback is not None

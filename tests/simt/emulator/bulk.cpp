@@ -1,6 +1,7 @@
-// Bulk copies, and the barriers that count their bytes. A copy is done at some later step of anybody: when a thread waits
-// for its barrier, or the seed says so. Until then nobody may touch the destination or change the source, and neither the
-// block that began it nor the one it goes to may end. Two faults are not seen: no fence.proxy.async between an ordinary
+// Bulk copies, stores to other blocks of a cluster, and the barriers that count their bytes. A copy is done at some later step
+// of anybody: when a thread waits for its barrier, or the seed says so. Until then nobody may touch the destination or change
+// the source, and neither the block that began it nor the one it goes to may end; a store has no source, and the block that
+// began it may end. Two faults are not seen: no fence.proxy.async between an ordinary
 // write and a copy of the same bytes; and a relaxed arrival that is taken to show other blocks what a thread wrote before
 // it made barriers.
 #include <algorithm>
@@ -33,17 +34,17 @@ void complete(CopyBarrier& barrier) {
 void perform(size_t which) {
     const BulkCopy copy = std::move(launch->bulk_copies[which]);
     launch->bulk_copies.erase(launch->bulk_copies.begin() + static_cast<std::ptrdiff_t>(which));
-    if (std::memcmp(copy.source.data(), copy.from, copy.source.size()))
+    if (copy.from && std::memcmp(copy.source.data(), copy.from, copy.source.size()))
         fail("the source of a bulk copy changed while it was under way", copy.site);
-    std::memcpy(reinterpret_cast<void*>(copy.to), copy.from, copy.source.size());
+    std::memcpy(reinterpret_cast<void*>(copy.to), copy.source.data(), copy.source.size());
     end_remote_write(copy.block->shared, copy.to, copy.source.size());
     CopyBarrier& barrier = barrier_at(*copy.block, copy.barrier, copy.site);
     barrier.known = join(barrier.known, copy.known);
     barrier.bytes -= static_cast<int64_t>(copy.source.size());
     if (barrier.complete || (barrier.expected && barrier.bytes < 0))
-        fail("a bulk copy brings more bytes than its barrier expects", copy.site);
+        fail("more bytes come than a barrier of copies expects", copy.site);
     if (barrier.expected && !barrier.bytes) complete(barrier);
-    if (copy.block == copy.begun_by) return;
+    if (copy.block == copy.begun_by || !copy.from) return;
     // The block that began it knows behind the cluster's next barrier, or the one after that where a thread of the target
     // has arrived at the next already.
     const uint64_t phase = cluster_barrier_of(*copy.block).phase;
@@ -67,24 +68,27 @@ Ref<Knowledge> publish_own(Thread& thread) {
     return own;
 }
 
-void begin(Block& target, void* shared, const void* global, int bytes, uint64_t* barrier, void* site) {
+// from  what stays until the copy is done, or null
+void begin(Block& target, void* shared, const void* from, std::vector<unsigned char> bytes, uint64_t* barrier, void* site) {
     Thread& thread = *current;
     const uintptr_t offset = target.shared.low - thread.block->shared.low;
     const uintptr_t to = number(shared) + offset, counted_by = number(barrier) + offset;
-    if (number(shared) % 16 || number(global) % 16 || bytes % 16 || bytes <= 0)
-        fail("misaligned bulk copy: both addresses and the bytes are multiples of 16", site);
     CopyBarrier& counts = barrier_at(target, counted_by, site);
-    if (!counts.published)
-        fail("a bulk copy to a barrier that was not published since it was made", site);
-    const auto size = static_cast<size_t>(bytes);
-    access(number(global), size, READ, Path::l2, site);
+    if (!counts.published) fail("a copy to a barrier that was not published since it was made", site);
     touch_shared_of(target.shared, counted_by, 8, ATOMIC_READ, site);
-    begin_remote_write(target.shared, to, size, site);
-    const auto* from = static_cast<const unsigned char*>(global);
-    launch->bulk_copies.push_back(
-        {&target, to, from, {from, from + size}, counted_by, thread.block, publish_own(thread), site});
+    begin_remote_write(target.shared, to, bytes.size(), site);
+    launch->bulk_copies.push_back({&target, to, static_cast<const unsigned char*>(from), std::move(bytes), counted_by,
+                                   thread.block, publish_own(thread), site});
     wake(counts);  // who waits does the copy
     ++statistics.async_copies;
+}
+
+void begin_bulk(Block& target, void* shared, const void* global, int bytes, uint64_t* barrier, void* site) {
+    if (number(shared) % 16 || number(global) % 16 || bytes % 16 || bytes <= 0)
+        fail("misaligned bulk copy: both addresses and the bytes are multiples of 16", site);
+    const auto* from = static_cast<const unsigned char*>(global);
+    access(number(global), static_cast<size_t>(bytes), READ, Path::l2, site);
+    begin(target, shared, from, {from, from + bytes}, barrier, site);
 }
 
 }  // namespace
@@ -118,14 +122,23 @@ void expect_copies(uint64_t* at, int bytes) {
 void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
     void* site = SMOLVLA_SIMT_SITE;
     pause();
-    begin(*current->block, shared, global, bytes, barrier, site);
+    begin_bulk(*current->block, shared, global, bytes, barrier, site);
     perform_one_or_none();
 }
 
 void copy_to_cluster(void* shared, const void* global, int bytes, uint64_t* barrier, int ranks) {
     void* site = SMOLVLA_SIMT_SITE;
     pause();
-    for (int rank = 0; rank < ranks; ++rank) begin(block_of_rank(rank, site), shared, global, bytes, barrier, site);
+    for (int rank = 0; rank < ranks; ++rank) begin_bulk(block_of_rank(rank, site), shared, global, bytes, barrier, site);
+    perform_one_or_none();
+}
+
+void store_to_rank(void* own, int rank, const void* value, uint64_t* own_barrier) {
+    void* site = SMOLVLA_SIMT_SITE;
+    pause();
+    if (number(own) % 16) fail("misaligned store to another block: the address is a multiple of 16", site);
+    const auto* from = static_cast<const unsigned char*>(value);
+    begin(block_of_rank(rank, site), own, nullptr, {from, from + 16}, own_barrier, site);
     perform_one_or_none();
 }
 
@@ -152,10 +165,10 @@ void await_copies(uint64_t* at) {
 void check_copies_are_over() {
     const Block* block = current->block;
     const auto refuse = [](const char* which, void* site) {
-        fail(std::string("the block ends while a bulk copy ") + which + " may be under way" + source_line(site), nullptr);
+        fail(std::string("the block ends while a copy ") + which + " may be under way" + source_line(site), nullptr);
     };
     for (const BulkCopy& copy : launch->bulk_copies) {
-        if (copy.begun_by == block) refuse("that it began", copy.site);
+        if (copy.from && copy.begun_by == block) refuse("that it began", copy.site);
         if (copy.block == block) refuse("to it", copy.site);
     }
     for (const DoneCopy& copy : launch->done_copies)

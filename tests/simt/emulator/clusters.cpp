@@ -1,6 +1,5 @@
 // Of compute capability 9.0: the barrier of a cluster, its blocks' shared memory, and launches that begin early.
 #include <algorithm>
-#include <cstring>
 
 #include "emulator/ptx.h"
 #include "emulator/runtime.h"
@@ -21,18 +20,6 @@ void complete(ClusterBarrier& barrier) {
     barrier.waiting.clear();
 }
 
-void arrive(const Ref<Knowledge>& news, void* site) {
-    Thread& thread = *current;
-    ClusterBarrier& barrier = barrier_of(thread);
-    if (thread.cluster_arrived) fail("barrier.cluster.arrive a second time, with no wait between", site);
-    thread.cluster_arrived = true;
-    thread.cluster_phase = barrier.phase;
-    barrier.gathered = join(barrier.gathered, news);
-    ++barrier.arrived;
-    complete(barrier);
-    pause();
-}
-
 }  // namespace
 
 ClusterBarrier& cluster_barrier_of(const Block& block) { return launch->clusters[block.number / launch->shape.cluster]; }
@@ -40,16 +27,18 @@ ClusterBarrier& cluster_barrier_of(const Block& block) { return launch->clusters
 int cluster_size() { return static_cast<int>(launch->shape.cluster); }
 int cluster_rank() { return static_cast<int>(current->block->number % launch->shape.cluster); }
 
-void cluster_arrive() {
-    void* site = SMOLVLA_SIMT_SITE;
-    pause();
-    arrive(publish(*current), site);
-}
-
 void cluster_arrive_relaxed() {
     void* site = SMOLVLA_SIMT_SITE;
     pause();
-    arrive(current->made_barriers, site);
+    Thread& thread = *current;
+    ClusterBarrier& barrier = barrier_of(thread);
+    if (thread.cluster_arrived) fail("barrier.cluster.arrive a second time, with no wait between", site);
+    thread.cluster_arrived = true;
+    thread.cluster_phase = barrier.phase;
+    barrier.gathered = join(barrier.gathered, thread.made_barriers);
+    ++barrier.arrived;
+    complete(barrier);
+    pause();
 }
 
 void cluster_wait() {
@@ -76,17 +65,6 @@ Block& block_of_rank(int rank, void* site) {
     if (found == launch->blocks.end())
         fail("block " + std::to_string(rank) + " of the cluster has ended", site);
     return **found;
-}
-
-void load_cluster(void* to, const void* own, size_t bytes, int rank) {
-    void* site = SMOLVLA_SIMT_SITE;
-    const Shared& mine = current->block->shared;
-    const auto at = reinterpret_cast<uintptr_t>(own);
-    if (!mine.holds(at)) fail("out-of-bounds ld.shared::cluster: not in shared memory", site);
-    Shared& shared = block_of_rank(rank, site).shared;
-    const uintptr_t from = shared.low + (at - mine.low);
-    touch_shared_of(shared, from, bytes, READ, site);
-    std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
 }
 
 void await_earlier_launches() { current->awaited = true; }

@@ -234,19 +234,6 @@ void touch_shared_of(Shared& shared, uintptr_t at, size_t bytes, Kind kind, void
     shared_access(shared, at, bytes, kind, site);
 }
 
-void check_reads_are_over() {
-    const Block& block = *current->block;
-    for (size_t at = 0; at < block.shared.bytes; at += 4) {
-        const Cell& cell = *current->block->shared.cell(block.shared.low + at);
-        const Entry* entries = cell.more ? lists[cell.more].data() : cell.few;
-        for (const Entry* entry = entries; entry < entries + cell.count; ++entry)
-            if (block_of(entry->thread()) != block.number && !current->knows(*entry))
-                fail("the block ends while " + name_of(entry->thread()) + " may still be reading its shared memory" +
-                         source_line(reinterpret_cast<void*>(image().base + entry->site)),
-                     nullptr);
-    }
-}
-
 void begin_async_write(uintptr_t at, size_t bytes, void* site) {
     begin_remote_write(current->block->shared, at, bytes, site);
 }

@@ -62,8 +62,6 @@ void access(uintptr_t at, size_t bytes, Kind kind, Path path, void* site);
 void access_aligned(uintptr_t at, size_t bytes, Kind kind, Path path, void* site);
 // Of another block's shared memory.
 void touch_shared_of(Shared& shared, uintptr_t at, size_t bytes, Kind kind, void* site);
-// Of the running thread's block, which ends: an error where another block's access is not known to be over.
-void check_reads_are_over();
 
 // The destination of a cp.async: written by the thread, and nobody's until it has waited.
 void begin_async_write(uintptr_t at, size_t bytes, void* site);

@@ -23,17 +23,16 @@ void add_release(uint32_t* counter, uint32_t value);
 uint32_t load_acquire(const uint32_t* counter);
 void named_barrier(int barrier, int threads);
 int cluster_rank();
-void cluster_arrive();
 void cluster_arrive_relaxed();
 void cluster_wait();
-// Copies bytes from the same place in the shared memory of another block of the cluster.
-void load_cluster(void* to, const void* own, size_t bytes, int rank);
 int cluster_size();
 void init_copy_barrier(uint64_t* barrier);
 void publish_copy_barriers();
 void expect_copies(uint64_t* barrier, int bytes);
 void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier);
 void copy_to_cluster(void* shared, const void* global, int bytes, uint64_t* barrier, int ranks);
+// 16 bytes.
+void store_to_rank(void* own, int rank, const void* value, uint64_t* own_barrier);
 void await_copies(uint64_t* barrier);
 void await_earlier_launches();
 
@@ -101,14 +100,8 @@ __forceinline__ void relax() { simt::yield(); }
 __forceinline__ void barrier_sync(int barrier, int threads) { simt::named_barrier(barrier, threads); }
 
 __forceinline__ int cluster_rank() { return simt::cluster_rank(); }
-__forceinline__ void cluster_arrive() { simt::cluster_arrive(); }
 __forceinline__ void cluster_arrive_relaxed() { simt::cluster_arrive_relaxed(); }
 __forceinline__ void cluster_wait() { simt::cluster_wait(); }
-__forceinline__ float load_cluster(const float* own, int rank) {
-    float value;
-    simt::load_cluster(&value, own, sizeof(value), rank);
-    return value;
-}
 __forceinline__ int cluster_size() { return simt::cluster_size(); }
 __forceinline__ void init_copy_barrier(uint64_t* barrier) { simt::init_copy_barrier(barrier); }
 __forceinline__ void publish_copy_barriers() { simt::publish_copy_barriers(); }
@@ -119,7 +112,11 @@ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, uint
 __forceinline__ void copy_to_cluster(void* shared, const void* global, int bytes, uint64_t* barrier, int ranks) {
     simt::copy_to_cluster(shared, global, bytes, barrier, ranks);
 }
+__forceinline__ void store_to_rank(float* own, int rank, float4 value, uint64_t* own_barrier) {
+    simt::store_to_rank(own, rank, &value, own_barrier);
+}
 __forceinline__ void await_copies(uint64_t* barrier) { simt::await_copies(barrier); }
+__forceinline__ void await_stores(uint64_t* barrier) { simt::await_copies(barrier); }
 __forceinline__ void let_next_launch_begin() {}
 __forceinline__ void await_earlier_launches() { simt::await_earlier_launches(); }
 

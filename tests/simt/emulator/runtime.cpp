@@ -90,7 +90,6 @@ void thread_main() {
     arrive_at_exit(self);
     if (--self.block->alive == 0) {
         check_copies_are_over();
-        if (launch->shape.cluster > 1) check_reads_are_over();
         launch->finished = self.block;
         leave_to_host();
     }

@@ -126,7 +126,7 @@ struct CopyBarrier {
 struct BulkCopy {
     Block* block;  // that it goes to
     uintptr_t to;
-    const unsigned char* from;
+    const unsigned char* from;  // null of a store
     std::vector<unsigned char> source;  // as it was when the copy began
     uintptr_t barrier;
     const Block* begun_by;

@@ -7,70 +7,64 @@ namespace {
 constexpr unsigned THREADS = 64;
 constexpr int RANKS = 4;
 
-// Each thread adds up what its like in every block has put there.
-__device__ __forceinline__ float sum_of_ranks(const float* own) {
-    float sum = 0.0f;
-    for (int rank = 0; rank < RANKS; ++rank) sum = 2.0f * sum + load_cluster(own, rank);
-    return sum;
-}
+struct Stores {
+    bool met = true, fresh = true, waits = true;
+    int expected = 16 * RANKS * THREADS, to = RANKS, aligned = 16;
+};
 
 __device__ __forceinline__ void meet(bool wanted) {
     if (!wanted) return;
-    cluster_arrive();
+    cluster_arrive_relaxed();
     cluster_wait();
 }
 
-__device__ __forceinline__ void sums_of_cluster(const Args& p, bool before, bool after) {
+// Each thread stores a vector in every block, and adds up what its like in all blocks stored in its own.
+__device__ __forceinline__ void sums_of_cluster(const Args& p, const Stores& stores) {
     SMOLVLA_SHARED(memory);
-    auto* own = reinterpret_cast<float*>(memory) + threadIdx.x;
-    *own = 0.0f;
-    meet(true);
-    *own = static_cast<float>(cluster_rank() + 1);
-    meet(before);
-    p.a[blockIdx.x * THREADS + threadIdx.x] = static_cast<uint32_t>(sum_of_ranks(own));
-    meet(after);
-}
-
-__global__ void cluster_sums(Args p) { sums_of_cluster(p, true, true); }
-__global__ void cluster_barrier_missing(Args p) { sums_of_cluster(p, p.mended, true); }
-__global__ void cluster_ends_too_early(Args p) { sums_of_cluster(p, true, p.mended); }
-
-__global__ void block_barrier_for_a_cluster(Args p) {
-    SMOLVLA_SHARED(memory);
-    auto* own = reinterpret_cast<float*>(memory) + threadIdx.x;
-    *own = 1.0f;
-    meet(true);
-    const float sum = sum_of_ranks(own);
-    if (p.mended)
-        meet(true);
+    auto* barrier = reinterpret_cast<uint64_t*>(memory);
+    const auto part = [&](int rank) { return reinterpret_cast<float*>(memory + 16 + 16 * (rank * THREADS + threadIdx.x)); };
+    if (threadIdx.x == 0) {
+        init_copy_barrier(barrier);
+        expect_copies(barrier, stores.expected);
+        publish_copy_barriers();
+    }
+    if (!stores.fresh) *part(threadIdx.x % RANKS) = 0.0f;
+    meet(stores.met);
+    const float own = static_cast<float>(cluster_rank() + 1);
+    float* to = part(cluster_rank()) + (16 - stores.aligned) / 4;
+    for (int rank = 0; rank < stores.to; ++rank)
+        store_to_rank(to, rank, float4{own, own, own, threadIdx.x + 1.0f}, barrier);
+    if (stores.waits)
+        await_stores(barrier);
     else
-        __syncthreads();
-    *own = sum;
-    meet(true);
+        meet(true);
+    float sum = 0.0f;
+    for (int rank = 0; rank < RANKS; ++rank) sum = 2.0f * sum + part(rank)[0] * part(rank)[3];
+    p.a[blockIdx.x * THREADS + threadIdx.x] = static_cast<uint32_t>(sum);
 }
 
-__global__ void cluster_rank_outside(Args p) {
-    SMOLVLA_SHARED(memory);
-    auto* own = reinterpret_cast<float*>(memory) + threadIdx.x;
-    *own = 1.0f;
-    meet(true);
-    p.a[blockIdx.x * THREADS + threadIdx.x] = static_cast<uint32_t>(load_cluster(own, p.mended ? RANKS - 1 : RANKS));
-    meet(true);
-}
+__global__ void cluster_sums(Args p) { sums_of_cluster(p, {}); }
+__global__ void store_to_a_block_not_met(Args p) { sums_of_cluster(p, {.met = p.mended}); }
+__global__ void store_where_a_block_wrote(Args p) { sums_of_cluster(p, {.fresh = p.mended}); }
+__global__ void store_not_waited_for(Args p) { sums_of_cluster(p, {.waits = p.mended}); }
+__global__ void stores_of_too_few(Args p) { sums_of_cluster(p, {.expected = 16 * (RANKS * THREADS + !p.mended)}); }
+__global__ void stores_of_too_many(Args p) { sums_of_cluster(p, {.expected = 16 * (RANKS * THREADS - !p.mended)}); }
+__global__ void cluster_rank_outside(Args p) { sums_of_cluster(p, {.to = RANKS + !p.mended}); }
+__global__ void store_misaligned(Args p) { sums_of_cluster(p, {.aligned = p.mended ? 16 : 8}); }
 
 __global__ void cluster_wait_alone(Args p) {
-    if (p.mended) cluster_arrive();
+    if (p.mended) cluster_arrive_relaxed();
     cluster_wait();
 }
 
 __global__ void cluster_arrives_twice(Args p) {
-    cluster_arrive();
-    if (!p.mended) cluster_arrive();
+    cluster_arrive_relaxed();
+    if (!p.mended) cluster_arrive_relaxed();
     cluster_wait();
 }
 
 __global__ void cluster_never_waits(Args p) {
-    cluster_arrive();
+    cluster_arrive_relaxed();
     if (p.mended) cluster_wait();
 }
 
@@ -89,12 +83,7 @@ __device__ __forceinline__ void bulk_copies(const Args& p, const Bulk& bulk) {
         expect_copies(barrier, bulk.expected);
         if (bulk.published) publish_copy_barriers();
     }
-    if (bulk.met && bulk.published) {
-        cluster_arrive_relaxed();
-        cluster_wait();
-    } else {
-        meet(bulk.met);
-    }
+    meet(bulk.met);
     if (threadIdx.x == 0) {
         copy_to_cluster(memory + bulk.aligned + at, reinterpret_cast<unsigned char*>(p.b) + at, bytes, barrier, RANKS);
         if (bulk.changes) p.b[at / 4] = 1;
@@ -116,19 +105,6 @@ __global__ void bulk_of_what_changes(Args p) { bulk_copies(p, {.changes = !p.men
 __global__ void bulk_brings_too_few(Args p) { bulk_copies(p, {.expected = 16 * THREADS + (p.mended ? 0 : 16)}); }
 __global__ void bulk_brings_too_many(Args p) { bulk_copies(p, {.expected = 16 * THREADS - (p.mended ? 0 : 16)}); }
 __global__ void bulk_misaligned(Args p) { bulk_copies(p, {.aligned = p.mended ? 16 : 8}); }
-
-__global__ void relaxed_barrier_for_words(Args p) {
-    SMOLVLA_SHARED(memory);
-    auto* own = reinterpret_cast<float*>(memory) + threadIdx.x;
-    *own = 1.0f;
-    if (p.mended)
-        cluster_arrive();
-    else
-        cluster_arrive_relaxed();
-    cluster_wait();
-    p.a[blockIdx.x * THREADS + threadIdx.x] = static_cast<uint32_t>(sum_of_ranks(own));
-    meet(true);
-}
 
 __global__ void read_too_early(Args p) {
     if (p.mended) await_earlier_launches();
@@ -160,13 +136,16 @@ __global__ void never_waits_for_launches(Args p) {
 
 const std::vector<Entry>& cluster_kernels() {
     static const Grid bulk{RANKS, THREADS, 16 + 16 * THREADS, false, RANKS};
-    static const Grid two{2 * RANKS, THREADS, 16 * THREADS, false, RANKS}, early{1, THREADS, 16 * THREADS, false, 1, true};
+    static const Grid two{2 * RANKS, THREADS, 16 + 16 * RANKS * THREADS, false, RANKS}, early{1, THREADS, 16 * THREADS, false, 1, true};
     static const std::vector<Entry> all = {
         {"cluster_sums", cluster_sums, two},
-        {"cluster_barrier_missing", cluster_barrier_missing, two},
-        {"cluster_ends_too_early", cluster_ends_too_early, two},
-        {"block_barrier_for_a_cluster", block_barrier_for_a_cluster, two},
+        {"store_to_a_block_not_met", store_to_a_block_not_met, two},
+        {"store_where_a_block_wrote", store_where_a_block_wrote, two},
+        {"store_not_waited_for", store_not_waited_for, two},
+        {"stores_of_too_few", stores_of_too_few, two},
+        {"stores_of_too_many", stores_of_too_many, two},
         {"cluster_rank_outside", cluster_rank_outside, two},
+        {"store_misaligned", store_misaligned, two},
         {"cluster_wait_alone", cluster_wait_alone, two},
         {"cluster_arrives_twice", cluster_arrives_twice, two},
         {"cluster_never_waits", cluster_never_waits, two},
@@ -178,7 +157,6 @@ const std::vector<Entry>& cluster_kernels() {
         {"bulk_brings_too_few", bulk_brings_too_few, bulk},
         {"bulk_brings_too_many", bulk_brings_too_many, bulk},
         {"bulk_misaligned", bulk_misaligned, bulk},
-        {"relaxed_barrier_for_words", relaxed_barrier_for_words, two},
         {"read_too_early", read_too_early, early},
         {"copied_too_early", copied_too_early, early},
         {"written_too_early", written_too_early, early},
