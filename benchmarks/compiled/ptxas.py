@@ -68,8 +68,8 @@ def about() -> str:
         "GPU. In the first table of a source a cell is registers a thread / bytes a thread spills, stored and loaded / "
         "bytes of stack / bytes of static shared memory (dynamic shared memory is asked for at launch and unknown here). "
         f"The second counts {', '.join(COUNTED)} in the loops of the machine code, unrolled as they stand: HMMA multiplies "
-        "in tensor cores, LDGSTS and UBLKCP copy to shared memory in the background, LDSM is ldmatrix. MEMBAR, counted in "
-        "loops or not, is a fence of all memory of the GPU.\n\n"
+        "in tensor cores, LDGSTS and UBLKCP copy to shared memory in the background, LDSM is ldmatrix. MEMBAR of the GPU, "
+        "counted in loops or not, is a fence of all its memory.\n\n"
         "No kernel spills unless its section says so. Below sm_90 linear_residual and norm_products are empty: "
         "they need clusters of blocks, or launches that begin early; norm_products is on 12.x too, for want of "
         "shared memory."
@@ -130,6 +130,12 @@ def in_loops(code: str) -> dict[str, int]:
     return {word: counts[word] for word in COUNTED if counts[word]}
 
 
+def fences(code: str) -> dict[str, int]:
+    """How often a kernel waits for all memory of the GPU; a fence of the block, MEMBAR.ALL.CTA, is none."""
+    found = len(re.findall(r"\bMEMBAR\.\w+\.(?:GPU|SYS)\b", code))
+    return {"MEMBAR": found} if found else {}
+
+
 def compile_task(task: tuple[str, str]) -> Rows:
     """Every kernel of a source, compiled for one architecture with the extension's own flags."""
     name, target = task
@@ -144,7 +150,5 @@ def compile_task(task: tuple[str, str]) -> Rows:
         key = (name, f"`{readable(mangled)}`")
         if key in found or mangled not in code:
             raise RuntimeError(f"{name}: {key[1]} stands twice in ptxas's log, or not in the machine code")
-        fences = len(re.findall(r"\bMEMBAR\.\w+\.(?:GPU|SYS)\b", code[mangled]))
-        instructions = in_loops(code[mangled]) | ({"MEMBAR": fences} if fences else {})
-        found[key] = {target: replace(kernel, instructions=instructions)}
+        found[key] = {target: replace(kernel, instructions=in_loops(code[mangled]) | fences(code[mangled]))}
     return dict(sorted(found.items()))

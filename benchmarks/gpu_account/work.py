@@ -35,7 +35,7 @@ class Work:
     trips       waits for memory one behind the other: the loop's steps by the loads in flight
     tails       such waits behind the loop, for what is in L2
     operations  products, reductions and barriers one behind the other
-    exchanges   barriers of a cluster, with a load from a neighbour behind each      exchanged  bytes of these loads
+    exchanges   waits for what neighbours in the cluster store      exchanged  bytes of these stores
     library     of a vendor      overlapped  exponents run beside products
     """
 
@@ -109,7 +109,7 @@ def _cluster_residual(node: Node) -> Work:
     steps, rows = ceil(a["inputs"] / 64 / 8), a["rows"] / ceil(a["rows"] / 64)
     following, flying = 0 if a["next"][0] is None else 2, a["stages"]
     return Work(
-        programs=prod(node.grid), warps=8, registers=72, shared=128 + flying * 2 * 64 * 64 * 2 + 64 * 64 * 4,
+        programs=prod(node.grid), warps=8, registers=64 if flying < 4 else 80, shared=128 + flying * 2 * 64 * 64 * 2 + 64 * 64 * 4,
         moved=2 * 64 * steps * (rows + 64) + rows / 8 * 64 * (2 * stream + following),
         flops=2 * 64 * 64 * 64 * steps, unit="bf16", trips=max(1.0, steps / flying), operations=steps,
         exchanges=1, exchanged=rows * 64 * 4 * 7 / 8, cluster=8,
@@ -118,8 +118,8 @@ def _cluster_residual(node: Node) -> Work:
 
 def _normed_products(node: Node) -> Work:
     """All weights of a block, then x, of which a cluster's blocks bring a part each for all; the shares of K meet in shared
-    memory. Copies are waited for once, as they come one behind the other. The last barrier of the cluster costs nothing, as
-    in ``_cluster_residual``: all have arrived by then."""
+    memory. Copies are waited for once, as they come one behind the other. The last barrier of the cluster costs nothing: all
+    have arrived by then."""
     a = node.arguments
     k, cols, rows = a["inputs"], 2 * a["pairs"], a["rows"] / ceil(a["rows"] / 64)
     return Work(

@@ -93,10 +93,15 @@ void launch(const char* name, void (*kernel)(Params...), const Grid& grid, cudaS
     check(cudaLaunchKernelEx(&config.of, kernel, static_cast<Params>(args)...), name);
 }
 
-// How many clusters of a kernel the current device runs at once: none where no part of it has so many multiprocessors.
+// How many clusters of a kernel the current device runs at once: none where no part of it has so many multiprocessors, or
+// where the library has only code for GPUs that know no clusters.
 template <class... Params>
 int clusters_at_once(void (*kernel)(Params...), const Grid& grid) {
-    allow_shared(reinterpret_cast<const void*>(kernel), grid.shared_bytes);
+    const auto address = reinterpret_cast<const void*>(kernel);
+    cudaFuncAttributes code{};
+    check(cudaFuncGetAttributes(&code, address), "cudaFuncGetAttributes");
+    if (code.ptxVersion < 90) return 0;
+    allow_shared(address, grid.shared_bytes);
     const LaunchConfig config(grid, nullptr);
     int clusters = 0;
     check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config.of), "cudaOccupancyMaxActiveClusters");

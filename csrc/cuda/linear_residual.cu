@@ -6,9 +6,9 @@
 // in the order of K, so bits never depend on arrival. Triton's kernel sends parts to L2 and waits there three times: for its
 // stores, a counter, the loads.
 //
-// The bound is a warp's chain of instructions: a copy has one address for all of K, and lanes have sums of four neighbouring
-// columns, which one instruction sends. Where no launch ahead writes the weight, its loads begin before those launches have
-// ended (programmatic dependent launch).
+// Few instructions stand behind one another: a copy has one address for all of K, and lanes have sums of four neighbouring
+// columns, which one instruction sends. Where no launch ahead writes the weight, its loads begin before the launches ahead
+// have ended (programmatic dependent launch).
 #include "cuda/linear_residual.h"
 
 #include "cuda/values.cuh"
@@ -37,14 +37,15 @@ __device__ __forceinline__ uint32_t read_bits(const void* from, int64_t at, bool
 }
 __device__ __forceinline__ float widen(uint32_t bits, bool fp32) { return __uint_as_float(fp32 ? bits : bits << 16); }
 
-// What a thread copies of a tile at every step of K: a piece of 16 bytes of two rows. What is beyond the matrix is zeros.
+// What a thread copies of a tile at every step of K: a piece of 16 bytes of two rows. What is beyond the matrix is zeros; of
+// rows that only saves traffic, as their sums are never stored.
 struct Copies {
     const bf16* from[2];
     bool wanted[2];
     unsigned char* to;
 
-    __device__ __forceinline__ Copies(unsigned char* tile, int exchanged, const void* matrix, int64_t stride, int first, int rows,
-                                      int k) {
+    __device__ __forceinline__ Copies(unsigned char* tile, int exchanged, const void* matrix, int64_t stride, int first,
+                                      int rows, int k) {
         const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
         to = tile + row * kPitch + ((piece ^ exchanged) << 4);
 #pragma unroll
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) linear_residual_fwd_kernel(const Lin
     if (threadIdx.x == 0) {
         init_copy_barrier(parts_come);
         expect_copies(parts_come, sizeof(float) * kRanks * ((rows - rank + kRanks - 1) / kRanks) * kCols);
-        publish_copy_barriers();
+        publish_store_barriers();
     }
     cluster_arrive_relaxed();
 
@@ -89,14 +90,14 @@ __global__ void __launch_bounds__(kThreads) linear_residual_fwd_kernel(const Lin
     Copies x(stages, row % 8, p.x, p.x_stride, first_row, p.rows, k);
     const auto there = [&](int step) { return k + step * kDepth + 8 * static_cast<int>(threadIdx.x % 8) < p.inputs; };
 
+    x.settle_addresses();
     if (!p.weight_settled) await_earlier_launches();
 #pragma unroll
     for (int step = 0; step < STAGES; ++step)
         if (step < steps) weights.request(step, step, there(step));
-    x.settle_addresses();
     await_earlier_launches();
-    let_next_launch_begin();  // one waits behind a running one: more stand where that one could run
-    // A group a step, empty ones behind the last, so that the same number may be pending at each wait.
+    let_next_launch_begin();  // not earlier: blocks that wait would take the places of the launch that runs
+    // A group a step, the first with all weights, empty ones behind the last: the same number may be pending at each wait.
 #pragma unroll
     for (int step = 0; step < STAGES; ++step) {
         if (step < steps) x.request(step, step, there(step));
@@ -148,7 +149,8 @@ __global__ void __launch_bounds__(kThreads) linear_residual_fwd_kernel(const Lin
         }
     }
 
-    // Row r of the tile belongs to block r % 8: all rows of a lane to one.
+    // Row r of the tile belongs to block r % 8: all rows of a lane to one. A block may end behind its stores: their values
+    // were in registers, and where they go a block waits for them.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int group = 2 * (warp % 4) + half;
@@ -212,13 +214,9 @@ constexpr int kMostStages = 4;
 }  // namespace
 
 int linear_residual_clusters() {
-    const auto kernel = linear_residual_fwd_kernel<kMostStages>;
-    cudaFuncAttributes code{};
-    check(cudaFuncGetAttributes(&code, kernel), "cudaFuncGetAttributes");
-    if (code.ptxVersion < 90) return 0;
     LinearResidual one{};
     one.rows = one.outputs = 1;
-    return clusters_at_once(kernel, grid_of(one, kMostStages));
+    return clusters_at_once(linear_residual_fwd_kernel<kMostStages>, grid_of(one, kMostStages));
 }
 
 void linear_residual(const LinearResidual& p, void* stream) {

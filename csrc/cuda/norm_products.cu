@@ -375,14 +375,10 @@ using Largest = Swiglu<24>;
 size_t norm_products_shared_bytes() { return shared_bytes_of(Largest::kPairs, kRows, kNormProductsMostInputs); }
 
 int norm_products_clusters() {
-    const auto kernel = norm_products_fwd_kernel<Largest, 0>;
-    cudaFuncAttributes code{};
-    check(cudaFuncGetAttributes(&code, kernel), "cudaFuncGetAttributes");
-    if (code.ptxVersion < 90) return 0;
     NormSwiglu most{};
     most.rows = kRows;
     most.inputs = kNormProductsMostInputs;
-    return clusters_at_once(kernel, grid_of<Largest>(most, kMostRanks));
+    return clusters_at_once(norm_products_fwd_kernel<Largest, 0>, grid_of<Largest>(most, kMostRanks));
 }
 
 // Several tiles of rows fill the GPU with wider blocks too, and fewer blocks then bring x. Heads of 64 have two whole blocks

@@ -176,11 +176,14 @@ __device__ __forceinline__ void expect_copies(uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
-// By the thread that made the mbarriers: the first fence shows them to the copies, the second to other blocks. Behind a
-// barrier of the block its threads may use them, behind one of the cluster those of its other blocks.
+// By the thread that made the mbarriers, for other blocks; bulk copies take another path to them, which has a fence of its
+// own. Behind a barrier of the block its threads may use them, behind one of the cluster those of its other blocks.
+__device__ __forceinline__ void publish_store_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ __forceinline__ void publish_copy_barriers() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_store_barriers();
 }
 __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -197,7 +200,7 @@ __device__ __forceinline__ void copy_to_cluster(void* shared, const void* global
         "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>((1u << ranks) - 1))
         : "memory");
 }
-// 16 bytes to the same place in another block of the cluster, in the background; that block's mbarrier counts them.
+// 16 bytes to the same place in a block of the cluster, in the background; that block's mbarrier counts them.
 __device__ __forceinline__ void store_to_rank(float* own, int rank, float4 value, uint64_t* own_barrier) {
     uint32_t to, barrier;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(own)), "r"(rank));

@@ -12,7 +12,14 @@ from support.compiled_tables import Key, read
 from benchmarks import ROOT
 from benchmarks.compiled import ptxas
 from benchmarks.compiled.kernels import Kernel, markdown, parse_log, red
-from benchmarks.compiled.ptxas import compiler_version, disassembler, in_loops, nvcc_compiler, readable
+from benchmarks.compiled.ptxas import (
+    compiler_version,
+    disassembler,
+    fences,
+    in_loops,
+    nvcc_compiler,
+    readable,
+)
 
 COMMITTED = ROOT / "benchmarks" / "results" / "ptxas.md"
 # The one the kernels are tuned on, and in the long run the oldest: half a minute each on a small machine.
@@ -140,6 +147,11 @@ def sass(*lines: str) -> str:
 )  # fmt: skip
 def test_instructions_are_counted_in_loops_alone(lines: list[str], counts: dict[str, int]) -> None:
     assert in_loops(sass(*lines)) == counts
+
+
+def test_fences_of_a_block_are_not_counted() -> None:
+    code = sass("MEMBAR.ALL.CTA", "MEMBAR.ALL.GPU", "@P0 MEMBAR.SC.GPU")
+    assert fences(code) == {"MEMBAR": 2} and fences(sass("MEMBAR.ALL.CTA")) == {}
 
 
 def test_names_are_readable() -> None:

@@ -16,8 +16,8 @@ from simt.emulator import build
 from support.backends import loaded
 
 ORDERING = (
-    r"(?:__syncthreads\(\)|cp_async_wait<.*?>\(\)|cluster_(?:arrive(?:_relaxed)?|wait)\(\)|await_earlier_launches\(\)"
-    r"|publish_copy_barriers\(\)|await_(?:copies|stores)\([^)]*\));"
+    r"(?:__syncthreads\(\)|cp_async_(?:commit|wait<.*?>)\(\)|cluster_(?:arrive_relaxed|wait)\(\)|await_earlier_launches\(\)"
+    r"|publish_(?:copy|store)_barriers\(\)|await_(?:copies|stores)\([^)]*\));"
 )
 SWITCH = '\nextern "C" { __attribute__((visibility("default"))) int smolvla_left_out = 0; }\n'
 

@@ -28,7 +28,8 @@ CASES = {
     "blocks without a step": (5, 72, 33),
     "column tiles": (3, 264, 130),
     "two row tiles": (65, 520, 47),
-    "two row tiles, more of K than is in flight": (65, 1608, 8),
+    "two row tiles, more of K than is in flight": (77, 1608, 8),
+    "as much of K as is in flight": (3, 2048, 8),
     "more of K than is in flight": (9, 2632, 8),
 }
 MORE = {"more rows than an H200 was asked about": (257, 8, 1)}

@@ -1,9 +1,11 @@
 // Bulk copies, stores to other blocks of a cluster, and the barriers that count their bytes. A copy is done at some later step
 // of anybody: when a thread waits for its barrier, or the seed says so. Until then nobody may touch the destination or change
-// the source, and neither the block that began it nor the one it goes to may end; a store has no source, and the block that
-// began it may end. Two faults are not seen: no fence.proxy.async between an ordinary
-// write and a copy of the same bytes; and a relaxed arrival that is taken to show other blocks what a thread wrote before
-// it made barriers.
+// the source, and neither the block that began it nor the one it goes to may end. A store has no source, and the block that
+// began it is taken to be free to end.
+//
+// Not seen are: a fence that is missing between an ordinary write and a bulk copy of the same bytes, or between an mbarrier
+// and bulk copies (proxies); the scope of a wait; a relaxed arrival that is taken to show other blocks what a thread wrote
+// before it made barriers; and what a thread wrote before a copy, which who waits for the copy is taken to know.
 #include <algorithm>
 #include <cstring>
 

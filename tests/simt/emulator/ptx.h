@@ -105,6 +105,7 @@ __forceinline__ void cluster_wait() { simt::cluster_wait(); }
 __forceinline__ int cluster_size() { return simt::cluster_size(); }
 __forceinline__ void init_copy_barrier(uint64_t* barrier) { simt::init_copy_barrier(barrier); }
 __forceinline__ void publish_copy_barriers() { simt::publish_copy_barriers(); }
+__forceinline__ void publish_store_barriers() { simt::publish_copy_barriers(); }
 __forceinline__ void expect_copies(uint64_t* barrier, int bytes) { simt::expect_copies(barrier, bytes); }
 __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
     simt::copy_bulk(shared, global, bytes, barrier);
