@@ -109,7 +109,8 @@ def _cluster_residual(node: Node) -> Work:
     steps, rows = ceil(a["inputs"] / 64 / 8), a["rows"] / ceil(a["rows"] / 64)
     following, flying = 0 if a["next"][0] is None else 2, a["stages"]
     return Work(
-        programs=prod(node.grid), warps=8, registers=64 if flying < 4 else 80, shared=128 + flying * 2 * 64 * 64 * 2 + 64 * 64 * 4,
+        programs=prod(node.grid), warps=8, registers=64 if flying < 4 else 80,
+        shared=128 + flying * 2 * 64 * 64 * 2 + 64 * 64 * 4,
         moved=2 * 64 * steps * (rows + 64) + rows / 8 * 64 * (2 * stream + following),
         flops=2 * 64 * 64 * 64 * steps, unit="bf16", trips=max(1.0, steps / flying), operations=steps,
         exchanges=1, exchanged=rows * 64 * 4 * 7 / 8, cluster=8,

@@ -95,13 +95,13 @@ def test_worst_case_of_a_tier(weights: str, layout: str, monkeypatch: pytest.Mon
 
 @pytest.mark.check(28)
 @pytest.mark.skipif(not INT16, reason=extension.why_missing("cpu") or "built")
-@pytest.mark.parametrize("factor", [5.0, 8.0, 12.0])
+@pytest.mark.parametrize("factor", [3.0, 8.0, 12.0])
 @torch.no_grad()
 def test_int16_keeps_its_promise_however_loud_attention_is(
     factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where scores spread by more than 14 the chunk is in fp32, and ``status`` says so: integers alone have 1 - cosine of up
-    to 7e-5 below that, and of 1.1e-4 beyond."""
+    """Where scores spread by more than 8 the chunk is in fp32, and ``status`` says so: integers alone have 1 - cosine of up
+    to 5e-6 below that; of 1.3e-4 at 9.3, where the same policy has 7e-5 on another processor; of 2e-3 beyond."""
     monkeypatch.setattr(int16, "why_slow", lambda: None)  # fp32 would serve
     bound, served = TIERS["int16"].cosine, set()
     assert bound is not None
@@ -114,7 +114,7 @@ def test_int16_keeps_its_promise_however_loud_attention_is(
             smolvla_fast.patch(policy, precision="int16", backend="cpu")
             assert cosine(policy.model.sample_actions(*inputs, noise=noise), truth) >= bound
         served.add("int16" in smolvla_fast.status(policy).fallback_reasons)
-    assert (factor >= 12) in served, "the quieter ones by integers, the loudest not"
+    assert (factor >= 8) in served, "the quieter ones by integers, the loudest not"
 
 
 @pytest.mark.check(28)

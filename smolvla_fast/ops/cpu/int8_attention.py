@@ -86,9 +86,10 @@ def spread(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 # Where it is taken ----------------------------------------------------------------------------------------------------
 
-MOST_SPREAD = {8: 8.0, 16: 14.0}
-"""Spread of the scores of any head up to which products of so many bits serve: what these lose of q and k is multiplied by
-the size of the scores. Beyond 14 those of 16 bits break what their tier promises (``tests/acceptance/test_outliers.py``)."""
+MOST_SPREAD = 8.0
+"""Spread of the scores of any head up to which integer products serve: what these lose of q and k is multiplied by the size
+of the scores. From 9 on those of 16 bits were seen to break what their tier promises, on one policy of eight and without
+AVX2 (``tests/acceptance/test_outliers.py``)."""
 MOST_DIM = 256
 """Width of a head that the kernel has room for."""
 MARGIN, ROUNDS = 0.95, 3
@@ -164,7 +165,7 @@ class Heads:
         seen = self.seen if self.seen.generation == generation else Seen(generation)
         # With 16 bits attention is always in fp32: measuring is all extra.
         first = FIRST if self.bits == 8 else 1
-        often = seen.chunks < first or seen.spread > MOST_SPREAD[self.bits] / 2
+        often = seen.chunks < first or seen.spread > MOST_SPREAD / 2
         return Chunk(self, generation, often or seen.chunks % EVERY == 0)
 
     def add(self, seen: Seen) -> None:
@@ -191,11 +192,11 @@ class Heads:
             return None
         return (
             f"scores of attention spread by {seen.spread:.3g}, {self.bits}-bit products serve up to "
-            f"{MOST_SPREAD[self.bits]:g}; chunks are computed in fp32 until the weights change"
+            f"{MOST_SPREAD:g}; chunks are computed in fp32 until the weights change"
         )
 
     def is_sharp(self, seen: Seen) -> bool:
-        return seen.spread > MOST_SPREAD[self.bits]
+        return seen.spread > MOST_SPREAD
 
     @property
     def fallback_reasons(self) -> dict[str, str]:
