@@ -1,5 +1,5 @@
 # make demo | train-demo | test | emulators | test-cpus | test-full | acceptance | architecture | chart | fuzz | soak | test-compat | compiled-kernels | mutations | simt | simt-full | lint | bench | aot | cuda | ptxas
-#      | loop-account | gpu-account | gpu-bring | gpu-contact | gpu-report | gpu-peers | venv | venv-standalone | clean
+#      | gpu-account | gpu-bring | gpu-contact | gpu-report | gpu-peers | venv | venv-standalone | clean
 #
 # Everything happens in .venv, made on first use with the best Python found (or PYTHON=...): `make demo` installs what the
 # demo needs, everything else (`make venv`) adds what tests and lint need. The download's size is said before it begins.
@@ -19,7 +19,7 @@ ARGS    ?=
 # Processes of `make test`; 0: one process, with live output.
 JOBS    ?= 2
 
-.PHONY: demo train-demo test emulators test-cpus test-full acceptance architecture chart fuzz soak test-compat loop-account compiled-kernels mutations simt simt-full lint bench aot cuda ptxas gpu-account gpu-bring gpu-contact gpu-report gpu-peers venv venv-standalone clean
+.PHONY: demo train-demo test emulators test-cpus test-full acceptance architecture chart fuzz soak test-compat compiled-kernels mutations simt simt-full lint bench aot cuda ptxas gpu-account gpu-bring gpu-contact gpu-report gpu-peers venv venv-standalone clean
 .DELETE_ON_ERROR:
 
 # Bytecode is made of what is imported, not of all that is installed: most of it nobody imports here. Where Python is told to
@@ -90,10 +90,6 @@ architecture: venv
 
 acceptance: venv
 	$(VENV)/bin/python tests/support/checks.py
-
-# The predictions of docs/denoise-persistent.md, counted from sizes.
-loop-account: venv
-	PYTHONPATH=.:tests $(VENV)/bin/python -m simt.account
 
 # Triton's kernels as they are compiled for a GPU, run on the CPU: benchmarks/results/compiled-kernels.md anew.
 compiled-kernels: venv

@@ -98,11 +98,11 @@ def find(key: Mapping[str, Any]) -> tuple[Plan | None, str | None]:
         places, wrong = [(SHIPPED / _name(key), "shipped")], str(error)
     for path, origin in places:
         try:
-            found = _read(path)
-            apart = differences(found["key"], json.loads(text(key)))
+            theirs, plan = _read(path, origin or str(path))
+            apart = differences(theirs, json.loads(text(key)))
             if apart:
                 raise _Unusable(f"it is another machine's or policy's: {'; '.join(apart[:3])}")
-            return _plan(found, origin or str(path)), wrong
+            return plan, wrong
         except FileNotFoundError:
             continue
         except (_Unusable, RecursionError) as error:
@@ -114,8 +114,8 @@ def find(key: Mapping[str, Any]) -> tuple[Plan | None, str | None]:
     return None, wrong
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What a file of the right form says; its key may be anybody's. Raises FileNotFoundError, _Unusable."""
+def _read(path: Path, origin: str = "") -> tuple[dict[str, Any], Plan]:
+    """The key, which may be anybody's, and the plan of a file. Raises FileNotFoundError, _Unusable."""
     try:
         handle = os.open(path, _READ)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -139,8 +139,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise _Unusable(f"its format is {short(found.get('format'))}; accepted is {FORMAT}")
     if not isinstance(found.get("key"), dict):
         raise _Unusable("it has no key")
-    _plan(found, "")
-    return found
+    return found["key"], _plan(found, origin)
 
 
 def _plan(found: dict[str, Any], origin: str) -> Plan:
@@ -260,8 +259,7 @@ def listing() -> tuple[list[dict[str, Any]], str | None]:
         row: dict[str, Any] = dict.fromkeys(("tier", "backend", "measured", "age", "choices"))
         row["file"] = str(path)
         try:
-            content = _read(path)
-            plan, key = _plan(content, ""), content["key"]
+            key, plan = _read(path)
             apart = min((differences({n: key.get(n) for n in each}, each) for each in machines), key=len)
             row.update(
                 tier=short(key.get("tier")), backend=short(key.get("backend")), choices=len(plan.choices)

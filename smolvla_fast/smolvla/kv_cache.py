@@ -25,9 +25,6 @@ class KVCache:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.layers[layer_idx].keys.shape[-2] if layer_idx < len(self.layers) else 0
-
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Appends [B, K, new tokens, D] to a layer, or starts the next one. Returns all its keys and values."""
         if layer_idx == len(self.layers):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..engine.plan_files import today
 from ..engine.products import Products
 from ..inference import Engine
 from ..measure.rounding import FP32_BOUND
@@ -140,8 +140,7 @@ class _Tuner:
             if is_faster(self._stock_rounds, serves):
                 chosen[CHUNK] = STOCK
                 note = f"stock's own chunk is faster, {stock_ms:.4g} ms"
-        today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-        plan = Plan({**known, **chosen}, "tuned now", today)
+        plan = Plan({**known, **chosen}, "tuned now", today().isoformat())
         self._say("done")
         took = time.perf_counter() - self._began
         beside = AFTER if best is None else best  # what was refused is shown too

@@ -202,7 +202,7 @@ def test_guidance_of_no_weight_is_none(emulator: Any) -> None:
     assert torch.equal(ours({**given, "guidance": shared}), ours({**given, "guidance": both}))
 
 
-def test_barriers_are_as_the_account_says(emulator: Any) -> None:
+def test_barriers_are_as_the_page_says(emulator: Any) -> None:
     given = inputs(TINY)
     found = emulator.denoise_resources(sizes_of(given))
     assert found["counter_barriers"] == TINY["N"] * (2 + 5 * TINY["L"])

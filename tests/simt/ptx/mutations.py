@@ -33,7 +33,7 @@ MUTATIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "too many stages": ("masked_attention", "num_stages=tile.num_stages", "num_stages=tile.num_stages + 30", MASKED),
     "three warps": ("layer_norm", "num_warps=tile.num_warps", "num_warps=3", ROWS),
     "a mean divided nearly": (
-        "layer_norm", "tl.div_rn(tl.sum(x, axis=0), tl.cast(width, tl.float32))", "tl.sum(x, axis=0) / width", ROWS,
+        "layer_norm", "tl.div_rn(tl.sum(x, axis=1), tl.cast(width, tl.float32))", "tl.sum(x, axis=1) / width", ROWS,
     ),
 }  # fmt: skip
 
@@ -49,8 +49,8 @@ REDESIGN: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "a head of the group too many": (
         "attention_residual", "(token < tokens) & (rows % BLOCK_GROUP < GROUP)", "(token < tokens)", FUSED,
     ),
-    "a residual without its sums rounded to the stream": (
-        "attention_residual", "(y + residual.to(tl.float32)).to(y_ptr.dtype.element_ty)", "residual", FUSED,
+    "a residual without its sums": (
+        "attention_residual", "tl.dot(x.to(weight.dtype), weight, input_precision=PRECISION) + residual", "residual", FUSED,
     ),
     "one counter for all tiles": ("attention_residual", "arrivals_ptr + tile", "arrivals_ptr", FUSED),
     "squares of the next sample's rows": (
