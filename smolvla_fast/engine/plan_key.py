@@ -43,12 +43,15 @@ def here(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {
             "torch": torch.__version__.partition("+")[0],
-            "cuda": torch.version.cuda,
-            "hip": torch.version.hip,
-            "triton": _triton(),
             "smolvla_fast": __version__,
+            **(_gpu_versions() if device.type == "cuda" else {}),
         },
     }
+
+
+def _gpu_versions() -> dict[str, str | None]:
+    """What of the software changes times on a GPU alone."""
+    return {"cuda": torch.version.cuda, "hip": torch.version.hip, "triton": _triton()}
 
 
 def key_of(model: Any, tier: str, backend: str, device: torch.device) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ..ops.reference.suffix_tokens import suffix_tokens
 from ..ops.reference.time_embedding import time_embedding
 from ..stages.denoise import suffix_of
 from ..stages.layers import embed_suffix, expert_layers
+from ..stages.observation import prepare_images
 from ..stages.prefix import image_ends
 from ..stages.vision import Positions, encode_images, kept_patch_positions
 from . import caches
@@ -80,7 +81,10 @@ class LayerEngine:
         """
         pair = model.vlm_with_expert
         one_by_one = self.products.tier.stock_order
-        found = [self.embed_image(pair, each) for each in (images if one_by_one else [torch.cat(images)])]
+        side = read_pair_dims(pair).image_side
+        with self._context(state):
+            groups = prepare_images(self.products.ops, images, side, together=not one_by_one)
+        found = [self.embed_image(pair, each) for each in groups]
         if not one_by_one:
             found = list(found[0].split(len(state)))
         with self._context(state):

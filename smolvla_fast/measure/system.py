@@ -118,7 +118,7 @@ def load() -> float | None:
 
 def busy(found: dict[str, Any]) -> str | None:
     """A warning where the machine had other work before the measurement began, or None."""
-    if found["load"] is None or found["load"] <= 0.5 * found["cores"]:
+    if None in (found["load"], found["cores"]) or found["load"] <= 0.5 * found["cores"]:
         return None
     return (
         f"This machine was busy when the run began: load {found['load']:.1f} on {found['cores']} cores. "

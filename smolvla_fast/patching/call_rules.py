@@ -19,12 +19,12 @@ class Call(NamedTuple):
     """What ``sample_actions`` or ``forward`` of LeRobot's ``VLAFlowMatching`` was given.
 
     images       C of [B, 3, side, side] in [-1, 1]      image_masks  C of [B] bool
+                 of a model that ``takes_bytes`` also uint8 frames of any size
                  of a loss also C of [B, tokens, M], what ``LossEngine.encode`` made of them
     tokens       [B, T] token ids      token_masks  [B, T] bool      state  [B, R] fp32
     noise        [B, S, A] fp32 or None
     actions      [B, S, A] fp32 and time [B] fp32 or None: of a loss
     kwargs       of a chunk: real-time chunking
-    takes_bytes  images may be uint8 frames of any size
     """
 
     images: Any
@@ -36,7 +36,6 @@ class Call(NamedTuple):
     actions: Tensor | None = None
     time: Tensor | None = None
     kwargs: dict[str, Any] | None = None
-    takes_bytes: bool = False
 
     @property
     def has_image_tokens(self) -> bool:
@@ -129,15 +128,15 @@ def constants(model: Any, call: Call) -> str | None:
 
 
 def images(model: Any, call: Call) -> str | None:
-    size = len(call.state)
+    size, takes_bytes = len(call.state), getattr(model, "takes_bytes", False)
     side = model.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
     for image, mask in zip(call.images, call.image_masks, strict=True):
-        if call.takes_bytes and image.dtype is torch.uint8:
+        if takes_bytes and image.dtype is torch.uint8:
             if image.ndim != 4 or 3 not in (image.shape[1], image.shape[-1]) or image.shape[0] != size:
                 return f"frames of shape {tuple(image.shape)}; accepted are [{size}, 3, h, w] and [{size}, h, w, 3]"
         elif not image.is_floating_point():
             accepted = (
-                "floating point and uint8 are accepted" if call.takes_bytes else "floating point is accepted"
+                "floating point and uint8 are accepted" if takes_bytes else "floating point is accepted"
             )
             return f"images of dtype {image.dtype}; {accepted}"
         elif tuple(image.shape) != (wanted := (size, 3, side, side)) and not (

@@ -63,8 +63,8 @@ class Captured:
         if self._graphs() is None:
             return f"nothing is captured on {device}"
         tensors = [each for each in tree_flatten(given)[0] if isinstance(each, Tensor)]
-        learns = any(each.requires_grad for each in (*self._model.parameters(), *tensors))
-        if torch.is_grad_enabled() and learns:
+        # Whether gradients are on is asked first: a model has many parameters.
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *self._model.parameters())):
             return "gradients are on: call it under torch.no_grad()"
         for each in tensors:
             if each.device != device:

@@ -16,7 +16,6 @@ from torch._compile import _disable_dynamo
 
 from ..engine.cuda_graphs import CaptureFailed, not_capturing
 from ..inference import Engine, EngineReplaced, Ineligible
-from ..ops.reference.image_prep import image_prep
 from .call_rules import Call
 from .eligibility import INFERENCE
 from .layer_forward import model_methods
@@ -37,12 +36,6 @@ class Accelerated:
     """Put before a model's own class by ``patch``; overrides ``sample_actions``; see ``model_methods`` too."""
 
     stock_class: type
-
-    @property
-    def takes_bytes(self) -> bool:
-        """Whether ``images`` may be uint8 frames of any size: for our own model, as LeRobot's gives bytes no meaning."""
-        cls = type(self)
-        return hasattr(getattr(cls, "stock_class", cls), "takes_bytes")
 
     def train(self: Any, mode: bool = True) -> Any:
         """As the stock method. LeRobot calls ``eval()`` before every action, which writes to every module, to some three
@@ -71,17 +64,12 @@ class Accelerated:
                 self, images, img_masks, lang_tokens, lang_masks, state, noise=noise, **kwargs
             )
         runtime, stock = runtime_of(self), cls.stock_class
-        takes_bytes = hasattr(stock, "takes_bytes")
         given = (_listed(images), _listed(img_masks), lang_tokens, lang_masks, state)
-        call = Call(*given, noise, kwargs=kwargs, takes_bytes=takes_bytes)
+        call = Call(*given, noise, kwargs=kwargs)
 
         def stock_chunk(call: Call) -> Tensor:
-            images = call.images
-            if takes_bytes and isinstance(images, list | tuple):
-                side = self.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
-                images = [_as_floats(each, side) for each in images]
             with stock_layers():
-                return stock.sample_actions(self, images, *call[1:5], noise=call.noise, **(call.kwargs or {}))
+                return stock.sample_actions(self, *call[:5], noise=call.noise, **(call.kwargs or {}))
 
         def drawn() -> Tensor:
             with not_capturing():
@@ -126,15 +114,6 @@ class Accelerated:
         if not issubclass(cls, Accelerated):
             return object.__reduce_ex__(self, protocol)
         return restore, (cls.stock_class, issubclass(cls, TrainingMixin)), self.__dict__
-
-
-def _as_floats(image: Any, side: int) -> Any:
-    """What our own model computes of a frame in bytes before its layers see it."""
-    return (
-        image_prep(image, side, side, torch.float32)
-        if getattr(image, "dtype", None) is torch.uint8
-        else image
-    )
 
 
 def _tried(

@@ -16,7 +16,7 @@ from ..measure.rounds import rel_l2
 from ..model.precision import Tier
 from ..model.weights import is_cross
 from ..ops.reference.patch_embed import patch_embed
-from ..stages.vision import patch_positions
+from ..stages.vision import Positions, kept_patch_positions
 from .settings import stock_layers
 
 SCATTER = 1.5
@@ -78,7 +78,7 @@ class Stock:
         if truth is not None and live and dtype in (None, torch.float32):
             chunk = truth
         elif chunk is None or (dtype is not None and stored != {dtype}):
-            chunk = stock_chunk(in_dtype(model, dtype, inputs[0][0], copies), inputs, noise, kwargs)[0]
+            chunk = stock_chunk(in_dtype(model, dtype, copies), inputs, noise, kwargs)[0]
         self.chunk = chunk
 
     def judge(self, fast: Tensor, always_move: bool = True) -> Judgement:
@@ -142,23 +142,23 @@ def _stored(model: Any) -> set[torch.dtype]:
     }
 
 
-def _keep_patch_positions(vlm: Any, positions: Tensor) -> None:
+def _keep_patch_positions(vlm: Any, live: Any) -> None:
     """Transformers 4.57 gives patches other position ids in another dtype; a copy is to differ in rounding alone."""
     embeddings = vlm.vision_model.embeddings
+    known: Positions = {}
 
     def forward(pixel_values: Tensor, patch_attention_mask: Tensor) -> Tensor:
         patch = embeddings.patch_embedding
         table = embeddings.position_embedding.weight
+        positions = kept_patch_positions(known, live, pixel_values)
         return patch_embed(pixel_values, patch.weight, patch.bias, table, positions)
 
     embeddings.__dict__["forward"] = forward
 
 
-def in_dtype(
-    model: Any, dtype: torch.dtype | None, image: Tensor, copies: dict[torch.dtype, Any] | None = None
-) -> Any:
-    """The model with its backbone in ``dtype``: itself where it is stored so or None is asked for, else a copy for frames of
-    this size, or the one that is in ``copies``, to which a new one is added."""
+def in_dtype(model: Any, dtype: torch.dtype | None, copies: dict[torch.dtype, Any] | None = None) -> Any:
+    """The model with its backbone in ``dtype``: itself where it is stored so or None is asked for, else a copy, or the one
+    that is in ``copies``, to which a new one is added."""
     if dtype is None or _stored(model) == {dtype}:
         return model
     if copies is not None and dtype in copies:
@@ -166,7 +166,7 @@ def in_dtype(
     live = model.vlm_with_expert.get_vlm_model()
     model = copy.deepcopy(model)
     pair = model.vlm_with_expert.to(dtype)
-    _keep_patch_positions(pair.get_vlm_model(), patch_positions(live, image))
+    _keep_patch_positions(pair.get_vlm_model(), live)
     for i, layer in enumerate(pair.lm_expert.layers):
         if is_cross(pair, i):  # fp32 in LeRobot's bf16 layout
             layer.self_attn.k_proj.float(), layer.self_attn.v_proj.float()
@@ -181,7 +181,7 @@ def in_fp32(
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """``stock_chunk`` in fp32, which is the truth. copies  as in ``in_dtype``"""
     with without_tf32():
-        return stock_chunk(in_dtype(model, torch.float32, inputs[0][0], copies), inputs, noise, kwargs)
+        return stock_chunk(in_dtype(model, torch.float32, copies), inputs, noise, kwargs)
 
 
 def stock_chunk(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.reference.image_prep import image_prep
 from ..ops.reference.masks import block_mask
 from ..ops.reference.time_embedding import time_embedding
 from .configuration_smolvla import SmolVLAConfig
@@ -33,10 +34,10 @@ class VLAFlowMatching(nn.Module):
     Training regresses ``v = noise - actions`` at ``x_t = t·noise + (1-t)·actions``; sampling integrates ``v`` from
     noise at t = 1 to actions at t = 0. Corresponds to LeRobot's class of the same name.
 
-    takes_bytes  whether ``sample_actions`` reads uint8 frames: once patched
+    takes_bytes  images may be uint8 frames of any size; LeRobot's class gives bytes no meaning
     """
 
-    takes_bytes = False
+    takes_bytes = True
 
     def __init__(self, config: SmolVLAConfig, rtc_processor: RTCProcessor | None = None):
         super().__init__()
@@ -131,14 +132,17 @@ class VLAFlowMatching(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The prefix of the sequence: every camera's tokens, the task, one token of state.
 
-        images   C tensors [B, 3, h, w] in [-1, 1]       img_masks   C tensors [B] bool, False for an absent
-                 camera
+        images   C tensors [B, 3, h, w] in [-1, 1], or   img_masks   C tensors [B] bool, False for an absent
+                 uint8 frames                                        camera
         lang_tokens, lang_masks  [B, T] int64 and bool   state       [B, max_state_dim]
         returns  embeddings [B, P, M], pad mask [B, P] bool, block starts [B, P] bool (True at the state: images and
                  language do not see it). P is at least ``prefix_length``.
         """
         parts: list[tuple[Tensor, Tensor]] = []
+        side = self.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
         for image, mask in zip(images, img_masks, strict=True):
+            if image.dtype is torch.uint8:
+                image = image_prep(image, side, side, torch.float32)
             if self.add_image_special_tokens:
                 parts.append(self._embed_special(self.global_image_start_token, image.shape[0]))
             embedded = self.vlm_with_expert.embed_image(image)

@@ -243,7 +243,7 @@ class SmolVLAPolicy(nn.Module):
         """Frames resized with padding and scaled to [-1, 1], and per camera whether it is present, [B] bool.
 
         Bytes, [B, 3, h, w] or [B, h, w, 3] uint8, are accepted beside floats in [0, 1]; LeRobot takes floats alone.
-        A patched model is given them as they are, and fits and scales them on its device.
+        The model is given them as they are where it resizes alike, and fits and scales them on its device.
         Cameras come in the order of ``config.input_features``. ``<camera>_padding_mask`` in the batch marks missing
         frames. Up to ``empty_cameras`` absent cameras are replaced by masked blank frames; further absent ones are
         left out, which shortens the prefix. ValueError when every camera is absent.
@@ -280,7 +280,7 @@ class SmolVLAPolicy(nn.Module):
         size = self.config.resize_imgs_with_padding
         if frames.dtype is torch.uint8:
             side = self.model.vlm_with_expert.get_vlm_model().vision_model.embeddings.image_size
-            if self.model.takes_bytes and size == (side, side):
+            if size == (side, side):
                 return frames
             frames = as_floats(frames, torch.float32)
         if size is not None:

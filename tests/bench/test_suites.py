@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch as patched
@@ -20,6 +21,7 @@ import torch
 import smolvla_fast
 from smolvla_fast.engine.timing import stage_times
 from smolvla_fast.measure.rounds import error
+from smolvla_fast.model.precision import TIERS
 from smolvla_fast.ops import extension
 from smolvla_fast.ops.cpu import int16
 from smolvla_fast.testing import policies
@@ -38,6 +40,7 @@ from benchmarks.report import markdown
 from benchmarks.suites import cpu as cpu_suite
 
 ROOT = Path(__file__).resolve().parents[2]
+NARROW = [name for name, tier in TIERS.items() if tier.quantized]
 CEILINGS = Ceilings({"float32": 1e12, "bfloat16": 1e12, "int8": 1e12}, 1e10)
 TINY = ("--device=cpu", "--size=tiny", "--steps=2", "--rounds=2", "--threads=1")
 
@@ -300,6 +303,21 @@ def test_a_point_of_the_curves_is_checked(setup: BenchmarkSetup) -> None:
         check("fp32", stock)
 
 
+def test_a_tier_is_held_to_its_own_promise() -> None:
+    stock = torch.randn(1, 50, 6, generator=torch.Generator().manual_seed(0))
+    across = torch.randn(1, 50, 6, generator=torch.Generator().manual_seed(1))
+    across = across - (across * stock).sum() / (stock * stock).sum() * stock
+    for cosine, kept in ((0.98, set()), (0.995, {"fp8"}), (0.9995, {"fp8", "int8"}), (0.99995, set(NARROW))):
+        found = cosine * stock + (1 - cosine**2) ** 0.5 * stock.norm() / across.norm() * across
+        for name in NARROW:
+            for check in (
+                lambda name=name: gate.aligned(gate.compare(found, stock), name),
+                lambda name=name: gate.check_heavy({"precision": name}, found, stock, "full"),
+            ):
+                with nullcontext() if name in kept else pytest.raises(CheckFailed, match="cosine"):
+                    check()
+
+
 def test_heavy_tails_fail_only_8_bits() -> None:
     stock = torch.randn(1, 10, 6, generator=torch.Generator().manual_seed(0))
     facts = {"precision": "bf16"}
@@ -391,7 +409,7 @@ def test_the_whole_cpu_suite_on_a_tiny_policy(tmp_path: Path, monkeypatch: pytes
     assert found.pop("roof")["best_ms"] > 0 and all(each["share_in_turn"] > 0 for each in found.values())
     assert {"stock", "fp32", "bf16"} <= set(found) and found["stock"]["ratio"] == 1
     assert found["fp32"]["rel_l2"] <= FP32_BOUND and found["fp32"]["heavy_cosine"] > 0.9999
-    assert found["bf16"]["rel_l2_to_stock_bf16"] <= gate.LOSS_OF_STOCK
+    assert found["bf16"]["gate"].startswith("verify: rel L2")
     assert all(each["rounds"] == 2 and each["share_of_floor"] > 0 for each in found.values())
     assert found["fp32"]["stages"]["denoise"]["p50_ms"] > 0
     if openvino_peer.why_missing() is None:

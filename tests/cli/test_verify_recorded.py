@@ -73,7 +73,7 @@ def test_a_joints_numbers_by_hand(saved: Path, dataset: Path, tmp_path: Path, pl
             batch = preprocess({k: v for k, v in item.items() if k.startswith("observation.") or k == "task"})
             one, two = (make_noise(plain, seed=frame["noise_seed"] + i) for i in (0, 1))
             rounded = copy.deepcopy(plain)
-            rounded.model = in_dtype(plain.model, torch.bfloat16, plain.prepare_images(batch)[0][0])
+            rounded.model = in_dtype(plain.model, torch.bfloat16)
             calls = {"fast": (fast, one), "stock": (plain, one), "noise": (plain, two), "own": (rounded, one)}
             for name, (policy, noise) in calls.items():
                 chunk = policy.predict_action_chunk(dict(batch), noise=noise)[0, :, joint].double().numpy()

@@ -366,10 +366,13 @@ def test_the_key_follows_the_machine_and_its_software(monkeypatch: pytest.Monkey
         assert plan_key.machine_key(CPU)["level"] is None
     with monkeypatch.context() as other:
         other.setattr(torch, "__version__", "9.9.9+cu999")
-        other.setattr(torch.version, "cuda", "99.9")
         other.setattr("smolvla_fast.__version__", "7.0")
-        versions = plan_key.here(CPU)["versions"]
-        assert (versions["torch"], versions["cuda"], versions["smolvla_fast"]) == ("9.9.9", "99.9", "7.0")
+        assert plan_key.here(CPU)["versions"] == {"torch": "9.9.9", "smolvla_fast": "7.0"}
+    with monkeypatch.context() as other:
+        other.setattr(torch.version, "cuda", "99.9")
+        other.setattr(torch.version, "hip", "99.9")
+        other.setattr(plan_key, "_triton", lambda: "99.9")
+        assert plan_key.here(CPU) == before, "a GPU's package changes nothing on a CPU"
 
 
 def test_a_gpu_is_keyed_by_what_it_is_and_not_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,6 +389,8 @@ def test_a_gpu_is_keyed_by_what_it_is_and_not_by_its_number(monkeypatch: pytest.
     first = plan_key.machine_key(torch.device("cuda:0"))
     assert first == plan_key.machine_key(torch.device("cuda:1")) and "gcnArchName" not in first
     assert (first["capability"], first["multiprocessors"], first["gibibytes"]) == ("9.0", 132, 139)
+    monkeypatch.setattr(torch.version, "cuda", "99.9")
+    assert plan_key.here(torch.device("cuda"))["versions"]["cuda"] == "99.9"
     monkeypatch.setattr(Facts, "gcnArchName", "gfx942:sramecc+", raising=False)
     assert plan_key.machine_key(torch.device("cuda"))["capability"] == "gfx942:sramecc+"
 

@@ -91,6 +91,24 @@ def test_changes_of_the_policy_show() -> None:
 
 
 @pytest.mark.usefixtures("recording")
+def test_no_parameter_is_asked_for_gradients_where_these_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, asked = Sampler(), []
+    cls = type(sampler.policy.model)
+    plain = cls.parameters
+
+    def counted(self: Any) -> Any:
+        for each in plain(self):
+            asked.append(each)
+            yield each
+
+    monkeypatch.setattr(cls, "parameters", counted)
+    with torch.no_grad():
+        assert sampler.call._reason((sampler.inputs(), {})) is None
+    assert len(asked) <= 2, "the first alone, whose device is read"
+    assert "gradients are on" in str(sampler.call._reason((sampler.inputs(), {})))
+
+
+@pytest.mark.usefixtures("recording")
 def test_settings_of_the_configuration_show() -> None:
     sampler = Sampler()
     assert sampler.right()

@@ -27,3 +27,9 @@ def test_doctor_and_build_find_the_same_nvcc(
     # The last place is a fixed folder, which a test cannot fill: that both look there is seen in the lists alone.
     assert system.cuda_homes() == ninja_build.cuda_homes()
     assert ninja_build.cuda_homes()[-1] == "/usr/local/cuda"
+
+
+def test_a_machine_is_busy_where_load_and_cores_say_so() -> None:
+    assert "load 1.5 on 2 cores" in str(system.busy({"load": 1.5, "cores": 2}))
+    for load, cores in ((1.0, 2), (None, 2), (1.5, None)):
+        assert system.busy({"load": load, "cores": cores}) is None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import smolvla_fast
+from smolvla_fast.patching.tuning import tune_policy
 from smolvla_fast.smolvla import prepare_observation_for_inference
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 
@@ -87,3 +88,26 @@ def test_bytes_mean_nothing_to_lerobots_own_model() -> None:
         smolvla_fast.patch(policy)
         assert torch.equal(policy.model.sample_actions(*inputs, noise=noise), wanted)
     assert "uint8; floating point is accepted" in str(smolvla_fast.status(policy).last_fallback)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_loss_of_bytes_is_that_of_floats(training: bool) -> None:
+    policy = make_policy("tiny", origin="ours")
+    shape = (1, policy.config.chunk_size, policy.config.action_feature.shape[0])
+    action = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    floats, frames = ({**each, "action": action} for each in _batches(policy, 24, 32))
+    given = dict(noise=make_noise(policy), time=torch.full((1,), 0.5))
+    wanted = policy.forward(floats, **given)[0]
+    smolvla_fast.patch(policy, training=training)
+    got = policy.forward(frames, **given)[0]
+    if training:
+        assert smolvla_fast.status(policy).training_fast == 1
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)  # the sums' order may differ
+
+
+def test_bytes_are_judged_and_tuned_by_what_stock_makes_of_them() -> None:
+    policy = smolvla_fast.patch(make_policy("tiny", origin="ours", layout="mixed"))
+    floats, frames = _batches(policy, 24, 32)
+    found, wanted = (smolvla_fast.verify(policy, each) for each in (frames, floats))
+    assert found.passed and found == wanted
+    assert tune_policy(policy, frames, seconds=1.0).stock_ms is not None
