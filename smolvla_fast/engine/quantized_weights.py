@@ -24,11 +24,33 @@ SAMPLE_STRIDE = 16
 
 
 def fingerprint(weights: list[Tensor]) -> Tensor:
-    """[2n] fp32: sums of magnitudes and of squares over the first sixteenth of the rows of each weight."""
-    # Leading rows lie side by side, so that a few launches serve all weights.
+    """[2n] fp32, over the first sixteenth of the rows of each weight: the sum of magnitudes, and that of products with fixed
+    numbers, which moves with signs and with the order of elements too."""
+    # Leading rows lie side by side, so that on a GPU a few launches serve all weights.
     samples = [weight[: max(1, len(weight) // SAMPLE_STRIDE)] for weight in weights]
-    norms = [torch._foreach_norm(samples, order, dtype=torch.float32) for order in (1, 2)]
-    return torch.stack([each for found in norms for each in found]).nan_to_num()
+    magnitudes = torch._foreach_norm(samples, 1, dtype=torch.float32)
+    products = (_one_by_one if samples[0].device.type == "cpu" else _together)(samples)
+    return torch.cat([torch.stack(list(magnitudes)), products]).nan_to_num()
+
+
+def _one_by_one(samples: list[Tensor]) -> Tensor:
+    """[n] fp32, without the memory that takes longer on a CPU than the sums."""
+    rows = [each.reshape(len(each), -1) for each in samples]
+    numbers = torch.arange(1, max(max(x.shape) for x in rows) + 1, dtype=torch.float32)
+    wave = numbers.sin()
+    waves = {dtype: wave.to(dtype) for dtype in {x.dtype for x in rows}}
+    return torch.stack([torch.mv(x, waves[x.dtype][: x.shape[1]]).float() @ numbers[: len(x)] for x in rows])
+
+
+def _together(samples: list[Tensor]) -> Tensor:
+    """[n] fp32: of what is positive, less of what is negative, for magnitudes alone are summed in a launch for all."""
+    longest, device = max(each.numel() for each in samples), samples[0].device
+    wave = torch.arange(1, longest + 1, dtype=torch.float32, device=device).sin()
+    waves = {dtype: wave.to(dtype) for dtype in {each.dtype for each in samples}}
+    found = torch._foreach_mul(samples, [waves[x.dtype][: x.numel()].view(x.shape) for x in samples])
+    both = torch.stack(list(torch._foreach_norm(found, 1, dtype=torch.float32)))
+    torch._foreach_clamp_min_(found, 0.0)
+    return 2 * torch.stack(list(torch._foreach_norm(found, 1, dtype=torch.float32))) - both
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,10 @@ from torch import Tensor
 import smolvla_fast
 from benchmarks.harness.outliers import heavy_tailed, sharp_attention
 from smolvla_fast import inference
+from smolvla_fast.engine import quantized_weights
 from smolvla_fast.engine.products import Products
+from smolvla_fast.engine.quantized_weights import QuantizedWeights
+from smolvla_fast.loss.image_cache import ImageCache
 from smolvla_fast.model.precision import TIERS, resolve_tier
 from smolvla_fast.ops import extension
 from smolvla_fast.ops import select as backends
@@ -186,6 +189,37 @@ def test_fp32_ends_with_the_weights_it_was_for(
     now = smolvla_fast.status(policy)
     assert "int8" not in now.fallback_reasons and now.calls_stock == 0
     del kept
+
+
+@pytest.mark.parametrize("how", ["negated", "rows swapped", "columns swapped", "elements swapped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["as on a CPU", "as on a GPU"])
+def test_what_keeps_every_magnitude_is_seen(
+    how: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By copies of weights and by kept image tokens; each of two matrices alone."""
+    if device == "as on a GPU":
+        monkeypatch.setattr(quantized_weights, "_one_by_one", quantized_weights._together)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(64, 48, generator=generator).to(dtype)) for _ in range(2)]
+    frame = torch.zeros(1, 3, 4, 4)
+    for weight in weights:
+        made, cache = QuantizedWeights(torch.bfloat16), ImageCache(1000)
+        for each in weights:
+            made.of(each)
+        for _ in range(2):
+            cache.encoded(frame, weights, "", lambda frames: frames[:, 0])
+        assert not made.refreshed() and cache.hits == 1
+        with torch.no_grad():
+            place = {"rows swapped": (slice(2),), "columns swapped": (slice(None), slice(2))}.get(how)
+            if how == "negated":
+                weight.neg_()
+            elif place is not None:
+                weight[place] = weight[place].flip(len(place) - 1)
+            else:
+                weight[0, :2] = weight[0, :2].flip(0)
+        cache.encoded(frame, weights, "", lambda frames: frames[:, 0])
+        assert made.refreshed() and cache.hits == 1
 
 
 @SERVED
