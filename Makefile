@@ -26,6 +26,8 @@ JOBS    ?= 2
 # keep none, as in many containers, every process would compile torch and LeRobot anew, for half a minute.
 export PIP_COMPILE := 0
 export PYTHONDONTWRITEBYTECODE :=
+# Sources and pages are UTF-8 whatever the locale.
+export PYTHONUTF8 := 1
 
 demo: $(DEMO)
 	$(VENV)/bin/smolvla-fast demo $(ARGS)

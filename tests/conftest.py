@@ -1,11 +1,13 @@
 """What the whole suite shares: who runs Triton's kernels where there is no GPU, and packages built once a run."""
 
+import atexit
 import gc
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,15 @@ gc.disable()  # until all is imported
 # Plans that were measured on this machine decide who computes what; tests have none but their own.
 os.environ["SMOLVLA_FAST_CACHE_DIR"] = str(Path(__file__).parent / "no-cache")
 
+# What `datasets` and LeRobot keep of the tests' own data goes with the run; a home may be read-only. Workers have the same.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="smolvla-tests-hf-")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
 # Several processes of a run share the processor; threads of OpenMP that wait for one another would stop them all.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -60,7 +60,7 @@ def within(facts: Facts, bound: float) -> Facts:
 
 
 def aligned(facts: Facts, precision: str) -> Facts:
-    """The same with the least cosine that the tier promises. A cosine sees no wrong scale, so the length is asked as well."""
+    """The same with the cosine that the tier promises. A cosine sees no wrong scale, so the length is asked as well."""
     tier = TIERS.get(precision)
     least = (tier and tier.cosine) or COSINE
     found = passed(facts, facts["cosine"] >= least, f"cosine {facts['cosine']:.6f}, at least {least}")

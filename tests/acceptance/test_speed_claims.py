@@ -179,11 +179,11 @@ def test_figures_are_of_committed_runs_and_say_what_is_not_measured() -> None:
         want = found.get("ratio") or measured[(*at, "stock")]["p50_ms"] / found["p50_ms"]
         assert float(ratio) == pytest.approx(want, abs=0.005)
         assert not tier or float(ratio) > compiled.get(label, 1)
-    contacts = sorted((ROOT / "benchmarks/results/contacts").glob("*.json"))
-    newest = json.loads(contacts[-1].read_text(encoding="utf-8"))
-    found = {part["name"]: part["figures"] for part in newest["parts"]}
+    [contact] = re.findall(r"\(\.\./(benchmarks/results/contacts/[^)]*)\.md\)", figures_page)
+    contact = json.loads((ROOT / f"{contact}.json").read_text(encoding="utf-8"))
+    found = {part["name"]: part["figures"] for part in contact["parts"]}
     ours, stock = found["policy"]["wall"], found["lerobot"]["wall"]
-    name, ratio = newest["machine_info"]["smolvla_fast"]["machine"], stock["p50_ms"] / ours["p50_ms"]
+    name, ratio = contact["machine_info"]["smolvla_fast"]["machine"], stock["p50_ms"] / ours["p50_ms"]
     assert (
         f"| {name}, lerobot eager | {stock['p50_ms']:.2f} | {stock['min_ms']:.2f} | 1.00x |" in figures_page
     )
