@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import smolvla_fast
+from smolvla_fast.patching.inputs import chunk_inputs
 from smolvla_fast.patching.tuning import tune_policy
 from smolvla_fast.smolvla import prepare_observation_for_inference
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
@@ -103,6 +104,20 @@ def test_a_loss_of_bytes_is_that_of_floats(training: bool) -> None:
     if training:
         assert smolvla_fast.status(policy).training_fast == 1
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)  # the sums' order may differ
+
+
+@pytest.mark.parametrize("precision", ["exact", "fp32"])
+def test_a_prefix_of_bytes_is_that_of_floats(precision: str) -> None:
+    """For samplers of one's own: by the engine, as a chunk is."""
+    policy = make_policy("tiny", origin="ours")
+    floats, frames = _batches(policy, 24, 32)
+    with torch.no_grad():
+        wanted = policy.model.embed_prefix(*chunk_inputs(policy, floats))[0]
+        smolvla_fast.patch(policy, precision=precision)
+        got = policy.model.embed_prefix(*chunk_inputs(policy, frames))[0]
+    assert torch.equal(got, wanted) or precision == "fp32"
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))  # the tier's bound
+    assert smolvla_fast.status(policy).layers_fast == {"embed_prefix": 1}
 
 
 def test_bytes_are_judged_and_tuned_by_what_stock_makes_of_them() -> None:
