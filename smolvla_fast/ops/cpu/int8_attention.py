@@ -90,13 +90,15 @@ MOST_SPREAD = 8.0
 """Spread of the scores of any head up to which integer products serve: what these lose of q and k is multiplied by the size
 of the scores. From 9 on those of 16 bits were seen to break what their tier promises, on one policy of eight and without
 AVX2 (``tests/acceptance/test_outliers.py``)."""
+NEAR = {8: 0.5, 16: 0.9}
+"""Share of it from which scores are measured in every chunk, by bits: at the limit 16 bits lose a 20th of what they may."""
 MOST_DIM = 256
 """Width of a head that the kernel has room for."""
 MARGIN, ROUNDS = 0.95, 3
 """Share of fp32's time from which on integers are taken; alternating rounds of both."""
 FIRST, EVERY = 8, 64
 """Where attention is in fp32, scores are measured in so many chunks with the same weights, then in one of so many, unless a
-spread was above half of ``MOST_SPREAD``."""
+spread was ``NEAR`` the limit."""
 
 
 def why_slower(integers: Callable[[], Any], in_fp32: Callable[[], Any]) -> str | None:
@@ -165,7 +167,7 @@ class Heads:
         seen = self.seen if self.seen.generation == generation else Seen(generation)
         # With 16 bits attention is always in fp32: measuring is all extra.
         first = FIRST if self.bits == 8 else 1
-        often = seen.chunks < first or seen.spread > MOST_SPREAD / 2
+        often = seen.chunks < first or seen.spread > NEAR[self.bits] * MOST_SPREAD
         return Chunk(self, generation, often or seen.chunks % EVERY == 0)
 
     def add(self, seen: Seen) -> None:
