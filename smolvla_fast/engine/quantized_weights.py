@@ -24,26 +24,23 @@ SAMPLE_STRIDE = 16
 
 
 def fingerprint(weights: list[Tensor]) -> Tensor:
-    """[2n] fp32, over the first sixteenth of the rows of each weight: the sum of magnitudes, and that of products with fixed
-    numbers, which moves with signs and with the order of elements too."""
+    """[n] fp32: of the first sixteenth of the rows of each weight the sum of products with fixed numbers, which moves with
+    sizes, signs and the order of elements, and not with the number of threads."""
     # Leading rows lie side by side, so that on a GPU a few launches serve all weights.
     samples = [weight[: max(1, len(weight) // SAMPLE_STRIDE)] for weight in weights]
-    magnitudes = torch._foreach_norm(samples, 1, dtype=torch.float32)
-    products = (_one_by_one if samples[0].device.type == "cpu" else _together)(samples)
-    return torch.cat([torch.stack(list(magnitudes)), products]).nan_to_num()
+    return (_one_by_one if samples[0].device.type == "cpu" else _together)(samples).nan_to_num()
 
 
 def _one_by_one(samples: list[Tensor]) -> Tensor:
-    """[n] fp32, without the memory that takes longer on a CPU than the sums."""
+    """Without the memory that takes longer on a CPU than the sums."""
     rows = [each.reshape(len(each), -1) for each in samples]
     numbers = torch.arange(1, max(max(x.shape) for x in rows) + 1, dtype=torch.float32)
     wave = numbers.sin()
-    waves = {dtype: wave.to(dtype) for dtype in {x.dtype for x in rows}}
-    return torch.stack([torch.mv(x, waves[x.dtype][: x.shape[1]]).float() @ numbers[: len(x)] for x in rows])
+    return torch.stack([torch.mv(x.float(), wave[: x.shape[1]]) @ numbers[: len(x)] for x in rows])
 
 
 def _together(samples: list[Tensor]) -> Tensor:
-    """[n] fp32: of what is positive, less of what is negative, for magnitudes alone are summed in a launch for all."""
+    """Of what is positive, less of what is negative, for magnitudes alone are summed in a launch for all."""
     longest, device = max(each.numel() for each in samples), samples[0].device
     wave = torch.arange(1, longest + 1, dtype=torch.float32, device=device).sin()
     waves = {dtype: wave.to(dtype) for dtype in {each.dtype for each in samples}}
@@ -88,7 +85,7 @@ KINDS = {"e4m3": FLOATS, "int8": _integers(int8.pack), "int16": _integers(int16.
 
 @dataclass
 class _Made:
-    """One copy: what it was made of, where that lay, how to make it again, and the fingerprint of then, [n, 2]."""
+    """One copy: what it was made of, where that lay, how to make it again, and the fingerprint of then."""
 
     sources: list[ref[Tensor]]
     addresses: list[int]
@@ -143,7 +140,7 @@ class QuantizedWeights:
                 with torch.inference_mode(False), torch.no_grad():
                     detached = [source.detach() for source in sources]
                     refs = [ref(source) for source in sources]
-                    noted = _per_weight(detached)  # before the copy: what is loaded meanwhile differs from it
+                    noted = fingerprint(detached)  # before the copy: what is loaded meanwhile differs from it
                     found = _Made(refs, addresses, make, make(detached), noted)
                 self._made[key] = found
             return found.copy
@@ -154,7 +151,7 @@ class QuantizedWeights:
             live = self._live()
             if not live:
                 return False
-            now = _per_weight([source for sources, _ in live for source in sources])
+            now = fingerprint([source for sources, _ in live for source in sources])
             if torch.equal(now, torch.cat([made.noted for _, made in live])):
                 return False
             self.refresh()
@@ -174,7 +171,7 @@ class QuantizedWeights:
         """Make every copy anew."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             for sources, made in self._live():
-                noted = _per_weight(sources)
+                noted = fingerprint(sources)
                 made.copy = self.kind.rewrite(made.copy, made.make(sources))
                 made.noted = noted
                 if noted.is_cuda:  # another thread's stream may read it as soon as the lock is free
@@ -219,8 +216,3 @@ class IntegerCast:
         made = self._copies.group(norm.weight, bias, readers)
         norm = norm._replace(weight=made.weight)
         return (norm if bias is None else norm._replace(bias=made.bias)), list(made.packed)
-
-
-def _per_weight(weights: list[Tensor]) -> Tensor:
-    """[n, 2]: the fingerprint, a row a weight."""
-    return fingerprint(weights).view(2, -1).t()

@@ -222,6 +222,20 @@ def test_what_keeps_every_magnitude_is_seen(
         assert made.refreshed() and cache.hits == 1
 
 
+def test_another_number_of_threads_is_no_change() -> None:
+    """A new thread takes OpenMP's own count; sums in another order would make every copy anew."""
+    weights = [torch.randn(1024, 1024, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    made, before = QuantizedWeights(torch.bfloat16), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for each in weights:
+            made.of(each)
+        torch.set_num_threads(2)
+        assert not made.refreshed()
+    finally:
+        torch.set_num_threads(before)
+
+
 @SERVED
 def test_fp32_in_place_has_the_plan_and_survives_a_fork(
     policy: Any, observation: dict[str, Tensor], noise: Tensor
