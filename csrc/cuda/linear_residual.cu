@@ -2,9 +2,9 @@
 //
 // A tile of 64 x 64 outputs has a cluster, and each block an eighth of K, of which all or most is in flight at once. A block
 // finishes every eighth row: the others store their sums of it in its shared memory, and its barrier counts their bytes
-// (st.async). Nobody waits for a barrier of the cluster there, whose release would be a fence of all memory. Parts are added
-// in the order of K, so bits never depend on arrival. Triton's kernel sends parts to L2 and waits there three times: for its
-// stores, a counter, the loads.
+// (st.async). A barrier of the cluster would do as well, but its release is a fence of all memory. Parts are added in the order
+// of K, so bits never depend on arrival. Triton's kernel sends parts to L2 and waits there three times: for its stores, a
+// counter, the loads.
 //
 // Few instructions stand behind one another: a copy has one address for all of K, and lanes have sums of four neighbouring
 // columns, which one instruction sends. Where no launch ahead writes the weight, its loads begin before the launches ahead

@@ -6,6 +6,7 @@ The truth is the same chunk in fp64. What is judged and printed is the worst of 
 from __future__ import annotations
 
 import copy
+import itertools
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ import smolvla_fast
 from benchmarks.harness.outliers import heavy_tailed, sharp_attention
 from smolvla_fast.model.precision import TIERS
 from smolvla_fast.ops import availability, extension
-from smolvla_fast.ops.cpu import int16
+from smolvla_fast.ops.cpu import int8_attention, int16
 from smolvla_fast.testing.policies import make_noise, make_observation
 from smolvla_fast.verify import SCATTER, cosine
 
@@ -100,8 +101,7 @@ def test_worst_case_of_a_tier(weights: str, layout: str, monkeypatch: pytest.Mon
 def test_int16_keeps_its_promise_however_loud_attention_is(
     factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where scores spread by more than 8 the chunk is in fp32, and ``status`` says so: integers alone have 1 - cosine of up
-    to 5e-6 below that; of 1.3e-4 at 9.3, where the same policy has 7e-5 on another processor; of 2e-3 beyond."""
+    """Where scores spread by more than 8 the chunk is in fp32, and ``status`` says so."""
     monkeypatch.setattr(int16, "why_slow", lambda: None)  # fp32 would serve
     bound, served = TIERS["int16"].cosine, set()
     assert bound is not None
@@ -115,6 +115,35 @@ def test_int16_keeps_its_promise_however_loud_attention_is(
             assert cosine(policy.model.sample_actions(*inputs, noise=noise), truth) >= bound
         served.add("int16" in smolvla_fast.status(policy).fallback_reasons)
     assert (factor >= 8) in served, "the quieter ones by integers, the loudest not"
+
+
+@pytest.mark.check(28)
+@pytest.mark.skipif(not INT16, reason=extension.why_missing("cpu") or "built")
+@torch.no_grad()
+def test_int16_has_room_below_the_limit_of_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers alone, however loud attention is; ``-s`` prints all. At the same spread one processor's rounding was seen to
+    lose twice as much as another's, and policies differ by more: below the limit no more than a tenth may be lost."""
+    monkeypatch.setattr(int16, "why_slow", lambda: None)
+    largest, seen = int8_attention._largest, list[float]()
+    monkeypatch.setattr(int8_attention, "_largest", lambda found: seen.append(largest(found)) or seen[-1])
+    limit, bound = int8_attention.MOST_SPREAD, TIERS["int16"].cosine
+    assert bound is not None
+    monkeypatch.setattr(int8_attention, "MOST_SPREAD", float("inf"))
+    found = []
+    for factor, seed in itertools.product((3.0, 5.0, 8.0), SEEDS):
+        policy = make_policy("tiny", layout="fp32", seed=seed, num_steps=4)
+        with sharp_attention(policy.model, seed, factor=factor):
+            inputs = model_inputs(policy, make_observation(policy, seed=seed))
+            noise = make_noise(policy, seed=seed)
+            truth = chunk_in_fp64(policy.model, inputs, noise)
+            smolvla_fast.patch(policy, precision="int16", backend="cpu")
+            seen.clear()
+            lost = 1 - cosine(policy.model.sample_actions(*inputs, noise=noise), truth)
+        found.append((max(seen), lost, factor, seed))
+    for spread, lost, factor, seed in sorted(found):
+        print(f"spread {spread:.2f}: 1 - cosine {lost:.1e}, factor {factor:g}, seed {seed}")
+    quiet = [lost for spread, lost, *_ in found if spread <= limit]
+    assert quiet and max(quiet) <= (1 - bound) / 10
 
 
 @pytest.mark.check(28)

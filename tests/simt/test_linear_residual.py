@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from smolvla_fast.kernels.launch_order import dependent_launches
 from smolvla_fast.ops.choice import Choice, choose
+from smolvla_fast.ops.cuda import library
 from smolvla_fast.ops.cuda.linear_residual import linear_residual
 from smolvla_fast.ops.next_norm import NextNorm
 from smolvla_fast.ops.plan import Plan
@@ -233,3 +235,31 @@ def test_other_operands_are_served_by_the_fallback(hopper: Any) -> None:
     many = inputs("more rows than an H200 was asked about")
     for call in ((x, weight, given.residual), (many.x, many.weight, many.residual)):
         assert torch.equal(ops.linear_residual(*call), ops.fallback.linear_residual(*call))
+
+
+@pytest.mark.parametrize(
+    "case", ["two row tiles", "two row tiles, more of K than is in flight", "as much of K as is in flight"]
+)
+def test_the_account_has_its_blocks_and_memory(
+    hopper: Any, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """What ``make gpu-account`` notes of a launch, with two, three and four steps of K in flight."""
+    pytest.importorskip("triton")
+    from benchmarks.gpu_account.recording import Node, _Kernels
+    from benchmarks.gpu_account.work import works_of
+
+    each, noted = inputs(case), list[Node]()
+    recorder: Any = SimpleNamespace(
+        note=lambda name, grid, named, pdl: noted.append(Node("", "", name, grid, named))
+    )
+    with monkeypatch.context() as recording:
+        recording.setattr(library, "library", lambda device: _Kernels(recorder))
+        recording.setattr(library, "address", lambda tensor: tensor)
+        linear_residual(each.x, each.weight, each.residual)
+    [work] = works_of(noted[0])
+    hopper.configure(compute_capability=90, shared_bytes_per_block=work.shared)
+    linear_residual(each.x, each.weight, each.residual)
+    assert hopper.statistics()["blocks"] == work.programs
+    hopper.configure(compute_capability=90, shared_bytes_per_block=work.shared - 1)
+    with pytest.raises(RuntimeError, match="shared memory; a block has at most"):
+        linear_residual(each.x, each.weight, each.residual)

