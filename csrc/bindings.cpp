@@ -20,6 +20,7 @@
 #include "cpu/image_prep.h"
 #include "cpu/int16_linear.h"
 #include "cpu/int8_attention.h"
+#include "cpu/int8_linear.h"
 #include "cpu/int8_matmul.h"
 #include "cpu/integer_level.h"
 #include "cpu/layer_norm.h"
@@ -191,6 +192,34 @@ void bind_int8_matmul(py::module_& m) {
         py::arg("outputs"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_int8_linear(py::module_& m) {
+    m.def("has_int8_linear", &has_int8_linear, "whether int8_linear runs at the level in use");
+    m.def("int8_rows_fit", &int8_rows_fit, py::arg("rows"), py::arg("num_threads"), "whether y may be null");
+    m.def("int8_panel_bytes", &int8_panel_bytes, py::arg("inputs"), "of 32 outputs");
+    m.def(
+        "pack_int8_panels",
+        [](uintptr_t weight, uintptr_t panels, int64_t outputs, int64_t inputs) {
+            pack_int8_panels(at<int8_t>(weight), at<int8_t>(panels), outputs, inputs);
+        },
+        py::arg("weight"), py::arg("panels"), py::arg("outputs"), py::arg("inputs"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "int8_linear",
+        [](uintptr_t x, uintptr_t x_scale, uintptr_t weight, uintptr_t up_weight, uintptr_t scale, uintptr_t up_scale,
+           uintptr_t bias, uintptr_t residual, uintptr_t y, uintptr_t up_sums, uintptr_t out_data, uintptr_t out_scale,
+           int64_t rows, int64_t inputs, int64_t outputs, int activation, int num_threads) {
+            int8_linear({at<uint8_t>(x), at<float>(x_scale), at<int8_t>(weight), at<int8_t>(up_weight), at<float>(scale),
+                         at<float>(up_scale), at<float>(bias), at<float>(residual), at<float>(y), at<float>(up_sums),
+                         {at<uint8_t>(out_data), at<float>(out_scale)}, rows, inputs, outputs,
+                         static_cast<Activation>(activation)},
+                        num_threads);
+        },
+        py::arg("x"), py::arg("x_scale"), py::arg("weight"), py::arg("up_weight"), py::arg("scale"), py::arg("up_scale"),
+        py::arg("bias"), py::arg("residual"), py::arg("y"), py::arg("up_sums"), py::arg("out_data"), py::arg("out_scale"),
+        py::arg("rows"), py::arg("inputs"), py::arg("outputs"), py::arg("activation"), py::arg("num_threads"),
+        py::call_guard<py::gil_scoped_release>());
+}
+
 void bind_int16_linear(py::module_& m) {
     m.def(
         "int16_linear",
@@ -261,6 +290,7 @@ PYBIND11_MODULE(_cpu, m) {
     bind_quantize_rows<float, int16_t>(m, "quantize_rows_float32_int16");
     bind_quantize_rows<bfloat16, int16_t>(m, "quantize_rows_bfloat16_int16");
     bind_int8_matmul(m);
+    bind_int8_linear(m);
     bind_int16_linear(m);
     bind_sums(m);
     // linear, dtypes of x, weight and y

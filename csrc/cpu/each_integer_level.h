@@ -1,5 +1,6 @@
 // Includes SMOLVLA_KERNEL once for each level that multiplies integers, with SMOLVLA_LEVEL (a struct of integer_simd.h),
 // SMOLVLA_LEVEL_NAMESPACE and SMOLVLA_TARGET (the attribute of its functions). No include guard, as in each_level.h.
+// SMOLVLA_KERNEL_HAS_AMX asks for AMX too, with SMOLVLA_LEVEL_AMX.
 
 #define SMOLVLA_LEVEL IntegerBaseline
 #define SMOLVLA_LEVEL_NAMESPACE baseline
@@ -35,5 +36,18 @@
 #undef SMOLVLA_LEVEL
 #undef SMOLVLA_LEVEL_NAMESPACE
 #undef SMOLVLA_TARGET
+
+#if defined(SMOLVLA_KERNEL_HAS_AMX) && defined(SMOLVLA_HAS_AMX)
+#define SMOLVLA_LEVEL IntegerAmx
+#define SMOLVLA_LEVEL_NAMESPACE amx
+#define SMOLVLA_LEVEL_AMX
+#define SMOLVLA_TARGET SMOLVLA_AMX
+#include SMOLVLA_KERNEL
+#undef SMOLVLA_LEVEL
+#undef SMOLVLA_LEVEL_NAMESPACE
+#undef SMOLVLA_LEVEL_AMX
+#undef SMOLVLA_TARGET
+#endif
 #endif
 #undef SMOLVLA_KERNEL
+#undef SMOLVLA_KERNEL_HAS_AMX

@@ -36,6 +36,7 @@ template <Activation kActivation>
 auto kernel(IntegerLevel level) {
     switch (level) {
 #if defined(__x86_64__)
+        case IntegerLevel::amx:  // its tiles have no integers of 16 bits
         case IntegerLevel::avx512_vnni: return avx512_vnni::run<kActivation>;
 #if defined(SMOLVLA_HAS_AVX2_VNNI)
         case IntegerLevel::avx2_vnni: return avx2_vnni::run<kActivation>;

@@ -16,9 +16,6 @@
 namespace smolvla::cpu {
 namespace {
 
-constexpr int kTileRows = 6;
-// Rows that share packed K and V while they are in L1.
-constexpr int kBlockRows = 4 * kTileRows;
 // Keys that share a scale of a row's probabilities, and of a channel's values.
 constexpr int64_t kBlock = 64;
 constexpr int64_t kMostDim = kMostInt8Dim;
@@ -213,24 +210,53 @@ SMOLVLA_INLINE void measure_head(const Attention& a, const Head& h, float* error
     *spread += finite;
 }
 
+// Half of so many lanes. Compilers take no size of a vector from a template.
+template <class T, int kCount>
+struct HalfOf;
+template <>
+struct HalfOf<float, 16> {
+    using Type = float __attribute__((vector_size(32)));
+};
+template <>
+struct HalfOf<float, 8> {
+    using Type = float __attribute__((vector_size(16)));
+};
+template <>
+struct HalfOf<int32_t, 16> {
+    using Type = int32_t __attribute__((vector_size(32)));
+};
+template <>
+struct HalfOf<int32_t, 8> {
+    using Type = int32_t __attribute__((vector_size(16)));
+};
+
 #define SMOLVLA_KERNEL "cpu/int8_attention_kernel.h"
+#define SMOLVLA_KERNEL_HAS_AMX
 #include "cpu/each_integer_level.h"
 
 struct Kernel {
+    template <class Level>
+    Kernel(Level, void (*measure)(const Attention&, const Head&, float*, float*),
+           void (*run)(const Attention&, const int64_t*, Ranges&))
+        : measure(measure), run(run), tile_rows(Level::kTileRows), block_tiles(Level::kBlockTiles) {}
     void (*measure)(const Attention&, const Head&, float*, float*);
     void (*run)(const Attention&, const int64_t*, Ranges&);
+    int64_t tile_rows, block_tiles;
 };
 
 Kernel kernel(IntegerLevel level) {
     switch (level) {
 #if defined(__x86_64__)
-        case IntegerLevel::avx512_vnni: return {avx512_vnni::measure, avx512_vnni::run};
+#if defined(SMOLVLA_HAS_AMX)
+        case IntegerLevel::amx: return {IntegerAmx(), amx::measure, amx::run};
+#endif
+        case IntegerLevel::avx512_vnni: return {IntegerAvx512Vnni(), avx512_vnni::measure, avx512_vnni::run};
 #if defined(SMOLVLA_HAS_AVX2_VNNI)
-        case IntegerLevel::avx2_vnni: return {avx2_vnni::measure, avx2_vnni::run};
+        case IntegerLevel::avx2_vnni: return {IntegerAvx2Vnni(), avx2_vnni::measure, avx2_vnni::run};
 #endif
-        case IntegerLevel::avx2: return {avx2::measure, avx2::run};
+        case IntegerLevel::avx2: return {IntegerAvx2(), avx2::measure, avx2::run};
 #endif
-        default: return {baseline::measure, baseline::run};
+        default: return {IntegerBaseline(), baseline::measure, baseline::run};
     }
 }
 
@@ -246,10 +272,10 @@ void attend(const Attention& a, const Kernel& kernel, float limit, float* error,
     for (int64_t head = 0; head < heads; ++head)
         (error[head] <= limit && std::isfinite(error[head]) && a.head_dim <= kMostDim ? narrow : wide).push_back(head);
     if (!wide.empty()) attention_of_heads(a, wide, num_threads);
-    const int64_t tiles = ceil_div(a.queries * (a.heads / a.kv_heads), kTileRows);
+    const int64_t tiles = ceil_div(a.queries * (a.heads / a.kv_heads), kernel.tile_rows);
     // As in attention.cpp.
-    parallel_ranges(static_cast<int64_t>(narrow.size()) * tiles, kTileRows * a.keys * 4, kBlockRows / kTileRows, tiles,
-                    num_threads, [&](Ranges& ranges) { kernel.run(a, narrow.data(), ranges); });
+    parallel_ranges(static_cast<int64_t>(narrow.size()) * tiles, kernel.tile_rows * a.keys * 4, kernel.block_tiles,
+                    tiles, num_threads, [&](Ranges& ranges) { kernel.run(a, narrow.data(), ranges); });
 }
 
 }  // namespace

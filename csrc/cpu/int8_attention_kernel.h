@@ -9,13 +9,71 @@ namespace SMOLVLA_LEVEL_NAMESPACE {
 using S = SMOLVLA_LEVEL;
 using V = S::V;
 using Element = S::Element;
-constexpr int kWidth = S::kWidth, kPerWord = S::kPerWord;
+constexpr int kWidth = S::kWidth, kPerWord = S::kPerWord, kTileRows = S::kTileRows;
+// Rows that share packed K and V while they are in L1.
+constexpr int kBlockRows = S::kBlockTiles * kTileRows;
 using F = float __attribute__((vector_size(4 * S::kWidth)));
 using I = int32_t __attribute__((vector_size(4 * S::kWidth)));
 constexpr int kPanel = S::kTileVectors * kWidth;
 constexpr int kBlockWords = kBlock / kPerWord;
 static_assert(kBlock % kPanel == 0);
 
+#if defined(SMOLVLA_LEVEL_AMX)
+// c[row, :] = a[row, 0:words] · b[0:words, :] for one or two tiles of rows and of columns. Rows beyond the last are multiplied
+// as they stand; their results land in scratch that nobody reads. Scores have a sign on both sides, probabilities none.
+template <bool kScores, bool kTwoRows, bool kTwoColumns>
+SMOLVLA_TARGET SMOLVLA_INLINE void square(const int32_t* a, int64_t lda, const int32_t* b, int64_t ldb, int64_t words, int32_t* c,
+                                          int64_t ldc) {
+#define SMOLVLA_DOT(to, rows, columns)                   \
+    if constexpr (kScores) _tile_dpbssd(to, rows, columns); \
+    else _tile_dpbusd(to, rows, columns)
+    // GCC's functions do not say that they read memory.
+    __asm__ volatile("" ::: "memory");
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t w = 0; w < words; w += S::kStepWords) {
+        const int32_t* const columns = b + w * ldb;
+        _tile_loadd(4, a + w, lda * 4);
+        _tile_loadd(6, columns, ldb * 4);
+        SMOLVLA_DOT(0, 4, 6);
+        if constexpr (kTwoRows) {
+            _tile_loadd(5, a + kTileRows * lda + w, lda * 4);
+            SMOLVLA_DOT(2, 5, 6);
+        }
+        if constexpr (kTwoColumns) {
+            _tile_loadd(7, columns + kWidth, ldb * 4);
+            SMOLVLA_DOT(1, 4, 7);
+        }
+        if constexpr (kTwoRows && kTwoColumns) {
+            SMOLVLA_DOT(3, 5, 7);
+        }
+    }
+#undef SMOLVLA_DOT
+    _tile_stored(0, c, ldc * 4);
+    if constexpr (kTwoRows) _tile_stored(2, c + kTileRows * ldc, ldc * 4);
+    if constexpr (kTwoColumns) _tile_stored(1, c + kWidth, ldc * 4);
+    if constexpr (kTwoRows && kTwoColumns) _tile_stored(3, c + kTileRows * ldc + kWidth, ldc * 4);
+    __asm__ volatile("" ::: "memory");
+}
+
+template <bool kScores>
+SMOLVLA_TARGET void tiles(const int32_t* a, int64_t lda, int64_t rows, const int32_t* b, int64_t ldb, int64_t words,
+                          const int32_t*, int32_t* c, int64_t ldc, int64_t vectors) {
+    for (int64_t v = 0; v < std::min<int64_t>(vectors, S::kTileVectors); v += 2) {
+        const int64_t at = v * kWidth;
+        const bool two = vectors - v > 1;
+        if (rows > kTileRows) {
+            if (two) square<kScores, true, true>(a, lda, b + at, ldb, words, c + at, ldc);
+            else square<kScores, true, false>(a, lda, b + at, ldb, words, c + at, ldc);
+        } else {
+            if (two) square<kScores, false, true>(a, lda, b + at, ldb, words, c + at, ldc);
+            else square<kScores, false, false>(a, lda, b + at, ldb, words, c + at, ldc);
+        }
+    }
+}
+#else
 // c[row, :] = start + a[row, 0:words] · b[0:words, :] for six rows and kVectors vectors of columns.
 template <int kVectors>
 SMOLVLA_TARGET __attribute__((noinline)) void tile(const int32_t* a, int64_t lda, int last_row, const int32_t* b,
@@ -49,6 +107,7 @@ SMOLVLA_TARGET __attribute__((noinline)) void tile(const int32_t* a, int64_t lda
 }
 
 // The same for any number of rows and of vectors up to a panel.
+template <bool kScores>
 SMOLVLA_TARGET void tiles(const int32_t* a, int64_t lda, int64_t rows, const int32_t* b, int64_t ldb, int64_t words,
                           const int32_t* start, int32_t* c, int64_t ldc, int64_t vectors) {
     for (int64_t row = 0; row < rows; row += kTileRows) {
@@ -66,6 +125,8 @@ SMOLVLA_TARGET void tiles(const int32_t* a, int64_t lda, int64_t rows, const int
         }
     }
 }
+
+#endif
 
 // round((x - centre)·inverse) + kAdded in the element of a word, for one row.
 template <int kAdded>
@@ -165,48 +226,68 @@ SMOLVLA_TARGET SMOLVLA_INLINE void eight_bits_of_power(const F& t, I* rounded) {
     *rounded &= 0xff;
 }
 
-// p8 of one row and w of its blocks, times one over the sum of all; scores are integers.
-SMOLVLA_TARGET void softmax_row(const int32_t* scores, const float* key_scale, const uint8_t* mask, int64_t mask_stride,
-                                const Head& h, float factor, Element* __restrict p, float* __restrict weight) {
+// The sum of all lanes, or the most, by halves: one lane after the other they took as long as the powers.
+template <bool kSum, class V>
+SMOLVLA_TARGET SMOLVLA_INLINE void join(V& x, const V& y) {
+    if constexpr (kSum) x += y;
+    else x = x > y ? x : y;
+}
+template <bool kSum, int kCount, class T>
+SMOLVLA_TARGET SMOLVLA_INLINE T fold(T* lanes) {
+    if constexpr (kCount == 4) {
+        join<kSum>(lanes[0], lanes[2]);
+        join<kSum>(lanes[1], lanes[3]);
+        join<kSum>(lanes[0], lanes[1]);
+        return lanes[0];
+    } else {
+        typename HalfOf<T, kCount>::Type low, high;
+        std::memcpy(&low, lanes, sizeof low);
+        std::memcpy(&high, lanes + kCount / 2, sizeof high);
+        join<kSum>(low, high);
+        std::memcpy(lanes, &low, sizeof low);
+        return fold<kSum, kCount / 2>(lanes);
+    }
+}
+
+// p8 of one row in a block, its largest score and the sum of p8; scores are integers.
+SMOLVLA_TARGET SMOLVLA_INLINE void softmax_block(const int32_t* scores, const float* key_scale, const uint8_t* mask,
+                                                 int64_t mask_stride, int64_t keys, float factor, Element* __restrict p,
+                                                 float* largest, int32_t* sum) {
     constexpr float kLeast = -std::numeric_limits<float>::infinity();
-    const int64_t blocks = h.padded / kBlock;
     alignas(64) float s[kBlock];
     alignas(64) int32_t rounded[kBlock];
-    int32_t* const sums = reinterpret_cast<int32_t*>(weight + blocks);
-    float top = kLeast;
-    for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t first = b * kBlock, keys = std::min<int64_t>(h.keys - first, kBlock);
-        for (int j = 0; j < kBlock; ++j) s[j] = static_cast<float>(scores[first + j]) * key_scale[first + j];
-        if (mask) {
-            const uint8_t* from = mask + first * mask_stride;
-            // The lowest number, not minus infinity: a row that sees nothing averages all its keys.
-            if (mask_stride == 1)
-                for (int64_t j = 0; j < keys; ++j) s[j] = from[j] ? s[j] : kLowest;
-            else
-                for (int64_t j = 0; j < keys; ++j) s[j] = from[j * mask_stride] ? s[j] : kLowest;
-        }
-        for (int64_t j = keys; j < kBlock; ++j) s[j] = kLeast;
-        F most = F{} + kLeast, x;
-        for (int j = 0; j < kBlock; j += kWidth) {
-            std::memcpy(&x, s + j, sizeof x);
-            most = x > most ? x : most;
-        }
-        float largest = kLeast;
-        for (int lane = 0; lane < kWidth; ++lane) largest = most[lane] > largest ? most[lane] : largest;
-        weight[b] = largest;
-        top = largest > top ? largest : top;
-        I sum{}, some;
-        for (int j = 0; j < kBlock; j += kWidth) {
-            std::memcpy(&x, s + j, sizeof x);
-            eight_bits_of_power((x - largest) * factor, &some);
-            sum += some;
-            std::memcpy(rounded + j, &some, sizeof some);
-        }
-        sums[b] = 0;
-        for (int lane = 0; lane < kWidth; ++lane) sums[b] += sum[lane];
-        for (int j = 0; j < kBlock; ++j) p[first + j] = static_cast<Element>(rounded[j]);
+    for (int j = 0; j < kBlock; ++j) s[j] = static_cast<float>(scores[j]) * key_scale[j];
+    // The lowest number, not minus infinity: a row that sees nothing averages all its keys.
+    if (mask && mask_stride == 1)
+        for (int64_t j = 0; j < keys; ++j) s[j] = mask[j] ? s[j] : kLowest;
+    else if (mask)
+        for (int64_t j = 0; j < keys; ++j) s[j] = mask[j * mask_stride] ? s[j] : kLowest;
+    for (int64_t j = keys; j < kBlock; ++j) s[j] = kLeast;
+    F most = F{} + kLeast, x;
+    for (int j = 0; j < kBlock; j += kWidth) {
+        std::memcpy(&x, s + j, sizeof x);
+        most = x > most ? x : most;
     }
-    float total = 0.0f;
+    alignas(64) float lanes[kWidth];
+    std::memcpy(lanes, &most, sizeof most);
+    *largest = fold<false, kWidth>(lanes);
+    I counts{}, some;
+    for (int j = 0; j < kBlock; j += kWidth) {
+        std::memcpy(&x, s + j, sizeof x);
+        eight_bits_of_power((x - *largest) * factor, &some);
+        counts += some;
+        std::memcpy(rounded + j, &some, sizeof some);
+    }
+    alignas(64) int32_t each[kWidth];
+    std::memcpy(each, &counts, sizeof counts);
+    *sum = fold<true, kWidth>(each);
+    for (int j = 0; j < kBlock; ++j) p[j] = static_cast<Element>(rounded[j]);
+}
+
+// Largest scores of a row's blocks become w, times one over the sum of all.
+SMOLVLA_TARGET SMOLVLA_INLINE void weigh_blocks(float* __restrict weight, const int32_t* sums, int64_t blocks, float factor) {
+    float top = weight[0], total = 0.0f;
+    for (int64_t b = 1; b < blocks; ++b) top = weight[b] > top ? weight[b] : top;
     for (int64_t b = 0; b < blocks; ++b) weight[b] = power_of_two((weight[b] - top) * factor);
     for (int64_t b = 0; b < blocks; ++b) total += weight[b] * static_cast<float>(sums[b]);
     const float inverse = 1.0f / total;
@@ -217,17 +298,17 @@ SMOLVLA_TARGET void measure(const Attention& a, const Head& h, float* error, flo
     measure_head(a, h, error, spread);
 }
 
-// Ranges of the flat list (one of `heads`, tile of six rows), a row being (query, head of the group).
+// Ranges of the flat list (one of `heads`, tile of kTileRows rows), a row being (query, head of the group).
 SMOLVLA_TARGET void run(const Attention& a, const int64_t* heads, Ranges& ranges) {
     int64_t begin, end;
     if (!ranges.next(begin, end)) return;
-    const int64_t words = ceil_div(a.head_dim, kPerWord), columns = ceil_div(a.head_dim, kWidth) * kWidth;
+    const int64_t words = ceil_div(a.head_dim, kPerWord * S::kStepWords) * S::kStepWords, columns = ceil_div(a.head_dim, kWidth) * kWidth;
     const int64_t blocks = ceil_div(a.keys, kBlock), padded = blocks * kBlock;
     const int64_t rows = a.queries * (a.heads / a.kv_heads), row_tiles = ceil_div(rows, kTileRows);
     // Off a power of two, as in attention_kernel.h.
-    const int64_t score_stride = padded + 16, p_stride = padded / kPerWord + 16, weights = 2 * blocks;
+    const int64_t p_stride = padded / kPerWord + 16;
     Carve carve(Scratch::reserve(padded * words + padded / kPerWord * columns + blocks * columns + 2 * padded + 2 * kMostDim +
-                                 kBlockRows * (words + score_stride + p_stride + weights + 2 * columns + 1) + 256));
+                                 kBlockRows * (words + kBlock + p_stride + 2 * blocks + 2 * columns) + 256));
     int32_t* const packed_k = carve.integers(padded * words);
     int32_t* const packed_v = carve.integers(padded / kPerWord * columns);
     float* const value_scale = carve.floats(blocks * columns);
@@ -236,18 +317,20 @@ SMOLVLA_TARGET void run(const Attention& a, const int64_t* heads, Ranges& ranges
     float* const centre = carve.floats(kMostDim);
     float* const zeros = carve.floats(kMostDim);
     int32_t* const packed_q = carve.integers(kBlockRows * words);
-    int32_t* const scores = carve.integers(kBlockRows * score_stride);
+    int32_t* const scores = carve.integers(kBlockRows * kBlock);
     int32_t* const p = carve.integers(kBlockRows * p_stride);
-    float* const weight = carve.floats(kBlockRows * weights);
+    float* const weight = carve.floats(kBlockRows * blocks);
+    int32_t* const counts = carve.integers(kBlockRows * blocks);
     int32_t* const products = carve.integers(kBlockRows * columns);
     float* const sums = carve.floats(kBlockRows * columns);
     std::memset(zeros, 0, kMostDim * sizeof(float));
     const auto* const nothing = reinterpret_cast<const int32_t*>(zeros);
 
+    [[maybe_unused]] const S::SetUp set_up;
     int64_t packed_head = -1;
     while (begin < end || ranges.next(begin, end)) {
         const int64_t head = heads[begin / row_tiles], first_tile = begin % row_tiles;
-        const int64_t tiles_here = std::min({row_tiles - first_tile, end - begin, int64_t{kBlockRows / kTileRows}});
+        const int64_t tiles_here = std::min({row_tiles - first_tile, end - begin, int64_t{S::kBlockTiles}});
         const int64_t first = first_tile * kTileRows, count = std::min(rows - first, tiles_here * kTileRows);
         const Head h(a, head);
         begin += tiles_here;
@@ -257,25 +340,34 @@ SMOLVLA_TARGET void run(const Attention& a, const int64_t* heads, Ranges& ranges
             pack_values(h, columns, packed_v, value_scale);
             packed_head = head;
         }
-        float query_scale[kBlockRows];
+        float factor[kBlockRows];
         for (int64_t row = 0; row < count; ++row) {
             if (first + row + count < h.rows) fetch(h.q_row(a, first + row + count), h.head_dim);
-            pack_query(h.q_row(a, first + row), zeros, h.head_dim, words, packed_q + row * words, query_scale + row);
+            pack_query(h.q_row(a, first + row), zeros, h.head_dim, words, packed_q + row * words, factor + row);
+            factor[row] = std::max(factor[row] * (a.scale * kLog2E), kLeastFactor);
         }
-        for (int64_t key = 0; key < padded; key += kPanel)
-            tiles(packed_q, words, count, packed_k + key * words, kPanel, words, start + key, scores + key, score_stride,
-                  S::kTileVectors);
+        // Scores of a block stay in L1, for nothing of another block is needed before the weights.
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t from = b * kBlock, keys = std::min<int64_t>(h.keys - from, kBlock);
+            for (int64_t key = from; key < from + kBlock; key += kPanel)
+                tiles<true>(packed_q, words, count, packed_k + key * words, kPanel, words, start + key, scores + key - from, kBlock,
+                      S::kTileVectors);
+            for (int64_t row = 0; row < count; ++row) {
+                const uint8_t* mask = h.mask_row(a, first + row);
+                softmax_block(scores + row * kBlock, key_scale + from, mask ? mask + from * a.mask_strides[2] : nullptr,
+                              a.mask_strides[2], keys, factor[row], reinterpret_cast<Element*>(p + row * p_stride) + from,
+                              weight + row * blocks + b, counts + row * blocks + b);
+            }
+        }
         for (int64_t row = 0; row < count; ++row)
-            softmax_row(scores + row * score_stride, key_scale, h.mask_row(a, first + row), a.mask_strides[2], h,
-                        std::max(query_scale[row] * (a.scale * kLog2E), kLeastFactor),
-                        reinterpret_cast<Element*>(p + row * p_stride), weight + row * weights);
+            weigh_blocks(weight + row * blocks, counts + row * blocks, blocks, factor[row]);
         for (int64_t b = 0; b < blocks; ++b) {
             for (int64_t d = 0; d < columns; d += kPanel)
-                tiles(p + b * kBlockWords, p_stride, count, packed_v + b * kBlockWords * columns + d, columns,
+                tiles<false>(p + b * kBlockWords, p_stride, count, packed_v + b * kBlockWords * columns + d, columns,
                       kBlockWords, nothing, products + d, columns, (columns - d) / kWidth);
             const float* const scale = value_scale + b * columns;
             for (int64_t row = 0; row < count; ++row) {
-                const float w = weight[row * weights + b];
+                const float w = weight[row * blocks + b];
                 float* __restrict to = sums + row * columns;
                 const int32_t* from = products + row * columns;
                 if (b == 0)

@@ -18,27 +18,40 @@
 // A test compiles this with functions that compute what the instructions do, for a processor that has none of them.
 #define SMOLVLA_AVX2_VNNI
 #define SMOLVLA_AVX512_VNNI
+#define SMOLVLA_AMX
 #elif defined(__x86_64__)
 #define SMOLVLA_AVX2_VNNI __attribute__((target("avxvnni,avx2,fma")))
 #if defined(__clang__)
 #define SMOLVLA_AVX512_VNNI \
     __attribute__((target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"), min_vector_width(512)))
+#define SMOLVLA_AMX \
+    __attribute__((target("amx-int8,amx-tile,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"), min_vector_width(512)))
 #else
 #define SMOLVLA_AVX512_VNNI \
     __attribute__((target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define SMOLVLA_AMX \
+    __attribute__((target("amx-int8,amx-tile,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
 #endif
 #endif
 
 namespace smolvla::cpu {
 
-struct Pairs {
+// Rows of a register tile, tiles of a block, and words that a step takes at once. Nothing is set up for vectors.
+struct Vectors {
+    static constexpr int kTileRows = 6, kBlockTiles = 4, kStepWords = 1;
+    struct SetUp {
+        SMOLVLA_INLINE SetUp() {}
+    };
+};
+
+struct Pairs : Vectors {
     using Element = int16_t;
     static constexpr int kPerWord = 2;
     // What is added to queries, so that they have no sign.
     static constexpr int kZero = 0;
 };
 
-struct Bytes {
+struct Bytes : Vectors {
     using Element = uint8_t;
     static constexpr int kPerWord = 4;
     static constexpr int kZero = 128;
@@ -132,6 +145,30 @@ struct IntegerAvx512Vnni : Bytes {
     static SMOLVLA_AVX512_VNNI_INLINE V dot(V a, V b, V c) { return _mm512_dpbusd_epi32(c, a, b); }
     static SMOLVLA_AVX512_VNNI_INLINE V dot_pairs(V a, V b, V c) { return _mm512_dpwssd_epi32(c, a, b); }
 };
+
+#if defined(SMOLVLA_EMULATED) || __has_include(<amxint8intrin.h>)
+#define SMOLVLA_HAS_AMX 1
+// Tiles of 16 rows by 16 words: sums in 0 to 3, rows in 4 and 5, columns in 6 and 7.
+struct IntegerAmx : IntegerAvx512Vnni {
+    static constexpr int kTileRows = 16, kBlockTiles = 2, kStepWords = 16;
+    static constexpr int kZero = 0;  // both sides may have a sign
+
+    // Whoever holds tiles sets them up before, and gives them back: a switch of threads would save them.
+    struct SetUp {
+        SMOLVLA_AMX SMOLVLA_INLINE SetUp() {
+            alignas(64) uint8_t palette[64] = {1};
+            for (int tile = 0; tile < 8; ++tile) {
+                palette[16 + 2 * tile] = 64;
+                palette[48 + tile] = 16;
+            }
+            // GCC's function says that it reads eight of these bytes.
+            __asm__ volatile("" ::"r"(palette) : "memory");
+            _tile_loadconfig(palette);
+        }
+        SMOLVLA_AMX SMOLVLA_INLINE ~SetUp() { _tile_release(); }
+    };
+};
+#endif
 #endif
 
 }  // namespace smolvla::cpu

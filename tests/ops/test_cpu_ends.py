@@ -19,18 +19,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smolvla_fast.ops import extension
-from smolvla_fast.ops.cpu import int8_attention, int16, quantize
+from smolvla_fast.ops.cpu import int8_attention, int8_linear, int16, quantize
 from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.cpu.image_prep import image_prep
 from smolvla_fast.ops.cpu.rope import rope
-from smolvla_fast.ops.reference.quantize import IntegerRows, IntegerWeight
+from smolvla_fast.ops.reference.quantize import IntegerRows, IntegerWeight, quantize_weight
 
 pytestmark = [
     pytest.mark.cpu_kernels,
     pytest.mark.skipif(not extension.available("cpu"), reason=extension.why_missing("cpu") or "built"),
     pytest.mark.skipif(sys.platform == "win32", reason="it has no mprotect"),
 ]
-VNNI = [level for level in int8_attention.LEVELS if level.endswith("vnni")]
+VNNI = [level for level in int8_attention.LEVELS if level not in cpu.LEVELS]
 HERE = extension.load("cpu").levels() if extension.available("cpu") else []
 EMULATED = [
     *(level for level in cpu.LEVELS if level not in HERE and not why_not(level, emulable=True)),
@@ -89,6 +89,8 @@ def calls(level: str) -> Iterator[tuple[Any, ...]]:
         bias, residual = torch.randn(outputs), torch.randn(rows, outputs)
         yield f"int16 linear {at}", int16.linear, x, gate, bias, "gelu_tanh", residual
         yield f"int16 swiglu {at}", gate.swiglu, x, up
+        if level == "amx":
+            yield from of_tiles(rows, inputs, outputs)
     attention = partial(int8_attention.attention, most_error=float("inf"))
     for sizes in ATTENTION:
         q, k, v, mask = attention_operands(sizes, torch.float32)
@@ -135,6 +137,17 @@ def of_integers() -> Iterator[tuple[Any, ...]]:
         for act in cpu.ACTIVATIONS:
             yield f"finish {at} {act}", quantize.finish, sums, x.scale, bias, act, up
             yield f"finish_rows {at} {act}", quantize.finish_rows, sums, x.scale, bias, act, up
+
+
+def of_tiles(rows: int, inputs: int, outputs: int) -> Iterator[tuple[Any, ...]]:
+    at = f"{rows, inputs, outputs}"
+    x = quantize.quantize_rows(torch.randn(rows, inputs))
+    gate, up = (int8_linear.pack(quantize_weight(torch.randn(outputs, inputs))) for _ in range(2))
+    bias, residual = torch.randn(outputs), torch.randn(rows, outputs)
+    yield f"int8 linear {at}", int8_linear.linear, x, gate, bias, "gelu_tanh", residual
+    yield f"int8 linear {at} to rows", partial(int8_linear.linear, to_rows=True), x, gate, bias, "silu"
+    yield f"int8 swiglu {at}", partial(int8_linear.linear, up_weight=up), x, gate, None, "silu"
+    yield f"int8 sums {at}", int8_linear.matmul, x, gate
 
 
 def attention_operands(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -34,9 +34,10 @@ ALLOWED = {
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": AVX512 | {"AVX512_BF16"},
-    # Of attention in 8-bit integers, beside a level of the others.
+    # Of products of integers, beside a level of the others.
     "avx2_vnni": AVX2 | {"AVX_VNNI"},
     "avx512_vnni": AVX512 | {"AVX512_VNNI"},
+    "amx": AVX512 | {"AVX512_VNNI", "AMX_TILE", "AMX_INT8"},
 }
 # libgcc's: it asks what the system saves of the registers, once CPUID says that this may be asked.
 ASKS = {"get_available_features", "__cpu_indicator_init"}
@@ -96,6 +97,7 @@ def test_no_function_has_an_instruction_above_its_level() -> None:
     assert "SSE2" in used["baseline"] and "AVX2" in used["avx2"] and "FMA" in used["avx2"]
     assert "AVX512F" in used["avx512"] and "AVX512_BF16" in used["avx512_bf16"]
     assert "AVX_VNNI" in used["avx2_vnni"] and "AVX512_VNNI" in used["avx512_vnni"]
+    assert "AMX_INT8" in used["amx"]
 
 
 @X86

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from support.int8_levels import at_level, emulate
 from torch import Tensor
 
 from smolvla_fast.ops import extension, processor
-from smolvla_fast.ops.cpu import int8_attention
+from smolvla_fast.ops.cpu import int8, int8_attention
 from smolvla_fast.ops.cpu import kernels as cpu
 from smolvla_fast.ops.cpu.int8_attention import LEVELS, Attended, Heads, Seen, spread
 from smolvla_fast.ops.select import backend_ops
@@ -441,10 +442,19 @@ def test_threads_lose_no_count_and_time_one_after_the_other(monkeypatch: pytest.
 def test_the_level_is_one_that_the_processor_has() -> None:
     """Under every mask of ``make test-cpus``: features are read from the system, the level from CPUID, both know limits."""
     here = int8_attention.level()
-    needed = {"avx512_vnni": "AVX512-VNNI", "avx2_vnni": "AVX-VNNI", "avx2": "AVX2", "baseline": None}[here]
+    needed = {
+        "amx": "AMX-INT8",
+        "avx512_vnni": "AVX512-VNNI",
+        "avx2_vnni": "AVX-VNNI",
+        "avx2": "AVX2",
+        "baseline": None,
+    }[here]
     assert needed is None or needed in processor.features()
     best = extension.load("cpu").levels()[-1]
     if best == "avx2" and "AVX-VNNI" in processor.features():
         assert here == "avx2_vnni"
     if best.startswith("avx512") and "AVX512-VNNI" in processor.features():
-        assert here == "avx512_vnni"
+        # Linux grants tiles to who asks; elsewhere nobody is asked.
+        tiles = sys.platform == "linux" and "AMX-INT8" in processor.features()
+        assert here == ("amx" if tiles else "avx512_vnni")
+    assert int8.tiles() == (here == "amx")

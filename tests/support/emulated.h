@@ -1,4 +1,4 @@
-// AVX-512, bf16 and VNNI as functions, for a processor that lacks them: SIMDe's, and here those that SIMDe 0.7 lacks or
+// AVX-512, bf16, VNNI and AMX as functions, for a processor that lacks them: SIMDe's, and here those that SIMDe 0.7 lacks or
 // computes in another way. Included before each source of csrc/cpu; emulated.py builds them.
 #pragma once
 
@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 namespace emulated {
@@ -112,7 +113,55 @@ inline __m512 dot_pairs(__m512 sums, __m512i a, __m512i b) {
     return as<__m512>(lanes);
 }
 
+// Tiles of 16 rows of 64 bytes, of the thread that has set them up.
+struct Tiles {
+    bool set_up = false;
+    uint8_t at[8][16][64];
+};
+inline thread_local Tiles tiles;
+
+inline void load_config(const void* palette) {
+    const auto* const bytes = static_cast<const uint8_t*>(palette);
+    for (int i = 0; i < 8; ++i)
+        if (bytes[0] != 1 || bytes[16 + 2 * i] != 64 || bytes[48 + i] != 16) std::abort();
+    std::memset(&tiles, 0, sizeof tiles);
+    tiles.set_up = true;
+}
+// What a tile holds is lost.
+inline void release() { std::memset(&tiles, 0x5a, sizeof tiles), tiles.set_up = false; }
+inline auto& tile(int i) {
+    if (!tiles.set_up) std::abort();
+    return tiles.at[i];
+}
+inline void zero(int to) { std::memset(tile(to), 0, sizeof tiles.at[0]); }
+inline void load(int to, const void* from, int64_t stride) {
+    for (int row = 0; row < 16; ++row) std::memcpy(tile(to)[row], static_cast<const uint8_t*>(from) + row * stride, 64);
+}
+inline void store(int from, void* to, int64_t stride) {
+    for (int row = 0; row < 16; ++row) std::memcpy(static_cast<uint8_t*>(to) + row * stride, tile(from)[row], 64);
+}
+// Sums wrap as the processor's do.
+template <class Left>
+void dot_tiles(int to, int left, int right) {
+    for (int row = 0; row < 16; ++row)
+        for (int column = 0; column < 16; ++column) {
+            uint32_t sum;
+            std::memcpy(&sum, &tile(to)[row][4 * column], sizeof sum);
+            for (int i = 0; i < 64; ++i)
+                sum += static_cast<Left>(tile(left)[row][i]) * static_cast<int8_t>(tile(right)[i / 4][4 * column + i % 4]);
+            std::memcpy(&tile(to)[row][4 * column], &sum, sizeof sum);
+        }
+}
+
 }  // namespace emulated
+
+#define _tile_loadconfig emulated::load_config
+#define _tile_release emulated::release
+#define _tile_zero emulated::zero
+#define _tile_loadd emulated::load
+#define _tile_stored emulated::store
+#define _tile_dpbusd emulated::dot_tiles<uint8_t>
+#define _tile_dpbssd emulated::dot_tiles<int8_t>
 
 #define __m512bh __m512i
 #undef _mm256_maskz_loadu_epi16

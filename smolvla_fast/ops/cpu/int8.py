@@ -1,4 +1,4 @@
-"""Tier ``int8`` on a CPU: matrices of 8-bit integers, and their product: oneDNN's as torch ships it, on aarch64 ours.
+"""Tier ``int8`` on a CPU: matrices of 8-bit integers, and their product: ours on AMX and aarch64, else oneDNN's.
 
 Weights have a scale an output channel and are packed once (``engine/quantized_weights.py``), in two terms where their tails
 are heavy. Activations get a scale a row when they are made (``integer_ops.py``).
@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import extension, processor
 from ..memory import Memory, part
 from ..reference.quantize import ZERO, IntegerRows, IntegerWeight, dequantize, quantize_weight
-from . import quantize
+from . import int8_linear, quantize
 
 MAX_LOSS = 0.015
 """The most of its length that a weight may lose to one step a row, before what it loses is kept in a second term. Normal
@@ -24,9 +24,9 @@ weights stay below it, Student's t with 3 degrees of freedom does not (``tests/o
 
 
 class Packed(NamedTuple):
-    """A weight [O, K] as oneDNN wants it, or as our own product does.
+    """A weight [O, K] as oneDNN wants it, or as one of our own products does.
 
-    data  opaque, or [O, K] int8      scale  [O] fp32      zero  [O] int64, zeros
+    data  opaque, panels of tiles, or [O, K] int8      scale  [O] fp32      zero  [O] int64, zeros
     rest  what these lose, where that is much
     """
 
@@ -50,6 +50,15 @@ class Packed(NamedTuple):
         own = self.shape.numel() + self.scale.nbytes + self.zero.nbytes
         return own if self.rest is None else own + self.rest.nbytes
 
+    @property
+    def _integers(self) -> IntegerWeight:
+        return IntegerWeight(self.data, self.scale)
+
+    @property
+    def _on_tiles(self) -> bool:
+        """Whether one product of ours does all of it."""
+        return self.rest is None and tiles()
+
     def linear(
         self,
         x: IntegerRows,
@@ -60,8 +69,14 @@ class Packed(NamedTuple):
         out: Tensor | None = None,
         memory: Memory | None = None,
     ) -> Any:
-        """With an activation and no residual, rows of 8 bits: the hidden layer of an MLP. Sums are where oneDNN puts them,
-        which has no say of ``out`` and ``memory``."""
+        """With an activation and no residual, rows of 8 bits: the hidden layer of an MLP. Sums of oneDNN are where it puts
+        them, which has no say of ``out`` and ``memory``."""
+        if self._on_tiles:
+            to_rows = activation is not None and residual is None
+            where = part(memory, "hidden") if to_rows else memory
+            return int8_linear.linear(
+                x, self._integers, bias, activation, residual, to_rows=to_rows, out=out, memory=where
+            )
         sums = int8_matmul(x, self)
         if activation is not None and residual is None:
             return quantize.finish_rows(sums, x.scale, bias, activation, memory=part(memory, "hidden"))
@@ -69,6 +84,9 @@ class Packed(NamedTuple):
 
     def swiglu(self, x: IntegerRows, up_weight: Any, *, memory: Memory | None = None) -> IntegerRows:
         """In rows of 8 bits, for ``down_proj`` is what reads it."""
+        if self._on_tiles and up_weight._on_tiles:
+            hidden, up_weight = part(memory, "hidden"), up_weight._integers
+            return int8_linear.linear(x, self._integers, None, "silu", up_weight=up_weight, memory=hidden)
         gate, up = int8_matmul(x, self), int8_matmul(x, up_weight)
         return quantize.finish_rows(gate, x.scale, None, "silu", up, memory=part(memory, "hidden"))
 
@@ -86,6 +104,8 @@ def pack(weight: Tensor) -> Packed:
 def pack_integers(weight: IntegerWeight) -> Packed:
     """[O, K] -> packed."""
     zero = torch.zeros_like(weight.scale, dtype=torch.int64)
+    if tiles():
+        return Packed(int8_linear.pack(weight).data, weight.scale, zero, weight.data.shape)
     if ours():
         return Packed(weight.data.contiguous(), weight.scale, zero, weight.data.shape)
     # Without a shape of x, oneDNN chooses a layout that serves any number of rows.
@@ -157,14 +177,22 @@ def int8_matmul(x: IntegerRows, weight: Packed) -> Tensor:
 
 
 @cache
+def tiles() -> bool:
+    """Whether the product is our kernel for AMX, which took half of oneDNN's time with many rows."""
+    return int8_linear.serves()
+
+
+@cache
 def ours() -> bool:
     """Whether the product is our own kernel: on aarch64, from the level with dot products on."""
     return extension.available("cpu") and "neon_dotprod" in extension.load("cpu").levels()
 
 
 def _one_term(x: IntegerRows, weight: Packed) -> Tensor:
+    if tiles():
+        return int8_linear.matmul(x, weight._integers)
     if ours():
-        return quantize.int8_matmul(x, IntegerWeight(weight.data, weight.scale))
+        return quantize.int8_matmul(x, weight._integers)
     return torch.ops.onednn.qlinear_pointwise(
         x.data, 1.0, ZERO, weight.data, weight.scale, weight.zero, None,
         1.0, 0, torch.float32, "none", [], "",

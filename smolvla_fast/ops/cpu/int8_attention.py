@@ -19,7 +19,7 @@ from . import ops as cpu
 from .kernels import attention_operands
 from .operands import check_one
 
-LEVELS = ("baseline", "avx2", "avx2_vnni", "avx512_vnni")
+LEVELS = ("baseline", "avx2", "avx2_vnni", "avx512_vnni", "amx")
 """What multiplies 8-bit integers, slowest first; which one, follows from the level of ``kernels.py``."""
 
 MOST_ERROR = 0.0075
