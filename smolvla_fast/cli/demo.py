@@ -31,7 +31,7 @@ from ..measure.console import (
     write_json,
 )
 from ..measure.rounds import PeakMemory, as_stock, error, fresh, median_stages, summary, threads, timed_ms
-from ..verify import StockServed, compare
+from ..verify import StockNotFinite, StockServed, compare
 from . import checkpoint, recording, subject
 from .recording import Recording
 
@@ -139,7 +139,10 @@ def measure(
         warm["fast_ms"], chunks["fast"] = timed_ms(chunk, device)
         peaks["fast"] = memory.bytes
         step("judging the patched chunk")
-        compared = compare(policy, batch, noise)
+        try:
+            compared = compare(policy, batch, noise)
+        except StockNotFinite as reason:
+            raise CommandError(f"nothing to compare with: {reason}") from reason
         if not compared.judgement.passed:
             raise Failed(
                 f"in {compared.tier} the patched chunk is not stock's: {compared.judgement} (relative L2). Do not run it; "

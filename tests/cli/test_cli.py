@@ -216,6 +216,27 @@ def test_demo_gives_no_times_for_a_wrong_chunk(
     assert "ms" not in out and not (tmp_path / "a.json").exists()
 
 
+@pytest.mark.parametrize("command", ["demo", "verify"])
+def test_a_chunk_of_stock_that_is_not_finite_is_not_blamed_on_the_patch(
+    lerobot: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    from smolvla_fast.cli import subject
+
+    def broken(args: Any, device: Any, make: Any = subject.make_policy) -> Any:
+        policy = make(args, device)
+        policy.model.action_out_proj.bias.data[0] = float("nan")
+        return policy
+
+    monkeypatch.setattr(subject, "make_policy", broken)
+    assert main([command, *TINY]) == 2
+    out = capsys.readouterr()
+    assert (
+        "stock's own chunk is not finite: the weight action_out_proj.bias holds NaN or infinity. Check the checkpoint"
+        in out.err
+    )
+    assert "FAILED" not in out.out and "ms" not in out.out
+
+
 def test_demo_without_rich_and_matplotlib(
     lerobot: None, tmp_path: Path, hide: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
