@@ -244,8 +244,8 @@ def test_a_feature_can_be_taken_out_of_the_dataset_as_advised(key, entry, bench_
             ['--rename_map={"observation.images.a":"observation.images.front"}'], id="one-of-two-renamed",
         ),
         pytest.param(
-            {WRIST: None, "observation.images.side": FRAME}, ['--rename_map={"observation.images.sied":"observation.images.wrist"}'],
-            id="a-typo",
+            {WRIST: None, "observation.images.side": FRAME},
+            ['--rename_map={"observation.images.sied":"observation.images.wrist"}'], id="a-typo",
         ),
         pytest.param(
             {}, ['--policy.input_features={"observation.state":{"type":"STATE","shape":[6]}}'], id="no-camera-declared"
