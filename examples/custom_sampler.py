@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 import smolvla_fast
+from smolvla_fast.cli.subject import resolve_device
+from smolvla_fast.measure.console import CommandError
 from smolvla_fast.measure.rounds import timed_ms
 from smolvla_fast.testing.policies import make_noise, make_observation, make_policy
 from smolvla_fast.verify import rel_l2
@@ -65,7 +67,11 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args(arguments)
-    policy = make_policy(args.size, device=args.device)
+    try:
+        device = resolve_device(args.device)
+    except CommandError as reason:
+        parser.error(str(reason))
+    policy = make_policy(args.size, device=device)
     batch, noise = make_observation(policy), make_noise(policy)
     images, image_masks = policy.prepare_images(batch)
     tokens, token_masks = batch["observation.language.tokens"], batch["observation.language.attention_mask"]
@@ -74,7 +80,7 @@ def main(arguments: list[str]) -> int:
     def timed(sampler: Any) -> tuple[Tensor, float]:
         with torch.no_grad():
             sampler(*inputs)  # what is compiled or captured is so now
-            ms, chunk = timed_ms(lambda: sampler(*inputs), args.device)
+            ms, chunk = timed_ms(lambda: sampler(*inputs), device)
             return chunk, ms
 
     stock, stock_ms = timed(lambda *given: heun(policy, *given))

@@ -10,6 +10,7 @@ that holds anything but an earlier demo.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import signal
 import subprocess
@@ -224,4 +225,8 @@ def _with_other_images(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/train-demo")))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path("outputs/train-demo"))
+    sys.exit(main(parser.parse_args().folder))

@@ -33,7 +33,7 @@ from typing import Any
 
 from .patch import patch, unpatch
 from .patching.runtime import Runtime, runtime_of
-from .patching.settings import DISABLE, disabled, is_on
+from .patching.settings import DISABLE, TRAINING, disabled, is_on
 from .smolvla.weights_io import check_names
 
 logger = logging.getLogger("smolvla_fast")
@@ -42,7 +42,6 @@ PRECISION = "SMOLVLA_FAST_PRECISION"
 BACKEND = "SMOLVLA_FAST_BACKEND"
 TUNE = "SMOLVLA_FAST_TUNE"
 WARMUP = "SMOLVLA_FAST_WARMUP"
-TRAINING = "SMOLVLA_FAST_TRAINING"
 IMAGE_CACHE = "SMOLVLA_FAST_IMAGE_CACHE"
 
 _tried: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -137,4 +136,5 @@ def _report(runtime: Runtime) -> None:
     elif not (losses.fast or losses.stock):
         # Compiled before it was patched, or copied: then its chunks went past this, or are counted by the copy.
         why = runtime.last_fallback or "a copy computed them, or nobody asked for one"
+        why += "" if is_on(TRAINING) else f"; to train by the fast path, set {TRAINING}=1"
         logger.info("smolvla_fast: saw no chunk of this policy: %s", why)

@@ -122,7 +122,7 @@ def patch(
     patch_layers(model, settings)
     runtime = runtime_of(model)
     runtime.look_for_plan(model)
-    timed = tuned = ""
+    timed = tuned = by_stock = ""
     if tune == "now":
         with _in_eval_or_undone(found, before, settings):
             tuned = tune_now(found, warmup if isinstance(warmup, dict) else None)
@@ -133,7 +133,8 @@ def patch(
         runtime.note(reason)
     if warmup is not None and warmup is not False:
         with _in_eval_or_undone(found, before, settings):
-            warm_up(found, warmup)
+            fallback = warm_up(found, warmup)
+        by_stock = f"; but calls like the warm-up's run stock: {fallback}" if fallback else ""
         timed = took(model.state_proj.weight.device, started, checked)
     trained = runtime.training.announce(training_reason(model)) if training else ""
     now = status(policy)
@@ -141,9 +142,9 @@ def patch(
         instead = "".join(f"; not {name}: {why}" for name, why in now.fallback_reasons.items())
         planned = f"; {now.plan}" if now.plan else ""
         logger.log(
-            logging.WARNING if training and runtime.training.last_fallback else logging.INFO,
-            "smolvla_fast: on: %s on %s, backend %s for %s%s%s%s%s%s",
-            now.precision, weight.device, now.backend, _shared(now), trained, instead, planned, tuned, timed,
+            logging.WARNING if by_stock or (training and runtime.training.last_fallback) else logging.INFO,
+            "smolvla_fast: on: %s on %s, backend %s for %s%s%s%s%s%s%s",
+            now.precision, weight.device, now.backend, _shared(now), by_stock, trained, instead, planned, tuned, timed,
         )  # fmt: skip
     elif engine is not None and isinstance(reason, Untried) and not runtime.verdicts(model, engine, reason):
         logger.info(

@@ -13,8 +13,10 @@ from .inference import Engine
 from .measure.rounding import FP32_BOUND as FP32_BOUND
 from .measure.rounds import rel_l2
 from .patch import engine_of, find_policy, status
+from .patching.call_rules import Call
 from .patching.chunk_forward import Accelerated
-from .patching.inputs import chunk_inputs
+from .patching.eligibility import INFERENCE
+from .patching.inputs import Inputs, chunk_inputs
 from .patching.judge import SCATTER as SCATTER
 from .patching.judge import Judgement, Stock, cosine, in_fp32
 from .patching.runtime import runtime_of
@@ -88,12 +90,38 @@ def passed_together(judgements: Sequence[Judgement], tier: str) -> bool:
     return errors <= bounds and all(each.error <= FAR * each.bound for each in judgements)
 
 
+class StockNotFinite(ValueError):
+    """Stock's own chunk holds NaN or infinity, so there is nothing to judge by. The message names where it comes from.
+
+    always  whether a weight is at fault, and with it every other observation
+    """
+
+    def __init__(self, model: Any, inputs: Inputs) -> None:
+        bad = [
+            [name for name, each in named.items() if each.is_floating_point() and not each.isfinite().all()]
+            for named in (dict(model.named_parameters()), Call(*inputs).tensors())
+        ]
+        self.always = bool(bad[0])
+        found = ", ".join([f"the weight {name}" for name in bad[0][:1]] + bad[1])
+        super().__init__(
+            f"stock's own chunk is not finite: {found or 'no weight and no input'} holds NaN or infinity. Check "
+            + ("the checkpoint" if self.always else "the observation and the statistics that normalise it")
+        )
+
+
 def stock_in_fp32(
     policy: Any, batch: dict[str, Any], noise: Tensor, copies: dict[torch.dtype, Any] | None = None
 ) -> Tensor:
-    """Stock's chunk of a patched policy computed in fp32, [B, S, A] in normalised action units. copies  as in ``compare``"""
+    """Stock's chunk of a patched policy computed in fp32, [B, S, A] in normalised action units.
+
+    copies  as in ``compare``      raises  StockNotFinite
+    """
     found = find_policy(policy)
-    return in_fp32(found.model, chunk_inputs(found, batch), noise, None, copies)[0]
+    inputs = chunk_inputs(found, batch)
+    chunk = in_fp32(found.model, inputs, noise, None, copies)[0]
+    if not chunk.isfinite().all():
+        raise StockNotFinite(found.model, inputs)
+    return chunk
 
 
 class StockServed(RuntimeError):
@@ -110,9 +138,9 @@ def compare(
 ) -> Comparison:
     """The patched policy's chunk as its callers get it, beside stock's: for many observations and several tiers.
 
-    truth   stock's chunk in fp32 on this noise, where it was computed already
+    truth   as ``stock_in_fp32`` gives it for this noise, where it was computed already
     copies  as in ``judge.Stock``: an empty dictionary, given again with every observation and tier
-    raises  StockServed where stock computed the chunk; ValueError for another batch
+    raises  StockServed where stock computed the chunk; StockNotFinite; ValueError for another batch
     """
     found = find_policy(policy)
     model, inputs = found.model, chunk_inputs(found, batch)
@@ -126,6 +154,7 @@ def compare(
     else:
         raise StockServed(now.last_fallback)
     tier = engine_of(model).tier
+    truth = stock_in_fp32(policy, batch, noise, copies) if truth is None else truth
     stock = Stock(model, tier, inputs, noise, truth=truth, copies=copies)
     judgement = stock.judge(fast)
     exact = tier.stock_order
@@ -138,8 +167,8 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
 
     batch    as ``predict_action_chunk`` takes it (preprocessed); not changed
     noise    [B, S, A] fp32; fixed noise of its own where not given, so that no random state moves
-    raises   RuntimeError where the policy is not patched or runs stock, with the reason; TypeError, ValueError for another
-             batch or noise
+    raises   RuntimeError where the policy is not patched or stock serves this call, with the reason; StockNotFinite;
+             TypeError, ValueError for another batch or noise
     """
     found = find_policy(policy)
     model, now = found.model, status(policy)
@@ -165,9 +194,15 @@ def verify(policy: Any, batch: dict[str, Any], *, noise: Tensor | None = None) -
         noise = torch.randn(wanted, generator=torch.Generator().manual_seed(0)).to(state.device)
     elif tuple(noise.shape) != wanted or noise.dtype is not torch.float32:
         raise ValueError(f"noise is {tuple(noise.shape)} {noise.dtype}; accepted is {wanted} float32")
+    with torch.no_grad():  # as the chunk is computed below
+        reason = INFERENCE.call_reason(model, Call(*inputs, noise))
+    if reason is not None:
+        raise RuntimeError(f"nothing to verify: {reason}")
 
     stock = Stock(model, tier, inputs, noise)
     truth = stock.truth
+    if not truth.isfinite().all():
+        raise StockNotFinite(model, inputs)
     velocities: list[Tensor] = []
     products = served.products  # the plan that serves the caller, and his quantised copies
     engine = Engine(tier, products.backend, state.device, capture=False, products=products)

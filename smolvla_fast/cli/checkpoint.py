@@ -43,6 +43,9 @@ def check(path: str) -> None:
         if folder.is_file():
             raise CommandError(f"--policy.path {path}: a file; {advice}")
         if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
+            for inner in ("checkpoints/last/pretrained_model", "last/pretrained_model", "pretrained_model"):
+                if (folder / inner / CONFIG_NAME).is_file():  # of a training run
+                    advice = f"give {folder / inner}"
             raise CommandError(f"--policy.path {path}: no {CONFIG_NAME} in it; {advice}")
         config = json.loads(find_file(path, CONFIG_NAME).read_bytes())
         kind = config.get("type") if isinstance(config, dict) else type(config).__name__

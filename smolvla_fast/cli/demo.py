@@ -1,7 +1,8 @@
 """Runs SmolVLA stock and patched on the same observation and noise: times, error, chart.
 
 Stock is LeRobot's own class or, where LeRobot is not installed, smolvla_fast's own SmolVLA in plain PyTorch.
-Stock and patched rounds alternate, so that other load on the machine affects both; medians are compared.
+Before any is timed the patched chunk is judged by the tier's bound, as `verify` does: exit status 1 and no times if it
+fails. Stock and patched rounds alternate, so that other load on the machine affects both; medians are compared.
 Without --policy.path, a full-size policy with random weights is made offline; nothing is downloaded. The observation is
 drawn by code, or a frame of the recording that --dataset.repo_id, --dataset.root or --observations names.
 """
@@ -30,6 +31,7 @@ from ..measure.console import (
     write_json,
 )
 from ..measure.rounds import PeakMemory, as_stock, error, fresh, median_stages, summary, threads, timed_ms
+from ..verify import StockNotFinite, StockServed, compare
 from . import checkpoint, recording, subject
 from .recording import Recording
 
@@ -37,6 +39,10 @@ logger = logging.getLogger(__name__)
 
 PARTS = (*STAGES, "other")
 NOT_COMPARED = 3
+
+
+class Failed(Exception):
+    """The patched chunk breaks the bound of its tier."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +62,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
     check_writable(args.plot, "--plot")
     check_plot(args.plot)
     recorded = recording.open_recording(args, device, 1)
-    with threads(args.threads):
-        found, chunks, fast_ran = measure(args, device, recorded, console)
-    if not fast_ran:
-        why = found["status"]["last_fallback"]
+    try:
+        with threads(args.threads):
+            found = measure(args, device, recorded, console)
+    except StockServed as why:
         console.line(f"The patched policy ran stock, so nothing was compared: {why}")
         return NOT_COMPARED
-    found.update(error(chunks["fast"], chunks["stock"]))
+    except Failed as why:
+        console.line(f"FAILED, so nothing was timed: {why}")
+        return 1
     show(found, console)
     write_json(args.json, found)
     console.line(f"wrote {args.json}")
@@ -72,15 +80,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def measure(
     args: argparse.Namespace, device: Any, recorded: Recording | None, console: Console
-) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
-    """Times stock and patched rounds in turn. Returns the figures, a chunk of each, and whether the engine served."""
+) -> dict[str, Any]:
+    """Judges the patched chunk, then times stock and patched rounds in turn. Returns the figures.
+
+    raises  StockServed where stock computed a patched chunk; Failed
+    """
     import smolvla_fast
     from smolvla_fast.engine.timing import stage_times
 
     facts = system.facts()
     # A GPU runs a chunk as one graph without stages, so stages are timed in extra rounds.
     stage_rounds = min(2, args.rounds) if device.type == "cuda" else 0
-    total = 3 + 2 * (args.rounds + stage_rounds)
+    total = 4 + 2 * (args.rounds + stage_rounds)
     with console.progress("demo") as show_share:
         done = count()
 
@@ -111,8 +122,8 @@ def measure(
         memory = PeakMemory(device)
         try:
             warm["stock_ms"], chunks["stock"] = timed_ms(chunk, device)
-        except Exception as error:
-            raise subject.stock_fails(error) from error
+        except Exception as reason:
+            raise subject.stock_fails(reason) from reason
         peaks["stock"] = memory.bytes
         step("patch, and first chunk")
         memory.reset()
@@ -127,6 +138,16 @@ def measure(
             raise CommandError(f"cannot patch: {reason}") from reason
         warm["fast_ms"], chunks["fast"] = timed_ms(chunk, device)
         peaks["fast"] = memory.bytes
+        step("judging the patched chunk")
+        try:
+            compared = compare(policy, batch, noise)
+        except StockNotFinite as reason:
+            raise CommandError(f"nothing to compare with: {reason}") from reason
+        if not compared.judgement.passed:
+            raise Failed(
+                f"in {compared.tier} the patched chunk is not stock's: {compared.judgement} (relative L2). Do not run it; "
+                "`smolvla-fast verify` says what it does to the joints"
+            )
 
         raw: dict[str, list[float]] = {"stock_ms": [], "fast_ms": []}
         stages: dict[str, list[dict[str, float]]] = {"stock": [], "fast": []}
@@ -152,9 +173,11 @@ def measure(
             step("patched by stage")
             stages["fast"].append(stage_times(policy, batch, noise))
         status = smolvla_fast.status(policy)
+        if not status.active or status.calls_stock:
+            raise StockServed(status.last_fallback)
 
     stock_ms, fast_ms = statistics.median(raw["stock_ms"]), statistics.median(raw["fast_ms"])
-    found = {
+    return {
         **facts, "device": str(device), "policy": subject.describe(policy, args), "observation": shown,
         "cameras": sum(key in batch for key in policy.config.image_features),
         "steps": policy.config.num_steps, "precision": status.precision, "backend": status.backend,
@@ -163,8 +186,8 @@ def measure(
         "stages": compare_stages(median_stages(stages["stock"]), median_stages(stages["fast"])),
         "stock": summary(raw["stock_ms"]), "fast": summary(raw["fast_ms"]), "rounds": args.rounds,
         "raw": raw, "warmup": warm, "peak_bytes": peaks, "status": status.to_dict(),
+        **error(chunks["fast"], chunks["stock"]), "bound": compared.judgement.bound,
     }  # fmt: skip
-    return found, chunks, status.active and status.calls_stock == 0
 
 
 def compare_stages(stock: dict[str, float], fast: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -228,7 +251,8 @@ def show(found: dict[str, Any], console: Console) -> None:
         )
     same = ", every bit the same" if found["max_abs"] == 0 else ""
     console.line(
-        f"Error against stock: relative L2 {found['rel_l2']:.2e}, max abs {found['max_abs']:.2e}{same}"
+        f"Error against stock: relative L2 {found['rel_l2']:.2e}, max abs {found['max_abs']:.2e}{same}; "
+        f"{found['precision']} keeps its bound"
     )
 
 

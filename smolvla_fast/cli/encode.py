@@ -58,7 +58,11 @@ def encode(settings: TrainSettings, checkpoint: Path | None, console: Console) -
     _, path = speed_up(policy, settings)
     known, words = open_known_frames(settings, data, policy, preprocess, autocast)
     if known.store is None:
-        raise TrainingError(f"no image tokens can be kept: {path}{words}")
+        learns = not settings.policy.train_expert_only
+        way = (
+            "; give --policy.train_expert_only=true, here and to train, which freezes both" if learns else ""
+        )
+        raise TrainingError(f"no image tokens can be kept: {path}{words}{way}")
     console.line(words.removeprefix(", "))
     begun = time.perf_counter()
     with autocast:

@@ -32,7 +32,15 @@ from ..measure.console import CommandError, Console, cannot_write, check_report,
 from ..measure.page import NO_PAGE, write_page
 from ..measure.rounds import as_stock, fresh, threads
 from ..testing.policies import make_noise
-from ..verify import Comparison, StockServed, compare, passed_together, rel_l2, stock_in_fp32
+from ..verify import (
+    Comparison,
+    StockNotFinite,
+    StockServed,
+    compare,
+    passed_together,
+    rel_l2,
+    stock_in_fp32,
+)
 from . import checkpoint, recording, subject, verify_report
 from .recording import Drawn, Frame, Recording
 
@@ -122,7 +130,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         source = source or Drawn(policy, args, DRAWN)
         tiers = [Tier(name, patched(policy, name, args)) for name in names]
         facts = system.facts()
-        found = check_frames(tiers, source, args)
+        try:
+            found = check_frames(tiers, source, args)
+        except StockNotFinite as reason:
+            raise CommandError(f"nothing to verify: {reason}") from reason
     found = {**facts, "device": str(device), "policy": subject.describe(policy, args), **found}
     found["verdict"] = verify_report.verdict(found)
     verify_report.show(found, console)
@@ -210,7 +221,8 @@ def check_frame(
 ) -> list[Checked | StockServed]:
     """One frame, by each tier: stock in fp32 on two noises, and the tier on the first.
 
-    raises  CommandError for a frame that cannot be read, or that stock cannot compute either
+    raises  CommandError for a frame that cannot be read, or that stock cannot compute either; StockNotFinite where it can
+            compute none
     """
     batch, first = source.batch(frame), tiers[0].policy
     noise, other = (make_noise(first, seed=seed + i) for i in (0, 1))
@@ -222,6 +234,10 @@ def check_frame(
                 compared.append(compare(tier.policy, batch, noise, truth=truth, copies=copies))
             except StockServed as reason:
                 compared.append(reason)
+    except StockNotFinite as reason:
+        if reason.always:
+            raise
+        raise CommandError(f"frame {frame.number} of episode {frame.episode}: {reason}") from reason
     except Exception:
         _try_stock(first, batch, noise)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,8 +13,14 @@ from ..model.kv_cache import LayerKV
 from ..model.weights import DecoderLayer, read_decoder_layer
 from ..ops.reference.rope import rope_tables
 from ..ops.reference.suffix_tokens import Tokens
-from ..ops.select import select
+from ..ops.select import check_name, select
 from ..stages.layers import decoder_layer
+
+PARTS = (
+    "input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.head_dim",
+    *(f"self_attn.{each}_proj.weight" for each in "qkvo"), *(f"mlp.{each}_proj.weight" for each in ("gate", "up", "down")),
+)  # fmt: skip
+"""What is read of a layer."""
 
 
 class _Layer(nn.Module):
@@ -24,14 +31,31 @@ class _Layer(nn.Module):
     Products run in the dtype of each weight; the residual stream, norms, scores and softmax are fp32. The layer's
     own modules are called, over one fused attention, where gradients are on and something learns, under autocast, and where
     one has a hook, a bias or an adapter.
+
+    raises  TypeError for what is no such layer; ValueError for one of the other kind of attention, or an unknown backend
     """
 
     cross: bool
     layer: Any
 
     def __init__(self, layer: nn.Module, backend: str = "auto") -> None:
+        name = type(self).__name__
+        try:
+            attrgetter(*PARTS)(layer)
+        except AttributeError as error:
+            raise TypeError(
+                f"{name} takes a decoder layer as transformers' Llama and SmolVLA's expert have; got a "
+                f"{type(layer).__qualname__} ({error})"
+            ) from None
         super().__init__()
         self.layer, self.backend = layer, backend
+        q, k = (each.weight.shape for each in (self.layer.self_attn.q_proj, self.layer.self_attn.k_proj))
+        if k[1] != (k[0] if self.cross else q[1]):
+            other, reads = ("Self", "the tokens") if self.cross else ("Cross", "a prefix's keys")
+            raise ValueError(
+                f"{name}: k_proj of this layer is {tuple(k)} and reads {reads}; give it to {other}AttentionLayer"
+            )
+        check_name(backend)
 
     def _read(self) -> DecoderLayer:
         same = lambda matrix: matrix  # noqa: E731

@@ -99,6 +99,13 @@ def why_not_quantized(device: torch.device) -> dict[str, str | None]:
     }
 
 
+def check_name(backend: str) -> None:
+    """ValueError for an unknown one."""
+    if backend not in ("auto", *BACKENDS):
+        accepted = ", ".join(map(repr, ("auto", *BACKENDS)))
+        raise ValueError(f"backend={backend!r} is not a backend; accepted are {accepted}")
+
+
 def select(
     backend: str,
     device: torch.device,
@@ -117,9 +124,7 @@ def select(
     plan         who computes what, as it was measured; where it says nothing, ``defaults.py``
     raises       ValueError for an unknown name, RuntimeError naming the reason where an explicit wish cannot be met
     """
-    if backend not in ("auto", *BACKENDS):
-        accepted = ", ".join(map(repr, ("auto", *BACKENDS)))
-        raise ValueError(f"backend={backend!r} is not a backend; accepted are {accepted}")
+    check_name(backend)
     if stock_order:
         if backend not in ("auto", "torch"):
             raise RuntimeError(

@@ -41,6 +41,9 @@ class Judgement(NamedTuple):
     movement: float | None
     passed: bool
 
+    def __str__(self) -> str:
+        return f"off by {self.error:.2g}, accepted is {f'{self.bound:.2g}' if self.bound else 'equal bits'}"
+
 
 class Stock:
     """Stock's chunks of one call.

@@ -17,7 +17,7 @@ from ..model.precision import resolve_tier
 from ..model.weights import is_cross, representative_weight
 from . import call_rules, model_rules
 from .call_rules import Call, ambient
-from .settings import SETTINGS
+from .settings import SETTINGS, TRAINING
 
 
 class LayerRequest(NamedTuple):
@@ -58,7 +58,10 @@ def mode_reason(pair: Any, request: LayerRequest) -> str | None:
 
 def _mode_reason(module: Any, pair: Any) -> str | None:
     if module.training and not pair.__dict__[SETTINGS].training:
-        return "the model is in train mode; call policy.eval(), or patch(policy, training=True)"
+        return (
+            "the model is in train mode; call policy.eval(), or patch(policy, training=True), "
+            f"which {TRAINING}=1 asks for where LeRobot's commands patch"
+        )
     # Of a captured function that was asked before it began.
     return ambient(next(pair.parameters()).device.type) if capture_of_user() is None else None
 

@@ -222,7 +222,8 @@ def _source_reason(source: Source) -> str | None:
     name, module, kind, *shapes = source
     if kind is not None and type(module) is not kind:
         cls = type(module)
-        return f"{name} is a {cls.__module__}.{cls.__qualname__}, not the plain module (an adapter?)"
+        way = "; merge the adapter: policy.merge_and_unload()" if cls.__module__.startswith("peft.") else ""
+        return f"{name} is a {cls.__module__}.{cls.__qualname__}, not the plain module{way}"
     if getattr(module, "max_norm", None) is not None:
         return f"{name} renormalises its rows (max_norm={module.max_norm}), which the engine does not"
     for key, shape in zip(("weight", "bias"), shapes, strict=True):

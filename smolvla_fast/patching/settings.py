@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 DISABLE = "SMOLVLA_FAST_DISABLE"
+TRAINING = "SMOLVLA_FAST_TRAINING"
 SETTINGS = "_smolvla_fast"
 """The attribute of a patched model that holds its ``Settings``."""
 

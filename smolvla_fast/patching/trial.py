@@ -176,13 +176,13 @@ def _verdict(
 ) -> Verdict:
     found = _judge(model, engine, call, chunk, act(call))
     if not found.passed:
-        return _refused(engine, found)
+        return _refused(found)
     call, device = drawn_like(model, call), chunk.device
     chunk, seconds = _timed(partial(stock, call), device)
     fast, ours = _timed(partial(act, call), device)
     second = _judge(model, engine, call, chunk, fast)
     if not second.passed:
-        return _refused(engine, second)
+        return _refused(second)
     stocks, own = [seconds], [ours]
     while statistics.median(own) > CLEAR * statistics.median(stocks) and len(own) < ROUNDS:
         own.append(_timed(partial(act, call), device)[1])
@@ -201,9 +201,8 @@ def _judge(model: Any, engine: Engine, call: Call, chunk: Tensor, fast: Tensor) 
     return found.judge(fast, always_move=False)
 
 
-def _refused(engine: Engine, found: Judgement) -> Verdict:
-    bound = "equal bits" if engine.tier.stock_order else f"{found.bound:.2g}"
-    return Verdict(False, f"the engine's chunk is not stock's: off by {found.error:.2g}, accepted is {bound}")
+def _refused(found: Judgement) -> Verdict:
+    return Verdict(False, f"the engine's chunk is not stock's: {found}")
 
 
 def _timed(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:

@@ -69,10 +69,11 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
+            go_on = "go on with --resume=true and the same" if self.last() else "begin again with another"
             free = shutil.disk_usage(next(p for p in self.folder.parents if p.exists())).free
             raise TrainingError(
                 f"cannot write checkpoint {final}: {error} ({free / 2**20:,.0f} MiB free there); {self.kept()}. "
-                f"{advice(error).capitalize()} and go on with --resume=true and the same --output_dir"
+                f"{advice(error).capitalize()} and {go_on} --output_dir"
             ) from error
 
     def _point_at(self, name: str) -> None:

@@ -89,7 +89,12 @@ def _missing(settings: TrainSettings, found: dict[str, Any], names: dict[str, st
         return said
     declared = settings.policy.robot_state_feature
     near = min(states, key=lambda name: declared is None or found[names[name]].shape != declared.shape)
-    return f"{said}. Give --rename_map {as_flag({**settings.rename_map, near: key})} if that is the robot's state"
+    return f"{said}. Give --rename_map {as_flag({**_renames(settings, names), near: key})} if that is the robot's state"
+
+
+def _renames(settings: TrainSettings, names: dict[str, str]) -> dict[str, str]:
+    """``rename_map`` without what the dataset does not have, such as a name with a typo."""
+    return {old: new for old, new in settings.rename_map.items() if old in names}
 
 
 def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], names: dict[str, str]) -> None:
@@ -117,7 +122,7 @@ def _check_cameras(settings: TrainSettings, found: dict[str, PolicyFeature], nam
         ways.insert(0, f"--policy.empty_cameras={len(missing)} to train with blank frames in their place")
     if missing and settings.policy_path:
         unplaced = [old for old, new in cameras.items() if new not in expected] or list(cameras)
-        flag = as_flag({**settings.rename_map, **dict(zip(unplaced, missing, strict=False))})
+        flag = as_flag({**_renames(settings, names), **dict(zip(unplaced, missing, strict=False))})
         ways.insert(0, f"--rename_map {flag} if names differ (with all renamed, the rest is left out)")
     what = f"the dataset lacks the policy's cameras {missing}" if missing else "the policy declares no camera"
     raise TrainingError(f"{what}; the dataset has {list(cameras)}. Give {', or '.join(ways)}")

@@ -177,5 +177,8 @@ def _checkpoint(asked: dict[str, Any], config_path: str | None) -> Path:
     except (OSError, ValueError) as error:  # of a name that the system does not take
         raise TrainingError(f"--output_dir={folder} cannot be read ({error})") from error
     if found is None:
-        raise TrainingError(f"--output_dir={folder} holds no whole checkpoint; leave out --resume to begin")
+        another = " and give another --output_dir" if folder.exists() else ""
+        raise TrainingError(
+            f"--output_dir={folder} holds no whole checkpoint; to begin, leave out --resume{another}"
+        )
     return found

@@ -80,17 +80,20 @@ class Tuning:
         return [each for each in self.choices if self.kept and each.chosen != each.default]
 
     def verdict(self) -> str:
-        """One sentence: how many choices changed hands, and the chunk before and after."""
+        """One sentence: how many choices changed hands, the chunk before and after, and how many were reached if not all."""
+        every = counted(len(self.choices), "choice")
+        reached = sum(each.reached for each in self.choices)
+        late = "" if reached == len(self.choices) else f"; {reached} of {every} were reached in time"
         if self.plan.choices.get(CHUNK) == "stock":
-            return f"stock serves: {self.note}"
+            return f"stock serves: {self.note}{late}"
         if not self.changed:
-            return f"the defaults stay: {self.note or 'no difference above the scatter'}"
-        said = f"{len(self.changed)} of {counted(len(self.choices), 'choice')} changed hands"
+            return f"the defaults stay: {self.note or 'no difference above the scatter'}{late}"
+        said = f"{len(self.changed)} of {every} changed hands"
         if self.before is not None and self.after is not None:
             before, after = self.before.p50_ms, self.after.p50_ms
             said += f"; chunk {milliseconds(before)} -> {milliseconds(after)} ms ({after / before - 1:+.1%})"
             said += f", error {self.before.error:.1e} -> {self.after.error:.1e}"
-        return said + (f"; {self.note}" if self.note else "")
+        return said + (f"; {self.note}" if self.note else "") + late
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; see ``console.finite``."""

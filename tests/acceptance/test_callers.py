@@ -356,7 +356,8 @@ def test_lora_as_lerobot_wraps_it(checkpoint: Checkpoint) -> None:
     adapted = _chunk(wrapped[1], observation, noise)
     assert torch.equal(adapted, _chunk(wrapped[0], observation, noise))
     now = smolvla_fast.status(wrapped[1])
-    assert not now.active and now.calls_stock == 1 and "lora" in str(now.last_fallback)
+    assert not now.active and now.calls_stock == 1
+    assert "lora" in str(now.last_fallback) and "policy.merge_and_unload()" in str(now.last_fallback)
     merged = wrapped[1].merge_and_unload()
     assert rel_l2(_chunk(merged, observation, noise), adapted) <= SERVED_EXACTLY
     now = smolvla_fast.status(merged)

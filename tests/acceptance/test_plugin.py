@@ -316,6 +316,9 @@ def test_the_closing_line_of_a_policy_that_was_never_asked_is_no_count(
         del policy
         gc.collect()
     assert "smolvla_fast: saw no chunk of this policy: a copy computed them" in caplog.text
+    assert (
+        "to train by the fast path, set SMOLVLA_FAST_TRAINING=1" in caplog.text
+    )  # as lerobot-train without it ends
 
 
 # serve -----------------------------------------------------------------------------------------------------------------

@@ -178,6 +178,7 @@ def test_demo_measures_and_writes_its_figures(
     assert "whole chunk" in out.out and "Error against stock" in out.out
     assert "round 2 of 2" in out.err
     assert ("every bit the same" in out.out) == (precision == "exact")
+    assert f"{found['precision']} keeps its bound" in out.out
 
 
 def test_demo_compares_chunks_of_one_state(lerobot: None, tmp_path: Path) -> None:
@@ -199,6 +200,41 @@ def test_demo_says_when_the_fast_path_did_not_run(
     out = capsys.readouterr().out
     assert "nothing was compared: SMOLVLA_FAST_DISABLE is set" in out and "ratio" not in out
     assert not (tmp_path / "a.json").exists()
+
+
+def test_demo_gives_no_times_for_a_wrong_chunk(
+    lerobot: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from smolvla_fast.inference import Engine
+
+    act = Engine.act
+    monkeypatch.setattr(Engine, "act", lambda *args, **kwargs: 1.001 * act(*args, **kwargs))
+    files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    assert main(["demo", *TINY, "--rounds", "1", *files]) == 1
+    out = capsys.readouterr().out
+    assert "in fp32 the patched chunk is not stock's: off by 0.001, accepted is 1e-05" in out
+    assert "ms" not in out and not (tmp_path / "a.json").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "verify"])
+def test_a_chunk_of_stock_that_is_not_finite_is_not_blamed_on_the_patch(
+    lerobot: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    from smolvla_fast.cli import subject
+
+    def broken(args: Any, device: Any, make: Any = subject.make_policy) -> Any:
+        policy = make(args, device)
+        policy.model.action_out_proj.bias.data[0] = float("nan")
+        return policy
+
+    monkeypatch.setattr(subject, "make_policy", broken)
+    assert main([command, *TINY]) == 2
+    out = capsys.readouterr()
+    assert (
+        "stock's own chunk is not finite: the weight action_out_proj.bias holds NaN or infinity. Check the checkpoint"
+        in out.err
+    )
+    assert "FAILED" not in out.out and "ms" not in out.out
 
 
 def test_demo_without_rich_and_matplotlib(

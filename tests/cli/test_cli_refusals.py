@@ -328,6 +328,17 @@ def test_an_argument_that_cannot_work_is_refused(
     assert {path.name for path in tmp_path.iterdir()} == {"FILE", "FOLDER"}
 
 
+@pytest.mark.parametrize("inner", ["checkpoints/last/pretrained_model", "pretrained_model"])
+def test_a_training_runs_folder_names_its_last_checkpoint(
+    inner: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / inner).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / inner).symlink_to(saved)
+    refuses(
+        ["demo", "--policy.path", str(tmp_path)], capsys, f"no config.json in it; give {tmp_path / inner}"
+    )
+
+
 @pytest.fixture
 def server() -> Iterator[Any]:
     """LeRobot's server. Its import logs to the streams that pytest captures now and closes after the test."""

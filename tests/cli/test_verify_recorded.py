@@ -18,6 +18,7 @@ from support.recordings import JOINTS, MEAN, STD, dataset, folder, no_pictures, 
 
 import smolvla_fast
 from smolvla_fast.cli import main, verify
+from smolvla_fast.cli.recording import Recording
 from smolvla_fast.patch import engine_of
 from smolvla_fast.patching.judge import in_dtype
 from smolvla_fast.smolvla import make_pre_post_processors
@@ -166,6 +167,25 @@ def test_a_frame_of_nan_is_the_worst(
     assert re.search(r"\| fp32 \| \w+ \| 4 \| 3 \| nan \|", text), text
     listed = text.partition("## fp32: the worst frames")[2].splitlines()
     assert listed[4].startswith(f"| {bad['episode']} | {bad['frame']} | nan | "), listed
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_frame_of_which_stock_makes_nan_is_left_out(
+    saved: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a dataset that holds NaN; a folder of observations refuses it when it is read."""
+    real = Recording.batch
+
+    def batch(self: Any, frame: Any) -> Any:
+        found = real(self, frame)
+        found["observation.state"] *= float("nan") if frame is self.frames[-1] else 1
+        return found
+
+    monkeypatch.setattr(Recording, "batch", batch)
+    status, found = run(saved, tmp_path / "a.json", "--observations", str(folder))
+    assert status == 0 and found["frames"] == 3
+    (note,) = found["notes"]
+    assert "of episode episode_1: stock's own chunk is not finite: state holds NaN or infinity" in note, note
 
 
 @pytest.mark.usefixtures("no_pictures")

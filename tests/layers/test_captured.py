@@ -198,6 +198,15 @@ def test_on_a_cpu_it_is_the_function_itself() -> None:
         smolvla_fast.captured(object(), lambda x: x)
 
 
+def test_the_example_names_a_device_that_is_not_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda"])
+    assert "--device cuda: torch sees no CUDA GPU; use --device cpu" in capsys.readouterr().err
+
+
 def test_the_example_agrees_with_stock(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "by stock: {}" in capsys.readouterr().out

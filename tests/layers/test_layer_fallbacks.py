@@ -42,6 +42,14 @@ def sample(policy: Any, inputs: Given, steps: int = 2) -> list[Tensor]:
     return found
 
 
+def test_in_train_mode_the_ways_to_the_fast_path_are_said(policy: Any, inputs: Given) -> None:
+    """``lerobot-train`` calls no ``patch`` of the user's: there a variable asks for it."""
+    smolvla_fast.patch(policy).train()
+    sample(policy, inputs, steps=1)
+    said = str(smolvla_fast.status(policy).layers_fallback)
+    assert "patch(policy, training=True), which SMOLVLA_FAST_TRAINING=1 asks for" in said
+
+
 def _lora(policy: Any) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)  # the same adapter on both

@@ -130,6 +130,21 @@ def test_modules_hold_the_layers_own_parameters(origin: str) -> None:
     assert {id(each) for each in layer.parameters()} == {id(each) for each in module.parameters()}
 
 
+@pytest.mark.parametrize("kind", [fused.SelfAttentionLayer, fused.CrossAttentionLayer])
+def test_what_is_no_layer_of_its_kind_is_refused_at_once(origin: str, kind: Any) -> None:
+    layers = make_policy("tiny").model.vlm_with_expert.lm_expert.layers  # the first attends to itself
+    own, other = layers[kind.cross], layers[not kind.cross]
+    for nothing in (None, own.self_attn):
+        with pytest.raises(
+            TypeError, match=f"{kind.__name__} takes a decoder layer .* got a {type(nothing).__name__}"
+        ):
+            kind(nothing)
+    with pytest.raises(ValueError, match=f"give it to {'Self' if kind.cross else 'Cross'}AttentionLayer"):
+        kind(other)
+    with pytest.raises(ValueError, match="backend='cuad' is not a backend; accepted are 'auto'"):
+        kind(own, "cuad")
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [

@@ -100,6 +100,14 @@ def test_warmup_counts_nothing_and_leaves_the_batch(policy: Any, observation: di
     assert len(policy._queues["action"]) == 0
 
 
+def test_a_warmup_that_stock_served_is_said(policy: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "smolvla_fast"), torch.autocast("cpu"):
+        smolvla_fast.patch(policy, warmup=True)
+    (line,) = (each for each in caplog.records if "smolvla_fast: on" in each.getMessage())
+    assert line.levelname == "WARNING"
+    assert "but calls like the warm-up's run stock: autocast is on" in line.getMessage()
+
+
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 

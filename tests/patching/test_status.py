@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -58,6 +59,27 @@ def test_verify_fails_on_wrong_maths(
     assert smolvla_fast.verify(policy, observation).passed
     monkeypatch.setattr(rope, "MAX_WAVELENGTH", 9_000)
     assert not smolvla_fast.verify(policy, observation).passed
+
+
+def test_verify_says_that_stocks_own_chunk_is_not_finite(policy: Any, observation: dict[str, Tensor]) -> None:
+    smolvla_fast.patch(policy)
+    state = observation["observation.state"] * float("nan")
+    with pytest.raises(ValueError, match="stock's own chunk is not finite: state holds NaN or infinity"):
+        smolvla_fast.verify(policy, {**observation, "observation.state": state})
+
+
+def test_verify_refuses_a_call_that_stock_would_serve(policy: Any, observation: dict[str, Tensor]) -> None:
+    """For the reason that the policy itself gives."""
+    smolvla_fast.patch(policy)
+    with torch.autocast("cpu"):
+        chunk(policy, observation)
+        said = smolvla_fast.status(policy).last_fallback
+        assert said is not None and "autocast" in said
+        with pytest.raises(RuntimeError, match=f"nothing to verify: {re.escape(said)}"):
+            smolvla_fast.verify(policy, observation)
+    policy.config.num_steps = -1
+    with pytest.raises(RuntimeError, match="nothing to verify: num_steps=-1; accepted are integers"):
+        smolvla_fast.verify(policy, observation)
 
 
 def test_verify_leaves_the_policy_alone(policy: Any, observation: dict[str, Tensor], noise: Tensor) -> None:

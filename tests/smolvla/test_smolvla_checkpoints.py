@@ -190,6 +190,11 @@ def test_standalone_example_is_ten_lines():
     assert len(code) <= 10
 
 
+def test_standalone_example_without_a_checkpoint_says_how_it_is_called():
+    done = subprocess.run([sys.executable, ROOT / "examples/standalone.py"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "usage: standalone.py CHECKPOINT_FOLDER\n")
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_standalone_example_on_other_pythons(lerobot_checkpoint, tmp_path):

@@ -386,7 +386,7 @@ def test_a_run_that_goes_on_can_be_encoded_ahead(finished, tmp_path, capsys):
         (("--dataset.root=/nowhere",), "there is no such folder"),
         (
             ("--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false"),
-            "tower or connector learn",
+            "tower or connector learn.*; give --policy.train_expert_only=true",
         ),
         (("--fast=off",), "needs the fast path"),
         (

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 pytestmark = pytest.mark.training
@@ -20,6 +25,14 @@ def test_only_a_folder_of_its_own_is_emptied(demo, tmp_path, capsys):
     (tmp_path / "new" / "demo" / "run").mkdir()
     assert demo.cleared(tmp_path / "new" / "demo")  # the second time it is the demo's
     assert [p.name for p in (tmp_path / "new" / "demo").iterdir()] == [demo.MARKER]
+
+
+def test_help_is_printed_and_nothing_is_trained(demo, tmp_path):
+    command = [sys.executable, demo.__file__, "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "[FOLDER]" in done.stdout, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_ended_by_itself_was_not_killed(demo, tmp_path, capfd):

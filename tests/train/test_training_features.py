@@ -244,6 +244,10 @@ def test_a_feature_can_be_taken_out_of_the_dataset_as_advised(key, entry, bench_
             ['--rename_map={"observation.images.a":"observation.images.front"}'], id="one-of-two-renamed",
         ),
         pytest.param(
+            {WRIST: None, "observation.images.side": FRAME},
+            ['--rename_map={"observation.images.sied":"observation.images.wrist"}'], id="a-typo",
+        ),
+        pytest.param(
             {}, ['--policy.input_features={"observation.state":{"type":"STATE","shape":[6]}}'], id="no-camera-declared"
         ),
     ],
@@ -253,6 +257,7 @@ def test_the_advice_about_names_works(features, flags, bench_top, checkpoint, tm
     start = () if flags and "input_features" in flags[0] else (checkpoint,)
     root = record(tmp_path / "data", recorded)
     message = refused(bench_top, tmp_path / "run", capsys, root, *start, *flags)
+    assert "sied" not in message
     follow(message, bench_top, tmp_path, root, *start, *flags)
 
 

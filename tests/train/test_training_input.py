@@ -291,8 +291,12 @@ def test_a_folder_that_holds_something_is_not_overwritten(bench_top, tmp_path, c
 def test_resume_refuses_a_folder_without_checkpoint(tmp_path, capsys):
     from smolvla_fast.cli import main
 
-    assert main(["train", "--resume", f"--output_dir={tmp_path}"]) == 2
-    assert "no whole checkpoint" in capsys.readouterr().err
+    for folder, way in (
+        (tmp_path, "leave out --resume and give another --output_dir\n"),  # a run would not begin there
+        (tmp_path / "new", "leave out --resume\n"),
+    ):
+        assert main(["train", "--resume", f"--output_dir={folder}"]) == 2
+        assert f"{folder} holds no whole checkpoint; to begin, {way}" in capsys.readouterr().err
     assert main(["train", "--resume"]) == 2
     assert "--output_dir" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -338,6 +339,16 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(room, begun, finished, tmp_
     assert in_a_child(save) == 0
     after = {p.name: state_files(p) for p in (folder / "checkpoints").iterdir() if not p.is_symlink()}
     assert after == before and os.readlink(folder / "checkpoints" / "last") == "000004"
+
+
+def test_a_first_checkpoint_that_cannot_be_written_is_not_to_be_resumed(tmp_path):
+    def full(folder):
+        raise OSError(errno.ENOSPC, "no room")
+
+    with pytest.raises(
+        TrainingError, match="no checkpoint before it.* and begin again with another --output_dir"
+    ):
+        Checkpoints(tmp_path).save(5, 5, full)
 
 
 def test_a_broken_checkpoint_is_said(finished, tmp_path, capsys):

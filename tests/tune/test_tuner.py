@@ -210,6 +210,8 @@ def test_what_time_does_not_reach_keeps_its_default(subject: Any, seconds: float
     began = time.perf_counter()
     found = tuned(subject, seconds=seconds)
     assert any(not each.reached for each in found.choices)
+    count = sum(each.reached for each in found.choices)
+    assert f"; {count} of {len(found.choices)} choices were reached in time" in found.verdict()
     assert all(each.chosen == each.default for each in found.choices if not each.reached)
     reached = {f"{e.op} {e.shape}" for e in found.choices if e.reached}
     assert set(found.plan.choices) == (reached if found.kept else set())
