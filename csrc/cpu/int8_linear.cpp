@@ -15,7 +15,7 @@
 namespace smolvla::cpu {
 namespace {
 
-constexpr int64_t kSquare = 32, kBlockRows = 64, kStartBytes = kInt8Panel * 4;
+constexpr int64_t kBlockRows = 64, kStartBytes = kInt8Panel * 4;
 
 #if defined(SMOLVLA_HAS_AMX)
 void finish(const Int8Linear& a, int64_t first, int64_t rows, float* sums, const float* up, int num_threads) {
@@ -27,6 +27,8 @@ void finish(const Int8Linear& a, int64_t first, int64_t rows, float* sums, const
 }
 
 namespace amx {
+
+constexpr int64_t kSquare = 32;
 
 // Rows of a square as tiles read them: where they lie, or copied where a tile would read beyond the last row or input.
 struct SquareOfRows {

@@ -146,7 +146,8 @@ struct IntegerAvx512Vnni : Bytes {
     static SMOLVLA_AVX512_VNNI_INLINE V dot_pairs(V a, V b, V c) { return _mm512_dpwssd_epi32(c, a, b); }
 };
 
-#if defined(SMOLVLA_EMULATED) || __has_include(<amxint8intrin.h>)
+// GCC and clang name the header each in their way.
+#if defined(SMOLVLA_EMULATED) || __has_include(<amxint8intrin.h>) || __has_include(<amxintrin.h>)
 #define SMOLVLA_HAS_AMX 1
 // Tiles of 16 rows by 16 words: sums in 0 to 3, rows in 4 and 5, columns in 6 and 7.
 struct IntegerAmx : IntegerAvx512Vnni {
