@@ -193,7 +193,6 @@ void bind_int8_matmul(py::module_& m) {
 }
 
 void bind_int8_linear(py::module_& m) {
-    m.def("has_int8_linear", &has_int8_linear, "whether int8_linear runs at the level in use");
     m.def("int8_rows_fit", &int8_rows_fit, py::arg("rows"), py::arg("num_threads"), "whether y may be null");
     m.def("int8_panel_bytes", &int8_panel_bytes, py::arg("inputs"), "of 32 outputs");
     m.def(

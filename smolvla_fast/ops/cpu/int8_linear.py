@@ -20,7 +20,7 @@ PANEL = 32
 
 def serves() -> bool:
     """Whether the kernel runs at the level in use: it needs AMX."""
-    return extension.available("cpu") and bool(extension.load("cpu").has_int8_linear())
+    return extension.available("cpu") and extension.load("cpu").integer_level() == "amx"
 
 
 def pack(weight: IntegerWeight) -> IntegerWeight:
@@ -33,7 +33,7 @@ def pack(weight: IntegerWeight) -> IntegerWeight:
     check_one("int8 linear", "weight", weight.data, torch.int8, "this kernel", weight.data.shape)
     kernels, data = extension.load("cpu"), weight.data.contiguous()
     panels = torch.empty(
-        -(-outputs // PANEL), kernels.int8_panel_bytes(inputs), dtype=torch.int8, device="cpu"
+        -(-outputs // PANEL), int(kernels.int8_panel_bytes(inputs)), dtype=torch.int8, device="cpu"
     )
     kernels.pack_int8_panels(data.data_ptr(), panels.data_ptr(), outputs, inputs)
     return IntegerWeight(panels, weight.scale)
@@ -77,7 +77,7 @@ def linear(
             _check_fp32("int8 linear", name, tensor, wanted)
     rows = _rows(memory, shape, torch.uint8) if to_rows else None
     sums, up_sums = out, None
-    fits = kernels.int8_rows_fit(count, torch.get_num_threads())
+    fits = int(kernels.int8_rows_fit(count, torch.get_num_threads()))
     in_place = out is not None and residual is not None and out.data_ptr() == residual.data_ptr()
     if (rows is None and out is None) or (not fits and (out is None or in_place)):
         sums = empty(memory, "linear", shape, torch.float32)
@@ -114,7 +114,7 @@ def _run(
     for each in (weight, up_weight):
         if each is not None:
             _check_fp32("int8 linear", "scale of the weight", each.scale, (outputs,))
-            panels = (-(-outputs // PANEL), kernels.int8_panel_bytes(inputs))
+            panels = (-(-outputs // PANEL), int(kernels.int8_panel_bytes(inputs)))
             check_one("int8 linear", "packed weight", each.data, torch.int8, "this kernel", panels)
     if not x.scale.numel():
         return

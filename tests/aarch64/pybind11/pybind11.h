@@ -70,6 +70,7 @@ private:
             std::string word;
             if (words >> word) throw std::invalid_argument("one argument too many: " + word);
             if constexpr (std::is_void_v<Result>) return std::apply(function, args), "";
+            else if constexpr (std::is_arithmetic_v<Result>) return std::to_string(std::apply(function, args));
             else return std::apply(function, args);
         };
     }
