@@ -226,7 +226,7 @@ SMOLVLA_TARGET SMOLVLA_INLINE void eight_bits_of_power(const F& t, I* rounded) {
     *rounded &= 0xff;
 }
 
-// The sum of all lanes, or the most, by halves: one lane after the other they took as long as the powers.
+// The sum of all lanes, or the most, by halves: one lane after the other each would wait for the last.
 template <bool kSum, class V>
 SMOLVLA_TARGET SMOLVLA_INLINE void join(V& x, const V& y) {
     if constexpr (kSum) x += y;

@@ -173,11 +173,9 @@ void pack_int8_panels(const int8_t* weight, int8_t* panels, int64_t outputs, int
 
 bool int8_rows_fit(int64_t rows, int num_threads) { return rows >= 2 * kBlockRows * num_threads; }
 
-bool has_int8_linear() { return integer_level() == IntegerLevel::amx; }
-
 void int8_linear(const Int8Linear& a, int num_threads) {
     // Asking for the level is what has the system grant the tiles.
-    if (!has_int8_linear()) throw std::runtime_error("int8 linear needs AMX, which is not in use here");
+    if (integer_level() != IntegerLevel::amx) throw std::runtime_error("int8 linear needs AMX, which is not in use here");
 #if defined(SMOLVLA_HAS_AMX)
     const amx::Panels p(a);
     if (int8_rows_fit(a.rows, num_threads)) {

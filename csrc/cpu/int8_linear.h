@@ -34,8 +34,7 @@ struct Int8Linear {
 
 // Whether there are rows enough to hand whole rows to so many threads.
 bool int8_rows_fit(int64_t rows, int num_threads);
-// Whether int8_linear runs at the level in use: it needs AMX.
-bool has_int8_linear();
+// Throws where the level in use is not AMX.
 void int8_linear(const Int8Linear& a, int num_threads);
 
 }  // namespace smolvla::cpu

@@ -178,7 +178,7 @@ def int8_matmul(x: IntegerRows, weight: Packed) -> Tensor:
 
 @cache
 def tiles() -> bool:
-    """Whether the product is our kernel for AMX, which took half of oneDNN's time with many rows."""
+    """Whether the product is our kernel for AMX, which finishes sums while they are in cache."""
     return int8_linear.serves()
 
 
