@@ -1,8 +1,8 @@
 """What stands before and behind an integer product on a CPU, as functions on tensors; checked here as in ``kernels.py``.
 
 The product of bytes is torch's, in ``int8.py``, on AMX ours, in ``int8_linear.py``, on aarch64 ours, here; that of 16 bits
-is in ``int16.py``. Numbers come in as fp32 or bf16 and go out as rows of integers with a scale each (``reference.quantize.IntegerRows``); what a product of
-bytes leaves comes in as fp32.
+is in ``int16.py``. Numbers come in as fp32 or bf16 and go out as rows of integers with a scale each
+(``reference.quantize.IntegerRows``); what a product of bytes leaves comes in as fp32.
 Equal bits at every instruction level and for any number of threads.
 """
 
