@@ -86,7 +86,7 @@ def linear(
     _run(x, x.scale, weight, up_weight, bias, residual, sums, up_sums, rows, ACTIVATIONS[activation])
     if rows is not None:
         return rows
-    return sums if out is None or sums is out else out.copy_(sums)
+    return sums if sums is None or out is None or sums is out else out.copy_(sums)
 
 
 def matmul(x: IntegerRows, weight: IntegerWeight) -> Tensor:
